@@ -1,0 +1,1 @@
+"""Data-parallel attention runtime for mixture-of-experts language models."""

@@ -1,0 +1,78 @@
+"""LocalBatch: the real rows of one rank in one slot. It knows nothing of other ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+NULL_PAGE = 0
+
+
+def _empty_ids() -> Int64:
+    return np.zeros(0, np.int64)
+
+
+def _no_embeds() -> Float32:
+    return np.zeros((0, 0), np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalBatch:
+    """This rank's rows for one slot, request after request; its arrays are read-only.
+
+    Sizes are derived from the data they count; there is no padded size here.
+    """
+
+    token_ids: Int64  # [rows]
+    token_sources: Int64  # [rows] index into the tokens the last step sampled; -1: token_ids
+    positions: Int64  # [rows]
+    slot_mapping: Int64  # [rows] page * page_size + offset
+    request_ids: Int64  # [requests]
+    query_lens: Int32  # [requests]
+    seq_lens: Int32  # [requests] tokens in the cache after this step
+    page_table: Int32  # [requests, pages], rows end in the null page
+    sample_rows: Int64  # [samples] rows whose logits are needed
+    embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
+    embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
+
+    def __post_init__(self) -> None:
+        rows, requests = self.num_tokens, self.num_requests
+        for name in ("token_sources", "positions", "slot_mapping"):
+            assert getattr(self, name).shape == (rows,), f"{name} has one entry per row"
+        for name in ("request_ids", "seq_lens"):
+            assert getattr(self, name).shape == (requests,), f"{name} has one entry per request"
+        assert self.page_table.shape[0] == requests, "page_table has one row per request"
+        assert int(self.query_lens.sum()) == rows, "query_lens sum to the rows"
+        assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
+        for item in fields(self):
+            getattr(self, item.name).flags.writeable = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.query_lens)
+
+    @classmethod
+    def empty(cls) -> LocalBatch:
+        """The idle rank: zero rows."""
+        long, short = np.zeros(0, np.int64), np.zeros(0, np.int32)
+        return cls(
+            token_ids=long,
+            token_sources=long,
+            positions=long,
+            slot_mapping=long,
+            request_ids=long,
+            query_lens=short,
+            seq_lens=short,
+            page_table=np.zeros((0, 0), np.int32),
+            sample_rows=long,
+        )

@@ -1,0 +1,112 @@
+"""EngineConfig: everything a user chooses, checked before any process starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dp_runtime.errors import require
+from dp_runtime.padding import PaddingMode
+from dp_runtime.sampling_params import is_finite, is_int
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "launcher": ("ray", "local", "thread"),
+    "attention_backend": ("auto", "torch_ref"),
+    "moe_sharding": ("ep", "tp"),
+    "padding": tuple(mode.value for mode in PaddingMode),
+    "routing": ("round_robin", "least_tokens", "least_padded_cost"),
+    "load_format": ("safetensors", "dummy"),
+    "collective": ("auto", "shared_memory", "torch_distributed", "in_process"),
+}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Configuration of an engine; every value is checked on construction (ValueError).
+
+    model: a Hugging Face directory, as the ranks see it. dp_size: number of ranks.
+    device "auto": cpu without any GPU, cuda with at least dp_size of them. dtype "auto": float32
+    on cpu, bfloat16 on cuda. launcher: Ray actors, spawned processes, or threads of this process
+    (for tests). moe_sharding: experts by expert (ep) or by intermediate size (tp).
+    num_pages counts the null page; None sizes the pool for max_num_requests sequences of
+    max_model_len, within kv_memory_fraction of the free memory. max_num_requests and
+    max_num_tokens are per rank and step. overlap schedules step k+1 before step k is committed.
+    poison_padding fills padded rows with NaN, to show that no result depends on them.
+    """
+
+    model: str
+    dp_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    launcher: str = "ray"
+    ray_address: str | None = None
+    attention_backend: str = "auto"
+    collective: str = "auto"
+    moe_sharding: str = "ep"
+    padding: str = "max_len"
+    routing: str = "least_tokens"
+    page_size: int = 64
+    num_pages: int | None = None
+    kv_memory_fraction: float = 0.5
+    max_num_requests: int = 64
+    max_num_tokens: int = 2048
+    max_model_len: int | None = None
+    max_queued_requests: int = 100_000
+    load_format: str = "safetensors"
+    seed: int = 0
+    overlap: bool = False
+    poison_padding: bool = False
+    start_timeout_s: float = 300.0
+    step_timeout_s: float = 60.0
+    torch_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.model, str) and bool(self.model), "model", self.model, "a directory"
+        )
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+        self._check_sizes()
+        for name in ("overlap", "poison_padding"):
+            value: Any = getattr(self, name)
+            require(isinstance(value, bool), name, value, "a bool")
+        threads = self.launcher == "thread"
+        in_process = self.collective in ("in_process", "auto" if threads else "in_process")
+        require(
+            in_process == threads, "collective", self.collective,
+            "in_process goes with launcher 'thread', and with no other",
+        )  # fmt: skip
+        require(
+            self.device != "cuda" or self.collective != "shared_memory",
+            "collective", self.collective, "shared_memory is for device 'cpu'",
+        )  # fmt: skip
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be launched and not yet committed when the next one is scheduled."""
+        return 1 if self.overlap else 0
+
+    def _check_sizes(self) -> None:
+        sizes = ("dp_size", "page_size", "max_num_requests", "max_num_tokens")
+        for name in (*sizes, "max_queued_requests"):
+            value = getattr(self, name)
+            require(is_int(value) and value >= 1, name, value, "an integer >= 1")
+        for name, least in (("num_pages", 2), ("max_model_len", 2), ("torch_threads", 1)):
+            value = getattr(self, name)
+            ok = value is None or (is_int(value) and value >= least)
+            require(ok, name, value, f"None or an integer >= {least}")
+        require(is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "0..2**63-1")
+        require(
+            self.max_num_requests <= self.max_num_tokens,
+            "max_num_requests", self.max_num_requests,
+            f"at most max_num_tokens {self.max_num_tokens}: a decoding request needs a token a step",
+        )  # fmt: skip
+        fraction = self.kv_memory_fraction
+        ok = is_finite(fraction) and 0 < fraction <= 1
+        require(ok, "kv_memory_fraction", fraction, "a number above 0, at most 1")
+        for name in ("start_timeout_s", "step_timeout_s"):
+            value = getattr(self, name)
+            require(is_finite(value) and value > 0, name, value, "a number of seconds above 0")

@@ -1,0 +1,41 @@
+"""What can go wrong, one type per cause. Mistakes of the user are plain ValueErrors."""
+
+from __future__ import annotations
+
+
+def require(ok: bool, field: str, value: object, allowed: str) -> None:
+    """Raise a one-line ValueError that names the field, its value and what is allowed."""
+    if not ok:
+        raise ValueError(f"{field}: {value!r} is not allowed; {allowed}")
+
+
+class RankDisagreement(RuntimeError):
+    """The records of one step differ between ranks; raised on all of them, before a collective."""
+
+
+class ContractViolation(RuntimeError):
+    """An attention call whose inputs do not fit its metadata."""
+
+
+class CollectiveAborted(RuntimeError):
+    """A collective or a board was aborted while, or before, a rank waited on it."""
+
+
+class CollectiveTimeout(RuntimeError):
+    """A peer did not arrive at a collective or a step in time."""
+
+
+class StartError(RuntimeError):
+    """The ranks could not be started; names the ranks and the reason."""
+
+
+class RankFailed(RuntimeError):
+    """A rank died or stopped while it served."""
+
+
+class QueueFull(RuntimeError):
+    """The engine holds as many unfinished requests as it may."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine was used after close()."""

@@ -1,0 +1,121 @@
+"""AttentionMetadata: what an attention kernel reads, built from a LocalBatch alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.batch import Int32, LocalBatch
+from dp_runtime.errors import ContractViolation
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """The shape of a rank's page pool; page 0 is the null page."""
+
+    num_pages: int
+    page_size: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run something happened, for messages."""
+
+    dp_rank: int
+    step_id: int
+    slot: str
+
+    def __str__(self) -> str:
+        return f"rank {self.dp_rank}, step {self.step_id}, slot {self.slot}"
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMetadata:
+    """The real sequences of one slot on one rank; `batch_size` is derived, never set.
+
+    The host mirrors hold the same numbers as the device tensors.
+    """
+
+    cu_seqlens_q: Tensor  # [requests + 1] int32
+    seq_lens: Tensor  # [requests] int32
+    page_table: Tensor  # [requests, pages] int32
+    slot_mapping: Tensor  # [rows] int64
+    query_lens_host: Int32  # [requests]
+    seq_lens_host: Int32  # [requests]
+
+    @property
+    def batch_size(self) -> int:
+        return self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.slot_mapping.shape[0]
+
+    @classmethod
+    def build(
+        cls, batch: LocalBatch, pages: PageGeometry, place: Place, device: torch.device
+    ) -> AttentionMetadata:
+        """Check the batch's values once on the host and copy them to the device.
+
+        Raises ContractViolation if a page id, a length or an offset does not fit the pool.
+        """
+        check_values(batch, pages, place)
+        cu_seqlens_q = np.zeros(batch.num_requests + 1, np.int32)
+        np.cumsum(batch.query_lens, out=cu_seqlens_q[1:])
+        return cls(
+            cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(device),
+            seq_lens=torch.tensor(batch.seq_lens, device=device),
+            page_table=torch.tensor(batch.page_table, device=device),
+            slot_mapping=torch.tensor(batch.slot_mapping, device=device),
+            query_lens_host=batch.query_lens,
+            seq_lens_host=batch.seq_lens,
+        )
+
+
+def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
+    """Compare every value a kernel will trust with the pool; flashinfer compares none of them.
+
+    Source of the trap: SGLang PR #21649, where a kernel walked past its metadata.
+    """
+    if batch.num_requests == 0:
+        return
+    capacity = batch.page_table.shape[1] * pages.page_size
+    _check(batch.query_lens.min() >= 1, place, "query_lens", batch.query_lens.min(), ">= 1")
+    shortest = (batch.seq_lens - batch.query_lens).min()
+    _check(shortest >= 0, place, "seq_lens - query_lens", shortest, ">= 0")
+    _check(batch.seq_lens.max() <= capacity, place, "seq_lens", batch.seq_lens.max(), capacity)
+    low, high = batch.page_table.min(), batch.page_table.max()
+    _check(low >= 0, place, "page_table", low, ">= 0")
+    _check(high < pages.num_pages, place, "page_table", high, f"< num_pages {pages.num_pages}")
+    used = -(-batch.seq_lens // pages.page_size)
+    owned = np.arange(batch.page_table.shape[1]) < used[:, None]
+    _check(batch.page_table[owned].min() > 0, place, "page_table", 0, "pages in use are not null")
+    _check_rows(batch, pages, place)
+    if len(batch.sample_rows):
+        last = batch.sample_rows.max()
+        _check(last < batch.num_tokens, place, "sample_rows", last, f"< {batch.num_tokens}")
+
+
+def _check_rows(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
+    """Positions run up to seq_len - 1, and every row writes to the page of its position."""
+    owner = np.repeat(np.arange(batch.num_requests), batch.query_lens)
+    starts = np.cumsum(batch.query_lens) - batch.query_lens
+    expected = (batch.seq_lens - batch.query_lens - starts)[owner] + np.arange(batch.num_tokens)
+    wrong = np.flatnonzero(batch.positions != expected)
+    if len(wrong):
+        row = wrong[0]
+        _check(False, place, f"positions[{row}]", batch.positions[row], expected[row])
+    page = batch.page_table[owner, batch.positions // pages.page_size]
+    slots = page.astype(np.int64) * pages.page_size + batch.positions % pages.page_size
+    wrong = np.flatnonzero(batch.slot_mapping != slots)
+    if len(wrong):
+        row = wrong[0]
+        _check(False, place, f"slot_mapping[{row}]", batch.slot_mapping[row], slots[row])
+
+
+def _check(ok: bool | np.bool_, place: Place, field: str, value: object, allowed: object) -> None:
+    if not ok:
+        raise ContractViolation(f"{place}: {field} is {value}, allowed: {allowed}")

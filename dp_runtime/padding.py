@@ -1,0 +1,113 @@
+"""Padding for the MoE collectives: the modes, the plan of one stage, `pad` and `strip`.
+
+Nothing outside the MoE stage calls `pad` or `strip`; a batch never learns a padded size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class PaddingMode(StrEnum):
+    """How the ranks' rows are laid out for a collective."""
+
+    MAX_LEN = "max_len"  # every rank contributes the largest rank's rows
+    RAGGED = "ragged"  # every rank contributes its own rows
+    AUTO = "auto"  # the cheaper of the two for the counts at hand
+
+
+@dataclass(frozen=True)
+class PaddingCost:
+    """Time of an all-gather and reduce-scatter pair: base + rows * per_row, in nanoseconds."""
+
+    max_len_base: int
+    max_len_per_row: int
+    ragged_base: int
+    ragged_per_row: int
+
+    def choose(self, real_rows: tuple[int, ...]) -> PaddingMode:
+        """The cheaper mode for these counts; a pure function, so that all ranks choose alike."""
+        padded = self.max_len_base + self.max_len_per_row * max(real_rows) * len(real_rows)
+        ragged = self.ragged_base + self.ragged_per_row * sum(real_rows)
+        return PaddingMode.RAGGED if ragged < padded else PaddingMode.MAX_LEN
+
+
+@dataclass(frozen=True)
+class PaddingPlan:
+    """Rows of every rank in one MoE stage: what is real, and what enters the collective."""
+
+    dp_rank: int
+    real_rows: tuple[int, ...]
+    gathered_rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.real_rows) == len(self.gathered_rows), f"one count per rank: {self}"
+        assert all(r <= g for r, g in zip(self.real_rows, self.gathered_rows)), (
+            f"a rank gathers at least its real rows: {self}"
+        )
+
+    @classmethod
+    def of(cls, mode: PaddingMode, dp_rank: int, real_rows: tuple[int, ...]) -> PaddingPlan:
+        """The plan of `max_len` or `ragged` for these counts."""
+        match mode:
+            case PaddingMode.MAX_LEN:
+                gathered = (max(real_rows),) * len(real_rows)
+            case PaddingMode.RAGGED:
+                gathered = real_rows
+            case _:
+                raise AssertionError(f"{mode} is resolved before a plan is made")
+        return cls(dp_rank, real_rows, gathered)
+
+    @property
+    def own_real(self) -> int:
+        return self.real_rows[self.dp_rank]
+
+    @property
+    def own_gathered(self) -> int:
+        return self.gathered_rows[self.dp_rank]
+
+    @property
+    def total_real(self) -> int:
+        return sum(self.real_rows)
+
+    @property
+    def total_gathered(self) -> int:
+        return sum(self.gathered_rows)
+
+    @property
+    def wire_rows(self) -> int:
+        """Rows that reach another rank in one collective of this plan."""
+        return self.total_gathered * (len(self.real_rows) - 1)
+
+    @cached_property
+    def real_index(self) -> Tensor | None:
+        """Where the real rows lie among the gathered ones, [total_real] int64; None if all are."""
+        if self.total_real == self.total_gathered:
+            return None
+        starts = [sum(self.gathered_rows[:rank]) for rank in range(len(self.gathered_rows))]
+        return torch.cat(
+            [torch.arange(start, start + real) for start, real in zip(starts, self.real_rows)]
+        )
+
+
+def pad(rows: Tensor, plan: PaddingPlan, poison: bool = False) -> Tensor:
+    """This rank's real rows [own_real, hidden] -> [own_gathered, hidden]; the tail is 0, or NaN."""
+    assert rows.shape[0] == plan.own_real, f"{rows.shape[0]} rows, the plan says {plan.own_real}"
+    tail = plan.own_gathered - plan.own_real
+    if tail == 0:
+        return rows
+    fill = torch.full((tail, *rows.shape[1:]), float("nan") if poison else 0.0).to(rows)
+    return torch.cat([rows, fill])
+
+
+def strip(rows: Tensor, plan: PaddingPlan) -> Tensor:
+    """This rank's gathered rows [own_gathered, hidden] -> its real rows [own_real, hidden]."""
+    assert rows.shape[0] == plan.own_gathered, (
+        f"{rows.shape[0]} rows, the plan says {plan.own_gathered}"
+    )
+    return rows[: plan.own_real]

@@ -1,0 +1,121 @@
+"""What others implement for the runtime: collectives, the step board, rank groups, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dp_runtime.agreement import StepRecord
+from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.request import RankRequest, RequestProgress
+from dp_runtime.status import ModelInfo, RankHealth
+from dp_runtime.trace import StepTrace, Totals
+
+Counts = tuple[int, ...]
+
+
+class RowCollective(Protocol):
+    """Moves rows of a matrix between ranks; all ranks call the same methods in the same order.
+
+    `counts` are known to every rank alike. Every wait ends within the implementation's timeout
+    with CollectiveTimeout, or with CollectiveAborted after an abort. Nothing moves, and nobody
+    waits, where the counts sum to 0.
+    """
+
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds this rank has spent waiting for peers, since the start."""
+
+    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+        """All ranks' values (equally many on each rank), [rank][value]."""
+
+    def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
+
+    def reduce_scatter_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
+
+    def barrier(self) -> None:
+        """Return once all ranks have called it."""
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+
+    def close(self) -> None:
+        """Release what this rank holds; callable more than once."""
+
+
+class StepBoard(Protocol):
+    """Where ranks post their step records and read everyone's; one reader thread per rank."""
+
+    dp_rank: int
+    dp_size: int
+
+    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+        """Post this rank's next record and return the records all ranks posted in that turn.
+
+        Turns are counted by the board, so that records which differ in epoch, step or program
+        still meet. Raises CollectiveTimeout naming the ranks that are missing.
+        """
+
+    def idle(self, timeout_s: float) -> None:
+        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
+
+    def wake(self) -> None:
+        """End this rank's current or next `idle`; callable from any thread."""
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+
+    def close(self) -> None:
+        """Release what this rank holds; callable more than once."""
+
+
+class AttentionBackend(Protocol):
+    """Attention of one layer over the paged cache it is bound to.
+
+    It sees rows and metadata, and can reach neither a batch, an agreement nor a config.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Append k and v to the cache, then attend causally.
+
+        q [rows, num_heads, head_dim], k and v [rows, num_kv_heads, head_dim]
+        -> [rows, num_heads, head_dim].
+        """
+
+
+ProgressListener = Callable[[int, Sequence[RequestProgress]], None]  # dp_rank, what it did
+FailureListener = Callable[[BaseException], None]
+
+
+class RankGroup(Protocol):
+    """The running ranks as the engine sees them, whatever kind of process they are."""
+
+    model: ModelInfo
+
+    def listen(self, on_progress: ProgressListener, on_failure: FailureListener) -> None:
+        """Deliver outputs and the first failure, each from the group's own threads."""
+
+    def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
+        """Queue requests on a rank; does not wait."""
+
+    def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
+        """Stop requests of a rank; does not wait."""
+
+    def health(self) -> tuple[RankHealth, ...]:
+        """The state of every rank, also of those that do not answer."""
+
+    def trace(self) -> tuple[StepTrace, ...]:
+        """The steps that the ranks remember, ordered by step and rank."""
+
+    def totals(self) -> tuple[Totals, ...]:
+        """What every rank has counted since the start."""
+
+    def close(self) -> None:
+        """Stop all ranks and release their processes; callable more than once."""

@@ -1,0 +1,55 @@
+"""What a rank tells about itself and about the model it loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class RankState(StrEnum):
+    """The phase a rank is in."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    RUNNING = "running"
+    IDLE = "idle"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    UNREACHABLE = "unreachable"  # its process does not answer
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the driver must know of the model; read by rank 0, for the driver may not see it."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_json: str | None  # the content of tokenizer.json
+    cache_tokens: int  # tokens the page pool of one rank can hold
+    weight_bytes: int  # on rank 0
+    bytes_read: int  # from rank 0's checkpoint slices
+    load_s: float
+
+
+@dataclass(frozen=True)
+class RankHealth:
+    """Progress of one rank; being alive is not progress, so the last finished step counts."""
+
+    dp_rank: int
+    state: RankState
+    pid: int = 0
+    host: str = ""
+    epoch: int = 0
+    last_step: int = -1
+    last_step_age_s: float = 0.0
+    free_pages: int = 0
+    num_pages: int = 0
+    num_running: int = 0
+    num_queued: int = 0
+    bytes_read: int = 0
+    bytes_total: int = 0
+    error: str = ""

@@ -1,0 +1,188 @@
+"""Per-step measurements of a rank, their totals, and their export as a Chrome trace."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+MAX_REMEMBERED_STEPS = 20_000
+
+
+@dataclass(frozen=True)
+class SlotTrace:
+    """Rows of one slot, as all ranks agreed on them; times are this rank's."""
+
+    slot: str
+    real_rows: tuple[int, ...]  # [rank]
+    gathered_rows: tuple[int, ...]  # [rank]
+    wire_rows: int  # rows that reached another rank, all MoE layers and both directions
+    forward_s: float  # waits included
+    wait_s: float  # for slower ranks, inside collectives
+
+    @property
+    def max_rows(self) -> int:
+        return max(self.real_rows)
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One finished step of one rank; durations in seconds."""
+
+    dp_rank: int
+    step_id: int
+    epoch: int
+    start_s: float  # of the host's monotonic clock
+    schedule_s: float
+    agree_s: float  # the record's exchange, waiting for slower ranks included
+    prepare_s: float  # metadata and input tensors
+    sample_s: float
+    commit_s: float
+    slots: tuple[SlotTrace, ...]
+    output_tokens: int
+    prompt_tokens: int
+
+    @property
+    def wait_s(self) -> float:
+        return sum(slot.wait_s for slot in self.slots)
+
+    @property
+    def busy_s(self) -> float:
+        """Time this rank worked for itself: neither waiting for peers nor agreeing."""
+        forward = sum(slot.forward_s for slot in self.slots) - self.wait_s
+        return self.schedule_s + self.prepare_s + forward + self.sample_s + self.commit_s
+
+
+@dataclass
+class Totals:
+    """Sums over the finished steps of one rank; row counts are over all ranks."""
+
+    dp_rank: int
+    steps: int = 0
+    output_tokens: int = 0
+    prompt_tokens: int = 0
+    preemptions: int = 0
+    real_rows: int = 0
+    gathered_rows: int = 0
+    max_rows: int = 0  # sum over steps of the largest rank's rows
+    wire_rows: int = 0
+    busy_s: float = 0.0
+    wait_s: float = 0.0
+    agree_s: float = 0.0
+    idle_steps: int = 0  # this rank had no rows while another had
+
+
+@dataclass
+class Recorder:
+    """Remembers the last steps of a rank and adds all of them up."""
+
+    totals: Totals
+    steps: deque[StepTrace] = field(default_factory=lambda: deque(maxlen=MAX_REMEMBERED_STEPS))
+
+    def add(self, step: StepTrace) -> None:
+        self.steps.append(step)
+        totals = self.totals
+        totals.steps += 1
+        totals.output_tokens += step.output_tokens
+        totals.prompt_tokens += step.prompt_tokens
+        totals.busy_s += step.busy_s
+        totals.wait_s += step.wait_s
+        totals.agree_s += step.agree_s
+        totals.idle_steps += all(slot.real_rows[step.dp_rank] == 0 for slot in step.slots)
+        for slot in step.slots:
+            totals.real_rows += sum(slot.real_rows)
+            totals.gathered_rows += sum(slot.gathered_rows)
+            totals.max_rows += slot.max_rows
+            totals.wire_rows += slot.wire_rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an engine has done since its start; `str()` prints it as a table."""
+
+    dp_size: int
+    elapsed_s: float  # while at least one request was unfinished
+    requests: int
+    steps: int
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+    padding_waste: float  # 1 - sum of real rows / sum of gathered rows
+    row_balance: float  # mean rows of a rank / rows of the largest rank
+    wire_rows: int
+    busy_s: tuple[float, ...]  # [rank]
+    wait_s: tuple[float, ...]  # [rank] for the slowest rank: in collectives and agreeing
+    idle_steps: tuple[int, ...]  # [rank]
+    output_tokens_by_rank: tuple[int, ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.output_tokens / self.elapsed_s if self.elapsed_s else 0.0
+
+    @classmethod
+    def of(cls, ranks: Sequence[Totals], requests: int, elapsed_s: float) -> Report:
+        """The report of all ranks' totals; rows are counted alike on every rank."""
+        first = ranks[0]
+        waste = 1 - first.real_rows / first.gathered_rows if first.gathered_rows else 0.0
+        balance = first.real_rows / (len(ranks) * first.max_rows) if first.max_rows else 1.0
+        return cls(
+            dp_size=len(ranks),
+            elapsed_s=elapsed_s,
+            requests=requests,
+            steps=first.steps,
+            prompt_tokens=sum(rank.prompt_tokens for rank in ranks),
+            output_tokens=sum(rank.output_tokens for rank in ranks),
+            preemptions=sum(rank.preemptions for rank in ranks),
+            padding_waste=waste,
+            row_balance=balance,
+            wire_rows=first.wire_rows,
+            busy_s=tuple(rank.busy_s for rank in ranks),
+            wait_s=tuple(rank.wait_s + rank.agree_s for rank in ranks),
+            idle_steps=tuple(rank.idle_steps for rank in ranks),
+            output_tokens_by_rank=tuple(rank.output_tokens for rank in ranks),
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"requests {self.requests}   steps {self.steps}   preemptions {self.preemptions}",
+            f"prompt tokens {self.prompt_tokens}   output tokens {self.output_tokens}   "
+            f"{self.tokens_per_s:.1f} output tok/s over {self.elapsed_s:.2f} s",
+            f"padding_waste {self.padding_waste:.3f}   row_balance {self.row_balance:.3f}   "
+            f"wire_rows {self.wire_rows}",
+            "rank  output tokens  idle steps  busy s  wait for the slowest rank s",
+        ]
+        lines += [
+            f"{rank:>4}  {self.output_tokens_by_rank[rank]:>13}  {self.idle_steps[rank]:>10}  "
+            f"{self.busy_s[rank]:>6.2f}  {self.wait_s[rank]:>6.2f}"
+            for rank in range(self.dp_size)
+        ]
+        lines.append(f" all  mean busy {fmean(self.busy_s):.2f} s, wait {fmean(self.wait_s):.2f} s")
+        return "\n".join(lines)
+
+
+def write_chrome_trace(steps: Iterable[StepTrace], path: Path) -> None:
+    """Write steps as Chrome trace JSON, which Perfetto opens: one track per rank.
+
+    Source of the format: "Trace Event Format", complete events (`ph` X), microseconds.
+    """
+    events = [event for step in steps for event in _events(step)]
+    path.write_text(json.dumps({"traceEvents": events}))
+
+
+def _events(step: StepTrace) -> list[dict[str, object]]:
+    phases = [("schedule", step.schedule_s), ("agree", step.agree_s), ("prepare", step.prepare_s)]
+    phases += [(slot.slot, slot.forward_s) for slot in step.slots]
+    phases += [("sample", step.sample_s), ("commit", step.commit_s)]
+    events: list[dict[str, object]] = []
+    at = step.start_s
+    rows = [asdict(slot) for slot in step.slots]
+    for name, duration in phases:
+        events.append(
+            {"name": name, "ph": "X", "ts": at * 1e6, "dur": duration * 1e6, "pid": 0}
+            | {"tid": step.dp_rank, "args": {"step": step.step_id, "slots": rows}}
+        )
+        at += duration
+    return events
