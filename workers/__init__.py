@@ -1,0 +1,23 @@
+"""Processes: the plain worker, and the groups that start it as actors, processes or threads."""
+
+from __future__ import annotations
+
+from dp_runtime.config import EngineConfig
+from workers.group import WorkerGroup
+
+
+def start(config: EngineConfig, show_progress: bool = False) -> WorkerGroup:
+    """Start all ranks of a config and return them when they are ready to serve."""
+    match config.launcher:
+        case "ray":
+            from workers.ray_group import start_ray
+
+            group = start_ray(config)
+        case "local" | "thread":
+            from workers.local_group import start_local
+
+            group = start_local(config)
+        case _:
+            raise AssertionError(f"launcher {config.launcher} was checked by the config")
+    group.start(show_progress)
+    return group

@@ -1,0 +1,110 @@
+"""From what a user submits to what a rank gets, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dp_runtime.errors import require
+from dp_runtime.random_numbers import derive_seed
+from dp_runtime.request import Prompt, PromptEmbeds, RankRequest, TokensPrompt
+from dp_runtime.sampling_params import SamplingParams, is_int
+from dp_runtime.status import ModelInfo
+from dp_runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class RequestFactory:
+    """Makes complete requests; every mistake is a ValueError that names field and value."""
+
+    model: ModelInfo
+    tokenizer: Tokenizer | None
+    seed: int
+
+    def make(self, request_id: int, prompt: Prompt, params: SamplingParams) -> RankRequest:
+        """The request as a rank gets it."""
+        require(
+            isinstance(params, SamplingParams), "params", params, "an instance of SamplingParams"
+        )
+        tokens = self._tokens(prompt)
+        self._check_tokens(tokens)
+        self._check_params(params)
+        eos = () if params.ignore_eos else self.model.eos_token_ids
+        return RankRequest(
+            request_id=request_id,
+            prompt_token_ids=tokens,
+            params=params,
+            seed=derive_seed(self.seed, request_id) if params.seed is None else params.seed,
+            stop_token_ids=frozenset((*eos, *params.stop_token_ids)),
+            embeds=self._embeds(prompt, len(tokens)) if isinstance(prompt, TokensPrompt) else None,
+        )
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            require(
+                self.tokenizer is not None, "prompt", _short(prompt),
+                "token ids: the model's directory has no tokenizer.json",
+            )  # fmt: skip
+            assert self.tokenizer is not None, "checked above"
+            return tuple(self.tokenizer.encode(prompt))
+        ids = prompt.token_ids if isinstance(prompt, TokensPrompt) else prompt
+        require(
+            isinstance(ids, Sequence | np.ndarray), "prompt", _short(ids), "text or token ids"
+        )
+        for token in ids:
+            require(is_int(token), "prompt", _short(token), "text or token ids")
+        return tuple(int(token) for token in ids)
+
+    def _check_tokens(self, tokens: tuple[int, ...]) -> None:
+        require(len(tokens) > 0, "prompt", "", "at least one token")
+        most = self.model.max_model_len - 1
+        require(
+            len(tokens) <= most, "prompt", f"{len(tokens)} tokens",
+            f"at most {most} tokens: max_model_len is {self.model.max_model_len}",
+        )  # fmt: skip
+        self._check_ids("prompt", tokens)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        require(
+            not params.stop_strings or self.tokenizer is not None, "stop", params.stop,
+            "stop_token_ids: the model's directory has no tokenizer.json",
+        )  # fmt: skip
+        self._check_ids("logit_bias", tuple(params.logit_bias))
+        self._check_ids("stop_token_ids", tuple(params.stop_token_ids))
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(params, name)
+            ok = value is None or value <= self.model.vocab_size
+            require(ok, name, value, f"at most the vocabulary {self.model.vocab_size}")
+
+    def _check_ids(self, field: str, ids: tuple[int, ...]) -> None:
+        size = self.model.vocab_size
+        for token in ids:
+            require(0 <= token < size, field, token, f"token ids are in 0..{size - 1}")
+
+    def _embeds(self, prompt: TokensPrompt, length: int) -> PromptEmbeds | None:
+        if prompt.prompt_embeds is None:
+            positions = list(prompt.embed_positions)
+            require(not positions, "embed_positions", positions, "none without prompt_embeds")
+            return None
+        values = np.asarray(prompt.prompt_embeds, np.float32)
+        positions = np.asarray(prompt.embed_positions, np.int64)
+        shape = (len(positions), self.model.hidden_size)
+        require(
+            values.shape == shape, "prompt_embeds", values.shape,
+            f"shape {shape}: one row of hidden_size per embed position",
+        )  # fmt: skip
+        require(bool(np.isfinite(values).all()), "prompt_embeds", "NaN or inf", "finite values")
+        inside = ((positions >= 0) & (positions < length)).all()
+        unique = len(set(positions.tolist())) == len(positions)
+        require(
+            bool(inside) and unique, "embed_positions", positions.tolist(),
+            f"distinct positions of the prompt, 0..{length - 1}",
+        )  # fmt: skip
+        return PromptEmbeds(positions, values)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:40] + "..."

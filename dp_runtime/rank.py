@@ -1,0 +1,79 @@
+"""From a plan to a rank that can step: weights, pages, coordinator, scheduler, sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+
+import torch
+
+from dp_runtime.attention import make_backend
+from dp_runtime.config import EngineConfig
+from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
+from dp_runtime.kv_cache import allocate_pools
+from dp_runtime.loader import open_weights
+from dp_runtime.models import build_model
+from dp_runtime.padding import PaddingMode
+from dp_runtime.program import Slot
+from dp_runtime.protocols import RowCollective, StepBoard
+from dp_runtime.sampling import Sampler
+from dp_runtime.scheduler import Scheduler
+from dp_runtime.sizing import RankPlan
+from dp_runtime.status import ModelInfo
+from dp_runtime.step import StepLoop
+from dp_runtime.trace import Recorder, Totals
+
+
+def build_rank(
+    config: EngineConfig,
+    plan: RankPlan,
+    board: StepBoard,
+    collective: RowCollective,
+    on_bytes: Callable[[int], None],
+) -> tuple[StepLoop, ModelInfo]:
+    """Load this rank's share of the model and put its step loop together."""
+    started = monotonic()
+    device = torch.device(plan.device)
+    weights = open_weights(
+        config.model, config.load_format, config.seed, plan.dtype, device, on_bytes
+    )
+    model = plan.model
+    pools = allocate_pools(
+        model.num_layers, plan.pages, model.num_kv_heads, model.head_dim, plan.dtype, device
+    )
+    served = build_model(
+        model,
+        weights,
+        plan.shard,
+        lambda layer: make_backend(plan.backend, pools[layer], model.num_heads, model.head_dim),
+    )
+    mode = PaddingMode(config.padding)
+    cost = (
+        measure_padding_cost(collective, model.hidden_size, plan.dtype, device)
+        if mode is PaddingMode.AUTO
+        else None
+    )
+    coordinator = StepCoordinator(board, collective, Padding(mode, cost, config.poison_padding))
+    loop = StepLoop(
+        Scheduler(plan.pages, plan.limits),
+        coordinator,
+        {Slot.TARGET: served},
+        Sampler(model.vocab_size, device),
+        Recorder(Totals(plan.shard.dp_rank)),
+        device,
+        config.depth,
+    )
+    tokenizer = Path(config.model, "tokenizer.json")
+    return loop, ModelInfo(
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        max_model_len=plan.limits.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        tokenizer_json=tokenizer.read_text() if tokenizer.exists() else None,
+        cache_tokens=plan.cache_tokens,
+        weight_bytes=plan.weight_bytes,
+        bytes_read=weights.bytes_read,
+        load_s=monotonic() - started,
+    )

@@ -1,0 +1,126 @@
+"""RankPlan: what a rank would run, and how many bytes it takes; decided before any weight is read.
+
+`inspect` prints it, and the rank that starts is built from the same value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from dp_runtime.attention import choose_backend
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import require
+from dp_runtime.loader import CountedWeights
+from dp_runtime.metadata import PageGeometry
+from dp_runtime.models import ShardSpec, build_model
+from dp_runtime.models.config import ModelConfig, read_model_config
+from dp_runtime.scheduler import Limits
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Everything that follows from a config, a model and a device, for one rank."""
+
+    model: ModelConfig
+    device: str
+    dtype: torch.dtype
+    backend: str
+    backend_reason: str
+    shard: ShardSpec
+    limits: Limits
+    pages: PageGeometry
+    weight_bytes: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers, K and V."""
+        return page_bytes(self.model, self.pages.page_size, self.dtype)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.pages.num_pages * self.page_bytes
+
+    @property
+    def cache_tokens(self) -> int:
+        return (self.pages.num_pages - 1) * self.pages.page_size
+
+
+def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
+    """Decide what a rank runs on "cpu" or "cuda:i".
+
+    Raises ValueError if the model, the lengths or the memory do not fit; the message has the fix.
+    """
+    model = read_model_config(config.model)
+    dtype = resolve_dtype(config.dtype, device)
+    backend, reason = choose_backend(config.attention_backend, device)
+    shard = ShardSpec(config.moe_sharding, dp_rank, config.dp_size)
+    weights = CountedWeights(dtype)
+    build_model(model, weights, shard, None)
+    length = config.max_model_len or model.max_position_embeddings
+    require(
+        length <= model.max_position_embeddings, "max_model_len", length,
+        f"the model has {model.max_position_embeddings} positions",
+    )  # fmt: skip
+    return RankPlan(
+        model=model,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        backend_reason=reason,
+        shard=shard,
+        limits=Limits(config.max_num_requests, config.max_num_tokens, length),
+        pages=_page_geometry(config, model, dtype, device, length, weights.bytes_read),
+        weight_bytes=weights.bytes_read,
+    )
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """The torch dtype of a config's; auto is float32 on a CPU and bfloat16 on a GPU."""
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    resolved = getattr(torch, dtype)
+    assert isinstance(resolved, torch.dtype), f"{dtype} was checked by the config"
+    return resolved
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers, K and V."""
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    return page_size * per_token
+
+
+def _page_geometry(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: str,
+    length: int,
+    weight_bytes: int,
+) -> PageGeometry:
+    size = config.page_size
+    one_sequence = -(-length // size) + 1
+    if config.num_pages is not None:
+        require(
+            config.num_pages >= one_sequence, "num_pages", config.num_pages,
+            f"at least {one_sequence}: max_model_len {length} in pages of {size}, and the null "
+            "page; or lower max_model_len",
+        )  # fmt: skip
+        return PageGeometry(config.num_pages, size)
+    usable = (_free_bytes(device, config.dp_size) - weight_bytes) * config.kv_memory_fraction
+    affordable = int(usable // page_bytes(model, size, dtype))
+    require(
+        affordable >= one_sequence, "kv_memory_fraction", config.kv_memory_fraction,
+        f"memory for {one_sequence} pages: max_model_len {length} needs them and "
+        f"{max(affordable, 0)} fit; lower max_model_len or raise kv_memory_fraction",
+    )  # fmt: skip
+    wanted = (one_sequence - 1) * config.max_num_requests + 1
+    return PageGeometry(min(wanted, affordable), size)
+
+
+def _free_bytes(device: str, dp_size: int) -> int:
+    if device == "cpu":
+        return int(psutil.virtual_memory().available) // dp_size
+    return torch.cuda.mem_get_info(torch.device(device))[0]

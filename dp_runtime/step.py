@@ -1,0 +1,261 @@
+"""One rank's step, from schedule to commit, and the loop that repeats it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic, perf_counter
+
+import torch
+from torch import Tensor
+
+from dp_runtime.agreement import Agreement, FaultBits
+from dp_runtime.batch import LocalBatch
+from dp_runtime.coordinator import RankLoad, StepCoordinator
+from dp_runtime.metadata import AttentionMetadata, Place
+from dp_runtime.models import Model, SlotInputs
+from dp_runtime.program import Slot
+from dp_runtime.request import RankRequest, RequestProgress, TokenLogprob
+from dp_runtime.sampling import PromptScores, Sampled, Sampler
+from dp_runtime.scheduler import Scheduled, Scheduler, StepTokens
+from dp_runtime.trace import Recorder, SlotTrace, StepTrace
+
+IDLE_S = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Commands:
+    """What came in for a rank since its last step."""
+
+    add: Sequence[RankRequest] = ()
+    abort: Sequence[int] = ()
+    stop: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Launched:
+    """A step whose results the host has not looked at yet."""
+
+    scheduled: Scheduled
+    agreement: Agreement
+    sampled: Sampled
+    scores: tuple[PromptScores, ...]
+    slots: tuple[SlotTrace, ...]
+    started: float
+    times: tuple[float, float, float, float]  # schedule, agree, prepare, sample
+
+
+class StepLoop:
+    """Runs the steps of one rank: schedule, post, agree, build metadata, run, sample, commit.
+
+    With `depth` 1 a step is scheduled and agreed on before the one before it is committed; with
+    depth 0 the same code commits each step first.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        coordinator: StepCoordinator,
+        models: Mapping[Slot, Model],
+        sampler: Sampler,
+        recorder: Recorder,
+        device: torch.device,
+        depth: int = 0,
+    ) -> None:
+        self.scheduler = scheduler
+        self.coordinator = coordinator
+        self.models = models
+        self.sampler = sampler
+        self.recorder = recorder
+        self.device = device
+        self.depth = depth
+        self.last_finished = (-1, monotonic())  # step id, when
+        self.idle = threading.Event()
+        self._last_sampled = torch.zeros(0, dtype=torch.int64, device=device)
+        self._dp_rank = coordinator.collective.dp_rank
+
+    def run(
+        self,
+        take: Callable[[], Commands],
+        deliver: Callable[[list[RequestProgress]], None],
+    ) -> None:
+        """Step until all ranks agree to stop; an exception frees the other ranks first."""
+        try:
+            self._run(take, deliver)
+        except BaseException as error:
+            self.coordinator.abort(f"rank {self._dp_rank}: {type(error).__name__}: {error}")
+            raise
+
+    def _run(
+        self,
+        take: Callable[[], Commands],
+        deliver: Callable[[list[RequestProgress]], None],
+    ) -> None:
+        in_flight: deque[Launched] = deque()
+        while True:
+            commands = take()
+            deliver(self._apply(commands))
+            started = perf_counter()
+            scheduled = self.scheduler.schedule(self.coordinator.program)
+            at_agree = perf_counter()
+            faults = FaultBits.STOP if commands.stop else FaultBits.NONE
+            agreement = self.coordinator.agree(scheduled.real_rows, self._load(scheduled), faults)
+            if agreement.stop:
+                return
+            if not agreement.idle:
+                times = (started, at_agree, perf_counter())
+                in_flight.append(self._launch(scheduled, agreement, times))
+            depth = 0 if agreement.idle else self.depth
+            settled = not in_flight
+            while len(in_flight) > depth:
+                deliver(self._commit(in_flight.popleft()))
+            if settled and agreement.idle:
+                self._sleep()
+
+    def _sleep(self) -> None:
+        """All ranks are empty: no step until a request arrives at one of them."""
+        self.idle.set()
+        if not self.scheduler.has_work:
+            self.coordinator.board.idle(IDLE_S)
+        self.idle.clear()
+
+    def _apply(self, commands: Commands) -> list[RequestProgress]:
+        for request in commands.add:
+            self.sampler.add(request)
+            self.scheduler.add(request)
+        ended = [self.scheduler.abort(request_id) for request_id in commands.abort]
+        progress = [item for item in ended if item]
+        for item in progress:
+            self.sampler.remove(item.request_id)
+        return progress
+
+    def _load(self, scheduled: Scheduled) -> RankLoad:
+        return RankLoad(
+            num_requests=len(self.scheduler.running),
+            free_pages=self.scheduler.allocator.num_free,
+            queued_tokens=self.scheduler.queued_tokens,
+            wants_prefill=scheduled.prefill,
+        )
+
+    @torch.inference_mode()
+    def _launch(
+        self, scheduled: Scheduled, agreement: Agreement, times: tuple[float, float, float]
+    ) -> Launched:
+        """Run every slot of the program, and sample where the target ran."""
+        started, at_agree, agreed = times
+        sampled, scores = Sampled.none(self.device), ()
+        slots, prepare_s, sample_s = [], 0.0, 0.0
+        for index, slot in enumerate(agreement.program.slots):
+            batch = scheduled.batches[index]
+            at = perf_counter()
+            place = Place(self._dp_rank, agreement.step_id, slot)
+            metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
+            inputs = self._inputs(batch)
+            at_forward = perf_counter()
+            prepare_s += at_forward - at
+            hidden, slot_trace = self._forward(slot, inputs, metadata, agreement, index)
+            slots.append(slot_trace)
+            if slot is Slot.TARGET:
+                at_sample = perf_counter()
+                sampled, scores = self._sample(self.models[slot], hidden, batch, scheduled)
+                sample_s += perf_counter() - at_sample
+        self._last_sampled = sampled.token_ids
+        durations = (at_agree - started, agreed - at_agree, prepare_s, sample_s)
+        return Launched(
+            scheduled, agreement, sampled, scores, tuple(slots), monotonic(), durations
+        )
+
+    def _inputs(self, batch: LocalBatch) -> SlotInputs:
+        token_ids = torch.tensor(batch.token_ids, device=self.device)
+        pending = batch.token_sources >= 0
+        if pending.any():
+            rows = torch.from_numpy(pending.nonzero()[0]).to(self.device)
+            sources = torch.from_numpy(batch.token_sources[pending]).to(self.device)
+            token_ids[rows] = self._last_sampled[sources]
+        return SlotInputs(
+            token_ids=token_ids,
+            positions=torch.tensor(batch.positions, device=self.device),
+            embed_rows=torch.tensor(batch.embed_rows, device=self.device),
+            embeds=torch.tensor(batch.embeds, device=self.device),
+        )
+
+    def _forward(
+        self,
+        slot: Slot,
+        inputs: SlotInputs,
+        metadata: AttentionMetadata,
+        agreement: Agreement,
+        index: int,
+    ) -> tuple[Tensor, SlotTrace]:
+        model, collective = self.models[slot], self.coordinator.collective
+        exchange = self.coordinator.exchange(agreement, index)
+        start, waited = perf_counter(), collective.waited_s
+        hidden = model.forward(inputs, metadata, exchange)
+        trace = SlotTrace(
+            slot=slot,
+            real_rows=exchange.plan.real_rows,
+            gathered_rows=exchange.plan.gathered_rows,
+            wire_rows=exchange.plan.wire_rows * 2 * model.num_moe_layers,
+            forward_s=perf_counter() - start,
+            wait_s=collective.waited_s - waited,
+        )
+        return hidden, trace
+
+    def _sample(
+        self, model: Model, hidden: Tensor, batch: LocalBatch, scheduled: Scheduled
+    ) -> tuple[Sampled, tuple[PromptScores, ...]]:
+        if not len(batch.sample_rows):
+            return Sampled.none(self.device), ()
+        rows = torch.tensor(batch.sample_rows, device=self.device)
+        logits = model.logits(hidden[rows])
+        first = len(scheduled.samples)
+        scores = []
+        for part in scheduled.scored:
+            count = part.score_end - part.score_start
+            targets = part.live.request.prompt_token_ids[part.score_start + 1 : part.score_end + 1]
+            top_n = part.live.request.params.prompt_logprobs or 0
+            scores.append(
+                self.sampler.prompt_logprobs(logits[first : first + count], targets, top_n)
+            )
+            first += count
+        return self.sampler.sample(logits[: len(scheduled.samples)], scheduled.samples), tuple(
+            scores
+        )
+
+    def _commit(self, step: Launched) -> list[RequestProgress]:
+        """Look at what the step sampled, and move its requests on."""
+        at = perf_counter()
+        logprobs: Sequence[TokenLogprob | None] = step.sampled.host_logprobs()
+        tokens = StepTokens(
+            step.sampled.token_ids.tolist(), logprobs, [score.to_host() for score in step.scores]
+        )
+        progress = self.scheduler.commit(step.scheduled, tokens)
+        for item in progress:
+            if item.finish_reason:
+                self.sampler.remove(item.request_id)
+        self._record(step, progress, perf_counter() - at)
+        return progress
+
+    def _record(self, step: Launched, progress: list[RequestProgress], commit_s: float) -> None:
+        schedule_s, agree_s, prepare_s, sample_s = step.times
+        new_tokens = sum(len(item.token_ids) for item in progress)
+        self.recorder.totals.preemptions = self.scheduler.num_preemptions
+        self.recorder.add(
+            StepTrace(
+                dp_rank=self._dp_rank,
+                step_id=step.agreement.step_id,
+                epoch=step.agreement.epoch,
+                start_s=step.started,
+                schedule_s=schedule_s,
+                agree_s=agree_s,
+                prepare_s=prepare_s,
+                sample_s=sample_s,
+                commit_s=commit_s,
+                slots=step.slots,
+                output_tokens=new_tokens,
+                prompt_tokens=sum(part.prompt_tokens for part in step.scheduled.parts),
+            )
+        )
+        self.last_finished = (step.agreement.step_id, monotonic())

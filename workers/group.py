@@ -1,0 +1,200 @@
+"""WorkerGroup: the ranks of an engine, behind one small handle per rank."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from time import monotonic
+from typing import Any, Protocol
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import RankFailed, StartError
+from dp_runtime.progress import Progress
+from dp_runtime.protocols import FailureListener, ProgressListener
+from dp_runtime.request import RankRequest
+from dp_runtime.status import ModelInfo, RankHealth, RankState
+from dp_runtime.trace import StepTrace, Totals
+from workers.messages import HostInfo, Polled, Rendezvous
+
+POLL_S = 1.0
+STATUS_S = 5.0
+STOP_S = 12.0
+
+
+class RankHandle(Protocol):
+    """A rank's process: calls methods of its Worker, and ends it."""
+
+    dp_rank: int
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start a method of the Worker; RankFailed if its process ends first."""
+
+    def kill(self) -> None:
+        """End the process at once; callable more than once."""
+
+
+class WorkerGroup:
+    """Starts ranks behind handles, passes requests and outputs, watches them, ends them."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        handles: Sequence[RankHandle],
+        release: Callable[[], None],
+        in_process_group: object = None,
+    ) -> None:
+        self._config = config
+        self._handles = handles
+        self._release = release
+        self._in_process_group = in_process_group
+        self._closing = threading.Event()
+        self._failed = threading.Lock()
+        self._pollers: list[threading.Thread] = []
+        self.model: ModelInfo
+
+    def start(self, show_progress: bool) -> None:
+        """Bring all ranks to ready; on any failure none of them is left.
+
+        Raises ValueError if the config or the model is at fault, else StartError.
+        """
+        try:
+            deadline = monotonic() + self._config.start_timeout_s
+            hosts = self._all("prepare", deadline=deadline)
+            where = _rendezvous(self._config, hosts, self._in_process_group)
+            with Progress("load", 0, "B", show_progress) as progress:
+                infos = self._all("start", where, deadline=deadline, progress=progress)
+            self.model = infos[0]
+        except BaseException:
+            self._end()
+            raise
+
+    def listen(self, on_progress: ProgressListener, on_failure: FailureListener) -> None:
+        """Begin to deliver outputs, from one thread per rank."""
+
+        def fail(error: BaseException) -> None:
+            if not self._closing.is_set() and self._failed.acquire(blocking=False):
+                on_failure(error)
+
+        for handle in self._handles:
+            thread = threading.Thread(
+                target=self._poll, args=(handle, on_progress, fail), daemon=True
+            )
+            thread.start()
+            self._pollers.append(thread)
+
+    def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
+        self._handles[dp_rank].call("submit", requests)
+
+    def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
+        self._handles[dp_rank].call("abort", request_ids)
+
+    def health(self) -> tuple[RankHealth, ...]:
+        futures = [handle.call("health") for handle in self._handles]
+        wait(futures, STATUS_S)
+        return tuple(_health_of(rank, future) for rank, future in enumerate(futures))
+
+    def trace(self) -> tuple[StepTrace, ...]:
+        ranks = self._all("trace", deadline=monotonic() + STATUS_S)
+        steps = [step for rank in ranks for step in rank]
+        return tuple(sorted(steps, key=lambda step: (step.step_id, step.dp_rank)))
+
+    def totals(self) -> tuple[Totals, ...]:
+        return tuple(self._all("totals", deadline=monotonic() + STATUS_S))
+
+    def close(self) -> None:
+        if not self._closing.is_set():
+            self._closing.set()
+            wait([handle.call("stop") for handle in self._handles], STOP_S)
+            self._end()
+
+    def _end(self) -> None:
+        self._closing.set()
+        for handle in self._handles:
+            handle.kill()
+        self._release()
+
+    def _poll(
+        self, handle: RankHandle, on_progress: ProgressListener, on_failure: FailureListener
+    ) -> None:
+        while not self._closing.is_set():
+            try:
+                polled: Polled = handle.call("poll", POLL_S).result()
+                if polled.progress:
+                    on_progress(handle.dp_rank, polled.progress)
+                if polled.error:
+                    on_failure(RankFailed(f"rank {handle.dp_rank}: {polled.error}"))
+                    return
+            except Exception as error:
+                on_failure(RankFailed(f"rank {handle.dp_rank}: {error}"))
+                return
+
+    def _all(
+        self, method: str, *args: Any, deadline: float, progress: Progress | None = None
+    ) -> list[Any]:
+        """Call a method on all ranks; the first failures are one error that names the ranks."""
+        futures = [handle.call(method, *args) for handle in self._handles]
+        while not all(future.done() for future in futures):
+            done, _ = wait(futures, 0.2, FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                wait(futures, 1.0)  # ranks with the same trouble are named together
+                break
+            if monotonic() > deadline:
+                break
+            if progress is not None:
+                states = self.health()
+                progress.update(
+                    sum(rank.bytes_read for rank in states), sum(rank.bytes_total for rank in states)
+                )
+        _raise_failures(method, futures)
+        return [future.result() for future in futures]
+
+
+def _raise_failures(method: str, futures: Sequence[Future[Any]]) -> None:
+    ranks: dict[tuple[type[BaseException], str], list[int]] = {}
+    for rank, future in enumerate(futures):
+        error = future.exception() if future.done() else None
+        if error is not None:
+            ranks.setdefault((type(error), str(error)), []).append(rank)
+    if not ranks and all(future.done() for future in futures):
+        return
+    if not ranks:
+        late = [rank for rank, future in enumerate(futures) if not future.done()]
+        raise StartError(f"ranks {late} did not finish {method!r} in time")
+    lines = []
+    for (kind, text), who in ranks.items():
+        if issubclass(kind, ValueError):
+            raise ValueError(text)
+        lines.append(f"rank {', '.join(map(str, who))}: {kind.__name__}: {text}")
+    raise StartError("; ".join(lines))
+
+
+def _health_of(dp_rank: int, future: Future[Any]) -> RankHealth:
+    if not future.done():
+        return RankHealth(dp_rank, RankState.UNREACHABLE, error="does not answer")
+    error = future.exception()
+    if error is not None:
+        return RankHealth(dp_rank, RankState.UNREACHABLE, error=str(error))
+    health: RankHealth = future.result()
+    return health
+
+
+def _rendezvous(
+    config: EngineConfig, hosts: Sequence[HostInfo], in_process_group: object
+) -> Rendezvous:
+    """Where the ranks meet: shared memory if they are CPU ranks of one host."""
+    if in_process_group is not None:
+        return Rendezvous("in_process", "", in_process_group)
+    one_host = len({host.host for host in hosts}) == 1
+    kind = config.collective
+    if kind == "auto":
+        shared = one_host and config.device == "cpu"
+        kind = "shared_memory" if shared else "torch_distributed"
+    first = hosts[0]
+    if kind == "shared_memory":
+        if not one_host:
+            names = sorted({host.host for host in hosts})
+            raise ValueError(f"collective: 'shared_memory' is not allowed; ranks are on {names}")
+        return Rendezvous(kind, f"{first.shared_directory}/dp-runtime-{uuid.uuid4().hex[:12]}")
+    return Rendezvous(kind, f"tcp://{first.address}:{first.free_port}")

@@ -1,0 +1,49 @@
+"""The process of one local rank: `python -m workers.local_rank FD` serves calls from a socket."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+from workers.local_group import ThreadRank
+from workers.messages import Call, Reply
+
+
+def serve(connection: Connection) -> None:
+    """Run calls in their lanes until the driver closes its end; then the process ends."""
+    dp_rank, config, device = connection.recv()
+    rank = ThreadRank(dp_rank, config, device)
+    lock = threading.Lock()
+
+    def run(call: Call) -> None:
+        future = rank.call(call.method, *call.args)
+        future.add_done_callback(
+            lambda done: reply(call.call_id, None if done.exception() else done.result(),
+                               done.exception())
+        )  # fmt: skip
+
+    def reply(call_id: int, value: object, error: BaseException | None) -> None:
+        with lock:
+            connection.send(Reply(call_id, value, _portable(error)))
+
+    while True:
+        try:
+            run(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # NOTE: the step loop may be blocked in a collective for good
+
+
+def _portable(error: BaseException | None) -> BaseException | None:
+    """The error itself if it survives pickling, else one with its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

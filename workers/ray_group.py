@@ -1,0 +1,128 @@
+"""Ranks as Ray actors; the only place that starts actors."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from typing import Any
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import RankFailed, StartError
+from workers.devices import resolve_device
+from workers.group import WorkerGroup
+from workers.messages import LANES
+from workers.worker import Worker
+
+PLACEMENT_S = 60.0
+CUDA_ENV = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+
+
+class RayRank:
+    """A rank in a Ray actor."""
+
+    def __init__(self, dp_rank: int, actor: Any) -> None:
+        self.dp_rank = dp_rank
+        self._actor = actor
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        remote = getattr(self._actor, method).options(concurrency_group=LANES[method])
+        outer: Future[Any] = Future()
+        remote.remote(*args).future().add_done_callback(lambda done: self._pass_on(done, outer))
+        return outer
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self._actor)
+
+    def _pass_on(self, done: Future[Any], outer: Future[Any]) -> None:
+        """Unwrap what Ray wraps: the worker's own exception, or the death of the actor."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        match done.exception():
+            case None:
+                outer.set_result(done.result())
+            case RayTaskError() as error:
+                outer.set_exception(error.cause)
+            case RayActorError() as error:
+                first = str(error).strip().splitlines()[0]
+                text = f"the actor of rank {self.dp_rank} died: {first}"
+                outer.set_exception(RankFailed(text))
+            case error:
+                outer.set_exception(error)
+
+
+def start_ray(config: EngineConfig) -> WorkerGroup:
+    """Connect to Ray, place one bundle per rank, and create the actors."""
+    import ray
+
+    owns_cluster = _connect(config)
+    resources = ray.cluster_resources()
+    config = resolve_device(config, int(resources.get("GPU", 0)), "the Ray cluster")
+    bundle = _bundle(config, resources.get("CPU", 1.0))
+    placement = ray.util.placement_group([bundle] * config.dp_size, strategy=_strategy(config))
+    handles: list[RayRank] = []
+
+    def release() -> None:
+        ray.util.remove_placement_group(placement)
+        if owns_cluster:
+            ray.shutdown()
+
+    try:
+        if not placement.wait(PLACEMENT_S):
+            raise StartError(
+                f"no room for {config.dp_size} ranks of {bundle} in {PLACEMENT_S:g} s; "
+                f"the cluster has {resources}"
+            )
+        handles += (_actor(config, rank, placement, bundle) for rank in range(config.dp_size))
+    except BaseException:
+        release()
+        raise
+    return WorkerGroup(config, handles, release)
+
+
+def _connect(config: EngineConfig) -> bool:
+    """Join the cluster that the config or the environment names, else start one here.
+
+    True if it was started here. NOTE: a local start leaves a token that would turn on token
+    authentication in later clusters of this user; it is off unless the environment says.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=False)
+        return False
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    return True
+
+
+def _bundle(config: EngineConfig, cluster_cpus: float) -> dict[str, float]:
+    """CPU and GPU shares of a rank; a fraction of a CPU if there are more ranks than cores."""
+    share = min(1.0, int(100 * cluster_cpus / config.dp_size) / 100)
+    bundle = {"CPU": max(share, 0.01)}
+    return bundle | {"GPU": 1.0} if config.device == "cuda" else bundle
+
+
+def _strategy(config: EngineConfig) -> str:
+    """Ranks that share memory must be on one host, GPU ranks should be in one NVLink domain."""
+    return "STRICT_PACK" if config.collective == "shared_memory" else "PACK"
+
+
+def _actor(config: EngineConfig, dp_rank: int, placement: Any, bundle: dict[str, float]) -> RayRank:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    lanes = dict.fromkeys(LANES.values(), 1)
+    actor_class = ray.remote(concurrency_groups=lanes)(Worker)
+    device = "cuda:0" if config.device == "cuda" else "cpu"
+    actor = actor_class.options(
+        num_cpus=bundle["CPU"],
+        num_gpus=bundle.get("GPU", 0),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement, dp_rank),
+        runtime_env={"env_vars": CUDA_ENV} if config.device == "cuda" else None,
+    ).remote(dp_rank, config, device)
+    return RayRank(dp_rank, actor)

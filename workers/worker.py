@@ -1,0 +1,195 @@
+"""Worker: one DP rank as a plain class. It owns device, pages, backend and collective."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic, sleep
+
+import torch
+
+from collectives import RankLinks, connect
+from dp_runtime.config import EngineConfig
+from dp_runtime.rank import build_rank
+from dp_runtime.request import RankRequest, RequestProgress
+from dp_runtime.sizing import RankPlan, plan_rank
+from dp_runtime.status import ModelInfo, RankHealth, RankState
+from dp_runtime.step import Commands, StepLoop
+from dp_runtime.trace import StepTrace, Totals
+from workers.messages import HostInfo, Polled, Rendezvous
+
+LINGER_S = 0.002  # outputs that follow within this time travel together
+STOP_S = 5.0
+
+
+class Worker:
+    """Prepares, starts and serves one rank; its step loop runs in a thread of its own.
+
+    Call `prepare`, then `start` on all ranks, then `submit`, `abort` and `poll`; `health`,
+    `trace` and `totals` at any time; `stop` at the end. It runs in an actor, in a plain process
+    or beside others in one process, and knows of none of these.
+    """
+
+    def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
+        self.dp_rank = dp_rank
+        self.config = config
+        self.device = device
+        self._state = RankState.STARTING
+        self._plan: RankPlan | None = None
+        self._links: RankLinks | None = None
+        self._loop: StepLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        self._added: list[RankRequest] = []
+        self._aborted: list[int] = []
+        self._stopping = False
+        self._outbox: list[RequestProgress] = []
+        self._error: str | None = None
+        self._bytes_read = 0
+
+    def prepare(self) -> HostInfo:
+        """Check the model against the config, before anything is loaded (ValueError)."""
+        if self.config.launcher != "thread":
+            torch.set_num_threads(self.config.torch_threads or self._fair_threads())
+        self._plan = plan_rank(self.config, self.dp_rank, self.device)
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        shared = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
+        return HostInfo(self.dp_rank, socket.gethostname(), _own_address(), port, shared)
+
+    def start(self, rendezvous: Rendezvous) -> ModelInfo:
+        """Join the other ranks, load this rank's weights and begin to step."""
+        assert self._plan is not None, "prepare comes before start"
+        self._state = RankState.LOADING
+        config = self.config
+        self._links = connect(
+            rendezvous.kind, rendezvous.address, rendezvous.group, self.dp_rank, config.dp_size,
+            step_timeout_s=config.step_timeout_s, start_timeout_s=config.start_timeout_s,
+            device=torch.device(self.device),
+        )  # fmt: skip
+        self._loop, info = build_rank(
+            config, self._plan, self._links.board, self._links.collective, self._count_bytes
+        )
+        self._links.collective.barrier()
+        self._state = RankState.READY
+        name = f"dp-rank-{self.dp_rank}"
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread.start()
+        return info
+
+    def submit(self, requests: Sequence[RankRequest]) -> None:
+        """Queue requests for the next step."""
+        with self._changed:
+            self._added += requests
+        self._wake()
+
+    def abort(self, request_ids: Sequence[int]) -> None:
+        """End requests before the next step; ids that are done are ignored."""
+        with self._changed:
+            self._aborted += request_ids
+        self._wake()
+
+    def poll(self, timeout_s: float) -> Polled:
+        """What was done since the last poll; waits for it up to timeout_s."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._outbox or self._error, timeout_s)
+            arrived = bool(self._outbox) and not self._error
+        if arrived:
+            sleep(LINGER_S)
+        with self._changed:
+            progress, self._outbox = self._outbox, []
+            return Polled(progress, self._error)
+
+    def health(self) -> RankHealth:
+        """State and progress; cheap, and safe beside a running step."""
+        loop, plan = self._loop, self._plan
+        step, since = loop.last_finished if loop else (-1, monotonic())
+        state = self._state
+        if state is RankState.RUNNING and loop and loop.idle.is_set():
+            state = RankState.IDLE
+        return RankHealth(
+            dp_rank=self.dp_rank,
+            state=state,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            epoch=loop.coordinator.epoch if loop else 0,
+            last_step=step,
+            last_step_age_s=monotonic() - since,
+            free_pages=loop.scheduler.allocator.num_free if loop else 0,
+            num_pages=plan.pages.num_pages if plan else 0,
+            num_running=len(loop.scheduler.running) if loop else 0,
+            num_queued=len(loop.scheduler.waiting) + len(self._added) if loop else 0,
+            bytes_read=self._bytes_read,
+            bytes_total=plan.weight_bytes if plan else 0,
+            error=self._error or "",
+        )
+
+    def trace(self) -> tuple[StepTrace, ...]:
+        """The steps this rank remembers."""
+        return tuple(self._loop.recorder.steps) if self._loop else ()
+
+    def totals(self) -> Totals:
+        """Sums over all steps of this rank."""
+        return self._loop.recorder.totals if self._loop else Totals(self.dp_rank)
+
+    def stop(self) -> None:
+        """Leave the step loop together with the other ranks, or without them after STOP_S."""
+        with self._changed:
+            self._stopping = True
+        self._wake()
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+            if self._thread.is_alive() and self._loop is not None:
+                self._loop.coordinator.abort(f"rank {self.dp_rank} was stopped")
+                self._thread.join(STOP_S)
+        if self._links is not None:
+            self._links.close()
+        self._state = RankState.STOPPED
+
+    def _serve(self) -> None:
+        assert self._loop is not None, "the loop exists before its thread"
+        self._state = RankState.RUNNING
+        try:
+            self._loop.run(self._take, self._deliver)
+        except Exception as error:
+            with self._changed:
+                self._state = RankState.FAILED
+                self._error = f"{type(error).__name__}: {error}"
+                self._changed.notify_all()
+
+    def _take(self) -> Commands:
+        with self._changed:
+            commands = Commands(self._added, self._aborted, self._stopping)
+            self._added, self._aborted = [], []
+            return commands
+
+    def _deliver(self, progress: list[RequestProgress]) -> None:
+        if progress:
+            with self._changed:
+                self._outbox += progress
+                self._changed.notify_all()
+
+    def _wake(self) -> None:
+        if self._links is not None:
+            self._links.board.wake()
+
+    def _count_bytes(self, count: int) -> None:
+        self._bytes_read += count
+
+    def _fair_threads(self) -> int:
+        return max(1, (os.cpu_count() or 1) // self.config.dp_size)
+
+
+def _own_address() -> str:
+    """The address other hosts reach this one by; loopback on a host without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # NOTE: sends nothing; it only picks the interface
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
