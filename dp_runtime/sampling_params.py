@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from dp_runtime.errors import require
 
 MAX_LOGPROBS = 64
+MAX_LOGIT_BIAS = 1e9  # added to a float32 logit, it stays finite
 
 
 def is_int(value: object) -> bool:
@@ -18,7 +19,12 @@ def is_int(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the floats
+        return False
 
 
 @dataclass(frozen=True)
@@ -68,18 +74,36 @@ class SamplingParams:
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> SamplingParams:
         """SamplingParams of a mapping, such as a JSON object; an unknown field is an error."""
+        require(isinstance(values, Mapping), "sampling parameters", values, "a mapping")
         known = {item.name for item in fields(cls)}
         for name, value in values.items():
             require(name in known, name, value, f"known fields: {', '.join(sorted(known))}")
         values = dict(values)
         if isinstance(bias := values.get("logit_bias"), Mapping):
             try:
-                values["logit_bias"] = {int(token): value for token, value in bias.items()}
-            except (TypeError, ValueError):
+                values["logit_bias"] = {
+                    int(token) if isinstance(token, str) else token: value
+                    for token, value in bias.items()
+                }
+            except ValueError:
                 raise ValueError(
                     f"logit_bias: {bias!r} is not allowed; keys are token ids"
                 ) from None
         return cls(**values)
+
+    def check_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> None:
+        """ValueError unless every token named here is one of a vocabulary of that size.
+
+        stop_token_ids: all ids that end the request, the end-of-text ids included.
+        """
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            ok = all(token < vocab_size for token in ids)
+            require(ok, name, getattr(self, name), f"token ids below {vocab_size}")
+        ok = (
+            self.min_tokens == 0
+            or sum(token < vocab_size for token in set(stop_token_ids)) < vocab_size
+        )
+        require(ok, "min_tokens", self.min_tokens, "0 where every token is a stop token")
 
     def _check_lengths(self) -> None:
         for name, least in (("max_tokens", 1), ("min_tokens", 0)):
@@ -98,19 +122,22 @@ class SamplingParams:
         limits = {
             "temperature": (0.0, math.inf), "min_p": (0.0, 1.0), "top_p": (0.0, 1.0),
             "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
-            "repetition_penalty": (0.0, math.inf),
+            "repetition_penalty": (1e-3, 1e3),
         }  # fmt: skip
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             ok = is_finite(value) and low <= value <= high
             require(ok, name, value, f"a number from {low:g} to {high:g}")
         require(self.top_p > 0, "top_p", self.top_p, "a number above 0")
-        require(self.repetition_penalty > 0, "repetition_penalty", 0, "a number above 0")
         require(is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer >= -1")
         ok = isinstance(self.logit_bias, Mapping) and all(
-            is_int(token) and is_finite(bias) for token, bias in self.logit_bias.items()
+            is_int(token) and token >= 0 and is_finite(bias) and abs(bias) <= MAX_LOGIT_BIAS
+            for token, bias in self.logit_bias.items()
         )
-        require(ok, "logit_bias", self.logit_bias, "a mapping from token id to a finite number")
+        require(
+            ok, "logit_bias", self.logit_bias,
+            f"a mapping from token id to a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
+        )  # fmt: skip
         ok = self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**63)
         require(ok, "seed", self.seed, "None or an integer in 0..2**63-1")
 
@@ -119,8 +146,7 @@ class SamplingParams:
             isinstance(text, str) and text for text in self.stop_strings
         )
         require(ok, "stop", self.stop, "a non-empty string or a list of them")
-        ok = isinstance(self.stop_token_ids, Sequence) and all(
-            is_int(token) and token >= 0 for token in self.stop_token_ids
-        )
+        ok = isinstance(self.stop_token_ids, Sequence) and not isinstance(self.stop_token_ids, str)
+        ok = ok and all(is_int(token) and token >= 0 for token in self.stop_token_ids)
         require(ok, "stop_token_ids", self.stop_token_ids, "a list of token ids")
         require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "a bool")

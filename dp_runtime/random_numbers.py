@@ -1,0 +1,45 @@
+"""Random numbers as a pure function of seed and index: the same on every device and rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST = 0xBF58476D1CE4E5B9
+_SECOND = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The int64 with the low 64 bits of value, since torch has no full uint64 arithmetic."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    kept: int = 2 ** (64 - count) - 1
+    return (bits >> count) & kept
+
+
+def _mix(bits: Tensor) -> Tensor:
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(_FIRST)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(_SECOND)
+    return bits ^ _shift_right(bits, 31)
+
+
+def derive_seed(seed: int, request_id: int) -> int:
+    """The seed, in 0..2**63-1, of a request that has none, from its engine's seed and its id."""
+    engine = _mix(torch.tensor(seed) + _signed(_GOLDEN))
+    return int(_mix(engine + _signed(_GOLDEN * (request_id + 1)))) & (2**63 - 1)
+
+
+def uniform(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:
+    """One uniform number in [0, 1) for each (seed, index, stream), without generator state.
+
+    seeds, indices [n] int64 -> [n] float64 with 53 random bits. Streams are independent numbers
+    for one (seed, index). The finaliser is SplitMix64's (Steele, Lea and Flood, "Fast Splittable
+    Pseudorandom Number Generators", 2014), applied to the seed, the stream and the index in turn,
+    so that neighbouring seeds do not walk along one shared sequence.
+    """
+    key = _mix(_mix(seeds + _signed(_GOLDEN)) + _signed(_GOLDEN * (stream + 1)))
+    bits = _mix(key + (indices + 1) * _signed(_GOLDEN))
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53

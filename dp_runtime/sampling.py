@@ -1,0 +1,262 @@
+"""The batched sampler of one rank: logits in, token ids out, nothing waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.distribution import (
+    Array,
+    change_rows,
+    invert,
+    keep_weights,
+    on_device,
+    penalise,
+    take_rows,
+)
+from dp_runtime.logprobs import HostCopy, Logprobs, token_logprobs
+from dp_runtime.random_numbers import uniform
+from dp_runtime.request import RankRequest, TokenLogprob
+from dp_runtime.sampling_params import SamplingParams
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One row of logits that yields a new token."""
+
+    request_id: int
+    output_index: int  # which output token this is, from 0
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """The tokens of one step, on the device, with their copy to the host under way."""
+
+    rows: tuple[SampleRow, ...]
+    token_ids: Tensor  # [n] int64
+    logprobs: Logprobs | None  # of the rows in logprob_rows
+    logprob_rows: tuple[int, ...]
+    copy: HostCopy  # token_ids, and whether each row's logits were valid
+
+    @classmethod
+    def none(cls, device: torch.device) -> Sampled:
+        """Nothing was sampled."""
+        token_ids = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls((), token_ids, None, (), HostCopy(token_ids, token_ids))
+
+    def host_token_ids(self) -> tuple[int, ...]:
+        """Wait for the copy: one token id per row.
+
+        Asserts that no row's logits had a NaN, a +inf or nothing above -inf: this is where the
+        host first looks at what the device computed, so the check costs no wait of its own.
+        """
+        token_ids, valid = self.copy.wait()
+        broken = [row.request_id for row, ok in zip(self.rows, valid.tolist()) if not ok]
+        assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
+        return tuple(token_ids.tolist())
+
+    def host_logprobs(self) -> tuple[TokenLogprob | None, ...]:
+        """Wait for the copy: one entry per row, None where none were asked for."""
+        entries: list[TokenLogprob | None] = [None] * len(self.rows)
+        if self.logprobs is not None:
+            for row, entry in zip(self.logprob_rows, self.logprobs.to_host()):
+                entries[row] = entry
+        return tuple(entries)
+
+
+@dataclass(eq=False)
+class _Penalties:
+    """Which tokens a request has seen; on the device, since the host learns them a step later."""
+
+    in_prompt: Tensor  # [vocab] bool
+    output_counts: Tensor  # [vocab] float32
+    num_outputs: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    params: SamplingParams
+    seed: int
+    draw: tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
+    stop_ids: Array  # [stops] int64
+    bias_ids: Array  # [biases] int64
+    biases: Array  # [biases] float32
+    penalties: _Penalties | None
+
+
+class Sampler:
+    """Chooses the next tokens of one rank's requests.
+
+    For every row: (1) log probabilities are taken from the unmodified logits; then the logits go
+    through (2) logit_bias, (3) min_tokens: the request's stop ids are masked while output_index <
+    min_tokens, (4) repetition penalty over prompt and output tokens (Keskar et al., CTRL, 2019),
+    then frequency and presence penalty over output tokens (OpenAI API reference),
+    (5) temperature, 0 being the argmax, ties to the lowest id, (6) top_k, keeping what ties with
+    the k-th, (7) top_p: the smallest set that reaches it, ties to the lowest id, (8) min_p relative
+    to the best token; (9) the inverse of the cumulative distribution in the order of token ids is
+    taken at uniform(seed, output_index). A token of probability 0 is never chosen.
+
+    A row's token depends on its request, output_index and logits alone, not on the batch.
+    Requests without logit_bias, min_tokens or penalties have no state on the device.
+    NOTE: output tokens are counted inside `sample`, so a request with penalties samples every
+    output_index once and in order; its counts outlive preemption and end with `remove`.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._requests: dict[int, _Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: RankRequest) -> None:
+        """Take up a request; ValueError if its parameters do not fit the vocabulary."""
+        assert request.request_id not in self._requests, f"request {request.request_id} twice"
+        params, vocab = request.params, self.vocab_size
+        params.check_vocabulary(vocab, request.stop_token_ids)
+        top_k = min(params.top_k, vocab) if params.top_k > 0 else vocab
+        # (logits - max) / temperature must neither become 0 / 0 nor -inf / inf in float32
+        temperature = 0.0
+        if not params.greedy:
+            temperature = float(np.clip(params.temperature, _FLOAT32.tiny, _FLOAT32.max))
+        self._requests[request.request_id] = _Request(
+            params=params,
+            seed=request.seed,
+            draw=(temperature, top_k, float(params.top_p), float(params.min_p)),
+            stop_ids=np.array([i for i in request.stop_token_ids if i < vocab], np.int64),
+            bias_ids=np.array(list(params.logit_bias), np.int64),
+            biases=np.array(list(params.logit_bias.values()), np.float32),
+            penalties=self._start_penalties(request) if params.has_penalties else None,
+        )
+
+    def remove(self, request_id: int) -> None:
+        """Forget a request and what the device holds for it."""
+        del self._requests[request_id]
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
+        """Choose a token for each row of logits [n, vocab] float32, which are left as they are."""
+        assert logits.shape == (len(rows), self.vocab_size), (
+            f"logits {tuple(logits.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
+        )
+        assert logits.dtype == torch.float32, f"logits are float32, not {logits.dtype}"
+        requests = [self._requests[row.request_id] for row in rows]
+        adjusted = self._bias(logits, rows, requests)
+        adjusted = self._mask_stops(adjusted, rows, requests)
+        adjusted = self._penalise(adjusted, rows, requests)
+        peaks, best = adjusted.max(dim=-1)  # the first of equal maxima
+        token_ids = self._draw(adjusted, peaks, best, rows, requests)
+        self._count(requests, token_ids)
+        logprob_rows, logprobs = self._logprobs(logits, token_ids, requests)
+        copy = HostCopy(token_ids, peaks.isfinite())
+        return Sampled(tuple(rows), token_ids, logprobs, logprob_rows, copy)
+
+    def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], top_n: int) -> Logprobs:
+        """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
+
+        logits [n, vocab] float32 of n prompt rows; target_ids [n]: the token that follows each.
+        """
+        targets = on_device(np.array(target_ids, np.int64), self.device)
+        return token_logprobs(logits, targets, (top_n,) * len(target_ids))
+
+    def _start_penalties(self, request: RankRequest) -> _Penalties:
+        in_prompt = np.zeros(self.vocab_size, np.bool_)
+        in_prompt[np.array(request.prompt_token_ids, np.int64)] = True
+        counts = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.device)
+        return _Penalties(on_device(in_prompt, self.device), counts)
+
+    def _bias(self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]) -> Tensor:
+        biased = [(i, r) for i, r in enumerate(requests) if len(r.bias_ids)]
+        if not biased:
+            return logits
+        cells = self._cells([(i, r.bias_ids) for i, r in biased])
+        values = on_device(np.concatenate([r.biases for _, r in biased]), self.device)
+        return logits.index_put(cells, values, accumulate=True)
+
+    def _mask_stops(
+        self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]
+    ) -> Tensor:
+        masked = [
+            (i, request.stop_ids)
+            for i, (row, request) in enumerate(zip(rows, requests))
+            if row.output_index < request.params.min_tokens and len(request.stop_ids)
+        ]
+        if not masked:
+            return logits
+        return logits.index_put(self._cells(masked), logits.new_tensor(-torch.inf))
+
+    def _cells(self, ids_of_rows: list[tuple[int, Array]]) -> tuple[Tensor, Tensor]:
+        rows = np.repeat([i for i, _ in ids_of_rows], [len(ids) for _, ids in ids_of_rows])
+        ids = np.concatenate([ids for _, ids in ids_of_rows])
+        return on_device(rows, self.device), on_device(ids, self.device)
+
+    def _penalise(
+        self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]
+    ) -> Tensor:
+        index = [i for i, request in enumerate(requests) if request.penalties is not None]
+        if not index:
+            return logits
+        states = [state for request in requests if (state := request.penalties) is not None]
+        for i, state in zip(index, states):
+            assert rows[i].output_index == state.num_outputs, (
+                f"request {rows[i].request_id} has penalties and {state.num_outputs} outputs, "
+                f"and samples output {rows[i].output_index}"
+            )
+            state.num_outputs += 1
+        picked = (requests[i].params for i in index)
+        settings = np.array(
+            [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in picked],
+            np.float32,
+        )
+        in_prompt = torch.stack([state.in_prompt for state in states])
+        counts = torch.stack([state.output_counts for state in states])
+        return change_rows(
+            logits,
+            np.array(index),
+            lambda some: penalise(some, in_prompt, counts, on_device(settings, self.device)),
+        )
+
+    def _count(self, requests: list[_Request], token_ids: Tensor) -> None:
+        for request, token_id in zip(requests, torch.split(token_ids, 1)):
+            if request.penalties is not None:
+                one = torch.ones(1, dtype=torch.float32, device=self.device)
+                request.penalties.output_counts.index_add_(0, token_id, one)
+
+    def _draw(
+        self,
+        logits: Tensor,
+        peaks: Tensor,
+        best: Tensor,
+        rows: Sequence[SampleRow],
+        requests: list[_Request],
+    ) -> Tensor:
+        draws = np.array([request.draw for request in requests], np.float64).reshape(-1, 4)
+        index = np.flatnonzero(draws[:, 0])
+        if not len(index):
+            return best
+        counters = np.array(
+            [(r.seed, row.output_index) for r, row in zip(requests, rows)], np.int64
+        )
+        device_index = on_device(index, self.device)
+        seeds, outputs = on_device(counters[index].T, self.device)
+        some, fallback = take_rows(logits, index), best[device_index]
+        weights = keep_weights(some, peaks[device_index], draws[index])
+        picked = invert(weights, uniform(seeds, outputs), fallback)
+        return best.index_copy(0, device_index, picked)
+
+    def _logprobs(
+        self, logits: Tensor, token_ids: Tensor, requests: list[_Request]
+    ) -> tuple[tuple[int, ...], Logprobs | None]:
+        asked = [(i, n) for i, r in enumerate(requests) if (n := r.params.logprobs) is not None]
+        if not asked:
+            return (), None
+        rows, top_n = zip(*asked)
+        index = np.array(rows)
+        chosen = token_ids[on_device(index, self.device)]
+        return rows, token_logprobs(take_rows(logits, index), chosen, top_n)
