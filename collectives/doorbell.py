@@ -1,0 +1,78 @@
+"""How ranks of one host tell each other that they have published: a named FIFO per rank.
+
+A waiter sleeps in poll() on its own FIFO, so nobody spins where ranks outnumber cores, and the
+kernel's pipe lock orders what a rank stored before it rang ahead of what a peer loads after it
+heard, on any CPU. Measured with 4 ranks on 2 cores, a barrier alone: 25 us (p99 70 us). Polling
+flags in shared memory with sched_yield is faster while nobody computes (7-12 us) but loses as
+soon as somebody does (50 us of work a turn: 111 us against 74 us, p99 4.4 ms against 0.2 ms),
+since a yielding rank still takes its share of the core; even one yield before poll() costs
+3 ms at p99.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import struct
+from collections.abc import Sequence
+from contextlib import suppress
+
+_MESSAGE = struct.Struct("=qq")  # sender, its newest turn; far below PIPE_BUF, hence atomic
+_NO_NEWS = 0
+
+
+class Doorbell:
+    """One rank's view of the FIFOs of all ranks: rings the peers', listens on its own.
+
+    A FIFO never fills: a rank is at most one turn ahead of any peer, rings an alarm once, and
+    has at most one wake message outstanding that nobody has listened to.
+    """
+
+    def __init__(self, fifos: Sequence[int], dp_rank: int) -> None:
+        self._rank = dp_rank
+        self._fifos = list(fifos)
+        self._peers = [fd for rank, fd in enumerate(fifos) if rank != dp_rank]
+        self._poll = select.poll()
+        self._poll.register(self._fifos[dp_rank], select.POLLIN)
+        self._heard = [0] * len(self._fifos)
+
+    def ring(self, turn: int) -> None:
+        """Tell every peer that this rank has published its turn."""
+        self._heard[self._rank] = turn
+        message = _MESSAGE.pack(self._rank, turn)
+        for fd in self._peers:
+            os.write(fd, message)
+
+    def rouse(self) -> None:
+        """End this rank's own current or next `listen`; callable from any thread."""
+        self._nudge(self._fifos[self._rank])
+
+    def alarm(self) -> None:
+        """End the current or next `listen` of every rank; callable from any thread."""
+        for fd in self._fifos:
+            self._nudge(fd)
+
+    def listen(self, timeout_s: float) -> None:
+        """Sleep until somebody rings, for timeout_s at most, and take in what was said."""
+        if self._poll.poll(math.ceil(max(timeout_s, 0.0) * 1000)):
+            for sender, turn in _MESSAGE.iter_unpack(os.read(self._fifos[self._rank], 4096)):
+                self._heard[sender] = max(self._heard[sender], turn)
+
+    def missing(self, turn: int) -> list[int]:
+        """The ranks that have not published this turn, as far as heard."""
+        return [rank for rank, heard in enumerate(self._heard) if heard < turn]
+
+    def newest_turn(self) -> int:
+        """The newest turn that any rank has published, as far as heard."""
+        return max(self._heard)
+
+    def close(self) -> None:
+        """Close the FIFOs; no other thread may be listening or ringing."""
+        for fd in self._fifos:
+            os.close(fd)
+        self._fifos, self._peers = [], []
+
+    def _nudge(self, fd: int) -> None:
+        with suppress(BlockingIOError):  # a full FIFO is readable: its owner wakes anyway
+            os.write(fd, _MESSAGE.pack(self._rank, _NO_NEWS))

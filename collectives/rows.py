@@ -1,0 +1,50 @@
+"""What every collective does with rows: check them, cut them, sum them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dp_runtime.protocols import Counts
+
+
+def check_gather(rows: Tensor, counts: Counts, dp_rank: int, dp_size: int) -> None:
+    """Assert that `rows` are what this rank announced in `counts`."""
+    assert len(counts) == dp_size, f"{len(counts)} counts for {dp_size} ranks"
+    assert rows.shape[0] == counts[dp_rank], (
+        f"rank {dp_rank} gathers {rows.shape[0]} rows, counts say {counts[dp_rank]}"
+    )
+
+
+def check_reduce_scatter(rows: Tensor, counts: Counts, dp_size: int) -> None:
+    """Assert that `rows` hold the partial sums of all ranks in `counts`."""
+    assert len(counts) == dp_size, f"{len(counts)} counts for {dp_size} ranks"
+    assert rows.shape[0] == sum(counts), (
+        f"{rows.shape[0]} rows of partial sums, counts {counts} need {sum(counts)}"
+    )
+
+
+def cut(size: int, chunk: int, num_chunks: int) -> slice:
+    """The chunk-th of num_chunks almost equal pieces, each at most ceil(size / num_chunks)."""
+    return slice(size * chunk // num_chunks, size * (chunk + 1) // num_chunks)
+
+
+def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor) -> None:
+    """out = the sum of all parts, added rank after rank, so that every run gives the same bits.
+
+    Half types are summed in float32.
+    """
+    half = out.dtype in (torch.bfloat16, torch.float16)
+    total = torch.empty_like(out, dtype=torch.float32) if half else out
+    total.copy_(parts[0])
+    for part in parts[1:]:
+        total += part
+    if half:
+        out.copy_(total)
+
+
+def split(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Views of consecutive pieces of a flat tensor."""
+    return torch.split_with_sizes(flat, list(sizes))

@@ -1,0 +1,302 @@
+"""Row collectives and a step board for ranks of one host, over memory that all of them map."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from collectives.doorbell import Doorbell
+from collectives.region import Region, RegionLayout
+from collectives.rendezvous import CHANNELS, Rendezvous
+from collectives.rows import check_gather, check_reduce_scatter, cut, split, sum_in_rank_order
+from dp_runtime.agreement import StepRecord
+from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
+from dp_runtime.protocols import Counts
+
+AREA_BYTES = 1 << 20
+_CLOSED = "this rank has closed its group"
+
+
+def new_rendezvous_path() -> str:
+    """A path for one group, in memory where the system has /dev/shm; nothing is created."""
+    root = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    return os.path.join(root, f"dp-runtime-{uuid.uuid4().hex}")
+
+
+class SharedMemoryGroup:
+    """One rank's end of a group of ranks on one host.
+
+    path: the rendezvous directory, the same for all ranks and new for every group.
+    timeout_s bounds every wait of a step, attach_timeout_s the start, where ranks come seconds
+    apart. area_bytes is what a rank can publish at once; larger rows travel in chunks. The file
+    system of `path` must have room for 2 * dp_size * area_bytes. Raises StartError naming the
+    ranks that did not attach, or the space that is missing.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dp_rank: int,
+        dp_size: int,
+        timeout_s: float,
+        area_bytes: int = AREA_BYTES,
+        attach_timeout_s: float = 60.0,
+    ) -> None:
+        require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
+        least = 64 * dp_size
+        ok = area_bytes >= least and area_bytes % 64 == 0
+        require(ok, "area_bytes", area_bytes, f"a multiple of 64, at least {least}")
+        layout = RegionLayout(dp_size, area_bytes)
+        region, bells = Rendezvous(path, dp_rank, layout, attach_timeout_s).attach()
+        self._region, self._lock, self._closed = region, threading.Lock(), False
+        rows, board = (_Channel(region, bells[name], timeout_s) for name in CHANNELS)
+        self._channels = (rows, board)
+        self.collective = SharedMemoryCollective(self, rows, dp_rank, dp_size, area_bytes)
+        self.board = SharedMemoryBoard(self, board, dp_rank, dp_size)
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank; the first reason that a rank gives stays."""
+        with self._lock:
+            if self._closed or self._region.abort_reason() is not None:
+                return
+            self._region.post_abort(reason)
+            for channel in self._channels:
+                channel.bell.alarm()
+
+    def rouse(self, channel: _Channel) -> None:
+        """End this rank's own sleep in a channel."""
+        with self._lock:
+            if not self._closed:
+                channel.bell.rouse()
+
+    def newest_record(self, dp_rank: int) -> StepRecord | None:
+        """The newest record that a rank has posted."""
+        with self._lock:
+            if self._closed:
+                raise CollectiveAborted(_CLOSED)
+            return self._region.newest_record(dp_rank)
+
+    def close(self) -> None:
+        """Let go of memory and FIFOs; this rank's own waiters are freed, peers are not told."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for channel in self._channels:
+                channel.close()
+            self._region.close()
+
+
+class _Channel:
+    """A sequence of turns that all ranks take together, each by publishing and then waiting.
+
+    Two buffers are enough. A rank writes buffer t % 2 in turn t, after it has finished turn
+    t - 1. It finished that because every rank had rung for t - 1, and a rank rings for t - 1
+    only after it has finished turn t - 2, that is, has read all it wanted from buffer t % 2. So
+    no rank is more than one turn ahead of any other, and nobody's buffer is overwritten while it
+    is read. This needs every rank to wait for *all* ranks in every turn, also for those that
+    bring no rows.
+    """
+
+    def __init__(self, region: Region, bell: Doorbell, timeout_s: float) -> None:
+        self.region, self.bell = region, bell
+        self.turn = bell.newest_turn()
+        self.waited_s = 0.0
+        self.in_use = threading.Lock()  # held by a rank's thread for the length of a call
+        self._timeout_s = timeout_s
+        self._broken: str | None = None
+
+    def check(self) -> None:
+        """Raise CollectiveAborted if this channel can not be used any more."""
+        reason = self._broken or self.region.abort_reason()
+        if reason is not None:
+            raise CollectiveAborted(reason)
+
+    def begin(self) -> int:
+        """Start the next turn; its buffer may be written."""
+        self.check()
+        self.turn += 1
+        return self.turn
+
+    def finish(self, what: str) -> None:
+        """Publish this turn and wait until all ranks have."""
+        self.bell.ring(self.turn)
+        start = time.monotonic()
+        deadline = start + self._timeout_s
+        try:
+            while self.bell.missing(self.turn):
+                left = deadline - time.monotonic()
+                self.bell.listen(left)
+                self.check()
+                if left <= 0:
+                    self._time_out(what)
+        finally:
+            self.waited_s += time.monotonic() - start
+
+    def close(self) -> None:
+        """Free the thread that waits here, then close the FIFOs."""
+        self._broken = _CLOSED
+        self.bell.rouse()
+        with self.in_use:
+            self.bell.close()
+
+    def _time_out(self, what: str) -> None:
+        missing = self.bell.missing(self.turn)
+        if not missing:  # this rank itself was stopped for that long
+            return
+        names = ", ".join(map(str, missing))
+        message = f"{what}: waited {self._timeout_s:g} s for ranks {names}"
+        self._broken = f"timed out before ({message})"
+        raise CollectiveTimeout(message)
+
+
+class SharedMemoryCollective:
+    """RowCollective over the areas of a SharedMemoryGroup.
+
+    Sums are taken in rank order, in float32 for half types: the same bits on each run.
+    """
+
+    def __init__(
+        self,
+        group: SharedMemoryGroup,
+        channel: _Channel,
+        dp_rank: int,
+        dp_size: int,
+        area_bytes: int,
+    ) -> None:
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._group, self._channel, self._area_bytes = group, channel, area_bytes
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds this rank has spent waiting for peers; copying is not counted."""
+        return self._channel.waited_s
+
+    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+        """All ranks' values (equally many on each rank), [rank][value]."""
+        own = torch.tensor([list(values)], dtype=torch.int64)
+        rows = self.gather_rows(own, (1,) * self.dp_size)
+        return tuple(tuple(row) for row in rows.tolist())
+
+    def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
+        check_gather(rows, counts, self.dp_rank, self.dp_size)
+        out = rows.new_empty(sum(counts), *rows.shape[1:])
+        sizes = [count * rows.shape[1:].numel() for count in counts]
+        own, parts = rows.reshape(-1), split(out.view(-1), sizes)
+        num_chunks = -(-max(sizes) // self._capacity(rows.dtype))
+        with self._channel.in_use:
+            self._channel.check()
+            for chunk in range(num_chunks):
+                areas = self._channel.region.areas(rows.dtype, self._channel.begin())
+                piece = own[cut(len(own), chunk, num_chunks)]
+                areas[self.dp_rank][: len(piece)] = piece
+                self._channel.finish("gather_rows")
+                if num_chunks == 1:  # one call for all ranks: half the time of small copies
+                    torch.cat([area[:size] for area, size in zip(areas, sizes)], out=out.view(-1))
+                    break
+                for part, area in zip(parts, areas):
+                    piece = part[cut(len(part), chunk, num_chunks)]
+                    piece.copy_(area[: len(piece)])
+        return out
+
+    def reduce_scatter_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
+        check_reduce_scatter(rows, counts, self.dp_size)
+        out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
+        sizes = [count * rows.shape[1:].numel() for count in counts]
+        parts, own = split(rows.reshape(-1), sizes), out.view(-1)
+        # Cut into n chunks, the parts need sum(ceil(size / n)) < total / n + dp_size elements.
+        num_chunks = -(-rows.numel() // (self._capacity(rows.dtype) - self.dp_size))
+        with self._channel.in_use:
+            self._channel.check()
+            for chunk in range(num_chunks):
+                areas = self._channel.region.areas(rows.dtype, self._channel.begin())
+                pieces = [part[cut(len(part), chunk, num_chunks)] for part in parts]
+                start = sum(map(len, pieces[: self.dp_rank]))
+                torch.cat(pieces, out=areas[self.dp_rank][: sum(map(len, pieces))])
+                self._channel.finish("reduce_scatter_rows")
+                mine = slice(start, start + len(pieces[self.dp_rank]))
+                total = own[cut(len(own), chunk, num_chunks)]
+                sum_in_rank_order([area[mine] for area in areas], total)
+        return out
+
+    def barrier(self) -> None:
+        """Return once all ranks have called it."""
+        with self._channel.in_use:
+            self._channel.begin()
+            self._channel.finish("barrier")
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(reason)
+
+    def close(self) -> None:
+        """Close the whole group of this rank; callable more than once."""
+        self._group.close()
+
+    def _capacity(self, dtype: torch.dtype) -> int:
+        return self._area_bytes // dtype.itemsize
+
+
+class SharedMemoryBoard:
+    """StepBoard over the records of a SharedMemoryGroup."""
+
+    def __init__(
+        self, group: SharedMemoryGroup, channel: _Channel, dp_rank: int, dp_size: int
+    ) -> None:
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._group, self._channel = group, channel
+        self._woken = False
+
+    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+        """Post this rank's next record and return the records all ranks posted in that turn."""
+        with self._channel.in_use:
+            region, turn = self._channel.region, self._channel.begin()
+            region.write_record(turn, record)
+            self._channel.finish(f"record of step {record.step_id}")
+            return tuple(self._record(rank, turn) for rank in range(self.dp_size))
+
+    def newest(self) -> tuple[StepRecord | None, ...]:
+        """The newest record of every rank, without taking part; callable from any thread."""
+        return tuple(self._group.newest_record(rank) for rank in range(self.dp_size))
+
+    def idle(self, timeout_s: float) -> None:
+        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
+        channel = self._channel
+        deadline = time.monotonic() + timeout_s
+        with channel.in_use:
+            channel.check()
+            while not self._woken and channel.bell.newest_turn() <= channel.turn:
+                left = deadline - time.monotonic()
+                channel.bell.listen(left)
+                channel.check()
+                if left <= 0:
+                    break
+            self._woken = False
+
+    def wake(self) -> None:
+        """End this rank's current or next `idle`; callable from any thread."""
+        if not self._woken:
+            self._woken = True
+            self._group.rouse(self._channel)
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(reason)
+
+    def close(self) -> None:
+        """Close the whole group of this rank; callable more than once."""
+        self._group.close()
+
+    def _record(self, dp_rank: int, turn: int) -> StepRecord:
+        record = self._channel.region.read_record(dp_rank, turn)
+        assert record is not None, f"rank {dp_rank} rang for turn {turn} and has no valid record"
+        return record
