@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,13 @@ class SampleRow:
     output_index: int  # which output token this is, from 0
 
 
+class SampledTokens(NamedTuple):
+    """What was sampled, on the host; one entry per row."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]  # None where none were asked for
+
+
 @dataclass(frozen=True, eq=False)
 class Sampled:
     """The tokens of one step, on the device, with their copy to the host under way."""
@@ -44,14 +52,8 @@ class Sampled:
     logprob_rows: tuple[int, ...]
     copy: HostCopy  # token_ids, and whether each row's logits were valid
 
-    @classmethod
-    def none(cls, device: torch.device) -> Sampled:
-        """Nothing was sampled."""
-        token_ids = torch.zeros(0, dtype=torch.int64, device=device)
-        return cls((), token_ids, None, (), HostCopy(token_ids, token_ids))
-
-    def host_token_ids(self) -> tuple[int, ...]:
-        """Wait for the copy: one token id per row.
+    def to_host(self) -> SampledTokens:
+        """Wait for the copy.
 
         Asserts that no row's logits had a NaN, a +inf or nothing above -inf: this is where the
         host first looks at what the device computed, so the check costs no wait of its own.
@@ -59,15 +61,11 @@ class Sampled:
         token_ids, valid = self.copy.wait()
         broken = [row.request_id for row, ok in zip(self.rows, valid.tolist()) if not ok]
         assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
-        return tuple(token_ids.tolist())
-
-    def host_logprobs(self) -> tuple[TokenLogprob | None, ...]:
-        """Wait for the copy: one entry per row, None where none were asked for."""
-        entries: list[TokenLogprob | None] = [None] * len(self.rows)
+        logprobs: list[TokenLogprob | None] = [None] * len(self.rows)
         if self.logprobs is not None:
             for row, entry in zip(self.logprob_rows, self.logprobs.to_host()):
-                entries[row] = entry
-        return tuple(entries)
+                logprobs[row] = entry
+        return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs))
 
 
 @dataclass(eq=False)
@@ -157,13 +155,12 @@ class Sampler:
         copy = HostCopy(token_ids, peaks.isfinite())
         return Sampled(tuple(rows), token_ids, logprobs, logprob_rows, copy)
 
-    def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], top_n: int) -> Logprobs:
+    def prompt_logprobs(self, logits: Tensor, target_ids: Tensor, top_n: int) -> Logprobs:
         """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
 
-        logits [n, vocab] float32 of n prompt rows; target_ids [n]: the token that follows each.
+        logits [n, vocab] float32 of n prompt rows; target_ids [n] int64: the token after each.
         """
-        targets = on_device(np.array(target_ids, np.int64), self.device)
-        return token_logprobs(logits, targets, (top_n,) * len(target_ids))
+        return token_logprobs(logits, target_ids, (top_n,) * len(target_ids))
 
     def _start_penalties(self, request: RankRequest) -> _Penalties:
         in_prompt = np.zeros(self.vocab_size, np.bool_)
