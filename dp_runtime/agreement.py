@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import IntFlag
 
 from dp_runtime.errors import RankDisagreement
@@ -15,6 +15,9 @@ class FaultBits(IntFlag):
 
     NONE = 0
     STOP = 1  # asked to stop: all ranks leave the loop after this agreement
+
+
+_STOP = int(FaultBits.STOP)  # plain: an IntFlag's `&` costs 2 us
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,19 @@ class StepRecord:
     def to_words(self) -> list[int]:
         """The record as RECORD_WORDS integers; unused slots are -1."""
         slots = list(self.real_rows) + [-1] * (MAX_SLOTS - len(self.real_rows))
-        head, tail = [self.epoch, self.step_id, self.program_id], astuple(self)[4:]
-        return head + slots + [int(value) for value in tail]
+        return [
+            self.epoch, self.step_id, self.program_id, *slots, self.num_requests,
+            self.free_pages, self.queued_tokens, int(self.wants_prefill), self.drafts_proposed,
+            self.drafts_accepted, int(self.graph_vote), int(self.fault_bits),
+        ]  # fmt: skip
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> StepRecord:
         """The inverse of `to_words`."""
         assert len(words) == RECORD_WORDS, f"{len(words)} words, a record has {RECORD_WORDS}"
-        epoch, step_id, program_id = (int(word) for word in words[:3])
-        rows = tuple(int(word) for word in words[3 : 3 + MAX_SLOTS] if word >= 0)
-        requests, pages, queued, prefill, proposed, accepted, graph, faults = (
-            int(word) for word in words[3 + MAX_SLOTS :]
-        )
+        epoch, step_id, program_id, *rest = map(int, words)
+        rows = tuple([word for word in rest[:MAX_SLOTS] if word >= 0])
+        requests, pages, queued, prefill, proposed, accepted, graph, faults = rest[MAX_SLOTS:]
         return cls(
             epoch, step_id, program_id, rows, requests, pages, queued, bool(prefill),
             proposed, accepted, bool(graph), faults,
@@ -135,7 +139,7 @@ def agree(
         num_requests=tuple(record.num_requests for record in records),
         queued_tokens=tuple(record.queued_tokens for record in records),
         any_prefill=any(record.wants_prefill for record in records),
-        stop=any(record.fault_bits & FaultBits.STOP for record in records),
+        stop=any(record.fault_bits & _STOP for record in records),
         graph=all(record.graph_vote for record in records),
         next_program_id=policy(totals),
     )
