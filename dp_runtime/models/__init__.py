@@ -1,0 +1,59 @@
+"""Models: what the runtime asks of one, and how one is built from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from dp_runtime.layers.moe import RankSharding, RowExchange
+from dp_runtime.loader import WeightSource
+from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.models.causal_lm import SlotInputs
+from dp_runtime.models.config import ModelConfig, RopeConfig, read_model_config
+from dp_runtime.models.registry import ARCHITECTURES, architecture_module
+from dp_runtime.protocols import AttentionBackend
+
+__all__ = [
+    "ARCHITECTURES",
+    "Model",
+    "ModelConfig",
+    "RankSharding",
+    "RopeConfig",
+    "SlotInputs",
+    "build_model",
+    "read_model_config",
+]
+
+
+class Model(Protocol):
+    """A model as one rank holds it: everything but the experts of other ranks."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE stages, each a gather and a reduce-scatter, that every forward runs."""
+
+    def forward(
+        self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
+    ) -> Tensor:
+        """This rank's rows, zero or more -> [rows, hidden] before the final norm."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] as `forward` returns it -> final norm and LM head, [n, vocab] float32."""
+
+
+def build_model(
+    config: ModelConfig,
+    weights: WeightSource,
+    sharding: RankSharding,
+    attention: Callable[[int], AttentionBackend],
+) -> Model:
+    """Load one rank's part of a model; `attention(layer)` is the backend of that layer."""
+    model: Model = architecture_module(config.architecture).build(
+        config, weights, sharding, attention
+    )
+    return model

@@ -1,0 +1,94 @@
+"""Paged attention in plain torch: the CPU default, and the oracle for every other backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dp_runtime.attention.query_groups import QueryGroup, QueryPlanner
+from dp_runtime.errors import ContractViolation
+from dp_runtime.metadata import AttentionMetadata
+
+
+@dataclass(frozen=True, eq=False)
+class TorchRefAttention:
+    """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim].
+
+    Computes in float32. Raises ContractViolation naming the layer and the two numbers if rows,
+    heads or dtypes don't fit the metadata and the pool. The layers of a model may share a planner.
+    """
+
+    pool: Tensor
+    num_heads: int
+    layer: int = 0
+    planner: QueryPlanner = field(default_factory=QueryPlanner)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        self._check(q, k, v, metadata)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if metadata.num_tokens == 0:
+            return out
+        self._append(k, v, metadata.slot_mapping)
+        for group in self.planner.groups(metadata, self.pool.shape[3]):
+            out[group.rows] = self._attend(q[group.rows], group).to(q.dtype)
+        return out
+
+    def _append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        page_size = self.pool.shape[3]
+        page, offset = slots // page_size, slots % page_size
+        self.pool[page, 0, :, offset] = k
+        self.pool[page, 1, :, offset] = v
+
+    def _attend(self, q: Tensor, group: QueryGroup) -> Tensor:
+        """q [pieces, query_len, num_heads, head_dim], to the same shape in float32."""
+        pieces, query_len, num_heads, head_dim = q.shape
+        k, v = self._gather(group)
+        kv_heads = k.shape[1]
+        # Query heads that share a KV head become rows beside each other: no KV head is repeated.
+        folded = q.float().view(pieces, query_len, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+        mask = group.mask
+        if mask is not None and query_len > 1:
+            mask = mask.repeat(1, 1, num_heads // kv_heads, 1)
+        out = F.scaled_dot_product_attention(folded.flatten(2, 3), k, v, attn_mask=mask)
+        out = out.view(pieces, kv_heads, -1, query_len, head_dim)
+        return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    def _gather(self, group: QueryGroup) -> tuple[Tensor, Tensor]:
+        """K and V of the group's pages, each [pieces, num_kv_heads, kv_len, head_dim] float32.
+
+        Positions beyond a sequence become 0: they are masked, but 0 * NaN would be NaN.
+        """
+        kv_heads, page_size, head_dim = self.pool.shape[2:]
+        pieces, pages = group.pages.shape
+        half = torch.arange(2, device=self.pool.device)[:, None, None, None]
+        head = torch.arange(kv_heads, device=self.pool.device)[:, None]
+        index = (group.pages[:, None, :] * 2 + half) * kv_heads + head
+        rows = self.pool.view(-1, page_size * head_dim).index_select(0, index.flatten())
+        kv = rows.view(2, pieces, kv_heads, pages * page_size, head_dim)[..., : group.kv_len, :]
+        if group.beyond is not None:
+            kv.masked_fill_(group.beyond, 0.0)
+        k, v = kv.float()
+        return k, v
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
+        """Shapes and dtypes; values were checked when the metadata was built."""
+        kv_heads, _, head_dim = self.pool.shape[2:]
+        rows = metadata.num_tokens
+        expected_kv = (rows, kv_heads, head_dim)
+        self._same("q shape", tuple(q.shape), (rows, self.num_heads, head_dim))
+        self._same("k shape", tuple(k.shape), expected_kv)
+        self._same("v shape", tuple(v.shape), expected_kv)
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            self._same(f"{name} dtype", tensor.dtype, self.pool.dtype)
+        requests = metadata.batch_size
+        self._same("seq_lens rows", metadata.seq_lens.shape[0], requests)
+        self._same("page_table rows", metadata.page_table.shape[0], requests)
+
+    def _same(self, what: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise ContractViolation(
+                f"layer {self.layer}: {what} is {found}, the metadata and the pool say {expected}"
+            )

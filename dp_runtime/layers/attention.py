@@ -1,0 +1,73 @@
+"""Attention layer: projections, q/k norm and rotary embedding around a paged backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.norm import RMSNorm
+from dp_runtime.layers.rotary import CosSin, rotate
+from dp_runtime.loader import WeightSource
+from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.protocols import AttentionBackend
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of an attention layer, its biases, and the eps of the q/k norm (None: no such norm)."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool
+    qk_norm_eps: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Causal self-attention of this rank's own rows, [rows, hidden] -> [rows, hidden]."""
+
+    qkv: Linear  # q, k and v stacked
+    qk_norm: RMSNorm | None  # [num_heads + num_kv_heads, head_dim]
+    output: Linear
+    backend: AttentionBackend
+    shape: AttentionShape
+
+    def __call__(self, x: Tensor, cos_sin: CosSin, metadata: AttentionMetadata) -> Tensor:
+        q_heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        qkv = self.qkv(x).view(x.shape[0], q_heads + 2 * kv_heads, self.shape.head_dim)
+        qk, v = qkv.tensor_split([q_heads + kv_heads], 1)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        q, k = rotate(qk, cos_sin).tensor_split([q_heads], 1)
+        return self.output(self.backend(q, k, v, metadata).flatten(1))
+
+    @classmethod
+    def load(
+        cls, shape: AttentionShape, weights: WeightSource, prefix: str, backend: AttentionBackend
+    ) -> Attention:
+        q_size = shape.num_heads * shape.head_dim
+        kv_size = shape.num_kv_heads * shape.head_dim
+        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        parts = {f"{prefix}.{name}": size for name, size in sizes.items()}
+        hidden = shape.hidden_size
+        return cls(
+            qkv=Linear.load(weights, parts, hidden, shape.bias),
+            qk_norm=load_qk_norm(shape, weights, prefix),
+            output=Linear.load(weights, {f"{prefix}.o_proj": hidden}, q_size, shape.bias),
+            backend=backend,
+            shape=shape,
+        )
+
+
+def load_qk_norm(shape: AttentionShape, weights: WeightSource, prefix: str) -> RMSNorm | None:
+    """The norms of q and k as one over all their heads."""
+    if shape.qk_norm_eps is None:
+        return None
+    q, k = (weights.load(f"{prefix}.{name}_norm.weight", (shape.head_dim,)) for name in "qk")
+    heads = (q.expand(shape.num_heads, -1), k.expand(shape.num_kv_heads, -1))
+    return RMSNorm(torch.cat(heads), shape.qk_norm_eps)

@@ -1,0 +1,127 @@
+"""A rank's experts: their shard, their stacked weights, and the function that runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dp_runtime.loader import WeightSource
+
+ALIGNMENT = 8  # elements: grouped_mm wants strides of 16 bytes, also in 2-byte dtypes
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """The part of every MoE layer that one rank holds; either range may be empty."""
+
+    experts: range
+    intermediate: range
+
+    @classmethod
+    def of(
+        cls, sharding: str, dp_rank: int, dp_size: int, num_experts: int, intermediate_size: int
+    ) -> ExpertShard:
+        """Split by expert ("ep") or by intermediate size ("tp"); parts differ by one at most."""
+        experts, intermediate = range(num_experts), range(intermediate_size)
+        match sharding:
+            case "ep":
+                return cls(balanced_part(experts, dp_rank, dp_size), intermediate)
+            case "tp":
+                return cls(experts, balanced_part(intermediate, dp_rank, dp_size))
+            case _:
+                raise ValueError(f"moe_sharding: {sharding!r} is not allowed; ep or tp")
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.experts or not self.intermediate
+
+
+def balanced_part(whole: range, index: int, parts: int) -> range:
+    """Part `index` of `parts` contiguous ones."""
+    return whole[len(whole) * index // parts : len(whole) * (index + 1) // parts]
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """How a checkpoint names one expert's matrices, behind `<prefix>.<expert>.`."""
+
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """A rank's slices of the experts' matrices, stacked; intermediate sizes end in zeros."""
+
+    gate_up: Tensor  # [local_experts, 2 * aligned_intermediate, hidden]
+    down: Tensor  # [local_experts, hidden, aligned_intermediate]
+    first_expert: int
+
+    def __call__(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return fused_experts(
+            rows, self.gate_up, self.down, topk_ids, topk_weights, self.first_expert
+        )
+
+    @classmethod
+    def load(
+        cls,
+        weights: WeightSource,
+        prefix: str,
+        names: ExpertNames,
+        shard: ExpertShard,
+        hidden: int,
+        intermediate: int,
+    ) -> Experts:
+        """Read this shard's slices, each straight into its place: the peak is one slice."""
+        part = slice(shard.intermediate.start, shard.intermediate.stop)
+        size = len(shard.intermediate)
+        aligned = -(-size // ALIGNMENT) * ALIGNMENT
+        count = 0 if shard.is_empty else len(shard.experts)
+        stacked = (count, 2, aligned, hidden)
+        gate_up = torch.zeros(stacked, dtype=weights.dtype, device=weights.device)
+        down = gate_up.new_zeros(count, hidden, aligned)
+        for local, expert in enumerate(shard.experts[:count]):
+            for half, name in enumerate((names.gate, names.up)):
+                gate_up[local, half, :size] = weights.load(
+                    f"{prefix}.{expert}.{name}.weight", (intermediate, hidden), (part, slice(None))
+                )
+            down[local, :, :size] = weights.load(
+                f"{prefix}.{expert}.{names.down}.weight",
+                (hidden, intermediate),
+                (slice(None), part),
+            )
+        return cls(gate_up.flatten(1, 2), down, shard.experts.start)
+
+
+def fused_experts(
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    first_expert: int,
+) -> Tensor:
+    """Sum over a row's chosen local experts of weight * down(silu(gate(row)) * up(row)).
+
+    rows [n, hidden]; gate_up [local, 2 * intermediate, hidden]; down [local, hidden,
+    intermediate]; topk_ids [n, k] int64 over all experts, of which first_expert is the first local
+    one; topk_weights [n, k] -> [n, hidden]. A row's experts are summed in float32, in their order.
+    """
+    num_local = gate_up.shape[0]
+    if num_local == 0:
+        return torch.zeros_like(rows)
+    expert = topk_ids.flatten() - first_expert
+    chosen = ((expert >= 0) & (expert < num_local)).nonzero().squeeze(1)
+    expert, order = expert[chosen].sort(stable=True)
+    chosen = chosen[order]
+    ends = torch.bincount(expert, minlength=num_local).cumsum(0).to(torch.int32)
+    row = chosen // topk_ids.shape[1]
+    gate, up = F.grouped_mm(rows[row], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+    weighted = out * topk_weights.flatten()[chosen, None].float()
+    total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+    return total.index_add_(0, row, weighted).to(rows.dtype)

@@ -1,0 +1,42 @@
+"""Linear: a dense matrix, possibly several of the checkpoint's stacked into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dp_runtime.loader import WeightSource
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """x [rows, inputs] -> x @ weight.T + bias, [rows, outputs]."""
+
+    weight: Tensor  # [outputs, inputs]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @classmethod
+    def load(
+        cls, weights: WeightSource, outputs: Mapping[str, int], inputs: int, bias: bool = False
+    ) -> Linear:
+        """Stack the modules named in `outputs` (name -> output size), in that order.
+
+        The result is allocated first and filled module by module: the peak is one of them.
+        """
+        total = sum(outputs.values())
+        weight = torch.empty(total, inputs, dtype=weights.dtype, device=weights.device)
+        biases = weight.new_empty(total) if bias else None
+        start = 0
+        for name, size in outputs.items():
+            weight[start : start + size] = weights.load(f"{name}.weight", (size, inputs))
+            if biases is not None:
+                biases[start : start + size] = weights.load(f"{name}.bias", (size,))
+            start += size
+        return cls(weight, biases)

@@ -1,0 +1,30 @@
+"""RMSNorm, computed in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dp_runtime.loader import WeightSource
+
+
+@dataclass(frozen=True, eq=False)
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
+
+    The quotient is rounded to x's dtype before it is scaled, as the models were trained.
+    """
+
+    weight: Tensor  # [size], or [heads, size] for one weight per head
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
+
+    @classmethod
+    def load(cls, weights: WeightSource, name: str, size: int, eps: float) -> RMSNorm:
+        return cls(weights.load(f"{name}.weight", (size,)), eps)

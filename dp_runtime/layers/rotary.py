@@ -1,0 +1,98 @@
+"""Rotary position embedding (arXiv 2104.09864), with the scalings that published configs use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CosSin = tuple[Tensor, Tensor]  # [rows, 1, head_dim / 2] each
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding; fields beyond `theta` belong to the types that are named beside them."""
+
+    type: str = "default"  # default, linear, yarn, llama3
+    theta: float = 10_000.0
+    factor: float = 1.0  # linear, yarn, llama3
+    original_max_position_embeddings: int = 0  # yarn, llama3
+    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """Cosines and sines of positions; computed once per forward and handed to all layers."""
+
+    inv_freq: Tensor  # [head_dim / 2] float32
+    attention_factor: float
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> CosSin:
+        """positions [rows] int64 -> cos and sin, computed in float32."""
+        angles = (positions.float()[:, None] * self.inv_freq)[:, None, :]
+        factor = self.attention_factor
+        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    @classmethod
+    def of(cls, rope: RopeConfig, head_dim: int, device: torch.device) -> Rotary:
+        frequencies = inverse_frequencies(rope, head_dim)
+        return cls(frequencies.to(device), rope.attention_factor)
+
+
+def rotate(x: Tensor, cos_sin: CosSin) -> Tensor:
+    """x [rows, heads, head_dim], halves rotated against each other (the NeoX layout)."""
+    cos, sin = cos_sin
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """theta^(-2i / head_dim), scaled, [head_dim / 2] float32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    match rope.type:
+        case "default":
+            return frequencies
+        case "linear":
+            return frequencies / rope.factor
+        case "yarn":
+            ramp = yarn_ramp(rope, head_dim)
+            return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+        case "llama3":
+            return llama3_frequencies(rope, frequencies)
+        case _:
+            raise AssertionError(f"rope type {rope.type}")
+
+
+def yarn_ramp(rope: RopeConfig, head_dim: int) -> Tensor:
+    """How far each frequency is interpolated, 0 to 1 (arXiv 2309.00071, section 3.2)."""
+
+    def dimension(rotations: float) -> float:
+        """The dimension that turns this often within the original context."""
+        context = rope.original_max_position_embeddings
+        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001  # the ramp is a step where both ends meet
+    return ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+
+
+def llama3_frequencies(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+    """Long waves are slowed by `factor`, short ones kept, those between are blended.
+
+    Source: Llama 3.1 reference code, `apply_scaling`.
+    """
+    turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * frequencies / rope.factor + keep * frequencies

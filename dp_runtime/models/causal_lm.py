@@ -1,0 +1,121 @@
+"""CausalLM: a decoder of pre-norm layers, composed by the architectures from shared layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dp_runtime.layers.attention import Attention
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.mlp import DenseMLP
+from dp_runtime.layers.moe import MoeStage, RowExchange
+from dp_runtime.layers.norm import RMSNorm
+from dp_runtime.layers.rotary import CosSin, Rotary
+from dp_runtime.loader import WeightSource
+from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.protocols import AttentionBackend
+
+
+@dataclass(frozen=True, eq=False)
+class SlotInputs:
+    """A rank's rows for one slot, on the device; `embeds` replace the embeddings of some rows."""
+
+    token_ids: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64
+    embed_rows: Tensor  # [embeds] int64
+    embeds: Tensor  # [embeds, hidden]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_attention_norm: RMSNorm
+    mlp: MoeStage | DenseMLP
+
+    def __call__(
+        self, x: Tensor, cos_sin: CosSin, metadata: AttentionMetadata, exchange: RowExchange
+    ) -> Tensor:
+        x = x + self.attention(self.input_norm(x), cos_sin, metadata)
+        normed = self.post_attention_norm(x)
+        if isinstance(self.mlp, MoeStage):
+            return x + self.mlp(normed, exchange)
+        return x + self.mlp(normed)
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        weights: WeightSource,
+        prefix: str,
+        backend: AttentionBackend,
+        mlp: MoeStage | DenseMLP,
+    ) -> DecoderLayer:
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        return cls(
+            RMSNorm.load(weights, f"{prefix}.input_layernorm", hidden, eps),
+            Attention.load(config.attention, weights, f"{prefix}.self_attn", backend),
+            RMSNorm.load(weights, f"{prefix}.post_attention_layernorm", hidden, eps),
+            mlp,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CausalLM:
+    """Embedding, decoder layers, final norm and LM head."""
+
+    config: ModelConfig
+    embedding: Tensor  # [vocab, hidden]
+    rotary: Rotary
+    layers: tuple[DecoderLayer, ...]
+    norm: RMSNorm
+    head: Linear
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.config.num_moe_layers
+
+    def forward(
+        self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
+    ) -> Tensor:
+        x = self.embedding[inputs.token_ids]
+        if inputs.embed_rows.shape[0]:
+            x[inputs.embed_rows] = inputs.embeds.to(x.dtype)
+        cos_sin = self.rotary(inputs.positions, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos_sin, metadata, exchange)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self.norm(hidden)).float()
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        weights: WeightSource,
+        attention: Callable[[int], AttentionBackend],
+        mlp: Callable[[int, str], MoeStage | DenseMLP],
+    ) -> CausalLM:
+        """Load under the names that transformers' decoders share; `mlp(layer, prefix)` adds its."""
+        sizes = (config.vocab_size, config.hidden_size)
+        embedding = weights.load("model.embed_tokens.weight", sizes)
+        layers = []
+        for layer in range(config.num_layers):
+            prefix = f"model.layers.{layer}"
+            stage = mlp(layer, prefix)
+            layers.append(DecoderLayer.load(config, weights, prefix, attention(layer), stage))
+        tied = config.tie_word_embeddings
+        return cls(
+            config,
+            embedding,
+            Rotary.of(config.rope, config.head_dim, weights.device),
+            tuple(layers),
+            RMSNorm.load(weights, "model.norm", config.hidden_size, config.rms_norm_eps),
+            Linear(embedding if tied else weights.load("lm_head.weight", sizes), None),
+        )
