@@ -1,0 +1,201 @@
+"""Row collectives and step boards for N threads of one process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from collectives.rows import check_gather, check_reduce_scatter, split, sum_in_rank_order
+from dp_runtime.agreement import StepRecord
+from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
+from dp_runtime.protocols import Counts
+
+
+class InProcessGroup:
+    """A group of dp_size threads; every wait ends within timeout_s seconds."""
+
+    def __init__(self, dp_size: int, timeout_s: float) -> None:
+        require(dp_size >= 1, "dp_size", dp_size, "an integer >= 1")
+        changed = threading.Condition()
+        self._meetings = tuple(_Meeting(dp_size, timeout_s, changed) for _ in range(2))
+        self.dp_size = dp_size
+
+    def collective(self, dp_rank: int) -> InProcessCollective:
+        """The collective of one rank."""
+        return InProcessCollective(self, self._meetings[0], dp_rank)
+
+    def board(self, dp_rank: int) -> InProcessBoard:
+        """The step board of one rank."""
+        return InProcessBoard(self, self._meetings[1], dp_rank)
+
+    def abort(self, dp_rank: int, reason: str) -> None:
+        """Free every waiter of every rank; the first reason stays."""
+        for meeting in self._meetings:
+            meeting.abort(f"aborted by rank {dp_rank}: {reason}")
+
+    def close(self, dp_rank: int) -> None:
+        """End the use of both by one rank; peers are not told."""
+        for meeting in self._meetings:
+            meeting.close(dp_rank)
+
+
+class _Meeting:
+    """Turns in which every rank brings a value and takes away those of all."""
+
+    def __init__(self, dp_size: int, timeout_s: float, changed: threading.Condition) -> None:
+        self._size, self._timeout_s, self._changed = dp_size, timeout_s, changed
+        self._brought: list[list[Any]] = [[] for _ in range(dp_size)]  # not yet taken by all
+        self._turns = [0] * dp_size
+        self._first = 0  # turns that everyone has taken
+        self._taken = [0] * dp_size
+        self._broken: dict[int, str] = {}
+
+    def meet(self, dp_rank: int, value: Any, what: str) -> tuple[tuple[Any, ...], float]:
+        """All ranks' values of this rank's next turn, and the seconds spent waiting."""
+        with self._changed:
+            self.check(dp_rank)
+            turn = self._turns[dp_rank]
+            self._turns[dp_rank] = turn + 1
+            self._brought[dp_rank].append(value)
+            self._changed.notify_all()
+            waited = self._wait(dp_rank, lambda: min(self._turns) > turn, self._timeout_s)
+            missing = [rank for rank, at in enumerate(self._turns) if at <= turn]
+            if missing:
+                names = ", ".join(map(str, missing))
+                message = f"{what}: waited {self._timeout_s:g} s for ranks {names}"
+                self._broken[dp_rank] = f"timed out before ({message})"
+                raise CollectiveTimeout(message)
+            values = tuple(brought[turn - self._first] for brought in self._brought)
+            self._taken[dp_rank] = turn + 1
+            self._drop_taken()
+            return values, waited
+
+    def sleep(self, dp_rank: int, woken: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until woken() or until any rank has begun a turn that this rank has not."""
+        with self._changed:
+            self.check(dp_rank)
+            own = self._turns[dp_rank]
+            self._wait(dp_rank, lambda: woken() or max(self._turns) > own, timeout_s)
+
+    def notify(self) -> None:
+        """Let every waiter look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def abort(self, reason: str) -> None:
+        """End every wait of every rank, now and later."""
+        with self._changed:
+            for rank in range(self._size):
+                self._broken.setdefault(rank, reason)
+            self._changed.notify_all()
+
+    def close(self, dp_rank: int) -> None:
+        """End every wait of one rank, now and later."""
+        with self._changed:
+            self._broken[dp_rank] = "this rank has closed its group"
+            self._changed.notify_all()
+
+    def check(self, dp_rank: int) -> None:
+        """Raise CollectiveAborted if this rank can not meet any more."""
+        if dp_rank in self._broken:
+            raise CollectiveAborted(self._broken[dp_rank])
+
+    def _wait(self, dp_rank: int, done: Callable[[], bool], timeout_s: float) -> float:
+        start = time.monotonic()
+        self._changed.wait_for(lambda: done() or dp_rank in self._broken, timeout_s)
+        self.check(dp_rank)
+        return time.monotonic() - start
+
+    def _drop_taken(self) -> None:
+        while self._first < min(self._taken):
+            self._first += 1
+            for brought in self._brought:
+                brought.pop(0)
+
+
+class InProcessCollective:
+    """RowCollective of one thread; sums in rank order, in float32 for half types."""
+
+    def __init__(self, group: InProcessGroup, meeting: _Meeting, dp_rank: int) -> None:
+        self.dp_rank, self.dp_size = dp_rank, group.dp_size
+        self._group, self._meeting = group, meeting
+        self._waited_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds this rank has spent waiting for peers."""
+        return self._waited_s
+
+    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+        """All ranks' values (equally many on each rank), [rank][value]."""
+        return self._meet(tuple(values), "counts")
+
+    def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
+        check_gather(rows, counts, self.dp_rank, self.dp_size)
+        if sum(counts) == 0:
+            return rows.clone()
+        # A copy, since the caller may write to its rows as soon as this returns.
+        return torch.cat(self._meet(rows.clone(), "gather_rows"))
+
+    def reduce_scatter_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
+        check_reduce_scatter(rows, counts, self.dp_size)
+        out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
+        if sum(counts):
+            parts = self._meet(rows.clone(), "reduce_scatter_rows")
+            sum_in_rank_order([split(part, counts)[self.dp_rank] for part in parts], out)
+        return out
+
+    def barrier(self) -> None:
+        """Return once all ranks have called it."""
+        self._meet(None, "barrier")
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(self.dp_rank, reason)
+
+    def close(self) -> None:
+        """End this rank's use of collective and board; callable more than once."""
+        self._group.close(self.dp_rank)
+
+    def _meet(self, value: Any, what: str) -> tuple[Any, ...]:
+        values, waited = self._meeting.meet(self.dp_rank, value, what)
+        self._waited_s += waited
+        return values
+
+
+class InProcessBoard:
+    """StepBoard of one thread."""
+
+    def __init__(self, group: InProcessGroup, meeting: _Meeting, dp_rank: int) -> None:
+        self.dp_rank, self.dp_size = dp_rank, group.dp_size
+        self._group, self._meeting = group, meeting
+        self._woken = False
+
+    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+        """Post this rank's next record and return the records all ranks posted in that turn."""
+        return self._meeting.meet(self.dp_rank, record, f"record of step {record.step_id}")[0]
+
+    def idle(self, timeout_s: float) -> None:
+        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
+        self._meeting.sleep(self.dp_rank, lambda: self._woken, timeout_s)
+        self._woken = False
+
+    def wake(self) -> None:
+        """End this rank's current or next `idle`; callable from any thread."""
+        self._woken = True
+        self._meeting.notify()
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(self.dp_rank, reason)
+
+    def close(self) -> None:
+        """End this rank's use of collective and board; callable more than once."""
+        self._group.close(self.dp_rank)
