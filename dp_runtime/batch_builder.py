@@ -103,7 +103,9 @@ def _page_table(parts: Sequence[Part]) -> np.ndarray[tuple[int, int], np.dtype[n
 
 def _embeds(
     parts: Sequence[Part], row_starts: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
+) -> tuple[
+    np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.float32]]
+]:
     """Rows of the batch whose embedding the request brought along, and those embeddings."""
     rows, values = [], []
     for part, row_start in zip(parts, row_starts, strict=True):

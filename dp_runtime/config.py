@@ -102,7 +102,7 @@ class EngineConfig:
         require(
             self.max_num_requests <= self.max_num_tokens,
             "max_num_requests", self.max_num_requests,
-            f"at most max_num_tokens {self.max_num_tokens}: a decoding request needs a token a step",
+            f"at most max_num_tokens {self.max_num_tokens}: a decoding request feeds one a step",
         )  # fmt: skip
         fraction = self.kv_memory_fraction
         ok = is_finite(fraction) and 0 < fraction <= 1

@@ -77,9 +77,13 @@ class Engine:
                 len(values) == len(prompts), name, f"{len(values)} entries",
                 f"one for each of the {len(prompts)} prompts",
             )  # fmt: skip
-        requests = [self._make(prompt, one) for prompt, one in zip(prompts, several)]
-        for rank in ranks:
-            self._check_rank(rank)
+        requests = []
+        for index, (prompt, one, rank) in enumerate(zip(prompts, several, ranks)):
+            try:
+                self._check_rank(rank)
+                requests.append(self._make(prompt, one))
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from None
         handles: list[RequestHandle] = []
         try:
             for request, rank in zip(requests, ranks):
@@ -159,9 +163,7 @@ class Engine:
         if self._closed:
             raise self._closed
 
-    def _start(
-        self, request: RankRequest, dp_rank: int | None, wait: bool = True
-    ) -> RequestHandle:
+    def _start(self, request: RankRequest, dp_rank: int | None, wait: bool = True) -> RequestHandle:
         rank = self._admission.enter(_cost(request), dp_rank, wait)
         text = None
         if self.tokenizer is not None:

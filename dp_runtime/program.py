@@ -23,7 +23,8 @@ class Program:
     slots: tuple[Slot, ...]
 
     def __post_init__(self) -> None:
-        assert 1 <= len(self.slots) <= MAX_SLOTS, f"a program has 1..{MAX_SLOTS} slots: {self}"
+        assert len(self.slots) <= MAX_SLOTS, f"a program has at most {MAX_SLOTS} slots: {self}"
+        assert self.slots.count(Slot.TARGET) == 1, f"a program has one target slot: {self}"
 
 
 # A program's id is its index here. Speculation adds programs with draft slots.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
 from dp_runtime.errors import require
-from dp_runtime.random_numbers import derive_seed
 from dp_runtime.request import Prompt, PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.sampling_params import SamplingParams, is_int
 from dp_runtime.status import ModelInfo
@@ -30,14 +30,15 @@ class RequestFactory:
         )
         tokens = self._tokens(prompt)
         self._check_tokens(tokens)
-        self._check_params(params)
         eos = () if params.ignore_eos else self.model.eos_token_ids
+        ends = frozenset((*eos, *params.stop_token_ids))
+        self._check_params(params, ends)
         return RankRequest(
             request_id=request_id,
             prompt_token_ids=tokens,
             params=params,
-            seed=derive_seed(self.seed, request_id) if params.seed is None else params.seed,
-            stop_token_ids=frozenset((*eos, *params.stop_token_ids)),
+            seed=_derive_seed(self.seed, request_id) if params.seed is None else params.seed,
+            stop_token_ids=ends,
             embeds=self._embeds(prompt, len(tokens)) if isinstance(prompt, TokensPrompt) else None,
         )
 
@@ -50,9 +51,7 @@ class RequestFactory:
             assert self.tokenizer is not None, "checked above"
             return tuple(self.tokenizer.encode(prompt))
         ids = prompt.token_ids if isinstance(prompt, TokensPrompt) else prompt
-        require(
-            isinstance(ids, Sequence | np.ndarray), "prompt", _short(ids), "text or token ids"
-        )
+        require(isinstance(ids, Sequence | np.ndarray), "prompt", _short(ids), "text or token ids")
         for token in ids:
             require(is_int(token), "prompt", _short(token), "text or token ids")
         return tuple(int(token) for token in ids)
@@ -64,24 +63,16 @@ class RequestFactory:
             len(tokens) <= most, "prompt", f"{len(tokens)} tokens",
             f"at most {most} tokens: max_model_len is {self.model.max_model_len}",
         )  # fmt: skip
-        self._check_ids("prompt", tokens)
+        size = self.model.vocab_size
+        for token in tokens:
+            require(0 <= token < size, "prompt", token, f"token ids are in 0..{size - 1}")
 
-    def _check_params(self, params: SamplingParams) -> None:
+    def _check_params(self, params: SamplingParams, ends: frozenset[int]) -> None:
         require(
             not params.stop_strings or self.tokenizer is not None, "stop", params.stop,
             "stop_token_ids: the model's directory has no tokenizer.json",
         )  # fmt: skip
-        self._check_ids("logit_bias", tuple(params.logit_bias))
-        self._check_ids("stop_token_ids", tuple(params.stop_token_ids))
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, name)
-            ok = value is None or value <= self.model.vocab_size
-            require(ok, name, value, f"at most the vocabulary {self.model.vocab_size}")
-
-    def _check_ids(self, field: str, ids: tuple[int, ...]) -> None:
-        size = self.model.vocab_size
-        for token in ids:
-            require(0 <= token < size, field, token, f"token ids are in 0..{size - 1}")
+        params.check_vocabulary(self.model.vocab_size, ends)
 
     def _embeds(self, prompt: TokensPrompt, length: int) -> PromptEmbeds | None:
         if prompt.prompt_embeds is None:
@@ -103,6 +94,12 @@ class RequestFactory:
             f"distinct positions of the prompt, 0..{length - 1}",
         )  # fmt: skip
         return PromptEmbeds(positions, values)
+
+
+def _derive_seed(seed: int, request_id: int) -> int:
+    """A seed in 0..2**63-1 for a request that brought none; the same in every run."""
+    digest = blake2b(f"{seed}:{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _short(value: object) -> str:

@@ -1,8 +1,9 @@
-"""From a plan to a rank that can step: weights, pages, coordinator, scheduler, sampler."""
+"""From a plan to a rank that can step: first its weights, then its place among the others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
@@ -13,7 +14,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
 from dp_runtime.kv_cache import allocate_pools
 from dp_runtime.loader import open_weights
-from dp_runtime.models import build_model
+from dp_runtime.models import Model, build_model
 from dp_runtime.padding import PaddingMode
 from dp_runtime.program import Slot
 from dp_runtime.protocols import RowCollective, StepBoard
@@ -25,47 +26,32 @@ from dp_runtime.step import StepLoop
 from dp_runtime.trace import Recorder, Totals
 
 
-def build_rank(
-    config: EngineConfig,
-    plan: RankPlan,
-    board: StepBoard,
-    collective: RowCollective,
-    on_bytes: Callable[[int], None],
-) -> tuple[StepLoop, ModelInfo]:
-    """Load this rank's share of the model and put its step loop together."""
+@dataclass(frozen=True, eq=False)
+class LoadedRank:
+    """A rank's share of the model bound to its page pools, and what the driver should know."""
+
+    model: Model
+    info: ModelInfo
+
+
+def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
+    """Allocate the pages and read this rank's weights; `on_bytes` hears of every slice read."""
     started = monotonic()
-    device = torch.device(plan.device)
+    device, model = torch.device(plan.device), plan.model
     weights = open_weights(
         config.model, config.load_format, config.seed, plan.dtype, device, on_bytes
     )
-    model = plan.model
     pools = allocate_pools(
         model.num_layers, plan.pages, model.num_kv_heads, model.head_dim, plan.dtype, device
     )
     served = build_model(
         model,
         weights,
-        plan.shard,
-        lambda layer: make_backend(plan.backend, pools[layer], model.num_heads, model.head_dim),
-    )
-    mode = PaddingMode(config.padding)
-    cost = (
-        measure_padding_cost(collective, model.hidden_size, plan.dtype, device)
-        if mode is PaddingMode.AUTO
-        else None
-    )
-    coordinator = StepCoordinator(board, collective, Padding(mode, cost, config.poison_padding))
-    loop = StepLoop(
-        Scheduler(plan.pages, plan.limits),
-        coordinator,
-        {Slot.TARGET: served},
-        Sampler(model.vocab_size, device),
-        Recorder(Totals(plan.shard.dp_rank)),
-        device,
-        config.depth,
+        plan.sharding,
+        make_backend(plan.backend, pools, model.num_heads),
     )
     tokenizer = Path(config.model, "tokenizer.json")
-    return loop, ModelInfo(
+    info = ModelInfo(
         architecture=model.architecture,
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -76,4 +62,31 @@ def build_rank(
         weight_bytes=plan.weight_bytes,
         bytes_read=weights.bytes_read,
         load_s=monotonic() - started,
+    )
+    return LoadedRank(served, info)
+
+
+def assemble(
+    config: EngineConfig,
+    plan: RankPlan,
+    loaded: LoadedRank,
+    board: StepBoard,
+    collective: RowCollective,
+) -> StepLoop:
+    """Put the step loop of a loaded rank together; all ranks do so at the same time."""
+    device, model = torch.device(plan.device), plan.model
+    mode = PaddingMode(config.padding)
+    cost = (
+        measure_padding_cost(collective, model.hidden_size, plan.dtype, device)
+        if mode is PaddingMode.AUTO
+        else None
+    )
+    return StepLoop(
+        Scheduler(plan.pages, plan.limits),
+        StepCoordinator(board, collective, Padding(mode, cost, config.poison_padding)),
+        {Slot.TARGET: loaded.model},
+        Sampler(model.vocab_size, device),
+        Recorder(Totals(plan.sharding.dp_rank)),
+        device,
+        config.depth,
     )

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import Tensor
 
 from dp_runtime.attention import choose_backend
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import require
 from dp_runtime.loader import CountedWeights
-from dp_runtime.metadata import PageGeometry
-from dp_runtime.models import ShardSpec, build_model
-from dp_runtime.models.config import ModelConfig, read_model_config
+from dp_runtime.metadata import AttentionMetadata, PageGeometry
+from dp_runtime.models import ModelConfig, RankSharding, build_model, read_model_config
+from dp_runtime.protocols import AttentionBackend
 from dp_runtime.scheduler import Limits
 
 
@@ -29,7 +30,7 @@ class RankPlan:
     dtype: torch.dtype
     backend: str
     backend_reason: str
-    shard: ShardSpec
+    sharding: RankSharding
     limits: Limits
     pages: PageGeometry
     weight_bytes: int
@@ -55,10 +56,10 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     """
     model = read_model_config(config.model)
     dtype = resolve_dtype(config.dtype, device)
-    backend, reason = choose_backend(config.attention_backend, device)
-    shard = ShardSpec(config.moe_sharding, dp_rank, config.dp_size)
+    backend, reason = choose_backend(config.attention_backend, torch.device(device))
+    sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
     weights = CountedWeights(dtype)
-    build_model(model, weights, shard, None)
+    build_model(model, weights, sharding, _no_attention)
     length = config.max_model_len or model.max_position_embeddings
     require(
         length <= model.max_position_embeddings, "max_model_len", length,
@@ -70,11 +71,20 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         dtype=dtype,
         backend=backend,
         backend_reason=reason,
-        shard=shard,
+        sharding=sharding,
         limits=Limits(config.max_num_requests, config.max_num_tokens, length),
         pages=_page_geometry(config, model, dtype, device, length, weights.bytes_read),
         weight_bytes=weights.bytes_read,
     )
+
+
+def _no_attention(layer: int) -> AttentionBackend:
+    """Stands where a backend would: counting weights runs no forward."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        raise AssertionError(f"layer {layer} of a model that was only counted can't run")
+
+    return attend
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:

@@ -14,11 +14,12 @@ from torch import Tensor
 from dp_runtime.agreement import Agreement, FaultBits
 from dp_runtime.batch import LocalBatch
 from dp_runtime.coordinator import RankLoad, StepCoordinator
+from dp_runtime.logprobs import Logprobs
 from dp_runtime.metadata import AttentionMetadata, Place
 from dp_runtime.models import Model, SlotInputs
 from dp_runtime.program import Slot
-from dp_runtime.request import RankRequest, RequestProgress, TokenLogprob
-from dp_runtime.sampling import PromptScores, Sampled, Sampler
+from dp_runtime.request import RankRequest, RequestProgress
+from dp_runtime.sampling import Sampled, Sampler
 from dp_runtime.scheduler import Scheduled, Scheduler, StepTokens
 from dp_runtime.trace import Recorder, SlotTrace, StepTrace
 
@@ -41,7 +42,7 @@ class Launched:
     scheduled: Scheduled
     agreement: Agreement
     sampled: Sampled
-    scores: tuple[PromptScores, ...]
+    scores: tuple[Logprobs, ...]
     slots: tuple[SlotTrace, ...]
     started: float
     times: tuple[float, float, float, float]  # schedule, agree, prepare, sample
@@ -145,8 +146,7 @@ class StepLoop:
     ) -> Launched:
         """Run every slot of the program, and sample where the target ran."""
         started, at_agree, agreed = times
-        sampled, scores = Sampled.none(self.device), ()
-        slots, prepare_s, sample_s = [], 0.0, 0.0
+        slots, prepare_s = [], 0.0
         for index, slot in enumerate(agreement.program.slots):
             batch = scheduled.batches[index]
             at = perf_counter()
@@ -160,12 +160,10 @@ class StepLoop:
             if slot is Slot.TARGET:
                 at_sample = perf_counter()
                 sampled, scores = self._sample(self.models[slot], hidden, batch, scheduled)
-                sample_s += perf_counter() - at_sample
+                sample_s = perf_counter() - at_sample
         self._last_sampled = sampled.token_ids
         durations = (at_agree - started, agreed - at_agree, prepare_s, sample_s)
-        return Launched(
-            scheduled, agreement, sampled, scores, tuple(slots), monotonic(), durations
-        )
+        return Launched(scheduled, agreement, sampled, scores, tuple(slots), monotonic(), durations)
 
     def _inputs(self, batch: LocalBatch) -> SlotInputs:
         token_ids = torch.tensor(batch.token_ids, device=self.device)
@@ -205,32 +203,29 @@ class StepLoop:
 
     def _sample(
         self, model: Model, hidden: Tensor, batch: LocalBatch, scheduled: Scheduled
-    ) -> tuple[Sampled, tuple[PromptScores, ...]]:
-        if not len(batch.sample_rows):
-            return Sampled.none(self.device), ()
+    ) -> tuple[Sampled, tuple[Logprobs, ...]]:
         rows = torch.tensor(batch.sample_rows, device=self.device)
         logits = model.logits(hidden[rows])
         first = len(scheduled.samples)
         scores = []
         for part in scheduled.scored:
             count = part.score_end - part.score_start
-            targets = part.live.request.prompt_token_ids[part.score_start + 1 : part.score_end + 1]
-            top_n = part.live.request.params.prompt_logprobs or 0
+            request = part.live.request
+            following = request.prompt_token_ids[part.score_start + 1 : part.score_end + 1]
+            targets = torch.tensor(following, device=self.device)
+            top_n = request.params.prompt_logprobs or 0
             scores.append(
                 self.sampler.prompt_logprobs(logits[first : first + count], targets, top_n)
             )
             first += count
-        return self.sampler.sample(logits[: len(scheduled.samples)], scheduled.samples), tuple(
-            scores
-        )
+        sampled = self.sampler.sample(logits[: len(scheduled.samples)], scheduled.samples)
+        return sampled, tuple(scores)
 
     def _commit(self, step: Launched) -> list[RequestProgress]:
         """Look at what the step sampled, and move its requests on."""
         at = perf_counter()
-        logprobs: Sequence[TokenLogprob | None] = step.sampled.host_logprobs()
-        tokens = StepTokens(
-            step.sampled.token_ids.tolist(), logprobs, [score.to_host() for score in step.scores]
-        )
+        token_ids, logprobs = step.sampled.to_host()
+        tokens = StepTokens(token_ids, logprobs, [score.to_host() for score in step.scores])
         progress = self.scheduler.commit(step.scheduled, tokens)
         for item in progress:
             if item.finish_reason:

@@ -16,7 +16,7 @@ from dp_runtime.protocols import FailureListener, ProgressListener
 from dp_runtime.request import RankRequest
 from dp_runtime.status import ModelInfo, RankHealth, RankState
 from dp_runtime.trace import StepTrace, Totals
-from workers.messages import HostInfo, Polled, Rendezvous
+from workers.messages import HostInfo, MeetingPoint, Polled
 
 POLL_S = 1.0
 STATUS_S = 5.0
@@ -62,10 +62,10 @@ class WorkerGroup:
         try:
             deadline = monotonic() + self._config.start_timeout_s
             hosts = self._all("prepare", deadline=deadline)
-            where = _rendezvous(self._config, hosts, self._in_process_group)
-            with Progress("load", 0, "B", show_progress) as progress:
-                infos = self._all("start", where, deadline=deadline, progress=progress)
-            self.model = infos[0]
+            with Progress("load", 0, "byte", show_progress) as progress:
+                self.model = self._all("load", deadline=deadline, progress=progress)[0]
+            where = _meeting_point(self._config, hosts, self._in_process_group)
+            self._all("serve", where, deadline=deadline)
         except BaseException:
             self._end()
             raise
@@ -145,7 +145,8 @@ class WorkerGroup:
             if progress is not None:
                 states = self.health()
                 progress.update(
-                    sum(rank.bytes_read for rank in states), sum(rank.bytes_total for rank in states)
+                    sum(rank.bytes_read for rank in states),
+                    sum(rank.bytes_total for rank in states),
                 )
         _raise_failures(method, futures)
         return [future.result() for future in futures]
@@ -180,12 +181,12 @@ def _health_of(dp_rank: int, future: Future[Any]) -> RankHealth:
     return health
 
 
-def _rendezvous(
+def _meeting_point(
     config: EngineConfig, hosts: Sequence[HostInfo], in_process_group: object
-) -> Rendezvous:
+) -> MeetingPoint:
     """Where the ranks meet: shared memory if they are CPU ranks of one host."""
     if in_process_group is not None:
-        return Rendezvous("in_process", "", in_process_group)
+        return MeetingPoint("in_process", "", in_process_group)
     one_host = len({host.host for host in hosts}) == 1
     kind = config.collective
     if kind == "auto":
@@ -196,5 +197,5 @@ def _rendezvous(
         if not one_host:
             names = sorted({host.host for host in hosts})
             raise ValueError(f"collective: 'shared_memory' is not allowed; ranks are on {names}")
-        return Rendezvous(kind, f"{first.shared_directory}/dp-runtime-{uuid.uuid4().hex[:12]}")
-    return Rendezvous(kind, f"tcp://{first.address}:{first.free_port}")
+        return MeetingPoint(kind, f"{first.shared_directory}/dp-runtime-{uuid.uuid4().hex[:12]}")
+    return MeetingPoint(kind, f"tcp://{first.address}:{first.free_port}")

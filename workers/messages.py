@@ -11,7 +11,8 @@ from dp_runtime.request import RequestProgress
 # Calls of one lane run one after the other, in their order; lanes run beside each other.
 LANES = {
     "prepare": "control",
-    "start": "control",
+    "load": "control",
+    "serve": "control",
     "submit": "control",
     "abort": "control",
     "stop": "control",
@@ -34,7 +35,7 @@ class HostInfo:
 
 
 @dataclass(frozen=True)
-class Rendezvous:
+class MeetingPoint:
     """Where the ranks meet: a directory (shared_memory), an URL (torch_distributed), or an object.
 
     `group` is the in-process group of the thread launcher; it never leaves the process.

@@ -12,15 +12,15 @@ from time import monotonic, sleep
 
 import torch
 
-from collectives import RankLinks, connect
 from dp_runtime.config import EngineConfig
-from dp_runtime.rank import build_rank
+from dp_runtime.rank import LoadedRank, assemble, load_rank
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sizing import RankPlan, plan_rank
 from dp_runtime.status import ModelInfo, RankHealth, RankState
 from dp_runtime.step import Commands, StepLoop
 from dp_runtime.trace import StepTrace, Totals
-from workers.messages import HostInfo, Polled, Rendezvous
+from workers.links import RankLinks, connect
+from workers.messages import HostInfo, MeetingPoint, Polled
 
 LINGER_S = 0.002  # outputs that follow within this time travel together
 STOP_S = 5.0
@@ -29,9 +29,9 @@ STOP_S = 5.0
 class Worker:
     """Prepares, starts and serves one rank; its step loop runs in a thread of its own.
 
-    Call `prepare`, then `start` on all ranks, then `submit`, `abort` and `poll`; `health`,
-    `trace` and `totals` at any time; `stop` at the end. It runs in an actor, in a plain process
-    or beside others in one process, and knows of none of these.
+    Call `prepare`, `load` and `serve` on all ranks, each once all have done the one before; then
+    `submit`, `abort` and `poll`; `health`, `trace` and `totals` at any time; `stop` at the end.
+    It runs in an actor, in a plain process or beside others in one, and knows of none of these.
     """
 
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
@@ -40,6 +40,7 @@ class Worker:
         self.device = device
         self._state = RankState.STARTING
         self._plan: RankPlan | None = None
+        self._loaded: LoadedRank | None = None
         self._links: RankLinks | None = None
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None
@@ -62,25 +63,25 @@ class Worker:
         shared = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
         return HostInfo(self.dp_rank, socket.gethostname(), _own_address(), port, shared)
 
-    def start(self, rendezvous: Rendezvous) -> ModelInfo:
-        """Join the other ranks, load this rank's weights and begin to step."""
-        assert self._plan is not None, "prepare comes before start"
+    def load(self) -> ModelInfo:
+        """Read this rank's weights; ranks may take different times."""
+        assert self._plan is not None, "prepare comes before load"
         self._state = RankState.LOADING
-        config = self.config
-        self._links = connect(
-            rendezvous.kind, rendezvous.address, rendezvous.group, self.dp_rank, config.dp_size,
-            step_timeout_s=config.step_timeout_s, start_timeout_s=config.start_timeout_s,
-            device=torch.device(self.device),
-        )  # fmt: skip
-        self._loop, info = build_rank(
-            config, self._plan, self._links.board, self._links.collective, self._count_bytes
-        )
-        self._links.collective.barrier()
+        self._loaded = load_rank(self.config, self._plan, self._count_bytes)
         self._state = RankState.READY
+        return self._loaded.info
+
+    def serve(self, meeting_point: MeetingPoint) -> None:
+        """Join the other ranks and begin to step."""
+        assert self._plan is not None, "prepare comes before serve"
+        assert self._loaded is not None, "load comes before serve"
+        self._links = connect(meeting_point, self.dp_rank, self.config, torch.device(self.device))
+        board, collective = self._links.board, self._links.collective
+        self._loop = assemble(self.config, self._plan, self._loaded, board, collective)
+        self._state = RankState.RUNNING
         name = f"dp-rank-{self.dp_rank}"
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._step, name=name, daemon=True)
         self._thread.start()
-        return info
 
     def submit(self, requests: Sequence[RankRequest]) -> None:
         """Queue requests for the next step."""
@@ -151,9 +152,8 @@ class Worker:
             self._links.close()
         self._state = RankState.STOPPED
 
-    def _serve(self) -> None:
+    def _step(self) -> None:
         assert self._loop is not None, "the loop exists before its thread"
-        self._state = RankState.RUNNING
         try:
             self._loop.run(self._take, self._deliver)
         except Exception as error:

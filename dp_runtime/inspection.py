@@ -1,0 +1,52 @@
+"""What would run: shapes, bytes per rank and backends, without loading a model."""
+
+from __future__ import annotations
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.sizing import RankPlan, plan_rank
+
+MIB = 2**20
+
+
+def describe(config: EngineConfig, device: str) -> str:
+    """The plan of every rank as text; ValueError if it could not start."""
+    plans = [plan_rank(config, rank, device) for rank in range(config.dp_size)]
+    first = plans[0]
+    return "\n".join([*_model_lines(first), *_choice_lines(config, first), *_rank_lines(plans)])
+
+
+def _model_lines(plan: RankPlan) -> list[str]:
+    model = plan.model
+    return [
+        f"model      {model.architecture}: {model.num_layers} layers ({model.num_moe_layers} MoE), "
+        f"hidden {model.hidden_size}, vocabulary {model.vocab_size}",
+        f"attention  {model.num_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}",
+        f"experts    {model.num_experts} of intermediate size {model.moe_intermediate_size}, "
+        f"top {model.num_experts_per_tok}",
+    ]
+
+
+def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
+    limits = plan.limits
+    return [
+        f"ranks      {config.dp_size} on {plan.device}, {plan.dtype}, launcher {config.launcher}",
+        f"backend    {plan.backend}: {plan.backend_reason}",
+        f"moe        sharded {config.moe_sharding}, padding {config.padding}, "
+        f"routing {config.routing}",
+        f"limits     {limits.max_num_requests} requests and {limits.max_num_tokens} tokens a step "
+        f"and rank, sequences of {limits.max_model_len} tokens",
+    ]
+
+
+def _rank_lines(plans: list[RankPlan]) -> list[str]:
+    lines = ["rank  experts      intermediate  weights MiB  KV pages  KV MiB  cache tokens"]
+    for rank, plan in enumerate(plans):
+        model = plan.model
+        shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
+        experts = f"{shard.experts.start}..{shard.experts.stop - 1}" if shard.experts else "none"
+        lines.append(
+            f"{rank:>4}  {experts:<11}  {len(shard.intermediate):>12}  "
+            f"{plan.weight_bytes / MIB:>11.1f}  {plan.pages.num_pages:>8}  "
+            f"{plan.kv_bytes / MIB:>6.1f}  {plan.cache_tokens:>12}"
+        )
+    return lines
