@@ -13,7 +13,7 @@ from dp_runtime.errors import StartError, require
 
 CHANNELS = ("rows", "board")
 _LOOK_EVERY_S = 0.005
-_ATTACHED = 1  # the first turn of every channel says that the rank has attached
+ATTACHED = 1  # the first turn of every channel says that the rank has attached
 
 
 class Rendezvous:
@@ -96,8 +96,8 @@ class Rendezvous:
         time.sleep(_LOOK_EVERY_S)
 
     def _meet(self, bell: Doorbell) -> None:
-        bell.ring(_ATTACHED)
-        while missing := bell.missing(_ATTACHED):
+        bell.ring(ATTACHED)
+        while missing := bell.missing(ATTACHED):
             left = self._deadline - time.monotonic()
             if left <= 0:
                 self._give_up(missing)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from collectives.doorbell import Doorbell
 from collectives.region import Region, RegionLayout
-from collectives.rendezvous import CHANNELS, Rendezvous
+from collectives.rendezvous import ATTACHED, CHANNELS, Rendezvous
 from collectives.rows import check_gather, check_reduce_scatter, cut, split, sum_in_rank_order
 from dp_runtime.agreement import StepRecord
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
@@ -107,7 +107,7 @@ class _Channel:
 
     def __init__(self, region: Region, bell: Doorbell, timeout_s: float) -> None:
         self.region, self.bell = region, bell
-        self.turn = bell.newest_turn()
+        self.turn = ATTACHED  # NOTE: a fast peer may have rung for its next turn already
         self.waited_s = 0.0
         self.in_use = threading.Lock()  # held by a rank's thread for the length of a call
         self._timeout_s = timeout_s
