@@ -1,0 +1,57 @@
+"""Batches over random page tables, for tests of attention and of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dp_runtime.batch import LocalBatch
+from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
+
+CPU = torch.device("cpu")
+PLACE = Place(0, 0, "target")
+
+
+def random_page_table(
+    capacities: Sequence[int], page_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Shuffled pages for sequences of these capacities, and the number of pages with two spare."""
+    counts = [-(-capacity // page_size) for capacity in capacities]
+    num_pages = sum(counts) + 3
+    pages = rng.permutation(np.arange(1, num_pages, dtype=np.int32))
+    table = np.zeros((len(counts), max(counts, default=0)), np.int32)
+    for row, count in enumerate(counts):
+        table[row, :count], pages = pages[:count], pages[count:]
+    return table, num_pages
+
+
+def paged_batch(
+    lengths: Sequence[tuple[int, int]],
+    table: np.ndarray,
+    page_size: int,
+    tokens: Sequence[int] | None = None,
+) -> LocalBatch:
+    """(query_len, seq_len) of every request, on the pages of its row; all rows are sampled."""
+    query_lens = np.array([q for q, _ in lengths], np.int32)
+    seq_lens = np.array([s for _, s in lengths], np.int32)
+    rows = int(query_lens.sum())
+    positions = np.concatenate([np.arange(s - q, s) for q, s in lengths] or [np.zeros(0, int)])
+    owner = np.repeat(np.arange(len(lengths)), query_lens)
+    pages = table[owner, positions // page_size].astype(np.int64)
+    return LocalBatch(
+        token_ids=np.array(tokens if tokens is not None else [0] * rows, np.int64),
+        token_sources=np.full(rows, -1, np.int64),
+        positions=positions.astype(np.int64),
+        slot_mapping=pages * page_size + positions % page_size,
+        request_ids=np.arange(len(lengths), dtype=np.int64),
+        query_lens=query_lens,
+        seq_lens=seq_lens,
+        page_table=table.copy(),
+        sample_rows=np.arange(rows, dtype=np.int64),
+    )
+
+
+def metadata_of(batch: LocalBatch, num_pages: int, page_size: int) -> AttentionMetadata:
+    return AttentionMetadata.build(batch, PageGeometry(num_pages, page_size), PLACE, CPU)
