@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 from dp_runtime.errors import require
 from dp_runtime.padding import PaddingMode
 from dp_runtime.sampling_params import is_finite, is_int
@@ -71,8 +69,7 @@ class EngineConfig:
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
         self._check_sizes()
         for name in ("overlap", "poison_padding"):
-            value: Any = getattr(self, name)
-            require(isinstance(value, bool), name, value, "a bool")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
         threads = self.launcher == "thread"
         in_process = self.collective in ("in_process", "auto" if threads else "in_process")
         require(

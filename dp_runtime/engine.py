@@ -69,8 +69,8 @@ class Engine:
         prompts are checked before any is submitted (ValueError).
         """
         require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts")
-        several = [params or SamplingParams()] * len(prompts) if _single(params) else params
-        assert isinstance(several, Sequence), "a list by now"
+        one_for_all = params is None or isinstance(params, SamplingParams)
+        several = [params or SamplingParams()] * len(prompts) if one_for_all else params
         ranks = [None] * len(prompts) if dp_ranks is None else dp_ranks
         for name, values in (("params", several), ("dp_ranks", ranks)):
             require(
@@ -240,10 +240,6 @@ def _start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
     from workers import start  # NOTE: the one import upward; ranks come to the engine this way
 
     return start(config, show_progress)
-
-
-def _single(params: object) -> bool:
-    return params is None or isinstance(params, SamplingParams)
 
 
 def _cost(request: RankRequest) -> int:

@@ -14,7 +14,7 @@ from dp_runtime.request import (
     RequestProgress,
     TokenLogprob,
 )
-from dp_runtime.tokenizer import OutputText
+from dp_runtime.tokenizer import OutputText, TextStep
 
 
 class RequestHandle:
@@ -89,20 +89,18 @@ class RequestHandle:
                 f"{len(self.token_ids)} is next"
             )
             self._prompt_logprobs += progress.prompt_logprobs
-            text, matched, kept = "", None, len(progress.token_ids)
-            if self._text is not None and progress.token_ids:
-                step = self._text.push(progress.token_ids)
-                text, matched, kept = step.text, step.stop, step.num_kept
-            self.token_ids += progress.token_ids[:kept]
-            self._logprobs += progress.logprobs[:kept]
-            reason = FinishReason.STOP if matched else progress.finish_reason
-            if reason and not matched and self._text is not None:
-                text += self._text.finish()
-            self._show(text, progress.token_ids[:kept], reason)
+            text = self._read(progress)
+            token_ids = progress.token_ids[: text.num_kept]
+            self.token_ids += token_ids
+            self._logprobs += progress.logprobs[: text.num_kept]
+            reason = FinishReason.STOP if text.stop else progress.finish_reason
+            if text.text or token_ids or reason:
+                self._shown.append(text.text)
+                self._deltas.append(RequestDelta(self.request_id, text.text, token_ids, reason))
             if reason:
-                self._finish(reason, matched or progress.stop_reason)
+                self._finish(reason, text.stop or progress.stop_reason)
             self._changed.notify_all()
-            return matched is not None and progress.finish_reason is None
+            return text.stop is not None and progress.finish_reason is None
 
     def fail(self, error: BaseException) -> None:
         """The engine can not finish the request."""
@@ -111,10 +109,15 @@ class RequestHandle:
                 self._error = error
                 self._changed.notify_all()
 
-    def _show(self, text: str, token_ids: tuple[int, ...], reason: FinishReason | None) -> None:
-        if text or token_ids or reason:
-            self._shown.append(text)
-            self._deltas.append(RequestDelta(self.request_id, text, token_ids, reason))
+    def _read(self, progress: RequestProgress) -> TextStep:
+        """The text of new tokens, with what was held back if they are the last ones."""
+        if self._text is None:
+            return TextStep("", None, len(progress.token_ids))
+        step = self._text.push(progress.token_ids)
+        if progress.finish_reason is None or step.stop is not None:
+            return step
+        rest = self._text.finish()
+        return TextStep(step.text + rest.text, rest.stop, step.num_kept)
 
     def _finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
         params = self.request.params

@@ -76,8 +76,8 @@ class RequestFactory:
 
     def _embeds(self, prompt: TokensPrompt, length: int) -> PromptEmbeds | None:
         if prompt.prompt_embeds is None:
-            positions = list(prompt.embed_positions)
-            require(not positions, "embed_positions", positions, "none without prompt_embeds")
+            given = list(prompt.embed_positions)
+            require(not given, "embed_positions", given, "none without prompt_embeds")
             return None
         values = np.asarray(prompt.prompt_embeds, np.float32)
         positions = np.asarray(prompt.embed_positions, np.int64)
