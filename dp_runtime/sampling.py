@@ -186,7 +186,7 @@ class Sampler:
         ]
         if not masked:
             return logits
-        return logits.index_put(self._cells(masked), logits.new_tensor(-torch.inf))
+        return logits.index_put(self._cells(masked), torch.full((), -torch.inf, device=self.device))
 
     def _cells(self, ids_of_rows: list[tuple[int, Array]]) -> tuple[Tensor, Tensor]:
         rows = np.repeat([i for i, _ in ids_of_rows], [len(ids) for _, ids in ids_of_rows])
@@ -220,10 +220,10 @@ class Sampler:
         )
 
     def _count(self, requests: list[_Request], token_ids: Tensor) -> None:
-        for request, token_id in zip(requests, torch.split(token_ids, 1)):
+        for i, request in enumerate(requests):
             if request.penalties is not None:
                 one = torch.ones(1, dtype=torch.float32, device=self.device)
-                request.penalties.output_counts.index_add_(0, token_id, one)
+                request.penalties.output_counts.index_add_(0, token_ids[i : i + 1], one)
 
     def _draw(
         self,
