@@ -1,0 +1,200 @@
+"""What ranks do in the tests of rows; each function runs on every rank of a group."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+
+import torch
+from tests.collectives.ranks import Outcome, outcome
+from torch import Tensor
+
+from dp_runtime.protocols import Counts, RowCollective, StepBoard
+
+
+def rows_of(dp_rank: int, count: int, hidden: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """The same rows in whichever process they are made."""
+    generator = torch.Generator().manual_seed(1000 * seed + dp_rank)
+    if dtype == torch.int64:
+        return torch.randint(-(2**40), 2**40, (count, hidden), generator=generator)
+    return torch.randn(count, hidden, generator=generator).to(dtype)
+
+
+def check_gather(c: RowCollective, counts: Counts, hidden: int, dtype: torch.dtype) -> None:
+    mine = rows_of(c.dp_rank, counts[c.dp_rank], hidden, dtype, 1)
+    kept = mine.clone()
+    got = c.gather_rows(mine, counts)
+    mine.zero_()  # a caller may reuse its rows as soon as the call returns
+    want = torch.cat([rows_of(r, n, hidden, dtype, 1) for r, n in enumerate(counts)])
+    assert got.shape == (sum(counts), hidden)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    mine.copy_(kept)
+
+
+def check_reduce_scatter(
+    c: RowCollective, counts: Counts, hidden: int, dtype: torch.dtype, exact: bool
+) -> None:
+    partials = [rows_of(r, sum(counts), hidden, dtype, 2) for r in range(c.dp_size)]
+    got = c.reduce_scatter_rows(partials[c.dp_rank].clone(), counts)
+    half = dtype in (torch.bfloat16, torch.float16)
+    total = partials[0].float() if half else partials[0].clone()
+    for partial in partials[1:]:
+        total = total + partial
+    want = total.to(dtype).split(list(counts))[c.dp_rank]
+    assert got.shape == (counts[c.dp_rank], hidden)
+    assert got.dtype == dtype
+    loose = 0.1 if half else 1e-5
+    torch.testing.assert_close(got, want, rtol=0, atol=0 if exact else loose)
+
+
+def counts_case(c: RowCollective, board: StepBoard) -> None:
+    values = c.counts((c.dp_rank, 10 * c.dp_rank, -1))
+    assert values == tuple((r, 10 * r, -1) for r in range(c.dp_size))
+    assert c.counts((2**60 + c.dp_rank,)) == tuple((2**60 + r,) for r in range(c.dp_size))
+
+
+def gather_case(
+    c: RowCollective, board: StepBoard, patterns: Sequence[Counts], hiddens: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+) -> None:  # fmt: skip
+    for counts in patterns:
+        for hidden in hiddens:
+            for dtype in dtypes:
+                check_gather(c, counts, hidden, dtype)
+
+
+def reduce_scatter_case(
+    c: RowCollective, board: StepBoard, patterns: Sequence[Counts], hiddens: Sequence[int],
+    dtypes: Sequence[torch.dtype], exact: bool,
+) -> None:  # fmt: skip
+    for counts in patterns:
+        for hidden in hiddens:
+            for dtype in dtypes:
+                check_reduce_scatter(c, counts, hidden, dtype, exact)
+
+
+def strided_case(c: RowCollective, board: StepBoard, exact: bool) -> None:
+    """Rows that are a transposed view, and rows of more than two dimensions."""
+    counts = tuple(range(1, c.dp_size + 1))
+    wide = [rows_of(r, 6, counts[r], torch.float32, 3) for r in range(c.dp_size)]
+    got = c.gather_rows(wide[c.dp_rank].t(), counts)
+    assert torch.equal(got, torch.cat([each.t() for each in wide]))
+    cube = torch.arange(2 * c.dp_size * 12.0).view(2 * c.dp_size, 3, 4)
+    scattered = c.reduce_scatter_rows(cube, (2,) * c.dp_size)
+    assert torch.equal(scattered, c.dp_size * cube[2 * c.dp_rank : 2 * c.dp_rank + 2])
+
+
+def mixed_case(c: RowCollective, board: StepBoard, operations: int, exact: bool) -> float:
+    """Many random operations in a row; all ranks draw the same ones."""
+    draw = random.Random(7)
+    for _ in range(operations):
+        top = draw.choice((0, 1, 5, 40))
+        counts = tuple(draw.randint(0, top) for _ in range(c.dp_size))
+        hidden = draw.choice((1, 7, 64))
+        dtype = draw.choice((torch.float32, torch.bfloat16, torch.int64))
+        match draw.randrange(4):
+            case 0:
+                check_gather(c, counts, hidden, dtype)
+            case 1:
+                check_reduce_scatter(c, counts, hidden, dtype, exact)
+            case 2:
+                counts_case(c, board)
+            case _:
+                c.barrier()
+    return c.waited_s
+
+
+def repeat_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
+    """The same sum several times, with ranks arriving in different orders."""
+    partial = rows_of(c.dp_rank, 8 * c.dp_size, 33, torch.float32, 5)
+    sums = []
+    for turn in range(4):
+        time.sleep(0.01 * ((c.dp_rank + turn) % c.dp_size))
+        sums.append(c.reduce_scatter_rows(partial, (8,) * c.dp_size))
+    return sums
+
+
+def barrier_case(c: RowCollective, board: StepBoard, late: int) -> tuple[float, float]:
+    """When this rank came, and when it left."""
+    c.barrier()
+    if c.dp_rank == late:
+        time.sleep(0.3)
+    came = time.monotonic()
+    c.barrier()
+    return came, time.monotonic()
+
+
+def waited_case(c: RowCollective, board: StepBoard, late: int) -> float:
+    """Seconds that this rank counted as waiting while one rank was late."""
+    c.barrier()
+    before = c.waited_s
+    if c.dp_rank == late:
+        time.sleep(0.4)
+    c.gather_rows(torch.ones(2, 3), (2,) * c.dp_size)
+    return c.waited_s - before
+
+
+def nobody_waits_case(c: RowCollective, board: StepBoard) -> None:
+    """Only rank 0 calls: with no rows anywhere nothing moves."""
+    if c.dp_rank == 0:
+        zero = (0,) * c.dp_size
+        assert c.gather_rows(torch.empty(0, 5), zero).shape == (0, 5)
+        assert c.reduce_scatter_rows(torch.empty(0, 5), zero).shape == (0, 5)
+    c.barrier()
+
+
+def missing_rank_case(c: RowCollective, board: StepBoard, where: str) -> list[Outcome]:
+    """The last rank never comes; the others wait, then try again."""
+    c.barrier()
+    if c.dp_rank == c.dp_size - 1:
+        time.sleep(1.6)  # keeps its group open until the others have given up
+        return []
+    call = calls(c, board)[where]
+    return [outcome(call), outcome(call)]
+
+
+def calls(c: RowCollective, board: StepBoard) -> dict:
+    """Everything a rank can wait in, by name."""
+    from dp_runtime.agreement import StepRecord
+
+    rows, sums = torch.ones(2, 3), torch.ones(2 * c.dp_size, 3)
+    counts = (2,) * c.dp_size
+    return {
+        "counts": lambda: c.counts((1,)),
+        "gather": lambda: c.gather_rows(rows, counts),
+        "uneven gather": lambda: c.gather_rows(
+            torch.ones(c.dp_rank, 3), tuple(range(c.dp_size))
+        ),
+        "reduce_scatter": lambda: c.reduce_scatter_rows(sums, counts),
+        "barrier": c.barrier,
+        "board": lambda: board.exchange(StepRecord(0, 0, 0, (1,))),
+        "idle": lambda: idle_until_aborted(board),
+    }  # fmt: skip
+
+
+def idle_until_aborted(board: StepBoard) -> None:
+    """Sleep like a rank without requests, in as many naps as the board takes."""
+    end = time.monotonic() + 20.0
+    while time.monotonic() < end:
+        board.idle(20.0)
+
+
+def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str, Outcome]:
+    """Everything a rank can call after an abort or a close of its own."""
+    c.barrier()
+    if ending == "close":
+        c.close()
+        board.close()
+    elif c.dp_rank == 0:
+        c.abort("for a test")
+    else:
+        outcome(c.barrier)
+    ended = {name: outcome(call) for name, call in calls(c, board).items()}
+    board.wake()
+    c.abort("again")
+    board.abort("again")
+    c.close()
+    c.close()
+    return ended
