@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from dp_runtime.errors import require
 from dp_runtime.padding import PaddingMode
 from dp_runtime.sampling_params import is_finite, is_int

@@ -68,32 +68,17 @@ class Engine:
         One SamplingParams for all, or one per prompt; `dp_ranks` pins prompts to ranks. All
         prompts are checked before any is submitted (ValueError).
         """
-        require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts")
-        one_for_all = params is None or isinstance(params, SamplingParams)
-        several = [params or SamplingParams()] * len(prompts) if one_for_all else params
-        ranks = [None] * len(prompts) if dp_ranks is None else dp_ranks
-        for name, values in (("params", several), ("dp_ranks", ranks)):
-            require(
-                len(values) == len(prompts), name, f"{len(values)} entries",
-                f"one for each of the {len(prompts)} prompts",
-            )  # fmt: skip
-        requests = []
-        for index, (prompt, one, rank) in enumerate(zip(prompts, several, ranks)):
-            try:
-                self._check_rank(rank)
-                requests.append(self._make(prompt, one))
-            except ValueError as error:
-                raise ValueError(f"prompts[{index}]: {error}") from None
+        requests = self._make_all(prompts, params, dp_ranks)
         handles: list[RequestHandle] = []
         try:
-            for request, rank in zip(requests, ranks):
+            for request, rank in requests:
                 handles.append(self._start(request, rank))
+            outputs = []
             with Progress("generate", len(handles), "request", show_progress) as progress:
-                outputs = []
                 for handle in handles:
                     outputs.append(handle.result())
                     progress.update(len(outputs))
-                return outputs
+            return outputs
         except BaseException:
             for handle in handles:
                 handle.abort()
@@ -153,6 +138,28 @@ class Engine:
     def _make(self, prompt: Prompt, params: SamplingParams) -> RankRequest:
         self._check_open()
         return self._factory.make(next(self._ids), prompt, params)
+
+    def _make_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        dp_ranks: Sequence[int | None] | None,
+    ) -> list[tuple[RankRequest, int | None]]:
+        require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        ranks = [None] * len(prompts) if dp_ranks is None else dp_ranks
+        for name, count in (("params", len(params)), ("dp_ranks", len(ranks))):
+            allowed = f"one for each of the {len(prompts)} prompts"
+            require(count == len(prompts), name, f"{count} entries", allowed)
+        requests = []
+        for index, (prompt, one, rank) in enumerate(zip(prompts, params, ranks)):
+            try:
+                self._check_rank(rank)
+                requests.append((self._make(prompt, one), rank))
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from None
+        return requests
 
     def _check_rank(self, dp_rank: int | None) -> None:
         size = self.config.dp_size
