@@ -64,8 +64,11 @@ class Checkpoint:
         file = self._file_of.get(name)
         if file is None:
             raise ValueError(f"{self._root}: tensor {name} is missing")
-        view = self._open(file).get_slice(name)
         where = f"{self._root / file}: {name}"
+        try:
+            view = self._open(file).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{where}: {error}") from None
         found = tuple(view.get_shape())
         require(found == shape, f"{where}: shape", found, f"config.json asks for {shape}")
         dtype = view.get_dtype()

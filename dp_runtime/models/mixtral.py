@@ -11,7 +11,7 @@ from dp_runtime.loader import WeightSource
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig, parse_head_dim
 from dp_runtime.models.fields import ConfigFields
-from dp_runtime.models.rope_config import parse_rope
+from dp_runtime.models.rope_config import max_context, parse_rope
 from dp_runtime.protocols import AttentionBackend
 
 EXPERT_NAMES = ExpertNames(gate="w1", up="w3", down="w2")
@@ -23,6 +23,7 @@ def parse_config(fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelC
     num_heads = fields.integer("num_attention_heads")
     max_positions = fields.integer("max_position_embeddings", 131_072)
     intermediate = fields.integer("intermediate_size")
+    rope = parse_rope(fields, 1e6, max_positions)
     fields.only("hidden_act", "silu")
     fields.only("sliding_window", None)
     fields.only("attention_bias", False)
@@ -35,7 +36,7 @@ def parse_config(fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelC
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_dim=parse_head_dim(fields, hidden, num_heads),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-5),
-        rope=parse_rope(fields, 1e6, max_positions),
+        rope=rope,
         num_experts=fields.integer("num_local_experts"),
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
         moe_intermediate_size=intermediate,
@@ -45,7 +46,7 @@ def parse_config(fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelC
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         attention_bias=False,
         qk_norm=False,
-        max_position_embeddings=max_positions,
+        max_position_embeddings=max_context(rope, max_positions),
         eos_token_ids=eos_token_ids,
     )
 

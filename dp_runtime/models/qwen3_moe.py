@@ -12,7 +12,7 @@ from dp_runtime.loader import WeightSource
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig, parse_head_dim
 from dp_runtime.models.fields import ConfigFields
-from dp_runtime.models.rope_config import parse_rope
+from dp_runtime.models.rope_config import max_context, parse_rope
 from dp_runtime.protocols import AttentionBackend
 
 EXPERT_NAMES = ExpertNames("gate_proj", "up_proj", "down_proj")
@@ -23,6 +23,7 @@ def parse_config(fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelC
     hidden, num_layers = fields.integer("hidden_size"), fields.integer("num_hidden_layers")
     num_heads = fields.integer("num_attention_heads")
     max_positions = fields.integer("max_position_embeddings", 32768)
+    rope = parse_rope(fields, 10_000.0, max_positions)
     fields.only("hidden_act", "silu")
     fields.only("use_sliding_window", False)
     fields.skip(["sliding_window", "max_window_layers"])  # without effect: no sliding window
@@ -38,7 +39,7 @@ def parse_config(fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelC
         num_kv_heads=fields.integer("num_key_value_heads", num_heads),
         head_dim=parse_head_dim(fields, hidden, num_heads),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=parse_rope(fields, 10_000.0, max_positions),
+        rope=rope,
         num_experts=fields.integer(experts),
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
@@ -48,7 +49,7 @@ def parse_config(fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelC
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         attention_bias=fields.boolean("attention_bias", False),
         qk_norm=True,
-        max_position_embeddings=max_positions,
+        max_position_embeddings=max_context(rope, max_positions),
         eos_token_ids=eos_token_ids,
     )
 

@@ -70,6 +70,13 @@ def _parse_llama3(section: ConfigFields, theta: float, original: int) -> RopeCon
     )  # fmt: skip
 
 
+def max_context(rope: RopeConfig, max_positions: int) -> int:
+    """Positions a model takes: published files leave max_position_embeddings as it was for YaRN."""
+    if rope.type != "yarn":
+        return max_positions
+    return max(max_positions, int(rope.original_max_position_embeddings * rope.factor))
+
+
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """Attention temperature of YaRN (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0

@@ -114,9 +114,10 @@ def test_kinds_of_batches(lengths: list[tuple[int, int]], page_size: int) -> Non
 def test_bfloat16_is_computed_in_float32() -> None:
     case = Case([(1, 150), (5, 40), (90, 90)], 16, dtype=torch.bfloat16)
     out = case.backend(case.q, case.k, case.v, case.metadata)
-    assert torch.equal(out, case.expected.to(torch.bfloat16)) or (
-        (out.double() - case.expected).abs() <= case.expected.abs() * 2**-8 + 1e-6
-    ).all()
+    assert (
+        torch.equal(out, case.expected.to(torch.bfloat16))
+        or ((out.double() - case.expected).abs() <= case.expected.abs() * 2**-8 + 1e-6).all()
+    )
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours() -> None:

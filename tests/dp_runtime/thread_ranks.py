@@ -25,7 +25,9 @@ class ThreadCollective:
         self._barrier = barrier
 
     def gather_rows(self, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
-        return self._meet("gather", rows, counts[self.dp_rank], lambda all_rows: torch.cat(all_rows))
+        return self._meet(
+            "gather", rows, counts[self.dp_rank], lambda all_rows: torch.cat(all_rows)
+        )
 
     def reduce_scatter_rows(self, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
         start = sum(counts[: self.dp_rank])
