@@ -84,7 +84,7 @@ def _top_ids(values: Tensor, k: int) -> Tensor:
     """
     if k == 0:
         return torch.empty((len(values), 0), dtype=torch.int64, device=values.device)
-    bits = (values + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: the two zeros tie
+    bits = values.view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     ids = torch.arange(values.shape[1], device=values.device)
     keys = (ordered.to(torch.int64) << 32) | (_LOW_WORD - ids)

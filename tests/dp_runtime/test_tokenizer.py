@@ -1,6 +1,7 @@
 import random
 import time
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,7 @@ def byte_level() -> HfTokenizer:
 
 def metaspace() -> HfTokenizer:
     words = ["▁" + word for sentence in SENTENCES for word in sentence.split()]
-    pieces = dict.fromkeys(["▁", "▁▁▁", *words, *"abcdehlmnost.,"])
+    pieces = dict.fromkeys(["▁", "▁▁▁", "", *words, *"abcdehlmnost.,"])
     vocab = [("<unk>", 0.0)] + [(piece, -1.0 - i / 100) for i, piece in enumerate(pieces)]
     vocab += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     tokenizer = HfTokenizer(models.Unigram(vocab, 0, byte_fallback=True))
@@ -229,6 +230,18 @@ def test_stop_string_that_the_end_completes() -> None:
     text = OutputText(tokenizer, stop=["eé"])
     assert text.push(ids).text == "th"
     assert text.finish().stop == "eé"
+
+
+@each_kind
+def test_tokens_without_text_of_their_own(kind: str) -> None:
+    """None of them may be taken for the beginning, which loses its space."""
+    oracle, tokenizer = PAIRS[kind]
+    names = ("", "▁", "<s>", "[CLS]", "▁the", "the", "the</w>", "Ġthe")
+    ids = [token for name in names if (token := oracle.token_to_id(name)) is not None]
+    for length in range(1, 5):
+        for several in product(ids, repeat=length):
+            expected = oracle.decode(several)
+            assert run(OutputText(tokenizer), [[token] for token in several])[0] == expected
 
 
 def test_nothing_comes_after_the_end() -> None:
