@@ -95,7 +95,8 @@ def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
     _check(batch.page_table[owned].min() > 0, place, "page_table", 0, "pages in use are not null")
     _check_rows(batch, pages, place)
     if len(batch.sample_rows):
-        last = batch.sample_rows.max()
+        first, last = batch.sample_rows.min(), batch.sample_rows.max()
+        _check(first >= 0, place, "sample_rows", first, ">= 0")
         _check(last < batch.num_tokens, place, "sample_rows", last, f"< {batch.num_tokens}")
 
 

@@ -1,0 +1,98 @@
+"""The attention contract on the host: every value a kernel trusts is checked against the pool."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from dp_runtime.batch import LocalBatch
+from dp_runtime.errors import ContractViolation
+from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
+
+PAGES = PageGeometry(num_pages=10, page_size=4)
+PLACE = Place(3, 17, "target")
+
+
+def batch() -> LocalBatch:
+    """A prefill of 5 tokens, a decode at length 6, and a chunk of 2 on 3."""
+    page_table = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
+    positions = np.array([0, 1, 2, 3, 4, 5, 3, 4], np.int64)
+    owner = np.array([0, 0, 0, 0, 0, 1, 2, 2])
+    slots = page_table[owner, positions // 4].astype(np.int64) * 4 + positions % 4
+    return LocalBatch(
+        token_ids=np.arange(8, dtype=np.int64),
+        token_sources=np.full(8, -1, np.int64),
+        positions=positions,
+        slot_mapping=slots,
+        request_ids=np.arange(3, dtype=np.int64),
+        query_lens=np.array([5, 1, 2], np.int32),
+        seq_lens=np.array([5, 6, 5], np.int32),
+        page_table=page_table,
+        sample_rows=np.array([4, 5, 7], np.int64),
+    )
+
+
+def test_a_good_batch_passes() -> None:
+    check_values(batch(), PAGES, PLACE)
+    check_values(LocalBatch.empty(), PAGES, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("field", "index", "value", "numbers"),
+    [
+        ("page_table", (0, 1), 10, ("page_table is 10", "num_pages 10")),
+        ("page_table", (0, 1), -1, ("page_table is -1", ">= 0")),
+        ("page_table", (1, 1), 0, ("page_table is 0", "not null")),
+        ("seq_lens", 1, 9, ("seq_lens is 9", "8")),
+        ("seq_lens", 2, 1, ("seq_lens - query_lens is -1", ">= 0")),
+        ("seq_lens", 1, 7, ("positions[5] is 5", "6")),
+        ("positions", 5, 4, ("positions[5] is 4", "5")),
+        ("slot_mapping", 0, 39, ("slot_mapping[0] is 39", "4")),
+        ("sample_rows", 2, 8, ("sample_rows is 8", "8")),
+        ("sample_rows", 0, -1, ("sample_rows is -1", ">= 0")),
+    ],
+)
+def test_a_changed_value_names_place_field_and_both_numbers(
+    field: str, index: object, value: int, numbers: tuple[str, str]
+) -> None:
+    good = batch()
+    changed = getattr(good, field).copy()
+    changed[index] = value
+    bad = replace(good, **{field: changed})
+    with pytest.raises(ContractViolation) as error:
+        check_values(bad, PAGES, PLACE)
+    for text in ("rank 3, step 17, slot target", *numbers):
+        assert text in str(error.value)
+
+
+def test_zero_query_rows_in_a_request_violate_the_contract() -> None:
+    good = batch()
+    query_lens = np.array([6, 0, 2], np.int32)
+    with pytest.raises(ContractViolation, match="query_lens is 0"):
+        check_values(replace(good, query_lens=query_lens), PAGES, PLACE)
+
+
+@pytest.mark.parametrize("field", ["token_sources", "positions", "slot_mapping"])
+def test_arrays_of_another_length_can_not_be_a_batch(field: str) -> None:
+    good = batch()
+    with pytest.raises(AssertionError, match=field):
+        replace(good, **{field: getattr(good, field)[:-1].copy()})
+
+
+def test_the_arrays_of_a_batch_are_read_only() -> None:
+    good = batch()
+    for item in fields(good):
+        array = getattr(good, item.name)
+        with pytest.raises(ValueError, match="read-only"):
+            array.reshape(-1)[:] = 0
+
+
+def test_metadata_holds_real_sequences_only() -> None:
+    metadata = AttentionMetadata.build(batch(), PAGES, PLACE, torch.device("cpu"))
+    assert metadata.batch_size == 3
+    assert metadata.num_tokens == 8
+    assert metadata.cu_seqlens_q.tolist() == [0, 5, 6, 8]
+    assert metadata.cu_seqlens_q.dtype == metadata.seq_lens.dtype == torch.int32
+    empty = AttentionMetadata.build(LocalBatch.empty(), PAGES, PLACE, torch.device("cpu"))
+    assert (empty.batch_size, empty.num_tokens) == (0, 0)
