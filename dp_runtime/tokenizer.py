@@ -109,7 +109,7 @@ class _ByteLevelStream:
 
 
 class _WindowStream:
-    """Decodes new tokens behind the last ones that gave text.
+    """Decodes new tokens behind the last one that has text.
 
     The decoders here work token by token, except that the first one of a sequence is special
     (hence the context) and that a run of byte tokens becomes characters as a whole, or all of it
@@ -133,15 +133,10 @@ class _WindowStream:
         before = self._tokenizer.decode(self._context)
         text = self._tokenizer.decode(window)
         assert text.startswith(before), f"decoding is not local: {before!r} became {text!r}"
-        self._context, self._pending = self._last_with_text(window), []
+        # Behind a token with text no token is the first; one without may leave that to the next.
+        self._context = window[-1:] if self._tokenizer.decode(window[-1:]) else window
+        self._pending = []
         return text[len(before) :]
-
-    def _last_with_text(self, window: list[int]) -> list[int]:
-        """The shortest end that has text: behind it, no token is the first."""
-        for start in range(len(window) - 1, 0, -1):
-            if self._tokenizer.decode(window[start:]):
-                return window[start:]
-        return window
 
 
 @dataclass(frozen=True)
