@@ -17,7 +17,7 @@ def _torch_ref(pools: Sequence[Tensor], num_heads: int) -> LayerBackends:
     from dp_runtime.attention.query_groups import QueryPlanner
     from dp_runtime.attention.torch_ref import TorchRefAttention
 
-    planner = QueryPlanner()
+    planner = QueryPlanner(num_kv_heads=pools[0].shape[2], page_size=pools[0].shape[3])
     return lambda layer: TorchRefAttention(pools[layer], num_heads, layer, planner)
 
 

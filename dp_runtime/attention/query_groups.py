@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,31 +26,48 @@ class QueryPiece:
 
 @dataclass(frozen=True, eq=False)
 class QueryGroup:
-    """Pieces of equal query length and similar kv length."""
+    """Pieces of equal query length and similar kv length.
+
+    `blocks` index the pool as [num_pages * 2 * num_kv_heads, page_size, head_dim]; `beyond` index
+    the tokens of the gathered blocks that lie past the end of their piece.
+    """
 
     rows: Tensor  # [pieces, query_len] int64
-    pages: Tensor  # [pieces, pages] int64
+    blocks: Tensor  # [2, pieces, num_kv_heads, pages] int64
+    beyond: Tensor  # [tokens beyond] int64
     kv_len: int  # of the longest piece
     mask: Tensor | None  # [pieces, 1, query_len, kv_len] float32, 0 or -inf; None: all visible
-    beyond: Tensor | None  # [pieces, 1, kv_len, 1] bool, keys past a piece's own kv_len
+
+
+@dataclass(frozen=True, eq=False)
+class QueryPlan:
+    """Where a slot's new keys go, and the groups of its queries."""
+
+    pages: Tensor  # [rows] int64
+    offsets: Tensor  # [rows] int64
+    groups: tuple[QueryGroup, ...]
 
 
 class QueryPlanner:
-    """Groups a metadata's queries once, for all layers that share the planner."""
+    """Plans a metadata's queries once, for all layers that share the planner."""
 
-    def __init__(self) -> None:
-        self._metadata: AttentionMetadata | None = None
-        self._groups: tuple[QueryGroup, ...] = ()
+    def __init__(self, num_kv_heads: int, page_size: int) -> None:
+        self._num_kv_heads = num_kv_heads
+        self._page_size = page_size
+        self._last: tuple[AttentionMetadata, QueryPlan] | None = None
 
-    def groups(self, metadata: AttentionMetadata, page_size: int) -> tuple[QueryGroup, ...]:
-        if metadata is not self._metadata:
-            pieces = split_queries(metadata)
-            self._groups = tuple(
-                build_group(members, metadata.page_table, page_size)
-                for members in group_pieces(pieces, page_size)
-            )
-            self._metadata = metadata
-        return self._groups
+    def plan(self, metadata: AttentionMetadata) -> QueryPlan:
+        if self._last is None or self._last[0] is not metadata:
+            self._last = (metadata, self._build(metadata))
+        return self._last[1]
+
+    def _build(self, metadata: AttentionMetadata) -> QueryPlan:
+        slots, size = metadata.slot_mapping, self._page_size
+        groups = (
+            build_group(members, metadata.page_table, self._num_kv_heads, size)
+            for members in group_pieces(split_queries(metadata), size)
+        )
+        return QueryPlan(slots // size, slots % size, tuple(groups))
 
 
 def split_queries(metadata: AttentionMetadata) -> list[QueryPiece]:
@@ -80,24 +96,40 @@ def group_pieces(pieces: list[QueryPiece], page_size: int) -> list[list[QueryPie
     return groups
 
 
-def build_group(members: list[QueryPiece], page_table: Tensor, page_size: int) -> QueryGroup:
+def build_group(
+    members: list[QueryPiece], page_table: Tensor, num_kv_heads: int, page_size: int
+) -> QueryGroup:
     """Index tensors of one group, on the page table's device."""
-    query_len, device = members[0].query_len, page_table.device
+    device, query_len = page_table.device, members[0].query_len
     requests, first_rows, kv_lens = (
-        torch.tensor(np.array(column), device=device)
+        torch.tensor(column, device=device)
         for column in zip(*((p.request, p.first_row, p.kv_len) for p in members))
     )
     kv_len = max(piece.kv_len for piece in members)
     within = torch.arange(query_len, device=device)
-    keys = torch.arange(kv_len, device=device)
-    last_seen = kv_lens[:, None] - query_len + within  # [pieces, query_len]
-    hidden = keys > last_seen[:, :, None]
-    mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)
+    pages = page_table[requests, : -(-kv_len // page_size)].long()
+    half = torch.arange(2, device=device)[:, None, None, None]
+    head = torch.arange(num_kv_heads, device=device)[:, None]
+    blocks = (pages[:, None, :] * 2 + half) * num_kv_heads + head
     ragged = any(piece.kv_len < kv_len for piece in members)
+    last_seen = (kv_lens - query_len)[:, None] + within
     return QueryGroup(
         rows=first_rows[:, None] + within,
-        pages=page_table[requests, : -(-kv_len // page_size)].long(),
+        blocks=blocks,
+        beyond=tokens_beyond(kv_lens, blocks, page_size),
         kv_len=kv_len,
-        mask=mask[:, None] if ragged or query_len > 1 else None,
-        beyond=(keys >= kv_lens[:, None])[:, None, :, None] if ragged else None,
+        mask=causal_mask(last_seen, kv_len) if ragged or query_len > 1 else None,
     )
+
+
+def tokens_beyond(kv_lens: Tensor, blocks: Tensor, page_size: int) -> Tensor:
+    """Flat index into [2, pieces, num_kv_heads, pages * page_size] of tokens past kv_lens."""
+    capacity = blocks.shape[-1] * page_size
+    past = torch.arange(capacity, device=kv_lens.device) >= kv_lens[:, None, None]
+    return past.expand(*blocks.shape[:-1], capacity).flatten().nonzero().squeeze(1)
+
+
+def causal_mask(last_seen: Tensor, kv_len: int) -> Tensor:
+    """[pieces, query_len] last visible key -> [pieces, 1, query_len, kv_len], 0 or -inf."""
+    hidden = torch.arange(kv_len, device=last_seen.device) > last_seen[:, None, :, None]
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)

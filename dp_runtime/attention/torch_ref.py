@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +18,25 @@ class TorchRefAttention:
     """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim].
 
     Computes in float32. Raises ContractViolation naming the layer and the two numbers if rows,
-    heads or dtypes don't fit the metadata and the pool. The layers of a model may share a planner.
+    heads or dtypes don't fit the metadata and the pool. The layers of a model share a planner.
     """
 
     pool: Tensor
     num_heads: int
-    layer: int = 0
-    planner: QueryPlanner = field(default_factory=QueryPlanner)
+    layer: int
+    planner: QueryPlanner
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
         self._check(q, k, v, metadata)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if metadata.num_tokens == 0:
             return out
-        self._append(k, v, metadata.slot_mapping)
-        for group in self.planner.groups(metadata, self.pool.shape[3]):
+        plan = self.planner.plan(metadata)
+        self.pool[plan.pages, 0, :, plan.offsets] = k
+        self.pool[plan.pages, 1, :, plan.offsets] = v
+        for group in plan.groups:
             out[group.rows] = self._attend(q[group.rows], group).to(q.dtype)
         return out
-
-    def _append(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        page_size = self.pool.shape[3]
-        page, offset = slots // page_size, slots % page_size
-        self.pool[page, 0, :, offset] = k
-        self.pool[page, 1, :, offset] = v
 
     def _attend(self, q: Tensor, group: QueryGroup) -> Tensor:
         """q [pieces, query_len, num_heads, head_dim], to the same shape in float32."""
@@ -61,17 +57,12 @@ class TorchRefAttention:
 
         Positions beyond a sequence become 0: they are masked, but 0 * NaN would be NaN.
         """
-        kv_heads, page_size, head_dim = self.pool.shape[2:]
-        pieces, pages = group.pages.shape
-        half = torch.arange(2, device=self.pool.device)[:, None, None, None]
-        head = torch.arange(kv_heads, device=self.pool.device)[:, None]
-        index = (group.pages[:, None, :] * 2 + half) * kv_heads + head
-        rows = self.pool.view(-1, page_size * head_dim).index_select(0, index.flatten())
-        kv = rows.view(2, pieces, kv_heads, pages * page_size, head_dim)[..., : group.kv_len, :]
-        if group.beyond is not None:
-            kv.masked_fill_(group.beyond, 0.0)
-        k, v = kv.float()
-        return k, v
+        page_size, head_dim = self.pool.shape[3:]
+        blocks = self.pool.view(-1, page_size * head_dim)
+        kv = blocks.index_select(0, group.blocks.flatten())
+        kv.view(-1, head_dim).index_fill_(0, group.beyond, 0.0)
+        kv = kv.view(*group.blocks.shape[:3], -1, head_dim)[..., : group.kv_len, :].float()
+        return kv[0], kv[1]
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
         """Shapes and dtypes; values were checked when the metadata was built."""

@@ -114,11 +114,12 @@ def fused_experts(
     num_local = gate_up.shape[0]
     if num_local == 0:
         return torch.zeros_like(rows)
-    expert = topk_ids.flatten() - first_expert
-    chosen = ((expert >= 0) & (expert < num_local)).nonzero().squeeze(1)
-    expert, order = expert[chosen].sort(stable=True)
-    chosen = chosen[order]
-    ends = torch.bincount(expert, minlength=num_local).cumsum(0).to(torch.int32)
+    expert, order = topk_ids.flatten().sort(stable=True)
+    local_ids = torch.arange(first_expert, first_expert + num_local + 1, device=rows.device)
+    bounds = torch.searchsorted(expert, local_ids)
+    start, stop = int(bounds[0]), int(bounds[-1])
+    chosen = order[start:stop]
+    ends = (bounds[1:] - start).to(torch.int32)
     row = chosen // topk_ids.shape[1]
     gate, up = F.grouped_mm(rows[row], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
     out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)

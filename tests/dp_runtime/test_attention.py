@@ -183,11 +183,11 @@ def test_contract_violations_name_layer_and_both_numbers(change, numbers) -> Non
 
 def test_layers_share_the_groups_of_one_metadata() -> None:
     case, other = Case([(1, 9)], 4), Case([(1, 9), (2, 3)], 4)
-    planner = QueryPlanner()
-    groups = planner.groups(case.metadata, 4)
-    assert planner.groups(case.metadata, 4) is groups
-    assert len(planner.groups(other.metadata, 4)) == 2
-    assert planner.groups(case.metadata, 4) is not groups
+    planner = QueryPlanner(2, 4)
+    plan = planner.plan(case.metadata)
+    assert planner.plan(case.metadata) is plan
+    assert len(planner.plan(other.metadata).groups) == 2
+    assert planner.plan(case.metadata) is not plan
 
 
 def test_groups_cover_every_row_once_and_bound_their_padding() -> None:

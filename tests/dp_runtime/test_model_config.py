@@ -216,7 +216,7 @@ def test_mixtral_with_a_sliding_window(tmp_path: Path) -> None:
 
 
 def test_missing_directory_and_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model: '.*nowhere' is not allowed; an existing"):
+    with pytest.raises(ValueError, match=r"model: '.*nowhere' is not allowed; an existing"):
         read_model_config(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"a directory with a config\.json"):
         read_model_config(str(tmp_path))
