@@ -63,12 +63,18 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require(
-            isinstance(self.model, str) and bool(self.model), "model", self.model, "a directory"
+            isinstance(self.model, str) and bool(self.model),
+            "model",
+            self.model,
+            "the path of a directory",
         )
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
         self._check_sizes()
+        address = self.ray_address
+        ok = address is None or (isinstance(address, str) and bool(address))
+        require(ok, "ray_address", address, "None, auto, host:port or ray://host:port")
         for name in ("overlap", "poison_padding"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
         threads = self.launcher == "thread"

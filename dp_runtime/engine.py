@@ -39,7 +39,11 @@ class Engine:
         self.config = config
         self._group = _start_ranks(config, show_progress)
         model = self._group.model
-        self.tokenizer = Tokenizer(model.tokenizer_json) if model.tokenizer_json else None
+        try:
+            self.tokenizer = Tokenizer(model.tokenizer_json) if model.tokenizer_json else None
+        except BaseException:
+            self._group.close()
+            raise
         self._factory = RequestFactory(model, self.tokenizer, config.seed)
         router = ROUTERS[config.routing]()
         self._admission = Admission(router, config.dp_size, config.max_queued_requests)
@@ -116,7 +120,9 @@ class Engine:
         return Report.of(self._group.totals(), self._num_finished, self._clock.elapsed_s)
 
     def health(self) -> tuple[RankHealth, ...]:
-        """The state of every rank; answers also after a failure."""
+        """The state of every rank; answers also after a failure, until the engine is closed."""
+        if isinstance(self._closed, EngineClosed):
+            raise self._closed
         return self._group.health()
 
     def close(self) -> None:
@@ -145,13 +151,14 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None,
         dp_ranks: Sequence[int | None] | None,
     ) -> list[tuple[RankRequest, int | None]]:
-        require(not isinstance(prompts, str), "prompts", prompts, "a list of prompts")
+        ok = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+        require(ok, "prompts", prompts, "a list of prompts")
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         ranks = [None] * len(prompts) if dp_ranks is None else dp_ranks
-        for name, count in (("params", len(params)), ("dp_ranks", len(ranks))):
-            allowed = f"one for each of the {len(prompts)} prompts"
-            require(count == len(prompts), name, f"{count} entries", allowed)
+        for name, values in (("params", params), ("dp_ranks", ranks)):
+            ok = isinstance(values, Sequence) and len(values) == len(prompts)
+            require(ok, name, values, f"a list with one entry per prompt ({len(prompts)})")
         requests = []
         for index, (prompt, one, rank) in enumerate(zip(prompts, params, ranks)):
             try:
@@ -213,10 +220,10 @@ class Engine:
 
     def _end(self, error: BaseException) -> None:
         with self._lock:
-            self._closed = self._closed or error
-            handles = list(self._handles.values())
+            self._closed = error
+            handles, self._handles = self._handles, {}
         self._admission.close(error)
-        for handle in handles:
+        for handle in handles.values():
             handle.fail(error)
 
 

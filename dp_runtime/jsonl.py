@@ -10,7 +10,7 @@ from typing import Any
 
 from dp_runtime.errors import require
 from dp_runtime.request import Prompt, RequestOutput
-from dp_runtime.sampling_params import SamplingParams
+from dp_runtime.sampling_params import SamplingParams, is_int
 
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dp_rank")
 
@@ -32,7 +32,7 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
     """
     require(path.is_file(), "prompts", str(path), "an existing JSONL file")
     lines = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    for number, text in enumerate(_read(path).split("\n"), 1):
         if text.strip():
             try:
                 lines.append(_parse(text, defaults))
@@ -40,6 +40,13 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
                 raise ValueError(f"{path}:{number}: {error}") from None
     require(bool(lines), "prompts", str(path), "a file with at least one line")
     return lines
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
 
 
 def _parse(text: str, defaults: SamplingParams) -> PromptLine:
@@ -54,12 +61,15 @@ def _parse(text: str, defaults: SamplingParams) -> PromptLine:
     require(isinstance(prompt, kind), given[0], prompt, f"a {kind.__name__}")
     known = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
     sampling = {name: value for name, value in line.items() if name not in PROMPT_FIELDS}
-    return PromptLine(prompt, SamplingParams.from_fields(known | sampling), line.get("dp_rank"))
+    rank = line.get("dp_rank")
+    ok = rank is None or (is_int(rank) and rank >= 0)
+    require(ok, "dp_rank", rank, "null or the number of a rank")
+    return PromptLine(prompt, SamplingParams.from_fields(known | sampling), rank)
 
 
 def write_outputs(path: Path, outputs: Iterable[RequestOutput]) -> None:
     """Write one line per output: index, token_ids, text, finish_reason, dp_rank."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for index, output in enumerate(outputs):
             line = {
                 "index": index,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dp_runtime.errors import require
 from dp_runtime.request import Prompt, PromptEmbeds, RankRequest, TokensPrompt
@@ -79,27 +80,34 @@ class RequestFactory:
             given = list(prompt.embed_positions)
             require(not given, "embed_positions", given, "none without prompt_embeds")
             return None
-        values = np.asarray(prompt.prompt_embeds, np.float32)
-        positions = np.asarray(prompt.embed_positions, np.int64)
-        shape = (len(positions), self.model.hidden_size)
+        positions = list(prompt.embed_positions)
+        ok = all(is_int(at) and 0 <= at < length for at in positions)
+        require(
+            ok and len(set(positions)) == len(positions), "embed_positions", positions,
+            f"distinct positions of the prompt, 0..{length - 1}",
+        )  # fmt: skip
+        values, shape = _floats(prompt.prompt_embeds), (len(positions), self.model.hidden_size)
         require(
             values.shape == shape, "prompt_embeds", values.shape,
             f"shape {shape}: one row of hidden_size per embed position",
         )  # fmt: skip
         require(bool(np.isfinite(values).all()), "prompt_embeds", "NaN or inf", "finite values")
-        inside = ((positions >= 0) & (positions < length)).all()
-        unique = len(set(positions.tolist())) == len(positions)
-        require(
-            bool(inside) and unique, "embed_positions", positions.tolist(),
-            f"distinct positions of the prompt, 0..{length - 1}",
-        )  # fmt: skip
-        return PromptEmbeds(positions, values)
+        return PromptEmbeds(np.asarray(positions, np.int64), values)
 
 
 def _derive_seed(seed: int, request_id: int) -> int:
     """A seed in 0..2**63-1 for a request that brought none; the same in every run."""
     digest = blake2b(f"{seed}:{request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
+
+
+def _floats(values: object) -> NDArray[np.float32]:
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"prompt_embeds: {_short(values)!r} is not allowed; an array of floats"
+        ) from None
 
 
 def _short(value: object) -> str:

@@ -86,7 +86,7 @@ class StepLoop:
         try:
             self._run(take, deliver)
         except BaseException as error:
-            self.coordinator.abort(f"rank {self._dp_rank}: {type(error).__name__}: {error}")
+            self.coordinator.abort(f"{type(error).__name__}: {error}")
             raise
 
     def _run(

@@ -15,6 +15,8 @@ def resolve_device(config: EngineConfig, num_gpus: int, where: str) -> EngineCon
     wanted = config.device
     if wanted == "auto":
         wanted = "cpu" if num_gpus == 0 else "cuda"
+    if wanted == "cuda" and num_gpus == 0:
+        raise ValueError(f"device: 'cuda' is not allowed; {where} has no GPU: set device='cpu'")
     if wanted == "cuda" and num_gpus < config.dp_size:
         raise ValueError(
             f"dp_size: {config.dp_size} is not allowed; {where} has {num_gpus} GPUs "

@@ -50,7 +50,7 @@ class WorkerGroup:
         self._release = release
         self._in_process_group = in_process_group
         self._closing = threading.Event()
-        self._failed = threading.Lock()
+        self._failed = threading.Lock()  # taken by the first failure, for good
         self._pollers: list[threading.Thread] = []
         self.model: ModelInfo
 
@@ -76,6 +76,8 @@ class WorkerGroup:
         def fail(error: BaseException) -> None:
             if not self._closing.is_set() and self._failed.acquire(blocking=False):
                 on_failure(error)
+                for handle in self._handles:
+                    handle.call("abandon", str(error))
 
         for handle in self._handles:
             thread = threading.Thread(
@@ -104,9 +106,13 @@ class WorkerGroup:
         return tuple(self._all("totals", deadline=monotonic() + STATUS_S))
 
     def close(self) -> None:
-        if not self._closing.is_set():
-            self._closing.set()
-            wait([handle.call("stop") for handle in self._handles], STOP_S)
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        try:
+            if not self._failed.locked():  # else there is no step that they could end together
+                wait([handle.call("stop") for handle in self._handles], STOP_S)
+        finally:
             self._end()
 
     def _end(self) -> None:
@@ -124,10 +130,13 @@ class WorkerGroup:
                 if polled.progress:
                     on_progress(handle.dp_rank, polled.progress)
                 if polled.error:
-                    on_failure(RankFailed(f"rank {handle.dp_rank}: {polled.error}"))
+                    on_failure(RankFailed(polled.error))
                     return
+            except RankFailed as error:
+                on_failure(error)
+                return
             except Exception as error:
-                on_failure(RankFailed(f"rank {handle.dp_rank}: {error}"))
+                on_failure(RankFailed(f"rank {handle.dp_rank}: {type(error).__name__}: {error}"))
                 return
 
     def _all(
@@ -163,12 +172,25 @@ def _raise_failures(method: str, futures: Sequence[Future[Any]]) -> None:
     if not ranks:
         late = [rank for rank, future in enumerate(futures) if not future.done()]
         raise StartError(f"ranks {late} did not finish {method!r} in time")
-    lines = []
-    for (kind, text), who in ranks.items():
-        if issubclass(kind, ValueError):
-            raise ValueError(text)
-        lines.append(f"rank {', '.join(map(str, who))}: {kind.__name__}: {text}")
-    raise StartError("; ".join(lines))
+    mistakes = {text: who for (kind, text), who in ranks.items() if issubclass(kind, ValueError)}
+    if mistakes:
+        raise ValueError("; ".join(_named(text, who, futures) for text, who in mistakes.items()))
+    raise StartError(
+        "; ".join(
+            _named(text if kind in _EXPLAINED else f"{kind.__name__}: {text}", who, futures)
+            for (kind, text), who in ranks.items()
+        )
+    )
+
+
+_EXPLAINED = (StartError, RankFailed)
+
+
+def _named(text: str, ranks: list[int], futures: Sequence[Future[Any]]) -> str:
+    """The error of some ranks; one that all of them have is no rank's own."""
+    if len(ranks) == len(futures):
+        return text
+    return f"rank {', '.join(map(str, ranks))}: {text}"
 
 
 def _health_of(dp_rank: int, future: Future[Any]) -> RankHealth:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from workers.group import WorkerGroup
 from workers.messages import LANES, Call, Reply
 from workers.worker import Worker
 
+EXIT_S = 1.0
+
 
 class ThreadRank:
     """A rank in this process: its Worker, with a thread for each lane of calls."""
@@ -35,6 +38,7 @@ class ThreadRank:
         return self._lanes[LANES[method]].submit(getattr(self.worker, method), *args)
 
     def kill(self) -> None:
+        self.worker.abandon("it was ended by the driver")
         for lane in self._lanes.values():
             lane.shutdown(wait=False)
 
@@ -100,12 +104,16 @@ class ProcessRank:
         with self._lock:
             self._ended = True
             calls, self._calls = self._calls, {}
+            self._connection.close()
         for future in calls.values():
             future.set_exception(self._gone())
 
     def _gone(self) -> RankFailed:
-        code = self._process.poll()
-        how = f"exit code {code}" if code is not None else "its connection is closed"
+        try:
+            code = self._process.wait(EXIT_S)  # the kernel closes its socket a little before
+        except subprocess.TimeoutExpired:
+            return RankFailed(f"rank {self.dp_rank} closed its connection")
+        how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
         return RankFailed(f"the process of rank {self.dp_rank} ended ({how})")
 
 

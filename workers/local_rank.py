@@ -6,6 +6,7 @@ import os
 import pickle
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from workers.local_group import ThreadRank
@@ -26,7 +27,7 @@ def serve(connection: Connection) -> None:
         )  # fmt: skip
 
     def reply(call_id: int, value: object, error: BaseException | None) -> None:
-        with lock:
+        with lock, suppress(OSError):  # the driver is gone, and the loop below about to see it
             connection.send(Reply(call_id, value, _portable(error)))
 
     while True:

@@ -15,6 +15,7 @@ LANES = {
     "serve": "control",
     "submit": "control",
     "abort": "control",
+    "abandon": "control",
     "stop": "control",
     "poll": "outputs",
     "health": "status",

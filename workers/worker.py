@@ -13,6 +13,7 @@ from time import monotonic, sleep
 import torch
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.errors import CollectiveAborted
 from dp_runtime.rank import LoadedRank, assemble, load_rank
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sizing import RankPlan, plan_rank
@@ -30,7 +31,8 @@ class Worker:
     """Prepares, starts and serves one rank; its step loop runs in a thread of its own.
 
     Call `prepare`, `load` and `serve` on all ranks, each once all have done the one before; then
-    `submit`, `abort` and `poll`; `health`, `trace` and `totals` at any time; `stop` at the end.
+    `submit`, `abort` and `poll`; `health`, `trace` and `totals` at any time; at the end `stop`, or
+    `abandon` where a rank has failed.
     It runs in an actor, in a plain process or beside others in one, and knows of none of these.
     """
 
@@ -146,21 +148,32 @@ class Worker:
         if self._thread is not None:
             self._thread.join(STOP_S)
             if self._thread.is_alive() and self._loop is not None:
-                self._loop.coordinator.abort(f"rank {self.dp_rank} was stopped")
+                self._loop.coordinator.abort("it was told to stop")
                 self._thread.join(STOP_S)
         if self._links is not None:
             self._links.close()
         self._state = RankState.STOPPED
 
+    def abandon(self, reason: str) -> None:
+        """Leave the step at once and free the ranks that wait in it; does not wait."""
+        if self._links is not None:
+            self._links.board.abort(reason)
+            self._links.collective.abort(reason)
+
     def _step(self) -> None:
         assert self._loop is not None, "the loop exists before its thread"
         try:
             self._loop.run(self._take, self._deliver)
+        except CollectiveAborted as error:
+            self._fail(str(error))  # it says which rank ended the step, and why
         except Exception as error:
-            with self._changed:
-                self._state = RankState.FAILED
-                self._error = f"{type(error).__name__}: {error}"
-                self._changed.notify_all()
+            self._fail(f"rank {self.dp_rank}: {type(error).__name__}: {error}")
+
+    def _fail(self, error: str) -> None:
+        with self._changed:
+            self._state = RankState.FAILED
+            self._error = error
+            self._changed.notify_all()
 
     def _take(self) -> Commands:
         with self._changed:
