@@ -1,0 +1,44 @@
+"""Fixtures that tests of the whole runtime share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from tests.checkpoints import tiny_checkpoint
+from tests.product_cases import CHECKPOINTS
+from tests.reference import Reference
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Ranks that are threads share this process; more threads than cores only slow them down."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """The oracle of a checkpoint by its name in CHECKPOINTS, made at its first use."""
+
+    @cache
+    def make(name: str) -> Reference:
+        architecture, overrides = CHECKPOINTS[name]
+        path = tmp_path_factory.mktemp("checkpoints") / name
+        return Reference(tiny_checkpoint(path, architecture, **overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster that engines of all tests join."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

@@ -1,0 +1,80 @@
+"""Serving a load with an engine, and what must hold of every load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import monotonic, sleep
+
+from dp_runtime import Engine, RequestOutput, SamplingParams
+from dp_runtime.request import FinishReason, Prompt, TokensPrompt
+from tests.product_cases import Item
+from tests.reference import Reference, check_greedy
+
+IDLE_S = 10.0
+
+
+def check_load(
+    engine: Engine, reference: Reference, items: Sequence[Item], extra: str = "none"
+) -> list[RequestOutput]:
+    """Serve a load greedily, and compare it with the oracle."""
+    prompts: list[Prompt] = [item.prompt for item in items]
+    if extra == "embeds":
+        prompts = [in_disguise(item.prompt, reference) for item in items]
+    logprobs = {"logprobs": {"logprobs": 3}, "prompt_logprobs": {"prompt_logprobs": 2}}
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True, **logprobs.get(extra, {}))
+    params = [replace(greedy, max_tokens=item.max_tokens) for item in items]
+    serve = generate_among_aborts if extra == "aborts" else Engine.generate
+    ranks = [item.dp_rank for item in items]
+    outputs = serve(engine, prompts, params, ranks)
+    for item, output in zip(items, outputs, strict=True):
+        assert len(output.token_ids) == item.max_tokens
+        assert output.finish_reason is FinishReason.LENGTH
+        assert output.dp_rank == item.dp_rank
+        assert (output.logprobs is None) == (extra != "logprobs")
+        assert (output.prompt_logprobs is None) == (extra != "prompt_logprobs")
+    check_greedy(reference, outputs, [item.prompt for item in items])
+    check_pages_free(engine)
+    return outputs
+
+
+def in_disguise(prompt: Sequence[int], reference: Reference) -> TokensPrompt:
+    """The same prompt for the model: other tokens at some positions, with the right embeddings."""
+    positions = [position for position in range(len(prompt)) if position % 3 != 1]
+    shown = list(prompt)
+    for position in positions:
+        shown[position] = (prompt[position] + 7) % 199
+    rows = reference.embeddings[[prompt[position] for position in positions]]
+    return TokensPrompt(shown, rows.numpy(), positions)
+
+
+def generate_among_aborts(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    params: Sequence[SamplingParams],
+    ranks: Sequence[int],
+) -> list[RequestOutput]:
+    """`generate`, with requests between that are aborted: at once, running, or after the others."""
+    endless = SamplingParams(max_tokens=10**6, temperature=0.7, ignore_eos=True)
+    handles, doomed = [], []
+    for index, (prompt, one, rank) in enumerate(zip(prompts, params, ranks)):
+        handles.append(engine.submit(prompt, one, rank))
+        doomed.append(engine.submit(range(1, 12), endless, (rank + index) % engine.config.dp_size))
+    for handle in doomed[::3]:
+        handle.abort()
+    for handle in doomed[1::3]:
+        next(iter(handle))
+        handle.abort()
+    outputs = [handle.result(60) for handle in handles]
+    for handle in doomed:
+        handle.abort()
+        assert handle.result(60).finish_reason in (FinishReason.ABORT, FinishReason.LENGTH)
+    return outputs
+
+
+def check_pages_free(engine: Engine) -> None:
+    """Assert that all ranks soon have all their pages back; page 0 is nobody's."""
+    deadline = monotonic() + IDLE_S
+    while held := [rank for rank in engine.health() if rank.free_pages != rank.num_pages - 1]:
+        assert monotonic() < deadline, f"pages are still held: {held}"
+        sleep(0.005)
