@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen yarn all": (
         QWEN,
         rope(
-            "yarn", factor=8.0, original_max_position_embeddings=32, attention_factor=0.9,
+            "yarn", factor=8.0, original_max_position_embeddings=512, attention_factor=0.9,
             beta_fast=16.0, beta_slow=2.0, truncate=False,
         ),
     ),
