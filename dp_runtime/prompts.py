@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dp_runtime.errors import require
+from dp_runtime.random_numbers import derive_seed
 from dp_runtime.request import Prompt, PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.sampling_params import SamplingParams, is_int
 from dp_runtime.status import ModelInfo
@@ -38,7 +38,7 @@ class RequestFactory:
             request_id=request_id,
             prompt_token_ids=tokens,
             params=params,
-            seed=_derive_seed(self.seed, request_id) if params.seed is None else params.seed,
+            seed=derive_seed(self.seed, request_id) if params.seed is None else params.seed,
             stop_token_ids=ends,
             embeds=self._embeds(prompt, len(tokens)) if isinstance(prompt, TokensPrompt) else None,
         )
@@ -93,12 +93,6 @@ class RequestFactory:
         )  # fmt: skip
         require(bool(np.isfinite(values).all()), "prompt_embeds", "NaN or inf", "finite values")
         return PromptEmbeds(np.asarray(positions, np.int64), values)
-
-
-def _derive_seed(seed: int, request_id: int) -> int:
-    """A seed in 0..2**63-1 for a request that brought none; the same in every run."""
-    digest = blake2b(f"{seed}:{request_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def _floats(values: object) -> NDArray[np.float32]:
