@@ -163,7 +163,7 @@ class StepLoop:
                 sample_s = perf_counter() - at_sample
         self._last_sampled = sampled.token_ids
         durations = (at_agree - started, agreed - at_agree, prepare_s, sample_s)
-        return Launched(scheduled, agreement, sampled, scores, tuple(slots), monotonic(), durations)
+        return Launched(scheduled, agreement, sampled, scores, tuple(slots), started, durations)
 
     def _inputs(self, batch: LocalBatch) -> SlotInputs:
         token_ids = torch.tensor(batch.token_ids, device=self.device)

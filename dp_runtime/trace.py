@@ -35,7 +35,7 @@ class StepTrace:
     dp_rank: int
     step_id: int
     epoch: int
-    start_s: float  # of the host's monotonic clock
+    start_s: float  # of the host's performance counter, the same for its processes
     schedule_s: float
     agree_s: float  # the record's exchange, waiting for slower ranks included
     prepare_s: float  # metadata and input tensors
