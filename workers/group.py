@@ -175,15 +175,13 @@ def _raise_failures(method: str, futures: Sequence[Future[Any]]) -> None:
     mistakes = {text: who for (kind, text), who in ranks.items() if issubclass(kind, ValueError)}
     if mistakes:
         raise ValueError("; ".join(_named(text, who, futures) for text, who in mistakes.items()))
+    if any(kind in (StartError, RankFailed) for kind, _ in ranks):
+        raise StartError("; ".join(text for _, text in ranks))  # such texts name their rank
     raise StartError(
         "; ".join(
-            _named(text if kind in _EXPLAINED else f"{kind.__name__}: {text}", who, futures)
-            for (kind, text), who in ranks.items()
+            _named(f"{kind.__name__}: {text}", who, futures) for (kind, text), who in ranks.items()
         )
     )
-
-
-_EXPLAINED = (StartError, RankFailed)
 
 
 def _named(text: str, ranks: list[int], futures: Sequence[Future[Any]]) -> str:

@@ -1,0 +1,52 @@
+"""Engines for the tests of processes, and drivers of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dp_runtime import Engine, EngineConfig, SamplingParams
+
+REPOSITORY = Path(__file__).parents[2]
+ENDLESS = SamplingParams(max_tokens=60_000, temperature=0.0, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+def engine(model: Path, launcher: str, dp_size: int = 2, **fields: Any) -> Engine:
+    """An engine whose page pools hold one endless request each."""
+    fields = {"max_num_requests": 4, "num_pages": 1100, "torch_threads": 1} | fields
+    return Engine(EngineConfig(str(model), dp_size=dp_size, launcher=launcher, **fields))
+
+
+class Driver:
+    """A `launch.py generate` of endless requests, in a process group like a shell's job."""
+
+    def __init__(self, model: Path, room: Path, dp_size: int, *flags: str) -> None:
+        prompts = room / "prompts.jsonl"
+        line = {"prompt_token_ids": [1, 2, 3], "max_tokens": 60_000, "ignore_eos": True}
+        prompts.write_text((json.dumps(line) + "\n") * 4)
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "launch.py", "generate", "--model", str(model)),
+                *("--prompts", str(prompts), "--dp-size", str(dp_size), "--num-pages", "1100"),
+                *("--max-num-requests", "4", *flags),
+            ],
+            cwd=REPOSITORY,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole group, as a terminal does."""
+        os.killpg(self.process.pid, number)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end; exit status and what it wrote to stderr."""
+        _, errors = self.process.communicate(timeout=30)
+        return self.process.returncode, errors

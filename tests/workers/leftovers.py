@@ -1,0 +1,45 @@
+"""What an engine could leave behind: processes, threads of ranks, names of shared memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+
+def rank_processes() -> dict[int, str]:
+    """Processes of this machine that run a rank, by pid: local ones and Ray actors."""
+    found = {}
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        words = process.info["cmdline"] or []
+        if "workers.local_rank" in words or (words and words[0].startswith("ray::Worker")):
+            found[process.info["pid"]] = " ".join(words)
+    return found
+
+
+def serving_processes() -> set[int]:
+    """Ranks that have joined the others: they map the memory that the ranks share."""
+    return {pid for pid in rank_processes() if "dp-runtime-" in _maps(pid)}
+
+
+def left_overs() -> tuple[set[int], list[str], set[Path]]:
+    """Processes of ranks, threads of ranks in this process, and names of shared memory."""
+    threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("dp-rank"))
+    return set(rank_processes()), threads, set(Path("/dev/shm").glob("dp-runtime-*"))
+
+
+def wait_until(ok: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not ok():
+        assert time.monotonic() < deadline, f"not after {timeout_s:g} s: {what}"
+        time.sleep(0.02)
+
+
+def _maps(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""

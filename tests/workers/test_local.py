@@ -1,0 +1,211 @@
+"""Ranks as processes and as threads: use, failures, interrupts, and what is left afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dp_runtime import Engine
+from dp_runtime.errors import EngineClosed, QueueFull, RankFailed, StartError
+from dp_runtime.request import FinishReason
+from dp_runtime.status import RankState
+from tests.checkpoints import tiny_checkpoint
+from tests.workers.engines import ENDLESS, SHORT, Driver, engine
+from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
+
+
+@pytest.fixture(scope="module", params=["thread", "local"])
+def serving(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
+    with engine(model, request.param) as one:
+        yield one
+
+
+def test_a_result_can_be_waited_for_with_a_limit(serving: Engine) -> None:
+    handle = serving.submit([1, 2], ENDLESS)
+    with pytest.raises(TimeoutError, match=rf"request {handle.request_id} .* 0.2 s"):
+        handle.result(0.2)
+    handle.abort()
+    output = handle.result(5)
+    assert output.finish_reason is FinishReason.ABORT
+    assert 0 < len(output.token_ids) < ENDLESS.max_tokens
+    handle.abort()  # after its end, this changes nothing
+    assert handle.result().finish_reason is FinishReason.ABORT
+    no_page_in_use(serving)
+
+
+def test_a_stream_that_is_left_early_aborts_its_request(serving: Engine) -> None:
+    for count, delta in enumerate(serving.stream([3, 4], ENDLESS), 1):
+        assert len(delta.token_ids) >= 1
+        if count == 3:
+            break
+    no_page_in_use(serving)
+
+
+def test_a_stream_is_the_generated_output(serving: Engine) -> None:
+    deltas = list(serving.stream([5, 6, 7], SHORT, dp_rank=1))
+    output = serving.generate([[5, 6, 7]], SHORT, [0])[0]
+    assert tuple(token for delta in deltas for token in delta.token_ids) == output.token_ids
+    assert [delta.finish_reason for delta in deltas][-1] is FinishReason.LENGTH
+    assert output.dp_rank == 0
+
+
+def test_another_engine_beside_it(serving: Engine, model: Path) -> None:
+    endless = serving.submit([1, 2, 3], ENDLESS)
+    with engine(model, "thread") as other:
+        assert other.generate([[8, 9]], SHORT)[0].token_ids == (
+            serving.generate([[8, 9]], SHORT)[0].token_ids
+        )
+    assert not endless.done
+    endless.abort()
+    endless.result(5)
+
+
+def test_health_of_all_ranks(serving: Engine) -> None:
+    handle = serving.submit([1, 2], ENDLESS, dp_rank=1)
+    next(iter(handle))
+    first, second = serving.health()
+    assert [first.state, second.state] == [RankState.RUNNING] * 2
+    assert (first.num_running, second.num_running) == (0, 1)
+    assert second.free_pages < second.num_pages - 1
+    assert second.last_step >= 0
+    assert second.last_step_age_s < 5
+    assert (first.pid == os.getpid()) == (serving.config.launcher == "thread")
+    handle.abort()
+    no_page_in_use(serving)
+    wait_until(lambda: {r.state for r in serving.health()} == {RankState.IDLE}, "idle")
+
+
+def no_page_in_use(serving: Engine) -> None:
+    wait_until(
+        lambda: all(rank.free_pages == rank.num_pages - 1 for rank in serving.health()),
+        "all pages are free",
+    )
+
+
+def test_queue_full(model: Path) -> None:
+    with engine(model, "thread", max_queued_requests=2) as one:
+        handles = [one.submit([1], ENDLESS) for _ in range(2)]
+        with pytest.raises(QueueFull, match="2 requests are unfinished"):
+            one.submit([1], SHORT)
+        handles[0].abort()
+        handles[0].result(5)
+        assert one.submit([1], SHORT).result(10).finish_reason is FinishReason.LENGTH
+        handles[1].abort()
+        assert len(one.generate([[1]] * 9, SHORT)) == 9  # generate waits for places
+
+
+@pytest.mark.parametrize("launcher", ["thread", "local"])
+def test_use_after_close(launcher: str, model: Path) -> None:
+    before = left_overs()
+    one = engine(model, launcher, dp_size=1)
+    handle = one.submit([1, 2], ENDLESS)
+    one.close()
+    one.close()
+    for use in (
+        handle.result,
+        lambda: one.generate([[1]], SHORT),
+        lambda: one.submit([1]),
+        lambda: next(one.stream([1])),
+        one.report,
+        one.step_trace,
+        one.health,
+    ):
+        with pytest.raises(EngineClosed, match="the engine is closed"):
+            use()
+    handle.abort()
+    wait_until(lambda: left_overs() == before, "nothing is left")
+
+
+def test_a_killed_rank_fails_all_requests(model: Path) -> None:
+    before = left_overs()
+    with engine(model, "local", dp_size=3) as one:
+        handles = [one.submit([1, 2, 3], ENDLESS, rank) for rank in range(3)]
+        for handle in handles:
+            next(iter(handle))
+        killed = time.monotonic()
+        os.kill(one.health()[1].pid, signal.SIGKILL)
+        for handle in handles:
+            with pytest.raises(RankFailed, match=r"rank 1 ended \(SIGKILL\)"):
+                handle.result(3)
+        assert time.monotonic() - killed < 2
+        with pytest.raises(RankFailed, match="rank 1 ended"):
+            one.submit([1])
+        wait_until(
+            lambda: (
+                [rank.state for rank in one.health()]
+                == [RankState.FAILED, RankState.UNREACHABLE, RankState.FAILED]
+            ),
+            "survivors have stopped their step",
+        )
+        assert "rank 1 ended (SIGKILL)" in one.health()[0].error
+        closing = time.monotonic()
+    assert time.monotonic() - closing < 2
+    wait_until(lambda: left_overs() == before, "nothing is left")
+
+
+def test_a_stopped_rank_is_a_timeout(model: Path) -> None:
+    before = left_overs()
+    with engine(model, "local", step_timeout_s=1.0) as one:
+        handle = one.submit([1, 2, 3], ENDLESS, dp_rank=0)
+        next(iter(handle))
+        stopped = one.health()[1].pid
+        os.kill(stopped, signal.SIGSTOP)
+        with pytest.raises(RankFailed, match=r"rank 0: CollectiveTimeout: .* for ranks 1"):
+            handle.result(4)
+        closing = time.monotonic()
+    assert time.monotonic() - closing < 2
+    wait_until(lambda: left_overs() == before, "nothing is left, not even the stopped one")
+
+
+def test_a_start_that_fails_on_one_rank(tmp_path: Path) -> None:
+    before, started = left_overs(), time.monotonic()
+    path = tiny_checkpoint(tmp_path) / "model.safetensors"
+    tensors, name = load_file(path), "model.layers.1.mlp.experts.7.up_proj.weight"  # rank 1's
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"^rank 1: .*{name}: shape: \(47, 64\)"):
+        engine(tmp_path, "local")
+    assert time.monotonic() - started < 40
+    wait_until(lambda: left_overs() == before, "nothing is left")
+
+
+def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
+    before = left_overs()
+
+    def kill_one() -> None:
+        wait_until(lambda: len(rank_processes()) > len(before[0]), "a rank has started", 30)
+        os.kill(min(rank_processes().keys() - before[0]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    with pytest.raises(StartError, match=r"^the process of rank 0 ended \(SIGKILL\)$"):
+        engine(model, "local")
+    killer.join()
+    wait_until(lambda: left_overs() == before, "nothing is left")
+
+
+def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    before = left_overs()
+    driver = Driver(model, tmp_path, 2, "--launcher", "local")
+    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+    driver.signal(signal.SIGINT)
+    status, errors = driver.end()
+    assert status == 130
+    assert "Traceback" not in errors
+    wait_until(lambda: left_overs() == before, "nothing is left")
+
+
+def test_ranks_end_with_a_killed_driver(model: Path, tmp_path: Path) -> None:
+    before = left_overs()
+    driver = Driver(model, tmp_path, 1, "--launcher", "local")
+    wait_until(lambda: len(serving_processes() - before[0]) == 1, "a rank serves", 60)
+    driver.signal(signal.SIGKILL)
+    driver.end()
+    wait_until(lambda: left_overs() == before, "nothing is left", 2)

@@ -1,0 +1,146 @@
+"""The plain worker, called as a class: no process, no actor, no engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from collectives.in_process import InProcessGroup
+from collectives.shared_memory import new_rendezvous_path
+from dp_runtime import EngineConfig, FinishReason, SamplingParams
+from dp_runtime.request import RankRequest, RequestProgress
+from dp_runtime.status import RankState
+from tests.checkpoints import oracle, tiny_checkpoint
+from tests.workers.engines import ENDLESS
+from tests.workers.leftovers import wait_until
+from workers.messages import MeetingPoint
+from workers.worker import Worker
+
+LONG = SamplingParams(max_tokens=1500, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(params=["in_process", "shared_memory"])
+def worker(request: pytest.FixtureRequest, directory: Path) -> Iterator[Worker]:
+    worker, point = new_worker(directory), MeetingPoint("in_process", "", InProcessGroup(1, 10.0))
+    if request.param == "shared_memory":
+        point = MeetingPoint("shared_memory", new_rendezvous_path())
+    worker.prepare()
+    worker.load()
+    worker.serve(point)
+    yield worker
+    worker.stop()
+
+
+def new_worker(directory: Path, **fields: Any) -> Worker:
+    fields = {"launcher": "thread", "max_num_requests": 4} | fields
+    return Worker(0, EngineConfig(str(directory), **fields), "cpu")
+
+
+def request_of(request_id: int, prompt: list[int], params: SamplingParams = LONG) -> RankRequest:
+    return RankRequest(request_id, tuple(prompt), params, seed=0, stop_token_ids=frozenset())
+
+
+def poll_until_done(worker: Worker, request_id: int) -> list[RequestProgress]:
+    """All that the worker tells of a request, up to its end."""
+    told: list[RequestProgress] = []
+    while not (told and told[-1].finish_reason):
+        polled = worker.poll(5.0)
+        assert polled.error is None
+        assert polled.progress, "nothing within 5 s"
+        told += [item for item in polled.progress if item.request_id == request_id]
+    return told
+
+
+def test_from_start_to_stop(directory: Path) -> None:
+    worker = new_worker(directory)
+    assert worker.health().state is RankState.STARTING
+    assert worker.trace() == ()
+    host = worker.prepare()
+    assert host.dp_rank == 0
+    assert 0 < host.free_port < 65536
+    assert worker.health().bytes_total > 0
+    info = worker.load()
+    health = worker.health()
+    assert health.state is RankState.READY
+    assert health.bytes_read == health.bytes_total == info.bytes_read
+    assert (info.vocab_size, info.hidden_size, info.eos_token_ids) == (199, 64, (0,))
+    worker.serve(MeetingPoint("in_process", "", InProcessGroup(1, 10.0)))
+    wait_until(lambda: worker.health().state is RankState.IDLE, "idle")
+    assert worker.health().pid == os.getpid()
+    assert worker.poll(0.0).progress == []
+    worker.stop()
+    assert worker.health().state is RankState.STOPPED
+    worker.stop()
+
+
+def test_tokens_are_those_of_the_oracle(worker: Worker, directory: Path) -> None:
+    prompt = [5, 17, 100, 3, 42]
+    worker.submit([request_of(7, prompt, SamplingParams(max_tokens=12, temperature=0.0))])
+    told = poll_until_done(worker, 7)
+    tokens = [token for item in told for token in item.token_ids]
+    assert [item.first_index for item in told] == list(range(12))
+    assert told[-1].finish_reason is FinishReason.LENGTH
+    with torch.inference_mode():
+        expected = oracle(directory).generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+    assert tokens == expected[0, len(prompt) :].tolist()
+    steps = worker.trace()
+    assert [step.slots[0].real_rows for step in steps] == [(5,)] + [(1,)] * 11
+    assert worker.totals().output_tokens == 12
+    assert worker.health().last_step >= 11
+
+
+def test_abort_ends_a_request_and_no_other(worker: Worker) -> None:
+    worker.submit([request_of(1, [1, 2]), request_of(2, [3], SamplingParams(max_tokens=40))])
+    assert worker.poll(5.0).progress
+    worker.abort([1, 999])
+    assert poll_until_done(worker, 1)[-1].finish_reason is FinishReason.ABORT
+    wait_until(lambda: worker.totals().output_tokens >= 40, "the other one ends")
+    wait_until(lambda: worker.health().state is RankState.IDLE, "idle")
+    assert worker.health().free_pages == worker.health().num_pages - 1
+    worker.abort([1])
+
+
+def test_stop_in_the_middle_of_a_request(worker: Worker) -> None:
+    worker.submit([request_of(1, [1, 2], ENDLESS)])
+    assert worker.poll(5.0).progress
+    worker.stop()
+    assert worker.health().state is RankState.STOPPED
+
+
+def test_an_abandoned_step_is_told_at_the_next_poll(worker: Worker) -> None:
+    worker.submit([request_of(1, [1, 2])])
+    assert worker.poll(5.0).progress
+    worker.abandon("rank 3 is gone")
+    wait_until(lambda: worker.health().state is RankState.FAILED, "failed")
+    assert worker.poll(5.0).error == "aborted by rank 0: rank 3 is gone"
+    assert worker.poll(5.0).error == "aborted by rank 0: rank 3 is gone"
+    assert worker.health().error == "aborted by rank 0: rank 3 is gone"
+
+
+def test_an_error_in_a_step_is_told_with_its_rank(worker: Worker) -> None:
+    worker.submit([request_of(1, [1, 2]), request_of(1, [3, 4])])  # one id twice: our own mistake
+    wait_until(lambda: worker.health().state is RankState.FAILED, "failed")
+    assert str(worker.poll(0.0).error).startswith("rank 0: AssertionError: ")
+
+
+def test_calls_in_a_wrong_order(directory: Path) -> None:
+    with pytest.raises(AssertionError, match="prepare comes before load"):
+        new_worker(directory).load()
+    worker = new_worker(directory)
+    worker.prepare()
+    with pytest.raises(AssertionError, match="load comes before serve"):
+        worker.serve(MeetingPoint("in_process", "", InProcessGroup(1, 1.0)))
+    worker.stop()  # never served: there is nothing to wait for
