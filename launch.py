@@ -11,13 +11,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_type_hints
 
+import torch
+
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.config import CHOICES
-from dp_runtime.errors import StartError
+from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.inspection import describe
 from dp_runtime.jsonl import PromptLine, read_prompts, write_outputs
 from dp_runtime.trace import StepTrace, write_chrome_trace
 from dp_runtime.workload import Workload
+from workers.devices import resolve_device
 
 TINY_MODEL = Path(__file__).parent / "examples" / "tiny_moe" / "checkpoint"
 DEMO_RANKS = 4
@@ -31,24 +34,62 @@ DEMO_PROMPTS = (
 )
 SAMPLING_FLAGS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
-    "frequency_penalty", "repetition_penalty",
+    "frequency_penalty", "repetition_penalty", "ignore_eos",
 )  # fmt: skip
+HELP = {
+    "model": "Hugging Face directory (default: the tiny model, on 4 ranks)",
+    "dp_size": "number of ranks",
+    "device": "where ranks run; auto: GPUs if there are any, else CPU",
+    "dtype": "of weights and KV cache; auto: float32 on CPU, bfloat16 on GPU",
+    "launcher": "ranks as Ray actors, local processes, or threads",
+    "ray_address": "cluster to join: auto, host:port or ray://host:port (default: $RAY_ADDRESS, "
+    "else a new one)",
+    "attention_backend": "attention kernels",
+    "collective": "how rows travel between ranks",
+    "moe_sharding": "experts split by expert (ep) or by intermediate size (tp)",
+    "padding": "rows a rank brings to a collective: the global maximum, its own, or the cheaper",
+    "routing": "how a request is given to a rank",
+    "page_size": "tokens of a KV page",
+    "num_pages": "KV pages of a rank (default: by memory and limits)",
+    "kv_memory_fraction": "share of the free memory that KV pages may take",
+    "max_num_requests": "requests of a rank in a step",
+    "max_num_tokens": "tokens of a rank in a step; longer prompts run in chunks",
+    "max_model_len": "prompt and output tokens of a request (default: the model's)",
+    "max_queued_requests": "unfinished requests that the engine holds",
+    "load_format": "read the checkpoint, or dummy: random weights",
+    "seed": "for requests that bring none, and for dummy weights",
+    "overlap": "schedule a step before the one before it is committed",
+    "poison_padding": "fill padded rows with NaN, to see that no result changes",
+    "start_timeout_s": "seconds until all ranks must serve",
+    "step_timeout_s": "seconds a rank waits for another in a step",
+    "torch_threads": "threads of a CPU rank (default: cores / dp_size)",
+    "max_tokens": "output tokens (default: 48)",
+    "min_tokens": "output tokens before anything may end a request",
+    "temperature": "0 is greedy (default: 0)",
+    "top_k": "sample from the k most probable tokens; 0: from all",
+    "top_p": "sample from the most probable tokens of this total probability",
+    "min_p": "sample from tokens with at least this share of the best one's probability",
+    "presence_penalty": "subtracted for tokens that the output has",
+    "frequency_penalty": "subtracted for each time that the output has a token",
+    "repetition_penalty": "divides the logits of tokens that prompt or output have",
+    "ignore_eos": "go on after an end-of-text token",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; a mistake of the user is one line on stderr and exit status 2."""
+    """Run a command. Exit status 2: a mistake of the user, 1: ranks failed, 130: Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        status: int = options.command(options)
-        return status
-    except (ValueError, StartError) as error:
+        options.command(options)
+        return 0
+    except (ValueError, StartError, RankFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
 
 
-def generate(options: argparse.Namespace) -> int:
+def generate(options: argparse.Namespace) -> None:
     """Continue prompts, print or write the results, and print the report."""
     sampling = {name: getattr(options, name) for name in SAMPLING_FLAGS if name in options}
     defaults = SamplingParams(**{"max_tokens": 48, "temperature": 0.0} | sampling)
@@ -70,10 +111,9 @@ def generate(options: argparse.Namespace) -> int:
         for line, output in zip(lines, outputs):
             print(f"[rank {output.dp_rank}, {output.finish_reason}] {line.prompt} →{output.text}\n")
     print(report)
-    return 0
 
 
-def bench(options: argparse.Namespace) -> int:
+def bench(options: argparse.Namespace) -> None:
     """Serve a synthetic workload; print throughput, step times and padding waste."""
     workload = Workload(
         options.num_requests, tuple(options.input_len), tuple(options.output_len), options.seed
@@ -89,14 +129,13 @@ def bench(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(values | {"workload": asdict(workload)}) + "\n")
     if options.trace is not None:
         write_chrome_trace(steps, options.trace)
-    return 0
 
 
-def inspect(options: argparse.Namespace) -> int:
+def inspect(options: argparse.Namespace) -> None:
     """Print what would run: shapes, bytes per rank, backend, and why."""
     config = _config(options)
-    print(describe(config, "cpu" if config.device == "auto" else config.device))
-    return 0
+    config = resolve_device(config, torch.cuda.device_count(), "this host")
+    print(describe(config, config.device))
 
 
 def _step_times(steps: Sequence[StepTrace]) -> str:
@@ -118,18 +157,20 @@ def _config(options: argparse.Namespace) -> EngineConfig:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dp-runtime", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{generate,bench,inspect}")
+    parser.set_defaults(command=lambda options: parser.print_help())
+    commands = parser.add_subparsers(metavar="{generate,bench,inspect}")
     one = _command(commands, "generate", generate)
     one.add_argument("--prompt", action="append", help="a prompt; may be repeated")
-    one.add_argument("--prompts", type=Path, help="JSONL file of prompts")
-    one.add_argument("--output", type=Path, help="JSONL file for the results")
+    one.add_argument("--prompts", type=Path, help="JSONL file of prompts, or /dev/stdin")
+    one.add_argument("--output", type=_new_file, help="JSONL file for the results")
     _add_fields(one, SamplingParams, SAMPLING_FLAGS)
     two = _command(commands, "bench", bench)
-    two.add_argument("--num-requests", type=int, default=64)
-    two.add_argument("--input-len", type=int, nargs=2, default=[16, 512], metavar=("MIN", "MAX"))
-    two.add_argument("--output-len", type=int, nargs=2, default=[16, 128], metavar=("MIN", "MAX"))
-    two.add_argument("--json", type=Path, help="file for the report as JSON")
-    two.add_argument("--trace", type=Path, help="file for a trace that Perfetto opens")
+    lengths: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("MIN", "MAX")}
+    two.add_argument("--num-requests", type=int, default=64, help="requests (default: 64)")
+    two.add_argument("--input-len", default=[16, 512], **lengths, help="prompt tokens (16 512)")
+    two.add_argument("--output-len", default=[16, 128], **lengths, help="output tokens (16 128)")
+    two.add_argument("--json", type=_new_file, help="file for the report as JSON")
+    two.add_argument("--trace", type=_new_file, help="file for a trace that Perfetto opens")
     two.set_defaults(seed=0)
     _command(commands, "inspect", inspect)
     return parser
@@ -146,18 +187,22 @@ def _command(commands: Any, name: str, run: Any) -> argparse.ArgumentParser:
 
 def _add_fields(parser: argparse.ArgumentParser, owner: type, names: Sequence[str]) -> None:
     """A flag for each field of a dataclass; one that is not given keeps the field's default."""
-    hints = get_type_hints(owner)
+    hints, shown = get_type_hints(owner), {item.name: item.default for item in fields(owner)}
     for name in names:
-        flag = "--" + name.replace("_", "-")
+        text = HELP[name] if "(default" in HELP[name] else f"{HELP[name]} (default: {shown[name]})"
         kind: Any = next(k for k in (bool, int, float, str) if k in _members(hints[name]))
+        how: dict[str, Any] = {"type": kind, "choices": CHOICES.get(name)}
         if kind is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS
-            )
-        else:
-            parser.add_argument(
-                flag, type=kind, choices=CHOICES.get(name), default=argparse.SUPPRESS
-            )
+            how = {"action": argparse.BooleanOptionalAction}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, help=text, default=argparse.SUPPRESS, **how)
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing directory")
+    return path
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

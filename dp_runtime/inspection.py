@@ -5,8 +5,6 @@ from __future__ import annotations
 from dp_runtime.config import EngineConfig
 from dp_runtime.sizing import RankPlan, plan_rank
 
-MIB = 2**20
-
 
 def describe(config: EngineConfig, device: str) -> str:
     """The plan of every rank as text; ValueError if it could not start."""
@@ -39,14 +37,16 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
 
 
 def _rank_lines(plans: list[RankPlan]) -> list[str]:
-    lines = ["rank  experts      intermediate  weights MiB  KV pages  KV MiB  cache tokens"]
+    lines = [
+        "rank  experts    intermediate      weight bytes  KV pages          KV bytes  cache tokens"
+    ]
     for rank, plan in enumerate(plans):
         model = plan.model
         shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
         experts = f"{shard.experts.start}..{shard.experts.stop - 1}" if shard.experts else "none"
         lines.append(
-            f"{rank:>4}  {experts:<11}  {len(shard.intermediate):>12}  "
-            f"{plan.weight_bytes / MIB:>11.1f}  {plan.pages.num_pages:>8}  "
-            f"{plan.kv_bytes / MIB:>6.1f}  {plan.cache_tokens:>12}"
+            f"{rank:>4}  {experts:<9}  {len(shard.intermediate):>12}  "
+            f"{plan.weight_bytes:>16,}  {plan.pages.num_pages:>8}  "
+            f"{plan.kv_bytes:>16,}  {plan.cache_tokens:>12,}"
         )
     return lines

@@ -30,7 +30,8 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
     A line may have `dp_rank` and any field of SamplingParams; `defaults` fills the others.
     Raises ValueError naming file, line and field; blank lines are skipped.
     """
-    require(path.is_file(), "prompts", str(path), "an existing JSONL file")
+    ok = path.exists() and not path.is_dir()
+    require(ok, "prompts", str(path), "an existing JSONL file")
     lines = []
     for number, text in enumerate(_read(path).split("\n"), 1):
         if text.strip():

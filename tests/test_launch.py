@@ -1,0 +1,198 @@
+"""The command line in this process, with ranks that are threads."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import launch
+from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime.errors import RankFailed, StartError
+from tests.checkpoints import tiny_checkpoint
+
+LETTERS = "_abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 27 letters, whose tokenizer knows each of them."""
+    directory = tiny_checkpoint(tmp_path_factory.mktemp("letters"), vocab_size=len(LETTERS))
+    letters = Tokenizer(models.BPE({letter: at for at, letter in enumerate(LETTERS)}, []))
+    letters.pre_tokenizer = pre_tokenizers.Metaspace("_", "never")
+    letters.decoder = decoders.Metaspace("_", "never")
+    letters.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def run(command: str, model: Path, *arguments: str) -> int:
+    fixed = ("--model", str(model), "--launcher", "thread", "--max-model-len", "256")
+    return launch.main([command, *fixed, "--dp-size", "2", *arguments])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_generate_from_a_file_to_a_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        {"prompt": "hello", "dp_rank": 1},
+        {"prompt_token_ids": [3, 1, 4], "max_tokens": 3, "ignore_eos": True, "dp_rank": 0},
+        {"prompt": "stop here", "temperature": 0.9, "seed": 5, "ignore_eos": True},
+    ]
+    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    flags = ("--max-tokens", "7", "--prompts", str(prompts), "--output", str(output))
+    assert run("generate", model, *flags) == 0
+    written = read_lines(output)
+    assert [list(line) for line in written] == [
+        ["index", "token_ids", "text", "finish_reason", "dp_rank"]
+    ] * 3
+    config = EngineConfig(str(model), dp_size=2, launcher="thread", max_model_len=256)
+    with Engine(config) as engine:
+        expected = engine.generate(
+            ["hello", [3, 1, 4], "stop here"],
+            [
+                SamplingParams(max_tokens=7, temperature=0.0),
+                SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True),
+                SamplingParams(max_tokens=7, temperature=0.9, seed=5, ignore_eos=True),
+            ],
+            [1, 0, None],
+        )
+    for index, (line, output) in enumerate(zip(written, expected, strict=True)):
+        assert line["index"] == index
+        assert tuple(line["token_ids"]) == output.token_ids
+        assert line["text"] == output.text
+        assert line["finish_reason"] == output.finish_reason
+    assert [line["dp_rank"] for line in written[:2]] == [1, 0]
+    assert len(written[1]["text"]) == len(written[1]["token_ids"]) == 3
+    shown = capsys.readouterr().out
+    assert "requests 3 " in shown
+    assert "rank 1" not in shown  # the results are in the file
+
+
+def test_generate_shows_texts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--prompt", "abc", "--prompt", "x", "--max-tokens", "4", "--ignore-eos")
+    assert run("generate", model, *arguments) == 0
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^\[rank [01], length\] (abc|x) →.{4}$", shown, re.MULTILINE)) == 2
+    assert "output tokens 8 " in shown
+
+
+def test_bench_writes_a_report_and_a_trace(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, trace = tmp_path / "report.json", tmp_path / "trace.json"
+    load = ("--num-requests", "6", "--input-len", "3", "9", "--output-len", "4", "4")
+    assert run("bench", model, *load, "--json", str(report), "--trace", str(trace)) == 0
+    shown = capsys.readouterr().out
+    assert "padding_waste" in shown
+    assert re.search(r"busy median \d+\.\d+ ms, longest \d+\.\d+ ms; wait median", shown)
+    values = json.loads(report.read_text())
+    assert (values["requests"], values["output_tokens"]) == (6, 24)
+    assert 18 <= values["prompt_tokens"] <= 54
+    assert values["tokens_per_s"] == pytest.approx(24 / values["elapsed_s"])
+    assert 0 <= values["padding_waste"] < 1
+    assert values["workload"] == {
+        "num_requests": 6, "input_len": [3, 9], "output_len": [4, 4], "seed": 0,
+    }  # fmt: skip
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["tid"] for event in events} == {0, 1}
+    assert {event["name"] for event in events} >= {"schedule", "agree", "target", "commit"}
+    assert all(event["ph"] == "X" and event["dur"] >= 0 for event in events)
+    assert len({event["args"]["step"] for event in events}) == values["steps"]
+
+
+@pytest.mark.parametrize("sharding", ["ep", "tp"])
+def test_inspect_tells_what_the_engine_then_has(
+    model: Path, sharding: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", model, "--moe-sharding", sharding, "--max-num-requests", "5") == 0
+    shown = capsys.readouterr().out
+    assert "Qwen3MoeForCausalLM: 2 layers (2 MoE), hidden 64, vocabulary 27" in shown
+    assert "torch_ref: the only backend for device cpu" in shown
+    rows = [line.replace(",", "").split() for line in shown.splitlines()[-2:]]
+    fields: dict[str, Any] = {"moe_sharding": sharding, "max_num_requests": 5}
+    config = EngineConfig(str(model), dp_size=2, launcher="thread", max_model_len=256, **fields)
+    with Engine(config) as engine:
+        for row, rank in zip(rows, engine.health(), strict=True):
+            weights, pages, _, cache_tokens = map(int, row[3:])
+            assert int(row[0]) == rank.dp_rank
+            assert weights == rank.bytes_total == rank.bytes_read
+            assert pages == rank.num_pages
+            assert cache_tokens == engine.model.cache_tokens
+
+
+def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "{generate,bench,inspect}" in shown
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "inspect"])
+def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        launch.main([command, "--help"])
+    flags = capsys.readouterr().out.split("options:")[1]
+    lines = re.findall(r"^  --?\S.*(?:\n {6,}.*)*", flags, re.MULTILINE)
+    assert len(lines) > 20
+    unexplained = [line for line in lines if len(line.split()) < 4]
+    assert unexplained == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (RankFailed("the process of rank 1 ended (SIGKILL)"), 1, "error: the process of rank 1"),
+        (StartError("rank 0: OSError: full"), 1, "error: rank 0: OSError: full"),
+        (ValueError("dp_size: 0"), 2, "error: dp_size: 0"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_exit_status(
+    error: BaseException,
+    status: int,
+    shown: str,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Engine, "generate", fail)
+    assert run("generate", model) == status
+    errors = capsys.readouterr().err
+    assert errors.startswith(shown)
+    assert errors.count("\n") == (1 if shown else 0)
+
+
+def test_a_file_for_results_is_checked_before_anything_starts(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("generate", model, "--output", str(tmp_path / "none" / "out.jsonl"))
+    assert "is not a file in an existing directory" in capsys.readouterr().err
+
+
+def test_prompts_from_a_pipe(model: Path) -> None:
+    flags = ["--model", model, "--launcher", "thread", "--prompts", "/dev/stdin"]
+    done = subprocess.run(
+        [sys.executable, "launch.py", "generate", *flags],
+        input='{"prompt": "abc", "max_tokens": 2, "ignore_eos": true}\n',
+        cwd=Path(launch.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert re.match(r"\[rank 0, length\] abc →..\n", done.stdout)
+    assert done.stderr == ""
