@@ -7,6 +7,7 @@ from dataclasses import replace
 from time import monotonic, sleep
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
+from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.request import FinishReason, Prompt, TokensPrompt
 from tests.product_cases import Item
 from tests.reference import Reference, check_greedy
@@ -78,3 +79,8 @@ def check_pages_free(engine: Engine) -> None:
     while held := [rank for rank in engine.health() if rank.free_pages != rank.num_pages - 1]:
         assert monotonic() < deadline, f"pages are still held: {held}"
         sleep(0.005)
+
+
+def models_of(engine: Engine) -> list[CausalLM]:
+    """The model every rank has loaded, of an engine whose ranks are threads."""
+    return [handle.worker._loaded.model for handle in engine._group._handles]
