@@ -36,13 +36,18 @@ def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor) -> None:
 
     Half types are summed in float32.
     """
-    half = out.dtype in (torch.bfloat16, torch.float16)
-    total = torch.empty_like(out, dtype=torch.float32) if half else out
+    dtype = summing_dtype(out.dtype)
+    total = out if dtype == out.dtype else torch.empty_like(out, dtype=dtype)
     total.copy_(parts[0])
     for part in parts[1:]:
         total += part
-    if half:
+    if total is not out:
         out.copy_(total)
+
+
+def summing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What rows of this type are summed in: float32 for half types."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def split(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:

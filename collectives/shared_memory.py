@@ -262,7 +262,8 @@ class SharedMemoryBoard:
             region, turn = self._channel.region, self._channel.begin()
             region.write_record(turn, record)
             self._channel.finish(f"record of step {record.step_id}")
-            return tuple(self._record(rank, turn) for rank in range(self.dp_size))
+            ranks = range(self.dp_size)
+            return tuple([record if r == self.dp_rank else self._record(r, turn) for r in ranks])
 
     def newest(self) -> tuple[StepRecord | None, ...]:
         """The newest record of every rank, without taking part; callable from any thread."""

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from tests.collectives.ranks import Outcome, outcome
 from torch import Tensor
 
 from dp_runtime.protocols import Counts, RowCollective, StepBoard
@@ -143,58 +142,3 @@ def nobody_waits_case(c: RowCollective, board: StepBoard) -> None:
         assert c.gather_rows(torch.empty(0, 5), zero).shape == (0, 5)
         assert c.reduce_scatter_rows(torch.empty(0, 5), zero).shape == (0, 5)
     c.barrier()
-
-
-def missing_rank_case(c: RowCollective, board: StepBoard, where: str) -> list[Outcome]:
-    """The last rank never comes; the others wait, then try again."""
-    c.barrier()
-    if c.dp_rank == c.dp_size - 1:
-        time.sleep(1.6)  # keeps its group open until the others have given up
-        return []
-    call = calls(c, board)[where]
-    return [outcome(call), outcome(call)]
-
-
-def calls(c: RowCollective, board: StepBoard) -> dict:
-    """Everything a rank can wait in, by name."""
-    from dp_runtime.agreement import StepRecord
-
-    rows, sums = torch.ones(2, 3), torch.ones(2 * c.dp_size, 3)
-    counts = (2,) * c.dp_size
-    return {
-        "counts": lambda: c.counts((1,)),
-        "gather": lambda: c.gather_rows(rows, counts),
-        "uneven gather": lambda: c.gather_rows(
-            torch.ones(c.dp_rank, 3), tuple(range(c.dp_size))
-        ),
-        "reduce_scatter": lambda: c.reduce_scatter_rows(sums, counts),
-        "barrier": c.barrier,
-        "board": lambda: board.exchange(StepRecord(0, 0, 0, (1,))),
-        "idle": lambda: idle_until_aborted(board),
-    }  # fmt: skip
-
-
-def idle_until_aborted(board: StepBoard) -> None:
-    """Sleep like a rank without requests, in as many naps as the board takes."""
-    end = time.monotonic() + 20.0
-    while time.monotonic() < end:
-        board.idle(20.0)
-
-
-def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str, Outcome]:
-    """Everything a rank can call after an abort or a close of its own."""
-    c.barrier()
-    if ending == "close":
-        c.close()
-        board.close()
-    elif c.dp_rank == 0:
-        c.abort("for a test")
-    else:
-        outcome(c.barrier)
-    ended = {name: outcome(call) for name, call in calls(c, board).items()}
-    board.wake()
-    c.abort("again")
-    board.abort("again")
-    c.close()
-    c.close()
-    return ended

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from collectives.in_process import InProcessGroup
-from dp_runtime.protocols import RowCollective, StepBoard
+from collectives.shared_memory import SharedMemoryGroup, new_rendezvous_path
 
 KINDS = ("in_process", "shared_memory", "torch_distributed")
 PROCESS_KINDS = KINDS[1:]
@@ -67,15 +67,15 @@ class Ranks:
 
     def run(
         self, kind: str, dp_size: int, case: Case, *arguments: Any, timeout_s: float = 20.0,
-        **options: Any,
+        address: str = "", **options: Any,
     ) -> list[Any]:  # fmt: skip
         """Start the case and wait for all ranks."""
-        self.start(kind, dp_size, case, *arguments, timeout_s=timeout_s, **options)
+        self.start(kind, dp_size, case, *arguments, timeout_s=timeout_s, address=address, **options)
         return [self.result(rank) for rank in range(dp_size)]
 
     def start(
         self, kind: str, dp_size: int, case: Case, *arguments: Any, timeout_s: float = 20.0,
-        **options: Any,
+        address: str = "", **options: Any,
     ) -> None:  # fmt: skip
         """Start the case on all ranks; each one's result is to be fetched."""
         self._workers = [worker for worker in self._workers if worker.alive()]
@@ -85,7 +85,7 @@ class Ranks:
         self._threads = []
         while len(self._workers) < dp_size:
             self._workers.append(_Worker())
-        address = _new_address(kind)
+        address = address or _new_address(kind)
         for rank in range(dp_size):
             job = Job(kind, address, rank, dp_size, timeout_s, case, arguments, options)
             self._workers[rank].pipe.send(job)
@@ -183,21 +183,13 @@ def _run_job(job: Job) -> Any:
 def _connect(job: Job) -> Any:
     place = (job.address, job.dp_rank, job.dp_size, job.timeout_s)
     if job.kind == "shared_memory":
-        from collectives.shared_memory import SharedMemoryGroup
-
         return SharedMemoryGroup(*place, **job.options)
-    from collectives.torch_distributed import TorchDistributedGroup
+    from collectives.torch_distributed import TorchDistributedGroup  # slow to import
 
     return TorchDistributedGroup(*place, **job.options)
 
 
 def _new_address(kind: str) -> str:
     if kind == "shared_memory":
-        from collectives.shared_memory import new_rendezvous_path
-
         return new_rendezvous_path()
     return f"file://{Path(tempfile.mkdtemp()) / 'store'}"
-
-
-def rank_of(collective: RowCollective | StepBoard) -> tuple[int, int]:
-    return collective.dp_rank, collective.dp_size

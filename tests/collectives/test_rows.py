@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.collectives import cases
 from tests.collectives.ranks import KINDS, Ranks
 
@@ -82,18 +83,3 @@ def test_waited_s_grows_on_the_ranks_that_wait(ranks: Ranks, kind: str, dp_size:
     waited = ranks.run(kind, dp_size, cases.waited_case, dp_size - 1)
     assert all(seconds > 0.3 for seconds in waited[:-1])
     assert waited[-1] < 0.2
-
-
-def test_after_close_everything_raises(ranks: Ranks, kind: str, dp_size: int) -> None:
-    for ended in ranks.run(kind, dp_size, cases.use_after_case, "close"):
-        assert {each.error for each in ended.values()} == {"CollectiveAborted"}
-        assert max(each.seconds for each in ended.values()) < 0.5
-
-
-def test_after_abort_everything_raises(ranks: Ranks, kind: str, dp_size: int) -> None:
-    for ended in ranks.run(kind, dp_size, cases.use_after_case, "abort"):
-        assert {each.error for each in ended.values()} == {"CollectiveAborted"}
-        assert all("rank 0: for a test" in each.message for each in ended.values())
-        assert max(each.seconds for each in ended.values()) < 0.5
-
-

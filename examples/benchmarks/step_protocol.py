@@ -1,0 +1,122 @@
+"""What agreeing on a step costs by itself: post a record, read all ranks' records, fold them.
+
+    python examples/benchmarks/step_protocol.py
+    python examples/benchmarks/step_protocol.py --board gloo --steps 2000
+
+Prints median and p99 of rank 0, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from collectives.in_process import InProcessGroup
+from collectives.shared_memory import SharedMemoryGroup, new_rendezvous_path
+from collectives.torch_distributed import TorchDistributedGroup
+from dp_runtime.agreement import StepRecord, agree
+from dp_runtime.program import SERVING_PROGRAMS
+from dp_runtime.protocols import StepBoard
+from examples.benchmarks import machine
+from examples.benchmarks.timing import Times, measure
+
+GOAL_US = 150.0
+
+
+def main() -> None:
+    args = parse_args()
+    print(machine.describe("torch"), f"; load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        match args.board:
+            case "shared_memory":
+                times = run_processes(args, new_rendezvous_path())
+            case "gloo":
+                times = run_processes(args, f"file://{folder}/store")
+            case _:
+                times = run_threads(args)
+    print(
+        f"{args.board}, {args.ranks} ranks, {args.steps} steps: exchange and agree take "
+        f"{times.median_us:.1f} us at the median, {times.p99_us:.1f} us at p99 "
+        f"(goal {GOAL_US:g} us at the median over shared memory)"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10_000)
+    boards = ("shared_memory", "gloo", "in_process")
+    parser.add_argument("--board", choices=boards, default="shared_memory")
+    return parser.parse_args()
+
+
+def run_processes(args: argparse.Namespace, address: str) -> Times:
+    """Spawn the ranks; the times of rank 0."""
+    spawn = multiprocessing.get_context("spawn")
+    results: Any = spawn.SimpleQueue()
+    place = (address, args.ranks, args.board, args.steps, results)
+    ranks = [spawn.Process(target=run_rank, args=(rank, *place)) for rank in range(args.ranks)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    if any(rank.exitcode for rank in ranks):
+        sys.exit(f"{args.board}: a rank failed")
+    return results.get()  # type: ignore[no-any-return]
+
+
+def run_rank(
+    dp_rank: int, address: str, dp_size: int, board: str, steps: int, results: Any
+) -> None:
+    torch.set_num_threads(1)
+    group_type: Any = TorchDistributedGroup if board == "gloo" else SharedMemoryGroup
+    group = group_type(address, dp_rank, dp_size, 60.0)
+    times = take_steps(group.board, steps)
+    if dp_rank == 0:
+        results.put(times)
+    time.sleep(0.1)  # let peers finish their last step before connections close
+    group.close()
+
+
+def run_threads(args: argparse.Namespace) -> Times:
+    """The same with one thread per rank."""
+    group = InProcessGroup(args.ranks, 60.0)
+    times: dict[int, Times] = {}
+
+    def run(rank: int) -> None:
+        times[rank] = take_steps(group.board(rank), args.steps)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(args.ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return times[0]
+
+
+def take_steps(board: StepBoard, steps: int) -> Times:
+    """Agree on step after step, as the runtime does, without running any."""
+    step = 0
+
+    def one() -> None:
+        nonlocal step
+        step += 1
+        record = StepRecord(0, step, 0, (board.dp_rank,), free_pages=1000, queued_tokens=step)
+        agree(board.exchange(record), SERVING_PROGRAMS)
+
+    return measure(one, steps)
+
+
+if __name__ == "__main__":
+    main()

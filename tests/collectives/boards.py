@@ -1,0 +1,97 @@
+"""What ranks do in the tests of the step board; each function runs on every rank of a group."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from dp_runtime.agreement import StepRecord, agree
+from dp_runtime.errors import RankDisagreement
+from dp_runtime.program import SERVING_PROGRAMS
+from dp_runtime.protocols import RowCollective, StepBoard
+
+
+def record_of(dp_rank: int, step: int) -> StepRecord:
+    """A record whose every field differs between ranks or steps."""
+    return StepRecord(
+        epoch=3, step_id=step, program_id=0, real_rows=(dp_rank * 7 + step,), num_requests=dp_rank,
+        free_pages=10**12 + step, queued_tokens=step * dp_rank, wants_prefill=step % 2 == 0,
+        drafts_proposed=4, drafts_accepted=dp_rank, graph_vote=dp_rank % 2 == 0,
+        fault_bits=step % 2,
+    )  # fmt: skip
+
+
+def exchange_case(c: RowCollective, board: StepBoard, steps: int) -> None:
+    for step in range(steps):
+        got = board.exchange(record_of(board.dp_rank, step))
+        assert got == tuple(record_of(rank, step) for rank in range(board.dp_size))
+
+
+def disagreement_case(c: RowCollective, board: StepBoard, field: str) -> tuple[str, float]:
+    """The last rank posts another epoch, step or program; all meet, and all see it."""
+    board.exchange(StepRecord(0, 0, 0, (1,)))
+    values = {"epoch": 0, "step_id": 1, "program_id": 0}
+    if board.dp_rank == board.dp_size - 1:
+        values[field] += 5
+    start = time.monotonic()
+    records = board.exchange(StepRecord(**values, real_rows=(1,)))
+    try:
+        agree(records, SERVING_PROGRAMS)
+    except RankDisagreement as error:
+        return str(error), time.monotonic() - start
+    return "", 0.0
+
+
+def interleaved_case(c: RowCollective, board: StepBoard) -> None:
+    """The board in a thread of its own, while rows move in another."""
+    errors: list[BaseException] = []
+
+    def post() -> None:
+        try:
+            exchange_case(c, board, 50)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    for turn in range(50):
+        assert c.counts((turn,)) == ((turn,),) * c.dp_size
+    thread.join()
+    assert not errors, errors
+
+
+def idle_case(c: RowCollective, board: StepBoard, how: str) -> float:
+    """Seconds that rank 0 slept; rank 1 posts after 0.3 s if that is what wakes it."""
+    c.barrier()
+    start = time.monotonic()
+    slept = 0.0
+    if board.dp_rank == 0:
+        match how:
+            case "timeout":
+                board.idle(0.2)
+            case "wake":
+                threading.Timer(0.3, board.wake).start()
+                board.idle(10.0)
+            case "woken before":
+                for _ in range(1000):
+                    board.wake()
+                board.idle(10.0)
+            case "post":
+                board.idle(10.0)
+        slept = time.monotonic() - start
+        board.wake()  # one too many must not harm what follows
+    if how == "post":
+        time.sleep(0.3 if board.dp_rank else 0.0)
+    else:
+        c.barrier()
+    exchange_case(c, board, 3)
+    return slept
+
+
+def doze_case(c: RowCollective, board: StepBoard) -> float:
+    """Processor seconds of one second of idling."""
+    c.barrier()
+    start, used = time.monotonic(), time.thread_time()
+    while time.monotonic() - start < 1.0:
+        board.idle(1.0)
+    return time.thread_time() - used

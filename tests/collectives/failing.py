@@ -1,0 +1,112 @@
+"""What ranks do in the tests of failures; each function runs on every rank of a group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dp_runtime.agreement import StepRecord
+from dp_runtime.protocols import RowCollective, StepBoard
+from tests.collectives.ranks import Outcome, outcome
+
+
+def missing_rank_case(c: RowCollective, board: StepBoard, where: str) -> list[Outcome]:
+    """The last rank never comes; the others wait, then try again."""
+    c.barrier()
+    if c.dp_rank == c.dp_size - 1:
+        time.sleep(1.6)  # keeps its group open until the others have given up
+        return []
+    call = calls(c, board)[where]
+    return [outcome(call), outcome(call)]
+
+
+def calls(c: RowCollective, board: StepBoard) -> dict[str, Callable[[], Any]]:
+    """Everything a rank can wait in, by name."""
+    rows, sums = torch.ones(2, 3), torch.ones(2 * c.dp_size, 3)
+    counts = (2,) * c.dp_size
+    return {
+        "counts": lambda: c.counts((1,)),
+        "gather": lambda: c.gather_rows(rows, counts),
+        "uneven gather": lambda: c.gather_rows(
+            torch.ones(c.dp_rank + 1, 3), tuple(range(1, c.dp_size + 1))
+        ),
+        "reduce_scatter": lambda: c.reduce_scatter_rows(sums, counts),
+        "barrier": c.barrier,
+        "board": lambda: board.exchange(StepRecord(0, 0, 0, (1,))),
+        "idle": lambda: idle_until_aborted(board),
+    }  # fmt: skip
+
+
+def idle_until_aborted(board: StepBoard) -> None:
+    """Sleep like a rank without requests, in as many naps as the board takes."""
+    end = time.monotonic() + 20.0
+    while time.monotonic() < end:
+        board.idle(20.0)
+
+
+def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str, Outcome]:
+    """Everything a rank can call after an abort or a close of its own."""
+    outcome(c.barrier)  # a rank that is slow to leave it may hear the abort in it
+    if ending == "close":
+        c.close()
+        board.close()
+    elif c.dp_rank == 0:
+        c.abort("for a test")
+    else:
+        outcome(c.barrier)
+    ended = {name: outcome(call) for name, call in calls(c, board).items()}
+    board.wake()
+    c.abort("again")
+    board.abort("again")
+    c.close()
+    c.close()
+    return ended
+
+
+def abort_case(
+    c: RowCollective, board: StepBoard, where: str, lost: int, how: str, by_board: bool
+) -> tuple[float, Outcome]:
+    """One rank never comes; the lowest other one aborts from a second thread after 0.3 s.
+
+    Returns when it aborted (0.0 on the others), and how the wait of this rank ended.
+    """
+    c.barrier()
+    if c.dp_rank == lost:
+        match how:
+            case "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "late":
+                time.sleep(1.0)
+    aborted_at = 0.0
+
+    def abort() -> None:
+        nonlocal aborted_at
+        time.sleep(0.3)
+        aborted_at = time.monotonic()
+        (board if by_board else c).abort("rank is lost")
+
+    thread = threading.Thread(target=abort)
+    if c.dp_rank == (1 if lost == 0 else 0):
+        thread.start()
+    ended = outcome(calls(c, board)[where])
+    if thread.ident is not None:
+        thread.join()
+    return aborted_at, ended
+
+
+def close_case(c: RowCollective, board: StepBoard) -> Outcome:
+    """Rank 0 waits in vain, and a second thread of it closes the group."""
+    c.barrier()
+    if c.dp_rank != 0:
+        time.sleep(0.8)
+        return outcome(lambda: None)
+    threading.Timer(0.3, c.close).start()
+    return outcome(c.barrier)

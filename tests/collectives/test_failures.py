@@ -1,0 +1,109 @@
+"""Waits that can not end well: timeouts, aborts, stopped and killed peers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.collectives import failing
+from tests.collectives.ranks import KINDS, PROCESS_KINDS, Outcome, Ranks
+
+WAITS = ("gather", "uneven gather", "reduce_scatter", "barrier", "board", "idle")
+NAMES_THE_RANK = ("in_process", "shared_memory")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["gather", "uneven gather", "reduce_scatter", "board"])
+def test_a_rank_that_does_not_come(ranks: Ranks, kind: str, where: str) -> None:
+    outcomes = ranks.run(kind, 3, failing.missing_rank_case, where, timeout_s=0.5)
+    for first, again in outcomes[:-1]:
+        assert first.error == "CollectiveTimeout"
+        assert 0.4 < first.seconds < 1.0
+        assert "0.5 s" in first.message
+        assert ("ranks 2" in first.message) == (kind in NAMES_THE_RANK)
+        assert again.error == "CollectiveAborted"
+        assert "timed out" in again.message
+
+
+def assert_freed(outcomes: list[tuple[float, Outcome]]) -> None:
+    """Everyone left within a second of the abort, knowing its reason."""
+    aborted_at = max(at for at, _ in outcomes)
+    for _, ended in outcomes:
+        assert ended.error == "CollectiveAborted", ended
+        assert "rank is lost" in ended.message
+        assert ended.ended_at - aborted_at < 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("by_board", [False, True])
+@pytest.mark.parametrize("where", WAITS)
+def test_abort_frees_every_waiter(ranks: Ranks, kind: str, where: str, by_board: bool) -> None:
+    outcomes = ranks.run(kind, 4, failing.abort_case, where, 3, "late", by_board)
+    assert_freed(outcomes[:3])
+    assert outcomes[3][1].error == "CollectiveAborted"
+
+
+@pytest.mark.parametrize("kind", PROCESS_KINDS)
+@pytest.mark.parametrize("where", WAITS)
+@pytest.mark.parametrize("lost", [0, 3])
+def test_abort_with_a_stopped_peer(ranks: Ranks, kind: str, where: str, lost: int) -> None:
+    ranks.start(kind, 4, failing.abort_case, where, lost, "stopped", False)
+    try:
+        assert_freed([ranks.result(rank) for rank in range(4) if rank != lost])
+    finally:
+        os.kill(ranks.pid(lost), signal.SIGCONT)
+    _, ended = ranks.result(lost)
+    assert ended.error == "CollectiveAborted"
+    assert ended.seconds < 1.0
+
+
+def shared_memory_traces() -> set[str]:
+    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
+    return {path.name for path in root.glob("dp-runtime-*")}
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    before = shared_memory_traces()
+    yield
+    assert shared_memory_traces() <= before
+
+
+@pytest.mark.parametrize("kind", PROCESS_KINDS)
+@pytest.mark.parametrize(("where", "lost"), [("gather", 3), ("board", 0)])
+@pytest.mark.usefixtures("nothing_left")
+def test_abort_by_a_survivor_of_a_killed_peer(
+    ranks: Ranks, kind: str, where: str, lost: int
+) -> None:
+    ranks.start(kind, 4, failing.abort_case, where, lost, "killed", False)
+    assert_freed([ranks.result(rank) for rank in range(4) if rank != lost])
+    with pytest.raises(EOFError):
+        ranks.result(lost)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dp_size", [1, 3])
+@pytest.mark.parametrize("ending", ["close", "abort"])
+def test_use_after_the_end(ranks: Ranks, kind: str, dp_size: int, ending: str) -> None:
+    for ended in ranks.run(kind, dp_size, failing.use_after_case, ending):
+        assert {each.error for each in ended.values()} == {"CollectiveAborted"}
+        assert max(each.seconds for each in ended.values()) < 0.5
+        reasons = {each.message for each in ended.values()}
+        assert (
+            reasons
+            == {
+                "close": {"this rank has closed its group"},
+                "abort": {"aborted by rank 0: for a test"},
+            }[ending]
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closing_frees_the_own_waiter(ranks: Ranks, kind: str) -> None:
+    ended = ranks.run(kind, 2, failing.close_case)[0]
+    assert ended.error == "CollectiveAborted"
+    assert ended.seconds < 1.0
