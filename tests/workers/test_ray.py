@@ -1,0 +1,103 @@
+"""Ranks as Ray actors, on one cluster for all tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dp_runtime.errors import EngineClosed, RankFailed
+from dp_runtime.request import FinishReason
+from dp_runtime.status import RankState
+from tests.checkpoints import tiny_checkpoint
+from tests.workers.engines import ENDLESS, SHORT, Driver, engine
+from tests.workers.leftovers import left_overs, serving_processes, wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = left_overs()
+    yield
+    wait_until(lambda: left_overs() == before, "no rank and no shared memory is left", 10)
+    wait_until(all_resources_free, "all shares of CPUs are given back", 10)
+
+
+def all_resources_free() -> bool:
+    import ray
+
+    return bool(ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+
+
+def test_the_same_tokens_as_threads(model: Path) -> None:
+    prompts = [[1, 2, 3], [4] * 70, [5]]
+    with engine(model, "thread") as threads:
+        expected = [output.token_ids for output in threads.generate(prompts, SHORT)]
+    with engine(model, "ray") as one:
+        assert [output.token_ids for output in one.generate(prompts, SHORT)] == expected
+        pids = {rank.pid for rank in one.health()}
+        assert len(pids - {os.getpid()}) == 2
+        handle = one.submit([1, 2], ENDLESS, dp_rank=1)
+        next(iter(handle))
+        handle.abort()
+        assert handle.result(5).finish_reason is FinishReason.ABORT
+        unfinished = one.submit([1, 2], ENDLESS)
+    with pytest.raises(EngineClosed):
+        unfinished.result()
+    with pytest.raises(EngineClosed):
+        one.generate([[1]])
+    one.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_fails_all_requests(model: Path, number: signal.Signals) -> None:
+    with engine(model, "ray", step_timeout_s=1.0) as one:
+        handles = [one.submit([1, 2, 3], ENDLESS, rank) for rank in range(2)]
+        for handle in handles:
+            next(iter(handle))
+        lost = time.monotonic()
+        os.kill(one.health()[1].pid, number)
+        for handle in handles:
+            with pytest.raises(RankFailed, match="rank 1 died|rank 0: .* for ranks 1"):
+                handle.result(5)
+        assert time.monotonic() - lost < 3
+        if number == signal.SIGKILL:
+            wait_until(lambda: one.health()[0].state is RankState.FAILED, "rank 0 has stopped")
+            assert one.health()[1].state is RankState.UNREACHABLE
+        closing = time.monotonic()
+    assert time.monotonic() - closing < 3
+
+
+def test_a_start_that_fails_on_one_rank(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path) / "model.safetensors"
+    tensors, name = load_file(path), "model.layers.1.mlp.experts.7.up_proj.weight"  # rank 1's
+    del tensors[name]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=rf"^rank 1: .*tensor {name} is missing$"):
+        engine(tmp_path, "ray")
+
+
+def test_mistakes_that_only_the_cluster_knows(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"^device: 'cuda' is not allowed; the Ray cluster has no"):
+        engine(model, "ray", device="cuda")
+    with pytest.raises(ValueError, match="^model: '/nowhere' is not allowed; an existing"):
+        engine(Path("/nowhere"), "ray")
+
+
+def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    import ray
+
+    before, address = left_overs(), ray.get_runtime_context().gcs_address
+    flags = ("--launcher", "ray", "--ray-address", address)
+    driver = Driver(model, tmp_path, 2, *flags)
+    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+    driver.signal(signal.SIGINT)
+    status, errors = driver.end()
+    assert status == 130
+    assert "Traceback" not in errors
