@@ -143,7 +143,7 @@ def _step_times(steps: Sequence[StepTrace]) -> str:
         return f"median {median(values) * 1e3:.2f} ms, longest {max(values) * 1e3:.2f} ms"
 
     busy = [step.busy_s for step in steps]
-    wait = [step.wait_s + step.agree_s for step in steps]
+    wait = [step.wait_s for step in steps]
     return f"a rank's step: busy {milliseconds(busy)}; wait {milliseconds(wait)}"
 
 

@@ -177,10 +177,19 @@ class InProcessBoard:
         self.dp_rank, self.dp_size = dp_rank, group.dp_size
         self._group, self._meeting = group, meeting
         self._woken = False
+        self._waited_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for peers' records."""
+        return self._waited_s
 
     def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn."""
-        return self._meeting.meet(self.dp_rank, record, f"record of step {record.step_id}")[0]
+        what = f"record of step {record.step_id}"
+        records, waited = self._meeting.meet(self.dp_rank, record, what)
+        self._waited_s += waited
+        return records
 
     def idle(self, timeout_s: float) -> None:
         """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""

@@ -131,7 +131,7 @@ class _Channel:
         start = time.monotonic()
         deadline = start + self._timeout_s
         try:
-            while self.bell.missing(self.turn):
+            while not self.bell.complete(self.turn):
                 left = deadline - time.monotonic()
                 self.bell.listen(left)
                 self.check()
@@ -255,6 +255,11 @@ class SharedMemoryBoard:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._group, self._channel = group, channel
         self._woken = False
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for peers' records."""
+        return self._channel.waited_s
 
     def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn."""

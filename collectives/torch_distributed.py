@@ -259,13 +259,21 @@ class TorchDistributedBoard:
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self._group = group
         self._woken = threading.Event()
+        self._waited_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for peers' records."""
+        return self._waited_s
 
     def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn."""
         own = torch.tensor([record.to_words()], dtype=torch.int64)
         out = own.new_empty(self.dp_size, RECORD_WORDS)
         what = f"record of step {record.step_id}"
+        before = time.monotonic()
         self._group.run(what, "board", lambda board: [board._allgather_base(out, own)])
+        self._waited_s += time.monotonic() - before
         return tuple(StepRecord.from_words(words) for words in out.tolist())
 
     def idle(self, timeout_s: float) -> None:

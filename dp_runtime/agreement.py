@@ -48,9 +48,9 @@ class StepRecord:
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> StepRecord:
-        """The inverse of `to_words`."""
+        """The inverse of `to_words`; the words are plain ints."""
         assert len(words) == RECORD_WORDS, f"{len(words)} words, a record has {RECORD_WORDS}"
-        epoch, step_id, program_id, *rest = map(int, words)
+        epoch, step_id, program_id, *rest = words
         rows = tuple([word for word in rest[:MAX_SLOTS] if word >= 0])
         requests, pages, queued, prefill, proposed, accepted, graph, faults = rest[MAX_SLOTS:]
         return cls(

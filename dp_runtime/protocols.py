@@ -56,6 +56,10 @@ class StepBoard(Protocol):
     dp_rank: int
     dp_size: int
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds this rank has spent waiting for peers' records, since the start."""
+
     def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn.
 

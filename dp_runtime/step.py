@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
 
 import torch
@@ -35,6 +35,18 @@ class Commands:
     stop: bool = False
 
 
+@dataclass(frozen=True)
+class PhaseTimes:
+    """When a step began, and the seconds its phases took."""
+
+    started: float
+    schedule_s: float
+    agree_s: float
+    agree_wait_s: float
+    prepare_s: float = 0.0
+    sample_s: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Launched:
     """A step whose results the host has not looked at yet."""
@@ -44,8 +56,7 @@ class Launched:
     sampled: Sampled
     scores: tuple[Logprobs, ...]
     slots: tuple[SlotTrace, ...]
-    started: float
-    times: tuple[float, float, float, float]  # schedule, agree, prepare, sample
+    times: PhaseTimes
 
 
 class StepLoop:
@@ -98,15 +109,10 @@ class StepLoop:
         while True:
             commands = take()
             deliver(self._apply(commands))
-            started = perf_counter()
-            scheduled = self.scheduler.schedule(self.coordinator.program)
-            at_agree = perf_counter()
-            faults = FaultBits.STOP if commands.stop else FaultBits.NONE
-            agreement = self.coordinator.agree(scheduled.real_rows, self._load(scheduled), faults)
+            scheduled, agreement, times = self._agree(commands.stop)
             if agreement.stop:
                 return
             if not agreement.idle:
-                times = (started, at_agree, perf_counter())
                 in_flight.append(self._launch(scheduled, agreement, times))
             depth = 0 if agreement.idle else self.depth
             settled = not in_flight
@@ -114,6 +120,18 @@ class StepLoop:
                 deliver(self._commit(in_flight.popleft()))
             if settled and agreement.idle:
                 self._sleep()
+
+    def _agree(self, stop: bool) -> tuple[Scheduled, Agreement, PhaseTimes]:
+        """Schedule this rank's rows and agree with the others on the step."""
+        board = self.coordinator.board
+        started, waited = perf_counter(), board.waited_s
+        scheduled = self.scheduler.schedule(self.coordinator.program)
+        at_agree = perf_counter()
+        faults = FaultBits.STOP if stop else FaultBits.NONE
+        agreement = self.coordinator.agree(scheduled.real_rows, self._load(scheduled), faults)
+        waited = board.waited_s - waited
+        agree_s = perf_counter() - at_agree - waited
+        return scheduled, agreement, PhaseTimes(started, at_agree - started, agree_s, waited)
 
     def _sleep(self) -> None:
         """All ranks are empty: no step until a request arrives at one of them."""
@@ -141,20 +159,16 @@ class StepLoop:
         )
 
     @torch.inference_mode()
-    def _launch(
-        self, scheduled: Scheduled, agreement: Agreement, times: tuple[float, float, float]
-    ) -> Launched:
+    def _launch(self, scheduled: Scheduled, agreement: Agreement, times: PhaseTimes) -> Launched:
         """Run every slot of the program, and sample where the target ran."""
-        started, at_agree, agreed = times
         slots, prepare_s = [], 0.0
         for index, slot in enumerate(agreement.program.slots):
             batch = scheduled.batches[index]
-            at = perf_counter()
+            at_prepare = perf_counter()
             place = Place(self._dp_rank, agreement.step_id, slot)
             metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
             inputs = self._inputs(batch)
-            at_forward = perf_counter()
-            prepare_s += at_forward - at
+            prepare_s += perf_counter() - at_prepare
             hidden, slot_trace = self._forward(slot, inputs, metadata, agreement, index)
             slots.append(slot_trace)
             if slot is Slot.TARGET:
@@ -162,8 +176,8 @@ class StepLoop:
                 sampled, scores = self._sample(self.models[slot], hidden, batch, scheduled)
                 sample_s = perf_counter() - at_sample
         self._last_sampled = sampled.token_ids
-        durations = (at_agree - started, agreed - at_agree, prepare_s, sample_s)
-        return Launched(scheduled, agreement, sampled, scores, tuple(slots), started, durations)
+        times = replace(times, prepare_s=prepare_s, sample_s=sample_s)
+        return Launched(scheduled, agreement, sampled, scores, tuple(slots), times)
 
     def _inputs(self, batch: LocalBatch) -> SlotInputs:
         token_ids = torch.tensor(batch.token_ids, device=self.device)
@@ -234,7 +248,7 @@ class StepLoop:
         return progress
 
     def _record(self, step: Launched, progress: list[RequestProgress], commit_s: float) -> None:
-        schedule_s, agree_s, prepare_s, sample_s = step.times
+        times = step.times
         new_tokens = sum(len(item.token_ids) for item in progress)
         self.recorder.totals.preemptions = self.scheduler.num_preemptions
         self.recorder.add(
@@ -242,11 +256,12 @@ class StepLoop:
                 dp_rank=self._dp_rank,
                 step_id=step.agreement.step_id,
                 epoch=step.agreement.epoch,
-                start_s=step.started,
-                schedule_s=schedule_s,
-                agree_s=agree_s,
-                prepare_s=prepare_s,
-                sample_s=sample_s,
+                start_s=times.started,
+                schedule_s=times.schedule_s,
+                agree_s=times.agree_s,
+                agree_wait_s=times.agree_wait_s,
+                prepare_s=times.prepare_s,
+                sample_s=times.sample_s,
                 commit_s=commit_s,
                 slots=step.slots,
                 output_tokens=new_tokens,

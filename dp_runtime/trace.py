@@ -37,7 +37,8 @@ class StepTrace:
     epoch: int
     start_s: float  # of the host's performance counter, the same for its processes
     schedule_s: float
-    agree_s: float  # the record's exchange, waiting for slower ranks included
+    agree_s: float  # this rank's part of exchanging records and agreeing
+    agree_wait_s: float  # for the records of slower ranks
     prepare_s: float  # metadata and input tensors
     sample_s: float
     commit_s: float
@@ -47,13 +48,15 @@ class StepTrace:
 
     @property
     def wait_s(self) -> float:
-        return sum(slot.wait_s for slot in self.slots)
+        """Time this rank waited for slower ones, in collectives and for their records."""
+        return self.agree_wait_s + sum(slot.wait_s for slot in self.slots)
 
     @property
     def busy_s(self) -> float:
-        """Time this rank worked for itself: neither waiting for peers nor agreeing."""
-        forward = sum(slot.forward_s for slot in self.slots) - self.wait_s
-        return self.schedule_s + self.prepare_s + forward + self.sample_s + self.commit_s
+        """Time this rank worked: all phases without the waits for other ranks."""
+        forward = sum(slot.forward_s for slot in self.slots)
+        phases = self.schedule_s + self.agree_s + self.prepare_s + self.sample_s + self.commit_s
+        return phases + forward - sum(slot.wait_s for slot in self.slots)
 
 
 @dataclass
@@ -71,7 +74,6 @@ class Totals:
     wire_rows: int = 0
     busy_s: float = 0.0
     wait_s: float = 0.0
-    agree_s: float = 0.0
     idle_steps: int = 0  # this rank had no rows while another had
 
 
@@ -90,7 +92,6 @@ class Recorder:
         totals.prompt_tokens += step.prompt_tokens
         totals.busy_s += step.busy_s
         totals.wait_s += step.wait_s
-        totals.agree_s += step.agree_s
         totals.idle_steps += all(slot.real_rows[step.dp_rank] == 0 for slot in step.slots)
         for slot in step.slots:
             totals.real_rows += sum(slot.real_rows)
@@ -114,7 +115,7 @@ class Report:
     row_balance: float  # mean rows of a rank / rows of the largest rank
     wire_rows: int
     busy_s: tuple[float, ...]  # [rank]
-    wait_s: tuple[float, ...]  # [rank] for the slowest rank: in collectives and agreeing
+    wait_s: tuple[float, ...]  # [rank] for slower ranks
     idle_steps: tuple[int, ...]  # [rank]
     output_tokens_by_rank: tuple[int, ...]
 
@@ -140,7 +141,7 @@ class Report:
             row_balance=balance,
             wire_rows=first.wire_rows,
             busy_s=tuple(rank.busy_s for rank in ranks),
-            wait_s=tuple(rank.wait_s + rank.agree_s for rank in ranks),
+            wait_s=tuple(rank.wait_s for rank in ranks),
             idle_steps=tuple(rank.idle_steps for rank in ranks),
             output_tokens_by_rank=tuple(rank.output_tokens for rank in ranks),
         )
@@ -173,7 +174,8 @@ def write_chrome_trace(steps: Iterable[StepTrace], path: Path) -> None:
 
 
 def _events(step: StepTrace) -> list[dict[str, object]]:
-    phases = [("schedule", step.schedule_s), ("agree", step.agree_s), ("prepare", step.prepare_s)]
+    phases = [("schedule", step.schedule_s), ("agree", step.agree_s + step.agree_wait_s)]
+    phases += [("prepare", step.prepare_s)]
     phases += [(slot.slot, slot.forward_s) for slot in step.slots]
     phases += [("sample", step.sample_s), ("commit", step.commit_s)]
     events: list[dict[str, object]] = []

@@ -60,7 +60,7 @@ def main() -> None:
             f"dp_size {dp_size}: {rate:.0f} tok/s (median of {sorted(map(int, rates))}), "
             f"{rate / peer:.2f}x transformers, {floor_s * rate / tokens:.2f} of the floor; "
             f"waste {report.padding_waste:.3f}, balance {report.row_balance:.3f}, "
-            f"agree median {median(step.agree_s for step in steps) * 1e6:.0f} us"
+            f"board and agreement median {median(step.agree_s for step in steps) * 1e6:.0f} us"
         )
         print(json.dumps({"dp_size": dp_size, "tok_s": rate, "transformers_tok_s": peer}))
 

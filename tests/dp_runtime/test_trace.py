@@ -12,7 +12,8 @@ from dp_runtime.trace import Recorder, Report, SlotTrace, StepTrace, Totals, wri
 def step(rank: int, step_id: int, real: tuple[int, ...], gathered: tuple[int, ...]) -> StepTrace:
     slot = SlotTrace("target", real, gathered, sum(gathered) * 2, forward_s=0.5, wait_s=0.2)
     return StepTrace(
-        rank, step_id, 0, 10.0 + step_id, schedule_s=0.01, agree_s=0.02, prepare_s=0.03,
+        rank, step_id, 0, 10.0 + step_id, schedule_s=0.01, agree_s=0.02, agree_wait_s=0.06,
+        prepare_s=0.03,
         sample_s=0.04, commit_s=0.05, slots=(slot,), output_tokens=real[rank], prompt_tokens=1,
     )  # fmt: skip
 
@@ -34,8 +35,8 @@ def test_the_report_follows_its_definitions() -> None:
     assert report.idle_steps == (1, 0, 0, 1)
     assert report.output_tokens == 59
     assert report.tokens_per_s == pytest.approx(29.5)
-    assert report.busy_s[0] == pytest.approx(2 * (0.01 + 0.03 + 0.3 + 0.04 + 0.05))
-    assert report.wait_s[0] == pytest.approx(2 * (0.2 + 0.02))
+    assert report.busy_s[0] == pytest.approx(2 * (0.01 + 0.02 + 0.03 + 0.3 + 0.04 + 0.05))
+    assert report.wait_s[0] == pytest.approx(2 * (0.2 + 0.06))
     assert "padding_waste 0.385" in str(report)
 
 
