@@ -45,6 +45,8 @@ class AttentionMetadata:
     slot_mapping: Tensor  # [rows] int64
     query_lens_host: Int32  # [requests]
     seq_lens_host: Int32  # [requests]
+    page_table_host: Int32  # [requests, pages]
+    place: Place  # for messages only
 
     @property
     def batch_size(self) -> int:
@@ -72,6 +74,8 @@ class AttentionMetadata:
             slot_mapping=torch.tensor(batch.slot_mapping, device=device),
             query_lens_host=batch.query_lens,
             seq_lens_host=batch.seq_lens,
+            page_table_host=batch.page_table,
+            place=place,
         )
 
 

@@ -14,11 +14,19 @@ LayerBackends = Callable[[int], AttentionBackend]  # the backend of a layer
 
 
 def _torch_ref(pools: Sequence[Tensor], num_heads: int) -> LayerBackends:
+    from dp_runtime.attention.contract import LayerContract
     from dp_runtime.attention.query_groups import QueryPlanner
     from dp_runtime.attention.torch_ref import TorchRefAttention
 
     planner = QueryPlanner(num_kv_heads=pools[0].shape[2], page_size=pools[0].shape[3])
-    return lambda layer: TorchRefAttention(pools[layer], num_heads, layer, planner)
+
+    def make(layer: int) -> AttentionBackend:
+        pool = pools[layer]
+        return TorchRefAttention(
+            pool, LayerContract.of(layer, num_heads, pool, pool.dtype), planner
+        )
+
+    return make
 
 
 BACKENDS: dict[str, Callable[[Sequence[Tensor], int], LayerBackends]] = {"torch_ref": _torch_ref}

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dp_runtime.attention.contract import LayerContract
 from dp_runtime.attention.query_groups import QueryGroup, QueryPlanner
-from dp_runtime.errors import ContractViolation
 from dp_runtime.metadata import AttentionMetadata
 
 
@@ -17,17 +17,15 @@ from dp_runtime.metadata import AttentionMetadata
 class TorchRefAttention:
     """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim].
 
-    Computes in float32. Raises ContractViolation naming the layer and the two numbers if rows,
-    heads or dtypes don't fit the metadata and the pool. The layers of a model share a planner.
+    Computes in float32. The layers of a model share a planner.
     """
 
     pool: Tensor
-    num_heads: int
-    layer: int
+    contract: LayerContract
     planner: QueryPlanner
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        self._check(q, k, v, metadata)
+        self.contract.check(q, k, v, metadata)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if metadata.num_tokens == 0:
             return out
@@ -63,23 +61,3 @@ class TorchRefAttention:
         kv.view(-1, head_dim).index_fill_(0, group.beyond, 0.0)
         kv = kv.view(*group.blocks.shape[:3], -1, head_dim)[..., : group.kv_len, :].float()
         return kv[0], kv[1]
-
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
-        """Shapes and dtypes; values were checked when the metadata was built."""
-        kv_heads, _, head_dim = self.pool.shape[2:]
-        rows = metadata.num_tokens
-        expected_kv = (rows, kv_heads, head_dim)
-        self._same("q shape", tuple(q.shape), (rows, self.num_heads, head_dim))
-        self._same("k shape", tuple(k.shape), expected_kv)
-        self._same("v shape", tuple(v.shape), expected_kv)
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            self._same(f"{name} dtype", tensor.dtype, self.pool.dtype)
-        requests = metadata.batch_size
-        self._same("seq_lens rows", metadata.seq_lens.shape[0], requests)
-        self._same("page_table rows", metadata.page_table.shape[0], requests)
-
-    def _same(self, what: str, found: object, expected: object) -> None:
-        if found != expected:
-            raise ContractViolation(
-                f"layer {self.layer}: {what} is {found}, the metadata and the pool say {expected}"
-            )
