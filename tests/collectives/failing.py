@@ -71,10 +71,10 @@ def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str,
 
 def abort_case(
     c: RowCollective, board: StepBoard, where: str, lost: int, how: str, by_board: bool
-) -> tuple[float, Outcome]:
+) -> tuple[float, Outcome, Outcome]:
     """One rank never comes; the lowest other one aborts from a second thread after 0.3 s.
 
-    Returns when it aborted (0.0 on the others), and how the wait of this rank ended.
+    Returns when it aborted (0.0 on the others), how the wait of this rank ended, and its next.
     """
     c.barrier()
     if c.dp_rank == lost:
@@ -99,7 +99,7 @@ def abort_case(
     ended = outcome(calls(c, board)[where])
     if thread.ident is not None:
         thread.join()
-    return aborted_at, ended
+    return aborted_at, ended, outcome(c.barrier)
 
 
 def close_case(c: RowCollective, board: StepBoard) -> Outcome:

@@ -29,13 +29,23 @@ def test_a_rank_that_does_not_come(ranks: Ranks, kind: str, where: str) -> None:
         assert "timed out" in again.message
 
 
-def assert_freed(outcomes: list[tuple[float, Outcome]]) -> None:
+def assert_freed(outcomes: list[tuple[float, Outcome, Outcome]]) -> None:
     """Everyone left within a second of the abort, knowing its reason."""
-    aborted_at = max(at for at, _ in outcomes)
-    for _, ended in outcomes:
-        assert ended.error == "CollectiveAborted", ended
+    aborted_at = max(at for at, _, _ in outcomes)
+    for _, ended, after in outcomes:
+        assert ended.error == after.error == "CollectiveAborted", (ended, after)
         assert "rank is lost" in ended.message
         assert ended.ended_at - aborted_at < 1.0
+
+
+def assert_late(outcomes: tuple[Outcome, Outcome]) -> None:
+    """A rank that comes after the abort is not held up.
+
+    Its first call may still find all that the peers had sent before; its next one raises.
+    """
+    assert outcomes[0].error in ("", "CollectiveAborted")
+    assert outcomes[1].error == "CollectiveAborted"
+    assert max(each.seconds for each in outcomes) < 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,7 +54,7 @@ def assert_freed(outcomes: list[tuple[float, Outcome]]) -> None:
 def test_abort_frees_every_waiter(ranks: Ranks, kind: str, where: str, by_board: bool) -> None:
     outcomes = ranks.run(kind, 4, failing.abort_case, where, 3, "late", by_board)
     assert_freed(outcomes[:3])
-    assert outcomes[3][1].error == "CollectiveAborted"
+    assert_late(outcomes[3][1:])
 
 
 @pytest.mark.parametrize("kind", PROCESS_KINDS)
@@ -56,9 +66,7 @@ def test_abort_with_a_stopped_peer(ranks: Ranks, kind: str, where: str, lost: in
         assert_freed([ranks.result(rank) for rank in range(4) if rank != lost])
     finally:
         os.kill(ranks.pid(lost), signal.SIGCONT)
-    _, ended = ranks.result(lost)
-    assert ended.error == "CollectiveAborted"
-    assert ended.seconds < 1.0
+    assert_late(ranks.result(lost)[1:])
 
 
 def shared_memory_traces() -> set[str]:
