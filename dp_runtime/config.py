@@ -12,7 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "launcher": ("ray", "local", "thread"),
-    "attention_backend": ("auto", "torch_ref"),
+    "attention_backend": ("auto", "trtllm", "flashinfer", "torch_ref"),
     "moe_sharding": ("ep", "tp"),
     "padding": tuple(mode.value for mode in PaddingMode),
     "routing": ("round_robin", "least_tokens", "least_padded_cost"),

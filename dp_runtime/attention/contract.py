@@ -23,13 +23,12 @@ class LayerContract:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    q_dtype: torch.dtype
-    kv_dtype: torch.dtype
+    dtype: torch.dtype
 
     @classmethod
-    def of(cls, layer: int, num_heads: int, pool: Tensor, q_dtype: torch.dtype) -> LayerContract:
+    def of(cls, layer: int, num_heads: int, pool: Tensor) -> LayerContract:
         """The contract of a pool [num_pages, 2, num_kv_heads, page_size, head_dim]."""
-        return cls(layer, num_heads, pool.shape[2], pool.shape[4], q_dtype, pool.dtype)
+        return cls(layer, num_heads, pool.shape[2], pool.shape[4], pool.dtype)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
         """Compare a call with its metadata; ContractViolation names place, layer and numbers."""
@@ -39,9 +38,9 @@ class LayerContract:
             ("q shape", tuple(q.shape), (rows, self.num_heads, self.head_dim)),
             ("k shape", tuple(k.shape), kv_shape),
             ("v shape", tuple(v.shape), kv_shape),
-            ("q dtype", q.dtype, self.q_dtype),
-            ("k dtype", k.dtype, self.q_dtype),
-            ("v dtype", v.dtype, self.q_dtype),
+            ("q dtype", q.dtype, self.dtype),
+            ("k dtype", k.dtype, self.dtype),
+            ("v dtype", v.dtype, self.dtype),
             ("cu_seqlens_q rows", metadata.cu_seqlens_q.shape[0], requests + 1),
             ("seq_lens rows", metadata.seq_lens.shape[0], requests),
             ("page_table rows", metadata.page_table.shape[0], requests),

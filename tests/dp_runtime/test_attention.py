@@ -203,7 +203,10 @@ def test_groups_cover_every_row_once_and_bound_their_padding() -> None:
 
 
 def test_choice_of_a_backend() -> None:
-    assert choose_backend("auto", CPU)[0] == "torch_ref"
-    assert choose_backend("torch_ref", CPU) == ("torch_ref", "chosen in the configuration")
+    cuda = torch.device("cuda")
+    assert choose_backend("auto", CPU)[0] == choose_backend("torch_ref", CPU)[0] == "torch_ref"
+    assert choose_backend("flashinfer", cuda) == ("flashinfer", "chosen in the configuration")
+    with pytest.raises(ValueError, match="attention_backend: 'trtllm' is not allowed; auto or"):
+        choose_backend("trtllm", CPU)
     with pytest.raises(ValueError, match="attention_backend: 'nope' is not allowed; one of torch"):
         make_backend("nope", [], 4)

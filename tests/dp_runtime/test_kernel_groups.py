@@ -1,0 +1,96 @@
+"""How a slot's requests are split over GPU kernels; runs without a GPU."""
+
+import ast
+import inspect
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_runtime.attention.kernel_groups import KernelPlanner, causal_mask
+from tests.dp_runtime.paged import metadata_of, paged_batch, random_page_table
+
+PAGE = 4
+requests = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(0, 40)).map(lambda pair: (pair[0], sum(pair))),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(requests, st.sets(st.integers(1, 8), max_size=3))
+def test_groups_cover_every_row_once_with_the_numbers_of_their_requests(
+    lengths: list[tuple[int, int]], decode: set[int]
+) -> None:
+    table, num_pages = random_page_table([s for _, s in lengths], PAGE, np.random.default_rng(0))
+    metadata = metadata_of(paged_batch(lengths, table, PAGE), num_pages, PAGE)
+    groups = KernelPlanner(frozenset(decode)).plan(metadata)
+    every_row = torch.arange(metadata.num_tokens)
+    assert torch.cat([every_row[group.rows] for group in groups]).sort().values.equal(every_row)
+    for group in groups:
+        assert group.num_rows == len(every_row[group.rows]) == int(group.cu_seqlens_q[-1])
+        assert group.page_table.shape[0] == group.batch_size == len(group.cu_seqlens_kv) - 1
+        assert group.cu_seqlens_kv.diff().tolist() == group.seq_lens.tolist()
+        if group.query_len is None:
+            assert not decode & set(group.cu_seqlens_q.diff().tolist())
+        else:
+            assert set(group.cu_seqlens_q.diff().tolist()) == {group.query_len}
+            assert (group.mask is None) == (group.query_len == 1)
+
+
+def test_a_metadata_is_planned_once() -> None:
+    table, num_pages = random_page_table([9], PAGE, np.random.default_rng(0))
+    metadata = metadata_of(paged_batch([(1, 9)], table, PAGE), num_pages, PAGE)
+    planner = KernelPlanner(frozenset({1}))
+    assert planner.plan(metadata) is planner.plan(metadata)
+
+
+@pytest.mark.parametrize("query_len", [2, 4, 8, 17, 33])
+def test_the_packed_mask_lets_a_row_see_the_new_tokens_up_to_itself(query_len: int) -> None:
+    mask = causal_mask(3, query_len, torch.device("cpu"))
+    assert mask.shape == (3, query_len, 2 if query_len <= 32 else 4)
+    assert mask.dtype == torch.uint16
+    for row in range(query_len):
+        bits = sum(int(word) << (16 * i) for i, word in enumerate(mask[1, row].tolist()))
+        assert bits == (1 << (row + 1)) - 1
+
+
+def parameters(module: str, function: str) -> set[str]:
+    """Parameters of a function of flashinfer, read from its source: importing it takes a GPU."""
+    spec = find_spec("flashinfer")
+    if spec is None or spec.origin is None:
+        pytest.skip("flashinfer is not installed on this platform")
+    tree = ast.parse((Path(spec.origin).parent / f"{module}.py").read_text())
+    found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function]
+    assert found, f"flashinfer.{module} has no {function}"
+    arguments = found[0].args
+    return {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        ("prefill", "trtllm_fmha_v2_prefill"),
+        ("prefill", "trtllm_batch_context_with_kv_cache"),
+        ("decode", "trtllm_batch_decode_with_kv_cache"),
+    ],
+)
+def test_the_adapter_uses_argument_names_that_flashinfer_has(module: str, function: str) -> None:
+    import dp_runtime.attention as package
+
+    source = Path(inspect.getfile(package)).parent / "trtllm.py"
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == function
+    ]
+    assert calls
+    for call in calls:
+        used = {keyword.arg for keyword in call.keywords if keyword.arg}
+        assert used <= parameters(module, function)
