@@ -109,7 +109,8 @@ def generate(options: argparse.Namespace) -> None:
         write_outputs(options.output, outputs)
     else:
         for line, output in zip(lines, outputs):
-            print(f"[rank {output.dp_rank}, {output.finish_reason}] {line.prompt} →{output.text}\n")
+            text = output.text if engine.tokenizer else f" {list(output.token_ids)}"
+            print(f"[rank {output.dp_rank}, {output.finish_reason}] {line.prompt} →{text}\n")
     print(report)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future
+from contextlib import ExitStack
+from logging import WARNING
+from pathlib import Path
 from typing import Any
 
 from dp_runtime.config import EngineConfig
@@ -25,9 +28,9 @@ class RayRank:
         self._actor = actor
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        remote = getattr(self._actor, method).options(concurrency_group=LANES[method])
         outer: Future[Any] = Future()
-        remote.remote(*args).future().add_done_callback(lambda done: self._pass_on(done, outer))
+        answer = getattr(self._actor, method).remote(*args)
+        answer.future().add_done_callback(lambda done: self._pass_on(done, outer))
         return outer
 
     def kill(self) -> None:
@@ -56,36 +59,29 @@ def start_ray(config: EngineConfig) -> WorkerGroup:
     """Connect to Ray, place one bundle per rank, and create the actors."""
     import ray
 
-    owns_cluster = _connect(config)
-    resources = ray.cluster_resources()
-    config = resolve_device(config, int(resources.get("GPU", 0)), "the Ray cluster")
-    bundle = _bundle(config, resources.get("CPU", 1.0))
-    placement = ray.util.placement_group([bundle] * config.dp_size, strategy=_strategy(config))
-    handles: list[RayRank] = []
-
-    def release() -> None:
-        ray.util.remove_placement_group(placement)
-        if owns_cluster:
-            ray.shutdown()
-
-    try:
+    with ExitStack() as undo:
+        if _connect(config):
+            undo.callback(ray.shutdown)
+        resources = ray.cluster_resources()
+        config = resolve_device(config, int(resources.get("GPU", 0)), "the Ray cluster")
+        bundle = _bundle(config, resources.get("CPU", 1.0))
+        placement = ray.util.placement_group([bundle] * config.dp_size, strategy=_strategy(config))
+        undo.callback(ray.util.remove_placement_group, placement)
         if not placement.wait(PLACEMENT_S):
             raise StartError(
                 f"no room for {config.dp_size} ranks of {bundle} in {PLACEMENT_S:g} s; "
                 f"the cluster has {resources}"
             )
-        handles += (_actor(config, rank, placement, bundle) for rank in range(config.dp_size))
-    except BaseException:
-        release()
-        raise
-    return WorkerGroup(config, handles, release)
+        handles = [_actor(config, rank, placement, bundle) for rank in range(config.dp_size)]
+        return WorkerGroup(config, handles, undo.pop_all().close)
 
 
 def _connect(config: EngineConfig) -> bool:
     """Join the cluster that the config or the environment names, else start one here.
 
-    True if it was started here. NOTE: a local start leaves a token that would turn on token
-    authentication in later clusters of this user; it is off unless the environment says.
+    True if this engine connected, so that it disconnects at its end. NOTE: a local start leaves
+    a token that would turn on token authentication in later clusters of this user; it is off
+    unless the environment says.
     """
     import ray
 
@@ -93,11 +89,26 @@ def _connect(config: EngineConfig) -> bool:
         return False
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=False)
-        return False
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=WARNING,
+                runtime_env={"py_modules": _packages()},
+            )
+        except (ConnectionError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise StartError(f"ray_address: no cluster answers at {address!r}: {reason}") from error
+        return True
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     return True
+
+
+def _packages() -> list[str]:
+    """Directories of this program, which workers of a running cluster may not have."""
+    root = Path(__file__).parents[1]
+    return [str(root / name) for name in ("dp_runtime", "collectives", "workers")]
 
 
 def _bundle(config: EngineConfig, cluster_cpus: float) -> dict[str, float]:
@@ -113,16 +124,31 @@ def _strategy(config: EngineConfig) -> str:
 
 
 def _actor(config: EngineConfig, dp_rank: int, placement: Any, bundle: dict[str, float]) -> RayRank:
-    import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    lanes = dict.fromkeys(LANES.values(), 1)
-    actor_class = ray.remote(concurrency_groups=lanes)(Worker)
     device = "cuda:0" if config.device == "cuda" else "cpu"
-    actor = actor_class.options(
-        num_cpus=bundle["CPU"],
-        num_gpus=bundle.get("GPU", 0),
-        scheduling_strategy=PlacementGroupSchedulingStrategy(placement, dp_rank),
-        runtime_env={"env_vars": CUDA_ENV} if config.device == "cuda" else None,
-    ).remote(dp_rank, config, device)
+    actor = (
+        _actor_class()
+        .options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, dp_rank),
+            runtime_env={"env_vars": CUDA_ENV} if config.device == "cuda" else None,
+        )
+        .remote(dp_rank, config, device)
+    )
     return RayRank(dp_rank, actor)
+
+
+def _actor_class() -> Any:
+    """The Worker with a lane for each method; Ray Client has no options of single calls."""
+    import ray
+
+    def in_its_lane(name: str) -> Any:
+        def call(self: Worker, *args: Any) -> Any:
+            return getattr(Worker, name)(self, *args)
+
+        return ray.method(concurrency_group=LANES[name])(call)
+
+    rank_class = type("Rank", (Worker,), {name: in_its_lane(name) for name in LANES})
+    return ray.remote(concurrency_groups=dict.fromkeys(LANES.values(), 1))(rank_class)

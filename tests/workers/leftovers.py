@@ -15,7 +15,7 @@ def rank_processes() -> dict[int, str]:
     found = {}
     for process in psutil.process_iter(["pid", "cmdline"]):
         words = process.info["cmdline"] or []
-        if "workers.local_rank" in words or (words and words[0].startswith("ray::Worker")):
+        if "workers.local_rank" in words or (words and words[0].startswith("ray::Rank")):
             found[process.info["pid"]] = " ".join(words)
     return found
 

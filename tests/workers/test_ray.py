@@ -64,7 +64,7 @@ def test_a_lost_rank_fails_all_requests(model: Path, number: signal.Signals) -> 
         lost = time.monotonic()
         os.kill(one.health()[1].pid, number)
         for handle in handles:
-            with pytest.raises(RankFailed, match="rank 1 died|rank 0: .* for ranks 1"):
+            with pytest.raises(RankFailed, match=r"rank 1 died|rank 0: .* for ranks 1"):
                 handle.result(5)
         assert time.monotonic() - lost < 3
         if number == signal.SIGKILL:
@@ -86,7 +86,7 @@ def test_a_start_that_fails_on_one_rank(tmp_path: Path) -> None:
 def test_mistakes_that_only_the_cluster_knows(model: Path) -> None:
     with pytest.raises(ValueError, match=r"^device: 'cuda' is not allowed; the Ray cluster has no"):
         engine(model, "ray", device="cuda")
-    with pytest.raises(ValueError, match="^model: '/nowhere' is not allowed; an existing"):
+    with pytest.raises(ValueError, match=r"^model: '/nowhere' is not allowed; an existing"):
         engine(Path("/nowhere"), "ray")
 
 
