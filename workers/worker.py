@@ -58,6 +58,7 @@ class Worker:
         """Check the model against the config, before anything is loaded (ValueError)."""
         if self.config.launcher != "thread":
             torch.set_num_threads(self.config.torch_threads or self._fair_threads())
+        self._use_device()
         self._plan = plan_rank(self.config, self.dp_rank, self.device)
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -162,6 +163,7 @@ class Worker:
 
     def _step(self) -> None:
         assert self._loop is not None, "the loop exists before its thread"
+        self._use_device()
         try:
             self._loop.run(self._take, self._deliver)
         except CollectiveAborted as error:
@@ -193,6 +195,11 @@ class Worker:
 
     def _count_bytes(self, count: int) -> None:
         self._bytes_read += count
+
+    def _use_device(self) -> None:
+        """Make a GPU rank's device the current one of the calling thread."""
+        if self.device != "cpu":
+            torch.cuda.set_device(self.device)
 
     def _fair_threads(self) -> int:
         return max(1, (os.cpu_count() or 1) // self.config.dp_size)
