@@ -10,6 +10,7 @@ One torch thread per rank.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -95,6 +96,7 @@ def run_rank(
     iterations: int, results: Any,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # torch's objects are many, and every full collection would walk them
     group_type: Any = SharedMemoryGroup if transport == "shared_memory" else TorchDistributedGroup
     group = group_type(address, dp_rank, dp_size, 60.0)
     counts = (rows,) * dp_size

@@ -9,6 +9,7 @@ Prints median and p99 of rank 0, in microseconds.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -80,6 +81,7 @@ def run_rank(
     dp_rank: int, address: str, dp_size: int, board: str, steps: int, results: Any
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # torch's objects are many, and every full collection would walk them
     group_type: Any = TorchDistributedGroup if board == "gloo" else SharedMemoryGroup
     group = group_type(address, dp_rank, dp_size, 60.0)
     times = take_steps(group.board, steps)

@@ -89,9 +89,9 @@ def idle_case(c: RowCollective, board: StepBoard, how: str) -> float:
 
 
 def doze_case(c: RowCollective, board: StepBoard) -> float:
-    """Processor seconds of one second of idling."""
+    """Processor seconds of half a second of idling."""
     c.barrier()
     start, used = time.monotonic(), time.thread_time()
-    while time.monotonic() - start < 1.0:
-        board.idle(1.0)
+    while time.monotonic() - start < 0.5:
+        board.idle(0.5)
     return time.thread_time() - used

@@ -20,7 +20,7 @@ def missing_rank_case(c: RowCollective, board: StepBoard, where: str) -> list[Ou
     """The last rank never comes; the others wait, then try again."""
     c.barrier()
     if c.dp_rank == c.dp_size - 1:
-        time.sleep(1.6)  # keeps its group open until the others have given up
+        time.sleep(1.0)  # keeps its group open until the others have given up
         return []
     call = calls(c, board)[where]
     return [outcome(call), outcome(call)]
@@ -72,7 +72,7 @@ def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str,
 def abort_case(
     c: RowCollective, board: StepBoard, where: str, lost: int, how: str, by_board: bool
 ) -> tuple[float, Outcome, Outcome]:
-    """One rank never comes; the lowest other one aborts from a second thread after 0.3 s.
+    """One rank never comes; the lowest other one aborts from a second thread after 0.15 s.
 
     Returns when it aborted (0.0 on the others), how the wait of this rank ended, and its next.
     """
@@ -84,12 +84,12 @@ def abort_case(
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "late":
-                time.sleep(1.0)
+                time.sleep(0.6)
     aborted_at = 0.0
 
     def abort() -> None:
         nonlocal aborted_at
-        time.sleep(0.3)
+        time.sleep(0.15)
         aborted_at = time.monotonic()
         (board if by_board else c).abort("rank is lost")
 
@@ -106,7 +106,7 @@ def close_case(c: RowCollective, board: StepBoard) -> Outcome:
     """Rank 0 waits in vain, and a second thread of it closes the group."""
     c.barrier()
     if c.dp_rank != 0:
-        time.sleep(0.8)
+        time.sleep(0.5)
         return outcome(lambda: None)
-    threading.Timer(0.3, c.close).start()
+    threading.Timer(0.15, c.close).start()
     return outcome(c.barrier)
