@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -81,6 +82,9 @@ class Worker:
         self._links = connect(meeting_point, self.dp_rank, self.config, torch.device(self.device))
         board, collective = self._links.board, self._links.collective
         self._loop = assemble(self.config, self._plan, self._loaded, board, collective)
+        if self.config.launcher != "thread":
+            gc.collect()
+            gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
         self._state = RankState.RUNNING
         name = f"dp-rank-{self.dp_rank}"
         self._thread = threading.Thread(target=self._step, name=name, daemon=True)
@@ -101,7 +105,7 @@ class Worker:
     def poll(self, timeout_s: float) -> Polled:
         """What was done since the last poll; waits for it up to timeout_s."""
         with self._changed:
-            self._changed.wait_for(lambda: self._outbox or self._error, timeout_s)
+            self._changed.wait_for(lambda: self._outbox or self._error or self._stopping, timeout_s)
             arrived = bool(self._outbox) and not self._error
         if arrived:
             sleep(LINGER_S)
@@ -145,6 +149,7 @@ class Worker:
         """Leave the step loop together with the other ranks, or without them after STOP_S."""
         with self._changed:
             self._stopping = True
+            self._changed.notify_all()
         self._wake()
         if self._thread is not None:
             self._thread.join(STOP_S)
