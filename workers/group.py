@@ -119,6 +119,8 @@ class WorkerGroup:
         self._closing.set()
         for handle in self._handles:
             handle.kill()
+        for poller in self._pollers:  # else the last user of the engine may be a daemon at exit
+            poller.join(POLL_S)
         self._release()
 
     def _poll(

@@ -101,7 +101,7 @@ def _connect(config: EngineConfig) -> bool:
             raise StartError(f"ray_address: no cluster answers at {address!r}: {reason}") from error
         return True
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     return True
 
 
