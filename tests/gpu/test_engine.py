@@ -34,9 +34,9 @@ def logprob_differences(model: Path, precision: torch.dtype, outputs: list) -> t
         ids = [*output.prompt_token_ids, *output.token_ids]
         with torch.inference_mode():
             logits = peer(torch.tensor([ids]).cuda()).logits[0].float().log_softmax(-1).cpu()
-        for index, (token, logprob) in enumerate(zip(output.token_ids, output.logprobs)):
+        for index, (token, entry) in enumerate(zip(output.token_ids, output.logprobs)):
             at = len(output.prompt_token_ids) - 1 + index
-            differences.append(abs(float(logits[at, token]) - logprob))
+            differences.append(abs(float(logits[at, token]) - entry.logprob))
     return torch.tensor(differences)
 
 
