@@ -142,14 +142,13 @@ def serve_the_load(options: argparse.Namespace) -> str:
     ranks = [rank for rank, count in enumerate(loads) for _ in range(count)]
     due = [5 + index % 7 for index in range(len(ranks))]
     params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in due]
-    prompts = [
-        [1 + (index * 13 + at) % 200 for at in range(3 + index)] for index in range(len(due))
-    ]
     config = EngineConfig(
         str(options.model), dp_size=options.dp_size, launcher=options.launcher,
         max_model_len=256, poison_padding=True,
     )  # fmt: skip
     with Engine(config) as engine:
+        vocab = engine.model.vocab_size
+        prompts = [[(i * 13 + at) % vocab for at in range(3 + i)] for i in range(len(due))]
         outputs = engine.generate(prompts, params, dp_ranks=ranks)
         report = engine.report()
     assert [len(output.token_ids) for output in outputs] == due, "a request's tokens are missing"
