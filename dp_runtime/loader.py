@@ -41,8 +41,8 @@ def ignore_bytes(num_bytes: int) -> None:
 class Checkpoint:
     """A directory with `model.safetensors`, or with shards and their index.
 
-    Reads nothing but the slices asked for and counts them in `bytes_read` (bytes on disk);
-    on_bytes is called with the size of each. Raises ValueError naming file and tensor.
+    Reads nothing but the slices asked for and counts them in `bytes_read` (bytes on disk); on_bytes
+    is called with the size of each in memory. Raises ValueError naming file and tensor.
     """
 
     def __init__(
@@ -74,9 +74,8 @@ class Checkpoint:
         dtype = view.get_dtype()
         require(dtype in DTYPE_BYTES, f"{where}: dtype", dtype, f"one of {', '.join(DTYPE_BYTES)}")
         tensor: Tensor = view[part if part is not None else ...]
-        num_bytes = tensor.numel() * DTYPE_BYTES[dtype]
-        self.bytes_read += num_bytes
-        self._on_bytes(num_bytes)
+        self.bytes_read += tensor.numel() * DTYPE_BYTES[dtype]
+        self._on_bytes(tensor.numel() * self.dtype.itemsize)
         return tensor.to(device=self.device, dtype=self.dtype)
 
     def _read_index(self) -> dict[str, str]:
@@ -114,11 +113,18 @@ class DummyWeights:
     whatever the number of ranks.
     """
 
-    def __init__(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_bytes: Callable[[int], None] = ignore_bytes,
+    ) -> None:
         self.device = device
         self.dtype = dtype
         self.bytes_read = 0
         self._seed = seed
+        self._on_bytes = on_bytes
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         if len(shape) == 1:
@@ -129,6 +135,7 @@ class DummyWeights:
             generator.manual_seed(int.from_bytes(digest, "little") >> 1)
             whole = torch.randn(shape, generator=generator, device=self.device) * 0.02
         tensor = whole[part if part is not None else ...]
+        self._on_bytes(tensor.numel() * self.dtype.itemsize)
         return tensor.to(self.dtype)
 
 
@@ -160,6 +167,6 @@ def open_weights(
         case "safetensors":
             return Checkpoint(directory, device, dtype, on_bytes)
         case "dummy":
-            return DummyWeights(seed, device, dtype)
+            return DummyWeights(seed, device, dtype, on_bytes)
         case _:
             raise ValueError(f"load_format: {load_format!r} is not allowed; safetensors or dummy")

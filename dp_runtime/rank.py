@@ -35,7 +35,7 @@ class LoadedRank:
 
 
 def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
-    """Allocate the pages and read this rank's weights; `on_bytes` hears of every slice read."""
+    """Allocate the pages and read this rank's weights; `on_bytes` hears of each slice."""
     started = monotonic()
     device, model = torch.device(plan.device), plan.model
     weights = open_weights(

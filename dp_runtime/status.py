@@ -50,6 +50,7 @@ class RankHealth:
     num_pages: int = 0
     num_running: int = 0
     num_queued: int = 0
-    bytes_read: int = 0
+    bytes_read: int = 0  # from disk, known once the rank has loaded
+    bytes_loaded: int = 0
     bytes_total: int = 0
     error: str = ""

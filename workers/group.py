@@ -156,7 +156,7 @@ class WorkerGroup:
             if progress is not None:
                 states = self.health()
                 progress.update(
-                    sum(rank.bytes_read for rank in states),
+                    sum(rank.bytes_loaded for rank in states),
                     sum(rank.bytes_total for rank in states),
                 )
         _raise_failures(method, futures)

@@ -53,7 +53,7 @@ class Worker:
         self._stopping = False
         self._outbox: list[RequestProgress] = []
         self._error: str | None = None
-        self._bytes_read = 0
+        self._bytes_loaded = 0
 
     def prepare(self) -> HostInfo:
         """Check the model against the config, before anything is loaded (ValueError)."""
@@ -132,7 +132,8 @@ class Worker:
             num_pages=plan.pages.num_pages if plan else 0,
             num_running=len(loop.scheduler.running) if loop else 0,
             num_queued=len(loop.scheduler.waiting) + len(self._added) if loop else 0,
-            bytes_read=self._bytes_read,
+            bytes_read=self._loaded.info.bytes_read if self._loaded else 0,
+            bytes_loaded=self._bytes_loaded,
             bytes_total=plan.weight_bytes if plan else 0,
             error=self._error or "",
         )
@@ -199,7 +200,7 @@ class Worker:
             self._links.board.wake()
 
     def _count_bytes(self, count: int) -> None:
-        self._bytes_read += count
+        self._bytes_loaded += count
 
     def _use_device(self) -> None:
         """Make a GPU rank's device the current one of the calling thread."""

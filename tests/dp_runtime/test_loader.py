@@ -79,7 +79,7 @@ def test_a_part_is_read_and_counted_alone(single: Path) -> None:
     whole = load_file(single / "model.safetensors")[NAME]
     assert torch.equal(part, whole[3:10, 8:24].to(torch.bfloat16))
     assert source.bytes_read == 7 * 16 * 4, "bytes on disk, which are float32"
-    assert heard == [source.bytes_read]
+    assert heard == [7 * 16 * 2], "bytes in memory, which are bfloat16"
 
 
 @pytest.mark.parametrize("moe_sharding", ["ep", "tp"])
