@@ -19,7 +19,8 @@ from torch import Tensor
 from dp_runtime.agreement import RECORD_WORDS, StepRecord
 
 _TEXT_BYTES = 512
-_RECORD = struct.Struct(f"={RECORD_WORDS + 1}q")  # turn, words
+_BODY = struct.Struct(f"={RECORD_WORDS + 1}q")  # turn, words
+_RECORD = struct.Struct(f"={RECORD_WORDS + 2}q")  # turn, words, checksum
 _CHECKSUM = struct.Struct("=q")
 _MARKED = 1 << 32  # keeps a mark different from 0 for every checksum
 _ALIGNMENT = 64
@@ -47,7 +48,7 @@ class RegionLayout:
 
     @property
     def record_bytes(self) -> int:
-        return _RECORD.size + _CHECKSUM.size
+        return _RECORD.size
 
     @property
     def total_bytes(self) -> int:
@@ -103,19 +104,18 @@ class Region:
 
     def write_record(self, turn: int, record: StepRecord) -> None:
         """Post this rank's record of a turn."""
-        body = _RECORD.pack(turn, *record.to_words())
+        body = _BODY.pack(turn, *record.to_words())
         start = self._layout.record(self._rank, turn)
-        self._memory[start : start + self._layout.record_bytes] = body + _checksum(body)
+        self._memory[start : start + _RECORD.size] = body + _CHECKSUM.pack(zlib.crc32(body))
 
     def read_record(self, dp_rank: int, turn: int) -> StepRecord | None:
         """The record of a rank and turn; None while it is not, or only partly, there."""
         start = self._layout.record(dp_rank, turn)
-        posted = self._memory[start : start + self._layout.record_bytes]
-        body = posted[: _RECORD.size]
-        found, *words = _RECORD.unpack(body)
-        if found != turn or posted[_RECORD.size :] != _checksum(body):
+        posted = self._memory[start : start + _RECORD.size]
+        words = _RECORD.unpack(posted)
+        if words[0] != turn or words[-1] != zlib.crc32(posted[: _BODY.size]):
             return None
-        return StepRecord.from_words(words)
+        return StepRecord.from_words(words[1:-1])
 
     def newest_record(self, dp_rank: int) -> StepRecord | None:
         """The newest record that a rank has posted; for observers, in any thread."""
@@ -148,7 +148,3 @@ class Region:
         self._areas.clear()
         self._marks.release()
         self._memory.close()
-
-
-def _checksum(body: bytes) -> bytes:
-    return _CHECKSUM.pack(zlib.crc32(body))

@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from collectives.doorbell import Doorbell
-from collectives.region import Region, RegionLayout
-from collectives.rendezvous import ATTACHED, CHANNELS, Rendezvous
+from collectives.channel import CLOSED, Channel
+from collectives.region import RegionLayout
+from collectives.rendezvous import CHANNELS, Rendezvous
 from collectives.rows import check_gather, check_reduce_scatter, cut, split, sum_in_rank_order
+from collectives.shared_board import SharedMemoryBoard
 from dp_runtime.agreement import StepRecord
-from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
+from dp_runtime.errors import CollectiveAborted, require
 from dp_runtime.protocols import Counts
 
 AREA_BYTES = 1 << 20
-_CLOSED = "this rank has closed its group"
 
 
 def new_rendezvous_path() -> str:
@@ -56,7 +55,7 @@ class SharedMemoryGroup:
         layout = RegionLayout(dp_size, area_bytes)
         region, bells = Rendezvous(path, dp_rank, layout, attach_timeout_s).attach()
         self._region, self._lock, self._closed = region, threading.Lock(), False
-        rows, board = (_Channel(region, bells[name], timeout_s) for name in CHANNELS)
+        rows, board = (Channel(region, bells[name], timeout_s) for name in CHANNELS)
         self._channels = (rows, board)
         self.collective = SharedMemoryCollective(self, rows, dp_rank, dp_size, area_bytes)
         self.board = SharedMemoryBoard(self, board, dp_rank, dp_size)
@@ -70,7 +69,7 @@ class SharedMemoryGroup:
             for channel in self._channels:
                 channel.bell.alarm()
 
-    def rouse(self, channel: _Channel) -> None:
+    def rouse(self, channel: Channel) -> None:
         """End this rank's own sleep in a channel."""
         with self._lock:
             if not self._closed:
@@ -80,7 +79,7 @@ class SharedMemoryGroup:
         """The newest record that a rank has posted."""
         with self._lock:
             if self._closed:
-                raise CollectiveAborted(_CLOSED)
+                raise CollectiveAborted(CLOSED)
             return self._region.newest_record(dp_rank)
 
     def close(self) -> None:
@@ -94,69 +93,6 @@ class SharedMemoryGroup:
             self._region.close()
 
 
-class _Channel:
-    """A sequence of turns that all ranks take together, each by publishing and then waiting.
-
-    Two buffers are enough. A rank writes buffer t % 2 in turn t, after it has finished turn
-    t - 1. It finished that because every rank had rung for t - 1, and a rank rings for t - 1
-    only after it has finished turn t - 2, that is, has read all it wanted from buffer t % 2. So
-    no rank is more than one turn ahead of any other, and nobody's buffer is overwritten while it
-    is read. This needs every rank to wait for *all* ranks in every turn, also for those that
-    bring no rows.
-    """
-
-    def __init__(self, region: Region, bell: Doorbell, timeout_s: float) -> None:
-        self.region, self.bell = region, bell
-        self.turn = ATTACHED  # NOTE: a fast peer may have rung for its next turn already
-        self.waited_s = 0.0
-        self.in_use = threading.Lock()  # held by a rank's thread for the length of a call
-        self._timeout_s = timeout_s
-        self._broken: str | None = None
-
-    def check(self) -> None:
-        """Raise CollectiveAborted if this channel can not be used any more."""
-        reason = self._broken or self.region.abort_reason()
-        if reason is not None:
-            raise CollectiveAborted(reason)
-
-    def begin(self) -> int:
-        """Start the next turn; its buffer may be written."""
-        self.check()
-        self.turn += 1
-        return self.turn
-
-    def finish(self, what: str) -> None:
-        """Publish this turn and wait until all ranks have."""
-        self.bell.ring(self.turn)
-        start = time.monotonic()
-        deadline = start + self._timeout_s
-        try:
-            while not self.bell.complete(self.turn):
-                left = deadline - time.monotonic()
-                self.bell.listen(left)
-                self.check()
-                if left <= 0:
-                    self._time_out(what)
-        finally:
-            self.waited_s += time.monotonic() - start
-
-    def close(self) -> None:
-        """Free the thread that waits here, then close the FIFOs."""
-        self._broken = _CLOSED
-        self.bell.rouse()
-        with self.in_use:
-            self.bell.close()
-
-    def _time_out(self, what: str) -> None:
-        missing = self.bell.missing(self.turn)
-        if not missing:  # this rank itself was stopped for that long
-            return
-        names = ", ".join(map(str, missing))
-        message = f"{what}: waited {self._timeout_s:g} s for ranks {names}"
-        self._broken = f"timed out before ({message})"
-        raise CollectiveTimeout(message)
-
-
 class SharedMemoryCollective:
     """RowCollective over the areas of a SharedMemoryGroup.
 
@@ -166,7 +102,7 @@ class SharedMemoryCollective:
     def __init__(
         self,
         group: SharedMemoryGroup,
-        channel: _Channel,
+        channel: Channel,
         dp_rank: int,
         dp_size: int,
         area_bytes: int,
@@ -244,65 +180,3 @@ class SharedMemoryCollective:
 
     def _capacity(self, dtype: torch.dtype) -> int:
         return self._area_bytes // dtype.itemsize
-
-
-class SharedMemoryBoard:
-    """StepBoard over the records of a SharedMemoryGroup."""
-
-    def __init__(
-        self, group: SharedMemoryGroup, channel: _Channel, dp_rank: int, dp_size: int
-    ) -> None:
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._group, self._channel = group, channel
-        self._woken = False
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds spent waiting for peers' records."""
-        return self._channel.waited_s
-
-    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
-        """Post this rank's next record and return the records all ranks posted in that turn."""
-        with self._channel.in_use:
-            region, turn = self._channel.region, self._channel.begin()
-            region.write_record(turn, record)
-            self._channel.finish(f"record of step {record.step_id}")
-            ranks = range(self.dp_size)
-            return tuple([record if r == self.dp_rank else self._record(r, turn) for r in ranks])
-
-    def newest(self) -> tuple[StepRecord | None, ...]:
-        """The newest record of every rank, without taking part; callable from any thread."""
-        return tuple(self._group.newest_record(rank) for rank in range(self.dp_size))
-
-    def idle(self, timeout_s: float) -> None:
-        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
-        channel = self._channel
-        deadline = time.monotonic() + timeout_s
-        with channel.in_use:
-            channel.check()
-            while not self._woken and channel.bell.newest_turn() <= channel.turn:
-                left = deadline - time.monotonic()
-                channel.bell.listen(left)
-                channel.check()
-                if left <= 0:
-                    break
-            self._woken = False
-
-    def wake(self) -> None:
-        """End this rank's current or next `idle`; callable from any thread."""
-        if not self._woken:
-            self._woken = True
-            self._group.rouse(self._channel)
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(reason)
-
-    def close(self) -> None:
-        """Close the whole group of this rank; callable more than once."""
-        self._group.close()
-
-    def _record(self, dp_rank: int, turn: int) -> StepRecord:
-        record = self._channel.region.read_record(dp_rank, turn)
-        assert record is not None, f"rank {dp_rank} rang for turn {turn} and has no valid record"
-        return record

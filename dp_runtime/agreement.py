@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from enum import IntFlag
+from typing import NamedTuple
 
 from dp_runtime.errors import RankDisagreement
 from dp_runtime.program import MAX_SLOTS, Program
@@ -17,12 +17,14 @@ class FaultBits(IntFlag):
     STOP = 1  # asked to stop: all ranks leave the loop after this agreement
 
 
-_STOP = int(FaultBits.STOP)  # plain, as the bits are in `agree`: an IntFlag's `&` is slow
+_STOP = int(FaultBits.STOP)  # plain: an IntFlag's `&` is slow
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What one rank posts before a step: plain integers, of fixed size on the board."""
+class StepRecord(NamedTuple):
+    """What one rank posts before a step: plain integers, of fixed size on the board.
+
+    NOTE: a tuple, for every rank makes and reads several of them in each step.
+    """
 
     epoch: int
     step_id: int
@@ -35,35 +37,27 @@ class StepRecord:
     drafts_proposed: int = 0
     drafts_accepted: int = 0
     graph_vote: bool = False
-    fault_bits: int = FaultBits.NONE
+    fault_bits: int = 0  # FaultBits
 
-    def to_words(self) -> list[int]:
-        """The record as RECORD_WORDS integers; unused slots are -1."""
-        slots = list(self.real_rows) + [-1] * (MAX_SLOTS - len(self.real_rows))
-        return [
-            self.epoch, self.step_id, self.program_id, *slots, self.num_requests,
-            self.free_pages, self.queued_tokens, int(self.wants_prefill), self.drafts_proposed,
-            self.drafts_accepted, int(self.graph_vote), int(self.fault_bits),
-        ]  # fmt: skip
+    def to_words(self) -> tuple[int, ...]:
+        """The record as RECORD_WORDS integers: its fields, with the rows in MAX_SLOTS places."""
+        rows = self.real_rows
+        unused = _UNUSED[len(rows) :]
+        return (*self[:3], len(rows), *rows, *unused, *self[4:])
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> StepRecord:
         """The inverse of `to_words`; the words are plain ints."""
         assert len(words) == RECORD_WORDS, f"{len(words)} words, a record has {RECORD_WORDS}"
-        epoch, step_id, program_id, *rest = words
-        rows = tuple([word for word in rest[:MAX_SLOTS] if word >= 0])
-        requests, pages, queued, prefill, proposed, accepted, graph, faults = rest[MAX_SLOTS:]
-        return cls(
-            epoch, step_id, program_id, rows, requests, pages, queued, bool(prefill),
-            proposed, accepted, bool(graph), faults,
-        )  # fmt: skip
+        rows = tuple(words[4 : 4 + words[3]])
+        return cls._make((*words[:3], rows, *words[4 + MAX_SLOTS :]))
 
 
-RECORD_WORDS = len(fields(StepRecord)) - 1 + MAX_SLOTS
+_UNUSED = (0,) * MAX_SLOTS
+RECORD_WORDS = len(StepRecord._fields) + MAX_SLOTS
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """What all ranks know alike about a step; identical on every rank.
 
     It is a pure function of the ranks' records. NOTE: never add a per-rank value to it.
@@ -90,8 +84,7 @@ class Agreement:
         return not any(any(rows) for rows in self.real_rows)
 
 
-@dataclass(frozen=True)
-class StepTotals:
+class StepTotals(NamedTuple):
     """Sums over all ranks, from which the next program may be chosen."""
 
     program_id: int
@@ -116,37 +109,33 @@ def agree(
 
     Raises RankDisagreement, with a table of all ranks, if epoch, step or program differ.
     """
-    first = records[0]
-    if any(_identity(record) != _identity(first) for record in records):
+    size = len(records)
+    epochs, steps, ids, rows, requests, _, queued, prefill, proposed, accepted, graph, faults = zip(
+        *records, strict=True
+    )
+    epoch, step_id, program_id = epochs[0], steps[0], ids[0]
+    if not epochs.count(epoch) == steps.count(step_id) == ids.count(program_id) == size:
         raise RankDisagreement(_table("ranks disagree about the step", records))
-    if not 0 <= first.program_id < len(programs):
-        raise RankDisagreement(_table(f"no program {first.program_id}", records))
-    program = programs[first.program_id]
-    if any(len(record.real_rows) != len(program.slots) for record in records):
+    if not 0 <= program_id < len(programs):
+        raise RankDisagreement(_table(f"no program {program_id}", records))
+    program = programs[program_id]
+    num_slots = len(program.slots)
+    if any(len(counts) != num_slots for counts in rows):
         raise RankDisagreement(
-            _table(f"the program has {len(program.slots)} slots ({program.slots})", records)
+            _table(f"the program has {num_slots} slots ({program.slots})", records)
         )
-    totals = StepTotals(
-        first.program_id,
-        sum(record.drafts_proposed for record in records),
-        sum(record.drafts_accepted for record in records),
-    )
     return Agreement(
-        epoch=first.epoch,
-        step_id=first.step_id,
+        epoch=epoch,
+        step_id=step_id,
         program=program,
-        real_rows=tuple(zip(*(record.real_rows for record in records), strict=True)),
-        num_requests=tuple(record.num_requests for record in records),
-        queued_tokens=tuple(record.queued_tokens for record in records),
-        any_prefill=any(record.wants_prefill for record in records),
-        stop=any(int(record.fault_bits) & _STOP for record in records),
-        graph=all(record.graph_vote for record in records),
-        next_program_id=policy(totals),
+        real_rows=tuple(zip(*rows, strict=True)),
+        num_requests=requests,
+        queued_tokens=queued,
+        any_prefill=any(prefill),
+        stop=any(bits & _STOP for bits in faults),
+        graph=all(graph),
+        next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
     )
-
-
-def _identity(record: StepRecord) -> tuple[int, int, int]:
-    return record.epoch, record.step_id, record.program_id
 
 
 def _table(title: str, records: Sequence[StepRecord]) -> str:

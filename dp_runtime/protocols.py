@@ -68,7 +68,11 @@ class StepBoard(Protocol):
         """
 
     def idle(self, timeout_s: float) -> None:
-        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
+        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most.
+
+        All ranks call it after the same exchanges, if only for 0 seconds: the first rank to post
+        again then knows that others sleep.
+        """
 
     def wake(self) -> None:
         """End this rank's current or next `idle`; callable from any thread."""

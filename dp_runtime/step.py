@@ -126,9 +126,10 @@ class StepLoop:
         board = self.coordinator.board
         started, waited = perf_counter(), board.waited_s
         scheduled = self.scheduler.schedule(self.coordinator.program)
+        load = self._load(scheduled)
         at_agree = perf_counter()
         faults = FaultBits.STOP if stop else FaultBits.NONE
-        agreement = self.coordinator.agree(scheduled.real_rows, self._load(scheduled), faults)
+        agreement = self.coordinator.agree(scheduled.real_rows, load, faults)
         waited = board.waited_s - waited
         agree_s = perf_counter() - at_agree - waited
         return scheduled, agreement, PhaseTimes(started, at_agree - started, agree_s, waited)
@@ -136,8 +137,7 @@ class StepLoop:
     def _sleep(self) -> None:
         """All ranks are empty: no step until a request arrives at one of them."""
         self.idle.set()
-        if not self.scheduler.has_work:
-            self.coordinator.board.idle(IDLE_S)
+        self.coordinator.board.idle(0.0 if self.scheduler.has_work else IDLE_S)
         self.idle.clear()
 
     def _apply(self, commands: Commands) -> list[RequestProgress]:
