@@ -188,7 +188,6 @@ class Scheduler:
 
     def _release(self, live: LiveRequest) -> None:
         self.allocator.release(live.request_id, live.pages)
-        live.page_ids[: live.num_pages] = 0
         live.num_pages = 0
 
     def _pages_for(self, tokens: int) -> int:
