@@ -17,12 +17,17 @@ HERE = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"
 WINDOW = 512
 PROMPTS = (
-    "A list is a mutable sequence of",
-    "The module provides a simple way to read",
-    "If the file does not exist, the function raises",
     "When an exception is raised inside the with statement, the context manager",
-    "Threads can be used to",
-    "In Python, a dictionary is",
+    "An object is considered immutable if",
+    "Classes provide a means of bundling data and functionality together. Creating a new class "
+    "creates a new type of object, allowing new instances of that type to be made. Each class "
+    "instance can have attributes attached to it for maintaining its state.",
+    "Python is an interpreted, interactive, object-oriented programming language. It incorporates "
+    "modules, exceptions, dynamic typing, very high level dynamic data types, and classes. It "
+    "supports multiple programming paradigms beyond object-oriented programming,",
+    "Python is an interpreted language, which can save you considerable time during program "
+    "development because no compilation and linking is necessary. The interpreter can be used "
+    "interactively, which makes it easy to experiment with features of the language,",
 )
 
 
@@ -36,8 +41,8 @@ class Speculation:
 
 def encode_documents(tokenizer: Tokenizer, path: Path) -> list[list[int]]:
     documents = path.read_text().split(f"\n{END_OF_TEXT}\n")
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    return [[*tokenizer.encode(document).ids, end] for document in documents]
+    end = tokenizer.encode(END_OF_TEXT).ids
+    return [[*tokenizer.encode(document).ids, *end] for document in documents]
 
 
 def windows_of(documents: list[list[int]]) -> Tensor:
