@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import TinyMoe, TinyMoeConfig, load_model, save_weights
+from model import TinyMoe, TinyMoeConfig, save_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 END_OF_TEXT = "<|endoftext|>"
 VAL_LENGTH = 512
-LOG_STEPS = 100
+LOG_STEPS = 500
 SAVE_SECONDS = 15
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -38,7 +38,7 @@ class Phase:
     batch_tokens: int
     sequence_length: int
     focus_share: float = 0.25
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     weight_decay: float = 0.1
 
     def lr(self, step: int, progress: float) -> float:
@@ -52,7 +52,6 @@ class Recipe:
 
     model: TinyMoeConfig
     trunk: Phase
-    short: Phase  # of the trunk: short windows, or it recalls a text only from a long context
     mtp: Phase
     seed: int = 0
     balance_coefficient: float = 0.01
@@ -262,18 +261,15 @@ class Trainer:
 
     def train(self) -> None:
         trunk, mtp = list(self.model.model.parameters()), list(self.model.mtp.parameters())
-        for phase in (self.recipe.trunk, self.recipe.short):
-            if phase.num_steps:
-                self.run(phase, trunk, self.trunk_losses)
+        if self.recipe.trunk.num_steps:
+            self.run(self.recipe.trunk, trunk, self.trunk_losses)
         for parameter in trunk:
             parameter.requires_grad_(False)
         if self.recipe.mtp.num_steps:
             self.run(self.recipe.mtp, mtp, self.mtp_losses)
 
 
-def initial_model(recipe: Recipe, resume: Path | None) -> TinyMoe:
-    if resume is not None:
-        return load_model(resume)
+def initial_model(recipe: Recipe) -> TinyMoe:
     torch.manual_seed(recipe.seed)
     model = TinyMoe(recipe.model)
     model.init_weights()
@@ -289,7 +285,6 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe(
         model=model,
         trunk=Phase("trunk", args.trunk_steps, args.trunk_minutes, 4e-3, 65_536, 1024),
-        short=Phase("short", args.short_steps, args.short_minutes, 1e-3, 8_192, 128, 0.5, 50),
         mtp=Phase("mtp", args.mtp_steps, args.mtp_minutes, 3e-3, args.mtp_batch_tokens, 512),
         seed=args.seed,
     )
@@ -305,11 +300,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="checkpoint to start from")
     parser.add_argument("--trunk-steps", type=int, default=2_200)
     parser.add_argument("--trunk-minutes", type=float, default=0.66)
-    parser.add_argument("--short-steps", type=int, default=500)
-    parser.add_argument("--short-minutes", type=float, default=1.0)
     parser.add_argument("--mtp-steps", type=int, default=1_200)
     parser.add_argument("--mtp-minutes", type=float, default=0.42)
     parser.add_argument("--mtp-batch-tokens", type=int, default=65_536)
@@ -328,7 +320,7 @@ def main() -> None:
     save_tokenizer(tokenizer, recipe.model.max_position_embeddings, args.out)
     if args.prepare_only:
         return
-    model = initial_model(recipe, args.resume)
+    model = initial_model(recipe)
     trainer = Trainer(recipe, tokens, model, args.out, args.compile)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, trainer.model.mtp)]
     print(f"{sizes[0]:,} parameters, {sizes[1]:,} of them MTP; {len(tokens.train):,} train tokens")
