@@ -23,10 +23,14 @@ from dp_runtime.protocols import Counts
 AREA_BYTES = 1 << 20
 
 
-def new_rendezvous_path() -> str:
-    """A path for one group, in memory where the system has /dev/shm; nothing is created."""
-    root = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
-    return os.path.join(root, f"dp-runtime-{uuid.uuid4().hex}")
+def shared_root() -> str:
+    """Where groups of this host meet: in memory where the system has /dev/shm."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+
+
+def new_rendezvous_path(root: str | None = None) -> str:
+    """A path for one group, below this host's or another host's `root`; nothing is created."""
+    return os.path.join(root or shared_root(), f"dp-runtime-{uuid.uuid4().hex}")
 
 
 class SharedMemoryGroup:

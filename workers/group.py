@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from time import monotonic
 from typing import Any, Protocol
 
+from collectives.shared_memory import new_rendezvous_path
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.progress import Progress
@@ -219,5 +219,5 @@ def _meeting_point(
         if not one_host:
             names = sorted({host.host for host in hosts})
             raise ValueError(f"collective: 'shared_memory' is not allowed; ranks are on {names}")
-        return MeetingPoint(kind, f"{first.shared_directory}/dp-runtime-{uuid.uuid4().hex[:12]}")
+        return MeetingPoint(kind, new_rendezvous_path(first.shared_directory))
     return MeetingPoint(kind, f"tcp://{first.address}:{first.free_port}")

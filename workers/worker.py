@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from time import monotonic, sleep
 
 import torch
 
+from collectives.shared_memory import shared_root
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
 from dp_runtime.rank import LoadedRank, assemble, load_rank
@@ -64,8 +63,7 @@ class Worker:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        shared = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
-        return HostInfo(self.dp_rank, socket.gethostname(), _own_address(), port, shared)
+        return HostInfo(self.dp_rank, socket.gethostname(), _own_address(), port, shared_root())
 
     def load(self) -> ModelInfo:
         """Read this rank's weights; ranks may take different times."""

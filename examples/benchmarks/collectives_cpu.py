@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from collectives.shared_memory import SharedMemoryGroup, new_rendezvous_path
 from collectives.torch_distributed import TorchDistributedGroup
 from examples.benchmarks import machine
+from examples.benchmarks.spawned import run_spawned
 from examples.benchmarks.timing import Times, measure
 
 GOAL = 5.0  # times faster than Gloo, at the median
@@ -78,17 +78,9 @@ def run_ranks(
     transport: str, address: str, args: argparse.Namespace, iterations: int
 ) -> dict[str, Times]:
     """Run both collectives on spawned ranks; the times of rank 0."""
-    spawn = multiprocessing.get_context("spawn")
-    results: Any = spawn.SimpleQueue()
-    place = (transport, address, args.ranks, args.rows, args.hidden, iterations, results)
-    ranks = [spawn.Process(target=run_rank, args=(rank, *place)) for rank in range(args.ranks)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    if any(rank.exitcode for rank in ranks):
-        sys.exit(f"{transport}: a rank failed")
-    return results.get()  # type: ignore[no-any-return]
+    place = (transport, address, args.ranks, args.rows, args.hidden, iterations)
+    times: dict[str, Times] = run_spawned(run_rank, args.ranks, *place)
+    return times
 
 
 def run_rank(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from dp_runtime.agreement import StepRecord, agree
 from dp_runtime.program import SERVING_PROGRAMS
 from dp_runtime.protocols import StepBoard
 from examples.benchmarks import machine
+from examples.benchmarks.spawned import run_spawned
 from examples.benchmarks.timing import Times, measure
 
 GOAL_US = 150.0
@@ -64,17 +64,9 @@ def parse_args() -> argparse.Namespace:
 
 def run_processes(args: argparse.Namespace, address: str) -> Times:
     """Spawn the ranks; the times of rank 0."""
-    spawn = multiprocessing.get_context("spawn")
-    results: Any = spawn.SimpleQueue()
-    place = (address, args.ranks, args.board, args.steps, results)
-    ranks = [spawn.Process(target=run_rank, args=(rank, *place)) for rank in range(args.ranks)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    if any(rank.exitcode for rank in ranks):
-        sys.exit(f"{args.board}: a rank failed")
-    return results.get()  # type: ignore[no-any-return]
+    place = (address, args.ranks, args.board, args.steps)
+    times: Times = run_spawned(run_rank, args.ranks, *place)
+    return times
 
 
 def run_rank(
