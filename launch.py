@@ -39,6 +39,7 @@ SAMPLING_FLAGS = (
 HELP = {
     "model": "Hugging Face directory (default: the tiny model, on 4 ranks)",
     "dp_size": "number of ranks",
+    "ranks_per_gpu": "ranks that share a GPU; more than one is for experiments, not for speed",
     "device": "where ranks run; auto: GPUs if there are any, else CPU",
     "dtype": "of weights and KV cache; auto: float32 on CPU, bfloat16 on GPU",
     "launcher": "ranks as Ray actors, local processes, or threads",

@@ -26,9 +26,11 @@ class EngineConfig:
     """Configuration of an engine; every value is checked on construction (ValueError).
 
     model: a Hugging Face directory, as the ranks see it. dp_size: number of ranks.
-    device "auto": cpu without any GPU, cuda with at least dp_size of them. dtype "auto": float32
-    on cpu, bfloat16 on cuda. launcher: Ray actors, spawned processes, or threads of this process
-    (for tests). moe_sharding: experts by expert (ep) or by intermediate size (tp).
+    ranks_per_gpu: ranks that share a GPU and meet in host memory, for experiments with more ranks
+    than GPUs; not for speed. device "auto": cpu without any GPU, cuda with enough of them.
+    dtype "auto": float32 on cpu, bfloat16 on cuda. launcher: Ray actors, spawned processes, or
+    threads of this process (for tests). moe_sharding: experts by expert (ep) or by intermediate
+    size (tp).
     num_pages counts the null page; None sizes the pool for max_num_requests sequences of
     max_model_len, within kv_memory_fraction of the free memory. max_num_requests and
     max_num_tokens are per rank and step. overlap schedules step k+1 before step k is committed.
@@ -37,6 +39,7 @@ class EngineConfig:
 
     model: str
     dp_size: int = 1
+    ranks_per_gpu: int = 1
     device: str = "auto"
     dtype: str = "auto"
     launcher: str = "ray"
@@ -84,8 +87,11 @@ class EngineConfig:
             "in_process goes with launcher 'thread', and with no other",
         )  # fmt: skip
         require(
-            self.device != "cuda" or self.collective != "shared_memory",
-            "collective", self.collective, "shared_memory is for device 'cpu'",
+            self.device != "cuda" or self.ranks_per_gpu == 1
+            or self.collective != "torch_distributed",
+            "collective", self.collective,
+            f"with ranks_per_gpu {self.ranks_per_gpu} use auto or shared_memory: NCCL refuses two "
+            "ranks on one GPU",
         )  # fmt: skip
 
     @property
@@ -94,7 +100,7 @@ class EngineConfig:
         return 1 if self.overlap else 0
 
     def _check_sizes(self) -> None:
-        sizes = ("dp_size", "page_size", "max_num_requests", "max_num_tokens")
+        sizes = ("dp_size", "ranks_per_gpu", "page_size", "max_num_requests", "max_num_tokens")
         for name in (*sizes, "max_queued_requests"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, name, value, "an integer >= 1")

@@ -182,8 +182,10 @@ CASES: dict[str, tuple[Act, str]] = {
     "load_format": (config(load_format="gguf"), "load_format: 'gguf'"),
     "attention_backend": (config(attention_backend="fa9"), "attention_backend: 'fa9'"),
     "collective": (config(collective="in_process"), "collective: 'in_process'"),
-    "shared memory on a GPU": (
-        config(device="cuda", collective="shared_memory"), "collective: 'shared_memory'",
+    "ranks_per_gpu": (config(ranks_per_gpu=0), "ranks_per_gpu: 0"),
+    "two ranks on a GPU over NCCL": (
+        config(device="cuda", collective="torch_distributed", ranks_per_gpu=2),
+        "collective: 'torch_distributed' is not allowed; with ranks_per_gpu 2",
     ),
     "page_size": (config(page_size=0), "page_size: 0"),
     "num_pages": (config(num_pages=1), "num_pages: 1"),

@@ -8,18 +8,21 @@ from dp_runtime.config import EngineConfig
 
 
 def resolve_device(config: EngineConfig, num_gpus: int, where: str) -> EngineConfig:
-    """Replace device "auto": no GPU at all is cpu, at least dp_size GPUs are cuda.
+    """Replace device "auto": no GPU at all is cpu, room for all ranks on the GPUs is cuda.
 
-    Raises ValueError, naming both numbers, if there are some GPUs but fewer than ranks.
+    Raises ValueError, naming the numbers, if there are some GPUs but too few for the ranks, or if
+    what the config asks for does not go with the device.
     """
     wanted = config.device
     if wanted == "auto":
         wanted = "cpu" if num_gpus == 0 else "cuda"
     if wanted == "cuda" and num_gpus == 0:
         raise ValueError(f"device: 'cuda' is not allowed; {where} has no GPU: set device='cpu'")
-    if wanted == "cuda" and num_gpus < config.dp_size:
+    if wanted == "cuda" and num_gpus * config.ranks_per_gpu < config.dp_size:
+        needed = -(-config.dp_size // num_gpus)
         raise ValueError(
             f"dp_size: {config.dp_size} is not allowed; {where} has {num_gpus} GPUs "
-            f"(device={config.device!r}); lower dp_size or set device='cpu'"
+            f"(device={config.device!r}, ranks_per_gpu={config.ranks_per_gpu}); lower dp_size, "
+            f"set ranks_per_gpu={needed} or set device='cpu'"
         )
     return replace(config, device=wanted)
