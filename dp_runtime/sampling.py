@@ -19,7 +19,7 @@ from dp_runtime.distribution import (
     penalise,
     take_rows,
 )
-from dp_runtime.logprobs import HostCopy, Logprobs, token_logprobs
+from dp_runtime.logprobs import HostCopy, LogitsOf, Logprobs, row_parts, token_logprobs
 from dp_runtime.random_numbers import uniform
 from dp_runtime.request import RankRequest, TokenLogprob
 from dp_runtime.sampling_params import SamplingParams
@@ -145,22 +145,30 @@ class Sampler:
         )
         assert logits.dtype == torch.float32, f"logits are float32, not {logits.dtype}"
         requests = [self._requests[row.request_id] for row in rows]
+        parts = [
+            self._choose(logits[part], rows[part], requests[part]) for part in row_parts(len(rows))
+        ]
+        token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
+        self._count(requests, token_ids)
+        logprob_rows, logprobs = self._logprobs(logits, token_ids, requests)
+        return Sampled(tuple(rows), token_ids, logprobs, logprob_rows, HostCopy(token_ids, valid))
+
+    def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
+        """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
+
+        logits_of: some of the n prompt rows at a time; target_ids [n] int64: the token after each.
+        """
+        return token_logprobs(logits_of, target_ids, (top_n,) * len(target_ids))
+
+    def _choose(
+        self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [n], and whether the logits were valid [n]."""
         adjusted = self._bias(logits, rows, requests)
         adjusted = self._mask_stops(adjusted, rows, requests)
         adjusted = self._penalise(adjusted, rows, requests)
         peaks, best = adjusted.max(dim=-1)  # the first of equal maxima
-        token_ids = self._draw(adjusted, peaks, best, rows, requests)
-        self._count(requests, token_ids)
-        logprob_rows, logprobs = self._logprobs(logits, token_ids, requests)
-        copy = HostCopy(token_ids, peaks.isfinite())
-        return Sampled(tuple(rows), token_ids, logprobs, logprob_rows, copy)
-
-    def prompt_logprobs(self, logits: Tensor, target_ids: Tensor, top_n: int) -> Logprobs:
-        """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
-
-        logits [n, vocab] float32 of n prompt rows; target_ids [n] int64: the token after each.
-        """
-        return token_logprobs(logits, target_ids, (top_n,) * len(target_ids))
+        return self._draw(adjusted, peaks, best, rows, requests), peaks.isfinite()
 
     def _start_penalties(self, request: RankRequest) -> _Penalties:
         in_prompt = np.zeros(self.vocab_size, np.bool_)
@@ -256,4 +264,4 @@ class Sampler:
         rows, top_n = zip(*asked)
         index = np.array(rows)
         chosen = token_ids[on_device(index, self.device)]
-        return rows, token_logprobs(take_rows(logits, index), chosen, top_n)
+        return rows, token_logprobs(lambda part: take_rows(logits, index[part]), chosen, top_n)

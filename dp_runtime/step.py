@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dp_runtime.agreement import Agreement, FaultBits
 from dp_runtime.batch import LocalBatch
+from dp_runtime.batch_builder import Part
 from dp_runtime.coordinator import RankLoad, StepCoordinator
 from dp_runtime.logprobs import Logprobs
 from dp_runtime.metadata import AttentionMetadata, Place
@@ -219,21 +220,24 @@ class StepLoop:
         self, model: Model, hidden: Tensor, batch: LocalBatch, scheduled: Scheduled
     ) -> tuple[Sampled, tuple[Logprobs, ...]]:
         rows = torch.tensor(batch.sample_rows, device=self.device)
-        logits = model.logits(hidden[rows])
         first = len(scheduled.samples)
         scores = []
         for part in scheduled.scored:
             count = part.score_end - part.score_start
-            request = part.live.request
-            following = request.prompt_token_ids[part.score_start + 1 : part.score_end + 1]
-            targets = torch.tensor(following, device=self.device)
-            top_n = request.params.prompt_logprobs or 0
-            scores.append(
-                self.sampler.prompt_logprobs(logits[first : first + count], targets, top_n)
-            )
+            scores.append(self._score(model, hidden[rows[first : first + count]], part))
             first += count
-        sampled = self.sampler.sample(logits[: len(scheduled.samples)], scheduled.samples)
-        return sampled, tuple(scores)
+        logits = model.logits(hidden[rows[: len(scheduled.samples)]])
+        return self.sampler.sample(logits, scheduled.samples), tuple(scores)
+
+    def _score(self, model: Model, hidden: Tensor, part: Part) -> Logprobs:
+        """Log probabilities of the tokens that follow a prompt's rows [n, hidden]."""
+        request = part.live.request
+        following = request.prompt_token_ids[part.score_start + 1 : part.score_end + 1]
+        return self.sampler.prompt_logprobs(
+            lambda some: model.logits(hidden[some]),
+            torch.tensor(following, device=self.device),
+            request.params.prompt_logprobs or 0,
+        )
 
     def _commit(self, step: Launched) -> list[RequestProgress]:
         """Look at what the step sampled, and move its requests on."""

@@ -46,6 +46,20 @@ class Attention:
         q, k = rotate(qk, cos_sin).tensor_split([q_heads], 1)
         return self.output(self.backend(q, k, v, metadata).flatten(1))
 
+    def activation_bytes(self, rows: int) -> int:
+        """Most bytes a call allocates at once, its result included.
+
+        A backend is taken to copy q, k and v once and to have no other need than its workspace.
+        """
+        shape, size = self.shape, self.output.weight.dtype.itemsize
+        q = rows * shape.num_heads * shape.head_dim * size
+        kv = rows * shape.num_kv_heads * shape.head_dim * size
+        normed = 0 if self.qk_norm is None else q + kv
+        norm = 0 if self.qk_norm is None else self.qk_norm.activation_bytes(rows)
+        rotation = 2 * (q + kv)  # four halves
+        attended = q + kv + q + max(q + 2 * kv, self.output.activation_bytes(rows))
+        return q + 2 * kv + max(norm, normed + max(rotation, attended))
+
     @classmethod
     def load(
         cls, shape: AttentionShape, weights: WeightSource, prefix: str, backend: AttentionBackend

@@ -11,6 +11,7 @@ from torch import Tensor
 from dp_runtime.loader import WeightSource
 
 ALIGNMENT = 8  # elements: grouped_mm wants strides of 16 bytes, also in 2-byte dtypes
+PAIRS_AT_ONCE = 16_384  # (row, expert) pairs; bounds what the products need, whatever the routing
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,19 @@ class Experts:
             rows, self.gate_up, self.down, topk_ids, topk_weights, self.first_expert
         )
 
+    def activation_bytes(self, rows: int, top_k: int) -> int:
+        """Most bytes a call allocates at once, its result included, if all choices are local."""
+        num_local, hidden, inner = self.down.shape
+        size = self.down.dtype.itemsize
+        if num_local == 0:
+            return rows * hidden * size
+        pairs = rows * top_k
+        order = pairs * 3 * 8  # sorted expert ids, their order, and the rows
+        products = (hidden + 2 * inner + max(2 * inner, inner + hidden)) * size
+        weighted = hidden * (size + 4)
+        widest = min(pairs, PAIRS_AT_ONCE) * max(products, weighted)
+        return order + rows * hidden * 4 + max(widest, rows * hidden * size)
+
     @classmethod
     def load(
         cls,
@@ -117,12 +131,21 @@ def fused_experts(
     expert, order = topk_ids.flatten().sort(stable=True)
     local_ids = torch.arange(first_expert, first_expert + num_local + 1, device=rows.device)
     bounds = torch.searchsorted(expert, local_ids)
-    start, stop = int(bounds[0]), int(bounds[-1])
-    chosen = order[start:stop]
-    ends = (bounds[1:] - start).to(torch.int32)
-    row = chosen // topk_ids.shape[1]
-    gate, up = F.grouped_mm(rows[row], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
-    out = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
-    weighted = out * topk_weights.flatten()[chosen, None].float()
+    first, last = torch.stack((bounds[0], bounds[-1])).tolist()
+    row = order // topk_ids.shape[1]
     total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    return total.index_add_(0, row, weighted).to(rows.dtype)
+    for start in range(first, last, PAIRS_AT_ONCE):
+        part = slice(start, min(start + PAIRS_AT_ONCE, last))
+        ends = (bounds[1:].clamp(max=part.stop) - start).clamp(min=0).to(torch.int32)
+        weight = topk_weights.flatten()[order[part], None].float()
+        total.index_add_(0, row[part], _products(rows[row[part]], gate_up, down, ends) * weight)
+    return total.to(rows.dtype)
+
+
+def _products(pairs: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of rows [n, hidden] in the order of their experts.
+
+    ends [local] int32: where each expert's rows end.
+    """
+    gate, up = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)

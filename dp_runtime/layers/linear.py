@@ -22,6 +22,10 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def activation_bytes(self, rows: int) -> int:
+        """Bytes of a call's result."""
+        return rows * self.weight.shape[0] * self.weight.dtype.itemsize
+
     @classmethod
     def load(
         cls, weights: WeightSource, outputs: Mapping[str, int], inputs: int, bias: bool = False

@@ -22,6 +22,12 @@ class DenseMLP:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
+    def activation_bytes(self, rows: int) -> int:
+        """Most bytes a call allocates at once, its result included."""
+        hidden, inner = self.down.weight.shape
+        width = 2 * inner + max(2 * inner, inner + hidden)
+        return rows * width * self.down.weight.dtype.itemsize
+
     @classmethod
     def load(cls, weights: WeightSource, prefix: str, hidden: int, intermediate: int) -> DenseMLP:
         parts = {f"{prefix}.gate_proj": intermediate, f"{prefix}.up_proj": intermediate}

@@ -60,6 +60,12 @@ class Router:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, ids
 
+    def activation_bytes(self, rows: int) -> int:
+        """Most bytes a call allocates at once, its result included."""
+        logits = self.gate.activation_bytes(rows)
+        probabilities = rows * self.gate.weight.shape[0] * 4
+        return probabilities + max(logits, rows * self.top_k * (4 + 8 + 4))
+
 
 @dataclass(frozen=True, eq=False)
 class MoeStage:
@@ -70,6 +76,21 @@ class MoeStage:
 
     router: Router
     experts: Experts
+
+    def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
+        """Most bytes a call allocates at once, its result included.
+
+        padded: some gathered rows are not real, so real ones are copied out and their sums back.
+        """
+        row = self.experts.down.shape[1] * self.experts.down.dtype.itemsize
+        copied = gathered_rows * row if padded else 0
+        routed = gathered_rows * self.router.top_k * (4 + 8)
+        run = max(
+            self.router.activation_bytes(gathered_rows),
+            routed + self.experts.activation_bytes(gathered_rows, self.router.top_k),
+        )
+        back = gathered_rows * row + max(copied, own_rows * row)
+        return gathered_rows * row + max(own_rows * row, copied + run, back)
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
         plan, collective = exchange.plan, exchange.collective
@@ -84,7 +105,8 @@ class MoeStage:
         if plan.real_index is None:
             return self._run(gathered)
         real = plan.real_index.to(gathered.device)
-        return torch.zeros_like(gathered).index_copy_(0, real, self._run(gathered[real]))
+        sums = self._run(gathered[real])
+        return torch.zeros_like(gathered).index_copy_(0, real, sums)
 
     def _run(self, rows: Tensor) -> Tensor:
         weights, ids = self.router(rows)

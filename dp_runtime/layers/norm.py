@@ -23,6 +23,10 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
+    def activation_bytes(self, rows: int) -> int:
+        """Most bytes a call allocates at once: two in float32, its argument's and the quotient."""
+        return rows * self.weight.numel() * 8
+
     @classmethod
     def load(cls, weights: WeightSource, name: str, size: int, eps: float) -> RMSNorm:
         return cls(weights.load(f"{name}.weight", (size,)), eps)

@@ -45,6 +45,12 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] as `forward` returns it -> final norm and LM head, [n, vocab] float32."""
 
+    def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
+        """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""
+
+    def logits_bytes(self, num_rows: int) -> int:
+        """Most bytes `logits` allocates at once, its result included."""
+
 
 def build_model(
     config: ModelConfig,

@@ -47,6 +47,18 @@ class DecoderLayer:
             return x + self.mlp(normed, exchange)
         return x + self.mlp(normed)
 
+    def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
+        """Most bytes a call allocates at once, its result included."""
+        hidden, mlp = self.attention.output.activation_bytes(own_rows), self.mlp
+        inner = (
+            mlp.activation_bytes(own_rows, gathered_rows, padded)
+            if isinstance(mlp, MoeStage)
+            else mlp.activation_bytes(own_rows)
+        )
+        norm = self.input_norm.activation_bytes(own_rows)
+        attention = hidden + max(self.attention.activation_bytes(own_rows), 2 * hidden)
+        return max(attention, hidden + norm, 2 * hidden + max(inner, 2 * hidden))
+
     @classmethod
     def load(
         cls,
@@ -93,6 +105,18 @@ class CausalLM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.norm(hidden)).float()
+
+    def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
+        row = self.config.hidden_size + self.config.head_dim  # the layer's input, cos and sin
+        return own_rows * row * self.embedding.dtype.itemsize + max(
+            layer.activation_bytes(own_rows, gathered_rows, padded) for layer in self.layers
+        )
+
+    def logits_bytes(self, num_rows: int) -> int:
+        size = self.embedding.dtype.itemsize
+        head = self.head.activation_bytes(num_rows) * (4 + size if size < 4 else size) // size
+        normed = num_rows * self.config.hidden_size * size
+        return max(self.norm.activation_bytes(num_rows), normed + head)
 
     @classmethod
     def load(

@@ -375,7 +375,7 @@ def test_logprobs_are_those_of_the_unmodified_logits() -> None:
 def test_prompt_logprobs() -> None:
     logits = logits_of(9, rows=300)  # more than are taken at once
     targets = torch.arange(300) % VOCAB
-    entries = Sampler(VOCAB, CPU).prompt_logprobs(logits, targets, 2).to_host()
+    entries = Sampler(VOCAB, CPU).prompt_logprobs(logits.__getitem__, targets, 2).to_host()
     exact = logits.log_softmax(-1)
     best = exact.topk(2)
     assert len(entries) == 300
@@ -383,12 +383,14 @@ def test_prompt_logprobs() -> None:
         assert entry.token_id == row % VOCAB
         assert entry.logprob == float(exact[row, entry.token_id])
         assert entry.top == tuple(zip(best.indices[row].tolist(), best.values[row].tolist()))
-    assert Sampler(VOCAB, CPU).prompt_logprobs(logits[:0], targets[:0], 2).to_host() == ()
+    assert (
+        Sampler(VOCAB, CPU).prompt_logprobs(logits[:0].__getitem__, targets[:0], 2).to_host() == ()
+    )
 
 
 def test_ties_of_logprobs_go_to_the_lowest_id() -> None:
     logits = torch.tensor([[-0.0, 1.0, 0.0, 1.0, 0.0, -INF, -2.0]])
-    entry = Sampler(7, CPU).prompt_logprobs(logits, torch.tensor([6]), 7).to_host()[0]
+    entry = Sampler(7, CPU).prompt_logprobs(logits.__getitem__, torch.tensor([6]), 7).to_host()[0]
     assert [token for token, _ in entry.top] == [1, 3, 0, 2, 4, 6, 5]
     assert entry.top[-1][1] == -INF
 
