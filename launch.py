@@ -46,6 +46,7 @@ HELP = {
     "ray_address": "cluster to join: auto, host:port or ray://host:port (default: $RAY_ADDRESS, "
     "else a new one)",
     "attention_backend": "attention kernels",
+    "kv_cache_dtype": "of KV pages; auto: as the weights, fp8_e4m3: half the bytes of 16 bits",
     "collective": "how rows travel between ranks",
     "moe_sharding": "experts split by expert (ep) or by intermediate size (tp)",
     "padding": "rows a rank brings to a collective: the global maximum, its own, or the cheaper",
@@ -61,6 +62,7 @@ HELP = {
     "seed": "for requests that bring none, and for dummy weights",
     "overlap": "schedule a step before the one before it is committed",
     "poison_padding": "fill padded rows with NaN, to see that no result changes",
+    "check_device_values": "compare attention inputs on the device with the host's, every step",
     "start_timeout_s": "seconds until all ranks must serve",
     "step_timeout_s": "seconds a rank waits for another in a step",
     "torch_threads": "threads of a CPU rank (default: cores / dp_size)",

@@ -13,6 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "launcher": ("ray", "local", "thread"),
     "attention_backend": ("auto", "trtllm", "flashinfer", "torch_ref"),
+    "kv_cache_dtype": ("auto", "fp8_e4m3"),
     "moe_sharding": ("ep", "tp"),
     "padding": tuple(mode.value for mode in PaddingMode),
     "routing": ("round_robin", "least_tokens", "least_padded_cost"),
@@ -35,6 +36,8 @@ class EngineConfig:
     max_model_len, within kv_memory_fraction of the free memory. max_num_requests and
     max_num_tokens are per rank and step. overlap schedules step k+1 before step k is committed.
     poison_padding fills padded rows with NaN, to show that no result depends on them.
+    kv_cache_dtype "auto": that of the weights; fp8_e4m3: with k and v scales of the checkpoint, or 1.
+    check_device_values reads attention inputs back in every step and compares them (slow).
     """
 
     model: str
@@ -45,6 +48,7 @@ class EngineConfig:
     launcher: str = "ray"
     ray_address: str | None = None
     attention_backend: str = "auto"
+    kv_cache_dtype: str = "auto"
     collective: str = "auto"
     moe_sharding: str = "ep"
     padding: str = "max_len"
@@ -60,6 +64,7 @@ class EngineConfig:
     seed: int = 0
     overlap: bool = False
     poison_padding: bool = False
+    check_device_values: bool = False
     start_timeout_s: float = 300.0
     step_timeout_s: float = 60.0
     torch_threads: int | None = None
@@ -78,7 +83,7 @@ class EngineConfig:
         address = self.ray_address
         ok = address is None or (isinstance(address, str) and bool(address))
         require(ok, "ray_address", address, "None, auto, host:port or ray://host:port")
-        for name in ("overlap", "poison_padding"):
+        for name in ("overlap", "poison_padding", "check_device_values"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
         threads = self.launcher == "thread"
         in_process = self.collective in ("in_process", "auto" if threads else "in_process")

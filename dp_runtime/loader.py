@@ -33,6 +33,9 @@ class WeightSource(Protocol):
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         """The tensor `name` whose full shape is `shape`, or only the `part` this rank needs."""
 
+    def scalar(self, name: str) -> float | None:
+        """The number that a tensor of one element holds; None if there is no such tensor."""
+
 
 def ignore_bytes(num_bytes: int) -> None:
     """The progress callback of a load nobody watches."""
@@ -77,6 +80,16 @@ class Checkpoint:
         self.bytes_read += tensor.numel() * DTYPE_BYTES[dtype]
         self._on_bytes(tensor.numel() * self.dtype.itemsize)
         return tensor.to(device=self.device, dtype=self.dtype)
+
+    def scalar(self, name: str) -> float | None:
+        file = self._file_of.get(name)
+        if file is None:
+            return None
+        tensor: Tensor = self._open(file).get_tensor(name)
+        where = f"{self._root / file}: {name}: shape"
+        require(tensor.numel() == 1, where, tuple(tensor.shape), "one element")
+        self.bytes_read += tensor.element_size()
+        return float(tensor)
 
     def _read_index(self) -> dict[str, str]:
         """The file of every tensor."""
@@ -138,6 +151,9 @@ class DummyWeights:
         self._on_bytes(tensor.numel() * self.dtype.itemsize)
         return tensor.to(self.dtype)
 
+    def scalar(self, name: str) -> float | None:
+        return None
+
 
 class CountedWeights:
     """Loads nothing: tensors on the meta device, counted in `bytes_read` as `dtype`."""
@@ -152,6 +168,9 @@ class CountedWeights:
         tensor = tensor[part if part is not None else ...]
         self.bytes_read += math.prod(tensor.shape) * self.dtype.itemsize
         return tensor
+
+    def scalar(self, name: str) -> float | None:
+        return None
 
 
 def open_weights(

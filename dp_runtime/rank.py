@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,12 @@ from time import monotonic
 
 import torch
 
-from dp_runtime.attention import make_backend
+from dp_runtime.attention import KvScales, make_backend
 from dp_runtime.config import EngineConfig
 from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
+from dp_runtime.errors import require
 from dp_runtime.kv_cache import allocate_pools
-from dp_runtime.loader import open_weights
+from dp_runtime.loader import WeightSource, open_weights
 from dp_runtime.models import Model, build_model
 from dp_runtime.padding import PaddingMode
 from dp_runtime.program import Slot
@@ -42,13 +44,18 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         config.model, config.load_format, config.seed, plan.dtype, device, on_bytes
     )
     pools = allocate_pools(
-        model.num_layers, plan.pages, model.num_kv_heads, model.head_dim, plan.dtype, device
+        model.num_layers,
+        plan.pages,
+        model.num_kv_heads,
+        model.head_dim,
+        plan.attention.kv_dtype,
+        device,
     )
     served = build_model(
         model,
         weights,
         plan.sharding,
-        make_backend(plan.backend, pools, model.num_heads),
+        make_backend(plan.backend, plan.attention, pools, read_kv_scales(weights, plan)),
     )
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
@@ -64,6 +71,31 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         load_s=monotonic() - started,
     )
     return LoadedRank(served, info)
+
+
+def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
+    """The scales of a quantised KV cache, [layer]; 1.0 where the checkpoint has none.
+
+    Their names are those that vLLM and SGLang read: of the attention module, or of its k_proj and
+    v_proj (ModelOpt). Raises ValueError for a scale that is not a positive number.
+    """
+    if not plan.attention.quantized:
+        return [KvScales()] * plan.model.num_layers
+    scales = []
+    for layer in range(plan.model.num_layers):
+        prefix = f"model.layers.{layer}.self_attn"
+        k, v = (_scale(weights, prefix, part) for part in "kv")
+        scales.append(KvScales(k, v))
+    return scales
+
+
+def _scale(weights: WeightSource, prefix: str, part: str) -> float:
+    for name in (f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale"):
+        value = weights.scalar(name)
+        if value is not None:
+            require(0 < value < math.inf, name, value, "a positive number")
+            return value
+    return 1.0
 
 
 def assemble(

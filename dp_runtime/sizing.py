@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dp_runtime.attention import choose_backend
+from dp_runtime.attention import AttentionSpec, choose_backend
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import require
 from dp_runtime.loader import CountedWeights
@@ -28,6 +28,7 @@ class RankPlan:
     model: ModelConfig
     device: str
     dtype: torch.dtype
+    attention: AttentionSpec
     backend: str
     backend_reason: str
     sharding: RankSharding
@@ -38,7 +39,7 @@ class RankPlan:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, K and V."""
-        return page_bytes(self.model, self.pages.page_size, self.dtype)
+        return page_bytes(self.model, self.pages.page_size, self.attention.kv_dtype)
 
     @property
     def kv_bytes(self) -> int:
@@ -56,7 +57,8 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     """
     model = read_model_config(config.model)
     dtype = resolve_dtype(config.dtype, device)
-    backend, reason = choose_backend(config.attention_backend, torch.device(device))
+    attention = attention_spec(config, model, dtype)
+    backend, reason = choose_backend(config.attention_backend, attention, torch.device(device))
     sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
     weights = CountedWeights(dtype)
     build_model(model, weights, sharding, _no_attention)
@@ -69,11 +71,12 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         model=model,
         device=device,
         dtype=dtype,
+        attention=attention,
         backend=backend,
         backend_reason=reason,
         sharding=sharding,
         limits=Limits(config.max_num_requests, config.max_num_tokens, length),
-        pages=_page_geometry(config, model, dtype, device, length, weights.bytes_read),
+        pages=_page_geometry(config, model, attention.kv_dtype, device, length, weights.bytes_read),
         weight_bytes=weights.bytes_read,
     )
 
@@ -94,6 +97,20 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     resolved = getattr(torch, dtype)
     assert isinstance(resolved, torch.dtype), f"{dtype} was checked by the config"
     return resolved
+
+
+def attention_spec(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> AttentionSpec:
+    """What the attention backend of a rank must serve."""
+    quantized = config.kv_cache_dtype == "fp8_e4m3"
+    return AttentionSpec(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=config.page_size,
+        dtype=dtype,
+        kv_dtype=torch.float8_e4m3fn if quantized else dtype,
+        check_device_values=config.check_device_values,
+    )
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.attention import make_backend
+from dp_runtime.attention import AttentionSpec, make_backend
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
@@ -106,7 +106,9 @@ def refuse_the_call() -> str:
     """The runtime's answer to 12 query rows over metadata of 10 requests."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pool = torch.zeros((NUM_PAGES, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=torch.bfloat16).to(device)
-    backend = make_backend("trtllm" if device.type == "cuda" else "torch_ref", [pool], HEADS)(0)
+    spec = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, PAGE, pool.dtype, pool.dtype)
+    name = "trtllm" if device.type == "cuda" else "torch_ref"
+    backend = make_backend(name, spec, [pool])(0)
     metadata = AttentionMetadata.build(
         _decode_batch(), PageGeometry(NUM_PAGES, PAGE), Place(0, 0, "target"), device
     )

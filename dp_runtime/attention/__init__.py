@@ -1,72 +1,82 @@
-"""Attention backends by name; each is imported when it is first made."""
+"""Attention backends by name; each is imported when it is first asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
+from importlib import import_module
+from typing import cast
 
 import torch
-from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract
+from dp_runtime.attention.spec import (
+    AttentionSpec,
+    Backend,
+    Kernel,
+    KvScales,
+    LayerBackends,
+    Pools,
+)
 from dp_runtime.errors import require
-from dp_runtime.protocols import AttentionBackend
 
-LayerBackends = Callable[[int], AttentionBackend]  # the backend of a layer
-Pools = Sequence[Tensor]  # [layer], each [num_pages, 2, num_kv_heads, page_size, head_dim]
+__all__ = [
+    "BACKENDS",
+    "AttentionSpec",
+    "Kernel",
+    "KvScales",
+    "choose_backend",
+    "kernels",
+    "make_backend",
+    "workspace_bytes",
+]
 
-
-def _torch_ref(pools: Pools, num_heads: int) -> LayerBackends:
-    from dp_runtime.attention.query_groups import QueryPlanner
-    from dp_runtime.attention.torch_ref import TorchRefAttention
-
-    planner = QueryPlanner(num_kv_heads=pools[0].shape[2], page_size=pools[0].shape[3])
-    return lambda layer: TorchRefAttention(
-        pools[layer], LayerContract.of(layer, num_heads, pools[layer]), planner
-    )
-
-
-def _trtllm(pools: Pools, num_heads: int) -> LayerBackends:
-    from dp_runtime.attention.kernel_groups import KernelPlanner
-    from dp_runtime.attention.trtllm import TrtllmAttention, make_kernels
-
-    planner = KernelPlanner(decode_query_lens=frozenset({1}))
-    kernels = make_kernels(pools[0].shape[4], pools[0].device)
-    return lambda layer: TrtllmAttention(
-        pools[layer], LayerContract.of(layer, num_heads, pools[layer]), planner, kernels
-    )
-
-
-def _flashinfer(pools: Pools, num_heads: int) -> LayerBackends:
-    from dp_runtime.attention.native import NativeAttention, NativePlanner
-
-    planner = NativePlanner(LayerContract.of(0, num_heads, pools[0]), pools[0])
-    return lambda layer: NativeAttention(
-        pools[layer], LayerContract.of(layer, num_heads, pools[layer]), planner
-    )
-
-
-BACKENDS: dict[str, Callable[[Pools, int], LayerBackends]] = {
-    "torch_ref": _torch_ref,
-    "trtllm": _trtllm,
-    "flashinfer": _flashinfer,
+BACKENDS = {
+    "torch_ref": "dp_runtime.attention.torch_ref",
+    "trtllm": "dp_runtime.attention.trtllm",
+    "flashinfer": "dp_runtime.attention.native",
 }
+GPU_PREFERENCE = ("trtllm", "flashinfer", "torch_ref")
 
 
-def make_backend(name: str, pools: Pools, num_heads: int) -> LayerBackends:
-    """Backends of all layers, over their pools."""
+def _backend(name: str) -> Backend:
     require(name in BACKENDS, "attention_backend", name, f"one of {', '.join(BACKENDS)}")
-    return BACKENDS[name](pools, num_heads)
+    return cast(Backend, import_module(BACKENDS[name]))
 
 
-def choose_backend(name: str, device: torch.device) -> tuple[str, str]:
-    """Resolve "auto" for a device: the backend's name, and why it was chosen."""
+def make_backend(
+    name: str, spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales] | None = None
+) -> LayerBackends:
+    """Backends of all layers over their pools; `scales` (1.0 by default) are [layer]."""
+    return _backend(name).make(spec, pools, scales or [KvScales()] * len(pools))
+
+
+def workspace_bytes(name: str, spec: AttentionSpec) -> int:
+    """Device memory a backend allocates for itself, whatever the number of layers."""
+    return _backend(name).workspace_bytes(spec)
+
+
+def kernels(name: str, spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
+    """The modules a backend compiles and loads before it can serve."""
+    return _backend(name).kernels(spec, device)
+
+
+def choose_backend(name: str, spec: AttentionSpec, device: torch.device) -> tuple[str, str]:
+    """Resolve "auto" for a spec and a device: the backend's name, and why it was chosen.
+
+    Raises ValueError, with the alternative, if the backend asked for can't serve the spec.
+    """
     if device.type == "cpu":
         ok = name in ("auto", "torch_ref")
         require(ok, "attention_backend", name, "auto or torch_ref on device cpu")
         return "torch_ref", "the only backend for device cpu"
     if name != "auto":
+        _backend(name).check(spec, device)
         return name, "chosen in the configuration"
-    if find_spec("flashinfer") is None:
-        return "torch_ref", "flashinfer is not installed"
-    return "trtllm", "the TRT-LLM kernels serve this device"
+    refused = []
+    for candidate in GPU_PREFERENCE:
+        try:
+            _backend(candidate).check(spec, device)
+        except ValueError as error:
+            refused.append(f"not {candidate}: {error}")
+            continue
+        return candidate, "; ".join(refused) or "its kernels serve this model on this device"
+    raise AssertionError("torch_ref serves every spec")

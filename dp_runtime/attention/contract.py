@@ -1,57 +1,151 @@
 """What every eager attention call must satisfy; kernels themselves check none of it.
 
-Values (page ids, lengths, offsets) are checked once per slot when the metadata is built; here
-shapes and dtypes are compared at each call, without a device synchronisation.
+Values (page ids, lengths, offsets) are checked once per slot on the host when the metadata is
+built; here shapes, dtypes, strides and devices are compared, without a device synchronisation.
+Metadata and plans are frozen: the layer that first sees one checks it for all; q, k and v are
+compared at each call. With `check_device_values` device tensors are read back and compared too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dp_runtime.attention.paged import CacheSlots
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.batch import Int32, Int64
 from dp_runtime.errors import ContractViolation
 from dp_runtime.metadata import AttentionMetadata
+
+Comparison = tuple[str, object, object]  # what, as found, as due
+CALL = tuple(f"{name} {what}" for what in ("shape", "dtype", "device") for name in "qkv")
+
+
+@dataclass(eq=False)
+class SlotChecks:
+    """What the layers of a rank have found in order for the slot at hand."""
+
+    metadata: AttentionMetadata | None = None
+    call: tuple[object, ...] = ()  # due for q, k and v
+    plan: object = None
 
 
 @dataclass(frozen=True)
 class LayerContract:
-    """The shapes and dtypes that fit one layer's pool."""
+    """The calls that fit one layer's pool; the layers of a rank share `slot`."""
 
     layer: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, layer: int, num_heads: int, pool: Tensor) -> LayerContract:
-        """The contract of a pool [num_pages, 2, num_kv_heads, page_size, head_dim]."""
-        return cls(layer, num_heads, pool.shape[2], pool.shape[4], pool.dtype)
+    spec: AttentionSpec
+    device: torch.device
+    slot: SlotChecks = field(default_factory=SlotChecks)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
         """Compare a call with its metadata; ContractViolation names place, layer and numbers."""
-        rows, requests = metadata.num_tokens, metadata.batch_size
-        kv_shape = (rows, self.num_kv_heads, self.head_dim)
-        expected = (
-            ("q shape", tuple(q.shape), (rows, self.num_heads, self.head_dim)),
-            ("k shape", tuple(k.shape), kv_shape),
-            ("v shape", tuple(v.shape), kv_shape),
-            ("q dtype", q.dtype, self.dtype),
-            ("k dtype", k.dtype, self.dtype),
-            ("v dtype", v.dtype, self.dtype),
-            ("cu_seqlens_q rows", metadata.cu_seqlens_q.shape[0], requests + 1),
-            ("seq_lens rows", metadata.seq_lens.shape[0], requests),
-            ("page_table rows", metadata.page_table.shape[0], requests),
-            ("query_lens rows", len(metadata.query_lens_host), requests),
-        )
-        for what, found, due in expected:
-            self.same(what, found, due, metadata)
+        found = (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+        )  # fmt: skip
+        if metadata is self.slot.metadata and found == self.slot.call:
+            return
+        self.compare(metadata_comparisons(metadata, self.spec, self.device), metadata)
+        due = self._call(metadata)
+        self.compare(zip(CALL, found, due), metadata)
+        self.slot.metadata, self.slot.call = metadata, due
 
-    def same(self, what: str, found: object, due: object, metadata: AttentionMetadata) -> None:
-        if found != due:
-            raise ContractViolation(
-                f"{metadata.place}, layer {self.layer}: {what} is {found}, "
-                f"the metadata and the pool say {due}"
-            )
+    def compare(self, comparisons: Iterable[Comparison], metadata: AttentionMetadata) -> None:
+        for what, found, due in comparisons:
+            if found != due:
+                raise ContractViolation(
+                    f"{metadata.place}, layer {self.layer}: {what} is {_text(found)}, "
+                    f"the metadata and the pool say {_text(due)}"
+                )
+
+    def _call(self, metadata: AttentionMetadata) -> tuple[object, ...]:
+        spec, rows = self.spec, metadata.num_tokens
+        kv = (rows, spec.num_kv_heads, spec.head_dim)
+        shapes = ((rows, spec.num_heads, spec.head_dim), kv, kv)
+        return (*shapes, *[spec.dtype] * 3, *[self.device] * 3)
+
+
+def _text(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def metadata_comparisons(
+    metadata: AttentionMetadata, spec: AttentionSpec, device: torch.device
+) -> Iterable[Comparison]:
+    """Every device tensor of a metadata against its host mirrors, which say what is due."""
+    query_lens, seq_lens = metadata.query_lens_host, metadata.seq_lens_host
+    table = metadata.page_table_host
+    requests, rows = len(query_lens), int(query_lens.sum())
+    yield "seq_lens_host rows", len(seq_lens), requests
+    yield "page_table_host rows", len(table), requests
+    shapes = {
+        "cu_seqlens_q": ((requests + 1,), torch.int32),
+        "seq_lens": ((requests,), torch.int32),
+        "page_table": (table.shape, torch.int32),
+        "slot_mapping": ((rows,), torch.int64),
+    }
+    for name, (shape, dtype) in shapes.items():
+        yield from tensor_comparisons(name, getattr(metadata, name), shape, dtype, device)
+    if spec.check_device_values:
+        yield from value_comparisons("cu_seqlens_q", metadata.cu_seqlens_q, offsets(query_lens))
+        yield from value_comparisons("seq_lens", metadata.seq_lens, seq_lens)
+        yield from value_comparisons("page_table", metadata.page_table, table)
+        slots = slots_due(metadata, spec.page_size)
+        yield from value_comparisons("slot_mapping", metadata.slot_mapping, slots)
+
+
+def slots_comparisons(
+    slots: CacheSlots, metadata: AttentionMetadata, spec: AttentionSpec, device: torch.device
+) -> Iterable[Comparison]:
+    """Pages and offsets of appended rows."""
+    rows = (metadata.num_tokens,)
+    yield from tensor_comparisons("slots.pages", slots.pages, rows, torch.int64, device)
+    yield from tensor_comparisons("slots.offsets", slots.offsets, rows, torch.int64, device)
+    if spec.check_device_values:
+        due = slots_due(metadata, spec.page_size)
+        yield from value_comparisons("slots.pages", slots.pages, due // spec.page_size)
+        yield from value_comparisons("slots.offsets", slots.offsets, due % spec.page_size)
+
+
+def tensor_comparisons(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Iterable[Comparison]:
+    """Kernels take a pointer and these for granted."""
+    yield f"{name} shape", tuple(tensor.shape), shape
+    yield f"{name} dtype", tensor.dtype, dtype
+    yield f"{name} device", tensor.device, device
+    yield f"{name} contiguity", tensor.is_contiguous(), True
+
+
+def value_comparisons(name: str, tensor: Tensor, due: NDArray[Any]) -> Iterable[Comparison]:
+    """The first value that differs from its host mirror; waits for the device."""
+    found = tensor.cpu().numpy()
+    wrong = np.argwhere(found != due)
+    if len(wrong):
+        at = tuple(int(index) for index in wrong[0])
+        yield f"{name}[{', '.join(map(str, at))}] on the device", int(found[at]), int(due[at])
+
+
+def offsets(lengths: Int32) -> Int32:
+    """[n] lengths -> [n + 1] int32, where each begins and the last ends."""
+    result = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=result[1:])
+    return result
+
+
+def slots_due(metadata: AttentionMetadata, page_size: int) -> Int64:
+    """The cache slot of every row, from lengths and page table alone."""
+    query_lens, seq_lens = metadata.query_lens_host, metadata.seq_lens_host
+    owner = np.repeat(np.arange(len(query_lens)), query_lens)
+    first = seq_lens - query_lens - offsets(query_lens)[:-1]
+    positions = first[owner] + np.arange(len(owner))
+    pages = metadata.page_table_host[owner, positions // page_size].astype(np.int64)
+    slots: Int64 = pages * page_size + positions % page_size
+    return slots

@@ -2,75 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
-from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract
-from dp_runtime.attention.paged import append
+from dp_runtime.attention.contract import LayerContract, SlotChecks, slots_comparisons
+from dp_runtime.attention.paged import CacheSlots, append
+from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales, LayerBackends, Pools
+from dp_runtime.attention.support import check_flashinfer, check_native
 from dp_runtime.metadata import AttentionMetadata
 
 WORKSPACE_BYTES = 256 << 20
+# What flashinfer's two wrappers allocate beside it: 8 MiB of integers each, and KV lengths
+WRAPPER_BYTES = 2 * (8 << 20) + 4 * 32768
 
 
-class NativePlanner:
-    """Plans flashinfer's wrapper for a metadata once, for all layers that share the planner."""
+def check(spec: AttentionSpec, device: torch.device) -> None:
+    """ValueError naming the field, and the backend to use instead."""
+    check_flashinfer("flashinfer")
+    check_native(spec, torch.cuda.get_device_capability(device)[0])
 
-    def __init__(self, heads: LayerContract, pool: Tensor) -> None:
-        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=pool.device)
-        self._heads = heads
-        self._page_size = pool.shape[3]
-        self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
-        self._decode = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-        self._planned: AttentionMetadata | None = None
 
-    def run(self, q: Tensor, pool: Tensor, metadata: AttentionMetadata, out: Tensor) -> None:
-        decoding = bool((metadata.query_lens_host == 1).all())
-        if self._planned is not metadata:
-            (self._plan_decode if decoding else self._plan_prefill)(metadata)
-            self._planned = metadata
-        (self._decode if decoding else self._prefill).run(q, pool, out=out)
+def workspace_bytes(spec: AttentionSpec) -> int:
+    """One workspace that prefill and decode share, and what their wrappers add."""
+    return WORKSPACE_BYTES + WRAPPER_BYTES
 
-    def _plan_prefill(self, metadata: AttentionMetadata) -> None:
-        heads = self._heads
-        self._prefill.plan(
-            metadata.cu_seqlens_q,
-            *self._pages(metadata),
-            heads.num_heads,
-            heads.num_kv_heads,
-            heads.head_dim,
-            self._page_size,
-            causal=True,
-            q_data_type=heads.dtype,
-            kv_data_type=heads.dtype,
-        )
 
-    def _plan_decode(self, metadata: AttentionMetadata) -> None:
-        heads = self._heads
-        self._decode.plan(
-            *self._pages(metadata),
-            heads.num_heads,
-            heads.num_kv_heads,
-            heads.head_dim,
-            self._page_size,
-            q_data_type=heads.dtype,
-            kv_data_type=heads.dtype,
-        )
+def kernels(spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
+    """FA2 for decode, FA2 or FA3 for prefill."""
+    from dp_runtime.attention.native_wrappers import modules
 
-    def _pages(self, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
-        """indptr [requests + 1], page ids [pages in use], tokens in each last page; int32."""
-        size = self._page_size
-        counts = -(-metadata.seq_lens_host // size)
-        table = metadata.page_table_host
-        used = np.arange(table.shape[1]) < counts[:, None]
-        indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        last = (metadata.seq_lens_host - (counts - 1) * size).astype(np.int32)
-        device = metadata.seq_lens.device
-        indices, pointers, lengths = (torch.from_numpy(a) for a in (table[used], indptr, last))
-        return pointers.to(device), indices.to(device), lengths.to(device)
+    return modules(spec, device)
+
+
+def make(spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales]) -> LayerBackends:
+    """Backends of all layers, which share wrappers and workspace."""
+    from dp_runtime.attention.native_wrappers import NativePlanner
+
+    planner, slot = NativePlanner(spec, WORKSPACE_BYTES, pools[0].device), SlotChecks()
+
+    def layer_backend(layer: int) -> NativeAttention:
+        pool = pools[layer]
+        contract = LayerContract(layer, spec, pool.device, slot)
+        return NativeAttention(pool, scales[layer], contract, planner)
+
+    return layer_backend
+
+
+class Planner(Protocol):
+    """Plans once a slot and attends in every layer: flashinfer's wrappers, or a test's."""
+
+    def plan(self, metadata: AttentionMetadata) -> CacheSlots: ...
+
+    def run(
+        self, q: Tensor, pool: Tensor, scales: KvScales, metadata: AttentionMetadata, out: Tensor
+    ) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +67,20 @@ class NativeAttention:
     """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim]."""
 
     pool: Tensor
+    scales: KvScales
     contract: LayerContract
-    planner: NativePlanner
+    planner: Planner
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        self.contract.check(q, k, v, metadata)
-        out = torch.empty_like(q)
+        contract = self.contract
+        contract.check(q, k, v, metadata)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if metadata.num_tokens:
-            append(self.pool, k, v, metadata)
-            self.planner.run(q, self.pool, metadata, out)
+            slots = self.planner.plan(metadata)
+            if slots is not contract.slot.plan:
+                due = slots_comparisons(slots, metadata, contract.spec, contract.device)
+                contract.compare(due, metadata)
+                contract.slot.plan = slots
+            append(self.pool, slots, k, v, self.scales)
+            self.planner.run(q, self.pool, self.scales, metadata, out)
         return out

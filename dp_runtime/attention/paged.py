@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from dp_runtime.attention.spec import KvScales
 from dp_runtime.metadata import AttentionMetadata
 
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
 
-def append(pool: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
-    """k and v [rows, num_kv_heads, head_dim] go to where the metadata says.
+
+@dataclass(frozen=True, eq=False)
+class CacheSlots:
+    """Where a slot's new keys and values go; the same in every layer."""
+
+    pages: Tensor  # [rows] int64
+    offsets: Tensor  # [rows] int64
+
+    @classmethod
+    def of(cls, metadata: AttentionMetadata, page_size: int) -> CacheSlots:
+        return cls(metadata.slot_mapping // page_size, metadata.slot_mapping % page_size)
+
+
+def quantize(x: Tensor, scale: float) -> Tensor:
+    """x / scale as float8_e4m3fn; what lies beyond its range becomes its largest value."""
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def append(pool: Tensor, slots: CacheSlots, k: Tensor, v: Tensor, scales: KvScales) -> None:
+    """k and v [rows, num_kv_heads, head_dim] go to their slots, quantised if the pool is e4m3.
 
     pool [num_pages, 2, num_kv_heads, page_size, head_dim].
     """
-    pages, offsets = metadata.slot_mapping // pool.shape[3], metadata.slot_mapping % pool.shape[3]
-    pool[pages, 0, :, offsets] = k.to(pool.dtype)
-    pool[pages, 1, :, offsets] = v.to(pool.dtype)
+    if pool.dtype == E4M3:  # as bytes, which every device can scatter
+        stored = (pool, quantize(k, scales.k), quantize(v, scales.v))
+        pool, k, v = (tensor.view(torch.uint8) for tensor in stored)
+    pool[slots.pages, 0, :, slots.offsets] = k
+    pool[slots.pages, 1, :, slots.offsets] = v

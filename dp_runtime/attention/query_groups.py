@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dp_runtime.attention.paged import CacheSlots
 from dp_runtime.metadata import AttentionMetadata
 
 QUERY_BLOCK = 256  # most query rows in a piece: bounds masks, and skips keys no row may see
@@ -43,8 +44,7 @@ class QueryGroup:
 class QueryPlan:
     """Where a slot's new keys go, and the groups of its queries."""
 
-    pages: Tensor  # [rows] int64
-    offsets: Tensor  # [rows] int64
+    slots: CacheSlots
     groups: tuple[QueryGroup, ...]
 
 
@@ -62,12 +62,12 @@ class QueryPlanner:
         return self._last[1]
 
     def _build(self, metadata: AttentionMetadata) -> QueryPlan:
-        slots, size = metadata.slot_mapping, self._page_size
+        size = self._page_size
         groups = (
             build_group(members, metadata.page_table, self._num_kv_heads, size)
             for members in group_pieces(split_queries(metadata), size)
         )
-        return QueryPlan(slots // size, slots % size, tuple(groups))
+        return QueryPlan(CacheSlots.of(metadata, size), tuple(groups))
 
 
 def split_queries(metadata: AttentionMetadata) -> list[QueryPiece]:

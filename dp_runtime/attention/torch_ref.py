@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract
+from dp_runtime.attention.contract import LayerContract, SlotChecks, slots_comparisons
+from dp_runtime.attention.paged import append
 from dp_runtime.attention.query_groups import QueryGroup, QueryPlanner
+from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales, LayerBackends, Pools
 from dp_runtime.metadata import AttentionMetadata
+
+
+def check(spec: AttentionSpec, device: torch.device) -> None:
+    """Serves every spec on every device."""
+
+
+def workspace_bytes(spec: AttentionSpec) -> int:
+    """Allocates nothing that lasts."""
+    return 0
+
+
+def kernels(spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
+    """Compiles nothing."""
+    return ()
+
+
+def make(spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales]) -> LayerBackends:
+    """Backends of all layers, which share a planner."""
+    planner = QueryPlanner(spec.num_kv_heads, spec.page_size)
+    slot = SlotChecks()
+
+    def layer_backend(layer: int) -> TorchRefAttention:
+        pool = pools[layer]
+        contract = LayerContract(layer, spec, pool.device, slot)
+        return TorchRefAttention(pool, scales[layer], contract, planner)
+
+    return layer_backend
 
 
 @dataclass(frozen=True, eq=False)
 class TorchRefAttention:
     """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim].
 
-    Computes in float32. The layers of a model share a planner.
+    Computes in float32, over a cache in e4m3 too. The layers of a model share a planner.
     """
 
     pool: Tensor
+    scales: KvScales
     contract: LayerContract
     planner: QueryPlanner
 
@@ -30,8 +61,11 @@ class TorchRefAttention:
         if metadata.num_tokens == 0:
             return out
         plan = self.planner.plan(metadata)
-        self.pool[plan.pages, 0, :, plan.offsets] = k
-        self.pool[plan.pages, 1, :, plan.offsets] = v
+        if plan is not self.contract.slot.plan:
+            spec, device = self.contract.spec, self.contract.device
+            self.contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
+            self.contract.slot.plan = plan
+        append(self.pool, plan.slots, k, v, self.scales)
         for group in plan.groups:
             out[group.rows] = self._attend(q[group.rows], group).to(q.dtype)
         return out
@@ -56,8 +90,13 @@ class TorchRefAttention:
         Positions beyond a sequence become 0: they are masked, but 0 * NaN would be NaN.
         """
         page_size, head_dim = self.pool.shape[3:]
-        blocks = self.pool.view(-1, page_size * head_dim)
-        kv = blocks.index_select(0, group.blocks.flatten())
-        kv.view(-1, head_dim).index_fill_(0, group.beyond, 0.0)
-        kv = kv.view(*group.blocks.shape[:3], -1, head_dim)[..., : group.kv_len, :].float()
+        quantized = self.contract.spec.quantized
+        stored = self.pool.view(torch.uint8) if quantized else self.pool
+        kv = stored.view(-1, page_size * head_dim).index_select(0, group.blocks.flatten())
+        kv.view(-1, head_dim).index_fill_(0, group.beyond, 0)  # NOTE: zero is 0 in e4m3 too
+        kv = kv.view(*group.blocks.shape[:3], -1, head_dim)[..., : group.kv_len, :]
+        if quantized:
+            k, v = kv.view(self.pool.dtype).float()
+            return k * self.scales.k, v * self.scales.v
+        kv = kv.float()
         return kv[0], kv[1]

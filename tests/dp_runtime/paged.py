@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from dp_runtime.attention import AttentionSpec
 from dp_runtime.batch import LocalBatch
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
 
@@ -50,6 +52,15 @@ def paged_batch(
         seq_lens=seq_lens,
         page_table=table.copy(),
         sample_rows=np.arange(rows, dtype=np.int64),
+    )
+
+
+def spec_of(pool: torch.Tensor, num_heads: int, dtype: torch.dtype | None = None,
+            **changes: Any) -> AttentionSpec:  # fmt: skip
+    """What a pool [num_pages, 2, num_kv_heads, page_size, head_dim] and its queries ask for."""
+    _, _, num_kv_heads, page_size, head_dim = pool.shape
+    return AttentionSpec(
+        num_heads, num_kv_heads, head_dim, page_size, dtype or pool.dtype, pool.dtype, **changes
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dp_runtime.attention import AttentionSpec
 from dp_runtime.attention.kernel_groups import KernelPlanner, causal_mask
 from tests.dp_runtime.paged import metadata_of, paged_batch, random_page_table
 
@@ -22,13 +23,18 @@ requests = st.lists(
 )
 
 
+def spec(decode: set[int]) -> AttentionSpec:
+    dtype = torch.float32
+    return AttentionSpec(4, 2, 8, PAGE, dtype, dtype, decode_query_lens=frozenset(decode))
+
+
 @given(requests, st.sets(st.integers(1, 8), max_size=3))
 def test_groups_cover_every_row_once_with_the_numbers_of_their_requests(
     lengths: list[tuple[int, int]], decode: set[int]
 ) -> None:
     table, num_pages = random_page_table([s for _, s in lengths], PAGE, np.random.default_rng(0))
     metadata = metadata_of(paged_batch(lengths, table, PAGE), num_pages, PAGE)
-    groups = KernelPlanner(frozenset(decode)).plan(metadata)
+    groups = KernelPlanner(spec(decode)).plan(metadata).groups
     every_row = torch.arange(metadata.num_tokens)
     assert torch.cat([every_row[group.rows] for group in groups]).sort().values.equal(every_row)
     for group in groups:
@@ -45,7 +51,7 @@ def test_groups_cover_every_row_once_with_the_numbers_of_their_requests(
 def test_a_metadata_is_planned_once() -> None:
     table, num_pages = random_page_table([9], PAGE, np.random.default_rng(0))
     metadata = metadata_of(paged_batch([(1, 9)], table, PAGE), num_pages, PAGE)
-    planner = KernelPlanner(frozenset({1}))
+    planner = KernelPlanner(spec({1}))
     assert planner.plan(metadata) is planner.plan(metadata)
 
 
@@ -82,10 +88,12 @@ def parameters(module: str, function: str) -> set[str]:
 def test_the_adapter_uses_argument_names_that_flashinfer_has(module: str, function: str) -> None:
     import dp_runtime.attention as package
 
-    source = Path(inspect.getfile(package)).parent / "trtllm.py"
+    folder = Path(inspect.getfile(package)).parent
+    trees = [ast.parse((folder / f"{name}.py").read_text()) for name in ("sm90", "sm100")]
     calls = [
         node
-        for node in ast.walk(ast.parse(source.read_text()))
+        for tree in trees
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id == function

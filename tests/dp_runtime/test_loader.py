@@ -16,6 +16,7 @@ from dp_runtime.attention import make_backend
 from dp_runtime.loader import Checkpoint, CountedWeights, DummyWeights, WeightSource, open_weights
 from dp_runtime.models import Model, RankSharding, build_model, read_model_config
 from tests.checkpoints import tiny_checkpoint
+from tests.dp_runtime.paged import spec_of
 
 CPU = torch.device("cpu")
 NAME, SHAPE = "model.embed_tokens.weight", (199, 64)
@@ -47,7 +48,8 @@ def checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
 def build(path: Path, weights: WeightSource, sharding: RankSharding) -> Model:
     config = read_model_config(str(path))
     pool = torch.zeros(2, 2, config.num_kv_heads, 4, config.head_dim)
-    backends = make_backend("torch_ref", [pool] * config.num_layers, config.num_heads)
+    pools = [pool] * config.num_layers
+    backends = make_backend("torch_ref", spec_of(pool, config.num_heads), pools)
     return build_model(config, weights, sharding, backends)
 
 

@@ -17,7 +17,7 @@ from dp_runtime.loader import open_weights
 from dp_runtime.models import RankSharding, SlotInputs, build_model, read_model_config
 from dp_runtime.padding import PaddingMode, PaddingPlan
 from tests.checkpoints import oracle, tiny_checkpoint
-from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table
+from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table, spec_of
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 
 PAGE_SIZE, CAPACITY = 8, 96
@@ -73,7 +73,7 @@ class Rank:
             config,
             open_weights(str(path), load_format, 0, dtype, CPU),
             RankSharding(moe_sharding, collective.dp_rank, collective.dp_size),
-            make_backend("torch_ref", pools, config.num_heads),
+            make_backend("torch_ref", spec_of(pools[0], config.num_heads), pools),
         )
         self.lengths = [0] * num_sequences
 
