@@ -13,6 +13,9 @@ from tests.checkpoints import tiny_checkpoint
 from tests.product_cases import CHECKPOINTS
 from tests.reference import Reference
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:

@@ -41,10 +41,21 @@ class Attention:
         q_heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], q_heads + 2 * kv_heads, self.shape.head_dim)
         qk, v = qkv.tensor_split([q_heads + kv_heads], 1)
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        q, k = rotate(qk, cos_sin).tensor_split([q_heads], 1)
+        if qkv.is_cuda:
+            q, k = self._norm_and_rotate(qkv, cos_sin)
+        else:
+            qk = qk if self.qk_norm is None else self.qk_norm(qk)
+            q, k = rotate(qk, cos_sin).tensor_split([q_heads], 1)
         return self.output(self.backend(q, k, v, metadata).flatten(1))
+
+    def _norm_and_rotate(self, qkv: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
+        """Both in one kernel."""
+        from dp_runtime.layers.triton_norm import norm_and_rotate
+
+        weight = None if self.qk_norm is None else self.qk_norm.weight
+        eps = 0.0 if self.qk_norm is None else self.qk_norm.eps
+        shape = self.shape
+        return norm_and_rotate(qkv, shape.num_heads, shape.num_kv_heads, weight, eps, *cos_sin)
 
     def activation_bytes(self, rows: int) -> int:
         """Most bytes a call allocates at once, its result included.

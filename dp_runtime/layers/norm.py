@@ -23,6 +23,16 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum; on a GPU `residual` is overwritten with it."""
+        if x.is_cuda:
+            from dp_runtime.layers.triton_norm import add_rms_norm
+
+            normed = add_rms_norm(x, residual, self.weight, self.eps)
+            return normed, x if residual is None else residual
+        total = x if residual is None else residual + x
+        return self(total), total
+
     def activation_bytes(self, rows: int) -> int:
         """Most bytes a call allocates at once: two in float32, its argument's and the quotient."""
         return rows * self.weight.numel() * 8

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dp_runtime.layers.moe import RankSharding, RowExchange
+from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.loader import WeightSource
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.models.causal_lm import SlotInputs
@@ -57,9 +58,10 @@ def build_model(
     weights: WeightSource,
     sharding: RankSharding,
     attention: Callable[[int], AttentionBackend],
+    moe_backend: str = "torch",
 ) -> Model:
     """Load one rank's part of a model; `attention(layer)` is the backend of that layer."""
     model: Model = architecture_module(config.architecture).build(
-        config, weights, sharding, attention
+        config, weights, sharding, attention, make_moe_kernels(moe_backend)
     )
     return model

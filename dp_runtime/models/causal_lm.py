@@ -39,13 +39,20 @@ class DecoderLayer:
     mlp: MoeStage | DenseMLP
 
     def __call__(
-        self, x: Tensor, cos_sin: CosSin, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Tensor:
-        x = x + self.attention(self.input_norm(x), cos_sin, metadata)
-        normed = self.post_attention_norm(x)
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos_sin: CosSin,
+        metadata: AttentionMetadata,
+        exchange: RowExchange,
+    ) -> tuple[Tensor, Tensor]:
+        """What this layer adds to the residual, and the residual it is to be added to."""
+        normed, residual = self.input_norm.add(x, residual)
+        attended = self.attention(normed, cos_sin, metadata)
+        normed, residual = self.post_attention_norm.add(attended, residual)
         if isinstance(self.mlp, MoeStage):
-            return x + self.mlp(normed, exchange)
-        return x + self.mlp(normed)
+            return self.mlp(normed, exchange), residual
+        return self.mlp(normed), residual
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Most bytes a call allocates at once, its result included."""
@@ -99,9 +106,10 @@ class CausalLM:
         if inputs.embed_rows.shape[0]:
             x[inputs.embed_rows] = inputs.embeds.to(x.dtype)
         cos_sin = self.rotary(inputs.positions, x.dtype)
+        residual: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, cos_sin, metadata, exchange)
-        return x
+            x, residual = layer(x, residual, cos_sin, metadata, exchange)
+        return x if residual is None else residual + x
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.norm(hidden)).float()

@@ -8,6 +8,7 @@ from dp_runtime.layers.experts import ExpertNames, Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
 from dp_runtime.layers.moe import MoeStage, RankSharding, Router
+from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.loader import WeightSource
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig, parse_head_dim
@@ -68,6 +69,7 @@ def build(
     weights: WeightSource,
     sharding: RankSharding,
     attention: Callable[[int], AttentionBackend],
+    moe: MoeKernels,
 ) -> CausalLM:
     hidden, intermediate = config.hidden_size, config.moe_intermediate_size
     shard = sharding.shard(config.num_experts, intermediate)
@@ -80,6 +82,7 @@ def build(
         return MoeStage(
             Router(gate, config.num_experts_per_tok, config.norm_topk_prob),
             Experts.load(weights, f"{name}.experts", EXPERT_NAMES, shard, hidden, intermediate),
+            moe,
         )
 
     return CausalLM.load(config, weights, attention, mlp)

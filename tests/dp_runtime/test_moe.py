@@ -13,6 +13,7 @@ from torch import Tensor
 from dp_runtime.layers.experts import ExpertNames, Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import ExpertShard, MoeStage, RankSharding, Router, RowExchange
+from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.loader import DummyWeights
 from dp_runtime.padding import PaddingMode, PaddingPlan
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
@@ -40,7 +41,7 @@ def build_stage(
     shard = sharding.shard(num_experts, intermediate)
     gate = Linear.load(weights, {"gate": num_experts}, HIDDEN)
     experts = Experts.load(weights, "experts", NAMES, shard, HIDDEN, intermediate)
-    return MoeStage(Router(gate, TOP_K, renormalize), experts)
+    return MoeStage(Router(gate, TOP_K, renormalize), experts, TorchMoe())
 
 
 def dense(rows: Tensor, num_experts: int, intermediate: int, renormalize: bool = True) -> Tensor:

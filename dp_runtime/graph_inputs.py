@@ -1,0 +1,148 @@
+"""GraphInputs: what captured graphs read, written in place by one copy before each replay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.batch import Int32, LocalBatch
+from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.models import SlotInputs
+
+ALIGNED_WORDS = 32  # 128 bytes: kernels may load fields in wide words
+HOST_BUFFERS = 3  # a copy may still be under way when the next steps are written
+
+
+@dataclass(frozen=True, eq=False)
+class _HostBuffer:
+    """Pinned memory of one step's inputs, and when its copy was done."""
+
+    words: Tensor  # [words] int32, pinned
+    fields: dict[str, Int32]
+    copied: torch.cuda.Event
+
+
+class GraphInputs:
+    """One rank's graph inputs; they never leave their graphs.
+
+    All integers lie in one int32 tensor on the device, and in one pinned buffer on the host.
+    """
+
+    def __init__(self, rows: int, table_pages: int, dp_size: int, device: torch.device) -> None:
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_ids": (rows,),
+            "token_sources": (rows,),
+            "positions": (rows,),
+            "slot_mapping": (rows,),
+            "seq_lens": (rows,),
+            "layout": (2, dp_size),
+            "page_table": (rows, table_pages),
+        }
+        words = sum(_room(shape) for shape in shapes.values())
+        self._words = torch.zeros(words, dtype=torch.int32, device=device)
+        fields = _split(self._words, shapes)
+        self.token_ids, self.token_sources = fields["token_ids"], fields["token_sources"]
+        self.positions, self.slot_mapping = fields["positions"], fields["slot_mapping"]
+        self.seq_lens, self.layout = fields["seq_lens"], fields["layout"]
+        self.page_table = fields["page_table"]
+        self.cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._last_sampled = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
+        self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._no_embeds = torch.zeros(0, 0, device=device)
+        self._buffers = [_host_buffer(words, shapes) for _ in range(HOST_BUFFERS)]
+        self._turn = 0
+
+    def slot_inputs(self, rows: int) -> SlotInputs:
+        """The model's inputs as a graph computes them: pending tokens come from the device."""
+        sources = self.token_sources[:rows]
+        sampled = self._last_sampled[sources.clamp(min=0)]
+        token_ids = torch.where(sources >= 0, sampled, self.token_ids[:rows])
+        return SlotInputs(token_ids, self.positions[:rows], self._no_rows, self._no_embeds)
+
+    def owns(self, metadata: AttentionMetadata) -> bool:
+        """Whether a graph's metadata still lies in these very buffers."""
+        pairs = (
+            (metadata.cu_seqlens_q, self.cu_seqlens_q),
+            (metadata.seq_lens, self.seq_lens),
+            (metadata.page_table, self.page_table),
+            (metadata.slot_mapping, self.slot_mapping),
+        )
+        return all(one.data_ptr() == other.data_ptr() or not one.numel() for one, other in pairs)
+
+    def write(
+        self,
+        batch: LocalBatch,
+        own_rows: int,
+        real_rows: tuple[int, ...],
+        gathered_rows: int,
+        last_sampled: Tensor,
+    ) -> None:
+        """Bring a batch to the device, with null rows up to own_rows."""
+        buffer = self._next_buffer()
+        rows, pages = batch.page_table.shape
+        into = buffer.fields
+        for name in ("token_ids", "token_sources", "positions", "slot_mapping", "seq_lens"):
+            into[name][:rows] = getattr(batch, name)
+        into["page_table"][:rows, :pages] = batch.page_table
+        into["page_table"][:rows, pages:] = 0
+        _write_null_rows(into, rows, own_rows)
+        _write_layout(into, real_rows, gathered_rows)
+        self._copy(buffer)
+        count = min(len(last_sampled), len(self._last_sampled))
+        self._last_sampled[:count].copy_(last_sampled[:count])
+
+    def write_null(self, own_rows: int, gathered_rows: int) -> None:
+        """Null rows only, and no real row on any rank: what graphs are captured over."""
+        buffer = self._next_buffer()
+        _write_null_rows(buffer.fields, 0, own_rows)
+        _write_layout(buffer.fields, (0,) * self.layout.shape[1], gathered_rows)
+        self._copy(buffer)
+
+    def _next_buffer(self) -> _HostBuffer:
+        self._turn = (self._turn + 1) % HOST_BUFFERS
+        buffer = self._buffers[self._turn]
+        buffer.copied.synchronize()
+        return buffer
+
+    def _copy(self, buffer: _HostBuffer) -> None:
+        self._words.copy_(buffer.words, non_blocking=True)
+        buffer.copied.record()
+
+
+def _write_null_rows(into: dict[str, Int32], start: int, stop: int) -> None:
+    """Valid sequences of one token on the null page, which belongs to no request."""
+    null = slice(start, stop)
+    for name in ("token_ids", "positions", "slot_mapping"):
+        into[name][null] = 0
+    into["token_sources"][null] = -1
+    into["seq_lens"][null] = 1
+    into["page_table"][null] = 0
+
+
+def _write_layout(into: dict[str, Int32], real_rows: tuple[int, ...], gathered_rows: int) -> None:
+    """Where each rank's rows begin among the gathered ones, and how many are real."""
+    into["layout"][0] = np.arange(len(real_rows)) * gathered_rows
+    into["layout"][1] = real_rows
+
+
+def _host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> _HostBuffer:
+    pinned = torch.zeros(words, dtype=torch.int32, pin_memory=True)
+    fields = {name: part.numpy() for name, part in _split(pinned, shapes).items()}
+    return _HostBuffer(pinned, fields, torch.cuda.Event())  # type: ignore[no-untyped-call]
+
+
+def _split(words: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    parts = torch.split_with_sizes(words, [_room(shape) for shape in shapes.values()])
+    return {
+        name: part[: math.prod(shape)].view(shape)
+        for part, (name, shape) in zip(parts, shapes.items())
+    }
+
+
+def _room(shape: tuple[int, ...]) -> int:
+    """Words for a field, so that the next one begins aligned."""
+    return -(-math.prod(shape) // ALIGNED_WORDS) * ALIGNED_WORDS

@@ -1,0 +1,177 @@
+"""CUDA graphs of a slot's decode forward, each captured at the rank's own number of rows.
+
+Attention, projections and norms run at the rank's own rows; only the MoE stage has the gathered
+rows, and it reads the real counts on the device. Null rows between the real rows and a graph's own
+rows are valid sequences of one token on the null page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.batch import LocalBatch
+from dp_runtime.errors import ContractViolation
+from dp_runtime.graph_inputs import GraphInputs
+from dp_runtime.layers.moe import RowExchange
+from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
+from dp_runtime.models import Model
+from dp_runtime.padding import PaddingPlan
+from dp_runtime.protocols import RowCollective
+
+OWN_STEP = 16  # above it, own rows are captured in multiples of it
+LEAST_GATHERED = 16
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """The sizes a graph is captured at."""
+
+    own_rows: int
+    gathered_rows: int  # of every rank
+
+
+@dataclass(frozen=True)
+class GraphBuckets:
+    """Sizes for which there are graphs, up to `most` rows; the same on all ranks."""
+
+    most: int
+
+    def gathered(self, rows: int) -> int:
+        """The gathered rows of every rank where the largest rank has `rows`."""
+        bucket = LEAST_GATHERED
+        while bucket < rows:
+            bucket *= 4
+        return min(bucket, max(self.most, LEAST_GATHERED))
+
+    def own(self, rows: int) -> int:
+        """The own rows of the graph that serves `rows`."""
+        assert 0 <= rows <= self.most, f"{rows} rows, graphs go to {self.most}"
+        if rows <= 2:
+            return rows
+        if rows <= OWN_STEP:
+            return min(1 << (rows - 1).bit_length(), self.most)
+        return min(-(-rows // OWN_STEP) * OWN_STEP, self.most)
+
+    def keys(self) -> tuple[GraphKey, ...]:
+        """Every key that a step may need, the largest first: the others fit its memory."""
+        found = {
+            GraphKey(self.own(own), self.gathered(largest))
+            for largest in range(self.most, 0, -1)
+            for own in range(largest + 1)
+        }
+        return tuple(sorted(found, key=lambda k: (k.gathered_rows, k.own_rows), reverse=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    hidden: Tensor  # [own_rows, hidden]
+    metadata: AttentionMetadata
+
+
+class DecodeGraphs:
+    """Captures and replays the decode forward of one model; all ranks capture together.
+
+    `capture` must run on all ranks at the same time, for it warms up with real collectives.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pages: PageGeometry,
+        table_pages: int,
+        collective: RowCollective,
+        buckets: GraphBuckets,
+        device: torch.device,
+    ) -> None:
+        self.buckets = buckets
+        self.seconds = 0.0  # that capturing took
+        self._model = model
+        self._pages = pages
+        self._collective = collective
+        self._inputs = GraphInputs(buckets.most, table_pages, collective.dp_size, device)
+        self._graphs: dict[GraphKey, _Captured] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def covers(self, batch: LocalBatch) -> bool:
+        """Whether a batch can be replayed: one token a request, sampled from, none embedded."""
+        rows = batch.num_tokens
+        return (
+            rows == batch.num_requests == len(batch.sample_rows)
+            and rows <= self.buckets.most
+            and not len(batch.embed_rows)
+        )
+
+    def capture(self, on_captured: Callable[[int, int], None]) -> None:
+        """Capture every key; `on_captured` hears how many of how many are done."""
+        started = monotonic()
+        keys = self.buckets.keys()
+        memory = torch.cuda.graph_pool_handle()
+        for done, key in enumerate(keys, 1):
+            self._graphs[key] = self._capture(key, memory)
+            on_captured(done, len(keys))
+        self.seconds = monotonic() - started
+
+    def replay(
+        self, batch: LocalBatch, real_rows: tuple[int, ...], last_sampled: Tensor, place: Place
+    ) -> Tensor:
+        """Run a covered batch, [rows, hidden]; valid until the next replay.
+
+        real_rows: of every rank; last_sampled: the tokens that the batch's token_sources index.
+        """
+        check_values(batch, self._pages, place)
+        own = self.buckets.own(batch.num_tokens)
+        key = GraphKey(own, self.buckets.gathered(max(real_rows)))
+        captured = self._graphs.get(key)
+        if captured is None or not self._inputs.owns(captured.metadata):
+            raise ContractViolation(f"{place}: no graph of {key} over these inputs")
+        self._inputs.write(batch, own, real_rows, key.gathered_rows, last_sampled)
+        captured.graph.replay()
+        return captured.hidden[: batch.num_tokens]
+
+    def _capture(self, key: GraphKey, memory: Any) -> _Captured:
+        inputs = self._inputs
+        real = tuple(
+            key.own_rows if rank == self._collective.dp_rank else key.gathered_rows
+            for rank in range(self._collective.dp_size)
+        )
+        gathered = (key.gathered_rows,) * self._collective.dp_size
+        plan = PaddingPlan(self._collective.dp_rank, real, gathered)
+        exchange = RowExchange(plan, self._collective, False, inputs.layout)
+        metadata = self._metadata(key.own_rows)
+        inputs.write_null(key.own_rows, key.gathered_rows)
+
+        def forward() -> Tensor:
+            slot_inputs = inputs.slot_inputs(key.own_rows)
+            return self._model.forward(slot_inputs, metadata, exchange)
+
+        forward()  # compiles, plans and connects: none of it may happen while capturing
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            hidden = forward()
+        return _Captured(graph, hidden, metadata)
+
+    def _metadata(self, rows: int) -> AttentionMetadata:
+        """Metadata over the graph's inputs; its mirrors hold the bounds that kernels may assume."""
+        inputs = self._inputs
+        longest = inputs.page_table.shape[1] * self._pages.page_size
+        return AttentionMetadata(
+            cu_seqlens_q=inputs.cu_seqlens_q[: rows + 1],
+            seq_lens=inputs.seq_lens[:rows],
+            page_table=inputs.page_table[:rows],
+            slot_mapping=inputs.slot_mapping[:rows],
+            query_lens_host=np.ones(rows, np.int32),
+            seq_lens_host=np.full(rows, longest, np.int32),
+            page_table_host=np.zeros((rows, inputs.page_table.shape[1]), np.int32),
+            place=Place(self._collective.dp_rank, -1, "captured decode"),
+        )

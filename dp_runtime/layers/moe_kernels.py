@@ -1,0 +1,148 @@
+"""What runs a rank's experts over gathered rows: plain torch anywhere, Triton on a GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dp_runtime.errors import require
+from dp_runtime.layers.experts import Experts
+from dp_runtime.layers.router import Router
+from dp_runtime.padding import PaddingPlan
+
+MOE_BACKENDS = ("torch", "triton")
+
+
+class MoeKernels(Protocol):
+    """Routes gathered rows, and runs this rank's experts over those of them that are real."""
+
+    def partial_sums(
+        self,
+        gathered: Tensor,
+        plan: PaddingPlan,
+        layout: Tensor | None,
+        router: Router,
+        experts: Experts,
+    ) -> Tensor:
+        """This rank's experts' share of every real row, 0 in padded rows, [gathered, hidden].
+
+        layout [2, dp_size] int32: where each rank's rows begin, and how many are real, if they are
+        known on the device only; else the plan says it.
+        """
+
+    def activation_bytes(
+        self, gathered_rows: int, padded: bool, router: Router, experts: Experts
+    ) -> int:
+        """Most bytes a call allocates at once, its result included.
+
+        padded: some gathered rows are not real.
+        """
+
+
+class TorchMoe:
+    """Copies the real rows out, runs them through grouped products, and copies the sums back."""
+
+    def partial_sums(
+        self,
+        gathered: Tensor,
+        plan: PaddingPlan,
+        layout: Tensor | None,
+        router: Router,
+        experts: Experts,
+    ) -> Tensor:
+        assert layout is None, "these kernels read the real rows from the plan"
+        if plan.real_index is None:
+            return experts(gathered, *reversed(router(gathered)))
+        real = plan.real_index.to(gathered.device)
+        rows = gathered[real]
+        sums = experts(rows, *reversed(router(rows)))
+        return torch.zeros_like(gathered).index_copy_(0, real, sums)
+
+    def activation_bytes(
+        self, gathered_rows: int, padded: bool, router: Router, experts: Experts
+    ) -> int:
+        row = experts.down.shape[1] * experts.down.dtype.itemsize
+        copied = gathered_rows * row if padded else 0
+        routed = gathered_rows * router.top_k * (4 + 8)
+        run = max(
+            router.activation_bytes(gathered_rows),
+            routed + experts.activation_bytes(gathered_rows, router.top_k),
+        )
+        return max(copied + run, gathered_rows * row + copied)
+
+
+class TritonMoe:
+    """Kernels that skip padded rows where they lie; nothing is read back to the host.
+
+    The layers of a model share one, and with it the layout of a slot.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[PaddingPlan, Tensor] | None = None
+
+    def partial_sums(
+        self,
+        gathered: Tensor,
+        plan: PaddingPlan,
+        layout: Tensor | None,
+        router: Router,
+        experts: Experts,
+    ) -> Tensor:
+        from dp_runtime.layers.expert_tiles import choose_tiles
+        from dp_runtime.layers.triton_experts import route, run_experts
+
+        if layout is None:
+            layout = self._layout(plan, gathered.device)
+        num_local, _, intermediate = experts.down.shape
+        num_experts = router.gate.weight.shape[0]
+        routing = route(
+            router.gate(gathered),
+            layout,
+            router.top_k,
+            router.renormalize,
+            experts.first_expert,
+            num_local,
+        )
+        tiles = choose_tiles(gathered.shape[0], router.top_k, num_experts, intermediate)
+        return run_experts(gathered, experts.gate_up, experts.down, routing, tiles)
+
+    def activation_bytes(
+        self, gathered_rows: int, padded: bool, router: Router, experts: Experts
+    ) -> int:
+        num_local, hidden, intermediate = experts.down.shape
+        size, pairs = experts.down.dtype.itemsize, gathered_rows * router.top_k
+        logits = router.gate.activation_bytes(gathered_rows)
+        routing = pairs * (4 + 4) + gathered_rows * num_local * 4
+        products = pairs * (intermediate + hidden) * size + gathered_rows * hidden * size
+        return routing + max(logits, products)
+
+    def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
+        if self._last is None or self._last[0] is not plan:
+            gathered = plan.gathered_rows
+            starts = [sum(gathered[:rank]) for rank in range(len(gathered))]
+            host = torch.tensor([starts, plan.real_rows], dtype=torch.int32)
+            if device.type == "cuda":
+                host = host.pin_memory()
+            self._last = (plan, host.to(device, non_blocking=True))
+        return self._last[1]
+
+
+def choose_moe_backend(name: str, device: torch.device) -> tuple[str, str]:
+    """Resolve "auto" for a device: the kernels' name, and why they were chosen."""
+    if device.type == "cpu":
+        ok = name in ("auto", "torch")
+        require(ok, "moe_backend", name, "auto or torch on device cpu")
+        return "torch", "the only kernels for device cpu"
+    if name != "auto":
+        return name, "chosen in the configuration"
+    if find_spec("triton") is None:
+        return "torch", "triton is not installed"
+    return "triton", "the fastest measured on this kind of device"
+
+
+def make_moe_kernels(name: str) -> MoeKernels:
+    """The kernels of a resolved name, one for all layers of a model."""
+    return TritonMoe() if name == "triton" else TorchMoe()

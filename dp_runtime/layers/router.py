@@ -1,0 +1,32 @@
+"""Router: which experts a row goes to, and with what weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dp_runtime.layers.linear import Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """Softmax over all experts in float32, then the top k, replicated on every rank."""
+
+    gate: Linear
+    top_k: int
+    renormalize: bool
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [n, hidden] -> weights [n, k] float32 and expert ids [n, k] int64."""
+        weights, ids = self.gate(rows).softmax(-1, dtype=torch.float32).topk(self.top_k, -1)
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, ids
+
+    def activation_bytes(self, rows: int) -> int:
+        """Most bytes a call allocates at once, its result included."""
+        logits = self.gate.activation_bytes(rows)
+        probabilities = rows * self.gate.weight.shape[0] * 4
+        return probabilities + max(logits, rows * self.top_k * (4 + 8 + 4))
