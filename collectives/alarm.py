@@ -1,4 +1,4 @@
-"""A line between ranks that carries one thing, an abort, whatever state the backend is in.
+"""A line between ranks for an abort and for the orderly end, whatever state the backend is in.
 
 Every rank holds a TCP connection to every other. A store that one rank hosts would not do: with
 that rank stopped, nobody could read the alarm.
@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import Store
 
 _REASON_BYTES = 512
 _TOKEN_BYTES = 16
+_LEAVING = ""  # sent in place of a reason
 
 
 def own_address(init_method: str) -> str:
@@ -51,6 +52,7 @@ class AlarmLine:
         on_alarm: Callable[[str], None],
     ) -> None:
         self._on_alarm = on_alarm
+        self._all_left = threading.Event()
         self._peers = _connect_all(store, dp_rank, dp_size, address, timeout_s)
         self._quit, self._quit_seen = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="alarm-line", daemon=True)
@@ -63,6 +65,14 @@ class AlarmLine:
             with suppress(OSError):
                 peer.sendall(message)
 
+    def leave(self, timeout_s: float) -> None:
+        """Tell every peer that this rank is done; return once all are or are gone.
+
+        After timeout_s at the latest: a peer may be stopped.
+        """
+        self.sound(_LEAVING)
+        self._all_left.wait(timeout_s)
+
     def close(self) -> None:
         """End the watch and the connections; not from on_alarm."""
         self._quit.close()
@@ -71,19 +81,25 @@ class AlarmLine:
             end.close()
 
     def _watch(self) -> None:
+        staying = set(self._peers)
         with selectors.DefaultSelector() as selector:
             for end in (*self._peers, self._quit_seen):
                 selector.register(end, selectors.EVENT_READ)
             while True:
+                if not staying:
+                    self._all_left.set()
                 for key, _ in selector.select():
                     if key.fileobj is self._quit_seen:
                         return
                     peer = key.fileobj
                     assert isinstance(peer, socket.socket)
                     message = _receive(peer, _REASON_BYTES)
-                    if message:
-                        self._on_alarm(message.rstrip(b"\0").decode(errors="replace"))
-                    else:  # the peer has closed its group, or is gone
+                    reason = message.rstrip(b"\0").decode(errors="replace")
+                    if reason != _LEAVING:
+                        self._on_alarm(reason)
+                        continue
+                    staying.discard(peer)
+                    if not message:  # the peer has closed its group, or is gone
                         selector.unregister(peer)
 
 

@@ -156,6 +156,10 @@ class InProcessCollective:
         """Return once all ranks have called it."""
         self._meet(None, "barrier")
 
+    def check(self) -> None:
+        """Raise CollectiveAborted if this rank can not meet any more."""
+        self._meeting.check(self.dp_rank)
+
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
         self._group.abort(self.dp_rank, reason)

@@ -64,6 +64,14 @@ class SharedMemoryGroup:
         self.collective = SharedMemoryCollective(self, rows, dp_rank, dp_size, area_bytes)
         self.board = SharedMemoryBoard(self, board, dp_rank, dp_size)
 
+    def check(self) -> None:
+        """Raise CollectiveAborted if a rank has aborted, or this one has closed its end."""
+        with self._lock:
+            if self._closed:
+                raise CollectiveAborted(CLOSED)
+            for channel in self._channels:
+                channel.check()
+
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank; the first reason that a rank gives stays."""
         with self._lock:
@@ -100,7 +108,9 @@ class SharedMemoryGroup:
 class SharedMemoryCollective:
     """RowCollective over the areas of a SharedMemoryGroup.
 
-    Sums are taken in rank order, in float32 for half types: the same bits on each run.
+    Sums are taken in rank order, in float32 for half types: the same bits on each run. Rows of a
+    GPU are copied to the host and back, each copy waiting for the device: this lets more ranks
+    than GPUs work together, and is not made for speed.
     """
 
     def __init__(
@@ -128,6 +138,8 @@ class SharedMemoryCollective:
     def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
         """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
         check_gather(rows, counts, self.dp_rank, self.dp_size)
+        if rows.is_cuda:
+            return self.gather_rows(rows.cpu(), counts).to(rows.device)
         out = rows.new_empty(sum(counts), *rows.shape[1:])
         sizes = [count * rows.shape[1:].numel() for count in counts]
         own, parts = rows.reshape(-1), split(out.view(-1), sizes)
@@ -150,6 +162,8 @@ class SharedMemoryCollective:
     def reduce_scatter_rows(self, rows: Tensor, counts: Counts) -> Tensor:
         """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
         check_reduce_scatter(rows, counts, self.dp_size)
+        if rows.is_cuda:
+            return self.reduce_scatter_rows(rows.cpu(), counts).to(rows.device)
         out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
         sizes = [count * rows.shape[1:].numel() for count in counts]
         parts, own = split(rows.reshape(-1), sizes), out.view(-1)
@@ -173,6 +187,10 @@ class SharedMemoryCollective:
         with self._channel.in_use:
             self._channel.begin()
             self._channel.finish("barrier")
+
+    def check(self) -> None:
+        """Raise CollectiveAborted if this group can not be used any more."""
+        self._group.check()
 
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""

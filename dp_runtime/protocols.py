@@ -43,6 +43,13 @@ class RowCollective(Protocol):
     def barrier(self) -> None:
         """Return once all ranks have called it."""
 
+    def check(self) -> None:
+        """Raise CollectiveTimeout or CollectiveAborted if the collective has failed.
+
+        Rows may still move after a call has returned (on a GPU): once the host has waited for
+        what was computed from them, this tells whether it is worth anything.
+        """
+
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
 

@@ -244,6 +244,7 @@ class StepLoop:
         at = perf_counter()
         token_ids, logprobs = step.sampled.to_host()
         tokens = StepTokens(token_ids, logprobs, [score.to_host() for score in step.scores])
+        self.coordinator.collective.check()  # else an abort may have ended the step's kernels
         progress = self.scheduler.commit(step.scheduled, tokens)
         for item in progress:
             if item.finish_reason:
