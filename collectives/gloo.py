@@ -56,6 +56,9 @@ class GlooRows:
         self._run("reduce_scatter_rows", lambda gloo: gloo.allreduce(total))
         out.copy_(split(total, counts)[self._rank])
 
+    def watch(self, what: str) -> None:
+        """Nothing to bound: the host waits for every operation itself."""
+
     def _run(self, what: str, start: Callable[[Any], Any]) -> None:
         self._group.run(what, "control", start)
 

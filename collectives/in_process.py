@@ -156,6 +156,9 @@ class InProcessCollective:
         """Return once all ranks have called it."""
         self._meet(None, "barrier")
 
+    def watch(self, what: str) -> None:
+        """Nothing to bound: the host waits for every call."""
+
     def check(self) -> None:
         """Raise CollectiveAborted if this rank can not meet any more."""
         self._meeting.check(self.dp_rank)

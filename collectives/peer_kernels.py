@@ -2,23 +2,22 @@
 
 Program b of a rank writes its share into every peer, then raises flag (b, rank) there, and waits
 for the flags that the peers' programs b raise here. A flag holds the number of the call, which the
-device counts by itself: a captured graph can be replayed. A wait ends early once `stop` is set,
-and after timeout_ns, which sets `stop` and tells the host.
+device counts by itself: a captured graph can be replayed. A wait ends early once the host sets
+`stop`; what it waited for is not there then.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer
 
 MAX_BLOCKS = 128
-POLLS_PER_LOOK: tl.constexpr = tl.constexpr(64)  # flag reads between looks at `stop` and clock
+POLLS_PER_LOOK: tl.constexpr = tl.constexpr(64)  # flag reads between looks at `stop`
 
 
 @triton.jit
 def _raise_and_wait(
-    flags, own_flags, calls, stop, failed, rank, timeout_ns, SIZE: tl.constexpr
+    flags, own_flags, calls, stop, rank, SIZE: tl.constexpr
 ):  # fmt: skip
     block = tl.program_id(0)
     call = tl.load(calls + block) + 1
@@ -27,7 +26,6 @@ def _raise_and_wait(
         peer = (rank + i) % SIZE
         flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + block * SIZE + rank
         tl.atomic_xchg(flag, call, sem="release", scope="sys")
-    start = globaltimer()
     for i in tl.static_range(1, SIZE):
         flag = own_flags + block * SIZE + (rank + i) % SIZE
         seen = tl.load(flag, volatile=True)
@@ -36,9 +34,6 @@ def _raise_and_wait(
             seen = tl.load(flag, volatile=True)
             polls += 1
             if polls % POLLS_PER_LOOK == 0:
-                if globaltimer() - start > timeout_ns:
-                    tl.atomic_xchg(stop, 1, sem="relaxed", scope="gpu")
-                    tl.store(failed, 1)
                 if tl.load(stop, volatile=True) != 0:
                     seen = call
         tl.atomic_add(flag, 0, sem="acquire", scope="sys")
@@ -46,9 +41,9 @@ def _raise_and_wait(
     tl.store(calls + block, call)
 
 
-@triton.jit(do_not_specialize=["timeout_ns"])
+@triton.jit
 def gather_kernel(
-    own, starts, row_words, buffers, flags, own_flags, calls, stop, failed, rank, timeout_ns,
+    own, starts, row_words, buffers, flags, own_flags, calls, stop, rank,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Own rows, as 32-bit words, go to their place in every rank's gathered rows."""
@@ -63,13 +58,13 @@ def gather_kernel(
             into = tl.load(buffers + (rank + i) % SIZE).to(tl.pointer_type(tl.int32))
             tl.store(tl.multiple_of(into, 16) + first + index, value, mask=inside)
         at += tl.num_programs(0).to(tl.int64) * BLOCK
-    _raise_and_wait(flags, own_flags, calls, stop, failed, rank, timeout_ns, SIZE)
+    _raise_and_wait(flags, own_flags, calls, stop, rank, SIZE)
 
 
-@triton.jit(do_not_specialize=["timeout_ns"])
+@triton.jit
 def reduce_scatter_kernel(
     partial, out, starts, row_size, slot_size, own_buffer, buffers, flags, own_flags, calls, stop,
-    failed, rank, timeout_ns, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    rank, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each peer's rows go to slot `rank` of its buffer; then the own rows are summed in order."""
     block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
@@ -85,7 +80,7 @@ def reduce_scatter_kernel(
             value = tl.load(partial + first + index, mask=index < size)
             tl.store(into + index, value, mask=index < size)
             at += blocks * BLOCK
-    _raise_and_wait(flags, own_flags, calls, stop, failed, rank, timeout_ns, SIZE)
+    _raise_and_wait(flags, own_flags, calls, stop, rank, SIZE)
     first = tl.load(starts + rank).to(tl.int64) * row_size
     size = tl.load(starts + rank + 1).to(tl.int64) * row_size - first
     at = block * BLOCK

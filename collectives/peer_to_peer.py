@@ -1,214 +1,126 @@
-"""Row collectives between GPUs of one host: kernels that write into the peers' memory.
-
-Counts, barriers and records go over another group; only rows travel here. Both collectives can be
-captured in CUDA graphs, and uneven counts cost nothing extra.
-"""
+"""Ranks of one host that own GPUs: rows go from GPU to GPU, all else through shared memory."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from collectives.peer_kernels import MAX_BLOCKS, gather_kernel, reduce_scatter_kernel
-from collectives.peer_memory import PeerMemory, close_address, open_handle
+from collectives.peer_rows import PeerRows
 from collectives.rows import check_gather, check_reduce_scatter
-from dp_runtime.errors import CollectiveTimeout
-from dp_runtime.protocols import Counts, RowCollective
+from collectives.shared_memory import SharedMemoryGroup
+from dp_runtime.protocols import Counts, RowCollective, StepBoard
 
-LEAST_BYTES = 1 << 20
-BLOCK_BYTES = 8192  # that a program moves at a time
-MAX_UNEVEN = 4096  # layouts of counts that are remembered
-
-ExchangeHandles = Callable[[bytes], Sequence[bytes]]  # own handle -> all ranks', in rank order
+LEAVE_S = 2.0  # for the device to end, where nothing has failed
 
 
-@dataclass(frozen=True, eq=False)
-class _Shared:
-    """Memory of every rank, mapped here."""
+class PeerToPeerGroup:
+    """One rank's end of a group of GPU ranks on one host; several may share a GPU.
 
-    memory: PeerMemory
-    addresses: tuple[int, ...]  # [rank], this rank's own among them
-    pointers: Tensor  # [dp_size] int64 on the device
+    path: the rendezvous directory, the same for all ranks and new for every group. timeout_s
+    bounds every wait of a step, on the host and on the device, attach_timeout_s the start. Raises
+    StartError if the ranks do not come together, or can't reach each other's memory.
+    """
 
-    @classmethod
-    def make(cls, num_bytes: int, rank: int, exchange: ExchangeHandles) -> _Shared:
-        memory = PeerMemory(num_bytes)
-        handles = exchange(memory.handle)
-        addresses = tuple(
-            memory.address if peer == rank else open_handle(handle)
-            for peer, handle in enumerate(handles)
+    def __init__(
+        self,
+        path: str,
+        dp_rank: int,
+        dp_size: int,
+        timeout_s: float,
+        device: torch.device,
+        attach_timeout_s: float = 60.0,
+    ) -> None:
+        self._failure: RuntimeError | None = None
+        self._host = SharedMemoryGroup(
+            path, dp_rank, dp_size, timeout_s, attach_timeout_s=attach_timeout_s
         )
-        return cls(memory, addresses, torch.tensor(addresses, dtype=torch.int64, device="cuda"))
+        try:
+            self._rows = PeerRows(self, dp_rank, dp_size, device, timeout_s)
+        except BaseException as error:
+            self._host.abort(f"{type(error).__name__}: {error}")
+            self._host.close()
+            raise
+        self.collective = PeerToPeerCollective(self, self._host.collective, self._rows)
+
+    @property
+    def board(self) -> StepBoard:
+        return self._host.board
+
+    def check(self) -> None:
+        """Raise CollectiveAborted or CollectiveTimeout if this group can not be used any more."""
+        if self._failure is not None:
+            raise type(self._failure)(*self._failure.args)
+        self._host.check()
+
+    def exchange(self, own: bytes) -> Sequence[bytes]:
+        """Equally many bytes of every rank, in rank order."""
+        row = torch.frombuffer(bytearray(own), dtype=torch.uint8)[None]
+        ranks = self._host.collective.dp_size
+        return [bytes(row.tolist()) for row in self._host.collective.gather_rows(row, (1,) * ranks)]
+
+    def fail(self, error: RuntimeError) -> None:
+        """Free all waiters with the error; the first one stays."""
+        self._failure = self._failure or error
+        self._host.abort(f"{type(error).__name__}: {error}")
+        self._rows.abort()
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank; peers' devices hear of it within a fraction of a s."""
+        self._host.abort(reason)
+        self._rows.abort()
 
     def close(self) -> None:
-        """Unmap the peers' memory; the own one is freed once no peer has it mapped."""
-        for address in self.addresses:
-            if address != self.memory.address:
-                close_address(address)
-
-
-@dataclass(frozen=True, eq=False)
-class _Signals:
-    """One operation's flags, and the device's count of its calls."""
-
-    flags: _Shared
-    calls: Tensor  # [MAX_BLOCKS] int32
-
-    @classmethod
-    def make(cls, size: int, rank: int, exchange: ExchangeHandles) -> _Signals:
-        flags = _Shared.make(MAX_BLOCKS * size * 4, rank, exchange)
-        return cls(flags, torch.zeros(MAX_BLOCKS, dtype=torch.int32, device="cuda"))
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        own = self.flags.memory.view(0, (self.flags.memory.num_bytes // 4,), torch.int32)
-        return self.flags.pointers, own, self.calls
+        """Leave the group; this rank's own waiters are freed, peers are not told."""
+        if self._failure is None:
+            self._rows.drain(LEAVE_S)
+        self._rows.abort()
+        self._host.close()
 
 
 class PeerToPeerCollective:
-    """RowCollective of GPU ranks on one host; sums in float32 in the order of the ranks.
+    """RowCollective whose rows never leave the GPUs; half types are summed in float32."""
 
-    control: moves counts and barriers. exchange: brings a handle of every rank to all of them.
-    Gathered rows are valid until the next gather, scattered ones until the caller drops them. A
-    gather and a reduce-scatter must alternate, as they do in MoE stages: each tells the ranks that
-    the buffers of the other may be written again. Buffers grow with the largest call, all ranks
-    together; a graph must not be captured over a call that was not made before at that size.
-    """
-
-    def __init__(self, control: RowCollective, exchange: ExchangeHandles, timeout_s: float) -> None:
-        self.dp_rank, self.dp_size = control.dp_rank, control.dp_size
-        self._control = control
-        self._exchange = exchange
-        self._timeout_s = timeout_s
-        self._stop = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
-        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._closing = threading.Lock()
-        self._gather = _Signals.make(self.dp_size, self.dp_rank, exchange)
-        self._scatter = _Signals.make(self.dp_size, self.dp_rank, exchange)
-        self._gathered: _Shared | None = None
-        self._scattered: _Shared | None = None
-        self._starts: dict[Counts, Tensor] = {}
-        self._captured: dict[Counts, Tensor] = {}
+    def __init__(self, group: PeerToPeerGroup, host: RowCollective, rows: PeerRows) -> None:
+        self.dp_rank, self.dp_size = host.dp_rank, host.dp_size
+        self._group, self._host, self._rows = group, host, rows
 
     @property
     def waited_s(self) -> float:
-        """Seconds the host waited for peers; the device's waits are in its own timeline."""
-        return self._control.waited_s
-
-    def check(self) -> None:
-        """Raise if a wait on the device has ended without its peers."""
-        if self._failed.item():
-            raise CollectiveTimeout(
-                f"rank {self.dp_rank}: a peer's rows did not come within {self._timeout_s:g} s"
-            )
+        """Seconds the host has waited for peers; for rows it is the device that waits."""
+        return self._host.waited_s
 
     def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
-        return self._control.counts(values)
+        return self._host.counts(values)
 
     def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
+        """Own rows [counts[dp_rank], hidden] -> all ranks' rows, until the next gather."""
         check_gather(rows, counts, self.dp_rank, self.dp_size)
-        total, row_bytes = sum(counts), rows.shape[1:].numel() * rows.dtype.itemsize
-        if total == 0 or self.dp_size == 1:
-            return rows
-        self.check()
-        self._gathered = self._grown(self._gathered, total * row_bytes)
-        assert row_bytes % 16 == 0, f"rows of {row_bytes} bytes, not a multiple of 16"
-        words = rows.contiguous().view(torch.int32)
-        gather_kernel[(_programs(max(counts) * row_bytes),)](
-            words, self._starts_of(counts), row_bytes // 4, self._gathered.pointers,
-            *self._gather.arguments(), self._stop, self._failed, self.dp_rank, self._timeout_ns,
-            SIZE=self.dp_size, BLOCK=BLOCK_BYTES // 4, num_warps=8,
-        )  # fmt: skip
-        return self._gathered.memory.view(0, (total, *rows.shape[1:]), rows.dtype)
+        return self._rows.gather(rows.contiguous(), counts) if sum(counts) else rows
 
     def reduce_scatter_rows(self, rows: Tensor, counts: Counts) -> Tensor:
         """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
         check_reduce_scatter(rows, counts, self.dp_size)
-        if rows.numel() == 0 or self.dp_size == 1:
-            return rows
-        self.check()
-        rows = rows.contiguous()
-        row_size = rows.numel() // rows.shape[0]
-        slot_size = max(counts) * row_size
-        self._scattered = self._grown(
-            self._scattered, self.dp_size * slot_size * rows.dtype.itemsize
-        )
-        slots = self._scattered.memory.view(0, (self.dp_size * slot_size,), rows.dtype)
-        out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
-        reduce_scatter_kernel[(_programs(slot_size * rows.dtype.itemsize),)](
-            rows, out, self._starts_of(counts), row_size, slot_size, slots,
-            self._scattered.pointers, *self._scatter.arguments(), self._stop, self._failed,
-            self.dp_rank, self._timeout_ns, SIZE=self.dp_size,
-            BLOCK=BLOCK_BYTES // rows.dtype.itemsize, num_warps=8,
-        )  # fmt: skip
-        return out
+        return self._rows.reduce_scatter(rows.contiguous(), counts) if sum(counts) else rows
 
     def barrier(self) -> None:
         """Return once all ranks have called it."""
-        self._control.barrier()
+        self._host.barrier()
+
+    def watch(self, what: str) -> None:
+        """Bound the device's wait for what was launched so far, as a graph's replay is."""
+        self._rows.watch(what)
+
+    def check(self) -> None:
+        """Raise if the group has failed: what a device did since may be worth nothing."""
+        self._group.check()
 
     def abort(self, reason: str) -> None:
-        """Free every waiter of every rank; callable from any thread."""
-        self.release()
-        self._control.abort(reason)
-
-    def release(self) -> None:
-        """Let the kernels that wait for a peer end; what they return is not valid."""
-        with torch.cuda.stream(self._side):
-            self._stop.copy_(self._one, non_blocking=True)
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(reason)
 
     def close(self) -> None:
-        """Unmap the peers' memory; callable more than once."""
-        if self._closing.acquire(blocking=False):
-            self.release()
-            torch.cuda.synchronize()
-            shared = (self._gathered, self._scattered, self._gather.flags, self._scatter.flags)
-            for one in shared:
-                if one is not None:
-                    one.close()
-        self._control.close()
-
-    @property
-    def _timeout_ns(self) -> int:
-        return int(self._timeout_s * 1e9)
-
-    def _grown(self, shared: _Shared | None, num_bytes: int) -> _Shared:
-        """Memory of at least num_bytes on every rank; all ranks ask for the same."""
-        if shared is not None and shared.memory.num_bytes >= num_bytes:
-            return shared
-        capturing = torch.cuda.is_current_stream_capturing()
-        assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
-        torch.cuda.synchronize()
-        if shared is not None:
-            shared.close()
-            self._control.barrier()
-            shared.memory.free()
-        size = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
-        return _Shared.make(size, self.dp_rank, self._exchange)
-
-    def _starts_of(self, counts: Counts) -> Tensor:
-        """Where every rank's rows begin, and their sum, [dp_size + 1] int32 on the device."""
-        known = self._captured.get(counts)
-        if known is None:
-            known = self._starts.get(counts)
-        if known is None:
-            if len(self._starts) >= MAX_UNEVEN:
-                self._starts.clear()
-            starts = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
-            host = torch.tensor(starts, dtype=torch.int32).pin_memory()
-            known = self._starts[counts] = host.to("cuda", non_blocking=True)
-        if torch.cuda.is_current_stream_capturing():
-            self._captured[counts] = known  # lives as long as its graphs
-        return known
-
-
-def _programs(num_bytes: int) -> int:
-    """Programs for the largest rank's bytes; equal on all ranks, for their flags meet."""
-    return min(-(-num_bytes // BLOCK_BYTES), MAX_BLOCKS)
+        """Close the whole group of this rank; callable more than once."""
+        self._group.close()

@@ -32,11 +32,17 @@ class StallWatch:
 
     It counts from the last end or from the launch, whichever is later: a host that runs far ahead
     of its device is no stall. The failure is a CollectiveTimeout that names the operation the
-    device stands at, or a CollectiveAborted if the device itself has failed.
+    device stands at, or a CollectiveAborted if the device itself has failed. `check` is called at
+    every look: it raises if the host already knows of a failure, which then is passed on.
     """
 
-    def __init__(self, timeout_s: float, on_failure: Callable[[RuntimeError], None]) -> None:
-        self._timeout_s, self._on_failure = timeout_s, on_failure
+    def __init__(
+        self,
+        timeout_s: float,
+        on_failure: Callable[[RuntimeError], None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._timeout_s, self._on_failure, self._check = timeout_s, on_failure, check
         self._flights: list[_Flight] = []  # in the order of one stream: done ones come first
         self._progress_at = time.monotonic()
         self._over = threading.Event()
@@ -58,6 +64,11 @@ class StallWatch:
 
     def _watch(self) -> None:
         while not self._over.wait(LOOK_EVERY_S):
+            try:
+                self._check()
+            except RuntimeError as error:
+                self._on_failure(error)
+                return
             try:
                 late = self._late()
             except RuntimeError as error:  # the device's; sticky, so every later use meets it too

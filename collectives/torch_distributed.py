@@ -183,6 +183,8 @@ class Rows(Protocol):
 
     def reduce_scatter(self, out: Tensor, rows: Tensor, counts: Counts) -> None: ...
 
+    def watch(self, what: str) -> None: ...
+
 
 class TorchDistributedCollective:
     """RowCollective over a torch.distributed group.
@@ -231,6 +233,10 @@ class TorchDistributedCollective:
     def barrier(self) -> None:
         """Return once all ranks have called it."""
         self.counts((0,))
+
+    def watch(self, what: str) -> None:
+        """Bound the device's wait for what was launched so far, as a graph's replay is."""
+        self._rows.watch(what)
 
     def check(self) -> None:
         """Raise if the group has failed: what a device did since may be worth nothing."""

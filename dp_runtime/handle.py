@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from time import monotonic
 
 from dp_runtime.request import (
     FinishReason,
@@ -34,6 +35,7 @@ class RequestHandle:
         self.request = request
         self.dp_rank = dp_rank
         self.token_ids: list[int] = []
+        self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
         self._text = text
         self._on_abort = on_abort
         self._shown: list[str] = []
@@ -92,6 +94,8 @@ class RequestHandle:
             text = self._read(progress)
             token_ids = progress.token_ids[: text.num_kept]
             self.token_ids += token_ids
+            if token_ids:
+                self.arrivals.append((monotonic(), len(token_ids)))
             self._logprobs += progress.logprobs[: text.num_kept]
             reason = FinishReason.STOP if text.stop else progress.finish_reason
             if text.text or token_ids or reason:

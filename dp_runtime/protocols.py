@@ -43,6 +43,12 @@ class RowCollective(Protocol):
     def barrier(self) -> None:
         """Return once all ranks have called it."""
 
+    def watch(self, what: str) -> None:
+        """Bound the device's wait for what was launched so far without this object's doing.
+
+        A graph's replay is such a launch. Nothing to do where the host waits for every call.
+        """
+
     def check(self) -> None:
         """Raise CollectiveTimeout or CollectiveAborted if the collective has failed.
 

@@ -1,0 +1,217 @@
+"""Rows between GPUs of one host, by kernels that write into the peers' memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from collectives.peer_kernels import MAX_BLOCKS, gather_kernel, reduce_scatter_kernel
+from collectives.peer_memory import PeerMemory, close_address, open_handle
+from collectives.stall import StallWatch
+from dp_runtime.errors import StartError
+from dp_runtime.protocols import Counts
+
+LEAST_BYTES = 1 << 20
+BLOCK_BYTES = 8192  # that a program moves at a time
+ALIGNMENT = 16  # bytes; rows are a multiple of it
+MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
+
+
+class PeersOwner(Protocol):
+    """The group that the rows belong to; its ranks meet on the host."""
+
+    def check(self) -> None: ...
+
+    def fail(self, error: RuntimeError) -> None: ...
+
+    def exchange(self, own: bytes) -> Sequence[bytes]:
+        """Equally many bytes of every rank, in rank order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Memory of every rank, mapped here."""
+
+    memory: PeerMemory
+    addresses: tuple[int, ...]  # [rank], this rank's own among them
+    pointers: Tensor  # [dp_size] int64 on the device
+
+    @classmethod
+    def make(
+        cls, num_bytes: int, rank: int, exchange: Callable[[bytes], Sequence[bytes]]
+    ) -> Shared:
+        memory = PeerMemory(num_bytes)
+        addresses = tuple(
+            memory.address if peer == rank else open_handle(handle)
+            for peer, handle in enumerate(exchange(memory.handle))
+        )
+        return cls(memory, addresses, torch.tensor(addresses, dtype=torch.int64, device="cuda"))
+
+    def unmap(self) -> None:
+        """Close the peers' memory; the own one may be freed once all peers have done so."""
+        for address in self.addresses:
+            if address != self.memory.address:
+                close_address(address)
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """One operation's flags, and the device's count of its calls."""
+
+    flags: Shared
+    calls: Tensor  # [MAX_BLOCKS] int32
+
+    @classmethod
+    def make(cls, size: int, rank: int, exchange: Callable[[bytes], Sequence[bytes]]) -> Signals:
+        flags = Shared.make(MAX_BLOCKS * size * 4, rank, exchange)
+        return cls(flags, torch.zeros(MAX_BLOCKS, dtype=torch.int32, device="cuda"))
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        own = self.flags.memory.view(0, (self.flags.memory.num_bytes // 4,), torch.int32)
+        return self.flags.pointers, own, self.calls
+
+
+class PeerRows:
+    """One rank's end of peer-to-peer collectives; sums in float32, in the order of the ranks.
+
+    Both collectives can be captured in CUDA graphs, and uneven counts cost nothing extra. Gathered
+    rows are valid until the next gather. A gather and a reduce-scatter alternate, as they do in MoE
+    stages: each tells the ranks that the buffers of the other may be written again. Buffers grow
+    with the largest call, all ranks together, so a graph is captured over sizes that were used
+    before. Raises StartError if a GPU can't reach its peers' memory.
+    """
+
+    def __init__(
+        self,
+        owner: PeersOwner,
+        dp_rank: int,
+        dp_size: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        torch.cuda.set_device(device)
+        self._owner, self._rank, self._size = owner, dp_rank, dp_size
+        try:
+            self._signals = [Signals.make(dp_size, dp_rank, owner.exchange) for _ in range(2)]
+        except RuntimeError as error:
+            raise StartError(
+                f"rank {dp_rank}: collective peer_to_peer can't map the other ranks' GPU memory "
+                f"({error}); use collective=torch_distributed"
+            ) from error
+        self._buffers: list[Shared | None] = [None, None]  # of gathers, of reduce-scatters
+        self._stop = torch.zeros(1, dtype=torch.int32, device=device)
+        self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._starts: dict[Counts, Tensor] = {}
+        self._captured: dict[Counts, Tensor] = {}
+        self._aborting = threading.Lock()
+        self._watch = StallWatch(timeout_s, owner.fail, owner.check)
+
+    def gather(self, rows: Tensor, counts: Counts) -> Tensor:
+        """All ranks' contiguous rows, [sum(counts), hidden]."""
+        if self._size == 1:
+            return rows
+        self._owner.check()
+        row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
+        assert row_bytes % ALIGNMENT == 0, f"rows of {row_bytes} bytes, not times {ALIGNMENT}"
+        buffer = self._grown(0, sum(counts) * row_bytes)
+        gather_kernel[(_programs(max(counts) * row_bytes),)](
+            rows.view(torch.int32), self._starts_of(counts), row_bytes // 4, buffer.pointers,
+            *self._signals[0].arguments(), self._stop, self._rank,
+            SIZE=self._size, BLOCK=BLOCK_BYTES // 4, num_warps=8,
+        )  # fmt: skip
+        self.watch("gather_rows")
+        return buffer.memory.view(0, (sum(counts), *rows.shape[1:]), rows.dtype)
+
+    def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
+        """The sum of all ranks' contiguous partial sums of the own rows, [counts[rank], hidden]."""
+        if self._size == 1:
+            return rows
+        self._owner.check()
+        row_size, size = rows.shape[1:].numel(), rows.dtype.itemsize
+        slot_size = max(counts) * row_size
+        buffer = self._grown(1, self._size * slot_size * size)
+        slots = buffer.memory.view(0, (self._size * slot_size,), rows.dtype)
+        out = rows.new_empty(counts[self._rank], *rows.shape[1:])
+        reduce_scatter_kernel[(_programs(slot_size * size),)](
+            rows, out, self._starts_of(counts), row_size, slot_size, slots, buffer.pointers,
+            *self._signals[1].arguments(), self._stop, self._rank,
+            SIZE=self._size, BLOCK=BLOCK_BYTES // size, num_warps=8,
+        )  # fmt: skip
+        self.watch("reduce_scatter_rows")
+        return out
+
+    def watch(self, what: str) -> None:
+        """Have the owner fail if the device does not get past what was launched so far."""
+        if not torch.cuda.is_current_stream_capturing():
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+            self._watch.add(what, done)
+
+    def drain(self, timeout_s: float) -> None:
+        """Return once the device has done all collectives, after timeout_s at the latest."""
+        self._watch.drain(timeout_s)
+
+    def abort(self) -> None:
+        """End the kernels that wait for a peer, and let go of the peers' memory.
+
+        The own memory stays with the process: a peer may not have let go of it yet. Callable from
+        any thread, more than once.
+        """
+        with self._aborting:
+            if self._one.item() == 0:
+                return
+            self._watch.close()
+            with torch.cuda.stream(self._side):
+                self._stop.copy_(self._one, non_blocking=True)
+            torch.cuda.synchronize(self._stop.device)
+            self._one.zero_()
+            for shared in (*self._buffers, *(signals.flags for signals in self._signals)):
+                if shared is not None:
+                    shared.unmap()
+
+    def _grown(self, which: int, num_bytes: int) -> Shared:
+        """Memory of at least num_bytes on every rank; all ranks ask for the same."""
+        old = self._buffers[which]
+        if old is not None and old.memory.num_bytes >= num_bytes:
+            return old
+        capturing = torch.cuda.is_current_stream_capturing()
+        assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
+        torch.cuda.synchronize()
+        if old is not None:
+            old.unmap()
+            self._owner.exchange(b"unmapped")
+            old.memory.free()
+        new = Shared.make(_room(num_bytes), self._rank, self._owner.exchange)
+        self._buffers[which] = new
+        return new
+
+    def _starts_of(self, counts: Counts) -> Tensor:
+        """Where every rank's rows begin, and their sum, [dp_size + 1] int32 on the device."""
+        known = self._captured.get(counts)
+        if known is None:
+            known = self._starts.get(counts)
+        if known is None:
+            if len(self._starts) >= MAX_LAYOUTS:
+                self._starts.clear()
+            starts = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
+            host = torch.tensor(starts, dtype=torch.int32).pin_memory()
+            known = self._starts[counts] = host.to("cuda", non_blocking=True)
+        if torch.cuda.is_current_stream_capturing():
+            self._captured[counts] = known  # lives as long as its graphs
+        return known
+
+
+def _room(num_bytes: int) -> int:
+    """A power of two, so that buffers grow seldom."""
+    return max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
+
+
+def _programs(num_bytes: int) -> int:
+    """Programs for the largest rank's bytes; equal on all ranks, for their flags meet."""
+    return min(-(-num_bytes // BLOCK_BYTES), MAX_BLOCKS)

@@ -1,0 +1,116 @@
+"""One layer's experts on one GPU: Triton kernels against grouped products, and the floor.
+
+    python examples/benchmarks/moe_stage.py [--tokens 4 16 64 ...] [--shapes ep4 tp4 ep2]
+
+The Qwen3-30B-A3B shape split over ranks, bf16, uniform random routing, four weight sets in turn,
+inside a CUDA graph, routing included. Floor: the bytes of the active experts at the measured copy
+rate, or the operations at the measured matrix rate, whichever is larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dp_runtime.layers.experts import Experts
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
+from dp_runtime.layers.router import Router
+from dp_runtime.padding import PaddingMode, PaddingPlan
+from examples.benchmarks import machine
+from examples.benchmarks.device_timing import (
+    describe_gpu,
+    event_us,
+    graph_us,
+    matmul_rate,
+    read_rate,
+)
+
+HIDDEN, EXPERTS, TOP_K, INTERMEDIATE = 2048, 128, 8, 768
+SHAPES = {"ep4": (32, 768), "tp4": (128, 192), "ep2": (64, 768), "tp2": (128, 384)}
+SETS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Rows, and several layers' routers and experts of one shard."""
+
+    rows: Tensor
+    routers: list[Router]
+    experts: list[Experts]
+
+    @classmethod
+    def make(cls, tokens: int, num_local: int, intermediate: int) -> Stage:
+        def random(*shape: int) -> Tensor:
+            return (torch.randn(shape, device="cuda") * 0.02).bfloat16()
+
+        routers = [
+            Router(Linear(random(EXPERTS, HIDDEN) * 50, None), TOP_K, True) for _ in range(SETS)
+        ]
+        experts = [
+            Experts(
+                random(num_local, 2 * intermediate, HIDDEN),
+                random(num_local, HIDDEN, intermediate),
+                0,
+            )
+            for _ in range(SETS)
+        ]
+        return cls(torch.randn(tokens, HIDDEN, device="cuda").bfloat16(), routers, experts)
+
+    def run(self, kernels: MoeKernels) -> Callable[[int], Tensor]:
+        plan = PaddingPlan.of(PaddingMode.RAGGED, 0, (len(self.rows),))
+        return lambda i: kernels.partial_sums(
+            self.rows, plan, None, self.routers[i], self.experts[i]
+        )
+
+    def floor_us(self, copy_rate: float, product_rate: float) -> float:
+        """Of one call, averaged over the weight sets."""
+        num_local, _, intermediate = self.experts[0].down.shape
+        total = 0.0
+        for router in self.routers:
+            local = router(self.rows)[1].flatten()
+            local = local[local < num_local]
+            one = 3 * intermediate * HIDDEN
+            read = len(local.unique()) * one * 2 / copy_rate
+            total += max(read, 2 * len(local) * one / product_rate)
+        return total / SETS * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+",
+                        default=[4, 16, 64, 128, 256, 512, 1024, 4096])  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["ep4", "tp4", "ep2"])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(machine.describe("torch", "triton"), describe_gpu(), sep="\n")
+    rates = read_rate(), matmul_rate()
+    print(f"{'shard':<7}{'tokens':>7}{'floor us':>10}{'triton us':>11}{'x floor':>9}{'torch us':>10}"
+          f"{'speed-up':>10}")  # fmt: skip
+    for shape in args.shapes:
+        for tokens in args.tokens:
+            stage = Stage.make(tokens, *SHAPES[shape])
+            floor = stage.floor_us(*rates)
+            triton = graph_us(stage.run(make_moe_kernels("triton")), SETS)
+            torch_us = eager_us(stage.run(make_moe_kernels("torch")))
+            print(f"{shape:<7}{tokens:>7}{floor:>10.1f}{triton:>11.1f}{triton / floor:>9.2f}"
+                  f"{torch_us:>10.0f}{torch_us / triton:>10.1f}", flush=True)  # fmt: skip
+
+
+def eager_us(run: Callable[[int], Tensor]) -> float:
+    """The grouped products read sizes back to the host, so they can't be in a graph."""
+    for i in range(SETS):
+        run(i)
+    return min(event_us(lambda: [run(i) for i in range(SETS)]) for _ in range(3)) / SETS
+
+
+if __name__ == "__main__":
+    main()
