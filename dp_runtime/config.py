@@ -36,7 +36,7 @@ class EngineConfig:
     max_model_len, within kv_memory_fraction of the free memory. max_num_requests and
     max_num_tokens are per rank and step. overlap schedules step k+1 before step k is committed.
     poison_padding fills padded rows with NaN, to show that no result depends on them.
-    kv_cache_dtype "auto": that of the weights; fp8_e4m3: with k and v scales of the checkpoint, or 1.
+    kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
     check_device_values reads attention inputs back in every step and compares them (slow).
     """
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from dp_runtime.attention import kernels
 from dp_runtime.config import EngineConfig
 from dp_runtime.sizing import RankPlan, plan_rank
 
@@ -29,11 +32,18 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
     return [
         f"ranks      {config.dp_size} on {plan.device}, {plan.dtype}, launcher {config.launcher}",
         f"backend    {plan.backend}: {plan.backend_reason}",
+        f"kernels    {_kernel_names(plan)}",
         f"moe        sharded {config.moe_sharding}, padding {config.padding}, "
         f"routing {config.routing}",
         f"limits     {limits.max_num_requests} requests and {limits.max_num_tokens} tokens a step "
         f"and rank, sequences of {limits.max_model_len} tokens",
     ]
+
+
+def _kernel_names(plan: RankPlan) -> str:
+    """What is compiled before ready; a device without any compiles nothing."""
+    modules = kernels(plan.backend, plan.attention, torch.device(plan.device))
+    return ", ".join(kernel.name for kernel in modules) or "none to compile"
 
 
 def _rank_lines(plans: list[RankPlan]) -> list[str]:

@@ -22,16 +22,21 @@ class Progress:
         bar = enabled and sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=title, unit=unit, unit_scale=True) if bar else None
         self._last_line = monotonic()
+        self._note = ""
 
-    def update(self, done: int, total: int | None = None) -> None:
-        """Show that `done` of the total are done."""
+    def update(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Show that `done` of the total are done, and a note on what else goes on."""
         self._total = self._total if total is None else total
         if self._bar is not None:
             self._bar.total = self._total
             self._bar.update(done - self._bar.n)
+            if note != self._note:
+                self._bar.set_postfix_str(note)
+                self._note = note
         elif self._lines and monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = monotonic()
-            print(f"{self._title}: {done} of {self._total} {self._unit}s", file=sys.stderr)
+            counted = f"{done} of {self._total} {self._unit}s"
+            print(f"{self._title}: {', '.join(filter(None, (counted, note)))}", file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

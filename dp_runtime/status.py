@@ -11,6 +11,7 @@ class RankState(StrEnum):
 
     STARTING = "starting"
     LOADING = "loading"
+    COMPILING = "compiling"  # weights are there, kernels are not all built
     READY = "ready"
     RUNNING = "running"
     IDLE = "idle"
@@ -53,4 +54,6 @@ class RankHealth:
     bytes_read: int = 0  # from disk, known once the rank has loaded
     bytes_loaded: int = 0
     bytes_total: int = 0
+    kernels_built: int = 0  # attention kernels, compiled and loaded
+    kernels_total: int = 0
     error: str = ""

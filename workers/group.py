@@ -158,6 +158,7 @@ class WorkerGroup:
                 progress.update(
                     sum(rank.bytes_loaded for rank in states),
                     sum(rank.bytes_total for rank in states),
+                    _kernels(states),
                 )
         _raise_failures(method, futures)
         return [future.result() for future in futures]
@@ -191,6 +192,13 @@ def _named(text: str, ranks: list[int], futures: Sequence[Future[Any]]) -> str:
     if len(ranks) == len(futures):
         return text
     return f"rank {', '.join(map(str, ranks))}: {text}"
+
+
+def _kernels(states: Sequence[RankHealth]) -> str:
+    """How far the ranks are with their kernels; they build the same ones and share the files."""
+    total = max(rank.kernels_total for rank in states)
+    built = min(rank.kernels_built for rank in states)
+    return f"kernels {built}/{total}" if total else ""
 
 
 def _health_of(dp_rank: int, future: Future[Any]) -> RankHealth:

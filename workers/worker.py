@@ -12,6 +12,8 @@ from time import monotonic, sleep
 import torch
 
 from collectives.shared_memory import shared_root
+from dp_runtime.attention import kernels
+from dp_runtime.attention.build import KernelBuilds, forbid_compilation
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
 from dp_runtime.rank import LoadedRank, assemble, load_rank
@@ -42,6 +44,7 @@ class Worker:
         self.device = device
         self._state = RankState.STARTING
         self._plan: RankPlan | None = None
+        self._builds: KernelBuilds | None = None
         self._loaded: LoadedRank | None = None
         self._links: RankLinks | None = None
         self._loop: StepLoop | None = None
@@ -66,10 +69,15 @@ class Worker:
         return HostInfo(self.dp_rank, socket.gethostname(), _own_address(), port, shared_root())
 
     def load(self) -> ModelInfo:
-        """Read this rank's weights; ranks may take different times."""
+        """Read this rank's weights and build its kernels; ranks may take different times."""
         assert self._plan is not None, "prepare comes before load"
+        plan, device = self._plan, torch.device(self.device)
         self._state = RankState.LOADING
-        self._loaded = load_rank(self.config, self._plan, self._count_bytes)
+        self._builds = KernelBuilds(kernels(plan.backend, plan.attention, device), device)
+        with self._builds:
+            self._loaded = load_rank(self.config, plan, self._count_bytes)
+            self._state = RankState.COMPILING
+            self._builds.wait()
         self._state = RankState.READY
         return self._loaded.info
 
@@ -83,6 +91,7 @@ class Worker:
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
+            forbid_compilation()
         self._state = RankState.RUNNING
         name = f"dp-rank-{self.dp_rank}"
         self._thread = threading.Thread(target=self._step, name=name, daemon=True)
@@ -133,6 +142,8 @@ class Worker:
             bytes_read=self._loaded.info.bytes_read if self._loaded else 0,
             bytes_loaded=self._bytes_loaded,
             bytes_total=plan.weight_bytes if plan else 0,
+            kernels_built=self._builds.num_built if self._builds else 0,
+            kernels_total=self._builds.total if self._builds else 0,
             error=self._error or "",
         )
 

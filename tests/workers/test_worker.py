@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from collectives.in_process import InProcessGroup
 from collectives.shared_memory import new_rendezvous_path
 from dp_runtime import EngineConfig, FinishReason, SamplingParams
+from dp_runtime.attention import Kernel
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.status import RankState
 from tests.checkpoints import oracle, tiny_checkpoint
@@ -144,3 +146,35 @@ def test_calls_in_a_wrong_order(directory: Path) -> None:
     with pytest.raises(AssertionError, match="load comes before serve"):
         worker.serve(MeetingPoint("in_process", "", InProcessGroup(1, 1.0)))
     worker.stop()  # never served: there is nothing to wait for
+
+
+def test_kernels_are_built_beside_loading_and_shown(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, may_finish = new_worker(directory), threading.Event()
+    built = (Kernel("quick", lambda: None), Kernel("slow", lambda: may_finish.wait(10.0)))
+    monkeypatch.setattr("workers.worker.kernels", lambda *where: built)
+    worker.prepare()
+    loading = threading.Thread(target=worker.load)
+    loading.start()
+    wait_until(lambda: worker.health().state is RankState.COMPILING, "weights are there")
+    wait_until(lambda: worker.health().kernels_built == 1, "one kernel is built")
+    health = worker.health()
+    assert (health.kernels_total, health.bytes_loaded) == (2, health.bytes_total)
+    may_finish.set()
+    loading.join()
+    assert worker.health().state is RankState.READY
+    assert worker.health().kernels_built == 2
+
+
+def test_a_kernel_that_can_not_be_built_is_named(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError("no nvcc")
+
+    monkeypatch.setattr("workers.worker.kernels", lambda *where: (Kernel("XQA q_len 1", fail),))
+    worker = new_worker(directory)
+    worker.prepare()
+    with pytest.raises(RuntimeError, match="attention kernel XQA q_len 1: no nvcc"):
+        worker.load()
