@@ -22,6 +22,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from collectives.peer_to_peer import PeerToPeerGroup
+from collectives.shared_memory import new_rendezvous_path
 from collectives.torch_distributed import TorchDistributedGroup
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import event_us
@@ -43,9 +45,8 @@ def main() -> None:
     figures = {}
     for transport in ("peer_to_peer", "nccl"):
         with tempfile.TemporaryDirectory() as folder:
-            figures[transport] = run_spawned(
-                run_rank, size, size, transport, f"file://{folder}/store", args
-            )
+            where = new_rendezvous_path() if transport == "peer_to_peer" else f"file://{folder}/s"
+            figures[transport] = run_spawned(run_rank, size, size, transport, where, args)
     print(f"{'rows a rank':>11}{'floor us':>10}{'peer_to_peer':>14}{'nccl':>8}{'ratio':>7}  "
           "(a pair of all-gather and reduce-scatter)")  # fmt: skip
     rate = peer_rate()
@@ -61,7 +62,11 @@ def run_rank(
     os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    group = TorchDistributedGroup(address, rank, size, TIMEOUT_S, transport, device)
+    group = (
+        PeerToPeerGroup(address, rank, size, TIMEOUT_S, device)
+        if transport == "peer_to_peer"
+        else TorchDistributedGroup(address, rank, size, TIMEOUT_S, transport, device)
+    )
     figures = {}
     for rows in args.rows:
         counts = (rows,) * size

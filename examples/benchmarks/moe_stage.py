@@ -93,16 +93,16 @@ def main() -> None:
     torch.manual_seed(0)
     print(machine.describe("torch", "triton"), describe_gpu(), sep="\n")
     rates = read_rate(), matmul_rate()
-    print(f"{'shard':<7}{'tokens':>7}{'floor us':>10}{'triton us':>11}{'x floor':>9}{'torch us':>10}"
-          f"{'speed-up':>10}")  # fmt: skip
+    names = ("floor us", "triton us", "x floor", "torch us", "speed-up")
+    print(f"{'shard':<7}{'tokens':>7}" + "".join(f"{name:>11}" for name in names))
     for shape in args.shapes:
         for tokens in args.tokens:
             stage = Stage.make(tokens, *SHAPES[shape])
             floor = stage.floor_us(*rates)
             triton = graph_us(stage.run(make_moe_kernels("triton")), SETS)
             torch_us = eager_us(stage.run(make_moe_kernels("torch")))
-            print(f"{shape:<7}{tokens:>7}{floor:>10.1f}{triton:>11.1f}{triton / floor:>9.2f}"
-                  f"{torch_us:>10.0f}{torch_us / triton:>10.1f}", flush=True)  # fmt: skip
+            figures = (floor, triton, triton / floor, torch_us, torch_us / triton)
+            print(f"{shape:<7}{tokens:>7}" + "".join(f"{x:>11.2f}" for x in figures), flush=True)
 
 
 def eager_us(run: Callable[[int], Tensor]) -> float:
