@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import time
 from contextlib import suppress
@@ -14,6 +15,11 @@ from dp_runtime.errors import StartError, require
 CHANNELS = ("rows", "board")
 _LOOK_EVERY_S = 0.005
 ATTACHED = 1  # the first turn of every channel says that the rank has attached
+
+
+def remove_rendezvous(path: str) -> None:
+    """Remove what is left of a rendezvous of this host whose ranks are gone; nothing as a rule."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class Rendezvous:

@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from time import monotonic
 from typing import Any, Protocol
 
+from collectives.rendezvous import remove_rendezvous
 from collectives.shared_memory import new_rendezvous_path
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
@@ -52,6 +53,7 @@ class WorkerGroup:
         self._closing = threading.Event()
         self._failed = threading.Lock()  # taken by the first failure, for good
         self._pollers: list[threading.Thread] = []
+        self._met: MeetingPoint | None = None
         self.model: ModelInfo
 
     def start(self, show_progress: bool) -> None:
@@ -64,8 +66,8 @@ class WorkerGroup:
             hosts = self._all("prepare", deadline=deadline)
             with Progress("load", 0, "byte", show_progress) as progress:
                 self.model = self._all("load", deadline=deadline, progress=progress)[0]
-            where = _meeting_point(self._config, hosts, self._in_process_group)
-            self._all("serve", where, deadline=deadline)
+            self._met = _meeting_point(self._config, hosts, self._in_process_group)
+            self._all("serve", self._met, deadline=deadline)
         except BaseException:
             self._end()
             raise
@@ -121,6 +123,8 @@ class WorkerGroup:
             handle.kill()
         for poller in self._pollers:  # else the last user of the engine may be a daemon at exit
             poller.join(POLL_S)
+        if self._met is not None and self._met.kind == "shared_memory":
+            remove_rendezvous(self._met.address)  # a rank that was killed as it attached could not
         self._release()
 
     def _poll(
@@ -214,13 +218,14 @@ def _health_of(dp_rank: int, future: Future[Any]) -> RankHealth:
 def _meeting_point(
     config: EngineConfig, hosts: Sequence[HostInfo], in_process_group: object
 ) -> MeetingPoint:
-    """Where the ranks meet: shared memory if they are CPU ranks of one host."""
+    """Where the ranks meet: shared memory on one host where no rank has a GPU of its own."""
     if in_process_group is not None:
         return MeetingPoint("in_process", "", in_process_group)
     one_host = len({host.host for host in hosts}) == 1
+    share_gpus = config.device == "cuda" and config.ranks_per_gpu > 1  # NCCL would refuse
     kind = config.collective
     if kind == "auto":
-        shared = one_host and config.device == "cpu"
+        shared = share_gpus or (one_host and config.device == "cpu")
         kind = "shared_memory" if shared else "torch_distributed"
     first = hosts[0]
     if kind == "shared_memory":

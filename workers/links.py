@@ -56,7 +56,13 @@ def connect(
 
             backend = "nccl" if device.type == "cuda" else "gloo"
             return TorchDistributedGroup(
-                point.address, dp_rank, config.dp_size, config.step_timeout_s, backend, device
+                point.address,
+                dp_rank,
+                config.dp_size,
+                config.step_timeout_s,
+                backend,
+                device,
+                attach_timeout_s=config.start_timeout_s,
             )
         case "in_process":
             return InProcessLinks(point.group.collective(dp_rank), point.group.board(dp_rank))

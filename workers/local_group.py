@@ -126,7 +126,8 @@ def start_local(config: EngineConfig) -> WorkerGroup:
     handles: list[ThreadRank | ProcessRank] = []
     try:
         for rank in range(config.dp_size):
-            device = f"cuda:{rank}" if config.device == "cuda" else "cpu"
+            gpu = rank // config.ranks_per_gpu
+            device = f"cuda:{gpu}" if config.device == "cuda" else "cpu"
             handles.append(rank_class(rank, config, device))
     except BaseException:
         for handle in handles:

@@ -9,8 +9,9 @@ import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+from collectives.rendezvous import remove_rendezvous
 from workers.local_group import ThreadRank
-from workers.messages import Call, Reply
+from workers.messages import Call, MeetingPoint, Reply
 
 
 def serve(connection: Connection) -> None:
@@ -18,6 +19,7 @@ def serve(connection: Connection) -> None:
     dp_rank, config, device = connection.recv()
     rank = ThreadRank(dp_rank, config, device)
     lock = threading.Lock()
+    met: list[MeetingPoint] = []
 
     def run(call: Call) -> None:
         future = rank.call(call.method, *call.args)
@@ -32,9 +34,14 @@ def serve(connection: Connection) -> None:
 
     while True:
         try:
-            run(connection.recv())
+            call: Call = connection.recv()
         except (EOFError, OSError):
+            for point in met:
+                if point.kind == "shared_memory":
+                    remove_rendezvous(point.address)  # the rank may be about to attach
             os._exit(0)  # NOTE: the step loop may be blocked in a collective for good
+        met += [argument for argument in call.args if isinstance(argument, MeetingPoint)]
+        run(call)
 
 
 def _portable(error: BaseException | None) -> BaseException | None:

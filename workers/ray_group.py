@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from logging import WARNING
@@ -14,10 +15,11 @@ from dp_runtime.errors import RankFailed, StartError
 from workers.devices import resolve_device
 from workers.group import WorkerGroup
 from workers.messages import LANES
+from workers.placement import place
 from workers.worker import Worker
 
-PLACEMENT_S = 60.0
-CUDA_ENV = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+# What the driver's environment says about GPUs and their network holds for the ranks too.
+PASSED_ON = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "FLASHINFER_", "CUDA_MODULE_")
 
 
 class RayRank:
@@ -62,17 +64,11 @@ def start_ray(config: EngineConfig) -> WorkerGroup:
     with ExitStack() as undo:
         if _connect(config):
             undo.callback(ray.shutdown)
-        resources = ray.cluster_resources()
-        config = resolve_device(config, int(resources.get("GPU", 0)), "the Ray cluster")
-        bundle = _bundle(config, resources.get("CPU", 1.0))
-        placement = ray.util.placement_group([bundle] * config.dp_size, strategy=_strategy(config))
+        num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        config = resolve_device(config, num_gpus, "the Ray cluster")
+        placement = place(config)
         undo.callback(ray.util.remove_placement_group, placement)
-        if not placement.wait(PLACEMENT_S):
-            raise StartError(
-                f"no room for {config.dp_size} ranks of {bundle} in {PLACEMENT_S:g} s; "
-                f"the cluster has {resources}"
-            )
-        handles = [_actor(config, rank, placement, bundle) for rank in range(config.dp_size)]
+        handles = [_actor(config, rank, placement) for rank in range(config.dp_size)]
         return WorkerGroup(config, handles, undo.pop_all().close)
 
 
@@ -111,31 +107,25 @@ def _packages() -> list[str]:
     return [str(root / name) for name in ("dp_runtime", "collectives", "workers")]
 
 
-def _bundle(config: EngineConfig, cluster_cpus: float) -> dict[str, float]:
-    """CPU and GPU shares of a rank; a fraction of a CPU if there are more ranks than cores."""
-    share = min(1.0, int(100 * cluster_cpus / config.dp_size) / 100)
-    bundle = {"CPU": max(share, 0.01)}
-    return bundle | {"GPU": 1.0} if config.device == "cuda" else bundle
+def environment_of_ranks(driver: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the driver that its GPU ranks, on whichever host, should see too."""
+    return {name: value for name, value in driver.items() if name.startswith(PASSED_ON)}
 
 
-def _strategy(config: EngineConfig) -> str:
-    """Ranks that share memory must be on one host, GPU ranks should be in one NVLink domain."""
-    return "STRICT_PACK" if config.collective == "shared_memory" else "PACK"
-
-
-def _actor(config: EngineConfig, dp_rank: int, placement: Any, bundle: dict[str, float]) -> RayRank:
+def _actor(config: EngineConfig, dp_rank: int, placement: Any) -> RayRank:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    device = "cuda:0" if config.device == "cuda" else "cpu"
+    gpu = config.device == "cuda"
+    bundle = placement.bundle_specs[dp_rank]
     actor = (
         _actor_class()
         .options(
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement, dp_rank),
-            runtime_env={"env_vars": CUDA_ENV} if config.device == "cuda" else None,
+            runtime_env={"env_vars": environment_of_ranks(os.environ)} if gpu else None,
         )
-        .remote(dp_rank, config, device)
+        .remote(dp_rank, config, "cuda:0" if gpu else "cpu")
     )
     return RayRank(dp_rank, actor)
 

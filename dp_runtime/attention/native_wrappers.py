@@ -103,7 +103,8 @@ def modules(spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
     arguments = (
         spec.dtype, spec.kv_dtype, spec.dtype, torch.int32, *dims, mode, False, False, False
     )  # fmt: skip
+    what = f"{spec.dtypes}, head_dim {spec.head_dim}"
     return tuple(
-        Kernel(f"flashinfer {name}", partial(get_batch_prefill_module, name, *arguments))
+        Kernel(f"{name} ({what})", partial(get_batch_prefill_module, name, *arguments))
         for name in sorted({"fa2", prefill})
     )

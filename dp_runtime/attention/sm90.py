@@ -85,10 +85,10 @@ def modules(spec: AttentionSpec) -> tuple[Kernel, ...]:
     """
     out_dtype = spec.dtype if spec.quantized else None
     prefill = partial(get_trtllm_fmha_v2_module, LAYOUT, spec.kv_dtype, out_dtype)
-    name = str(spec.kv_dtype).removeprefix("torch.")
+    shape = f"page {spec.page_size}, head_dim {spec.head_dim}, {spec.group_size} to 1"
     return (
-        Kernel(f"FMHAv2 {name}", prefill),
-        *(Kernel(f"XQA {name} q_len {n}", partial(load_xqa, spec, n))
+        Kernel(f"FMHAv2 ({spec.dtypes})", prefill),
+        *(Kernel(f"XQA ({spec.dtypes}, {shape}, q_len {n})", partial(load_xqa, spec, n))
           for n in sorted(spec.decode_query_lens)),
     )  # fmt: skip
 

@@ -40,6 +40,12 @@ class AttentionSpec:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def dtypes(self) -> str:
+        """For the names of kernels."""
+        names = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
+        return " over ".join(names)
+
+    @property
     def quantized(self) -> bool:
         return self.kv_dtype == torch.float8_e4m3fn
 
@@ -54,7 +60,10 @@ class KvScales:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A module that is compiled on first use; `build` compiles and loads it into this process."""
+    """A module that is compiled on first use; `build` compiles and loads it into this process.
+
+    Its name tells it from any other module.
+    """
 
     name: str
     build: Callable[[], object]

@@ -1,146 +1,182 @@
 """GPU attention backends against the float32 torch reference, over the same paged cache."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import numpy as np
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
 
-from dp_runtime.attention import make_backend
+from dp_runtime.attention import AttentionSpec, choose_backend, make_backend
+from dp_runtime.attention.kernel_groups import KernelPlanner
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
-from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
-from tests.dp_runtime.paged import paged_batch, random_page_table
+from dp_runtime.metadata import AttentionMetadata, PageGeometry
+from tests.gpu.build import build_all
+from tests.gpu.cases import (
+    CUDA,
+    PLACE,
+    Case,
+    Lengths,
+    lengths_of,
+    relative_error,
+    whole_lengths,
+    with_null_rows,
+    with_poisoned_tails,
+)
 
-CUDA = torch.device("cuda")
-PLACE = Place(0, 3, "target")
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-2}
+pytestmark = pytest.mark.timeout(580)  # the first test waits for the compilers
 
-
-@dataclass(frozen=True)
-class Heads:
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-QWEN3 = Heads(32, 4, 128)
-QWEN35 = Heads(32, 2, 256)
-QWEN35_LARGE = Heads(16, 2, 256)
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A batch of (query_len, seq_len) over a random cache."""
-
-    heads: Heads
-    page_size: int
-    dtype: torch.dtype
-    batch: LocalBatch
-    num_pages: int
-    pool: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-    @classmethod
-    def make(
-        cls, lengths: list[tuple[int, int]], heads: Heads, page_size: int = 64,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> "Case":  # fmt: skip
-        rng = np.random.default_rng(len(lengths))
-        table, num_pages = random_page_table([s for _, s in lengths], page_size, rng)
-        batch = paged_batch(lengths, table, page_size)
-        torch.manual_seed(0)
-        shape = (num_pages, 2, heads.num_kv_heads, page_size, heads.head_dim)
-        pool = torch.randn(shape, dtype=dtype, device=CUDA)
-        pool[0] = 0
-        rows = batch.num_tokens
-
-        def random_rows(count: int) -> Tensor:
-            return torch.randn((rows, count, heads.head_dim), dtype=dtype, device=CUDA)
-
-        kv_heads = heads.num_kv_heads
-        q, k, v = random_rows(heads.num_heads), random_rows(kv_heads), random_rows(kv_heads)
-        return cls(heads, page_size, dtype, batch, num_pages, pool, q, k, v)
-
-    @property
-    def metadata(self) -> AttentionMetadata:
-        pages = PageGeometry(self.num_pages, self.page_size)
-        return AttentionMetadata.build(self.batch, pages, PLACE, CUDA)
-
-    def run(self, name: str) -> Tensor:
-        backend = make_backend(name, [self.pool.clone()], self.heads.num_heads)(0)
-        return backend(self.q, self.k, self.v, self.metadata)
-
-    def reference(self) -> Tensor:
-        backend = make_backend("torch_ref", [self.pool.float()], self.heads.num_heads)(0)
-        return backend(self.q.float(), self.k.float(), self.v.float(), self.metadata)
+BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+TOLERANCE = {BF16: 1e-2, FP16: 2e-2, E4M3: 5e-2}  # by the cache's dtype
 
 
-def relative_error(found: Tensor, due: Tensor) -> float:
-    return float((found.float() - due).norm() / due.norm())
+def shape(
+    heads: int, kv_heads: int, dim: int, page: int = 64, dtype: torch.dtype = BF16,
+    kv: torch.dtype | None = None, lens: tuple[int, ...] = (1, 4),
+) -> AttentionSpec:  # fmt: skip
+    return AttentionSpec(heads, kv_heads, dim, page, dtype, kv or dtype, frozenset(lens))
 
 
-def lengths_of(batch: int, query_len: int, longest: int) -> list[tuple[int, int]]:
-    """Sequence lengths with page boundaries and their neighbours, up to `longest`."""
-    edges = [1, 2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 1000, 2047, 2048, 4097, 8191, 8192]
-    fitting = [edge for edge in edges if query_len <= edge <= longest] or [query_len]
-    return [(query_len, fitting[i % len(fitting)]) for i in range(batch)]
+QWEN3 = shape(32, 4, 128)
+SHAPES = {"d128r8": QWEN3, "d256r8": shape(16, 2, 256), "d256r16": shape(32, 2, 256)}
+NAMES = pytest.mark.parametrize("name", ["trtllm", "flashinfer"])
+GRID = pytest.mark.parametrize("spec", list(SHAPES.values()), ids=list(SHAPES))
+ONE_SHAPE = pytest.mark.parametrize("spec", [QWEN3], ids=["d128r8"])
+BATCHES = (0, 1, 10, 12, 64, 256)
 
 
-DECODES = [(batch, 8192 if batch <= 64 else 2048) for batch in (1, 10, 12, 64, 256)]
-PREFILLS = {
-    "whole": [(1, 1), (63, 63), (64, 64), (65, 65), (513, 513), (2048, 2048)],
-    "chunk": [(64, 100), (512, 2048), (512, 8192), (17, 4097), (65, 129)],
-    "long": [(8192, 8192)],
-    "ten": lengths_of(10, 40, 4097),
-    "many": lengths_of(64, 9, 1000),
+@pytest.fixture(scope="session", autouse=True)
+def modules(request: pytest.FixtureRequest) -> None:
+    """All modules that the tests chosen from this file need, compiled side by side."""
+    items = (item for item in request.session.items if item.path == Path(__file__))
+    calls = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    build_all([(call["name"], call["spec"]) for call in calls if "spec" in call], CUDA)
+
+
+def check(lengths: Lengths, spec: AttentionSpec, name: str) -> None:
+    case = Case.make(lengths, spec)
+    out = case.run(name)
+    assert out.dtype == spec.dtype
+    assert out.isfinite().all()
+    assert relative_error(out, case.reference()) < TOLERANCE[spec.kv_dtype]
+
+
+@NAMES
+@GRID
+@pytest.mark.parametrize("batch", BATCHES[1:])
+@pytest.mark.parametrize("query_len", [1, 4], ids=["decode", "verify"])
+def test_decode_and_verification(
+    name: str, spec: AttentionSpec, batch: int, query_len: int
+) -> None:
+    check(lengths_of(batch, query_len), spec, name)
+
+
+@NAMES
+@GRID
+@pytest.mark.parametrize("query_len", [1, 4], ids=["decode", "verify"])
+def test_every_length_alone(name: str, spec: AttentionSpec, query_len: int) -> None:
+    for length in lengths_of(23, query_len):
+        check([length], spec, name)
+
+
+@NAMES
+@GRID
+@pytest.mark.parametrize("batch", BATCHES[1:])
+def test_prefill(name: str, spec: AttentionSpec, batch: int) -> None:
+    """Whole prompts; 256 of them up to 2048 tokens, for a slot holds no more rows."""
+    check(whole_lengths(batch, 8192 if batch <= 64 else 2048), spec, name)
+
+
+@NAMES
+@GRID
+@pytest.mark.parametrize("length", [64, 65, 8192])
+def test_a_long_or_odd_prompt_alone(name: str, spec: AttentionSpec, length: int) -> None:
+    check([(length, length)], spec, name)
+
+
+@NAMES
+@GRID
+@pytest.mark.parametrize("batch", BATCHES[1:])
+def test_chunks(name: str, spec: AttentionSpec, batch: int) -> None:
+    check(lengths_of(batch, 17), spec, name)
+    check(lengths_of(min(batch, 64), 512), spec, name)
+
+
+@NAMES
+@ONE_SHAPE
+def test_all_kinds_in_any_order_share_a_slot(name: str, spec: AttentionSpec) -> None:
+    lengths = [(1, 70), (30, 30), (4, 68), (1, 1), (5, 69), (1, 500), (200, 700), (4, 4), (1, 64)]
+    check(lengths, spec, name)
+
+
+MIXED = [(1, 1), (1, 500), (1, 129), (70, 70), (33, 600), (1, 64), (257, 1025)]
+SINGLES = {
+    "page16": shape(32, 4, 128, page=16, lens=(1,)),
+    "page32": shape(32, 4, 128, page=32, lens=(1,)),
+    "page128": shape(32, 4, 128, page=128, lens=(1,)),
+    "d64": shape(32, 4, 64, lens=(1,)),
+    "fp16": shape(32, 4, 128, dtype=FP16, lens=(1,)),
 }
 
 
-@pytest.mark.parametrize("name", ["trtllm", "flashinfer"])
-@pytest.mark.parametrize(
-    "heads", [QWEN3, QWEN35_LARGE, QWEN35], ids=["d128r8", "d256r8", "d256r16"]
-)
-@pytest.mark.parametrize(("batch", "longest"), DECODES)
-def test_decode(name: str, heads: Heads, batch: int, longest: int) -> None:
-    case = Case.make(lengths_of(batch, 1, longest), heads)
-    assert relative_error(case.run(name), case.reference()) < TOLERANCE[case.dtype]
+@NAMES
+@pytest.mark.parametrize("spec", list(SINGLES.values()), ids=list(SINGLES))
+def test_other_pages_sizes_and_dtypes(name: str, spec: AttentionSpec) -> None:
+    check(MIXED, spec, name)
 
 
-@pytest.mark.parametrize("name", ["trtllm", "flashinfer"])
-@pytest.mark.parametrize(
-    "heads", [QWEN3, QWEN35_LARGE, QWEN35], ids=["d128r8", "d256r8", "d256r16"]
-)
-@pytest.mark.parametrize("kind", list(PREFILLS))
-def test_prefill_and_chunks(name: str, heads: Heads, kind: str) -> None:
-    case = Case.make(PREFILLS[kind], heads)
-    assert relative_error(case.run(name), case.reference()) < TOLERANCE[case.dtype]
+@NAMES
+@pytest.mark.parametrize("query_len", [2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("spec", [shape(32, 4, 128, lens=(2, 3, 5, 6, 7, 8))], ids=["d128r8"])
+def test_other_verification_lengths(name: str, spec: AttentionSpec, query_len: int) -> None:
+    check(lengths_of(12, query_len), spec, name)
 
 
-@pytest.mark.parametrize("name", ["trtllm", "flashinfer"])
-def test_decodes_and_chunks_in_any_order_share_a_slot(name: str) -> None:
-    lengths = [(1, 70), (30, 30), (1, 1), (5, 69), (1, 500), (200, 700), (1, 64)]
-    case = Case.make(lengths, QWEN3)
-    assert relative_error(case.run(name), case.reference()) < TOLERANCE[case.dtype]
+@NAMES
+@pytest.mark.parametrize("query_len", [1, 4, 8, 40], ids=["decode", "verify4", "verify8", "chunk"])
+@pytest.mark.parametrize("spec", [shape(32, 4, 128, kv=E4M3, lens=(1, 4, 8))], ids=["e4m3"])
+def test_quantised_cache(name: str, spec: AttentionSpec, query_len: int) -> None:
+    check(lengths_of(12, query_len), spec, name)
 
 
-@pytest.mark.parametrize("name", ["trtllm", "flashinfer"])
-def test_zero_rows_call_no_kernel(name: str) -> None:
-    case = Case.make([(1, 9)], QWEN3)
-    backend = make_backend(name, [case.pool], case.heads.num_heads)(0)
-    pages = PageGeometry(case.num_pages, case.page_size)
+@NAMES
+@ONE_SHAPE
+def test_zero_rows_call_no_kernel(name: str, spec: AttentionSpec) -> None:
+    case = Case.make([(1, 9)], spec)
+    backend = make_backend(name, spec, [case.pool])(0)
+    pages = PageGeometry(case.num_pages, spec.page_size)
     metadata = AttentionMetadata.build(LocalBatch.empty(), pages, PLACE, CUDA)
     assert backend(case.q[:0], case.k[:0], case.v[:0], metadata).shape == (0, 32, 128)
 
 
-@pytest.mark.parametrize("name", ["trtllm", "flashinfer"])
-def test_rows_beyond_the_metadata_are_refused(name: str) -> None:
+@NAMES
+@ONE_SHAPE
+@pytest.mark.parametrize("count", [1, 2, 16, 31])
+@pytest.mark.parametrize("query_len", [1, 4])
+@pytest.mark.parametrize("real", [0, 1, 33], ids=["alone", "1 real", "33 real"])
+def test_null_rows(name: str, spec: AttentionSpec, count: int, query_len: int, real: int) -> None:
+    case = Case.make(lengths_of(real, query_len, 2048), spec)
+    padded, metadata = with_null_rows(case, count, query_len)
+    out = padded.run(name, metadata)
+    assert out.isfinite().all()
+    assert len(out) == (real + count) * query_len
+    if real:
+        rows = out[: case.batch.num_tokens]
+        assert relative_error(rows, case.reference()) < TOLERANCE[spec.kv_dtype]
+
+
+@NAMES
+@ONE_SHAPE
+def test_rows_beyond_the_metadata_are_refused(name: str, spec: AttentionSpec) -> None:
     """The call of SGLang PR #21649: 12 query rows, metadata of 10."""
-    case, padded = (Case.make(lengths_of(n, 1, 1000), QWEN3) for n in (10, 12))
-    backend = make_backend(name, [case.pool], case.heads.num_heads)(0)
+    case, padded = (Case.make(lengths_of(n, 1, 1000), spec) for n in (10, 12))
+    backend = make_backend(name, spec, [case.pool])(0)
     with pytest.raises(ContractViolation) as error:
         backend(padded.q, padded.k, padded.v, case.metadata)
     text = str(error.value)
@@ -148,11 +184,85 @@ def test_rows_beyond_the_metadata_are_refused(name: str) -> None:
     assert "(10, 32, 128)" in text
 
 
-@pytest.mark.parametrize("name", ["trtllm", "flashinfer"])
-def test_pages_of_others_do_not_reach_a_result(name: str) -> None:
-    case = Case.make([(1, 70), (30, 100)], QWEN3)
+@NAMES
+@ONE_SHAPE
+def test_device_values_are_compared_if_asked_for(name: str, spec: AttentionSpec) -> None:
+    spec = replace(spec, check_device_values=True)
+    case = Case.make([(1, 70), (30, 100), (4, 9)], spec)
+    clean, metadata = case.run(name), case.metadata
+    assert clean.isfinite().all()
+    metadata.seq_lens[1] += 1
+    with pytest.raises(ContractViolation, match=r"seq_lens\[1\] on the device is 101, .* 100"):
+        case.run(name, metadata)
+
+
+@NAMES
+@ONE_SHAPE
+def test_pages_of_others_do_not_reach_a_result(name: str, spec: AttentionSpec) -> None:
+    case = Case.make([(1, 70), (30, 100), (4, 80)], spec)
     clean = case.run(name)
     used = {int(page) for row in case.batch.page_table for page in row}
     for page in set(range(1, case.num_pages)) - used:
         case.pool[page] = float("nan")
     assert torch.equal(case.run(name), clean)
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize("name", ["trtllm"])
+def test_auto_prefers_the_trtllm_kernels_and_says_what_it_can_not(
+    name: str, spec: AttentionSpec
+) -> None:
+    assert choose_backend("auto", spec, CUDA)[0] == name
+    other, reason = choose_backend("auto", replace(spec, page_size=8), CUDA)
+    assert other == "flashinfer"
+    assert "not trtllm: page_size: 8 is not allowed" in reason
+    with pytest.raises(ValueError, match=r"head_dim: 80 .* attention_backend=torch_ref"):
+        choose_backend("trtllm", replace(spec, head_dim=80), CUDA)
+
+
+def test_a_module_that_was_not_built_is_an_error_after_ready() -> None:
+    code = (
+        "import torch; from dp_runtime.attention import AttentionSpec, kernels;"
+        "from dp_runtime.attention.build import forbid_compilation; forbid_compilation();"
+        "b = torch.bfloat16; spec = AttentionSpec(12, 4, 128, 64, b, b);"
+        "kernels('trtllm', spec, torch.device('cuda', 0))[1].build()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MissingJITCacheError" in done.stderr
+
+
+@NAMES
+@ONE_SHAPE
+@pytest.mark.parametrize("query_len", [1, 4, 40], ids=["decode", "verify", "chunk"])
+def test_what_lies_behind_the_metadata_never_changes_a_result(
+    name: str, spec: AttentionSpec, query_len: int
+) -> None:
+    """NaN rows, page ids outside the pool and huge lengths follow in the same allocations."""
+    case = Case.make(lengths_of(10, query_len, 2048), spec)
+    tailed, metadata = with_poisoned_tails(case, extra=64)
+    assert torch.equal(tailed.run(name, metadata), case.run(name))
+
+
+@ONE_SHAPE
+@pytest.mark.parametrize("name", ["trtllm"])
+@pytest.mark.parametrize("query_len", [1, 4, 40], ids=["decode", "verify", "chunk"])
+def test_kernels_write_their_own_rows_only(name: str, spec: AttentionSpec, query_len: int) -> None:
+    from dp_runtime.attention.sm90 import make_kernels
+
+    case = Case.make(lengths_of(10, query_len, 2048), spec)
+    (group,) = KernelPlanner(spec).plan(case.metadata).groups
+    calls, rows = make_kernels(spec, CUDA), len(case.q)
+    out = torch.full((rows + 64, *case.q.shape[1:]), 7.0, dtype=BF16, device=CUDA)
+    call = calls.prefill if group.query_len is None else calls.decode
+    call(case.q, case.pool, case.scales, group, out[:rows])
+    assert (out[rows:] == 7.0).all()
+    assert not (out[:rows] == 7.0).all()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer on PATH")
+def test_memcheck_finds_nothing() -> None:
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    run = [*command, sys.executable, "-m", "tests.gpu.sanitize"]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

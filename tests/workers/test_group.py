@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +31,12 @@ class FakeRank:
     answers: dict[str, Any] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     killed: int = 0
+    on_serve: Callable[[MeetingPoint], Any] = lambda point: None
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         self.calls.append(method)
+        if method == "serve":
+            self.on_serve(*args)
         future: Future[Any] = Future()
         match self.answers.get(method):
             case "never answers":
@@ -125,8 +130,9 @@ def host(rank: int, name: str) -> HostInfo:
     return HostInfo(rank, name, f"10.0.0.{rank}", 5000 + rank, "/dev/shm")
 
 
-def test_ranks_of_one_host_meet_in_shared_memory() -> None:
-    config = EngineConfig("x", dp_size=2, device="cpu")
+@pytest.mark.parametrize("fields", [{"device": "cpu"}, {"device": "cuda", "ranks_per_gpu": 2}])
+def test_ranks_of_one_host_meet_in_shared_memory(fields: dict[str, Any]) -> None:
+    config = EngineConfig("x", dp_size=2, **fields)
     point = _meeting_point(config, [host(0, "a"), host(1, "a")], None)
     assert point.kind == "shared_memory"
     assert point.address.startswith("/dev/shm/dp-runtime-")
@@ -148,6 +154,16 @@ def test_other_ranks_meet_at_the_first_one(hosts: str, fields: dict[str, Any]) -
     assert point == MeetingPoint("torch_distributed", "tcp://10.0.0.0:5000")
 
 
+def test_a_rendezvous_that_was_not_left_is_removed(tmp_path: Path) -> None:
+    """Ranks that are killed while they attach leave names behind."""
+    host = HostInfo(0, "a", "10.0.0.1", 5000, str(tmp_path))
+    group, ranks = group_of({"prepare": host, "serve": HUNG}, device="cpu", start_timeout_s=0.3)
+    ranks[0].on_serve = lambda point: Path(point.address).mkdir()
+    with pytest.raises(StartError):
+        group.start(show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shared_memory_of_several_hosts_is_refused() -> None:
     config = EngineConfig("x", dp_size=2, collective="shared_memory")
     with pytest.raises(ValueError, match=r"collective: 'shared_memory' .* on \['a', 'b'\]"):
@@ -163,14 +179,27 @@ def test_device(device: str, num_gpus: int, expected: str) -> None:
     assert resolve_device(config, num_gpus, "this host").device == expected
 
 
+def test_ranks_may_share_gpus() -> None:
+    for ranks_per_gpu, num_gpus in ((4, 1), (2, 2), (3, 2)):
+        config = EngineConfig("x", dp_size=4, ranks_per_gpu=ranks_per_gpu)
+        assert resolve_device(config, num_gpus, "this host").device == "cuda"
+    nccl = EngineConfig("x", dp_size=4, ranks_per_gpu=2, collective="torch_distributed")
+    assert resolve_device(nccl, 0, "this host").device == "cpu"
+    with pytest.raises(ValueError, match=r"collective: 'torch_distributed' .* ranks_per_gpu 2"):
+        resolve_device(nccl, 2, "this host")
+
+
 @pytest.mark.parametrize(
     ("device", "num_gpus", "message"),
     [
         ("auto", 3, "dp_size: 4 is not allowed; this host has 3 GPUs"),
         ("cuda", 3, "dp_size: 4 is not allowed; this host has 3 GPUs"),
         ("cuda", 0, "device: 'cuda' is not allowed; this host has no GPU"),
+        ("auto", 1, r"has 1 GPUs .*ranks_per_gpu=2\); .* set ranks_per_gpu=4 or"),
     ],
 )
 def test_too_few_devices(device: str, num_gpus: int, message: str) -> None:
+    ranks_per_gpu = 2 if num_gpus == 1 else 1
+    config = EngineConfig("x", dp_size=4, device=device, ranks_per_gpu=ranks_per_gpu)
     with pytest.raises(ValueError, match=message):
-        resolve_device(EngineConfig("x", dp_size=4, device=device), num_gpus, "this host")
+        resolve_device(config, num_gpus, "this host")

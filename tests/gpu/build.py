@@ -1,0 +1,24 @@
+"""Compiles and loads the modules that tests need, all at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from time import monotonic
+
+import torch
+
+from dp_runtime.attention import AttentionSpec, kernels
+from dp_runtime.attention.build import KernelBuilds
+
+
+def build_all(needs: Iterable[tuple[str, AttentionSpec]], device: torch.device) -> None:
+    """Build each module that (backend, spec) pairs need once; prints which, and how long it took.
+
+    The longest come first: FMHAv2 has some hundred sources, XQA five.
+    """
+    found = {kernel.name: kernel for need in needs for kernel in kernels(*need, device)}
+    started = monotonic()
+    with KernelBuilds([found[name] for name in sorted(found)], device) as builds:
+        builds.wait()
+    seconds = monotonic() - started
+    print(f"\n{len(found)} modules in {seconds:.0f} s: {'; '.join(sorted(found))}", flush=True)

@@ -1,0 +1,61 @@
+"""Where Ray puts the ranks: their shares of CPUs and GPUs, on one host or in one NVLink domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import StartError
+
+PLACEMENT_S = 60.0
+GPU_DOMAIN = "ray.io/gpu-domain"  # the label of the nodes whose GPUs one NVLink network joins
+_SHARES = 10_000  # Ray counts resources in ten-thousandths
+
+
+def place(config: EngineConfig) -> Any:
+    """Reserve a bundle per rank (StartError if there is no room in PLACEMENT_S)."""
+    import ray
+
+    resources = ray.cluster_resources()
+    bundle = bundle_of(config, resources.get("CPU", 1.0))
+    strategy = strategy_of(config, ray.nodes())
+    placement = ray.util.placement_group([bundle] * config.dp_size, **strategy)
+    try:
+        if not placement.wait(PLACEMENT_S):
+            raise StartError(
+                f"no room for {config.dp_size} ranks of {bundle} ({strategy}) in "
+                f"{PLACEMENT_S:g} s; the cluster has {resources}"
+            )
+    except BaseException:
+        ray.util.remove_placement_group(placement)
+        raise
+    return placement
+
+
+def bundle_of(config: EngineConfig, cluster_cpus: float) -> dict[str, float]:
+    """CPU and GPU shares of a rank; a fraction of a CPU if there are more ranks than cores."""
+    share = min(1.0, int(100 * cluster_cpus / config.dp_size) / 100)
+    bundle = {"CPU": max(share, 0.01)}
+    if config.device != "cuda":
+        return bundle
+    return bundle | {"GPU": _SHARES // config.ranks_per_gpu / _SHARES}
+
+
+def strategy_of(config: EngineConfig, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How to pack the bundles, as arguments of Ray's placement_group.
+
+    One host for ranks that share its memory; one NVLink domain for GPU ranks, if a domain has room
+    for all of them when it is empty; else few hosts.
+    """
+    gpus = config.device == "cuda"
+    if config.collective == "shared_memory" or (gpus and config.ranks_per_gpu > 1):
+        return {"strategy": "STRICT_PACK"}
+    rooms: dict[str, int] = {}
+    for node in nodes:
+        domain = node["Labels"].get(GPU_DOMAIN) if node["Alive"] else None
+        if domain is not None:
+            rooms[domain] = rooms.get(domain, 0) + int(node["Resources"].get("GPU", 0))
+    if gpus and max(rooms.values(), default=0) >= config.dp_size:
+        return {"topology_strategy": {GPU_DOMAIN: "STRICT_PACK"}}
+    return {"strategy": "PACK"}
