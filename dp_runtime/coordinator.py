@@ -16,6 +16,7 @@ from dp_runtime.agreement import (
     agree,
     keep_program,
 )
+from dp_runtime.graph_buckets import GraphBuckets
 from dp_runtime.layers.moe import RowExchange
 from dp_runtime.padding import PaddingCost, PaddingMode, PaddingPlan
 from dp_runtime.program import SERVING_PROGRAMS, Program
@@ -30,6 +31,7 @@ class RankLoad:
     free_pages: int = 0
     queued_tokens: int = 0
     wants_prefill: bool = False
+    graph_vote: bool = False  # its rows of every slot fit a captured graph
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class StepCoordinator:
         self.collective = collective
         self.padding = padding
         self.epoch = epoch
+        self.buckets: GraphBuckets | None = None  # of captured graphs, once there are any
         self.step_id = 0  # of the next step
         self._programs = programs
         self._policy = policy
@@ -92,6 +95,7 @@ class StepCoordinator:
             free_pages=load.free_pages,
             queued_tokens=load.queued_tokens,
             wants_prefill=load.wants_prefill,
+            graph_vote=load.graph_vote,
             fault_bits=faults,
         )
         agreement = agree(self.board.exchange(record), self._programs, self._policy)
@@ -101,7 +105,13 @@ class StepCoordinator:
 
     def exchange(self, agreement: Agreement, slot: int) -> RowExchange:
         """How the rows of the program's slot number `slot` travel in its MoE stages."""
-        plan = self.padding.plan(self.collective.dp_rank, agreement.real_rows[slot])
+        rank, real_rows = self.collective.dp_rank, agreement.real_rows[slot]
+        if agreement.graph:
+            assert self.buckets is not None, "ranks that vote for graphs have buckets"
+            gathered = self.buckets.gathered(max(real_rows)) if any(real_rows) else 0
+            plan = PaddingPlan(rank, real_rows, (gathered,) * len(real_rows))
+        else:
+            plan = self.padding.plan(rank, real_rows)
         return RowExchange(plan, self.collective, self.padding.poison)
 
     def abort(self, reason: str) -> None:

@@ -18,55 +18,13 @@ from torch import Tensor
 
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
+from dp_runtime.graph_buckets import GraphBuckets, GraphKey
 from dp_runtime.graph_inputs import GraphInputs
 from dp_runtime.layers.moe import RowExchange
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.models import Model
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.protocols import RowCollective
-
-OWN_STEP = 16  # above it, own rows are captured in multiples of it
-LEAST_GATHERED = 16
-
-
-@dataclass(frozen=True)
-class GraphKey:
-    """The sizes a graph is captured at."""
-
-    own_rows: int
-    gathered_rows: int  # of every rank
-
-
-@dataclass(frozen=True)
-class GraphBuckets:
-    """Sizes for which there are graphs, up to `most` rows; the same on all ranks."""
-
-    most: int
-
-    def gathered(self, rows: int) -> int:
-        """The gathered rows of every rank where the largest rank has `rows`."""
-        bucket = LEAST_GATHERED
-        while bucket < rows:
-            bucket *= 4
-        return min(bucket, max(self.most, LEAST_GATHERED))
-
-    def own(self, rows: int) -> int:
-        """The own rows of the graph that serves `rows`."""
-        assert 0 <= rows <= self.most, f"{rows} rows, graphs go to {self.most}"
-        if rows <= 2:
-            return rows
-        if rows <= OWN_STEP:
-            return min(1 << (rows - 1).bit_length(), self.most)
-        return min(-(-rows // OWN_STEP) * OWN_STEP, self.most)
-
-    def keys(self) -> tuple[GraphKey, ...]:
-        """Every key that a step may need, the largest first: the others fit its memory."""
-        found = {
-            GraphKey(self.own(own), self.gathered(largest))
-            for largest in range(self.most, 0, -1)
-            for own in range(largest + 1)
-        }
-        return tuple(sorted(found, key=lambda k: (k.gathered_rows, k.own_rows), reverse=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +35,10 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captures and replays the decode forward of one model; all ranks capture together.
+    """Captures and replays the decode forward of one model.
 
-    `capture` must run on all ranks at the same time, for it warms up with real collectives.
+    Capturing is an event of all ranks at once, for it warms up with real collectives. poison fills
+    padded rows with NaN.
     """
 
     def __init__(
@@ -89,6 +48,7 @@ class DecodeGraphs:
         table_pages: int,
         collective: RowCollective,
         buckets: GraphBuckets,
+        poison: bool,
         device: torch.device,
     ) -> None:
         self.buckets = buckets
@@ -96,6 +56,7 @@ class DecodeGraphs:
         self._model = model
         self._pages = pages
         self._collective = collective
+        self._poison = poison
         self._inputs = GraphInputs(buckets.most, table_pages, collective.dp_size, device)
         self._graphs: dict[GraphKey, _Captured] = {}
 
@@ -111,6 +72,7 @@ class DecodeGraphs:
             and not len(batch.embed_rows)
         )
 
+    @torch.inference_mode()
     def capture(self, on_captured: Callable[[int, int], None]) -> None:
         """Capture every key; `on_captured` hears how many of how many are done."""
         started = monotonic()
@@ -136,6 +98,7 @@ class DecodeGraphs:
             raise ContractViolation(f"{place}: no graph of {key} over these inputs")
         self._inputs.write(batch, own, real_rows, key.gathered_rows, last_sampled)
         captured.graph.replay()
+        self._collective.watch(f"the graph of {key}")
         return captured.hidden[: batch.num_tokens]
 
     def _capture(self, key: GraphKey, memory: Any) -> _Captured:
@@ -146,7 +109,7 @@ class DecodeGraphs:
         )
         gathered = (key.gathered_rows,) * self._collective.dp_size
         plan = PaddingPlan(self._collective.dp_rank, real, gathered)
-        exchange = RowExchange(plan, self._collective, False, inputs.layout)
+        exchange = RowExchange(plan, self._collective, self._poison, inputs.layout)
         metadata = self._metadata(key.own_rows)
         inputs.write_null(key.own_rows, key.gathered_rows)
 

@@ -15,6 +15,8 @@ from dp_runtime.agreement import Agreement, FaultBits
 from dp_runtime.batch import LocalBatch
 from dp_runtime.batch_builder import Part
 from dp_runtime.coordinator import RankLoad, StepCoordinator
+from dp_runtime.graphs import DecodeGraphs
+from dp_runtime.layers.moe import RowExchange
 from dp_runtime.logprobs import Logprobs
 from dp_runtime.metadata import AttentionMetadata, Place
 from dp_runtime.models import Model, SlotInputs
@@ -84,6 +86,7 @@ class StepLoop:
         self.recorder = recorder
         self.device = device
         self.depth = depth
+        self.graphs: Mapping[Slot, DecodeGraphs] = {}
         self.last_finished = (-1, monotonic())  # step id, when
         self.idle = threading.Event()
         self._last_sampled = torch.zeros(0, dtype=torch.int64, device=device)
@@ -157,7 +160,19 @@ class StepLoop:
             free_pages=self.scheduler.allocator.num_free,
             queued_tokens=self.scheduler.queued_tokens,
             wants_prefill=scheduled.prefill,
+            graph_vote=self._fits_graphs(scheduled),
         )
+
+    def _fits_graphs(self, scheduled: Scheduled) -> bool:
+        slots = self.coordinator.program.slots
+        return bool(self.graphs) and all(
+            self.graphs[slot].covers(batch) for slot, batch in zip(slots, scheduled.batches)
+        )
+
+    def use_graphs(self, slot: Slot, graphs: DecodeGraphs) -> None:
+        """Replay a slot's captured graphs from now on, wherever all ranks' rows fit them."""
+        self.graphs = {**self.graphs, slot: graphs}
+        self.coordinator.buckets = graphs.buckets
 
     @torch.inference_mode()
     def _launch(self, scheduled: Scheduled, agreement: Agreement, times: PhaseTimes) -> Launched:
@@ -167,10 +182,13 @@ class StepLoop:
             batch = scheduled.batches[index]
             at_prepare = perf_counter()
             place = Place(self._dp_rank, agreement.step_id, slot)
-            metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
-            inputs = self._inputs(batch)
+            exchange = self.coordinator.exchange(agreement, index)
+            if agreement.graph:
+                run = self._replay(slot, batch, exchange, place)
+            else:
+                run = self._eager(slot, batch, exchange, place)
             prepare_s += perf_counter() - at_prepare
-            hidden, slot_trace = self._forward(slot, inputs, metadata, agreement, index)
+            hidden, slot_trace = self._forward(slot, run, exchange)
             slots.append(slot_trace)
             if slot is Slot.TARGET:
                 at_sample = perf_counter()
@@ -194,18 +212,27 @@ class StepLoop:
             embeds=torch.tensor(batch.embeds, device=self.device),
         )
 
+    def _eager(
+        self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
+    ) -> Callable[[], Tensor]:
+        """The forward of a slot, its inputs on the device."""
+        metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
+        inputs = self._inputs(batch)
+        return lambda: self.models[slot].forward(inputs, metadata, exchange)
+
+    def _replay(
+        self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
+    ) -> Callable[[], Tensor]:
+        """The same from a captured graph."""
+        rows, sampled = exchange.plan.real_rows, self._last_sampled
+        return lambda: self.graphs[slot].replay(batch, rows, sampled, place)
+
     def _forward(
-        self,
-        slot: Slot,
-        inputs: SlotInputs,
-        metadata: AttentionMetadata,
-        agreement: Agreement,
-        index: int,
+        self, slot: Slot, run: Callable[[], Tensor], exchange: RowExchange
     ) -> tuple[Tensor, SlotTrace]:
         model, collective = self.models[slot], self.coordinator.collective
-        exchange = self.coordinator.exchange(agreement, index)
         start, waited = perf_counter(), collective.waited_s
-        hidden = model.forward(inputs, metadata, exchange)
+        hidden = run()
         trace = SlotTrace(
             slot=slot,
             real_rows=exchange.plan.real_rows,

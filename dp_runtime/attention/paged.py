@@ -20,10 +20,12 @@ class CacheSlots:
 
     pages: Tensor  # [rows] int64
     offsets: Tensor  # [rows] int64
+    mapping: Tensor  # [rows] int64: page * page_size + offset
 
     @classmethod
     def of(cls, metadata: AttentionMetadata, page_size: int) -> CacheSlots:
-        return cls(metadata.slot_mapping // page_size, metadata.slot_mapping % page_size)
+        mapping = metadata.slot_mapping
+        return cls(mapping // page_size, mapping % page_size, mapping)
 
 
 def quantize(x: Tensor, scale: float) -> Tensor:
@@ -39,5 +41,10 @@ def append(pool: Tensor, slots: CacheSlots, k: Tensor, v: Tensor, scales: KvScal
     if pool.dtype == E4M3:  # as bytes, which every device can scatter
         stored = (pool, quantize(k, scales.k), quantize(v, scales.v))
         pool, k, v = (tensor.view(torch.uint8) for tensor in stored)
+    if pool.is_cuda:
+        from dp_runtime.attention.triton_append import append_rows
+
+        append_rows(pool, slots.mapping, k, v)
+        return
     pool[slots.pages, 0, :, slots.offsets] = k
     pool[slots.pages, 1, :, slots.offsets] = v

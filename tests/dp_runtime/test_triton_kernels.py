@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dp_runtime.attention.triton_append import append_rows
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.layers.experts import fused_experts
 from dp_runtime.layers.norm import RMSNorm
@@ -131,3 +132,20 @@ def test_norm_and_rotation_of_queries_and_keys(
     for found, expected in zip((q, k), due.tensor_split([heads], 1)):
         assert found.is_contiguous()
         torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+@pytest.mark.parametrize(("kv_heads", "head_dim", "page_size"), [(2, 24, 8), (3, 16, 16)])
+def test_new_rows_go_to_their_slots(
+    kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(4)
+    pool = draw(5, 2, kv_heads, page_size, head_dim, scale=9).abs().to(dtype)
+    qkv = draw(6, 4 + 2 * kv_heads, head_dim, scale=9).abs().to(dtype)
+    k, v = qkv[:, 4 : 4 + kv_heads], qkv[:, 4 + kv_heads :]
+    slots = torch.randperm(5 * page_size)[:6].to(DEVICE)
+    due = pool.clone()
+    due[slots // page_size, 0, :, slots % page_size] = k
+    due[slots // page_size, 1, :, slots % page_size] = v
+    append_rows(pool, slots, k, v)
+    assert torch.equal(pool, due)

@@ -1,0 +1,47 @@
+"""Sizes at which decode graphs are captured; the same on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OWN_STEP = 16  # above it, own rows are captured in multiples of it
+LEAST_GATHERED = 16
+GATHERED_FACTOR = 4  # between gathered sizes: few of them, for kernels read the real counts
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """The sizes a graph is captured at."""
+
+    own_rows: int
+    gathered_rows: int  # of every rank
+
+
+@dataclass(frozen=True)
+class GraphBuckets:
+    """Sizes for which there are graphs, up to `most` rows of a rank."""
+
+    most: int
+
+    def gathered(self, largest: int) -> int:
+        """The gathered rows of every rank where the largest rank has so many."""
+        assert 0 < largest <= self.most, f"{largest} rows, graphs go from 1 to {self.most}"
+        bucket = LEAST_GATHERED
+        while bucket < largest:
+            bucket *= GATHERED_FACTOR
+        return min(bucket, self.most)
+
+    def own(self, rows: int) -> int:
+        """The own rows of the graph that serves so many."""
+        assert 0 <= rows <= self.most, f"{rows} rows, graphs go to {self.most}"
+        if rows <= 2:
+            return rows
+        if rows <= OWN_STEP:
+            return min(1 << (rows - 1).bit_length(), self.most)
+        return min(-(-rows // OWN_STEP) * OWN_STEP, self.most)
+
+    def keys(self) -> tuple[GraphKey, ...]:
+        """Every key a step may need, the largest first: the others fit into its memory."""
+        sizes = {self.gathered(largest) for largest in range(1, self.most + 1)}
+        keys = {GraphKey(self.own(own), size) for size in sizes for own in range(size + 1)}
+        return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.own_rows)))

@@ -1,0 +1,35 @@
+"""Which graphs are captured, and which one serves a step."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_runtime.graph_buckets import GATHERED_FACTOR, LEAST_GATHERED, GraphBuckets, GraphKey
+
+MOST = st.integers(1, 512)
+
+
+@given(MOST, st.lists(st.integers(0, 512), min_size=1, max_size=8))
+def test_every_step_has_a_graph_that_holds_it(most: int, rows: list[int]) -> None:
+    buckets = GraphBuckets(most)
+    rows = [min(count, most) for count in rows]
+    if not any(rows):
+        return
+    gathered = buckets.gathered(max(rows))
+    assert max(rows) <= gathered <= max(most, LEAST_GATHERED)
+    for count in rows:
+        own = buckets.own(count)
+        assert count <= own <= gathered, "null rows fit what is gathered"
+        assert GraphKey(own, gathered) in buckets.keys()
+
+
+@given(MOST)
+def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int) -> None:
+    keys = GraphBuckets(most).keys()
+    assert len(set(keys)) == len(keys)
+    sizes = {key.gathered_rows for key in keys}
+    assert len(sizes) <= 2 + max(most // LEAST_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)
+    assert all(GraphKey(0, size) in keys for size in sizes), "a rank without rows"
+    assert max(key.own_rows for key in keys) == most
+    assert keys[0].own_rows == most, "the largest comes first, the others fit its memory"
