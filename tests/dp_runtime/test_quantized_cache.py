@@ -95,8 +95,8 @@ def test_log_probabilities_are_near_those_of_a_full_cache(scaled: Path, dp_size:
     ]
     one, other = torch.tensor(pairs).unbind(1)
     assert len(pairs) == sum(len(prompt) - 1 for prompt in prompts)
-    assert (one - other).abs().mean() < 0.15
-    assert (one - other).abs().mean() > 1e-4  # else the cache was not quantised at all
+    difference = (one - other).abs().median()  # NOTE: not the mean; a router may choose otherwise
+    assert 1e-3 < difference < 0.1
 
 
 def test_values_come_back_times_their_scale() -> None:
