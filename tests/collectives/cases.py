@@ -102,6 +102,7 @@ def mixed_case(c: RowCollective, board: StepBoard, operations: int, exact: bool)
                 counts_case(c, board)
             case _:
                 c.barrier()
+        c.check()
     return c.waited_s
 
 

@@ -61,6 +61,7 @@ def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str,
     else:
         outcome(c.barrier)
     ended = {name: outcome(call) for name, call in calls(c, board).items()}
+    ended["check"] = outcome(c.check)
     board.wake()
     c.abort("again")
     board.abort("again")

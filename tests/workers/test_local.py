@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dp_runtime import Engine
+from dp_runtime import Engine, EngineConfig
 from dp_runtime.errors import EngineClosed, QueueFull, RankFailed, StartError
 from dp_runtime.request import FinishReason
 from dp_runtime.status import RankState
 from tests.checkpoints import tiny_checkpoint
-from tests.workers.engines import ENDLESS, SHORT, Driver, engine
+from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
+from workers.messages import Call, MeetingPoint
 
 
 @pytest.fixture(scope="module", params=["thread", "local"])
@@ -202,10 +207,34 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     wait_until(lambda: left_overs() == before, "nothing is left")
 
 
-def test_ranks_end_with_a_killed_driver(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A stopped job is sent SIGTERM, then SIGKILL: the driver has no time to clean up."""
     before = left_overs()
-    driver = Driver(model, tmp_path, 1, "--launcher", "local")
-    wait_until(lambda: len(serving_processes() - before[0]) == 1, "a rank serves", 60)
-    driver.signal(signal.SIGKILL)
-    driver.end()
-    wait_until(lambda: left_overs() == before, "nothing is left", 2)
+    driver = Driver(model, tmp_path, 2, "--launcher", "local")
+    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+    ranks = serving_processes() - before[0]
+    driver.signal(number)
+    assert driver.end()[0] == -number
+    wait_until(lambda: not ranks & rank_processes().keys(), "the ranks end", 2)
+    wait_until(lambda: left_overs()[2] <= before[2], "no name is left", 2)
+
+
+def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path: Path) -> None:
+    """It removes the names of a meeting that never takes place."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "workers.local_rank", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()], cwd=REPOSITORY,
+    )  # fmt: skip
+    theirs.close()
+    meeting = tmp_path / "meeting"
+    with Connection(ours.detach()) as driver:
+        driver.send((0, EngineConfig(str(model), dp_size=2, num_pages=1100), "cpu"))
+        for call_id, method in enumerate(("prepare", "load")):
+            driver.send(Call(call_id, method, ()))
+            assert driver.recv().error is None
+        driver.send(Call(2, "serve", (MeetingPoint("shared_memory", str(meeting)),)))
+        wait_until(lambda: (meeting / "region").exists(), "the rank waits")
+    assert process.wait(2) == 0
+    assert not meeting.exists()

@@ -16,7 +16,7 @@ from dp_runtime.request import FinishReason
 from dp_runtime.status import RankState
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, SHORT, Driver, engine
-from tests.workers.leftovers import left_overs, serving_processes, wait_until
+from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -101,3 +101,32 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     status, errors = driver.end()
     assert status == 130
     assert "Traceback" not in errors
+
+
+def test_ranks_end_with_their_drivers(model: Path, tmp_path: Path) -> None:
+    """A stopped job is sent SIGTERM, then SIGKILL; actors end with their job."""
+    import ray
+
+    before, address = left_overs(), ray.get_runtime_context().gcs_address
+    rooms = [tmp_path / name for name in ("terminated", "killed")]
+    for room in rooms:
+        room.mkdir()
+    flags = ("--launcher", "ray", "--ray-address", address)
+    drivers = [Driver(model, room, 2, *flags) for room in rooms]
+    wait_until(lambda: len(serving_processes() - before[0]) == 4, "four ranks serve", 90)
+    ranks = serving_processes() - before[0]
+    for driver, number in zip(drivers, (signal.SIGTERM, signal.SIGKILL), strict=True):
+        driver.signal(number)
+        assert driver.end()[0] != 0
+    wait_until(lambda: not ranks & rank_processes().keys(), "the ranks end", 10)
+    wait_until(lambda: left_overs()[2] <= before[2], "no name is left", 2)
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_driver_that_started_the_cluster(model: Path, tmp_path: Path) -> None:
+    before = left_overs()
+    driver = Driver(model, tmp_path, 2, "--launcher", "ray")
+    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 90)
+    driver.signal(signal.SIGKILL)
+    driver.end()
+    wait_until(lambda: left_overs() == before, "nothing is left", 10)
