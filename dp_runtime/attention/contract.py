@@ -104,14 +104,16 @@ def metadata_comparisons(
 def slots_comparisons(
     slots: CacheSlots, metadata: AttentionMetadata, spec: AttentionSpec, device: torch.device
 ) -> Iterable[Comparison]:
-    """Pages and offsets of appended rows."""
+    """Where appended rows go."""
     rows = (metadata.num_tokens,)
     yield from tensor_comparisons("slots.pages", slots.pages, rows, torch.int64, device)
     yield from tensor_comparisons("slots.offsets", slots.offsets, rows, torch.int64, device)
+    yield from tensor_comparisons("slots.mapping", slots.mapping, rows, torch.int64, device)
     if spec.check_device_values:
         due = slots_due(metadata, spec.page_size)
         yield from value_comparisons("slots.pages", slots.pages, due // spec.page_size)
         yield from value_comparisons("slots.offsets", slots.offsets, due % spec.page_size)
+        yield from value_comparisons("slots.mapping", slots.mapping, due)
 
 
 def tensor_comparisons(
