@@ -27,9 +27,7 @@ CALL = tuple(f"a kernel's {name}" for name in (
 
 
 def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMetadata) -> None:
-    """Compare a plan with its metadata, once for all layers; ContractViolation as everywhere."""
-    if plan is contract.slot.plan:
-        return
+    """Compare a plan with its metadata; ContractViolation names place, layer and numbers."""
     spec, device = contract.spec, contract.device
     contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
     members = np.sort(np.concatenate([group.members for group in plan.groups])).tolist()
@@ -37,7 +35,6 @@ def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMet
     contract.compare([("requests of all groups", members, everyone)], metadata)
     for group in plan.groups:
         contract.compare(group_comparisons(group, metadata, spec, device), metadata)
-    contract.slot.plan = plan
 
 
 def check_kernel(
