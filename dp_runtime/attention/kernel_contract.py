@@ -26,8 +26,13 @@ CALL = tuple(f"a kernel's {name}" for name in (
 ))  # fmt: skip
 
 
-def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMetadata) -> None:
-    """Compare a plan with its metadata; ContractViolation names place, layer and numbers."""
+def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMetadata) -> bool:
+    """Compare a plan with its metadata, once for all layers; whether it was done in this call.
+
+    ContractViolation names place, layer and numbers.
+    """
+    if plan is contract.slot.plan:
+        return False
     spec, device = contract.spec, contract.device
     contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
     members = np.sort(np.concatenate([group.members for group in plan.groups])).tolist()
@@ -35,6 +40,8 @@ def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMet
     contract.compare([("requests of all groups", members, everyone)], metadata)
     for group in plan.groups:
         contract.compare(group_comparisons(group, metadata, spec, device), metadata)
+    contract.slot.plan = plan
+    return True
 
 
 def check_kernel(

@@ -111,9 +111,7 @@ class TrtllmAttention:
         if metadata.num_tokens == 0:
             return out
         plan = self.planner.plan(metadata)
-        first = plan is not self.contract.slot.plan
-        if first:
-            check_plan(self.contract, plan, metadata)
+        first = check_plan(self.contract, plan, metadata)
         append(self.pool, plan.slots, k, v, self.scales)
         for group in plan.groups:
             in_one_piece = isinstance(group.rows, slice)
@@ -127,5 +125,4 @@ class TrtllmAttention:
             call(rows, self.pool, self.scales, group, target)
             if not in_one_piece:
                 out[group.rows] = target
-        self.contract.slot.plan = plan
         return out

@@ -124,7 +124,7 @@ def test_the_adapters_use_argument_names_that_flashinfer_has(
 
 @pytest.mark.parametrize(
     ("module", "function", "count"),
-    [("xqa", "get_xqa_module", 9), ("prefill", "get_trtllm_fmha_v2_module", 3)],
+    [("xqa", "get_xqa_module", 8), ("prefill", "get_trtllm_fmha_v2_module", 3)],
 )
 def test_modules_are_built_with_as_many_arguments_as_flashinfer_takes(
     module: str, function: str, count: int
@@ -132,4 +132,5 @@ def test_modules_are_built_with_as_many_arguments_as_flashinfer_takes(
     """They are passed by position, as flashinfer's own calls do: its cache goes by that."""
     (definition,) = (node for node in tree_of(module).body
                      if isinstance(node, ast.FunctionDef) and node.name == function)  # fmt: skip
-    assert len(parameters(definition)) == count
+    arguments, defaults = definition.args.args, definition.args.defaults
+    assert len(arguments) - len(defaults) <= count <= len(arguments)
