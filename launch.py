@@ -18,6 +18,8 @@ from dp_runtime.config import CHOICES
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.inspection import describe
 from dp_runtime.jsonl import PromptLine, read_prompts, write_outputs
+from dp_runtime.memory import memory_table
+from dp_runtime.status import RankHealth
 from dp_runtime.trace import StepTrace, write_chrome_trace
 from dp_runtime.workload import Workload
 from workers.devices import resolve_device
@@ -53,7 +55,8 @@ HELP = {
     "routing": "how a request is given to a rank",
     "page_size": "tokens of a KV page",
     "num_pages": "KV pages of a rank (default: by memory and limits)",
-    "kv_memory_fraction": "share of the free memory that KV pages may take",
+    "kv_memory_fraction": "share of the memory left by weights, workspaces and activations that "
+    "KV pages may take (default: 0.5 on CPU, 0.9 on GPU)",
     "max_num_requests": "requests of a rank in a step",
     "max_num_tokens": "tokens of a rank in a step; longer prompts run in chunks",
     "max_model_len": "prompt and output tokens of a request (default: the model's)",
@@ -107,7 +110,7 @@ def generate(options: argparse.Namespace) -> None:
             [line.dp_rank for line in lines],
             show_progress=True,
         )
-        report = engine.report()
+        report, memory = engine.report(), _memory(engine.health())
     if options.output is not None:
         write_outputs(options.output, outputs)
     else:
@@ -115,6 +118,7 @@ def generate(options: argparse.Namespace) -> None:
             text = output.text if engine.tokenizer else f" {list(output.token_ids)}"
             print(f"[rank {output.dp_rank}, {output.finish_reason}] {line.prompt} →{text}\n")
     print(report)
+    print(memory)
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -125,12 +129,15 @@ def bench(options: argparse.Namespace) -> None:
     with Engine(_config(options), show_progress=True) as engine:
         prompts, params = workload.make(engine.model.vocab_size)
         engine.generate(prompts, params, show_progress=True)
-        report, steps = engine.report(), engine.step_trace()
+        report, steps, health = engine.report(), engine.step_trace(), engine.health()
     print(report)
+    print(_memory(health))
     print(_step_times(steps))
     if options.json is not None:
         values = asdict(report) | {"tokens_per_s": report.tokens_per_s}
-        options.json.write_text(json.dumps(values | {"workload": asdict(workload)}) + "\n")
+        memory = [asdict(rank.memory) for rank in health if rank.memory]
+        extra = {"workload": asdict(workload), "memory": memory}
+        options.json.write_text(json.dumps(values | extra) + "\n")
     if options.trace is not None:
         write_chrome_trace(steps, options.trace)
 
@@ -140,6 +147,11 @@ def inspect(options: argparse.Namespace) -> None:
     config = _config(options)
     config = resolve_device(config, torch.cuda.device_count(), "this host")
     print(describe(config, config.device))
+
+
+def _memory(ranks: Sequence[RankHealth]) -> str:
+    table = memory_table([rank.memory for rank in ranks if rank.memory])
+    return f"{table}\nloaded in {max(rank.load_s for rank in ranks):.1f} s"
 
 
 def _step_times(steps: Sequence[StepTrace]) -> str:

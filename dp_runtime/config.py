@@ -33,8 +33,9 @@ class EngineConfig:
     threads of this process (for tests). moe_sharding: experts by expert (ep) or by intermediate
     size (tp).
     num_pages counts the null page; None sizes the pool for max_num_requests sequences of
-    max_model_len, within kv_memory_fraction of the free memory. max_num_requests and
-    max_num_tokens are per rank and step. overlap schedules step k+1 before step k is committed.
+    max_model_len, within kv_memory_fraction of the memory that weights, workspaces and activations
+    leave of the device (None: 0.5 on cpu, 0.9 on cuda). max_num_requests and max_num_tokens are
+    per rank and step. overlap schedules step k+1 before step k is committed.
     poison_padding fills padded rows with NaN, to show that no result depends on them.
     kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
     check_device_values reads attention inputs back in every step and compares them (slow).
@@ -55,7 +56,7 @@ class EngineConfig:
     routing: str = "least_tokens"
     page_size: int = 64
     num_pages: int | None = None
-    kv_memory_fraction: float = 0.5
+    kv_memory_fraction: float | None = None
     max_num_requests: int = 64
     max_num_tokens: int = 2048
     max_model_len: int | None = None
@@ -120,8 +121,8 @@ class EngineConfig:
             f"at most max_num_tokens {self.max_num_tokens}: a decoding request feeds one a step",
         )  # fmt: skip
         fraction = self.kv_memory_fraction
-        ok = is_finite(fraction) and 0 < fraction <= 1
-        require(ok, "kv_memory_fraction", fraction, "a number above 0, at most 1")
+        ok = fraction is None or (is_finite(fraction) and 0 < fraction <= 1)
+        require(ok, "kv_memory_fraction", fraction, "None or a number above 0, at most 1")
         for name in ("start_timeout_s", "step_timeout_s"):
             value = getattr(self, name)
             require(is_finite(value) and value > 0, name, value, "a number of seconds above 0")

@@ -6,6 +6,7 @@ import torch
 
 from dp_runtime.attention import kernels
 from dp_runtime.config import EngineConfig
+from dp_runtime.memory import RankMemory, memory_table
 from dp_runtime.sizing import RankPlan, plan_rank
 
 
@@ -47,16 +48,13 @@ def _kernel_names(plan: RankPlan) -> str:
 
 
 def _rank_lines(plans: list[RankPlan]) -> list[str]:
-    lines = [
-        "rank  experts    intermediate      weight bytes  KV pages          KV bytes  cache tokens"
-    ]
+    lines = ["rank  experts    intermediate  KV pages  cache tokens"]
     for rank, plan in enumerate(plans):
         model = plan.model
         shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
         experts = f"{shard.experts.start}..{shard.experts.stop - 1}" if shard.experts else "none"
         lines.append(
             f"{rank:>4}  {experts:<9}  {len(shard.intermediate):>12}  "
-            f"{plan.weight_bytes:>16,}  {plan.pages.num_pages:>8}  "
-            f"{plan.kv_bytes:>16,}  {plan.cache_tokens:>12,}"
+            f"{plan.pages.num_pages:>8}  {plan.cache_tokens:>12,}"
         )
-    return lines
+    return [*lines, memory_table([RankMemory(p.sharding.dp_rank, p.memory) for p in plans])]

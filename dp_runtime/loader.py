@@ -21,6 +21,7 @@ Part = tuple[slice, ...]
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # names as in the safetensors format
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAPPED_BYTES = 256 << 20  # of files that may be mapped before they are opened anew
 
 
 class WeightSource(Protocol):
@@ -45,7 +46,8 @@ class Checkpoint:
     """A directory with `model.safetensors`, or with shards and their index.
 
     Reads nothing but the slices asked for and counts them in `bytes_read` (bytes on disk); on_bytes
-    is called with the size of each in memory. Raises ValueError naming file and tensor.
+    is called with the size of each in memory. Host memory never holds much more than a tensor: what
+    was read is unmapped soon. Raises ValueError naming file and tensor.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Checkpoint:
         self._on_bytes = on_bytes
         self._root = Path(directory)
         self._open_files: dict[str, Any] = {}
+        self._mapped = 0
         self._file_of = self._read_index()
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
@@ -76,10 +79,15 @@ class Checkpoint:
         require(found == shape, f"{where}: shape", found, f"config.json asks for {shape}")
         dtype = view.get_dtype()
         require(dtype in DTYPE_BYTES, f"{where}: dtype", dtype, f"one of {', '.join(DTYPE_BYTES)}")
-        tensor: Tensor = view[part if part is not None else ...]
-        self.bytes_read += tensor.numel() * DTYPE_BYTES[dtype]
-        self._on_bytes(tensor.numel() * self.dtype.itemsize)
-        return tensor.to(device=self.device, dtype=self.dtype)
+        mapped: Tensor = view[part if part is not None else ...]
+        self.bytes_read += mapped.numel() * DTYPE_BYTES[dtype]
+        self._on_bytes(mapped.numel() * self.dtype.itemsize)
+        tensor = mapped.to(device=self.device, dtype=self.dtype, copy=True)
+        self._mapped += math.prod(shape) * DTYPE_BYTES[dtype]
+        if self._mapped > MAPPED_BYTES:
+            self._open_files.clear()  # NOTE: pages of a mapped file stay in memory once read
+            self._mapped = 0
+        return tensor
 
     def scalar(self, name: str) -> float | None:
         file = self._file_of.get(name)
@@ -146,7 +154,7 @@ class DummyWeights:
             digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
             generator = torch.Generator(self.device)
             generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            whole = torch.randn(shape, generator=generator, device=self.device) * 0.02
+            whole = torch.randn(shape, generator=generator, device=self.device).mul_(0.02)
         tensor = whole[part if part is not None else ...]
         self._on_bytes(tensor.numel() * self.dtype.itemsize)
         return tensor.to(self.dtype)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 
 import torch
+from torch import Tensor
 
 from dp_runtime.attention import KvScales, make_backend
 from dp_runtime.config import EngineConfig
 from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
-from dp_runtime.errors import require
+from dp_runtime.device_memory import free_bytes
+from dp_runtime.errors import StartError, require
 from dp_runtime.kv_cache import allocate_pools
 from dp_runtime.loader import WeightSource, open_weights
+from dp_runtime.memory import MemoryUse
 from dp_runtime.models import Model, build_model
 from dp_runtime.padding import PaddingMode
+from dp_runtime.profiling import run_largest_steps
 from dp_runtime.program import Slot
 from dp_runtime.protocols import RowCollective, StepBoard
 from dp_runtime.sampling import Sampler
@@ -33,13 +38,22 @@ class LoadedRank:
     """A rank's share of the model bound to its page pools, and what the driver should know."""
 
     model: Model
+    pools: Sequence[Tensor]  # [layer]
     info: ModelInfo
+    load_s: float
+    held: MemoryUse | None  # measured, without activations; None on a CPU
 
 
 def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
-    """Allocate the pages and read this rank's weights; `on_bytes` hears of each slice."""
+    """Allocate the pages and read this rank's weights; `on_bytes` hears of each slice.
+
+    Raises StartError if a GPU's free memory does not hold what was planned.
+    """
     started = monotonic()
     device, model = torch.device(plan.device), plan.model
+    if device.type == "cuda":
+        check_free(plan, free_bytes(plan.device))
+    allocated = [_allocated(device)]
     weights = open_weights(
         config.model, config.load_format, config.seed, plan.dtype, device, on_bytes
     )
@@ -51,12 +65,11 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         plan.attention.kv_dtype,
         device,
     )
-    served = build_model(
-        model,
-        weights,
-        plan.sharding,
-        make_backend(plan.backend, plan.attention, pools, read_kv_scales(weights, plan)),
-    )
+    allocated.append(_allocated(device))
+    backends = make_backend(plan.backend, plan.attention, pools, read_kv_scales(weights, plan))
+    allocated.append(_allocated(device))
+    served = build_model(model, weights, plan.sharding, backends)
+    allocated.append(_allocated(device))
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
         architecture=model.architecture,
@@ -66,11 +79,30 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         eos_token_ids=model.eos_token_ids,
         tokenizer_json=tokenizer.read_text() if tokenizer.exists() else None,
         cache_tokens=plan.cache_tokens,
-        weight_bytes=plan.weight_bytes,
         bytes_read=weights.bytes_read,
-        load_s=monotonic() - started,
     )
-    return LoadedRank(served, info)
+    kv_cache, workspaces, held = (after - before for before, after in pairwise(allocated))
+    use = MemoryUse(held, workspaces, 0, kv_cache) if device.type == "cuda" else None
+    return LoadedRank(served, pools, info, monotonic() - started, use)
+
+
+def check_free(plan: RankPlan, free: int) -> None:
+    """StartError if what is planned is more than `free` bytes."""
+    use, gib = plan.memory, 2**30
+    if use.total <= free:
+        return
+    raise StartError(
+        f"rank {plan.sharding.dp_rank}: {plan.device} has {free / gib:.1f} GiB free and "
+        f"{use.total / gib:.1f} GiB are planned: weights {use.weights / gib:.1f}, workspaces "
+        f"{use.workspaces / gib:.1f}, activations {use.activations / gib:.1f}, "
+        f"{plan.pages.num_pages} KV pages {use.kv_cache / gib:.1f}; end other processes on this "
+        "GPU, or lower kv_memory_fraction or num_pages"
+    )
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process has allocated."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
@@ -121,4 +153,27 @@ def assemble(
         Recorder(Totals(plan.sharding.dp_rank)),
         device,
         config.depth,
+    )
+
+
+def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
+    """Run the largest steps on a GPU rank, with all others, and return what it uses; see there.
+
+    What stays allocated after them counts as workspace: cuBLAS's, and what kernels keep.
+    """
+    assert loaded.held is not None, "a GPU rank has measured what it loaded"
+    device = loop.device
+    before = _allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        run_largest_steps(loop, loaded.pools)
+        torch.cuda.synchronize(device)
+    except BaseException as error:
+        loop.coordinator.abort(f"{type(error).__name__}: {error}")
+        raise
+    after = _allocated(device)
+    return replace(
+        loaded.held,
+        workspaces=loaded.held.workspaces + after - before,
+        activations=torch.cuda.max_memory_allocated(device) - after,
     )

@@ -19,7 +19,14 @@ from dp_runtime.distribution import (
     penalise,
     take_rows,
 )
-from dp_runtime.logprobs import HostCopy, LogitsOf, Logprobs, row_parts, token_logprobs
+from dp_runtime.logprobs import (
+    ROWS_AT_ONCE,
+    HostCopy,
+    LogitsOf,
+    Logprobs,
+    row_parts,
+    token_logprobs,
+)
 from dp_runtime.random_numbers import uniform
 from dp_runtime.request import RankRequest, TokenLogprob
 from dp_runtime.sampling_params import SamplingParams
@@ -86,6 +93,15 @@ class _Request:
     bias_ids: Array  # [biases] int64
     biases: Array  # [biases] float32
     penalties: _Penalties | None
+
+
+CHOICE_BYTES = 38  # per logit, for all filters together
+
+
+def sampling_bytes(num_rows: int, vocab_size: int) -> int:
+    """Most bytes `Sampler.sample` and the penalties of its requests take, besides the logits."""
+    seen = num_rows * vocab_size * (1 + 4)
+    return seen + min(num_rows, ROWS_AT_ONCE) * vocab_size * CHOICE_BYTES
 
 
 class Sampler:

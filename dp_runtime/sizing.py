@@ -5,25 +5,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from torch import Tensor
 
-from dp_runtime.attention import AttentionSpec, choose_backend
+from dp_runtime.attention import AttentionSpec, choose_backend, workspace_bytes
 from dp_runtime.config import EngineConfig
+from dp_runtime.device_memory import CUBLAS_BYTES, rank_memory
 from dp_runtime.errors import require
 from dp_runtime.loader import CountedWeights
+from dp_runtime.memory import MemoryUse
 from dp_runtime.metadata import AttentionMetadata, PageGeometry
 from dp_runtime.models import ModelConfig, RankSharding, build_model, read_model_config
+from dp_runtime.prediction import activation_peak, held_bytes
 from dp_runtime.protocols import AttentionBackend
 from dp_runtime.scheduler import Limits
+
+KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config has none
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Everything that follows from a config, a model and a device, for one rank."""
+    """Everything that follows from a config, a model and a device, for one rank.
+
+    load_bytes: what its share of the checkpoint takes in memory; memory.weights adds what is
+    derived from it.
+    """
 
     model: ModelConfig
     device: str
@@ -34,16 +42,13 @@ class RankPlan:
     sharding: RankSharding
     limits: Limits
     pages: PageGeometry
-    weight_bytes: int
+    load_bytes: int
+    memory: MemoryUse
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, K and V."""
         return page_bytes(self.model, self.pages.page_size, self.attention.kv_dtype)
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.pages.num_pages * self.page_bytes
 
     @property
     def cache_tokens(self) -> int:
@@ -61,12 +66,22 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     backend, reason = choose_backend(config.attention_backend, attention, torch.device(device))
     sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
     weights = CountedWeights(dtype)
-    build_model(model, weights, sharding, _no_attention)
+    served = build_model(model, weights, sharding, _no_attention)
     length = config.max_model_len or model.max_position_embeddings
     require(
         length <= model.max_position_embeddings, "max_model_len", length,
         f"the model has {model.max_position_embeddings} positions",
     )  # fmt: skip
+    limits = Limits(config.max_num_requests, config.max_num_tokens, length)
+    cublas = 0 if device == "cpu" else CUBLAS_BYTES
+    memory = MemoryUse(
+        weights=held_bytes(served),
+        workspaces=workspace_bytes(backend, attention) + cublas,
+        activations=activation_peak(served, limits, config.dp_size, config.padding != "ragged"),
+        kv_cache=0,
+    )
+    one_page = page_bytes(model, config.page_size, attention.kv_dtype)
+    pages = _page_geometry(config, device, length, one_page, memory.total)
     return RankPlan(
         model=model,
         device=device,
@@ -75,9 +90,10 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         backend=backend,
         backend_reason=reason,
         sharding=sharding,
-        limits=Limits(config.max_num_requests, config.max_num_tokens, length),
-        pages=_page_geometry(config, model, attention.kv_dtype, device, length, weights.bytes_read),
-        weight_bytes=weights.bytes_read,
+        limits=limits,
+        pages=pages,
+        load_bytes=weights.bytes_read,
+        memory=replace(memory, kv_cache=pages.num_pages * one_page),
     )
 
 
@@ -120,13 +136,13 @@ def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
 
 
 def _page_geometry(
-    config: EngineConfig,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    device: str,
-    length: int,
-    weight_bytes: int,
+    config: EngineConfig, device: str, length: int, one_page: int, used: int
 ) -> PageGeometry:
+    """The pages asked for; else what the limits can use, within a fraction of what `used` leaves.
+
+    NOTE: from the size of the memory, not from what happens to be free: every run and every rank,
+    and `inspect`, come to the same number.
+    """
     size = config.page_size
     one_sequence = -(-length // size) + 1
     if config.num_pages is not None:
@@ -136,18 +152,13 @@ def _page_geometry(
             "page; or lower max_model_len",
         )  # fmt: skip
         return PageGeometry(config.num_pages, size)
-    usable = (_free_bytes(device, config.dp_size) - weight_bytes) * config.kv_memory_fraction
-    affordable = int(usable // page_bytes(model, size, dtype))
+    fraction = config.kv_memory_fraction or KV_MEMORY_FRACTION[torch.device(device).type]
+    left = rank_memory(device, config.dp_size, config.ranks_per_gpu) - used
+    affordable = int(left * fraction // one_page)
     require(
-        affordable >= one_sequence, "kv_memory_fraction", config.kv_memory_fraction,
+        affordable >= one_sequence, "kv_memory_fraction", fraction,
         f"memory for {one_sequence} pages: max_model_len {length} needs them and "
         f"{max(affordable, 0)} fit; lower max_model_len or raise kv_memory_fraction",
     )  # fmt: skip
     wanted = (one_sequence - 1) * config.max_num_requests + 1
     return PageGeometry(min(wanted, affordable), size)
-
-
-def _free_bytes(device: str, dp_size: int) -> int:
-    if device == "cpu":
-        return int(psutil.virtual_memory().available) // dp_size
-    return torch.cuda.mem_get_info(torch.device(device))[0]

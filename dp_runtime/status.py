@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dp_runtime.memory import RankMemory
+
 
 class RankState(StrEnum):
     """The phase a rank is in."""
@@ -31,9 +33,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     tokenizer_json: str | None  # the content of tokenizer.json
     cache_tokens: int  # tokens the page pool of one rank can hold
-    weight_bytes: int  # on rank 0
     bytes_read: int  # from rank 0's checkpoint slices
-    load_s: float
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,6 @@ class RankHealth:
     bytes_total: int = 0
     kernels_built: int = 0  # attention kernels, compiled and loaded
     kernels_total: int = 0
+    load_s: float = 0.0  # seconds to allocate pages and load weights
+    memory: RankMemory | None = None  # known once the rank has a plan
     error: str = ""

@@ -117,11 +117,11 @@ class StepLoop:
             if agreement.stop:
                 return
             if not agreement.idle:
-                in_flight.append(self._launch(scheduled, agreement, times))
+                in_flight.append(self.launch(scheduled, agreement, times))
             depth = 0 if agreement.idle else self.depth
             settled = not in_flight
             while len(in_flight) > depth:
-                deliver(self._commit(in_flight.popleft()))
+                deliver(self.commit(in_flight.popleft()))
             if settled and agreement.idle:
                 self._sleep()
 
@@ -175,7 +175,7 @@ class StepLoop:
         self.coordinator.buckets = graphs.buckets
 
     @torch.inference_mode()
-    def _launch(self, scheduled: Scheduled, agreement: Agreement, times: PhaseTimes) -> Launched:
+    def launch(self, scheduled: Scheduled, agreement: Agreement, times: PhaseTimes) -> Launched:
         """Run every slot of the program, and sample where the target ran."""
         slots, prepare_s = [], 0.0
         for index, slot in enumerate(agreement.program.slots):
@@ -266,7 +266,7 @@ class StepLoop:
             request.params.prompt_logprobs or 0,
         )
 
-    def _commit(self, step: Launched) -> list[RequestProgress]:
+    def commit(self, step: Launched) -> list[RequestProgress]:
         """Look at what the step sampled, and move its requests on."""
         at = perf_counter()
         token_ids, logprobs = step.sampled.to_host()

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import launch
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.errors import RankFailed, StartError
+from dp_runtime.memory import memory_table
 from tests.checkpoints import tiny_checkpoint
 
 LETTERS = "_abcdefghijklmnopqrstuvwxyz"
@@ -119,16 +120,23 @@ def test_inspect_tells_what_the_engine_then_has(
     shown = capsys.readouterr().out
     assert "Qwen3MoeForCausalLM: 2 layers (2 MoE), hidden 64, vocabulary 27" in shown
     assert "torch_ref: the only backend for device cpu" in shown
-    rows = [line.replace(",", "").split() for line in shown.splitlines()[-2:]]
+    lines = shown.splitlines()
+    rows = [line.replace(",", "").split() for line in lines[-6:-4]]
     fields: dict[str, Any] = {"moe_sharding": sharding, "max_num_requests": 5}
     config = EngineConfig(str(model), dp_size=2, launcher="thread", max_model_len=256, **fields)
     with Engine(config) as engine:
         for row, rank in zip(rows, engine.health(), strict=True):
-            weights, pages, _, cache_tokens = map(int, row[3:])
+            pages, cache_tokens = map(int, row[3:])
             assert int(row[0]) == rank.dp_rank
-            assert weights == rank.bytes_total == rank.bytes_read
+            assert rank.bytes_total == rank.bytes_read
             assert pages == rank.num_pages
             assert cache_tokens == engine.model.cache_tokens
+        memory = [rank.memory for rank in engine.health() if rank.memory]
+        assert lines[-4:] == memory_table(memory).splitlines()
+        for rank, use in zip(engine.health(), memory, strict=True):
+            assert rank.bytes_read <= use.predicted.weights < rank.bytes_read * 1.02
+            assert use.predicted.kv_cache == rank.num_pages * 64 * 2 * 2 * 2 * 16 * 4
+            assert use.measured is None, "nothing is measured on a CPU"
 
 
 def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:

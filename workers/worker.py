@@ -16,7 +16,8 @@ from dp_runtime.attention import kernels
 from dp_runtime.attention.build import KernelBuilds, forbid_compilation
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
-from dp_runtime.rank import LoadedRank, assemble, load_rank
+from dp_runtime.memory import MemoryUse, RankMemory
+from dp_runtime.rank import LoadedRank, assemble, load_rank, profile
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sizing import RankPlan, plan_rank
 from dp_runtime.status import ModelInfo, RankHealth, RankState
@@ -46,6 +47,7 @@ class Worker:
         self._plan: RankPlan | None = None
         self._builds: KernelBuilds | None = None
         self._loaded: LoadedRank | None = None
+        self._measured: MemoryUse | None = None
         self._links: RankLinks | None = None
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None
@@ -88,6 +90,8 @@ class Worker:
         self._links = connect(meeting_point, self.dp_rank, self.config, torch.device(self.device))
         board, collective = self._links.board, self._links.collective
         self._loop = assemble(self.config, self._plan, self._loaded, board, collective)
+        if self.device != "cpu":
+            self._measured = profile(self._loop, self._loaded)
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
@@ -141,9 +145,11 @@ class Worker:
             num_queued=len(loop.scheduler.waiting) + len(self._added) if loop else 0,
             bytes_read=self._loaded.info.bytes_read if self._loaded else 0,
             bytes_loaded=self._bytes_loaded,
-            bytes_total=plan.weight_bytes if plan else 0,
+            bytes_total=plan.load_bytes if plan else 0,
             kernels_built=self._builds.num_built if self._builds else 0,
             kernels_total=self._builds.total if self._builds else 0,
+            load_s=self._loaded.load_s if self._loaded else 0.0,
+            memory=RankMemory(self.dp_rank, plan.memory, self._measured) if plan else None,
             error=self._error or "",
         )
 

@@ -2,8 +2,9 @@
 
 Values (page ids, lengths, offsets) are checked once per slot on the host when the metadata is
 built; here shapes, dtypes, strides and devices are compared, without a device synchronisation.
-Metadata and plans are frozen: the layer that first sees one checks it for all; q, k and v are
-compared at each call. With `check_device_values` device tensors are read back and compared too.
+Metadata and plans are frozen: the layer that first sees one checks it for all, with the devices;
+shapes and dtypes of q, k and v are compared at each call, for what a kernel gets follows from them
+and from the plan. With `check_device_values` device tensors are read back and compared too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dp_runtime.errors import ContractViolation
 from dp_runtime.metadata import AttentionMetadata
 
 Comparison = tuple[str, object, object]  # what, as found, as due
-CALL = tuple(f"{name} {what}" for what in ("shape", "dtype", "device") for name in "qkv")
+CALL = tuple(f"{name} {what}" for what in ("shape", "dtype") for name in "qkv")
 
 
 @dataclass(eq=False)
@@ -47,14 +48,14 @@ class LayerContract:
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
         """Compare a call with its metadata; ContractViolation names place, layer and numbers."""
-        found = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
-        )  # fmt: skip
+        found = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
         if metadata is self.slot.metadata and found == self.slot.call:
             return
         self.compare(metadata_comparisons(metadata, self.spec, self.device), metadata)
         due = self._call(metadata)
         self.compare(zip(CALL, found, due), metadata)
+        devices = ((f"{name} device", x.device, self.device) for name, x in zip("qkv", (q, k, v)))
+        self.compare(devices, metadata)
         self.slot.metadata, self.slot.call = metadata, due
 
     def compare(self, comparisons: Iterable[Comparison], metadata: AttentionMetadata) -> None:
@@ -69,7 +70,7 @@ class LayerContract:
         spec, rows = self.spec, metadata.num_tokens
         kv = (rows, spec.num_kv_heads, spec.head_dim)
         shapes = ((rows, spec.num_heads, spec.head_dim), kv, kv)
-        return (*shapes, *[spec.dtype] * 3, *[self.device] * 3)
+        return (*shapes, *[spec.dtype] * 3)
 
 
 def _text(value: object) -> object:

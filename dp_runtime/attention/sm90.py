@@ -93,10 +93,10 @@ def modules(spec: AttentionSpec) -> tuple[Kernel, ...]:
     )  # fmt: skip
 
 
-def load_xqa(spec: AttentionSpec, query_len: int, ragged: bool = False) -> object:
-    """Compile and load XQA for one (largest, if ragged) query length."""
+def load_xqa(spec: AttentionSpec, query_len: int) -> object:
+    """Compile and load XQA for one query length."""
     module: object = get_xqa_module(
         spec.dtype, spec.kv_dtype, spec.page_size, spec.head_dim, spec.group_size,
-        False, spec.dtype, query_len, ragged,
+        False, spec.dtype, query_len,
     )  # fmt: skip
     return module

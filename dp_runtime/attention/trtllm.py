@@ -94,9 +94,9 @@ def _generation(device: torch.device) -> Generation:
 class TrtllmAttention:
     """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim].
 
-    Over a pool in e4m3 prefill takes q in e4m3 too, with a scale of 1.0: after the q norm its
-    values are far below 448, a scale from the data would have to come to the host, for the
-    kernels take it as a host number. Decode keeps q as it is.
+    Over a pool in e4m3 prefill takes q in e4m3 too, with a scale of 1.0 and clamped to 448: the
+    kernels take the scale as a host number, so one found in the data would wait for the device, and
+    e4m3 keeps the same bits at any magnitude that q has. Decode takes q as it is.
     """
 
     pool: Tensor
@@ -111,23 +111,18 @@ class TrtllmAttention:
         if metadata.num_tokens == 0:
             return out
         plan = self.planner.plan(metadata)
-        check_plan(self.contract, plan, metadata)
+        first = check_plan(self.contract, plan, metadata)
         append(self.pool, plan.slots, k, v, self.scales)
         for group in plan.groups:
             in_one_piece = isinstance(group.rows, slice)
             rows = q[group.rows].contiguous()
             target = out[group.rows] if in_one_piece else torch.empty_like(rows)
-            self._run(rows, target, group, metadata)
+            if group.query_len is None and self.contract.spec.quantized:
+                rows = quantize(rows, 1.0)
+            if first:
+                check_kernel(self.contract, rows, target, group, metadata)
+            call = self.kernels.decode if group.query_len else self.kernels.prefill
+            call(rows, self.pool, self.scales, group, target)
             if not in_one_piece:
                 out[group.rows] = target
         return out
-
-    def _run(
-        self, rows: Tensor, target: Tensor, group: KernelGroup, metadata: AttentionMetadata
-    ) -> None:
-        prefill = group.query_len is None
-        if prefill and self.contract.spec.quantized:
-            rows = quantize(rows, 1.0)
-        check_kernel(self.contract, rows, target, group, metadata)
-        call = self.kernels.prefill if prefill else self.kernels.decode
-        call(rows, self.pool, self.scales, group, target)

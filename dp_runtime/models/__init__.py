@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dp_runtime.layers.moe import RankSharding, RowExchange
@@ -33,6 +34,10 @@ class Model(Protocol):
 
     @property
     def config(self) -> ModelConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
 
     @property
     def num_moe_layers(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dp_runtime.layers.attention import Attention
@@ -94,6 +95,10 @@ class CausalLM:
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head: Linear
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
 
     @property
     def num_moe_layers(self) -> int:

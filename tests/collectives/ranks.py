@@ -186,6 +186,9 @@ def _connect(job: Job) -> Any:
         return SharedMemoryGroup(*place, **job.options)
     from collectives.torch_distributed import TorchDistributedGroup  # slow to import
 
+    if job.kind == "nccl":
+        device = torch.device("cuda", job.dp_rank)
+        return TorchDistributedGroup(*place, backend="nccl", device=device, **job.options)
     return TorchDistributedGroup(*place, **job.options)
 
 

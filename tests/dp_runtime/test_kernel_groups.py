@@ -1,7 +1,6 @@
 """How a slot's requests are split over GPU kernels; runs without a GPU."""
 
 import ast
-import inspect
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dp_runtime.attention as package
 from dp_runtime.attention import AttentionSpec
 from dp_runtime.attention.kernel_groups import KernelPlanner, causal_mask
 from tests.dp_runtime.paged import metadata_of, paged_batch, random_page_table
@@ -65,40 +65,72 @@ def test_the_packed_mask_lets_a_row_see_the_new_tokens_up_to_itself(query_len: i
         assert bits == (1 << (row + 1)) - 1
 
 
-def parameters(module: str, function: str) -> set[str]:
-    """Parameters of a function of flashinfer, read from its source: importing it takes a GPU."""
+ADAPTERS = ("sm90", "sm100", "native_wrappers")
+
+
+def tree_of(module: str) -> ast.Module:
+    """The source of a module of flashinfer; read, for importing it takes seconds and a GPU."""
     spec = find_spec("flashinfer")
     if spec is None or spec.origin is None:
         pytest.skip("flashinfer is not installed on this platform")
-    tree = ast.parse((Path(spec.origin).parent / f"{module}.py").read_text())
-    found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function]
-    assert found, f"flashinfer.{module} has no {function}"
-    arguments = found[0].args
+    path = Path(spec.origin).parent / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(file.read_text())
+
+
+def adapter(name: str) -> ast.Module:
+    return ast.parse((Path(package.__file__).parent / f"{name}.py").read_text())
+
+
+def parameters(function: ast.FunctionDef) -> set[str]:
+    arguments = function.args
     return {a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_the_adapters_import_is_there(name: str) -> None:
+    for node in ast.walk(adapter(name)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashinfer"):
+            module = (node.module or "").removeprefix("flashinfer").removeprefix(".")
+            found = {
+                getattr(item, "name", None) or getattr(item, "asname", None)
+                for item in ast.walk(tree_of(module))
+                if isinstance(item, ast.FunctionDef | ast.ClassDef | ast.alias)
+            }
+            assert {alias.name for alias in node.names} <= found
+
+
 @pytest.mark.parametrize(
-    ("module", "function"),
+    ("name", "module", "function", "calls"),
     [
-        ("prefill", "trtllm_fmha_v2_prefill"),
-        ("prefill", "trtllm_batch_context_with_kv_cache"),
-        ("decode", "trtllm_batch_decode_with_kv_cache"),
+        ("sm90", "prefill", "trtllm_fmha_v2_prefill", 1),
+        ("sm90", "decode", "trtllm_batch_decode_with_kv_cache", 1),
+        ("sm100", "prefill", "trtllm_batch_context_with_kv_cache", 1),
+        ("sm100", "decode", "trtllm_batch_decode_with_kv_cache", 1),
     ],
 )
-def test_the_adapter_uses_argument_names_that_flashinfer_has(module: str, function: str) -> None:
-    import dp_runtime.attention as package
+def test_the_adapters_use_argument_names_that_flashinfer_has(
+    name: str, module: str, function: str, calls: int
+) -> None:
+    definitions = [node for node in tree_of(module).body
+                   if isinstance(node, ast.FunctionDef) and node.name == function]  # fmt: skip
+    assert definitions, f"flashinfer.{module} has no {function}"
+    nodes = (node for node in ast.walk(adapter(name)) if isinstance(node, ast.Call))
+    found = [node for node in nodes if getattr(node.func, "id", "") == function]
+    assert len(found) == calls
+    for call in found:
+        assert {word.arg for word in call.keywords} <= parameters(definitions[-1])
 
-    folder = Path(inspect.getfile(package)).parent
-    trees = [ast.parse((folder / f"{name}.py").read_text()) for name in ("sm90", "sm100")]
-    calls = [
-        node
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == function
-    ]
-    assert calls
-    for call in calls:
-        used = {keyword.arg for keyword in call.keywords if keyword.arg}
-        assert used <= parameters(module, function)
+
+@pytest.mark.parametrize(
+    ("module", "function", "count"),
+    [("xqa", "get_xqa_module", 8), ("prefill", "get_trtllm_fmha_v2_module", 3)],
+)
+def test_modules_are_built_with_as_many_arguments_as_flashinfer_takes(
+    module: str, function: str, count: int
+) -> None:
+    """They are passed by position, as flashinfer's own calls do: its cache goes by that."""
+    (definition,) = (node for node in tree_of(module).body
+                     if isinstance(node, ast.FunctionDef) and node.name == function)  # fmt: skip
+    arguments, defaults = definition.args.args, definition.args.defaults
+    assert len(arguments) - len(defaults) <= count <= len(arguments)

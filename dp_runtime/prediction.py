@@ -1,0 +1,54 @@
+"""What a model's weights and steps will take, from shapes alone; the layers know their own part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from torch import Tensor
+
+from dp_runtime.logprobs import ROWS_AT_ONCE, logprobs_bytes
+from dp_runtime.models import Model
+from dp_runtime.sampling import sampling_bytes
+from dp_runtime.scheduler import Limits
+
+
+def held_bytes(model: Model) -> int:
+    """Bytes of all tensors of a model, which is dataclasses all the way down to its backends."""
+    storages = {}
+    for tensor in _tensors(model):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            if field.name != "backend":  # it is bound to the page pool
+                yield from _tensors(getattr(value, field.name))
+
+
+def activation_peak(model: Model, limits: Limits, dp_size: int, padded: bool) -> int:
+    """Most bytes that a step within the limits allocates at once.
+
+    padded: ranks may contribute rows that are not real to the MoE collectives. Not counted, since
+    small beside the rest: prompt embeddings, and what kernels allocate for themselves.
+    """
+    rows, vocab = limits.max_num_tokens, model.config.vocab_size
+    samples = min(limits.max_num_requests, rows)
+    forward = model.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
+    hidden = model.config.hidden_size * model.dtype.itemsize
+    sampling = samples * hidden + max(
+        model.logits_bytes(samples), samples * vocab * 4 + sampling_bytes(samples, vocab)
+    )
+    some = min(rows, ROWS_AT_ONCE)
+    scoring = rows * hidden + max(
+        model.logits_bytes(some), some * vocab * 4 + logprobs_bytes(some, vocab)
+    )
+    return max(forward, rows * hidden + max(sampling, scoring))

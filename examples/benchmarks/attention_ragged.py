@@ -1,0 +1,196 @@
+"""Verification of drafts of different lengths: by length, by the ragged XQA entry, or by FMHAv2.
+
+    python examples/benchmarks/attention_ragged.py
+
+64 requests with up to 2048 tokens in the cache, each with 2..8 query rows; one layer of the
+Qwen3-30B-A3B shape, bf16, page 64. Eager, as the runtime calls it, and replayed in a CUDA graph.
+Floor: the bytes of K and V that must be read, at 3.0 TB/s. Needs a GPU with XQA (SM90).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.attention import AttentionSpec, KvScales, kernels
+from dp_runtime.attention.build import KernelBuilds
+from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner, causal_mask
+from dp_runtime.batch import LocalBatch
+from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
+from examples.benchmarks import machine
+
+BF16 = torch.bfloat16
+SPEC = AttentionSpec(32, 4, 128, 64, BF16, BF16, frozenset(range(2, 9)))
+TB_PER_S = 3.0
+SCALE = SPEC.head_dim**-0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """Requests with drafts of 2..8 tokens over a random cache."""
+
+    metadata: AttentionMetadata
+    pool: Tensor
+    q: Tensor
+    kv_bytes: int
+
+
+def main() -> None:
+    args = parse_args()
+    device = torch.device("cuda", 0)
+    print(machine.describe("torch", "flashinfer-python"), f"; {torch.cuda.get_device_name(device)}")
+    build(device)
+    load = make_load(args.requests, args.longest, device)
+    floor_us = load.kv_bytes / TB_PER_S / 1e6
+    print(f"{args.requests} requests, {len(load.q)} query rows; floor {floor_us:.1f} us")
+    calls = {
+        "XQA, grouped by length": by_length(load, SPEC),
+        "XQA, ragged": ragged(load),
+        "FMHAv2": by_length(load, replace(SPEC, decode_query_lens=frozenset())),
+    }
+    due = calls["FMHAv2"]().float()
+    for name, call in calls.items():
+        error = float((call().float() - due).norm() / due.norm())
+        assert error < 1e-2, f"{name} differs from FMHAv2 by {error}"
+        eager, replayed = median_us(call, args.calls), median_us(captured(call), args.calls)
+        print(
+            f"{name:<24} eager {eager:7.1f} us ({eager / floor_us:.1f}x the floor), in a graph "
+            f"{replayed:7.1f} us ({replayed / floor_us:.1f}x)"
+        )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=2048)
+    parser.add_argument("--calls", type=int, default=200)
+    return parser.parse_args()
+
+
+def build(device: torch.device) -> None:
+    """FMHAv2 and XQA for each length; the ragged entry runs the module of the longest."""
+    with KernelBuilds(kernels("trtllm", SPEC, device), device) as builds:
+        builds.wait()
+
+
+def make_load(requests: int, longest: int, device: torch.device) -> Load:
+    rng, size = np.random.default_rng(0), SPEC.page_size
+    query_lens = rng.integers(2, 9, requests).astype(np.int32)
+    seq_lens = rng.integers(longest // 2, longest + 1, requests).astype(np.int32)
+    used = -(-seq_lens // size)
+    table = np.zeros((requests, int(used.max())), np.int32)
+    pages = rng.permutation(np.arange(1, int(used.sum()) + 1, dtype=np.int32))
+    for row, last in enumerate(np.cumsum(used)):
+        table[row, : used[row]] = pages[last - used[row] : last]
+    positions = np.concatenate([np.arange(s - q, s) for q, s in zip(query_lens, seq_lens)])
+    owner = np.repeat(np.arange(requests), query_lens)
+    rows, num_pages = len(owner), len(pages) + 1
+    batch = LocalBatch(
+        token_ids=np.zeros(rows, np.int64),
+        token_sources=np.full(rows, -1, np.int64),
+        positions=positions,
+        slot_mapping=table[owner, positions // size].astype(np.int64) * size + positions % size,
+        request_ids=np.arange(requests),
+        query_lens=query_lens,
+        seq_lens=seq_lens,
+        page_table=table,
+        sample_rows=np.arange(rows),
+    )
+    place = Place(0, 0, "target")
+    metadata = AttentionMetadata.build(batch, PageGeometry(num_pages, size), place, device)
+    shape = (num_pages, 2, SPEC.num_kv_heads, size, SPEC.head_dim)
+    pool = torch.randn(shape, dtype=BF16, device=device)
+    q = torch.randn((rows, SPEC.num_heads, SPEC.head_dim), dtype=BF16, device=device)
+    token_bytes = 2 * SPEC.num_kv_heads * SPEC.head_dim * BF16.itemsize
+    return Load(metadata, pool, q, int(seq_lens.sum()) * token_bytes)
+
+
+def by_length(load: Load, spec: AttentionSpec) -> Callable[[], Tensor]:
+    """One call per query length, as the runtime does; FMHAv2 for all where none is for decode."""
+    from dp_runtime.attention.sm90 import make_kernels
+
+    calls, out, scales = make_kernels(spec, load.q.device), torch.empty_like(load.q), KvScales()
+    groups = KernelPlanner(spec).plan(load.metadata).groups
+
+    def run_group(group: KernelGroup) -> None:
+        rows = load.q[group.rows]
+        target = torch.empty_like(rows)
+        call = calls.decode if group.query_len else calls.prefill
+        call(rows, load.pool, scales, group, target)
+        out[group.rows] = target
+
+    def call() -> Tensor:
+        for group in groups:
+            run_group(group)
+        return out
+
+    return call
+
+
+def ragged(load: Load) -> Callable[[], Tensor]:
+    """One call for all lengths; its mask has the rows of all requests, one after the other."""
+    from flashinfer.decode import xqa_batch_decode_with_kv_cache
+
+    metadata, device = load.metadata, load.q.device
+    lengths = metadata.query_lens_host.tolist()
+    workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=device)
+    rows = [causal_mask(1, length, torch.device("cpu"))[0].numpy() for length in lengths]
+    mask = torch.from_numpy(np.concatenate(rows)).to(device)
+    out = torch.empty_like(load.q)
+
+    def call() -> Tensor:
+        xqa_batch_decode_with_kv_cache(
+            query=load.q,
+            kv_cache=load.pool,
+            workspace_buffer=workspace,
+            block_tables=metadata.page_table,
+            seq_lens=metadata.seq_lens,
+            max_seq_len=int(metadata.seq_lens_host.max()),
+            bmm1_scale=SCALE,
+            bmm2_scale=1.0,
+            out=out,
+            kv_layout="HND",
+            q_len_per_req=max(lengths),
+            mask=mask,
+            q_cu_seq_lens=metadata.cu_seqlens_q,
+        )
+        return out
+
+    return call
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], None]:
+    """The same in a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def median_us(call: Callable[[], object], calls: int) -> float:
+    """Median of single calls between CUDA events, after some that are not counted."""
+    times = []
+    for index in range(calls + 20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= 20:
+            times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times)[calls // 2]
+
+
+if __name__ == "__main__":
+    main()
