@@ -33,7 +33,7 @@ def _raise_and_wait(
         while seen < call:
             seen = tl.load(flag, volatile=True)
             polls += 1
-            if polls % POLLS_PER_LOOK == 0:
+            if polls % POLLS_PER_LOOK == 0:  # noqa: SIM102 (`and` would load in every poll)
                 if tl.load(stop, volatile=True) != 0:
                     seen = call
         tl.atomic_add(flag, 0, sem="acquire", scope="sys")

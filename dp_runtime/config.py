@@ -18,7 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "padding": tuple(mode.value for mode in PaddingMode),
     "routing": ("round_robin", "least_tokens", "least_padded_cost"),
     "load_format": ("safetensors", "dummy"),
-    "collective": ("auto", "shared_memory", "torch_distributed", "in_process"),
+    "collective": ("auto", "shared_memory", "peer_to_peer", "torch_distributed", "in_process"),
+    "moe_backend": ("auto", "triton", "torch"),
 }
 
 
@@ -36,6 +37,7 @@ class EngineConfig:
     max_model_len, within kv_memory_fraction of the memory that weights, workspaces and activations
     leave of the device (None: 0.5 on cpu, 0.9 on cuda). max_num_requests and max_num_tokens are
     per rank and step. overlap schedules step k+1 before step k is committed.
+    cuda_graphs replays decode steps (None: wherever the kernels in use can be captured).
     poison_padding fills padded rows with NaN, to show that no result depends on them.
     kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
     check_device_values reads attention inputs back in every step and compares them (slow).
@@ -52,6 +54,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     collective: str = "auto"
     moe_sharding: str = "ep"
+    moe_backend: str = "auto"
     padding: str = "max_len"
     routing: str = "least_tokens"
     page_size: int = 64
@@ -64,6 +67,7 @@ class EngineConfig:
     load_format: str = "safetensors"
     seed: int = 0
     overlap: bool = False
+    cuda_graphs: bool | None = None
     poison_padding: bool = False
     check_device_values: bool = False
     start_timeout_s: float = 300.0
@@ -86,6 +90,12 @@ class EngineConfig:
         require(ok, "ray_address", address, "None, auto, host:port or ray://host:port")
         for name in ("overlap", "poison_padding", "check_device_values"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
+        graphs = self.cuda_graphs
+        require(graphs in (None, True, False), "cuda_graphs", graphs, "None or a bool")
+        require(
+            self.device != "cpu" or self.collective != "peer_to_peer",
+            "collective", self.collective, "peer_to_peer is for GPUs, not for device cpu",
+        )  # fmt: skip
         threads = self.launcher == "thread"
         in_process = self.collective in ("in_process", "auto" if threads else "in_process")
         require(
@@ -96,8 +106,8 @@ class EngineConfig:
             self.device != "cuda" or self.ranks_per_gpu == 1
             or self.collective != "torch_distributed",
             "collective", self.collective,
-            f"with ranks_per_gpu {self.ranks_per_gpu} use auto or shared_memory: NCCL refuses two "
-            "ranks on one GPU",
+            f"with ranks_per_gpu {self.ranks_per_gpu} use auto, shared_memory or peer_to_peer: "
+            "NCCL refuses two ranks on one GPU",
         )  # fmt: skip
 
     @property

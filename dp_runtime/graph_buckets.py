@@ -40,7 +40,7 @@ class GraphBuckets:
             return min(1 << (rows - 1).bit_length(), self.most)
         return min(-(-rows // OWN_STEP) * OWN_STEP, self.most)
 
-    def keys(self) -> tuple[GraphKey, ...]:
+    def graph_keys(self) -> tuple[GraphKey, ...]:
         """Every key a step may need, the largest first: the others fit into its memory."""
         sizes = {self.gathered(largest) for largest in range(1, self.most + 1)}
         keys = {GraphKey(self.own(own), size) for size in sizes for own in range(size + 1)}

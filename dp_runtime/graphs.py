@@ -76,7 +76,7 @@ class DecodeGraphs:
     def capture(self, on_captured: Callable[[int, int], None]) -> None:
         """Capture every key; `on_captured` hears how many of how many are done."""
         started = monotonic()
-        keys = self.buckets.keys()
+        keys = self.buckets.graph_keys()
         memory = torch.cuda.graph_pool_handle()
         for done, key in enumerate(keys, 1):
             self._graphs[key] = self._capture(key, memory)

@@ -34,7 +34,9 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
         f"ranks      {config.dp_size} on {plan.device}, {plan.dtype}, launcher {config.launcher}",
         f"backend    {plan.backend}: {plan.backend_reason}",
         f"kernels    {_kernel_names(plan)}",
-        f"moe        sharded {config.moe_sharding}, padding {config.padding}, "
+        f"moe        {plan.moe_backend}: {plan.moe_reason}",
+        f"graphs     {'yes' if plan.graphs else 'no'}: {plan.graphs_reason}",
+        f"sharding   experts by {config.moe_sharding}, padding {config.padding}, "
         f"routing {config.routing}",
         f"limits     {limits.max_num_requests} requests and {limits.max_num_tokens} tokens a step "
         f"and rank, sequences of {limits.max_model_len} tokens",

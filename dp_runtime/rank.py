@@ -12,11 +12,13 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from dp_runtime.attention import KvScales, make_backend
+from dp_runtime.attention import Kernel, KvScales, make_backend
 from dp_runtime.config import EngineConfig
 from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
 from dp_runtime.device_memory import free_bytes
 from dp_runtime.errors import StartError, require
+from dp_runtime.graph_buckets import GraphBuckets
+from dp_runtime.graphs import DecodeGraphs
 from dp_runtime.kv_cache import allocate_pools
 from dp_runtime.loader import WeightSource, open_weights
 from dp_runtime.memory import MemoryUse
@@ -68,7 +70,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
     allocated.append(_allocated(device))
     backends = make_backend(plan.backend, plan.attention, pools, read_kv_scales(weights, plan))
     allocated.append(_allocated(device))
-    served = build_model(model, weights, plan.sharding, backends)
+    served = build_model(model, weights, plan.sharding, backends, plan.moe_backend)
     allocated.append(_allocated(device))
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
@@ -154,6 +156,41 @@ def assemble(
         device,
         config.depth,
     )
+
+
+def moe_modules(plan: RankPlan) -> tuple[Kernel, ...]:
+    """What the MoE stage's kernels compile for this plan."""
+    if plan.moe_backend != "triton":
+        return ()
+    from dp_runtime.layers.triton_modules import modules
+
+    model = plan.model
+    shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
+    most = plan.limits.max_num_tokens * plan.sharding.dp_size
+    return modules(model, shard, most, plan.dtype, torch.device(plan.device))
+
+
+def capture(
+    plan: RankPlan, loop: StepLoop, poison: bool, on_captured: Callable[[int, int], None]
+) -> None:
+    """Capture the decode graphs of a rank, with all others; the loop then replays them."""
+    limits, pages = plan.limits, plan.pages
+    table_pages = -(-limits.max_model_len // pages.page_size)
+    graphs = DecodeGraphs(
+        loop.models[Slot.TARGET],
+        pages,
+        table_pages,
+        loop.coordinator.collective,
+        GraphBuckets(limits.max_num_requests),
+        poison,
+        loop.device,
+    )
+    try:
+        graphs.capture(on_captured)
+    except BaseException as error:
+        loop.coordinator.abort(f"{type(error).__name__}: {error}")
+        raise
+    loop.use_graphs(Slot.TARGET, graphs)
 
 
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:

@@ -14,6 +14,7 @@ from dp_runtime.attention import AttentionSpec, choose_backend, workspace_bytes
 from dp_runtime.config import EngineConfig
 from dp_runtime.device_memory import CUBLAS_BYTES, rank_memory
 from dp_runtime.errors import require
+from dp_runtime.layers.moe_kernels import choose_moe_backend
 from dp_runtime.loader import CountedWeights
 from dp_runtime.memory import MemoryUse
 from dp_runtime.metadata import AttentionMetadata, PageGeometry
@@ -39,6 +40,10 @@ class RankPlan:
     attention: AttentionSpec
     backend: str
     backend_reason: str
+    moe_backend: str
+    moe_reason: str
+    graphs: bool  # decode steps are captured
+    graphs_reason: str
     sharding: RankSharding
     limits: Limits
     pages: PageGeometry
@@ -65,8 +70,9 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     attention = attention_spec(config, model, dtype)
     backend, reason = choose_backend(config.attention_backend, attention, torch.device(device))
     sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
+    moe_backend, moe_reason = choose_moe_backend(config.moe_backend, torch.device(device))
     weights = CountedWeights(dtype)
-    served = build_model(model, weights, sharding, _no_attention)
+    served = build_model(model, weights, sharding, _no_attention, moe_backend)
     length = config.max_model_len or model.max_position_embeddings
     require(
         length <= model.max_position_embeddings, "max_model_len", length,
@@ -82,6 +88,7 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     )
     one_page = page_bytes(model, config.page_size, attention.kv_dtype)
     pages = _page_geometry(config, device, length, one_page, memory.total)
+    graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     return RankPlan(
         model=model,
         device=device,
@@ -89,12 +96,39 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         attention=attention,
         backend=backend,
         backend_reason=reason,
+        moe_backend=moe_backend,
+        moe_reason=moe_reason,
+        graphs=graphs,
+        graphs_reason=graphs_reason,
         sharding=sharding,
         limits=limits,
         pages=pages,
         load_bytes=weights.bytes_read,
         memory=replace(memory, kv_cache=pages.num_pages * one_page),
     )
+
+
+def choose_graphs(
+    config: EngineConfig, device: str, backend: str, moe_backend: str
+) -> tuple[bool, str]:
+    """Whether decode steps are captured, and why.
+
+    Raises ValueError if the config asks for graphs that can't be captured.
+    """
+    shares = config.collective == "auto" and config.ranks_per_gpu > 1
+    hindrances = {
+        "device cpu has none": device == "cpu",
+        f"attention_backend {backend} plans each slot on the host": backend != "trtllm",
+        f"moe_backend {moe_backend} reads sizes back to the host": moe_backend != "triton",
+        "rows go through host memory": shares or config.collective == "shared_memory",
+        "check_device_values reads inputs back": config.check_device_values,
+    }
+    reasons = [reason for reason, holds in hindrances.items() if holds]
+    if config.cuda_graphs is False:
+        return False, "turned off in the configuration"
+    if config.cuda_graphs and reasons:
+        raise ValueError(f"cuda_graphs: True is not allowed; {'; '.join(reasons)}")
+    return not reasons, "; ".join(reasons) or "all kernels in use can be captured"
 
 
 def _no_attention(layer: int) -> AttentionBackend:

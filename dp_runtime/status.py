@@ -15,6 +15,7 @@ class RankState(StrEnum):
     LOADING = "loading"
     COMPILING = "compiling"  # weights are there, kernels are not all built
     READY = "ready"
+    CAPTURING = "capturing"  # decode graphs
     RUNNING = "running"
     IDLE = "idle"
     FAILED = "failed"
@@ -54,8 +55,11 @@ class RankHealth:
     bytes_read: int = 0  # from disk, known once the rank has loaded
     bytes_loaded: int = 0
     bytes_total: int = 0
-    kernels_built: int = 0  # attention kernels, compiled and loaded
+    kernels_built: int = 0  # compiled and loaded
     kernels_total: int = 0
+    graphs_captured: int = 0
+    graphs_total: int = 0
     load_s: float = 0.0  # seconds to allocate pages and load weights
+    capture_s: float = 0.0  # seconds to capture graphs
     memory: RankMemory | None = None  # known once the rank has a plan
     error: str = ""

@@ -17,7 +17,7 @@ from dp_runtime.protocols import FailureListener, ProgressListener
 from dp_runtime.request import RankRequest
 from dp_runtime.status import ModelInfo, RankHealth, RankState
 from dp_runtime.trace import StepTrace, Totals
-from workers.messages import HostInfo, MeetingPoint, Polled
+from workers.messages import ONE_HOST, HostInfo, MeetingPoint, Polled
 
 POLL_S = 1.0
 STATUS_S = 5.0
@@ -67,7 +67,8 @@ class WorkerGroup:
             with Progress("load", 0, "byte", show_progress) as progress:
                 self.model = self._all("load", deadline=deadline, progress=progress)[0]
             self._met = _meeting_point(self._config, hosts, self._in_process_group)
-            self._all("serve", self._met, deadline=deadline)
+            with Progress("capture", 0, "graph", show_progress) as progress:
+                self._all("serve", self._met, deadline=deadline, progress=progress)
         except BaseException:
             self._end()
             raise
@@ -123,7 +124,7 @@ class WorkerGroup:
             handle.kill()
         for poller in self._pollers:  # else the last user of the engine may be a daemon at exit
             poller.join(POLL_S)
-        if self._met is not None and self._met.kind == "shared_memory":
+        if self._met is not None and self._met.in_host_memory:
             remove_rendezvous(self._met.address)  # a rank that was killed as it attached could not
         self._release()
 
@@ -158,12 +159,7 @@ class WorkerGroup:
             if monotonic() > deadline:
                 break
             if progress is not None:
-                states = self.health()
-                progress.update(
-                    sum(rank.bytes_loaded for rank in states),
-                    sum(rank.bytes_total for rank in states),
-                    _kernels(states),
-                )
+                _show(progress, method, self.health())
         _raise_failures(method, futures)
         return [future.result() for future in futures]
 
@@ -198,6 +194,16 @@ def _named(text: str, ranks: list[int], futures: Sequence[Future[Any]]) -> str:
     return f"rank {', '.join(map(str, ranks))}: {text}"
 
 
+def _show(progress: Progress, method: str, states: Sequence[RankHealth]) -> None:
+    """How far the ranks are: with loading, or with what comes before they serve."""
+    if method == "serve":
+        captured = min(rank.graphs_captured for rank in states)
+        progress.update(captured, max(rank.graphs_total for rank in states))
+        return
+    loaded = sum(rank.bytes_loaded for rank in states)
+    progress.update(loaded, sum(rank.bytes_total for rank in states), _kernels(states))
+
+
 def _kernels(states: Sequence[RankHealth]) -> str:
     """How far the ranks are with their kernels; they build the same ones and share the files."""
     total = max(rank.kernels_total for rank in states)
@@ -225,12 +231,13 @@ def _meeting_point(
     share_gpus = config.device == "cuda" and config.ranks_per_gpu > 1  # NCCL would refuse
     kind = config.collective
     if kind == "auto":
-        shared = share_gpus or (one_host and config.device == "cpu")
-        kind = "shared_memory" if shared else "torch_distributed"
+        near = "peer_to_peer" if config.device == "cuda" else "shared_memory"
+        kind = near if one_host else "torch_distributed"
+        kind = "shared_memory" if share_gpus else kind
     first = hosts[0]
-    if kind == "shared_memory":
+    if kind in ONE_HOST:
         if not one_host:
             names = sorted({host.host for host in hosts})
-            raise ValueError(f"collective: 'shared_memory' is not allowed; ranks are on {names}")
+            raise ValueError(f"collective: {kind!r} is not allowed; ranks are on {names}")
         return MeetingPoint(kind, new_rendezvous_path(first.shared_directory))
     return MeetingPoint(kind, f"tcp://{first.address}:{first.free_port}")

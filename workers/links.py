@@ -51,6 +51,17 @@ def connect(
                 config.step_timeout_s,
                 attach_timeout_s=config.start_timeout_s,
             )
+        case "peer_to_peer":
+            from collectives.peer_to_peer import PeerToPeerGroup
+
+            return PeerToPeerGroup(
+                point.address,
+                dp_rank,
+                config.dp_size,
+                config.step_timeout_s,
+                device,
+                attach_timeout_s=config.start_timeout_s,
+            )
         case "torch_distributed":
             from collectives.torch_distributed import TorchDistributedGroup
 

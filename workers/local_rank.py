@@ -37,7 +37,7 @@ def serve(connection: Connection) -> None:
             call: Call = connection.recv()
         except (EOFError, OSError):
             for point in met:
-                if point.kind == "shared_memory":
+                if point.in_host_memory:
                     remove_rendezvous(point.address)  # the rank may be about to attach
             os._exit(0)  # NOTE: the step loop may be blocked in a collective for good
         met += [argument for argument in call.args if isinstance(argument, MeetingPoint)]

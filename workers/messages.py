@@ -35,9 +35,12 @@ class HostInfo:
     shared_directory: str  # for files that ranks of one host map
 
 
+ONE_HOST = ("shared_memory", "peer_to_peer")  # collectives whose ranks share a host's memory
+
+
 @dataclass(frozen=True)
 class MeetingPoint:
-    """Where the ranks meet: a directory (shared_memory), an URL (torch_distributed), or an object.
+    """Where the ranks meet: a directory, an URL (torch_distributed), or an object (in_process).
 
     `group` is the in-process group of the thread launcher; it never leaves the process.
     """
@@ -45,6 +48,11 @@ class MeetingPoint:
     kind: str
     address: str
     group: Any = None
+
+    @property
+    def in_host_memory(self) -> bool:
+        """The address is a directory that the last rank removes."""
+        return self.kind in ONE_HOST
 
 
 @dataclass(frozen=True)

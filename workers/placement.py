@@ -7,6 +7,7 @@ from typing import Any
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import StartError
+from workers.messages import ONE_HOST
 
 PLACEMENT_S = 60.0
 GPU_DOMAIN = "ray.io/gpu-domain"  # the label of the nodes whose GPUs one NVLink network joins
@@ -49,7 +50,7 @@ def strategy_of(config: EngineConfig, nodes: Sequence[Mapping[str, Any]]) -> dic
     for all of them when it is empty; else few hosts.
     """
     gpus = config.device == "cuda"
-    if config.collective == "shared_memory" or (gpus and config.ranks_per_gpu > 1):
+    if config.collective in ONE_HOST or (gpus and config.ranks_per_gpu > 1):
         return {"strategy": "STRICT_PACK"}
     rooms: dict[str, int] = {}
     for node in nodes:

@@ -17,7 +17,7 @@ from dp_runtime.attention.build import KernelBuilds, forbid_compilation
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
 from dp_runtime.memory import MemoryUse, RankMemory
-from dp_runtime.rank import LoadedRank, assemble, load_rank, profile
+from dp_runtime.rank import LoadedRank, assemble, capture, load_rank, moe_modules, profile
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sizing import RankPlan, plan_rank
 from dp_runtime.status import ModelInfo, RankHealth, RankState
@@ -58,6 +58,8 @@ class Worker:
         self._outbox: list[RequestProgress] = []
         self._error: str | None = None
         self._bytes_loaded = 0
+        self._graphs = (0, 0)  # captured, of how many
+        self._capture_s = 0.0
 
     def prepare(self) -> HostInfo:
         """Check the model against the config, before anything is loaded (ValueError)."""
@@ -75,7 +77,8 @@ class Worker:
         assert self._plan is not None, "prepare comes before load"
         plan, device = self._plan, torch.device(self.device)
         self._state = RankState.LOADING
-        self._builds = KernelBuilds(kernels(plan.backend, plan.attention, device), device)
+        needed = (*kernels(plan.backend, plan.attention, device), *moe_modules(plan))
+        self._builds = KernelBuilds(needed, device)
         with self._builds:
             self._loaded = load_rank(self.config, plan, self._count_bytes)
             self._state = RankState.COMPILING
@@ -92,6 +95,10 @@ class Worker:
         self._loop = assemble(self.config, self._plan, self._loaded, board, collective)
         if self.device != "cpu":
             self._measured = profile(self._loop, self._loaded)
+        if self._plan.graphs:
+            self._state, started = RankState.CAPTURING, monotonic()
+            capture(self._plan, self._loop, self.config.poison_padding, self._count_graphs)
+            self._capture_s = monotonic() - started
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
@@ -148,6 +155,9 @@ class Worker:
             bytes_total=plan.load_bytes if plan else 0,
             kernels_built=self._builds.num_built if self._builds else 0,
             kernels_total=self._builds.total if self._builds else 0,
+            graphs_captured=self._graphs[0],
+            graphs_total=self._graphs[1],
+            capture_s=self._capture_s,
             load_s=self._loaded.load_s if self._loaded else 0.0,
             memory=RankMemory(self.dp_rank, plan.memory, self._measured) if plan else None,
             error=self._error or "",
@@ -213,6 +223,9 @@ class Worker:
     def _wake(self) -> None:
         if self._links is not None:
             self._links.board.wake()
+
+    def _count_graphs(self, done: int, total: int) -> None:
+        self._graphs = (done, total)
 
     def _count_bytes(self, count: int) -> None:
         self._bytes_loaded += count

@@ -40,6 +40,11 @@ class ExpertShard:
         return not self.experts or not self.intermediate
 
 
+def aligned(size: int) -> int:
+    """The intermediate size as it is stacked."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def balanced_part(whole: range, index: int, parts: int) -> range:
     """Part `index` of `parts` contiguous ones."""
     return whole[len(whole) * index // parts : len(whole) * (index + 1) // parts]
@@ -93,11 +98,11 @@ class Experts:
         """Read this shard's slices, each straight into its place: the peak is one slice."""
         part = slice(shard.intermediate.start, shard.intermediate.stop)
         size = len(shard.intermediate)
-        aligned = -(-size // ALIGNMENT) * ALIGNMENT
+        inner = aligned(size)
         count = 0 if shard.is_empty else len(shard.experts)
-        stacked = (count, 2, aligned, hidden)
+        stacked = (count, 2, inner, hidden)
         gate_up = torch.zeros(stacked, dtype=weights.dtype, device=weights.device)
-        down = gate_up.new_zeros(count, hidden, aligned)
+        down = gate_up.new_zeros(count, hidden, inner)
         for local, expert in enumerate(shard.experts[:count]):
             for half, name in enumerate((names.gate, names.up)):
                 gate_up[local, half, :size] = weights.load(

@@ -49,8 +49,9 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """What this layer adds to the residual, and the residual it is to be added to."""
         normed, residual = self.input_norm.add(x, residual)
-        attended = self.attention(normed, cos_sin, metadata)
-        normed, residual = self.post_attention_norm.add(attended, residual)
+        normed, residual = self.post_attention_norm.add(
+            self.attention(normed, cos_sin, metadata), residual
+        )
         if isinstance(self.mlp, MoeStage):
             return self.mlp(normed, exchange), residual
         return self.mlp(normed), residual
@@ -64,8 +65,8 @@ class DecoderLayer:
             else mlp.activation_bytes(own_rows)
         )
         norm = self.input_norm.activation_bytes(own_rows)
-        attention = hidden + max(self.attention.activation_bytes(own_rows), 2 * hidden)
-        return max(attention, hidden + norm, 2 * hidden + max(inner, 2 * hidden))
+        attention = self.attention.activation_bytes(own_rows)
+        return 2 * hidden + max(attention, 2 * hidden + norm, inner)  # the residual, and its norm
 
     @classmethod
     def load(
@@ -120,7 +121,7 @@ class CausalLM:
         return self.head(self.norm(hidden)).float()
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        row = self.config.hidden_size + self.config.head_dim  # the layer's input, cos and sin
+        row = 2 * self.config.hidden_size + self.config.head_dim  # a layer's inputs, cos and sin
         return own_rows * row * self.embedding.dtype.itemsize + max(
             layer.activation_bytes(own_rows, gathered_rows, padded) for layer in self.layers
         )

@@ -21,12 +21,12 @@ def test_every_step_has_a_graph_that_holds_it(most: int, rows: list[int]) -> Non
     for count in rows:
         own = buckets.own(count)
         assert count <= own <= gathered, "null rows fit what is gathered"
-        assert GraphKey(own, gathered) in buckets.keys()
+        assert GraphKey(own, gathered) in buckets.graph_keys()
 
 
 @given(MOST)
 def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int) -> None:
-    keys = GraphBuckets(most).keys()
+    keys = GraphBuckets(most).graph_keys()
     assert len(set(keys)) == len(keys)
     sizes = {key.gathered_rows for key in keys}
     assert len(sizes) <= 2 + max(most // LEAST_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)
