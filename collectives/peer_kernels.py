@@ -46,7 +46,8 @@ def gather_kernel(
     own, starts, row_words, buffers, flags, own_flags, calls, stop, rank,
     SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Own rows, as 32-bit words, go to their place in every rank's gathered rows."""
+    """Own rows, as integer words, go to their place in every rank's gathered rows."""
+    pointer: tl.constexpr = tl.pointer_type(own.dtype.element_ty)
     first = tl.load(starts + rank).to(tl.int64) * row_words
     words = tl.load(starts + rank + 1).to(tl.int64) * row_words - first
     at = tl.program_id(0).to(tl.int64) * BLOCK
@@ -55,7 +56,7 @@ def gather_kernel(
         inside = index < words
         value = tl.load(own + index, mask=inside)
         for i in tl.static_range(SIZE):
-            into = tl.load(buffers + (rank + i) % SIZE).to(tl.pointer_type(tl.int32))
+            into = tl.load(buffers + (rank + i) % SIZE).to(pointer)
             tl.store(tl.multiple_of(into, 16) + first + index, value, mask=inside)
         at += tl.num_programs(0).to(tl.int64) * BLOCK
     _raise_and_wait(flags, own_flags, calls, stop, rank, SIZE)
@@ -64,7 +65,7 @@ def gather_kernel(
 @triton.jit
 def reduce_scatter_kernel(
     partial, out, starts, row_size, slot_size, own_buffer, buffers, flags, own_flags, calls, stop,
-    rank, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    rank, SIZE: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Each peer's rows go to slot `rank` of its buffer; then the own rows are summed in order."""
     block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
@@ -87,14 +88,14 @@ def reduce_scatter_kernel(
     while at < size:
         index = at + tl.arange(0, BLOCK)
         inside = index < size
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((BLOCK,), SUM)
         for source in tl.static_range(SIZE):
             if source == rank:
-                value = tl.load(partial + first + index, mask=inside, other=0.0)
+                value = tl.load(partial + first + index, mask=inside, other=0)
             else:
                 value = tl.load(
-                    own_buffer + source * slot_size + index, mask=inside, other=0.0, volatile=True
+                    own_buffer + source * slot_size + index, mask=inside, other=0, volatile=True
                 )
-            total += value.to(tl.float32)
+            total += value.to(SUM)
         tl.store(out + index, total.to(out.dtype.element_ty), mask=inside)
         at += blocks * BLOCK

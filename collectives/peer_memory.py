@@ -17,7 +17,7 @@ from torch import Tensor
 
 HANDLE_BYTES = 64
 _LAZY_ENABLE_PEER_ACCESS = 1
-_TYPES = {torch.int32: "<i4", torch.int64: "<i8", torch.uint8: "|u1"}
+_TYPES = {torch.int32: "<i4", torch.uint8: "|u1"}
 
 
 class _Handle(ctypes.Structure):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from collectives.peer_kernels import MAX_BLOCKS, gather_kernel, reduce_scatter_kernel
@@ -18,7 +19,9 @@ from dp_runtime.protocols import Counts
 
 LEAST_BYTES = 1 << 20
 BLOCK_BYTES = 8192  # that a program moves at a time
-ALIGNMENT = 16  # bytes; rows are a multiple of it
+GATHER, SCATTER = range(2)
+WORDS = (torch.int32, torch.int16, torch.uint8)  # rows are moved as the widest that divides them
+SUMS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float64: tl.float64}  # else float32
 MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
 
 
@@ -80,10 +83,11 @@ class PeerRows:
     """One rank's end of peer-to-peer collectives; sums in float32, in the order of the ranks.
 
     Both collectives can be captured in CUDA graphs, and uneven counts cost nothing extra. Gathered
-    rows are valid until the next gather. A gather and a reduce-scatter alternate, as they do in MoE
-    stages: each tells the ranks that the buffers of the other may be written again. Buffers grow
-    with the largest call, all ranks together, so a graph is captured over sizes that were used
-    before. Raises StartError if a GPU can't reach its peers' memory.
+    rows are valid until the next gather. A gather tells the peers that this rank's reduce-scatter
+    buffer may be written again, and the other way round; where the two do not alternate as they do
+    in MoE stages, an empty one of the other kind comes between. Buffers grow with the largest call,
+    all ranks together, so a graph is captured over sizes that were used before. Raises StartError
+    if a GPU can't reach its peers' memory.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class PeerRows:
         self._stop = torch.zeros(1, dtype=torch.int32, device=device)
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._last: int | None = None  # which of the two ran last
         self._starts: dict[Counts, Tensor] = {}
         self._captured: dict[Counts, Tensor] = {}
         self._aborting = threading.Lock()
@@ -117,15 +122,11 @@ class PeerRows:
         if self._size == 1:
             return rows
         self._owner.check()
-        row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
-        assert row_bytes % ALIGNMENT == 0, f"rows of {row_bytes} bytes, not times {ALIGNMENT}"
-        buffer = self._grown(0, sum(counts) * row_bytes)
-        gather_kernel[(_programs(max(counts) * row_bytes),)](
-            rows.view(torch.int32), self._starts_of(counts), row_bytes // 4, buffer.pointers,
-            *self._signals[0].arguments(), self._stop, self._rank,
-            SIZE=self._size, BLOCK=BLOCK_BYTES // 4, num_warps=8,
-        )  # fmt: skip
+        self._alternate(GATHER)
+        self._gather(rows, counts)
         self.watch("gather_rows")
+        buffer, row_bytes = self._buffers[GATHER], rows.shape[1:].numel() * rows.dtype.itemsize
+        assert buffer is not None, f"rows of {row_bytes} bytes were gathered into a buffer"
         return buffer.memory.view(0, (sum(counts), *rows.shape[1:]), rows.dtype)
 
     def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
@@ -133,17 +134,43 @@ class PeerRows:
         if self._size == 1:
             return rows
         self._owner.check()
+        self._alternate(SCATTER)
+        out = self._scatter(rows, counts)
+        self.watch("reduce_scatter_rows")
+        return out
+
+    def _alternate(self, which: int) -> None:
+        """Keep a rank that is ahead from writing what a peer has not read yet."""
+        if self._last == which:
+            none, empty = self._one.new_empty(0, 4).to(self._stop.device), (0,) * self._size
+            if which == GATHER:
+                self._scatter(none, empty)
+            else:
+                self._gather(none, empty)
+        self._last = which
+
+    def _gather(self, rows: Tensor, counts: Counts) -> None:
+        row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
+        word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
+        buffer = self._grown(GATHER, sum(counts) * row_bytes)
+        gather_kernel[(_programs(max(counts) * row_bytes),)](
+            rows.view(-1).view(word), self._starts_of(counts), row_bytes // word.itemsize,
+            buffer.pointers, *self._signals[GATHER].arguments(), self._stop, self._rank,
+            SIZE=self._size, BLOCK=BLOCK_BYTES // word.itemsize, num_warps=8,
+        )  # fmt: skip
+
+    def _scatter(self, rows: Tensor, counts: Counts) -> Tensor:
         row_size, size = rows.shape[1:].numel(), rows.dtype.itemsize
         slot_size = max(counts) * row_size
-        buffer = self._grown(1, self._size * slot_size * size)
+        buffer = self._grown(SCATTER, self._size * slot_size * size)
         slots = buffer.memory.view(0, (self._size * slot_size,), rows.dtype)
         out = rows.new_empty(counts[self._rank], *rows.shape[1:])
         reduce_scatter_kernel[(_programs(slot_size * size),)](
             rows, out, self._starts_of(counts), row_size, slot_size, slots, buffer.pointers,
-            *self._signals[1].arguments(), self._stop, self._rank,
-            SIZE=self._size, BLOCK=BLOCK_BYTES // size, num_warps=8,
+            *self._signals[SCATTER].arguments(), self._stop, self._rank,
+            SIZE=self._size, BLOCK=BLOCK_BYTES // size, SUM=SUMS.get(rows.dtype, tl.float32),
+            num_warps=8,
         )  # fmt: skip
-        self.watch("reduce_scatter_rows")
         return out
 
     def watch(self, what: str) -> None:
@@ -177,6 +204,7 @@ class PeerRows:
 
     def _grown(self, which: int, num_bytes: int) -> Shared:
         """Memory of at least num_bytes on every rank; all ranks ask for the same."""
+        num_bytes = max(num_bytes, 1)
         old = self._buffers[which]
         if old is not None and old.memory.num_bytes >= num_bytes:
             return old
@@ -214,4 +242,4 @@ def _room(num_bytes: int) -> int:
 
 def _programs(num_bytes: int) -> int:
     """Programs for the largest rank's bytes; equal on all ranks, for their flags meet."""
-    return min(-(-num_bytes // BLOCK_BYTES), MAX_BLOCKS)
+    return max(1, min(-(-num_bytes // BLOCK_BYTES), MAX_BLOCKS))

@@ -93,6 +93,7 @@ class PeerToPeerCollective:
 
     def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
+        self._group.check()
         return self._host.counts(values)
 
     def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
@@ -107,6 +108,7 @@ class PeerToPeerCollective:
 
     def barrier(self) -> None:
         """Return once all ranks have called it."""
+        self._group.check()
         self._host.barrier()
 
     def watch(self, what: str) -> None:

@@ -184,6 +184,11 @@ def _connect(job: Job) -> Any:
     place = (job.address, job.dp_rank, job.dp_size, job.timeout_s)
     if job.kind == "shared_memory":
         return SharedMemoryGroup(*place, **job.options)
+    if job.kind == "peer_to_peer":
+        from collectives.peer_to_peer import PeerToPeerGroup
+
+        device = torch.device("cuda", job.dp_rank % torch.cuda.device_count())
+        return PeerToPeerGroup(*place, device, **job.options)
     from collectives.torch_distributed import TorchDistributedGroup  # slow to import
 
     if job.kind == "nccl":
@@ -193,6 +198,6 @@ def _connect(job: Job) -> Any:
 
 
 def _new_address(kind: str) -> str:
-    if kind == "shared_memory":
+    if kind in ("shared_memory", "peer_to_peer"):
         return new_rendezvous_path()
     return f"file://{Path(tempfile.mkdtemp()) / 'store'}"

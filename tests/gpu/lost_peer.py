@@ -1,4 +1,6 @@
-"""One rank of two over NCCL, as a program: `python -m tests.gpu.lost_peer RANK ADDRESS HOW WHERE`.
+"""One rank of two GPUs, as a program.
+
+    python -m tests.gpu.lost_peer RANK TRANSPORT ADDRESS HOW WHERE
 
 Rank 0 prints a JSON object of how its wait ended and what it could do afterwards.
 """
@@ -17,10 +19,12 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from collectives.peer_to_peer import PeerToPeerGroup
 from collectives.torch_distributed import TorchDistributedGroup
 from dp_runtime.agreement import StepRecord
 from dp_runtime.protocols import RowCollective
 from tests.collectives.ranks import outcome
+from workers.links import RankLinks
 
 TIMEOUT_S = 3.0
 HIDDEN = 2048
@@ -60,10 +64,17 @@ def be_lost(how: str) -> None:
             time.sleep(3 * TIMEOUT_S)  # it is late, and the survivor aborts
 
 
-def alone(address: str) -> bool:
+def connect(transport: str, address: str, rank: int, size: int) -> RankLinks:
+    device = torch.device("cuda", rank)
+    if transport == "nccl":
+        return TorchDistributedGroup(address, rank, size, TIMEOUT_S, "nccl", device)
+    return PeerToPeerGroup(address, rank, size, TIMEOUT_S, device)
+
+
+def alone(transport: str, address: str) -> bool:
     """Whether this process can join a new group and compute."""
     device = torch.device("cuda:0")
-    group = TorchDistributedGroup(address + ".alone", 0, 1, TIMEOUT_S, "nccl", device)
+    group = connect(transport, address + ".alone", 0, 1)
     rows = torch.randn(16, HIDDEN, device=device)
     right = torch.equal(group.collective.gather_rows(rows, (16,)), rows)
     product = rows @ rows.t()
@@ -73,10 +84,9 @@ def alone(address: str) -> bool:
     return right
 
 
-def main(rank: int, address: str, how: str, where: str) -> None:
+def main(rank: int, transport: str, address: str, how: str, where: str) -> None:
     torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    group = TorchDistributedGroup(address, rank, 2, TIMEOUT_S, "nccl", device)
+    group = connect(transport, address, rank, 2)
     c = group.collective
     for name in ("gather", "uneven gather", "reduce_scatter", "uneven reduce_scatter"):
         wait_for(c, lambda name=name: move(c, name))
@@ -100,8 +110,8 @@ def main(rank: int, address: str, how: str, where: str) -> None:
     closed_s = time.monotonic() - started
     after_errors = [each.error for each in after]
     told = {"ended": asdict(ended), "after": after_errors, "closed_s": closed_s}
-    print(json.dumps(told | {"alone": alone(address)}), flush=True)
+    print(json.dumps(told | {"alone": alone(transport, address)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:5])
+    main(int(sys.argv[1]), *sys.argv[2:6])

@@ -1,4 +1,4 @@
-"""Collectives with rows on GPUs: NCCL with a GPU per rank, shared memory with any number."""
+"""Collectives with rows on GPUs: NCCL with a GPU per rank, the others with any number."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from collectives.shared_memory import new_rendezvous_path
 from dp_runtime.protocols import Counts, RowCollective, StepBoard
 from tests.collectives import boards, cases
 from tests.collectives.ranks import Case, Ranks
@@ -23,7 +24,8 @@ from tests.gpu import lost_peer
 REPOSITORY = Path(__file__).parents[2]
 FLOATS = (torch.float32, torch.bfloat16)
 SUM_DTYPES = (*FLOATS, torch.float16, torch.int64)
-TRANSPORTS = ("nccl", "shared_memory")
+TRANSPORTS = {"nccl": 2, "peer_to_peer": 2, "peer_to_peer shared": 3, "shared_memory": 4}
+IN_ORDER = ("shared_memory", "peer_to_peer")  # sums have the bits of a sum rank after rank
 
 
 class OnGpu:
@@ -92,13 +94,13 @@ def ranks() -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=list(TRANSPORTS))
 def place(request: pytest.FixtureRequest) -> tuple[str, int]:
-    """A transport and its number of ranks: a GPU each over NCCL, four on any over shared memory."""
-    if request.param == "shared_memory":
-        return "shared_memory", 4
-    need_two_gpus()
-    return "nccl", 2
+    """A transport and its number of ranks; more than two share GPUs."""
+    size = TRANSPORTS[request.param]
+    if size == 2:
+        need_two_gpus()
+    return request.param.split()[0], size
 
 
 def need_two_gpus() -> None:
@@ -107,7 +109,7 @@ def need_two_gpus() -> None:
 
 
 def test_rows(ranks: Ranks, place: tuple[str, int]) -> None:
-    ranks.run(*place, on_gpu, all_rows_case, place[0] == "shared_memory")
+    ranks.run(*place, on_gpu, all_rows_case, place[0] in IN_ORDER)
 
 
 def test_poisoned_rows(ranks: Ranks, place: tuple[str, int]) -> None:
@@ -115,7 +117,7 @@ def test_poisoned_rows(ranks: Ranks, place: tuple[str, int]) -> None:
 
 
 def test_many_mixed_operations(ranks: Ranks, place: tuple[str, int]) -> None:
-    ranks.run(*place, on_gpu, cases.mixed_case, 200, place[0] == "shared_memory")
+    ranks.run(*place, on_gpu, cases.mixed_case, 200, place[0] in IN_ORDER)
 
 
 def test_sums_have_the_same_bits_on_every_run(ranks: Ranks, place: tuple[str, int]) -> None:
@@ -134,15 +136,19 @@ def test_counts_barrier_and_board(ranks: Ranks, place: tuple[str, int]) -> None:
 NOISE = ("watchdog", "Exception", "Error", "Traceback", "TCPStore", "Warning")
 
 
-def run_pair(how: str, where: str, tmp_path: Path, survivors: int) -> list[tuple[int, str, str]]:
+def run_pair(
+    transport: str, how: str, where: str, tmp_path: Path, survivors: int
+) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of the ranks that end by themselves, rank 0 first."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         tcp = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     address = tcp if how == "orderly" else f"file://{tmp_path / 'store'}"
+    if transport == "peer_to_peer":
+        address = new_rendezvous_path()
     command = [sys.executable, "-m", "tests.gpu.lost_peer"]
     pair = [
         subprocess.Popen(
-            [*command, str(rank), address, how, where],
+            [*command, str(rank), transport, address, how, where],
             cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
@@ -159,20 +165,24 @@ def run_pair(how: str, where: str, tmp_path: Path, survivors: int) -> list[tuple
             process.wait()
 
 
+@pytest.mark.parametrize("transport", ["nccl", "peer_to_peer"])
 @pytest.mark.parametrize("where", ["gather", "uneven reduce_scatter"])
-def test_an_orderly_end_is_silent(tmp_path: Path, where: str) -> None:
+def test_an_orderly_end_is_silent(tmp_path: Path, where: str, transport: str) -> None:
     need_two_gpus()
-    for status, _, errors in run_pair("orderly", where, tmp_path, survivors=2):
+    for status, _, errors in run_pair(transport, "orderly", where, tmp_path, survivors=2):
         assert status == 0, errors
         assert not [word for word in NOISE if word in errors], errors
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped", "aborted"])
 @pytest.mark.parametrize("where", ["gather", "uneven gather", "reduce_scatter"])
-def test_a_lost_peer_frees_the_survivor(tmp_path: Path, how: str, where: str) -> None:
+@pytest.mark.parametrize("transport", ["nccl", "peer_to_peer"])
+def test_a_lost_peer_frees_the_survivor(
+    tmp_path: Path, transport: str, where: str, how: str
+) -> None:
     """The host waits for a kernel that waits for the peer: only an abort ends that."""
     need_two_gpus()
-    [(status, output, errors)] = run_pair(how, where, tmp_path, survivors=1)
+    [(status, output, errors)] = run_pair(transport, how, where, tmp_path, survivors=1)
     assert status == 0, errors
     told = json.loads(output.splitlines()[-1])
     ended = told["ended"]
