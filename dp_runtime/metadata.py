@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.batch import Int32, LocalBatch
+from dp_runtime.batch import NULL_PAGE, Int32, LocalBatch
 from dp_runtime.errors import ContractViolation
 
 
@@ -84,8 +84,40 @@ def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
 
     Source of the trap: SGLang PR #21649, where a kernel walked past its metadata.
     """
-    if batch.num_requests == 0:
-        return
+    if batch.num_requests and not _fits(batch, pages):
+        _explain(batch, pages, place)
+        raise AssertionError(f"{place}: a batch is refused for no reason that has a name")
+
+
+def _fits(batch: LocalBatch, pages: PageGeometry) -> bool:
+    """Whether every value is in order, in few array operations: it runs in each slot."""
+    query_lens, seq_lens, table, size = (
+        batch.query_lens, batch.seq_lens, batch.page_table, pages.page_size
+    )  # fmt: skip
+    (num_requests, width), num_rows = table.shape, batch.num_tokens
+    if query_lens.min() < 1 or (seq_lens - query_lens).min() < 0:
+        return False
+    if seq_lens.max() > width * size or table.view(np.uint32).max() >= pages.num_pages:
+        return False
+    unowned = np.arange(width) * size >= seq_lens[:, None]
+    if not (unowned | (table != NULL_PAGE)).all():
+        return False
+    ahead = seq_lens - query_lens.cumsum()  # of a row's number is its position
+    first = np.arange(0, num_requests * width, width)
+    if num_rows != num_requests:
+        ahead, first = ahead.repeat(query_lens), first.repeat(query_lens)
+    if not (batch.positions == ahead + np.arange(num_rows)).all():
+        return False
+    page, offset = np.divmod(batch.positions, size)
+    due = table.ravel()[first + page].astype(np.int64) * size + offset
+    samples = batch.sample_rows.view(np.uint64)
+    return bool(
+        (batch.slot_mapping == due).all() and (not len(samples) or samples.max() < num_rows)
+    )
+
+
+def _explain(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
+    """Raise ContractViolation for the first value that is not in order."""
     capacity = batch.page_table.shape[1] * pages.page_size
     _check(batch.query_lens.min() >= 1, place, "query_lens", batch.query_lens.min(), ">= 1")
     shortest = (batch.seq_lens - batch.query_lens).min()

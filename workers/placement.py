@@ -6,32 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.errors import StartError
 from workers.messages import ONE_HOST
 
-PLACEMENT_S = 60.0
 GPU_DOMAIN = "ray.io/gpu-domain"  # the label of the nodes whose GPUs one NVLink network joins
 _SHARES = 10_000  # Ray counts resources in ten-thousandths
-
-
-def place(config: EngineConfig) -> Any:
-    """Reserve a bundle per rank (StartError if there is no room in PLACEMENT_S)."""
-    import ray
-
-    resources = ray.cluster_resources()
-    bundle = bundle_of(config, resources.get("CPU", 1.0))
-    strategy = strategy_of(config, ray.nodes())
-    placement = ray.util.placement_group([bundle] * config.dp_size, **strategy)
-    try:
-        if not placement.wait(PLACEMENT_S):
-            raise StartError(
-                f"no room for {config.dp_size} ranks of {bundle} ({strategy}) in "
-                f"{PLACEMENT_S:g} s; the cluster has {resources}"
-            )
-    except BaseException:
-        ray.util.remove_placement_group(placement)
-        raise
-    return placement
 
 
 def bundle_of(config: EngineConfig, cluster_cpus: float) -> dict[str, float]:

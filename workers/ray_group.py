@@ -15,9 +15,10 @@ from dp_runtime.errors import RankFailed, StartError
 from workers.devices import resolve_device
 from workers.group import WorkerGroup
 from workers.messages import LANES
-from workers.placement import place
+from workers.placement import bundle_of, strategy_of
 from workers.worker import Worker
 
+PLACEMENT_S = 60.0
 # What the driver's environment says about GPUs and their network holds for the ranks too.
 PASSED_ON = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "FLASHINFER_", "CUDA_MODULE_")
 
@@ -70,6 +71,26 @@ def start_ray(config: EngineConfig) -> WorkerGroup:
         undo.callback(ray.util.remove_placement_group, placement)
         handles = [_actor(config, rank, placement) for rank in range(config.dp_size)]
         return WorkerGroup(config, handles, undo.pop_all().close)
+
+
+def place(config: EngineConfig) -> Any:
+    """Reserve a bundle for each rank (StartError if there is no room in PLACEMENT_S)."""
+    import ray
+
+    resources = ray.cluster_resources()
+    bundle = bundle_of(config, resources.get("CPU", 1.0))
+    strategy = strategy_of(config, ray.nodes())
+    placement = ray.util.placement_group([bundle] * config.dp_size, **strategy)
+    try:
+        if not placement.wait(PLACEMENT_S):
+            raise StartError(
+                f"no room for {config.dp_size} ranks of {bundle} ({strategy}) in "
+                f"{PLACEMENT_S:g} s; the cluster has {resources}"
+            )
+    except BaseException:
+        ray.util.remove_placement_group(placement)
+        raise
+    return placement
 
 
 def _connect(config: EngineConfig) -> bool:

@@ -26,6 +26,7 @@ from dp_runtime.metadata import AttentionMetadata
 
 Comparison = tuple[str, object, object]  # what, as found, as due
 CALL = tuple(f"{name} {what}" for what in ("shape", "dtype") for name in "qkv")
+TENSOR = ("shape", "dtype", "device", "contiguity")
 
 
 @dataclass(eq=False)
@@ -120,11 +121,11 @@ def slots_comparisons(
 def tensor_comparisons(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Iterable[Comparison]:
-    """Kernels take a pointer and these for granted."""
-    yield f"{name} shape", tuple(tensor.shape), shape
-    yield f"{name} dtype", tensor.dtype, dtype
-    yield f"{name} device", tensor.device, device
-    yield f"{name} contiguity", tensor.is_contiguous(), True
+    """What kernels take for granted beside a pointer; nothing if all of it is in order."""
+    found = (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
+    due = (shape, dtype, device, True)
+    if found != due:
+        yield from zip((f"{name} {what}" for what in TENSOR), found, due)
 
 
 def value_comparisons(name: str, tensor: Tensor, due: NDArray[Any]) -> Iterable[Comparison]:

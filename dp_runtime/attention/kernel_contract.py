@@ -35,9 +35,11 @@ def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMet
         return False
     spec, device = contract.spec, contract.device
     contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
-    members = np.sort(np.concatenate([group.members for group in plan.groups])).tolist()
-    everyone = list(range(len(metadata.query_lens_host)))
-    contract.compare([("requests of all groups", members, everyone)], metadata)
+    members = np.sort(np.concatenate([group.members for group in plan.groups]))
+    everyone = np.arange(len(metadata.query_lens_host))
+    if not np.array_equal(members, everyone):
+        lists = members.tolist(), everyone.tolist()
+        contract.compare([("requests of all groups", *lists)], metadata)
     for group in plan.groups:
         contract.compare(group_comparisons(group, metadata, spec, device), metadata)
     contract.slot.plan = plan
@@ -72,7 +74,7 @@ def group_comparisons(
     yield "rows of a group", found, rows
     yield "max_query_len of a group", group.max_query_len, int(query_lens.max())
     yield "max_seq_len of a group", group.max_seq_len, int(seq_lens.max())
-    if group.query_len is not None:
+    if group.query_len is not None and (query_lens != group.query_len).any():
         yield "query_len of a group", [group.query_len] * requests, query_lens.tolist()
     words = mask_words(group.query_len) if group.query_len and group.query_len > 1 else 0
     found_mask = None if group.mask is None else tuple(group.mask.shape)

@@ -1,5 +1,6 @@
 """The attention contract on the host: every value a kernel trusts is checked against the pool."""
 
+import random
 from dataclasses import fields, replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
-from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
+from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, _explain, check_values
 
 PAGES = PageGeometry(num_pages=10, page_size=4)
 PLACE = Place(3, 17, "target")
@@ -64,6 +65,33 @@ def test_a_changed_value_names_place_field_and_both_numbers(
         check_values(bad, PAGES, PLACE)
     for text in ("rank 3, step 17, slot target", *numbers):
         assert text in str(error.value)
+
+
+def changed_at_random(draw: random.Random) -> LocalBatch:
+    """A good batch with up to two values that are off by anything."""
+    changed = batch()
+    for _ in range(draw.randint(0, 2)):
+        name = draw.choice(["page_table", "seq_lens", "positions", "slot_mapping", "sample_rows"])
+        array = getattr(changed, name).copy()
+        most = np.iinfo(array.dtype).max - 100
+        array.reshape(-1)[draw.randrange(array.size)] += draw.choice([-50, -4, -1, 1, 2, 4, most])
+        changed = replace(changed, **{name: array})
+    return changed
+
+
+def test_a_batch_is_refused_exactly_when_some_value_can_be_named() -> None:
+    draw, refused = random.Random(0), 0
+    for _ in range(3000):
+        changed = changed_at_random(draw)
+        try:
+            _explain(changed, PAGES, PLACE)
+        except ContractViolation:
+            refused += 1
+            with pytest.raises(ContractViolation):
+                check_values(changed, PAGES, PLACE)
+        else:
+            check_values(changed, PAGES, PLACE)
+    assert 1000 < refused < 2500
 
 
 def test_zero_query_rows_in_a_request_violate_the_contract() -> None:

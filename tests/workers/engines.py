@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,10 @@ def engine(model: Path, launcher: str, dp_size: int = 2, **fields: Any) -> Engin
 
 
 class Driver:
-    """A `launch.py generate` of endless requests, in a process group like a shell's job."""
+    """A `launch.py generate` of endless requests, in a process group like a shell's job.
+
+    As a context manager it ends with the test, however the test ends.
+    """
 
     def __init__(self, model: Path, room: Path, dp_size: int, *flags: str) -> None:
         prompts = room / "prompts.jsonl"
@@ -41,6 +45,14 @@ class Driver:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.end()
 
     def signal(self, number: int) -> None:
         """Send a signal to the whole group, as a terminal does."""

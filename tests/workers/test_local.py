@@ -198,10 +198,10 @@ def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
 
 def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     before = left_overs()
-    driver = Driver(model, tmp_path, 2, "--launcher", "local")
-    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
-    driver.signal(signal.SIGINT)
-    status, errors = driver.end()
+    with Driver(model, tmp_path, 2, "--launcher", "local") as driver:
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+        driver.signal(signal.SIGINT)
+        status, errors = driver.end()
     assert status == 130
     assert "Traceback" not in errors
     wait_until(lambda: left_overs() == before, "nothing is left")
@@ -211,11 +211,11 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
 def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A stopped job is sent SIGTERM, then SIGKILL: the driver has no time to clean up."""
     before = left_overs()
-    driver = Driver(model, tmp_path, 2, "--launcher", "local")
-    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
-    ranks = serving_processes() - before[0]
-    driver.signal(number)
-    assert driver.end()[0] == -number
+    with Driver(model, tmp_path, 2, "--launcher", "local") as driver:
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+        ranks = serving_processes() - before[0]
+        driver.signal(number)
+        assert driver.end()[0] == -number
     wait_until(lambda: not ranks & rank_processes().keys(), "the ranks end", 2)
     wait_until(lambda: left_overs()[2] <= before[2], "no name is left", 2)
 
@@ -229,7 +229,7 @@ def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path
     )  # fmt: skip
     theirs.close()
     meeting = tmp_path / "meeting"
-    with Connection(ours.detach()) as driver:
+    with Connection(ours.detach()) as driver:  # closing it ends the rank, also if the test fails
         driver.send((0, EngineConfig(str(model), dp_size=2, num_pages=1100), "cpu"))
         for call_id, method in enumerate(("prepare", "load")):
             driver.send(Call(call_id, method, ()))

@@ -70,14 +70,14 @@ def test_the_environment_is_passed_on_and_nothing_is_added() -> None:
 
 CLUSTER = f"""
 import json, ray
-import workers.placement
+import workers.ray_group
 from dp_runtime import EngineConfig
-from workers.placement import place
+from workers.ray_group import place
 ray.init("local", num_cpus=4, num_gpus=4, labels={{"{GPU_DOMAIN}": "rack1"}},
          include_dashboard=False, log_to_driver=False)
 seen = {{}}
 for fields in ({{"dp_size": 4}}, {{"dp_size": 8, "ranks_per_gpu": 2}}, {{"dp_size": 5}}):
-    workers.placement.PLACEMENT_S = 0.3 if fields["dp_size"] == 5 else 20.0
+    workers.ray_group.PLACEMENT_S = 0.3 if fields["dp_size"] == 5 else 20.0
     try:
         placement = place(EngineConfig("x", device="cuda", **fields))
     except Exception as error:

@@ -95,10 +95,10 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
 
     before, address = left_overs(), ray.get_runtime_context().gcs_address
     flags = ("--launcher", "ray", "--ray-address", address)
-    driver = Driver(model, tmp_path, 2, *flags)
-    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
-    driver.signal(signal.SIGINT)
-    status, errors = driver.end()
+    with Driver(model, tmp_path, 2, *flags) as driver:
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+        driver.signal(signal.SIGINT)
+        status, errors = driver.end()
     assert status == 130
     assert "Traceback" not in errors
 
@@ -112,12 +112,12 @@ def test_ranks_end_with_their_drivers(model: Path, tmp_path: Path) -> None:
     for room in rooms:
         room.mkdir()
     flags = ("--launcher", "ray", "--ray-address", address)
-    drivers = [Driver(model, room, 2, *flags) for room in rooms]
-    wait_until(lambda: len(serving_processes() - before[0]) == 4, "four ranks serve", 90)
-    ranks = serving_processes() - before[0]
-    for driver, number in zip(drivers, (signal.SIGTERM, signal.SIGKILL), strict=True):
-        driver.signal(number)
-        assert driver.end()[0] != 0
+    with Driver(model, rooms[0], 2, *flags) as one, Driver(model, rooms[1], 2, *flags) as other:
+        wait_until(lambda: len(serving_processes() - before[0]) == 4, "four ranks serve", 90)
+        ranks = serving_processes() - before[0]
+        for driver, number in ((one, signal.SIGTERM), (other, signal.SIGKILL)):
+            driver.signal(number)
+            assert driver.end()[0] != 0
     wait_until(lambda: not ranks & rank_processes().keys(), "the ranks end", 10)
     wait_until(lambda: left_overs()[2] <= before[2], "no name is left", 2)
 
@@ -125,8 +125,8 @@ def test_ranks_end_with_their_drivers(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_end_with_a_driver_that_started_the_cluster(model: Path, tmp_path: Path) -> None:
     before = left_overs()
-    driver = Driver(model, tmp_path, 2, "--launcher", "ray")
-    wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 90)
-    driver.signal(signal.SIGKILL)
-    driver.end()
+    with Driver(model, tmp_path, 2, "--launcher", "ray") as driver:
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 90)
+        driver.signal(signal.SIGKILL)
+        driver.end()
     wait_until(lambda: left_overs() == before, "nothing is left", 10)

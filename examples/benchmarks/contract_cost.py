@@ -1,0 +1,204 @@
+"""What the attention contract costs a step of the Qwen3-30B-A3B shape, on the host.
+
+    python examples/benchmarks/contract_cost.py
+    python examples/benchmarks/contract_cost.py --no-step    # without the model, as on a CPU
+
+Values are checked once a slot, on the host mirrors; the checks of the 48 layers are recorded from
+the adapter's own calls and replayed, without the rest of its work. Times are medians.
+With a GPU it also times the shape's eager decode steps, with dummy weights, on --dp-size ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+
+from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime.attention import AttentionSpec, KvScales, trtllm
+from dp_runtime.attention.contract import LayerContract, SlotChecks
+from dp_runtime.attention.trtllm import TrtllmAttention, make_layers
+from dp_runtime.batch import LocalBatch
+from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
+from examples.benchmarks import machine
+from examples.nvl4.shape import QWEN3_30B_A3B, write_shape
+
+GOAL_US, GOAL_SHARE = 20.0, 0.01
+LAYERS = int(QWEN3_30B_A3B["num_hidden_layers"])
+HEADS, KV_HEADS = int(QWEN3_30B_A3B["num_attention_heads"]), 4
+HEAD_DIM, PAGE, CONTEXT = int(QWEN3_30B_A3B["head_dim"]), 64, 1024
+PLACE = Place(0, 0, "target")
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]  # q, k, v
+DECODES = (1, 16, 64, 128, 256)
+MIXED = (63, 1985)  # decoding requests, and the rows of one prefill chunk
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of a step's checks."""
+
+    values_us: float
+    layers_us: float  # all of them
+    num_checks: int
+
+    @property
+    def total_us(self) -> float:
+        return self.values_us + self.layers_us
+
+
+def make_batch(decodes: int, chunk: int) -> LocalBatch:
+    """Requests of CONTEXT tokens that decode one, and perhaps a prefill chunk behind them."""
+    query_lens = np.array([1] * decodes + [chunk] * (chunk > 0), np.int32)
+    seq_lens = np.array([CONTEXT] * decodes + [chunk] * (chunk > 0), np.int32)
+    width = -(-int(seq_lens.max()) // PAGE)
+    page_table = np.tile(np.arange(1, width + 1, dtype=np.int32), (len(query_lens), 1))
+    starts = seq_lens - query_lens
+    owner = np.repeat(np.arange(len(query_lens)), query_lens)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(query_lens) - query_lens, query_lens)
+    positions = (starts[owner] + within).astype(np.int64)
+    slots = page_table[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+    return LocalBatch(
+        token_ids=np.zeros(len(owner), np.int64),
+        token_sources=np.full(len(owner), -1, np.int64),
+        positions=positions,
+        slot_mapping=slots,
+        request_ids=np.arange(len(query_lens), dtype=np.int64),
+        query_lens=query_lens,
+        seq_lens=seq_lens,
+        page_table=page_table,
+        sample_rows=np.cumsum(query_lens).astype(np.int64) - 1,
+    )
+
+
+class NoKernels:
+    """Stands where a GPU's kernels are: the host's part of a call is all that runs."""
+
+    def prefill(self, *call: object) -> None: ...
+
+    def decode(self, *call: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One check that an attention call made."""
+
+    check: Callable[..., object]
+    arguments: tuple[object, ...]
+
+
+def recorded_checks(layers: Sequence[TrtllmAttention], tensors: Tensors) -> list[Call]:
+    """Every check that the layers make for a slot they have not seen, in their order."""
+    calls: list[Call] = []
+
+    def recording(check: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            calls.append(Call(check, arguments))
+            return check(*arguments)
+
+        return call
+
+    with ExitStack() as patches:
+        for owner, name in ((LayerContract, "check"), (trtllm, "check_plan"),
+                            (trtllm, "check_kernel")):  # fmt: skip
+            patches.enter_context(patch.object(owner, name, recording(getattr(owner, name))))
+        for layer in layers:
+            layer(*tensors)
+    return calls
+
+
+def measure(decodes: int, chunk: int, repeats: int, device: torch.device) -> Cost:
+    """Median cost of one slot's checks: the adapter's own, replayed without its other work."""
+    dtype = torch.bfloat16
+    spec = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, PAGE, dtype, dtype)
+    batch = make_batch(decodes, chunk)
+    pages = PageGeometry(int(batch.page_table.max()) + 1, PAGE)
+    pool = torch.zeros((pages.num_pages, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=dtype, device=device)
+    make_layer = make_layers(spec, [pool] * LAYERS, [KvScales()] * LAYERS, NoKernels())
+    layers = [make_layer(layer) for layer in range(LAYERS)]
+    q = torch.zeros((batch.num_tokens, HEADS, HEAD_DIM), dtype=dtype, device=device)
+    metadata = AttentionMetadata.build(batch, pages, PLACE, device)
+    calls = recorded_checks(layers, (q, q[:, :KV_HEADS], q[:, :KV_HEADS], metadata))
+    seen = layers[0].contract.slot
+    values, checks = [], []
+    for _ in range(repeats):
+        vars(seen).update(vars(SlotChecks()))  # as before the slot's first layer
+        start = perf_counter()
+        check_values(batch, pages, PLACE)
+        values.append(perf_counter() - start)
+        start = perf_counter()
+        for call in calls:
+            call.check(*call.arguments)
+        checks.append(perf_counter() - start)
+    return Cost(median(values) * 1e6, median(checks) * 1e6, len(calls))
+
+
+def step_seconds(dp_size: int, num_tokens: int) -> dict[int, float]:
+    """Median seconds of an eager decode step by requests a rank, from a rank's step traces."""
+    with TemporaryDirectory() as directory:
+        config = EngineConfig(
+            str(write_shape(Path(directory))), dp_size=dp_size, launcher="local", device="cuda",
+            load_format="dummy", max_num_requests=max(DECODES), max_num_tokens=8192,
+            max_model_len=2048, start_timeout_s=900.0,
+        )  # fmt: skip
+        with Engine(config, show_progress=True) as engine:
+            return {count: _decode_step(engine, count, num_tokens) for count in DECODES}
+
+
+def _decode_step(engine: Engine, count: int, num_tokens: int) -> float:
+    dp_size = engine.config.dp_size
+    prompts = [[1 + index] * 64 for index in range(count * dp_size)]
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    known = len(engine.step_trace())
+    engine.generate(prompts, params, [index % dp_size for index in range(len(prompts))])
+    steps = engine.step_trace()[known:]
+    full = [s for s in steps if s.dp_rank == 0 and s.slots[0].real_rows == (count,) * dp_size]
+    return median(step.busy_s + step.wait_s for step in full)
+
+
+def main() -> None:
+    options = _options()
+    cuda = torch.cuda.is_available()
+    print(machine.describe("torch"), "; GPU" if cuda else "; no GPU")
+    gc.freeze()
+    device = torch.device("cuda" if cuda else "cpu")
+    cases = [(count, 0) for count in DECODES] + [MIXED]
+    costs = {case: measure(*case, options.repeats, device) for case in cases}
+    steps = step_seconds(options.dp_size, 32) if cuda and options.step else {}
+    print(f"{LAYERS} layers; goal: at most {GOAL_US:g} us and {GOAL_SHARE:.0%} of a step")
+    print(
+        "slot                         values us   layers us (checks)   total us   of an eager step"
+    )
+    for (decodes, chunk), cost in costs.items():
+        name = f"{decodes} decodes" + (f", a chunk of {chunk}" if chunk else "")
+        layers = f"{cost.layers_us:.1f} ({cost.num_checks})"
+        share = "-"
+        if not chunk and decodes in steps:
+            step_us = steps[decodes] * 1e6
+            share = f"{cost.total_us / step_us:.2%} of {step_us / 1e3:.2f} ms"
+        print(f"{name:<28} {cost.values_us:>9.1f} {layers:>20} {cost.total_us:>10.1f}   {share}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--dp-size", type=int, default=1, help="ranks of the timed steps")
+    parser.add_argument("--step", action=argparse.BooleanOptionalAction, default=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
