@@ -78,6 +78,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(StandIn, "machine", machine, raising=False)
     monkeypatch.setattr(nccl.dist, "ProcessGroupNCCL", StandIn, raising=False)
     monkeypatch.setattr(nccl.torch.cuda, "Event", Event)
+    monkeypatch.setattr(nccl.torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("set_device", "synchronize", "current_stream"):
         monkeypatch.setattr(nccl.torch.cuda, name, lambda device: None)
     for name in nccl.ENVIRONMENT:
