@@ -18,7 +18,8 @@ python -c "import ray.dashboard.optional_deps" 2>"$cluster_files/why.log" || das
 # cluster does not become the one that a ray.init() without an address looks for.
 ray start --head --block --disable-usage-stats --temp-dir "$cluster_files" --port "$cluster_port" \
     --include-dashboard="$([ -n "$dashboard_address" ] && echo true || echo false)" \
-    --dashboard-port "$dashboard_port" --ray-client-server-port $((cluster_port + 1)) \
+    --dashboard-port "$dashboard_port" --dashboard-agent-listen-port $((dashboard_port + 1)) \
+    --ray-client-server-port $((cluster_port + 1)) \
     >"$cluster_files/start.log" 2>&1 &
 cluster=$!
 end_cluster() {
