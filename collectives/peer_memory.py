@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 HANDLE_BYTES = 64
+MAX_VIEWS = 4096  # that are kept
 _LAZY_ENABLE_PEER_ACCESS = 1
 _TYPES = {torch.int32: "<i4", torch.uint8: "|u1"}
 
@@ -32,6 +33,7 @@ class PeerMemory:
         pointer = ctypes.c_uint64()
         _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(num_bytes))
         self.address = pointer.value
+        self._views: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
         handle = _Handle()
         _call("cuIpcGetMemHandle", ctypes.byref(handle), pointer)
         self.handle = bytes(memoryview(handle).cast("B"))
@@ -40,6 +42,14 @@ class PeerMemory:
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor over `shape` elements from byte `offset` on; valid until `free`."""
+        key = (offset, shape, dtype)
+        if key not in self._views:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            self._views[key] = self._make_view(*key)
+        return self._views[key]
+
+    def _make_view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         assert offset + size <= self.num_bytes, f"{offset} + {size} of {self.num_bytes} bytes"
         integers = dtype if dtype in _TYPES else torch.uint8

@@ -101,7 +101,7 @@ def pad(rows: Tensor, plan: PaddingPlan, poison: bool = False) -> Tensor:
     tail = plan.own_gathered - plan.own_real
     if tail == 0:
         return rows
-    fill = torch.full((tail, *rows.shape[1:]), float("nan") if poison else 0.0).to(rows)
+    fill = rows.new_full((tail, *rows.shape[1:]), float("nan") if poison else 0.0)
     return torch.cat([rows, fill])
 
 

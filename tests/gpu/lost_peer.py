@@ -19,7 +19,6 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from collectives.peer_to_peer import PeerToPeerGroup
 from collectives.torch_distributed import TorchDistributedGroup
 from dp_runtime.agreement import StepRecord
 from dp_runtime.protocols import RowCollective
@@ -68,6 +67,8 @@ def connect(transport: str, address: str, rank: int, size: int) -> RankLinks:
     device = torch.device("cuda", rank)
     if transport == "nccl":
         return TorchDistributedGroup(address, rank, size, TIMEOUT_S, "nccl", device)
+    from collectives.peer_to_peer import PeerToPeerGroup  # needs triton
+
     return PeerToPeerGroup(address, rank, size, TIMEOUT_S, device)
 
 
