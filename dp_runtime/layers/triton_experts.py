@@ -120,7 +120,7 @@ def _route_kernel(
     is_real = tl.sum(((row >= start) & (row < start + real)).to(tl.int32), 0) > 0
 
     expert = tl.arange(0, EXPERTS)
-    inside = (expert < NUM_EXPERTS) & is_real
+    inside = tl.where(is_real, expert, NUM_EXPERTS) < NUM_EXPERTS
     score = tl.load(logits + row * logits_stride + expert, mask=inside, other=0.0).to(tl.float32)
     score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
     score = tl.exp(score - tl.max(score, 0))
@@ -139,7 +139,8 @@ def _route_kernel(
         weight = weight / tl.sum(weight, 0)
 
     local = chosen - first_expert
-    ours = (choice < TOP_K) & (local >= 0) & (local < num_local) & is_real
+    local = tl.where(is_real, local, -1)
+    ours = (choice < TOP_K) & (local >= 0) & (local < num_local)
     at = row * TOP_K + choice
     tl.store(weights + at, tl.where(ours, weight, 0.0), mask=choice < TOP_K)
     tl.store(local_ids + at, tl.where(ours, local, -1), mask=choice < TOP_K)
@@ -233,6 +234,6 @@ def _sum_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(TOP_K):
         pair = row * TOP_K + j
-        ours = tl.load(local_ids + pair) >= 0
-        total += tl.load(weighted + pair * hidden + n, mask=ours & (n < hidden), other=0.0)
+        columns = tl.where(tl.load(local_ids + pair) >= 0, hidden, 0)
+        total += tl.load(weighted + pair * hidden + n, mask=n < columns, other=0.0)
     tl.store(out + row * hidden + n, total.to(out.dtype.element_ty), mask=n < hidden)

@@ -144,7 +144,8 @@ def test_ranks_of_one_host_meet_in_shared_memory(fields: dict[str, Any]) -> None
     ("hosts", "fields"),
     [
         ("ab", {"device": "cpu"}),  # several hosts
-        ("aa", {"device": "cuda"}),  # GPUs
+        ("ab", {"device": "cuda"}),
+        ("aa", {"device": "cuda", "collective": "torch_distributed"}),
         ("aa", {"device": "cpu", "collective": "torch_distributed"}),
     ],
 )
@@ -162,6 +163,13 @@ def test_a_rendezvous_that_was_not_left_is_removed(tmp_path: Path) -> None:
     with pytest.raises(StartError):
         group.start(show_progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_ranks_of_one_host_meet_there_too() -> None:
+    config = EngineConfig("x", dp_size=2, device="cuda")
+    point = _meeting_point(config, [host(0, "a"), host(1, "a")], None)
+    assert point.kind == "peer_to_peer"
+    assert point.in_host_memory
 
 
 def test_shared_memory_of_several_hosts_is_refused() -> None:
