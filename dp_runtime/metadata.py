@@ -79,6 +79,10 @@ class AttentionMetadata:
         )
 
 
+# The ufuncs themselves: an array's own min, max and all go through a layer of Python to them.
+_least, _most, _all = np.minimum.reduce, np.maximum.reduce, np.logical_and.reduce
+
+
 def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
     """Compare every value a kernel will trust with the pool; flashinfer compares none of them.
 
@@ -95,24 +99,26 @@ def _fits(batch: LocalBatch, pages: PageGeometry) -> bool:
         batch.query_lens, batch.seq_lens, batch.page_table, pages.page_size
     )  # fmt: skip
     (num_requests, width), num_rows = table.shape, batch.num_tokens
-    if query_lens.min() < 1 or (seq_lens - query_lens).min() < 0:
+    if _least(query_lens) < 1 or _least(seq_lens - query_lens) < 0:
         return False
-    if seq_lens.max() > width * size or table.view(np.uint32).max() >= pages.num_pages:
+    if _most(seq_lens) > width * size or _most(table.view(np.uint32), None) >= pages.num_pages:
         return False
-    unowned = np.arange(width) * size >= seq_lens[:, None]
-    if not (unowned | (table != NULL_PAGE)).all():
+    unowned = np.arange(0, width * size, size) >= seq_lens[:, None]
+    if not _all(unowned | (table != NULL_PAGE), None):
         return False
-    ahead = seq_lens - query_lens.cumsum()  # of a row's number is its position
     first = np.arange(0, num_requests * width, width)
-    if num_rows != num_requests:
-        ahead, first = ahead.repeat(query_lens), first.repeat(query_lens)
-    if not (batch.positions == ahead + np.arange(num_rows)).all():
+    if num_rows == num_requests:  # decodes: a row's position is its sequence's last
+        due = seq_lens - 1
+    else:
+        ahead = seq_lens - query_lens.cumsum()  # of a row's number is its position
+        due, first = ahead.repeat(query_lens) + np.arange(num_rows), first.repeat(query_lens)
+    if not _all(batch.positions == due):
         return False
-    page, offset = np.divmod(batch.positions, size)
-    due = table.ravel()[first + page].astype(np.int64) * size + offset
+    page = batch.positions // size
+    slots = table.ravel()[first + page] * np.int64(size) + (batch.positions - page * size)
     samples = batch.sample_rows.view(np.uint64)
     return bool(
-        (batch.slot_mapping == due).all() and (not len(samples) or samples.max() < num_rows)
+        _all(batch.slot_mapping == slots) and (not len(samples) or _most(samples) < num_rows)
     )
 
 
