@@ -190,7 +190,7 @@ class PeerRows:
         The own memory stays with the process: a peer may not have let go of it yet. Callable from
         any thread, more than once.
         """
-        with self._aborting:
+        with self._aborting, torch.cuda.device(self._stop.device):
             if self._one.item() == 0:
                 return
             self._watch.close()

@@ -51,16 +51,16 @@ def test_flashinfer_is_imported_by_its_backends_only() -> None:
         assert all(user.startswith("dp_runtime/attention/") for user in users)
 
 
-@pytest.mark.parametrize("module", ["flashinfer", "ray", "transformers"])
+@pytest.mark.parametrize("module", ["flashinfer", "ray", "transformers", "triton"])
 def test_importing_the_runtime_is_light(module: str) -> None:
     code = f"import sys, dp_runtime; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_a_cpu_run_never_imports_flashinfer_or_ray(tmp_path: Path) -> None:
+def test_a_cpu_run_never_imports_flashinfer_triton_or_ray(tmp_path: Path) -> None:
     code = f"""
 import sys
-sys.modules["flashinfer"] = None  # an import of it fails from here on
+sys.modules["flashinfer"] = sys.modules["triton"] = None  # an import of them fails from here on
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from tests.checkpoints import tiny_checkpoint
 model = str(tiny_checkpoint({str(tmp_path)!r}))
