@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -52,16 +51,12 @@ class DecodeGraphs:
         device: torch.device,
     ) -> None:
         self.buckets = buckets
-        self.seconds = 0.0  # that capturing took
         self._model = model
         self._pages = pages
         self._collective = collective
         self._poison = poison
         self._inputs = GraphInputs(buckets.most, table_pages, collective.dp_size, device)
         self._graphs: dict[GraphKey, _Captured] = {}
-
-    def __len__(self) -> int:
-        return len(self._graphs)
 
     def covers(self, batch: LocalBatch) -> bool:
         """Whether a batch can be replayed: one token a request, sampled from, none embedded."""
@@ -75,13 +70,11 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self, on_captured: Callable[[int, int], None]) -> None:
         """Capture every key; `on_captured` hears how many of how many are done."""
-        started = monotonic()
         keys = self.buckets.graph_keys()
         memory = torch.cuda.graph_pool_handle()
         for done, key in enumerate(keys, 1):
             self._graphs[key] = self._capture(key, memory)
             on_captured(done, len(keys))
-        self.seconds = monotonic() - started
 
     def replay(
         self, batch: LocalBatch, real_rows: tuple[int, ...], last_sampled: Tensor, place: Place

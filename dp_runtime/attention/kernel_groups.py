@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -49,18 +50,24 @@ class KernelPlan:
 class KernelPlanner:
     """Plans the groups of a metadata once, for all layers that share the planner.
 
+    A plan lives as long as its metadata, for a captured graph reads both at every replay.
     Requests whose query length is one of spec.decode_query_lens go to a decode kernel by length;
     all others to the prefill kernel.
     """
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
+        self._plans: WeakKeyDictionary[AttentionMetadata, KernelPlan] = WeakKeyDictionary()
         self._last: tuple[AttentionMetadata, KernelPlan] | None = None
 
     def plan(self, metadata: AttentionMetadata) -> KernelPlan:
         if self._last is None or self._last[0] is not metadata:
-            slots = CacheSlots.of(metadata, self._spec.page_size)
-            self._last = (metadata, KernelPlan(slots, tuple(self._build(metadata))))
+            plan = self._plans.get(metadata)
+            if plan is None:
+                slots = CacheSlots.of(metadata, self._spec.page_size)
+                plan = KernelPlan(slots, tuple(self._build(metadata)))
+                self._plans[metadata] = plan
+            self._last = (metadata, plan)
         return self._last[1]
 
     def _build(self, metadata: AttentionMetadata) -> list[KernelGroup]:

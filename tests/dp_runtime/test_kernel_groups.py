@@ -52,7 +52,12 @@ def test_a_metadata_is_planned_once() -> None:
     table, num_pages = random_page_table([9], PAGE, np.random.default_rng(0))
     metadata = metadata_of(paged_batch([(1, 9)], table, PAGE), num_pages, PAGE)
     planner = KernelPlanner(spec({1}))
-    assert planner.plan(metadata) is planner.plan(metadata)
+    plan = planner.plan(metadata)
+    assert planner.plan(metadata) is plan
+    # A captured graph reads its plan's tensors at every replay, whatever was planned since.
+    other = metadata_of(paged_batch([(1, 9)], table, PAGE), num_pages, PAGE)
+    assert planner.plan(other) is not plan
+    assert planner.plan(metadata) is plan
 
 
 @pytest.mark.parametrize("query_len", [2, 4, 8, 17, 33])
