@@ -25,6 +25,7 @@ class LiveRequest:
     tokens: Int64 = field(init=False)  # [prompt + max_outputs]
     page_ids: Int32 = field(init=False)  # [max_pages], the first num_pages are owned
     num_tokens: int = field(init=False)  # prompt and committed outputs
+    running: bool = False  # else it waits, or has ended
     num_pages: int = 0
     num_computed: int = 0  # tokens in the cache once all launched steps are done
     num_pending: int = 0  # tokens that launched steps sample

@@ -172,16 +172,20 @@ class Scheduler:
 
     def _finish(self, live: LiveRequest, reason: FinishReason) -> None:
         live.finish_reason = reason
-        if live in self.running:
-            self.running.remove(live)
+        if live.running:
+            self._stop(live)
         else:
             self.waiting.remove(live)
         if live.num_launched == 0:
             self._settle(live)
 
+    def _stop(self, live: LiveRequest) -> None:
+        self.running.remove(live)
+        live.running = False
+
     def _settle(self, live: LiveRequest) -> None:
         """No launched step touches the request: pages it has no use for go back."""
-        if live.finish_reason or live in self.waiting:
+        if not live.running:
             self._release(live)
         if live.finish_reason:
             self._live.pop(live.request_id, None)
@@ -197,7 +201,7 @@ class Scheduler:
         """Give pages to running requests, oldest first; returns those that can go on."""
         ready = []
         for live in list(self.running):
-            if live not in self.running:
+            if not live.running:
                 continue  # preempted for an older one
             tokens = live.num_computed + min(live.num_needed, self.limits.max_num_tokens)
             missing = self._pages_for(tokens) - live.num_pages
@@ -219,7 +223,7 @@ class Scheduler:
 
     def _preempt(self, victim: LiveRequest) -> None:
         self.num_preemptions += 1
-        self.running.remove(victim)
+        self._stop(victim)
         self.waiting.appendleft(victim)
         victim.num_computed = 0
         if victim.num_launched == 0:
@@ -242,6 +246,7 @@ class Scheduler:
                 break  # NOTE: a preempted request waits for the step that still holds its pages
             self.waiting.popleft()
             self.running.append(live)
+            live.running = True
             self._grow(live, self._pages_for(length))
             parts.append(Part.of(live, length))
             budget -= length
