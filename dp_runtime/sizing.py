@@ -70,7 +70,7 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     attention = attention_spec(config, model, dtype)
     backend, reason = choose_backend(config.attention_backend, attention, torch.device(device))
     sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
-    moe_backend, moe_reason = choose_moe_backend(config.moe_backend, torch.device(device))
+    moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch.device(device))
     weights = CountedWeights(dtype)
     served = build_model(model, weights, sharding, _no_attention, moe_backend)
     length = config.max_model_len or model.max_position_embeddings

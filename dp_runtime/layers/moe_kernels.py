@@ -13,8 +13,6 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
 
-MOE_BACKENDS = ("torch", "triton")
-
 
 class MoeKernels(Protocol):
     """Routes gathered rows, and runs this rank's experts over those of them that are real."""
@@ -130,16 +128,24 @@ class TritonMoe:
         return self._last[1]
 
 
-def choose_moe_backend(name: str, device: torch.device) -> tuple[str, str]:
-    """Resolve "auto" for a device: the kernels' name, and why they were chosen."""
+def choose_moe_backend(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """Resolve "auto" for a device: the kernels' name, and why they were chosen.
+
+    Raises ValueError for kernels that do not serve the device or the dtype.
+    """
     if device.type == "cpu":
         ok = name in ("auto", "torch")
         require(ok, "moe_backend", name, "auto or torch on device cpu")
         return "torch", "the only kernels for device cpu"
+    if dtype.itemsize > 2:  # its tiles are made for 2-byte values
+        ok = name in ("auto", "torch")
+        require(ok, "moe_backend", name, f"auto or torch with dtype {dtype}")
+        return "torch", f"the only kernels for {dtype}"
+    if find_spec("triton") is None:
+        require(name != "triton", "moe_backend", name, "auto or torch: triton is not installed")
+        return "torch", "triton is not installed"
     if name != "auto":
         return name, "chosen in the configuration"
-    if find_spec("triton") is None:
-        return "torch", "triton is not installed"
     return "triton", "the fastest measured on this kind of device"
 
 
