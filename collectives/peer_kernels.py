@@ -30,7 +30,7 @@ def _raise_and_wait(
         flag = own_flags + block * SIZE + (rank + i) % SIZE
         seen = tl.load(flag, volatile=True)
         polls = 0
-        while seen < call:
+        while seen - call < 0:  # NOTE: the difference is right where the count wraps around
             seen = tl.load(flag, volatile=True)
             polls += 1
             if polls % POLLS_PER_LOOK == 0:  # noqa: SIM102 (`and` would load in every poll)
@@ -69,6 +69,7 @@ def reduce_scatter_kernel(
 ):  # fmt: skip
     """Each peer's rows go to slot `rank` of its buffer; then the own rows are summed in order."""
     block, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    slot_size = tl.cast(slot_size, tl.int64)
     pointer: tl.constexpr = tl.pointer_type(partial.dtype.element_ty)
     for i in tl.static_range(1, SIZE):
         peer = (rank + i) % SIZE

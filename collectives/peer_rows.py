@@ -86,8 +86,8 @@ class PeerRows:
     rows are valid until the next gather. A gather tells the peers that this rank's reduce-scatter
     buffer may be written again, and the other way round; where the two do not alternate as they do
     in MoE stages, an empty one of the other kind comes between. Buffers grow with the largest call,
-    all ranks together, so a graph is captured over sizes that were used before. Raises StartError
-    if a GPU can't reach its peers' memory.
+    all ranks together; a graph is captured over sizes that were used before, and keeps the buffers
+    it was captured over. Raises StartError if a GPU can't reach its peers' memory.
     """
 
     def __init__(
@@ -114,7 +114,9 @@ class PeerRows:
         self._last: int | None = None  # which of the two ran last
         self._starts: dict[Counts, Tensor] = {}
         self._captured: dict[Counts, Tensor] = {}
-        self._aborting = threading.Lock()
+        self._kept: list[Shared] = []  # buffers that were outgrown, but graphs write to
+        self._aborting, self._aborted = threading.Lock(), False
+        self._closed = False
         self._watch = StallWatch(timeout_s, owner.fail, owner.check)
 
     def gather(self, rows: Tensor, counts: Counts) -> Tensor:
@@ -185,20 +187,31 @@ class PeerRows:
         self._watch.drain(timeout_s)
 
     def abort(self) -> None:
-        """End the kernels that wait for a peer, and let go of the peers' memory.
+        """End the kernels that wait for a peer, now and from here on.
 
-        The own memory stays with the process: a peer may not have let go of it yet. Callable from
-        any thread, more than once.
+        Callable from any thread, more than once.
         """
         with self._aborting, torch.cuda.device(self._stop.device):
-            if self._one.item() == 0:
+            if self._aborted:
                 return
+            self._aborted = True
             self._watch.close()
             with torch.cuda.stream(self._side):
                 self._stop.copy_(self._one, non_blocking=True)
             torch.cuda.synchronize(self._stop.device)
-            self._one.zero_()
-            for shared in (*self._buffers, *(signals.flags for signals in self._signals)):
+
+    def close(self) -> None:
+        """Let go of the peers' memory, once nothing is launched any more.
+
+        The own memory stays with the process: a peer may not have let go of it yet.
+        """
+        self.abort()
+        with self._aborting, torch.cuda.device(self._stop.device):
+            if self._closed:
+                return
+            self._closed = True
+            flags = (signals.flags for signals in self._signals)
+            for shared in (*self._buffers, *self._kept, *flags):
                 if shared is not None:
                     shared.unmap()
 
@@ -211,7 +224,10 @@ class PeerRows:
         capturing = torch.cuda.is_current_stream_capturing()
         assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
         torch.cuda.synchronize()
-        if old is not None:
+        self._buffers[which] = None
+        if old is not None and self._captured:
+            self._kept.append(old)
+        elif old is not None:
             old.unmap()
             self._owner.exchange(b"unmapped")
             old.memory.free()

@@ -73,10 +73,12 @@ class PeerToPeerGroup:
 
     def close(self) -> None:
         """Leave the group; this rank's own waiters are freed, peers are not told."""
-        if self._failure is None:
-            self._rows.drain(LEAVE_S)
-        self._rows.abort()
-        self._host.close()
+        try:
+            if self._failure is None:
+                self._rows.drain(LEAVE_S)
+            self._rows.close()
+        finally:
+            self._host.close()
 
 
 class PeerToPeerCollective:

@@ -34,9 +34,10 @@ class EngineConfig:
     threads of this process (for tests). moe_sharding: experts by expert (ep) or by intermediate
     size (tp).
     num_pages counts the null page; None sizes the pool for max_num_requests sequences of
-    max_model_len, within kv_memory_fraction of the memory that weights, workspaces and activations
-    leave of the device (None: 0.5 on cpu, 0.9 on cuda). max_num_requests and max_num_tokens are
-    per rank and step. overlap schedules step k+1 before step k is committed.
+    max_model_len, within kv_memory_fraction (which a number of pages overrides) of the memory that
+    weights, workspaces and activations leave of the device (None: 0.5 on cpu, 0.9 on cuda).
+    max_num_requests and max_num_tokens are per rank and step.
+    overlap schedules step k+1 before step k is committed.
     cuda_graphs replays decode steps (None: wherever the kernels in use can be captured).
     poison_padding fills padded rows with NaN, to show that no result depends on them.
     kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
@@ -91,7 +92,8 @@ class EngineConfig:
         for name in ("overlap", "poison_padding", "check_device_values"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
         graphs = self.cuda_graphs
-        require(graphs in (None, True, False), "cuda_graphs", graphs, "None or a bool")
+        ok = graphs is None or isinstance(graphs, bool)
+        require(ok, "cuda_graphs", graphs, "None or a bool")
         require(
             self.device != "cpu" or self.collective != "peer_to_peer",
             "collective", self.collective, "peer_to_peer is for GPUs, not for device cpu",

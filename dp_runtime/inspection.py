@@ -7,6 +7,7 @@ import torch
 from dp_runtime.attention import kernels
 from dp_runtime.config import EngineConfig
 from dp_runtime.memory import RankMemory, memory_table
+from dp_runtime.rank import moe_modules
 from dp_runtime.sizing import RankPlan, plan_rank
 
 
@@ -45,7 +46,8 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
 
 def _kernel_names(plan: RankPlan) -> str:
     """What is compiled before ready; a device without any compiles nothing."""
-    modules = kernels(plan.backend, plan.attention, torch.device(plan.device))
+    attention = kernels(plan.backend, plan.attention, torch.device(plan.device))
+    modules = (*attention, *moe_modules(plan))
     return ", ".join(kernel.name for kernel in modules) or "none to compile"
 
 

@@ -115,7 +115,8 @@ def _fits(batch: LocalBatch, pages: PageGeometry) -> bool:
     if not _all(batch.positions == due):
         return False
     page = batch.positions // size
-    slots = table.ravel()[first + page] * np.int64(size) + (batch.positions - page * size)
+    pool_pages = table.ravel()[first + page].astype(np.int64)
+    slots = pool_pages * size + (batch.positions - page * size)
     samples = batch.sample_rows.view(np.uint64)
     return bool(
         _all(batch.slot_mapping == slots) and (not len(samples) or _most(samples) < num_rows)

@@ -77,11 +77,31 @@ class Sampled:
 
 @dataclass(eq=False)
 class _Penalties:
-    """Which tokens a request has seen; on the device, since the host learns them a step later."""
+    """Which tokens a request has seen; on the device, since the host learns them a step later.
 
-    in_prompt: Tensor  # [vocab] bool
-    output_counts: Tensor  # [vocab] float32
+    The tensors are made when the request first samples: many more may be queued than run.
+    """
+
+    prompt_ids: Array  # [prompt] int64
+    in_prompt: Tensor  # [vocab] bool, empty until then
+    output_counts: Tensor  # [vocab] float32, empty until then
     num_outputs: int = 0
+
+    @classmethod
+    def of(cls, request: RankRequest, device: torch.device) -> _Penalties:
+        prompt_ids = np.array(request.prompt_token_ids, np.int64)
+        nothing = torch.empty(0, device=device)
+        return cls(prompt_ids, nothing.bool(), nothing)
+
+    def start(self, vocab_size: int) -> None:
+        """Make the tensors, at the first call."""
+        if self.output_counts.numel():
+            return
+        device = self.output_counts.device
+        in_prompt = np.zeros(vocab_size, np.bool_)
+        in_prompt[self.prompt_ids] = True
+        self.in_prompt = on_device(in_prompt, device)
+        self.output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +119,10 @@ CHOICE_BYTES = 38  # per logit, for all filters together
 
 
 def sampling_bytes(num_rows: int, vocab_size: int) -> int:
-    """Most bytes `Sampler.sample` and the penalties of its requests take, besides the logits."""
+    """Most bytes `Sampler.sample` and the penalties of its requests take, besides the logits.
+
+    Not counted: the penalties of requests that were preempted, which keep theirs.
+    """
     seen = num_rows * vocab_size * (1 + 4)
     return seen + min(num_rows, ROWS_AT_ONCE) * vocab_size * CHOICE_BYTES
 
@@ -147,7 +170,7 @@ class Sampler:
             stop_ids=np.array([i for i in request.stop_token_ids if i < vocab], np.int64),
             bias_ids=np.array(list(params.logit_bias), np.int64),
             biases=np.array(list(params.logit_bias.values()), np.float32),
-            penalties=self._start_penalties(request) if params.has_penalties else None,
+            penalties=_Penalties.of(request, self.device) if params.has_penalties else None,
         )
 
     def remove(self, request_id: int) -> None:
@@ -185,12 +208,6 @@ class Sampler:
         adjusted = self._penalise(adjusted, rows, requests)
         peaks, best = adjusted.max(dim=-1)  # the first of equal maxima
         return self._draw(adjusted, peaks, best, rows, requests), peaks.isfinite()
-
-    def _start_penalties(self, request: RankRequest) -> _Penalties:
-        in_prompt = np.zeros(self.vocab_size, np.bool_)
-        in_prompt[np.array(request.prompt_token_ids, np.int64)] = True
-        counts = torch.zeros(self.vocab_size, dtype=torch.float32, device=self.device)
-        return _Penalties(on_device(in_prompt, self.device), counts)
 
     def _bias(self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]) -> Tensor:
         biased = [(i, r) for i, r in enumerate(requests) if len(r.bias_ids)]
@@ -230,6 +247,7 @@ class Sampler:
                 f"and samples output {rows[i].output_index}"
             )
             state.num_outputs += 1
+            state.start(self.vocab_size)
         picked = (requests[i].params for i in index)
         settings = np.array(
             [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in picked],

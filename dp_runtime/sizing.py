@@ -87,7 +87,9 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         kv_cache=0,
     )
     one_page = page_bytes(model, config.page_size, attention.kv_dtype)
-    pages = _page_geometry(config, device, length, one_page, memory.total)
+    exchanged = config.dp_size * config.max_num_tokens * model.hidden_size * dtype.itemsize
+    buffers = 2 * exchanged if device != "cpu" and config.dp_size > 1 else 0
+    pages = _page_geometry(config, device, length, one_page, memory.total + buffers)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     return RankPlan(
         model=model,
@@ -118,6 +120,7 @@ def choose_graphs(
     shares = config.collective == "auto" and config.ranks_per_gpu > 1
     hindrances = {
         "device cpu has none": device == "cpu",
+        "ranks that are threads meet on the host": config.launcher == "thread",
         f"attention_backend {backend} plans each slot on the host": backend != "trtllm",
         f"moe_backend {moe_backend} reads sizes back to the host": moe_backend != "triton",
         "rows go through host memory": shares or config.collective == "shared_memory",
@@ -174,10 +177,11 @@ def _page_geometry(
 ) -> PageGeometry:
     """The pages asked for; else what the limits can use, within a fraction of what `used` leaves.
 
-    NOTE: from the size of the memory, not from what happens to be free: every run and every rank,
-    and `inspect`, come to the same number.
+    NOTE: from the size of the memory, not from what happens to be free: every run of a rank, and
+    `inspect`, come to the same number.
     """
     size = config.page_size
+    memory = rank_memory(device, config.dp_size, config.ranks_per_gpu)
     one_sequence = -(-length // size) + 1
     if config.num_pages is not None:
         require(
@@ -185,10 +189,14 @@ def _page_geometry(
             f"at least {one_sequence}: max_model_len {length} in pages of {size}, and the null "
             "page; or lower max_model_len",
         )  # fmt: skip
+        most = max(memory - used, 0) // one_page
+        require(
+            config.num_pages <= most, "num_pages", config.num_pages,
+            f"at most {most}: {one_page:,} bytes each in what {used:,} leave of {memory:,}",
+        )  # fmt: skip
         return PageGeometry(config.num_pages, size)
     fraction = config.kv_memory_fraction or KV_MEMORY_FRACTION[torch.device(device).type]
-    left = rank_memory(device, config.dp_size, config.ranks_per_gpu) - used
-    affordable = int(left * fraction // one_page)
+    affordable = int((memory - used) * fraction // one_page)
     require(
         affordable >= one_sequence, "kv_memory_fraction", fraction,
         f"memory for {one_sequence} pages: max_model_len {length} needs them and "

@@ -269,9 +269,10 @@ class StepLoop:
     def commit(self, step: Launched) -> list[RequestProgress]:
         """Look at what the step sampled, and move its requests on."""
         at = perf_counter()
+        step.sampled.copy.wait()
+        self.coordinator.collective.check()  # an abort may have ended the step's kernels
         token_ids, logprobs = step.sampled.to_host()
         tokens = StepTokens(token_ids, logprobs, [score.to_host() for score in step.scores])
-        self.coordinator.collective.check()  # else an abort may have ended the step's kernels
         progress = self.scheduler.commit(step.scheduled, tokens)
         for item in progress:
             if item.finish_reason:

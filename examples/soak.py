@@ -220,7 +220,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--plenty", type=float, default=0.6, help="part of the pages it has")
     parser.add_argument("--verify", type=int, default=16, help="requests to repeat alone")
     parser.add_argument("--timeout-s", type=float, default=3600.0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.dp_size < 2:
+        parser.error("--dp-size: at least 2, for one rank is to be quiet while others work")
+    return options
 
 
 if __name__ == "__main__":

@@ -12,13 +12,19 @@ GPU_DOMAIN = "ray.io/gpu-domain"  # the label of the nodes whose GPUs one NVLink
 _SHARES = 10_000  # Ray counts resources in ten-thousandths
 
 
-def bundle_of(config: EngineConfig, cluster_cpus: float) -> dict[str, float]:
-    """CPU and GPU shares of a rank; a fraction of a CPU if there are more ranks than cores."""
-    share = min(1.0, int(100 * cluster_cpus / config.dp_size) / 100)
+def bundle_of(config: EngineConfig, cpus: float) -> dict[str, float]:
+    """CPU and GPU shares of a rank; a fraction of a CPU if there are more ranks than `cpus`."""
+    share = min(1.0, int(100 * cpus / config.dp_size) / 100)
     bundle = {"CPU": max(share, 0.01)}
     if config.device != "cuda":
         return bundle
     return bundle | {"GPU": _SHARES // config.ranks_per_gpu / _SHARES}
+
+
+def cpus_for(strategy: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> float:
+    """CPUs that the ranks may share: those of the largest host if all are packed into one."""
+    cpus = [float(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]]
+    return max(cpus) if strategy.get("strategy") == "STRICT_PACK" else sum(cpus)
 
 
 def strategy_of(config: EngineConfig, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

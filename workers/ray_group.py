@@ -15,7 +15,7 @@ from dp_runtime.errors import RankFailed, StartError
 from workers.devices import resolve_device
 from workers.group import WorkerGroup
 from workers.messages import LANES
-from workers.placement import bundle_of, strategy_of
+from workers.placement import bundle_of, cpus_for, strategy_of
 from workers.worker import Worker
 
 PLACEMENT_S = 60.0
@@ -77,9 +77,9 @@ def place(config: EngineConfig) -> Any:
     """Reserve a bundle for each rank (StartError if there is no room in PLACEMENT_S)."""
     import ray
 
-    resources = ray.cluster_resources()
-    bundle = bundle_of(config, resources.get("CPU", 1.0))
-    strategy = strategy_of(config, ray.nodes())
+    resources, nodes = ray.cluster_resources(), ray.nodes()
+    strategy = strategy_of(config, nodes)
+    bundle = bundle_of(config, cpus_for(strategy, nodes))
     placement = ray.util.placement_group([bundle] * config.dp_size, **strategy)
     try:
         if not placement.wait(PLACEMENT_S):

@@ -1,4 +1,4 @@
-"""Compiling and loading a rank's attention kernels before it is ready, and never after."""
+"""Compiling and loading a rank's kernels before it is ready, and never after."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class KernelBuilds:
         for build in as_completed(self._builds):
             error = build.exception()
             if error is not None:
-                raise RuntimeError(f"attention kernel {self._builds[build].name}: {error}")
+                raise RuntimeError(f"kernel {self._builds[build].name}: {error}")
 
     def __enter__(self) -> KernelBuilds:
         self._builds = {self._pool.submit(kernel.build): kernel for kernel in self._kernels}

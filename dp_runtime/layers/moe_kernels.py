@@ -137,16 +137,28 @@ def choose_moe_backend(name: str, dtype: torch.dtype, device: torch.device) -> t
         ok = name in ("auto", "torch")
         require(ok, "moe_backend", name, "auto or torch on device cpu")
         return "torch", "the only kernels for device cpu"
+    require(
+        find_spec("triton") is not None, "device", str(device),
+        "cpu: the layers' kernels for GPUs need the package triton, which is not installed",
+    )  # fmt: skip
     if dtype.itemsize > 2:  # its tiles are made for 2-byte values
         ok = name in ("auto", "torch")
         require(ok, "moe_backend", name, f"auto or torch with dtype {dtype}")
         return "torch", f"the only kernels for {dtype}"
-    if find_spec("triton") is None:
-        require(name != "triton", "moe_backend", name, "auto or torch: triton is not installed")
-        return "torch", "triton is not installed"
+    if not _has_room(device):
+        require(name != "triton", "moe_backend", name, f"auto or torch; {ROOM}")
+        return "torch", ROOM
     if name != "auto":
         return name, "chosen in the configuration"
     return "triton", "the fastest measured on this kind of device"
+
+
+ROOM = "its tiles need the shared memory of compute capability 8.0, 9 or 10"
+
+
+def _has_room(device: torch.device) -> bool:
+    capability = torch.cuda.get_device_capability(device)
+    return capability == (8, 0) or capability[0] in (9, 10)
 
 
 def make_moe_kernels(name: str) -> MoeKernels:

@@ -125,6 +125,7 @@ def _route_kernel(
     score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
     score = tl.exp(score - tl.max(score, 0))
     score = score / tl.sum(score, 0)
+    score = tl.where(score == score, score, 0.0)  # a NaN row still chooses each expert once
 
     choice = tl.arange(0, K)
     chosen = tl.full((K,), 0, tl.int32)
@@ -145,7 +146,7 @@ def _route_kernel(
     tl.store(weights + at, tl.where(ours, weight, 0.0), mask=choice < TOP_K)
     tl.store(local_ids + at, tl.where(ours, local, -1), mask=choice < TOP_K)
     place = tl.atomic_add(counts + local, 1, mask=ours, sem="relaxed")
-    tl.store(pairs + local * rows + place, at, mask=ours)
+    tl.store(pairs + local * rows + place, at, mask=ours & (place < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -17,7 +17,7 @@ python examples/nvl4/uneven_load.py --model "$MODEL" --dp-size "${DP_SIZE:-4}" \
     --requests "${requests[@]}" >"$files/load.jsonl"
 set -- --max-model-len 2048 --start-timeout-s 900 "$@"
 for sharding in ${SHARDINGS:-ep tp}; do
-    echo "=== $sharding, requests by rank: ${requests[*]}"
+    echo "=== $sharding, requests by rank: ${requests[*]:0:${DP_SIZE:-4}}"
     python launch.py inspect "${flags[@]}" --moe-sharding "$sharding" "$@"
     python launch.py generate "${flags[@]}" --moe-sharding "$sharding" "$@" \
         --prompts "$files/load.jsonl" --output "$files/out.jsonl"

@@ -12,7 +12,7 @@ import pytest
 
 from dp_runtime import EngineConfig
 from tests.workers.engines import REPOSITORY
-from workers.placement import GPU_DOMAIN, bundle_of, strategy_of
+from workers.placement import GPU_DOMAIN, bundle_of, cpus_for, strategy_of
 from workers.ray_group import environment_of_ranks
 
 DOMAIN = {"topology_strategy": {GPU_DOMAIN: "STRICT_PACK"}}
@@ -54,6 +54,16 @@ def test_shares_of_a_gpu_fit_into_it(ranks_per_gpu: int) -> None:
 def test_no_gpu_without_gpus() -> None:
     config = EngineConfig("x", dp_size=4, device="cpu")
     assert bundle_of(config, 2.0) == {"CPU": 0.5}
+
+
+def test_ranks_of_one_host_share_the_cpus_of_the_largest() -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 6.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0}},
+    ]
+    assert cpus_for({"strategy": "STRICT_PACK"}, nodes) == 6.0
+    assert cpus_for({"strategy": "PACK"}, nodes) == 10.0
 
 
 def test_the_environment_is_passed_on_and_nothing_is_added() -> None:

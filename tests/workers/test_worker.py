@@ -176,5 +176,5 @@ def test_a_kernel_that_can_not_be_built_is_named(
     monkeypatch.setattr("workers.worker.kernels", lambda *where: (Kernel("XQA q_len 1", fail),))
     worker = new_worker(directory)
     worker.prepare()
-    with pytest.raises(RuntimeError, match="attention kernel XQA q_len 1: no nvcc"):
+    with pytest.raises(RuntimeError, match="kernel XQA q_len 1: no nvcc"):
         worker.load()
