@@ -136,14 +136,15 @@ def fused_experts(
     expert, order = topk_ids.flatten().sort(stable=True)
     local_ids = torch.arange(first_expert, first_expert + num_local + 1, device=rows.device)
     bounds = torch.searchsorted(expert, local_ids)
-    first, last = torch.stack((bounds[0], bounds[-1])).tolist()
-    row = order // topk_ids.shape[1]
+    first, last = int(bounds[0]), int(bounds[-1])
     total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
     for start in range(first, last, PAIRS_AT_ONCE):
-        part = slice(start, min(start + PAIRS_AT_ONCE, last))
-        ends = (bounds[1:].clamp(max=part.stop) - start).clamp(min=0).to(torch.int32)
-        weight = topk_weights.flatten()[order[part], None].float()
-        total.index_add_(0, row[part], _products(rows[row[part]], gate_up, down, ends) * weight)
+        stop = min(start + PAIRS_AT_ONCE, last)
+        ends = (bounds[1:].clamp(start, stop) - start).to(torch.int32)
+        pair = order[start:stop]
+        row = pair // topk_ids.shape[1]
+        weight = topk_weights.flatten()[pair, None].float()
+        total.index_add_(0, row, _products(rows[row], gate_up, down, ends) * weight)
     return total.to(rows.dtype)
 
 
