@@ -9,7 +9,7 @@ and from the plan. With `check_device_values` device tensors are read back and c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dp_runtime.attention.paged import CacheSlots
-from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.batch import Int32, Int64
 from dp_runtime.errors import ContractViolation
 from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.protocols import AttentionBackend
 
 Comparison = tuple[str, object, object]  # what, as found, as due
 CALL = tuple(f"{name} {what}" for what in ("shape", "dtype") for name in "qkv")
@@ -59,6 +60,12 @@ class LayerContract:
         self.compare(devices, metadata)
         self.slot.metadata, self.slot.call = metadata, due
 
+    def check_slots(self, plan: object, slots: CacheSlots, metadata: AttentionMetadata) -> None:
+        """Compare where a plan's rows are appended, once for all layers."""
+        if plan is not self.slot.plan:
+            self.compare(slots_comparisons(slots, metadata, self.spec, self.device), metadata)
+            self.slot.plan = plan
+
     def compare(self, comparisons: Iterable[Comparison], metadata: AttentionMetadata) -> None:
         for what, found, due in comparisons:
             if found != due:
@@ -72,6 +79,22 @@ class LayerContract:
         kv = (rows, spec.num_kv_heads, spec.head_dim)
         shapes = ((rows, spec.num_heads, spec.head_dim), kv, kv)
         return (*shapes, *[spec.dtype] * 3)
+
+
+def layer_backends(
+    spec: AttentionSpec,
+    pools: Pools,
+    scales: Sequence[KvScales],
+    attention: Callable[[Tensor, KvScales, LayerContract], AttentionBackend],
+) -> LayerBackends:
+    """`attention` over each layer's pool; the layers share what is in order for a slot."""
+    slot = SlotChecks()
+
+    def layer_backend(layer: int) -> AttentionBackend:
+        pool = pools[layer]
+        return attention(pool, scales[layer], LayerContract(layer, spec, pool.device, slot))
+
+    return layer_backend
 
 
 def _text(value: object) -> object:

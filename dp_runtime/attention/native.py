@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract, SlotChecks, slots_comparisons
+from dp_runtime.attention.contract import LayerContract, layer_backends
 from dp_runtime.attention.paged import CacheSlots, append
 from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales, LayerBackends, Pools
 from dp_runtime.attention.support import check_flashinfer, check_native
@@ -42,14 +42,10 @@ def make(spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales]) -> Layer
     """Backends of all layers, which share wrappers and workspace."""
     from dp_runtime.attention.native_wrappers import NativePlanner
 
-    planner, slot = NativePlanner(spec, WORKSPACE_BYTES, pools[0].device), SlotChecks()
-
-    def layer_backend(layer: int) -> NativeAttention:
-        pool = pools[layer]
-        contract = LayerContract(layer, spec, pool.device, slot)
-        return NativeAttention(pool, scales[layer], contract, planner)
-
-    return layer_backend
+    planner = NativePlanner(spec, WORKSPACE_BYTES, pools[0].device)
+    return layer_backends(
+        spec, pools, scales, lambda pool, kv, contract: NativeAttention(pool, kv, contract, planner)
+    )
 
 
 class Planner(Protocol):
@@ -72,15 +68,11 @@ class NativeAttention:
     planner: Planner
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        contract = self.contract
-        contract.check(q, k, v, metadata)
+        self.contract.check(q, k, v, metadata)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if metadata.num_tokens:
             slots = self.planner.plan(metadata)
-            if slots is not contract.slot.plan:
-                due = slots_comparisons(slots, metadata, contract.spec, contract.device)
-                contract.compare(due, metadata)
-                contract.slot.plan = slots
+            self.contract.check_slots(slots, slots, metadata)
             append(self.pool, slots, k, v, self.scales)
             self.planner.run(q, self.pool, self.scales, metadata, out)
         return out

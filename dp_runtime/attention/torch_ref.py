@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract, SlotChecks, slots_comparisons
+from dp_runtime.attention.contract import LayerContract, layer_backends
 from dp_runtime.attention.paged import append
 from dp_runtime.attention.query_groups import QueryGroup, QueryPlanner
 from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales, LayerBackends, Pools
@@ -33,14 +33,12 @@ def kernels(spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
 def make(spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales]) -> LayerBackends:
     """Backends of all layers, which share a planner."""
     planner = QueryPlanner(spec.num_kv_heads, spec.page_size)
-    slot = SlotChecks()
-
-    def layer_backend(layer: int) -> TorchRefAttention:
-        pool = pools[layer]
-        contract = LayerContract(layer, spec, pool.device, slot)
-        return TorchRefAttention(pool, scales[layer], contract, planner)
-
-    return layer_backend
+    return layer_backends(
+        spec,
+        pools,
+        scales,
+        lambda pool, kv, contract: TorchRefAttention(pool, kv, contract, planner),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +59,7 @@ class TorchRefAttention:
         if metadata.num_tokens == 0:
             return out
         plan = self.planner.plan(metadata)
-        if plan is not self.contract.slot.plan:
-            spec, device = self.contract.spec, self.contract.device
-            self.contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
-            self.contract.slot.plan = plan
+        self.contract.check_slots(plan, plan.slots, metadata)
         append(self.pool, plan.slots, k, v, self.scales)
         for group in plan.groups:
             out[group.rows] = self._attend(q[group.rows], group).to(q.dtype)

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract, SlotChecks
+from dp_runtime.attention.contract import LayerContract, layer_backends
 from dp_runtime.attention.kernel_contract import check_kernel, check_plan
 from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner
 from dp_runtime.attention.paged import append, quantize
@@ -75,14 +75,13 @@ def make_layers(
     spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales], calls: Kernels
 ) -> LayerBackends:
     """The same over given kernels."""
-    planner, slot = KernelPlanner(spec), SlotChecks()
-
-    def layer_backend(layer: int) -> TrtllmAttention:
-        pool = pools[layer]
-        contract = LayerContract(layer, spec, pool.device, slot)
-        return TrtllmAttention(pool, scales[layer], contract, planner, calls)
-
-    return layer_backend
+    planner = KernelPlanner(spec)
+    return layer_backends(
+        spec,
+        pools,
+        scales,
+        lambda pool, kv, contract: TrtllmAttention(pool, kv, contract, planner, calls),
+    )
 
 
 def _generation(device: torch.device) -> Generation:
