@@ -161,10 +161,7 @@ class NcclRows:
 
     def watch(self, what: str) -> None:
         """Have the owner fail if the device does not get past what was launched so far."""
-        if not torch.cuda.is_current_stream_capturing():
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(torch.cuda.current_stream(self._device))
-            self._watch.add(what, done)
+        self._watch.follow(what, self._device)
 
 
 def _bounded(call: Callable[[], None], timeout_s: float) -> None:

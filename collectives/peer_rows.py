@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +17,7 @@ from collectives.peer_memory import PeerMemory, close_address, open_handle
 from collectives.stall import StallWatch
 from dp_runtime.errors import StartError
 from dp_runtime.protocols import Counts
+from dp_runtime.transfer import on_device
 
 LEAST_BYTES = 1 << 20
 BLOCK_BYTES = 8192  # that a program moves at a time
@@ -177,10 +179,7 @@ class PeerRows:
 
     def watch(self, what: str) -> None:
         """Have the owner fail if the device does not get past what was launched so far."""
-        if not torch.cuda.is_current_stream_capturing():
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
-            self._watch.add(what, done)
+        self._watch.follow(what, self._stop.device)
 
     def drain(self, timeout_s: float) -> None:
         """Return once the device has done all collectives, after timeout_s at the latest."""
@@ -243,9 +242,8 @@ class PeerRows:
         if known is None:
             if len(self._starts) >= MAX_LAYOUTS:
                 self._starts.clear()
-            starts = [sum(counts[:rank]) for rank in range(len(counts) + 1)]
-            host = torch.tensor(starts, dtype=torch.int32).pin_memory()
-            known = self._starts[counts] = host.to("cuda", non_blocking=True)
+            starts = np.cumsum((0, *counts), dtype=np.int32)
+            known = self._starts[counts] = on_device(starts, self._stop.device)
         if torch.cuda.is_current_stream_capturing():
             self._captured[counts] = known  # lives as long as its graphs
         return known

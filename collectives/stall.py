@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout
 
 LOOK_EVERY_S = 0.05
@@ -51,6 +53,13 @@ class StallWatch:
     def add(self, what: str, done: Completion) -> None:
         """Watch an operation that was launched just now, after all those added before."""
         self._flights.append(_Flight(what, time.monotonic(), done))
+
+    def follow(self, what: str, device: torch.device) -> None:
+        """Watch what the device's current stream was given so far; a capture only records it."""
+        if not torch.cuda.is_current_stream_capturing():
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(torch.cuda.current_stream(device))
+            self.add(what, done)
 
     def drain(self, timeout_s: float) -> None:
         """Return once everything is done or the watch is over, after timeout_s at the latest."""

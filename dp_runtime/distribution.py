@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dp_runtime.transfer import on_device
+
 Array = NDArray[Any]
 
 
@@ -71,12 +73,6 @@ def invert(weights: Tensor, uniforms: Tensor, fallback: Tensor) -> Tensor:
     goals = uniforms[:, None] * sums[:, -1:]
     tokens = torch.searchsorted(sums, goals, right=True).clamp_(max=weights.shape[1] - 1)
     return torch.where(weights.gather(1, tokens) > 0, tokens, fallback[:, None]).squeeze(1)
-
-
-def on_device(array: Array, device: torch.device) -> Tensor:
-    """The array as a tensor there, without waiting for the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def take_rows(matrix: Tensor, rows: Array) -> Tensor:

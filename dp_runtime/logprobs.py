@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.request import TokenLogprob
+from dp_runtime.transfer import HostCopy
 
 ROWS_AT_ONCE = 64  # rows of logits that are looked at together; bounds what that needs
 _LOW_WORD = 0xFFFFFFFF
@@ -19,26 +20,6 @@ LogitsOf = Callable[[slice], Tensor]  # logits [n, vocab] float32 of a slice of 
 def row_parts(num_rows: int) -> list[slice]:
     """All rows in parts of ROWS_AT_ONCE; one empty part if there are none."""
     return [slice(at, at + ROWS_AT_ONCE) for at in range(0, max(num_rows, 1), ROWS_AT_ONCE)]
-
-
-class HostCopy:
-    """Tensors on their way to the host: started here, waited for in `wait`.
-
-    NOTE: with overlap the next step is queued behind the copy, so reading the tensors themselves
-    would wait for that step too.
-    """
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
-        self._done: torch.cuda.Event | None = None
-        if any(tensor.is_cuda for tensor in tensors):
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
-
-    def wait(self) -> tuple[Tensor, ...]:
-        if self._done is not None:
-            self._done.synchronize()
-        return self._tensors
 
 
 @dataclass(frozen=True, eq=False)

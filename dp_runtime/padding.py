@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -85,13 +86,17 @@ class PaddingPlan:
         return self.total_gathered * (len(self.real_rows) - 1)
 
     @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each rank's rows begin among the gathered ones."""
+        return tuple(accumulate(self.gathered_rows[:-1], initial=0))
+
+    @cached_property
     def real_index(self) -> Tensor | None:
         """Where the real rows lie among the gathered ones, [total_real] int64; None if all are."""
         if self.total_real == self.total_gathered:
             return None
-        starts = [sum(self.gathered_rows[:rank]) for rank in range(len(self.gathered_rows))]
         return torch.cat(
-            [torch.arange(start, start + real) for start, real in zip(starts, self.real_rows)]
+            [torch.arange(start, start + real) for start, real in zip(self.starts, self.real_rows)]
         )
 
 

@@ -15,13 +15,11 @@ from dp_runtime.distribution import (
     change_rows,
     invert,
     keep_weights,
-    on_device,
     penalise,
     take_rows,
 )
 from dp_runtime.logprobs import (
     ROWS_AT_ONCE,
-    HostCopy,
     LogitsOf,
     Logprobs,
     row_parts,
@@ -30,6 +28,7 @@ from dp_runtime.logprobs import (
 from dp_runtime.random_numbers import uniform
 from dp_runtime.request import RankRequest, TokenLogprob
 from dp_runtime.sampling_params import SamplingParams
+from dp_runtime.transfer import HostCopy, on_device
 
 _FLOAT32 = np.finfo(np.float32)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dp_runtime.errors import require
+from dp_runtime.layers.expert_tiles import choose_tiles
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
+from dp_runtime.transfer import on_device
 
 
 class MoeKernels(Protocol):
@@ -53,11 +56,14 @@ class TorchMoe:
     ) -> Tensor:
         assert layout is None, "these kernels read the real rows from the plan"
         if plan.real_index is None:
-            return experts(gathered, *reversed(router(gathered)))
+            return self._run(gathered, router, experts)
         real = plan.real_index.to(gathered.device)
-        rows = gathered[real]
-        sums = experts(rows, *reversed(router(rows)))
+        sums = self._run(gathered[real], router, experts)
         return torch.zeros_like(gathered).index_copy_(0, real, sums)
+
+    def _run(self, rows: Tensor, router: Router, experts: Experts) -> Tensor:
+        weights, ids = router(rows)
+        return experts(rows, ids, weights)
 
     def activation_bytes(
         self, gathered_rows: int, padded: bool, router: Router, experts: Experts
@@ -89,7 +95,6 @@ class TritonMoe:
         router: Router,
         experts: Experts,
     ) -> Tensor:
-        from dp_runtime.layers.expert_tiles import choose_tiles
         from dp_runtime.layers.triton_experts import route, run_experts
 
         if layout is None:
@@ -119,12 +124,8 @@ class TritonMoe:
 
     def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
         if self._last is None or self._last[0] is not plan:
-            gathered = plan.gathered_rows
-            starts = [sum(gathered[:rank]) for rank in range(len(gathered))]
-            host = torch.tensor([starts, plan.real_rows], dtype=torch.int32)
-            if device.type == "cuda":
-                host = host.pin_memory()
-            self._last = (plan, host.to(device, non_blocking=True))
+            layout = np.array([plan.starts, plan.real_rows], np.int32)
+            self._last = (plan, on_device(layout, device))
         return self._last[1]
 
 
