@@ -77,19 +77,20 @@ class DecodeGraphs:
             on_captured(done, len(keys))
 
     def replay(
-        self, batch: LocalBatch, real_rows: tuple[int, ...], last_sampled: Tensor, place: Place
+        self, batch: LocalBatch, plan: PaddingPlan, last_sampled: Tensor, place: Place
     ) -> Tensor:
         """Run a covered batch, [rows, hidden]; valid until the next replay.
 
-        real_rows: of every rank; last_sampled: the tokens that the batch's token_sources index.
+        plan: with the gathered rows of a bucket; last_sampled: the tokens that the batch's
+        token_sources index.
         """
         check_values(batch, self._pages, place)
         own = self.buckets.own(batch.num_tokens)
-        key = GraphKey(own, self.buckets.gathered(max(real_rows)))
+        key = GraphKey(own, plan.own_gathered)
         captured = self._graphs.get(key)
         if captured is None or not self._inputs.owns(captured.metadata):
             raise ContractViolation(f"{place}: no graph of {key} over these inputs")
-        self._inputs.write(batch, own, real_rows, key.gathered_rows, last_sampled)
+        self._inputs.write(batch, own, plan.real_rows, key.gathered_rows, last_sampled)
         captured.graph.replay()
         self._collective.watch(f"the graph of {key}")
         return captured.hidden[: batch.num_tokens]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
-from dp_runtime.attention import kernels
 from dp_runtime.config import EngineConfig
 from dp_runtime.memory import RankMemory, memory_table
-from dp_runtime.rank import moe_modules
+from dp_runtime.rank import kernels_of
 from dp_runtime.sizing import RankPlan, plan_rank
 
 
@@ -46,9 +43,7 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
 
 def _kernel_names(plan: RankPlan) -> str:
     """What is compiled before ready; a device without any compiles nothing."""
-    attention = kernels(plan.backend, plan.attention, torch.device(plan.device))
-    modules = (*attention, *moe_modules(plan))
-    return ", ".join(kernel.name for kernel in modules) or "none to compile"
+    return ", ".join(kernel.name for kernel in kernels_of(plan)) or "none to compile"
 
 
 def _rank_lines(plans: list[RankPlan]) -> list[str]:

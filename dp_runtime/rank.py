@@ -12,13 +12,14 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from dp_runtime.attention import Kernel, KvScales, make_backend
+from dp_runtime.attention import KvScales, kernels, make_backend
 from dp_runtime.config import EngineConfig
 from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
 from dp_runtime.device_memory import free_bytes
 from dp_runtime.errors import StartError, require
 from dp_runtime.graph_buckets import GraphBuckets
 from dp_runtime.graphs import DecodeGraphs
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.kv_cache import allocate_pools
 from dp_runtime.loader import WeightSource, open_weights
 from dp_runtime.memory import MemoryUse
@@ -158,8 +159,13 @@ def assemble(
     )
 
 
-def moe_modules(plan: RankPlan) -> tuple[Kernel, ...]:
-    """What the MoE stage's kernels compile for this plan."""
+def kernels_of(plan: RankPlan) -> tuple[Kernel, ...]:
+    """All that is compiled before a plan can be served."""
+    attention = kernels(plan.backend, plan.attention, torch.device(plan.device))
+    return (*attention, *_moe_kernels(plan))
+
+
+def _moe_kernels(plan: RankPlan) -> tuple[Kernel, ...]:
     if plan.moe_backend != "triton":
         return ()
     from dp_runtime.layers.triton_modules import modules

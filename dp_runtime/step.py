@@ -224,8 +224,8 @@ class StepLoop:
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
     ) -> Callable[[], Tensor]:
         """The same from a captured graph."""
-        rows, sampled = exchange.plan.real_rows, self._last_sampled
-        return lambda: self.graphs[slot].replay(batch, rows, sampled, place)
+        sampled = self._last_sampled
+        return lambda: self.graphs[slot].replay(batch, exchange.plan, sampled, place)
 
     def _forward(
         self, slot: Slot, run: Callable[[], Tensor], exchange: RowExchange

@@ -12,12 +12,11 @@ from time import monotonic, sleep
 import torch
 
 from collectives.shared_memory import shared_root
-from dp_runtime.attention import kernels
-from dp_runtime.attention.build import KernelBuilds, forbid_compilation
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
+from dp_runtime.kernel_builds import KernelBuilds, forbid_compilation
 from dp_runtime.memory import MemoryUse, RankMemory
-from dp_runtime.rank import LoadedRank, assemble, capture, load_rank, moe_modules, profile
+from dp_runtime.rank import LoadedRank, assemble, capture, kernels_of, load_rank, profile
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sizing import RankPlan, plan_rank
 from dp_runtime.status import ModelInfo, RankHealth, RankState
@@ -77,8 +76,7 @@ class Worker:
         assert self._plan is not None, "prepare comes before load"
         plan, device = self._plan, torch.device(self.device)
         self._state = RankState.LOADING
-        needed = (*kernels(plan.backend, plan.attention, device), *moe_modules(plan))
-        self._builds = KernelBuilds(needed, device)
+        self._builds = KernelBuilds(kernels_of(plan), device)
         with self._builds:
             self._loaded = load_rank(self.config, plan, self._count_bytes)
             self._state = RankState.COMPILING

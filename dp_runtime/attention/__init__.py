@@ -11,17 +11,16 @@ import torch
 from dp_runtime.attention.spec import (
     AttentionSpec,
     Backend,
-    Kernel,
     KvScales,
     LayerBackends,
     Pools,
 )
 from dp_runtime.errors import require
+from dp_runtime.kernel_builds import Kernel
 
 __all__ = [
     "BACKENDS",
     "AttentionSpec",
-    "Kernel",
     "KvScales",
     "choose_backend",
     "kernels",

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dp_runtime.attention.contract import LayerContract, layer_backends
 from dp_runtime.attention.paged import CacheSlots, append
-from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales, LayerBackends, Pools
+from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.attention.support import check_flashinfer, check_native
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.metadata import AttentionMetadata
 
 WORKSPACE_BYTES = 256 << 20

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dp_runtime.attention.contract import offsets
 from dp_runtime.attention.paged import CacheSlots
-from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales
+from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.metadata import AttentionMetadata
 
 

@@ -13,8 +13,9 @@ from flashinfer.prefill import trtllm_batch_context_with_kv_cache
 from torch import Tensor
 
 from dp_runtime.attention.kernel_groups import KernelGroup
-from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales
+from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm import WORKSPACE_BYTES
+from dp_runtime.kernel_builds import Kernel
 
 
 class Sm100Kernels:

@@ -14,8 +14,9 @@ from flashinfer.xqa import get_xqa_module
 from torch import Tensor
 
 from dp_runtime.attention.kernel_groups import KernelGroup
-from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales
+from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm import WORKSPACE_BYTES
+from dp_runtime.kernel_builds import Kernel
 
 LAYOUT = "Q_PAGED_KV_HND"
 

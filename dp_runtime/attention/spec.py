@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.protocols import AttentionBackend
 
 LayerBackends = Callable[[int], AttentionBackend]  # the backend of a layer
@@ -56,17 +57,6 @@ class KvScales:
 
     k: float = 1.0
     v: float = 1.0
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A module that is compiled on first use; `build` compiles and loads it into this process.
-
-    Its name tells it from any other module.
-    """
-
-    name: str
-    build: Callable[[], object]
 
 
 class Backend(Protocol):

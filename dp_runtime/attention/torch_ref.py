@@ -12,7 +12,8 @@ from torch import Tensor
 from dp_runtime.attention.contract import LayerContract, layer_backends
 from dp_runtime.attention.paged import append
 from dp_runtime.attention.query_groups import QueryGroup, QueryPlanner
-from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales, LayerBackends, Pools
+from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.metadata import AttentionMetadata
 
 

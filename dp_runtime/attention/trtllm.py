@@ -18,8 +18,9 @@ from dp_runtime.attention.contract import LayerContract, layer_backends
 from dp_runtime.attention.kernel_contract import check_kernel, check_plan
 from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner
 from dp_runtime.attention.paged import append, quantize
-from dp_runtime.attention.spec import AttentionSpec, Kernel, KvScales, LayerBackends, Pools
+from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.attention.support import check_flashinfer, check_trtllm
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.metadata import AttentionMetadata
 
 WORKSPACE_BYTES = 128 << 20

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from dp_runtime.attention.spec import Kernel
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.layers.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.layers.experts import ExpertShard, aligned
 from dp_runtime.layers.triton_experts import Routing, run_experts

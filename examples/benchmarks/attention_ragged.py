@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention import AttentionSpec, KvScales, kernels
-from dp_runtime.attention.build import KernelBuilds
 from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner, causal_mask
-from dp_runtime.batch import LocalBatch
+from dp_runtime.kernel_builds import KernelBuilds
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
 from examples.benchmarks import machine
+from examples.benchmarks.device_timing import captured, event_us
+from examples.paged_batch import paged_batch
 
 BF16 = torch.bfloat16
 SPEC = AttentionSpec(32, 4, 128, 64, BF16, BF16, frozenset(range(2, 9)))
@@ -91,25 +93,13 @@ def make_load(requests: int, longest: int, device: torch.device) -> Load:
     pages = rng.permutation(np.arange(1, int(used.sum()) + 1, dtype=np.int32))
     for row, last in enumerate(np.cumsum(used)):
         table[row, : used[row]] = pages[last - used[row] : last]
-    positions = np.concatenate([np.arange(s - q, s) for q, s in zip(query_lens, seq_lens)])
-    owner = np.repeat(np.arange(requests), query_lens)
-    rows, num_pages = len(owner), len(pages) + 1
-    batch = LocalBatch(
-        token_ids=np.zeros(rows, np.int64),
-        token_sources=np.full(rows, -1, np.int64),
-        positions=positions,
-        slot_mapping=table[owner, positions // size].astype(np.int64) * size + positions % size,
-        request_ids=np.arange(requests),
-        query_lens=query_lens,
-        seq_lens=seq_lens,
-        page_table=table,
-        sample_rows=np.arange(rows),
-    )
+    num_pages = len(pages) + 1
+    batch = paged_batch(query_lens, seq_lens, table, size)
     place = Place(0, 0, "target")
     metadata = AttentionMetadata.build(batch, PageGeometry(num_pages, size), place, device)
     shape = (num_pages, 2, SPEC.num_kv_heads, size, SPEC.head_dim)
     pool = torch.randn(shape, dtype=BF16, device=device)
-    q = torch.randn((rows, SPEC.num_heads, SPEC.head_dim), dtype=BF16, device=device)
+    q = torch.randn((batch.num_tokens, SPEC.num_heads, SPEC.head_dim), dtype=BF16, device=device)
     token_bytes = 2 * SPEC.num_kv_heads * SPEC.head_dim * BF16.itemsize
     return Load(metadata, pool, q, int(seq_lens.sum()) * token_bytes)
 
@@ -168,28 +158,11 @@ def ragged(load: Load) -> Callable[[], Tensor]:
     return call
 
 
-def captured(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """The same in a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def median_us(call: Callable[[], object], calls: int) -> float:
     """Median of single calls between CUDA events, after some that are not counted."""
-    times = []
-    for index in range(calls + 20):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    for _ in range(20):
         call()
-        end.record()
-        end.synchronize()
-        if index >= 20:
-            times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[calls // 2]
+    return median(event_us(call) for _ in range(calls))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from time import monotonic
 import torch
 
 from dp_runtime.attention import AttentionSpec, kernels
-from dp_runtime.attention.build import KernelBuilds
+from dp_runtime.kernel_builds import KernelBuilds
 
 
 def build_all(needs: Iterable[tuple[str, AttentionSpec]], device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch
 from collectives.in_process import InProcessGroup
 from collectives.shared_memory import new_rendezvous_path
 from dp_runtime import EngineConfig, FinishReason, SamplingParams
-from dp_runtime.attention import Kernel
+from dp_runtime.kernel_builds import Kernel
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.status import RankState
 from tests.checkpoints import oracle, tiny_checkpoint
@@ -153,7 +153,7 @@ def test_kernels_are_built_beside_loading_and_shown(
 ) -> None:
     worker, may_finish = new_worker(directory), threading.Event()
     built = (Kernel("quick", lambda: None), Kernel("slow", lambda: may_finish.wait(10.0)))
-    monkeypatch.setattr("workers.worker.kernels", lambda *where: built)
+    monkeypatch.setattr("dp_runtime.rank.kernels", lambda *where: built)
     worker.prepare()
     loading = threading.Thread(target=worker.load)
     loading.start()
@@ -173,7 +173,7 @@ def test_a_kernel_that_can_not_be_built_is_named(
     def fail() -> None:
         raise OSError("no nvcc")
 
-    monkeypatch.setattr("workers.worker.kernels", lambda *where: (Kernel("XQA q_len 1", fail),))
+    monkeypatch.setattr("dp_runtime.rank.kernels", lambda *where: (Kernel("XQA q_len 1", fail),))
     worker = new_worker(directory)
     worker.prepare()
     with pytest.raises(RuntimeError, match="kernel XQA q_len 1: no nvcc"):

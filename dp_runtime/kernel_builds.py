@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 
-from dp_runtime.attention.spec import Kernel
+
+@dataclass(frozen=True)
+class Kernel:
+    """A module that is compiled on first use; `build` compiles and loads it into this process.
+
+    Its name tells it from any other module.
+    """
+
+    name: str
+    build: Callable[[], object]
 
 
 class KernelBuilds:
