@@ -28,6 +28,7 @@ from dp_runtime.attention import AttentionSpec, make_backend
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
+from examples.paged_batch import paged_batch
 
 TINY_MODEL = Path(__file__).parent / "tiny_moe" / "checkpoint"
 REAL, PADDED = 10, 12
@@ -133,17 +134,8 @@ def _decode_batch() -> LocalBatch:
     """Ten requests that decode their last token."""
     length = PAGES_EACH * PAGE
     page_table = np.arange(1, NUM_PAGES, dtype=np.int32).reshape(REAL, PAGES_EACH)
-    return LocalBatch(
-        token_ids=np.zeros(REAL, np.int64),
-        token_sources=np.full(REAL, -1, np.int64),
-        positions=np.full(REAL, length - 1, np.int64),
-        slot_mapping=page_table[:, -1].astype(np.int64) * PAGE + PAGE - 1,
-        request_ids=np.arange(REAL, dtype=np.int64),
-        query_lens=np.ones(REAL, np.int32),
-        seq_lens=np.full(REAL, length, np.int32),
-        page_table=page_table,
-        sample_rows=np.arange(REAL, dtype=np.int64),
-    )
+    lengths = np.ones(REAL, np.int32), np.full(REAL, length, np.int32)
+    return paged_batch(*lengths, page_table, PAGE)
 
 
 def serve_the_load(options: argparse.Namespace) -> str:

@@ -26,7 +26,7 @@ from collectives.peer_to_peer import PeerToPeerGroup
 from collectives.shared_memory import new_rendezvous_path
 from collectives.torch_distributed import TorchDistributedGroup
 from examples.benchmarks import machine
-from examples.benchmarks.device_timing import event_us
+from examples.benchmarks.device_timing import captured, event_us
 from examples.benchmarks.spawned import run_spawned
 
 PAIRS = 50
@@ -85,17 +85,12 @@ def run_rank(
 
 def graph_us(pair: Callable[[], None], barrier: Callable[[], None]) -> float:
     """Microseconds of one pair in a graph, the median of five replays that start together."""
-    pair()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(PAIRS):
-            pair()
+    replay = captured(lambda: [pair() for _ in range(PAIRS)])
     times = []
     for _ in range(6):
         barrier()
-        graph.replay()  # the ranks come together in this one
-        times.append(event_us(graph.replay))
+        replay()  # the ranks come together in this one
+        times.append(event_us(replay))
     return sorted(times[1:])[2] / PAIRS
 
 

@@ -36,6 +36,7 @@ from dp_runtime.batch import LocalBatch
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from examples.benchmarks import machine
 from examples.nvl4.shape import QWEN3_30B_A3B, write_shape
+from examples.paged_batch import paged_batch
 
 GOAL_US, GOAL_SHARE = 20.0, 0.01
 LAYERS = int(QWEN3_30B_A3B["num_hidden_layers"])
@@ -66,22 +67,7 @@ def make_batch(decodes: int, chunk: int) -> LocalBatch:
     seq_lens = np.array([CONTEXT] * decodes + [chunk] * (chunk > 0), np.int32)
     width = -(-int(seq_lens.max()) // PAGE)
     page_table = np.tile(np.arange(1, width + 1, dtype=np.int32), (len(query_lens), 1))
-    starts = seq_lens - query_lens
-    owner = np.repeat(np.arange(len(query_lens)), query_lens)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(query_lens) - query_lens, query_lens)
-    positions = (starts[owner] + within).astype(np.int64)
-    slots = page_table[owner, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
-    return LocalBatch(
-        token_ids=np.zeros(len(owner), np.int64),
-        token_sources=np.full(len(owner), -1, np.int64),
-        positions=positions,
-        slot_mapping=slots,
-        request_ids=np.arange(len(query_lens), dtype=np.int64),
-        query_lens=query_lens,
-        seq_lens=seq_lens,
-        page_table=page_table,
-        sample_rows=np.cumsum(query_lens).astype(np.int64) - 1,
-    )
+    return paged_batch(query_lens, seq_lens, page_table, PAGE)
 
 
 class NoKernels:
