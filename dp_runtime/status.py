@@ -60,6 +60,5 @@ class RankHealth:
     graphs_captured: int = 0
     graphs_total: int = 0
     load_s: float = 0.0  # seconds to allocate pages and load weights
-    capture_s: float = 0.0  # seconds to capture graphs
     memory: RankMemory | None = None  # known once the rank has a plan
     error: str = ""

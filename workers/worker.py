@@ -58,7 +58,6 @@ class Worker:
         self._error: str | None = None
         self._bytes_loaded = 0
         self._graphs = (0, 0)  # captured, of how many
-        self._capture_s = 0.0
 
     def prepare(self) -> HostInfo:
         """Check the model against the config, before anything is loaded (ValueError)."""
@@ -94,9 +93,8 @@ class Worker:
         if self.device != "cpu":
             self._measured = profile(self._loop, self._loaded)
         if self._plan.graphs:
-            self._state, started = RankState.CAPTURING, monotonic()
+            self._state = RankState.CAPTURING
             capture(self._plan, self._loop, self.config.poison_padding, self._count_graphs)
-            self._capture_s = monotonic() - started
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
@@ -155,7 +153,6 @@ class Worker:
             kernels_total=self._builds.total if self._builds else 0,
             graphs_captured=self._graphs[0],
             graphs_total=self._graphs[1],
-            capture_s=self._capture_s,
             load_s=self._loaded.load_s if self._loaded else 0.0,
             memory=RankMemory(self.dp_rank, plan.memory, self._measured) if plan else None,
             error=self._error or "",
