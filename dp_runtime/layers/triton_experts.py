@@ -63,17 +63,25 @@ def run_experts(
     """Sum over a row's chosen local experts of weight * down(silu(gate(row)) * up(row)).
 
     rows [n, hidden]; gate_up [local, 2 * intermediate, hidden]; down [local, hidden,
-    intermediate] -> [n, hidden]; a row without local experts is 0. A pair's output is rounded to
-    the dtype of rows, a row's pairs are summed in float32 in the order of its experts.
+    intermediate] -> [n, hidden]; a row without local experts is 0.
+    """
+    return sum_pairs(run_pairs(rows, gate_up, down, routing, tiles), routing.local_ids)
+
+
+def run_pairs(
+    rows: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, tiles: ExpertTiles
+) -> Tensor:
+    """weight * down(silu(gate(row)) * up(row)) of every local pair, in the dtype of rows.
+
+    Shapes as for `run_experts` -> [n * k, hidden]; what is not a local pair is not written.
     """
     top_k = routing.local_ids.shape[1]
     num_local, hidden, intermediate = down.shape
-    out = torch.empty_like(rows)
-    if num_local == 0:
-        return out.zero_()
     pairs = rows.shape[0] * top_k
-    activated = torch.empty(pairs, intermediate, dtype=rows.dtype, device=rows.device)
     weighted = torch.empty(pairs, hidden, dtype=rows.dtype, device=rows.device)
+    if num_local == 0:
+        return weighted
+    activated = torch.empty(pairs, intermediate, dtype=rows.dtype, device=rows.device)
     common = (routing.counts, routing.pairs, rows.shape[0])
     tile = tiles.gate_up
     _gate_up_kernel[_grid(num_local, intermediate, tile)](
@@ -85,9 +93,21 @@ def run_experts(
         activated, down, routing.weights, weighted, *common, hidden,
         INTERMEDIATE=intermediate, **_options(tile),
     )  # fmt: skip
+    return weighted
+
+
+def sum_pairs(weighted: Tensor, local_ids: Tensor) -> Tensor:
+    """The sum of each row's local pairs, in float32 in the order of its experts.
+
+    weighted [n * k, hidden]; local_ids [n, k] int32, -1 where a pair is not local and its part of
+    weighted is not read -> [n, hidden].
+    """
+    rows, top_k = local_ids.shape
+    hidden = weighted.shape[1]
+    out = weighted.new_empty(rows, hidden)
     block = 1024
-    _sum_kernel[(rows.shape[0], triton.cdiv(hidden, block))](
-        weighted, routing.local_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4
+    _sum_kernel[(rows, triton.cdiv(hidden, block))](
+        weighted, local_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4
     )
     return out
 
