@@ -43,10 +43,17 @@ QWEN3_30B_A3B: dict[str, Any] = {
 SHAPES = {"qwen3-30b-a3b": QWEN3_30B_A3B}
 
 
-def write_shape(directory: Path, name: str = "qwen3-30b-a3b") -> Path:
-    """Write config.json of a shape into a directory, which is made if need be, and return it."""
+def write_shape(
+    directory: Path, name: str = "qwen3-30b-a3b", num_experts: int | None = None
+) -> Path:
+    """Write config.json of a shape into a directory, which is made if need be, and return it.
+
+    num_experts: instead of the shape's. With half of them, 2 ranks hold and read what each of 4
+    ranks would of the whole.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(SHAPES[name], indent=2) + "\n")
+    fields = SHAPES[name] | ({} if num_experts is None else {"num_experts": num_experts})
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return directory
 
 
@@ -54,5 +61,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-30b-a3b")
+    parser.add_argument("--num-experts", type=int, help="instead of the shape's")
     options = parser.parse_args()
-    write_shape(options.directory, options.shape)
+    write_shape(options.directory, options.shape, options.num_experts)

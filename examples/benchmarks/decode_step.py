@@ -1,0 +1,142 @@
+"""A decode step: its time, its floor, and where each microsecond goes, kernel by kernel.
+
+    python examples/benchmarks/decode_step.py --model DIR --dp-size 4 --requests 16 64 128
+
+DIR may hold a config.json only (examples/nvl4/shape.py): weights are dummies. Every rank decodes
+so many requests, prompts of 1024 and outputs of 256 tokens, in the runtime's own step loop. A step
+is timed where every rank has all its requests decoding; the table is rank 0's, from a profile of
+other steps than the timed ones. The floor is what a rank must read, with the experts that the
+routing of these steps really used (`active`), at --read-rate or at the measured rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.models import read_model_config
+from examples.benchmarks import machine
+from examples.benchmarks.floors import DecodeBytes, uniform_active
+from examples.benchmarks.stepping import Load, Profile, Routed, SteppedRank, Window, run_ranks
+
+PROMPT, OUTPUT = 1024, 256
+COUNTED_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number of requests a rank, as rank 0 saw it."""
+
+    requests: int
+    step_ms: tuple[float, float, float]  # p10, p50, p99
+    routed: Routed
+    distinct_last_tokens: float
+    profile: Profile | None
+
+
+def main() -> None:
+    args = parse_args()
+    config = EngineConfig(
+        args.model, dp_size=args.dp_size, load_format="dummy", launcher="local", device=args.device,
+        moe_sharding=args.moe_sharding, moe_backend=args.moe_backend, collective=args.collective,
+        cuda_graphs=args.cuda_graphs, overlap=args.overlap, max_num_requests=max(args.requests),
+        max_num_tokens=8192, max_model_len=args.prompt + args.output + 64,
+    )  # fmt: skip
+    print(machine.describe("torch"), config, sep="\n", flush=True)
+    profiled = args.profile_steps if args.device == "cuda" else 0
+    loads = [(count, Load((args.prompt,) * count, args.output)) for count in args.requests]
+    results = run_ranks(config, measure, loads, Window(profiled, 10) if profiled else None)
+    rate = args.read_rate or measured_rate(args.device)
+    for measured in results:
+        report(args, measured, rate)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dp-size", type=int, default=4)
+    parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--prompt", type=int, default=PROMPT)
+    parser.add_argument("--output", type=int, default=OUTPUT)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--moe-sharding", default="ep")
+    parser.add_argument("--moe-backend", default="auto")
+    parser.add_argument("--collective", default="auto")
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--profile-steps", type=int, default=20)
+    parser.add_argument("--read-rate", type=float, help="TB/s, for the floor")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def measure(
+    rank: SteppedRank, loads: list[tuple[int, Load]], window: Window | None
+) -> list[Measured]:
+    """Serve every load three times: to time it, to profile it, and to count the experts used."""
+    results = []
+    size = rank.config.dp_size
+    for count, load in loads:
+        timed = rank.run(load)
+        times = np.array(timed.steps_of((count,) * size)) * 1e3
+        quantiles = tuple(float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
+        profile = rank.run(load, window).profile if window else None
+        with rank.counting(count * size) as counted:
+            rank.run(Load(load.prompt_lens, COUNTED_STEPS))
+        last = timed.last_tokens.values()
+        distinct = len(set(last)) / len(last)
+        routed = Routed.of(counted, size)
+        results.append(Measured(count, quantiles, routed, distinct, profile))
+    return results
+
+
+def measured_rate(device: str) -> float:
+    """TB/s that a large copy reads and writes."""
+    if device == "cpu":
+        return 0.02
+    from examples.benchmarks.device_timing import describe_gpu, read_rate
+
+    print(describe_gpu())
+    return read_rate() / 1e12
+
+
+def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
+    model = read_model_config(args.model)
+    uniform = uniform_active(model, measured.requests * args.dp_size)
+    least = DecodeBytes.of(
+        model, args.dp_size, measured.requests, args.prompt + args.output / 2,
+        measured.routed.active_experts,
+    )  # fmt: skip
+    floor, (p10, p50, p99) = least.milliseconds(rate * 1e12), measured.step_ms
+    figures = {
+        "requests_a_rank": measured.requests,
+        "step_ms_p10": round(p10, 3),
+        "step_ms_p50": round(p50, 3),
+        "step_ms_p99": round(p99, 3),
+        "floor_ms": round(floor, 3),
+        "times_floor": round(p50 / floor, 3),
+        "read_rate_tb_s": round(rate, 2),
+        "active_experts": round(measured.routed.active_experts, 2),
+        "of_uniform": round(measured.routed.active_experts / uniform, 4),
+        "max_mean_load": round(measured.routed.load, 3),
+        "distinct_last_tokens": round(measured.distinct_last_tokens, 3),
+    }
+    if measured.profile is not None:
+        figures["gpu_idle"] = round(measured.profile.idle_us / measured.profile.span_us, 4)
+        print(f"\n{measured.requests} requests a rank:\n{measured.profile}")
+    print(json.dumps(figures), flush=True)
+    if args.json is not None:
+        with args.json.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()

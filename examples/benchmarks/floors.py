@@ -1,0 +1,58 @@
+"""The least a rank must read in a decode step, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dp_runtime.models.config import ModelConfig
+
+BYTES = 2  # bf16
+
+
+@dataclass(frozen=True)
+class DecodeBytes:
+    """Bytes that one rank reads from its own memory in a decode step."""
+
+    experts: float
+    attention_weights: float
+    lm_head: float
+    kv_cache: float
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelConfig,
+        dp_size: int,
+        rows: float,
+        context: float,
+        active_experts: float | None = None,
+    ) -> DecodeBytes:
+        """rows: requests of the rank; context: mean tokens in the cache of each.
+
+        active_experts: of a layer, over all ranks; None: the mean for uniform routing of the rows
+        of all ranks.
+        """
+        if active_experts is None:
+            active_experts = uniform_active(model, rows * dp_size)
+        heads = 2 * model.num_heads + 2 * model.num_kv_heads
+        expert = 3 * model.moe_intermediate_size * model.hidden_size
+        return cls(
+            experts=BYTES * model.num_moe_layers * expert * active_experts / dp_size,
+            attention_weights=BYTES * model.num_layers * heads * model.head_dim * model.hidden_size,
+            lm_head=BYTES * model.vocab_size * model.hidden_size,
+            kv_cache=BYTES * model.num_layers * rows * context
+            * 2 * model.num_kv_heads * model.head_dim,
+        )  # fmt: skip
+
+    @property
+    def total(self) -> float:
+        return self.experts + self.attention_weights + self.lm_head + self.kv_cache
+
+    def milliseconds(self, bytes_per_s: float) -> float:
+        return self.total / bytes_per_s * 1e3
+
+
+def uniform_active(model: ModelConfig, rows: float) -> float:
+    """Experts of a layer that any of so many rows chooses, on average, if it chooses evenly."""
+    missed = (1 - model.num_experts_per_tok / model.num_experts) ** rows
+    return model.num_experts * (1 - missed)

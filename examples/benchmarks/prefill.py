@@ -1,0 +1,108 @@
+"""Prefill: tokens a second, beside the floor of the operations, and where the time goes.
+
+    python examples/benchmarks/prefill.py --model DIR --dp-size 4 --rows 8192 2048
+
+Every rank has prompts of 1024 tokens enough for some full steps of so many rows. The floor is the
+matrix operations of the rank's rows and of its share of the experts at the measured rate of a large
+product; attention's own operations are left out of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.models import read_model_config
+from dp_runtime.models.config import ModelConfig
+from examples.benchmarks import machine
+from examples.benchmarks.stepping import Load, Profile, SteppedRank, Window, run_ranks
+
+FULL_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Full steps of one size, as rank 0 saw them."""
+
+    step_s: float
+    profile: Profile | None
+
+
+def main() -> None:
+    args = parse_args()
+    print(machine.describe("torch"), flush=True)
+    operations = matmul_rate(args.device)
+    model = read_model_config(args.model)
+    for rows in args.rows:
+        count = max(FULL_STEPS * rows // args.prompt, 1)
+        config = EngineConfig(
+            args.model, dp_size=args.dp_size, load_format="dummy", launcher="local",
+            device=args.device, moe_sharding=args.moe_sharding, moe_backend=args.moe_backend,
+            collective=args.collective, overlap=True, cuda_graphs=False,
+            max_num_requests=min(count, rows), max_num_tokens=rows, max_model_len=args.prompt + 8,
+        )  # fmt: skip
+        window = Window(3, 1, prefill=True) if args.device == "cuda" else None
+        load = Load((args.prompt,) * count, 2)
+        measured: Measured = run_ranks(config, measure, load, window)
+        floor = operations_of(model, rows) / operations
+        figures = {
+            "rows_a_rank": rows,
+            "step_ms": round(measured.step_s * 1e3, 2),
+            "floor_ms": round(floor * 1e3, 2),
+            "times_floor": round(measured.step_s / floor, 2),
+            "tokens_s_a_rank": round(rows / measured.step_s),
+        }
+        if measured.profile is not None:
+            print(f"\n{rows} rows a rank:\n{measured.profile}")
+        print(json.dumps(figures), flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dp-size", type=int, default=4)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192])
+    parser.add_argument("--prompt", type=int, default=1024)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--moe-sharding", default="ep")
+    parser.add_argument("--moe-backend", default="auto")
+    parser.add_argument("--collective", default="auto")
+    return parser.parse_args()
+
+
+def measure(rank: SteppedRank, load: Load, window: Window | None) -> Measured:
+    """Serve the load twice: to time its full steps, and to profile them."""
+    rank.run(load)  # warm
+    result = rank.run(load)
+    full = [rank.config.max_num_tokens] * rank.config.dp_size
+    times = result.steps_of(full)
+    return Measured(median(times), rank.run(load, window).profile if window else None)
+
+
+def matmul_rate(device: str) -> float:
+    """Operations a second."""
+    if device == "cpu":
+        return 5e10
+    from examples.benchmarks import device_timing
+
+    print(device_timing.describe_gpu(), flush=True)
+    return device_timing.matmul_rate()
+
+
+def operations_of(model: ModelConfig, rows: int) -> float:
+    """Matrix operations of a rank for its own rows; its experts' share is as large on average."""
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    attention = heads * model.head_dim * model.hidden_size
+    experts = 3 * model.moe_intermediate_size * model.hidden_size * model.num_experts_per_tok
+    return 2.0 * rows * (model.num_layers * attention + model.num_moe_layers * experts)
+
+
+if __name__ == "__main__":
+    main()

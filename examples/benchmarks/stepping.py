@@ -1,0 +1,296 @@
+"""Ranks whose step loop a benchmark drives itself: it sees every step, and may profile some."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.kernel_builds import KernelBuilds
+from dp_runtime.layers.experts import Experts
+from dp_runtime.layers.moe import MoeStage
+from dp_runtime.layers.moe_kernels import MoeKernels
+from dp_runtime.layers.router import Router
+from dp_runtime.models.causal_lm import CausalLM
+from dp_runtime.padding import PaddingPlan
+from dp_runtime.program import Slot
+from dp_runtime.rank import assemble, capture, kernels_of, load_rank, profile
+from dp_runtime.request import RankRequest, RequestProgress
+from dp_runtime.sampling_params import SamplingParams
+from dp_runtime.sizing import plan_rank
+from dp_runtime.step import Commands, StepLoop
+from dp_runtime.trace import StepTrace
+from examples.benchmarks.spawned import run_spawned
+from workers.links import RankLinks, connect
+from workers.messages import MeetingPoint
+
+TOKENS = (100, 150_000)  # keeps clear of special tokens
+IDS_A_RANK = 1_000_000
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests of one rank that are all there from the start."""
+
+    prompt_lens: tuple[int, ...]
+    output_len: int
+
+    def requests(self, first_id: int, vocab_size: int) -> Iterator[RankRequest]:
+        rng = np.random.default_rng([first_id, len(self.prompt_lens)])
+        params = SamplingParams(max_tokens=self.output_len, temperature=0.0, ignore_eos=True)
+        low, high = min(TOKENS[0], vocab_size // 2), min(TOKENS[1], vocab_size)
+        for number, length in enumerate(self.prompt_lens, first_id):
+            prompt = tuple(rng.integers(low, high, length).tolist())
+            yield RankRequest(number, prompt, params, number, frozenset())
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps to profile: while prompts are computed, or once all requests decode."""
+
+    steps: int
+    after: int  # steps of that kind that come first
+    prefill: bool = False
+
+
+@dataclass(eq=False)
+class Driver:
+    """Feeds one load to a rank's loop until it is done, and profiles some of its steps."""
+
+    pending: list[RankRequest]
+    window: Window | None = None
+    waiting_first: set[int] = field(init=False)
+    unfinished: set[int] = field(init=False)
+    last_tokens: dict[int, int] = field(default_factory=dict)
+    kernels: Profile | None = None
+    _seen: int = 0
+    _profiler: Any = None
+
+    def __post_init__(self) -> None:
+        self.unfinished = {request.request_id for request in self.pending}
+        self.waiting_first = set(self.unfinished)
+
+    def take(self) -> Commands:
+        """What the loop asks before every step."""
+        added, self.pending = self.pending, []
+        loaded = bool(added) or bool(self.last_tokens)
+        if self.window is not None and loaded:
+            self._watch(self.window)
+        return Commands(added, stop=loaded and not self.unfinished)
+
+    def deliver(self, progress: list[RequestProgress]) -> None:
+        for item in progress:
+            self.waiting_first.discard(item.request_id)
+            self.last_tokens[item.request_id] = item.token_ids[-1]
+            if item.finish_reason:
+                self.unfinished.discard(item.request_id)
+
+    def _watch(self, window: Window) -> None:
+        if window.prefill or not self.waiting_first:
+            self._seen += 1
+            if self._seen == window.after + 1:
+                self._start()
+            elif self._seen == window.after + window.steps + 1:
+                self._stop(window.steps)
+
+    def _start(self) -> None:
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        self._profiler = torch.profiler.profile(activities=activities)
+        self._profiler.start()
+
+    def _stop(self, steps: int) -> None:
+        torch.cuda.synchronize()
+        self._profiler.stop()
+        self.kernels = Profile.of(self._profiler, steps)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Kernels of some steps of one rank, in microseconds a step."""
+
+    kernels: tuple[tuple[str, float, float], ...]  # name, calls, microseconds; longest first
+    span_us: float
+    idle_us: float  # nothing ran on the device
+
+    @classmethod
+    def of(cls, profiler: Any, steps: int) -> Profile:
+        spans = sorted(
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+        calls, time = Counter[str](), defaultdict[str, float](float)
+        busy, reached = 0.0, spans[0][0]
+        for start, end, name in spans:
+            calls[name] += 1
+            time[name] += end - start
+            busy += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+        span = reached - spans[0][0]
+        order = sorted(time, key=lambda name: -time[name])
+        rows = tuple((name, calls[name] / steps, time[name] / steps) for name in order)
+        return cls(rows, span / steps, (span - busy) / steps)
+
+    def __str__(self) -> str:
+        lines = [f"{'us a step':>10} {'calls':>7} {'us each':>8}  kernel"]
+        for name, calls, time in self.kernels:
+            if time >= 0.5:
+                lines.append(f"{time:>10.1f} {calls:>7.1f} {time / calls:>8.2f}  {name[:90]}")
+        total = sum(time for _, _, time in self.kernels)
+        lines.append(f"{total:>10.1f} in all; span {self.span_us:.1f}, idle {self.idle_us:.1f}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """What one rank saw of a load."""
+
+    dp_rank: int
+    steps: tuple[StepTrace, ...]
+    last_tokens: dict[int, int]
+    profile: Profile | None
+
+    def steps_of(self, rows: Sequence[int]) -> list[float]:
+        """Seconds between the starts of consecutive steps that all had these rows."""
+        times = []
+        for one, other in zip(self.steps, self.steps[1:]):
+            if all(step.slots and step.slots[0].real_rows == tuple(rows) for step in (one, other)):
+                times.append(other.start_s - one.start_s)
+        return times
+
+
+class SteppedRank:
+    """One rank, ready to step."""
+
+    def __init__(self, dp_rank: int, config: EngineConfig, directory: str) -> None:
+        self.dp_rank, self.config = dp_rank, config
+        cuda = config.device == "cuda"
+        device = torch.device(f"cuda:{dp_rank // config.ranks_per_gpu}" if cuda else "cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        plan = plan_rank(config, dp_rank, str(device))
+        builds = KernelBuilds(kernels_of(plan), device)
+        with builds:
+            loaded = load_rank(config, plan, lambda count: None)
+            builds.wait()
+        kind = config.collective
+        kind = ("peer_to_peer" if cuda else "shared_memory") if kind == "auto" else kind
+        self.links: RankLinks = connect(MeetingPoint(kind, directory), dp_rank, config, device)
+        board, collective = self.links.board, self.links.collective
+        self.loop: StepLoop = assemble(config, plan, loaded, board, collective)
+        if cuda:
+            profile(self.loop, loaded)
+        if plan.graphs:
+            capture(plan, self.loop, config.poison_padding, lambda done, total: None)
+        self._next_id = dp_rank * IDS_A_RANK
+        self._vocab_size = plan.model.vocab_size
+
+    def run(self, load: Load, window: Window | None = None) -> LoadResult:
+        """Serve a load; all ranks call it at the same time, and end it together."""
+        before = len(self.loop.recorder.steps)
+        requests = list(load.requests(self._next_id, self._vocab_size))
+        self._next_id += len(requests)
+        driver = Driver(requests, window)
+        with torch.inference_mode():
+            self.loop.run(driver.take, driver.deliver)
+        self.links.collective.barrier()
+        steps = tuple(self.loop.recorder.steps)[before:]
+        return LoadResult(self.dp_rank, steps, driver.last_tokens, driver.kernels)
+
+    @contextmanager
+    def counting(self, rows: int) -> Iterator[list[Tensor]]:
+        """Meanwhile steps are eager, and their stages of so many real rows count choices.
+
+        Yields [(choices of every expert) of a stage].
+        """
+        counted: list[Tensor] = []
+        loop, model, graphs = self.loop, self.loop.models[Slot.TARGET], self.loop.graphs
+        assert isinstance(model, CausalLM), "the benchmarks' models are decoders"
+        layers = tuple(
+            replace(
+                layer, mlp=replace(layer.mlp, kernels=_Counting(layer.mlp.kernels, rows, counted))
+            )
+            if isinstance(layer.mlp, MoeStage)
+            else layer
+            for layer in model.layers
+        )
+        loop.models, loop.graphs = {Slot.TARGET: replace(model, layers=layers)}, {}
+        yield counted
+        loop.models, loop.graphs = {Slot.TARGET: model}, graphs
+
+
+@dataclass(frozen=True, eq=False)
+class _Counting:
+    """Experts' kernels that also count how often each expert is chosen."""
+
+    kernels: MoeKernels
+    rows: int
+    counted: list[Tensor]
+
+    def partial_sums(
+        self,
+        gathered: Tensor,
+        plan: PaddingPlan,
+        layout: Tensor | None,
+        router: Router,
+        experts: Experts,
+    ) -> Tensor:
+        if plan.total_real == self.rows:
+            real = plan.real_index
+            rows = gathered if real is None else gathered[real.to(gathered.device)]
+            choices = torch.bincount(router(rows)[1].flatten(), minlength=len(router.gate.weight))
+            self.counted.append(choices.cpu())
+        return self.kernels.partial_sums(gathered, plan, layout, router, experts)
+
+    def activation_bytes(
+        self, gathered_rows: int, padded: bool, router: Router, experts: Experts
+    ) -> int:
+        return self.kernels.activation_bytes(gathered_rows, padded, router, experts)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How evenly routing used the experts, over the layers of some decode steps."""
+
+    active_experts: float  # of a layer, mean
+    load: float  # the busiest rank's pairs over the mean rank's, mean over layers
+
+    @classmethod
+    def of(cls, counted: Sequence[Tensor], dp_size: int) -> Routed:
+        stages = torch.stack(list(counted)).float()
+        ranks = torch.stack([part.sum(1) for part in stages.tensor_split(dp_size, 1)], 1)
+        active = (stages > 0).sum(1).float().mean()
+        return cls(float(active), float((ranks.amax(1) / ranks.mean(1)).mean()))
+
+
+def run_ranks(config: EngineConfig, work: Callable[..., Any], *args: Any) -> Any:
+    """Call work(rank, *args) on a SteppedRank in a process per rank; what rank 0 returns.
+
+    work: a function of a module.
+    """
+    parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=parent) as directory:
+        return run_spawned(_run_rank, config.dp_size, config, f"{directory}/ranks", work, args)
+
+
+def _run_rank(
+    rank: int, config: EngineConfig, directory: str, work: Callable[..., Any],
+    args: tuple[Any, ...], results: Any,
+) -> None:  # fmt: skip
+    torch.set_num_threads(1)
+    stepped = SteppedRank(rank, config, directory)
+    result = work(stepped, *args)
+    if rank == 0:
+        results.put(result)
+    stepped.links.collective.barrier()
+    stepped.links.close()
