@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dp_runtime.agreement import StepRecord
+from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.status import ModelInfo, RankHealth
@@ -108,6 +109,14 @@ class AttentionBackend(Protocol):
 
         q [rows, num_heads, head_dim], k and v [rows, num_kv_heads, head_dim]
         -> [rows, num_heads, head_dim].
+        """
+
+    def attend_qkv(
+        self, qkv: Tensor, rotation: HeadRotation, metadata: AttentionMetadata
+    ) -> Tensor:
+        """The same of unrotated rows, on a GPU: one kernel makes q and appends k and v.
+
+        qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> [rows, num_heads, head_dim].
         """
 
 

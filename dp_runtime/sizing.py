@@ -15,12 +15,12 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.device_memory import CUBLAS_BYTES, rank_memory
 from dp_runtime.errors import require
 from dp_runtime.layers.moe_kernels import choose_moe_backend
+from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.loader import CountedWeights
 from dp_runtime.memory import MemoryUse
 from dp_runtime.metadata import AttentionMetadata, PageGeometry
 from dp_runtime.models import ModelConfig, RankSharding, build_model, read_model_config
 from dp_runtime.prediction import activation_peak, held_bytes
-from dp_runtime.protocols import AttentionBackend
 from dp_runtime.scheduler import Limits
 
 KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config has none
@@ -72,7 +72,7 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch.device(device))
     weights = CountedWeights(dtype)
-    served = build_model(model, weights, sharding, _no_attention, moe_backend)
+    served = build_model(model, weights, sharding, _NoAttention, moe_backend)
     length = config.max_model_len or model.max_position_embeddings
     require(
         length <= model.max_position_embeddings, "max_model_len", length,
@@ -134,13 +134,19 @@ def choose_graphs(
     return not reasons, "; ".join(reasons) or "all kernels in use can be captured"
 
 
-def _no_attention(layer: int) -> AttentionBackend:
+@dataclass(frozen=True)
+class _NoAttention:
     """Stands where a backend would: counting weights runs no forward."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        raise AssertionError(f"layer {layer} of a model that was only counted can't run")
+    layer: int
 
-    return attend
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        raise AssertionError(f"layer {self.layer} of a model that was only counted can't run")
+
+    def attend_qkv(
+        self, qkv: Tensor, rotation: HeadRotation, metadata: AttentionMetadata
+    ) -> Tensor:
+        raise AssertionError(f"layer {self.layer} of a model that was only counted can't run")
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:

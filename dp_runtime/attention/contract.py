@@ -9,7 +9,7 @@ and from the plan. With `check_device_values` device tensors are read back and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,11 @@ from dp_runtime.attention.paged import CacheSlots
 from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.batch import Int32, Int64
 from dp_runtime.errors import ContractViolation
+from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.protocols import AttentionBackend
 
 Comparison = tuple[str, object, object]  # what, as found, as due
-CALL = tuple(f"{name} {what}" for what in ("shape", "dtype") for name in "qkv")
 TENSOR = ("shape", "dtype", "device", "contiguity")
 
 
@@ -35,8 +35,9 @@ class SlotChecks:
     """What the layers of a rank have found in order for the slot at hand."""
 
     metadata: AttentionMetadata | None = None
-    call: tuple[object, ...] = ()  # due for q, k and v
+    call: tuple[object, ...] = ()  # due for q, k and v, or for unrotated rows
     plan: object = None
+    kernel_plan: object = None  # whose kernel calls are in order
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,26 @@ class LayerContract:
         found = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
         if metadata is self.slot.metadata and found == self.slot.call:
             return
-        self.compare(metadata_comparisons(metadata, self.spec, self.device), metadata)
-        due = self._call(metadata)
-        self.compare(zip(CALL, found, due), metadata)
-        devices = ((f"{name} device", x.device, self.device) for name, x in zip("qkv", (q, k, v)))
-        self.compare(devices, metadata)
-        self.slot.metadata, self.slot.call = metadata, due
+        spec, rows = self.spec, metadata.num_tokens
+        kv = (rows, spec.num_kv_heads, spec.head_dim)
+        shapes = {"q": (rows, spec.num_heads, spec.head_dim), "k": kv, "v": kv}
+        self._check_new((q, k, v), shapes, metadata)
+        self.slot.metadata, self.slot.call = metadata, found
+
+    def check_qkv(self, qkv: Tensor, rotation: HeadRotation, metadata: AttentionMetadata) -> None:
+        """The same for rows that are still to be rotated."""
+        given = (qkv, rotation.cos, rotation.sin, rotation.norm_weight)
+        tensors = tuple(tensor for tensor in given if tensor is not None)
+        found = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if metadata is self.slot.metadata and found == self.slot.call:
+            return
+        spec, rows = self.spec, metadata.num_tokens
+        rotated, angles = spec.num_heads + spec.num_kv_heads, (rows, 1, spec.head_dim // 2)
+        qkv_shape = (rows, rotated + spec.num_kv_heads, spec.head_dim)
+        norm = (rotated, spec.head_dim)
+        shapes = {"qkv": qkv_shape, "cos": angles, "sin": angles, "norm_weight": norm}
+        self._check_new(tensors, shapes, metadata)
+        self.slot.metadata, self.slot.call = metadata, found
 
     def check_slots(self, plan: object, slots: CacheSlots, metadata: AttentionMetadata) -> None:
         """Compare where a plan's rows are appended, once for all layers."""
@@ -74,11 +89,19 @@ class LayerContract:
                     f"the metadata and the pool say {_text(due)}"
                 )
 
-    def _call(self, metadata: AttentionMetadata) -> tuple[object, ...]:
-        spec, rows = self.spec, metadata.num_tokens
-        kv = (rows, spec.num_kv_heads, spec.head_dim)
-        shapes = ((rows, spec.num_heads, spec.head_dim), kv, kv)
-        return (*shapes, *[spec.dtype] * 3)
+    def _check_new(
+        self,
+        tensors: Sequence[Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+        metadata: AttentionMetadata,
+    ) -> None:
+        """A call unlike the last one: its metadata, then each tensor; `shapes` may name more."""
+        self.compare(metadata_comparisons(metadata, self.spec, self.device), metadata)
+        for (name, shape), tensor in zip(shapes.items(), tensors):
+            found = (tensor.shape, tensor.dtype, tensor.device)
+            due = (shape, self.spec.dtype, self.device)
+            what = (f"{name} {item}" for item in ("shape", "dtype", "device"))
+            self.compare(zip(what, found, due), metadata)
 
 
 def layer_backends(

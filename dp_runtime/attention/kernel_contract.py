@@ -26,13 +26,13 @@ CALL = tuple(f"a kernel's {name}" for name in (
 ))  # fmt: skip
 
 
-def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMetadata) -> bool:
-    """Compare a plan with its metadata, once for all layers; whether it was done in this call.
+def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMetadata) -> None:
+    """Compare a plan with its metadata, once for all layers.
 
     ContractViolation names place, layer and numbers.
     """
     if plan is contract.slot.plan:
-        return False
+        return
     spec, device = contract.spec, contract.device
     contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
     members = np.sort(np.concatenate([group.members for group in plan.groups]))
@@ -43,7 +43,6 @@ def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMet
     for group in plan.groups:
         contract.compare(group_comparisons(group, metadata, spec, device), metadata)
     contract.slot.plan = plan
-    return True
 
 
 def check_kernel(

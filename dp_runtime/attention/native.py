@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract, layer_backends
-from dp_runtime.attention.paged import CacheSlots, append
+from dp_runtime.attention.contract import layer_backends
+from dp_runtime.attention.layer import PagedAttention
+from dp_runtime.attention.paged import CacheSlots
 from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.attention.support import check_flashinfer, check_native
 from dp_runtime.kernel_builds import Kernel
@@ -60,20 +61,17 @@ class Planner(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class NativeAttention:
-    """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim]."""
+class NativeAttention(PagedAttention):
+    """PagedAttention over flashinfer's wrappers."""
 
-    pool: Tensor
-    scales: KvScales
-    contract: LayerContract
     planner: Planner
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        self.contract.check(q, k, v, metadata)
+    def _slots(self, metadata: AttentionMetadata) -> CacheSlots:
+        slots = self.planner.plan(metadata)
+        self.contract.check_slots(slots, slots, metadata)
+        return slots
+
+    def _attend(self, q: Tensor, metadata: AttentionMetadata) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if metadata.num_tokens:
-            slots = self.planner.plan(metadata)
-            self.contract.check_slots(slots, slots, metadata)
-            append(self.pool, slots, k, v, self.scales)
-            self.planner.run(q, self.pool, self.scales, metadata, out)
+        self.planner.run(q, self.pool, self.scales, metadata, out)
         return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.spec import KvScales
+from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.metadata import AttentionMetadata
 
 E4M3 = torch.float8_e4m3fn
@@ -38,9 +39,10 @@ def append(pool: Tensor, slots: CacheSlots, k: Tensor, v: Tensor, scales: KvScal
 
     pool [num_pages, 2, num_kv_heads, page_size, head_dim].
     """
-    if pool.dtype == E4M3:  # as bytes, which every device can scatter
-        stored = (pool, quantize(k, scales.k), quantize(v, scales.v))
-        pool, k, v = (tensor.view(torch.uint8) for tensor in stored)
+    if pool.dtype == E4M3:
+        stored = (quantize(k, scales.k), quantize(v, scales.v))
+        k, v = (tensor.view(torch.uint8) for tensor in stored)
+    pool = _storable(pool)
     if pool.is_cuda:
         from dp_runtime.attention.triton_append import append_rows
 
@@ -48,3 +50,23 @@ def append(pool: Tensor, slots: CacheSlots, k: Tensor, v: Tensor, scales: KvScal
         return
     pool[slots.pages, 0, :, slots.offsets] = k
     pool[slots.pages, 1, :, slots.offsets] = v
+
+
+def rotate_and_append(
+    pool: Tensor, slots: CacheSlots, qkv: Tensor, rotation: HeadRotation, scales: KvScales
+) -> Tensor:
+    """Norm, rotate and append rows that no one has rotated yet, in one kernel on a GPU.
+
+    qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> q [rows, num_heads, head_dim].
+    """
+    from dp_runtime.attention import triton_append
+
+    bytes_or_values = _storable(pool)
+    return triton_append.rotate_and_append(
+        bytes_or_values, slots.mapping, qkv, rotation, scales.k, scales.v
+    )
+
+
+def _storable(pool: Tensor) -> Tensor:
+    """A pool in e4m3 as bytes, which every device can scatter."""
+    return pool.view(torch.uint8) if pool.dtype == E4M3 else pool

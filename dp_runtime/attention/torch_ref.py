@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract, layer_backends
-from dp_runtime.attention.paged import append
+from dp_runtime.attention.contract import layer_backends
+from dp_runtime.attention.layer import PagedAttention
+from dp_runtime.attention.paged import CacheSlots
 from dp_runtime.attention.query_groups import QueryGroup, QueryPlanner
 from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.kernel_builds import Kernel
@@ -43,30 +44,26 @@ def make(spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales]) -> Layer
 
 
 @dataclass(frozen=True, eq=False)
-class TorchRefAttention:
-    """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim].
+class TorchRefAttention(PagedAttention):
+    """PagedAttention in float32, over a cache in e4m3 too.
 
-    Computes in float32, over a cache in e4m3 too. The layers of a model share a planner.
+    The layers of a model share a planner.
     """
 
-    pool: Tensor
-    scales: KvScales
-    contract: LayerContract
     planner: QueryPlanner
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        self.contract.check(q, k, v, metadata)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if metadata.num_tokens == 0:
-            return out
+    def _slots(self, metadata: AttentionMetadata) -> CacheSlots:
         plan = self.planner.plan(metadata)
         self.contract.check_slots(plan, plan.slots, metadata)
-        append(self.pool, plan.slots, k, v, self.scales)
-        for group in plan.groups:
-            out[group.rows] = self._attend(q[group.rows], group).to(q.dtype)
+        return plan.slots
+
+    def _attend(self, q: Tensor, metadata: AttentionMetadata) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for group in self.planner.plan(metadata).groups:
+            out[group.rows] = self._attend_group(q[group.rows], group).to(q.dtype)
         return out
 
-    def _attend(self, q: Tensor, group: QueryGroup) -> Tensor:
+    def _attend_group(self, q: Tensor, group: QueryGroup) -> Tensor:
         """q [pieces, query_len, num_heads, head_dim], to the same shape in float32."""
         pieces, query_len, num_heads, head_dim = q.shape
         k, v = self._gather(group)

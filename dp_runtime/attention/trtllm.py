@@ -14,10 +14,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.contract import LayerContract, layer_backends
+from dp_runtime.attention.contract import layer_backends
 from dp_runtime.attention.kernel_contract import check_kernel, check_plan
 from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner
-from dp_runtime.attention.paged import append, quantize
+from dp_runtime.attention.layer import PagedAttention
+from dp_runtime.attention.paged import CacheSlots, quantize
 from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.attention.support import check_flashinfer, check_trtllm
 from dp_runtime.kernel_builds import Kernel
@@ -91,38 +92,36 @@ def _generation(device: torch.device) -> Generation:
 
 
 @dataclass(frozen=True, eq=False)
-class TrtllmAttention:
-    """Causal GQA over one layer's pool [num_pages, 2, num_kv_heads, page_size, head_dim].
+class TrtllmAttention(PagedAttention):
+    """PagedAttention over the kernels of a GPU generation.
 
     Over a pool in e4m3 prefill takes q in e4m3 too, with a scale of 1.0 and clamped to 448: the
     kernels take the scale as a host number, so one found in the data would wait for the device, and
     e4m3 keeps the same bits at any magnitude that q has. Decode takes q as it is.
     """
 
-    pool: Tensor
-    scales: KvScales
-    contract: LayerContract
     planner: KernelPlanner
     kernels: Kernels
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
-        self.contract.check(q, k, v, metadata)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if metadata.num_tokens == 0:
-            return out
+    def _slots(self, metadata: AttentionMetadata) -> CacheSlots:
         plan = self.planner.plan(metadata)
-        first = check_plan(self.contract, plan, metadata)
-        append(self.pool, plan.slots, k, v, self.scales)
+        check_plan(self.contract, plan, metadata)
+        return plan.slots
+
+    def _attend(self, q: Tensor, metadata: AttentionMetadata) -> Tensor:
+        plan, seen = self.planner.plan(metadata), self.contract.slot
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in plan.groups:
             in_one_piece = isinstance(group.rows, slice)
             rows = q[group.rows].contiguous()
             target = out[group.rows] if in_one_piece else torch.empty_like(rows)
             if group.query_len is None and self.contract.spec.quantized:
                 rows = quantize(rows, 1.0)
-            if first:
+            if plan is not seen.kernel_plan:
                 check_kernel(self.contract, rows, target, group, metadata)
             call = self.kernels.decode if group.query_len else self.kernels.prefill
             call(rows, self.pool, self.scales, group, target)
             if not in_one_piece:
                 out[group.rows] = target
+        seen.kernel_plan = plan
         return out

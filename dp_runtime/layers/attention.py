@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import CosSin, rotate
+from dp_runtime.layers.rotary import CosSin, HeadRotation, rotate
 from dp_runtime.loader import WeightSource
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.protocols import AttentionBackend
@@ -40,22 +40,19 @@ class Attention:
     def __call__(self, x: Tensor, cos_sin: CosSin, metadata: AttentionMetadata) -> Tensor:
         q_heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
         qkv = self.qkv(x).view(x.shape[0], q_heads + 2 * kv_heads, self.shape.head_dim)
-        qk, v = qkv.tensor_split([q_heads + kv_heads], 1)
         if qkv.is_cuda:
-            q, k = self._norm_and_rotate(qkv, cos_sin)
+            attended = self.backend.attend_qkv(qkv, self._rotation(cos_sin), metadata)
         else:
+            qk, v = qkv.tensor_split([q_heads + kv_heads], 1)
             qk = qk if self.qk_norm is None else self.qk_norm(qk)
             q, k = rotate(qk, cos_sin).tensor_split([q_heads], 1)
-        return self.output(self.backend(q, k, v, metadata).flatten(1))
+            attended = self.backend(q, k, v, metadata)
+        return self.output(attended.flatten(1))
 
-    def _norm_and_rotate(self, qkv: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
-        """Both in one kernel."""
-        from dp_runtime.layers.triton_norm import norm_and_rotate
-
-        weight = None if self.qk_norm is None else self.qk_norm.weight
-        eps = 0.0 if self.qk_norm is None else self.qk_norm.eps
-        shape = self.shape
-        return norm_and_rotate(qkv, shape.num_heads, shape.num_kv_heads, weight, eps, *cos_sin)
+    def _rotation(self, cos_sin: CosSin) -> HeadRotation:
+        norm = self.qk_norm
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return HeadRotation(weight, eps, *cos_sin)
 
     def activation_bytes(self, rows: int) -> int:
         """Most bytes a call allocates at once, its result included.

@@ -18,6 +18,8 @@ from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlan
 from dp_runtime.attention.paged import CacheSlots, quantize
 from dp_runtime.attention.trtllm import TrtllmAttention, make_layers
 from dp_runtime.errors import ContractViolation
+from dp_runtime.layers.norm import RMSNorm
+from dp_runtime.layers.rotary import HeadRotation, rotate
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
 from tests.dp_runtime.fake_kernels import FakeKernels
 from tests.dp_runtime.paged import CPU, paged_batch, random_page_table
@@ -155,6 +157,75 @@ def test_wrong_rows_are_refused(
 ) -> None:
     call = Call(LENGTHS)
     call.refused(numbers, **{name: change(getattr(call, name))})
+
+
+def unrotated(call: Call, normed: bool = True) -> dict[str, Any]:
+    """Rows of qkv for the call, the norm's weight (or None) and angles."""
+    torch.manual_seed(1)
+    qkv, weight = torch.randn(ROWS, HEADS + 2 * KV_HEADS, DIM), torch.rand(HEADS + KV_HEADS, DIM)
+    angles = torch.rand(ROWS, 1, DIM // 2)
+    parts = {"qkv": qkv, "cos": angles.cos(), "sin": angles.sin()}
+    return {**parts, "norm_weight": weight if normed else None, "metadata": call.metadata}
+
+
+def attend_qkv(backend: Any, given: dict[str, Any]) -> Tensor:
+    rotation = HeadRotation(given["norm_weight"], 1e-6, given["cos"], given["sin"])
+    out: Tensor = backend.attend_qkv(given["qkv"], rotation, given["metadata"])
+    return out
+
+
+UNROTATED: list[tuple[str, Callable[[Tensor], Tensor], tuple[str, str]]] = [
+    ("qkv", lambda x: x[:12], ("qkv shape is (12, 8, 8)", "(16, 8, 8)")),
+    ("qkv", lambda x: x[:, 1:], ("qkv shape is (16, 7, 8)", "(16, 8, 8)")),
+    ("qkv", lambda x: x.bfloat16(), ("qkv dtype is torch.bfloat16", "torch.float32")),
+    ("qkv", lambda x: x.to(META), ("qkv device is meta", "cpu")),
+    ("cos", lambda x: x[:12], ("cos shape is (12, 1, 4)", "(16, 1, 4)")),
+    ("sin", lambda x: x[..., :2], ("sin shape is (16, 1, 2)", "(16, 1, 4)")),
+    ("sin", lambda x: x.bfloat16(), ("sin dtype is torch.bfloat16", "torch.float32")),
+    ("norm_weight", lambda x: x[1:], ("norm_weight shape is (5, 8)", "(6, 8)")),
+    ("norm_weight", lambda x: x.double(), ("norm_weight dtype is torch.float64", "torch.float32")),
+    ("norm_weight", lambda x: x.to(META), ("norm_weight device is meta", "cpu")),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "numbers"), UNROTATED)
+def test_wrong_unrotated_rows_are_refused(
+    name: str, change: Callable[[Tensor], Tensor], numbers: tuple[str, str]
+) -> None:
+    call = Call(LENGTHS)
+    backend, given = call.backend(), unrotated(call)
+    with pytest.raises(ContractViolation) as caught:
+        attend_qkv(backend, {**given, name: change(given[name])})
+    assert str(caught.value).startswith(WHERE)
+    assert all(number in str(caught.value) for number in numbers), caught.value
+    assert torch.equal(backend.pool, call.pool)
+
+
+def test_unrotated_rows_are_checked_in_every_layer() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    call = Call(LENGTHS)
+    layers = make_layers(call.spec, [call.pool, call.pool], [call.scales] * 2, FakeKernels())
+    given = unrotated(call)
+    attend_qkv(layers(0), given)
+    with pytest.raises(ContractViolation, match=r"layer 1: cos shape is \(15, 1, 4\), "):
+        attend_qkv(layers(1), {**given, "cos": given["cos"][1:]})
+
+
+@pytest.mark.parametrize("kv_dtype", [FP32, E4M3], ids=str)
+@pytest.mark.parametrize("name", ["kernels", "torch_ref"])
+@pytest.mark.parametrize("normed", [True, False])
+def test_unrotated_rows_give_what_rotated_ones_give(
+    normed: bool, name: str, kv_dtype: torch.dtype
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    call = Call(LENGTHS, kv_dtype=kv_dtype, lens=(1, 4, 6))
+    given = unrotated(call, normed)
+    qk, call.v = given["qkv"].tensor_split([HEADS + KV_HEADS], 1)
+    qk = RMSNorm(given["norm_weight"], 1e-6)(qk) if normed else qk
+    call.q, call.k = rotate(qk, (given["cos"], given["sin"])).tensor_split([HEADS], 1)
+    torch_ref = make_backend("torch_ref", call.spec, [call.pool.clone()], [call.scales])
+    out = attend_qkv(call.backend() if name == "kernels" else torch_ref(0), given)
+    torch.testing.assert_close(out, call.reference(), atol=2e-5, rtol=2e-5)
 
 
 def strided(x: Tensor) -> Tensor:

@@ -5,19 +5,22 @@ The interpreter has no bfloat16 products; float32 and float16 show the same code
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dp_runtime.attention.triton_append import append_rows
+from dp_runtime.attention.paged import quantize
+from dp_runtime.attention.triton_append import append_rows, rotate_and_append
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.layers.experts import fused_experts
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import rotate
+from dp_runtime.layers.rotary import HeadRotation, rotate
 from dp_runtime.layers.triton_experts import route, run_experts
-from dp_runtime.layers.triton_norm import add_rms_norm, norm_and_rotate
+from dp_runtime.layers.triton_norm import add_rms_norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3}
@@ -114,23 +117,74 @@ def test_norm_with_and_without_a_residual(dtype: torch.dtype, size: int) -> None
     assert add_rms_norm(x[:0], residual[:0], weight, 1e-6).shape == (0, size)
 
 
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Unrotated rows, and what the plain layers make of them."""
+
+    qkv: Tensor
+    rotation: HeadRotation
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def draw(
+        cls, rows: int, heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype
+    ) -> Heads:
+        wide = draw(rows, heads + 2 * kv_heads + 3, head_dim, dtype=dtype)
+        qkv, weight = wide[:, 3:], draw(heads + kv_heads, head_dim, dtype=dtype)
+        angles = torch.rand(rows, 1, head_dim // 2, device=DEVICE) * 6
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        qk, v = qkv.tensor_split([heads + kv_heads], 1)
+        qk = RMSNorm(weight, 1e-6)(qk) if normed else qk
+        q, k = rotate(qk, (cos, sin)).tensor_split([heads], 1)
+        return cls(qkv, HeadRotation(weight if normed else None, 1e-6, cos, sin), q, k, v)
+
+
+SHAPES = [(6, 2, 24), (16, 1, 64), (4, 4, 16), (11, 3, 128), (8, 2, 256)]
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 24), (16, 1, 32), (4, 4, 16)])
-def test_norm_and_rotation_of_queries_and_keys(
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+def test_queries_come_back_rotated_and_keys_and_values_go_to_the_pool(
     heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(3)
-    qkv = draw(5, heads + 2 * kv_heads, head_dim, dtype=dtype)
-    weight = draw(heads + kv_heads, head_dim, dtype=dtype)
-    angles = torch.rand(5, 1, head_dim // 2, device=DEVICE) * 6
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    q, k = norm_and_rotate(qkv, heads, kv_heads, weight if normed else None, 1e-6, cos, sin)
-    due = qkv[:, : heads + kv_heads]
-    due = rotate(RMSNorm(weight, 1e-6)(due) if normed else due, (cos, sin))
-    for found, expected in zip((q, k), due.tensor_split([heads], 1)):
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    rows = Heads.draw(5, heads, kv_heads, head_dim, normed, dtype)
+    pool = draw(4, 2, kv_heads, 8, head_dim, dtype=dtype)
+    slots = torch.tensor([31, 8, 9, 0, 0], dtype=torch.int32, device=DEVICE)  # two null rows
+    due = pool.clone()
+    q = rotate_and_append(pool, slots, rows.qkv, rows.rotation, 1.0, 1.0)
+    tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    assert q.is_contiguous()
+    torch.testing.assert_close(q, rows.q, **tolerance)
+    for row, slot in enumerate(slots.tolist()[:3]):
+        page, offset = divmod(slot, 8)
+        torch.testing.assert_close(pool[page, 0, :, offset], rows.k[row], **tolerance)
+        assert torch.equal(pool[page, 1, :, offset], rows.v[row])
+        due[page, :, :, offset] = pool[page, :, :, offset]
+    due[0, :, :, 0] = pool[0, :, :, 0]
+    assert torch.equal(pool, due), "no other slot was written"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_a_quantised_pool_gets_the_bits_of_quantize(dtype: torch.dtype) -> None:
+    """Turned by nothing (cos 1, sin 0), keys round only where they are stored."""
+    torch.manual_seed(5)
+    rows, k_scale, v_scale = 12, 2.0**-8, 0.25  # exact, whether divided by or multiplied
+    spread = (2.0 ** torch.arange(-11, 1)).view(rows, 1, 1).to(DEVICE, dtype)
+    qkv = draw(rows, 5 + 2 * 2, 16, dtype=dtype) * spread
+    edges = [float("nan"), float("inf"), -1e3, 0.0, -0.0, 2.0**-11, 3 * 2.0**-12, 448.0 / 4, 119.0]
+    qkv[0, 7, : len(edges)] = torch.tensor(edges, device=DEVICE, dtype=dtype)
+    cos, sin = (torch.full((rows, 1, 8), x, dtype=dtype, device=DEVICE) for x in (1.0, 0.0))
+    pool = torch.zeros(2, 2, 2, 8, 16, dtype=torch.uint8, device=DEVICE)
+    slots = torch.arange(rows, device=DEVICE)
+    rotation = HeadRotation(None, 0.0, cos, sin)
+    rotate_and_append(pool, slots, qkv, rotation, k_scale, v_scale)
+    stored = pool.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :rows]
+    assert torch.equal(stored[0], quantize(qkv[:, 5:7], k_scale).view(torch.uint8))
+    assert torch.equal(stored[1], quantize(qkv[:, 7:], v_scale).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8], ids=str)

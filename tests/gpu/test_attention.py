@@ -14,8 +14,10 @@ import torch
 
 from dp_runtime.attention import AttentionSpec, choose_backend, make_backend
 from dp_runtime.attention.kernel_groups import KernelPlanner
+from dp_runtime.attention.paged import quantize
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
+from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.metadata import AttentionMetadata, PageGeometry
 from tests.gpu.build import build_all
 from tests.gpu.cases import (
@@ -145,6 +147,44 @@ def test_quantised_cache(name: str, spec: AttentionSpec, query_len: int) -> None
     check(lengths_of(12, query_len), spec, name)
 
 
+UNROTATED = {
+    "bf16": shape(32, 4, 128),
+    "fp16": SINGLES["fp16"],
+    "e4m3": shape(32, 4, 128, kv=E4M3, lens=(1, 4, 8)),
+    "d64": SINGLES["d64"],
+    "d256": SHAPES["d256r8"],
+}
+
+
+@pytest.mark.parametrize("name", ["trtllm", "flashinfer", "torch_ref"])
+@pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
+@pytest.mark.parametrize("spec", list(UNROTATED.values()), ids=list(UNROTATED))
+def test_unrotated_rows_give_what_rotated_ones_give(
+    name: str, spec: AttentionSpec, normed: bool
+) -> None:
+    """The fused kernel rounds a rotation once, the plain layers each of its products."""
+    case = Case.make(MIXED, spec)
+    rows, half = len(case.q), spec.head_dim // 2
+    angles = torch.rand(rows, 1, half, device=CUDA) * 6
+    heads = spec.num_heads + spec.num_kv_heads
+    weight = torch.rand(heads, spec.head_dim, device=CUDA, dtype=spec.dtype) if normed else None
+    rotation = HeadRotation(weight, 1e-6, angles.cos().to(spec.dtype), angles.sin().to(spec.dtype))
+    out, pool = case.run_unrotated(name, rotation)
+    rotated = case.rotated(rotation)
+    slots = case.metadata.slot_mapping.long()
+    page, offset = slots // spec.page_size, slots % spec.page_size
+    as_values = pool.float()
+    v = quantize(case.v, case.scales.v) if spec.quantized else case.v
+    k = quantize(rotated.k, case.scales.k) if spec.quantized else rotated.k
+    error = relative_error(as_values[page, 1, :, offset], v.float())
+    assert error < (1e-3 if spec.quantized else 1e-9), "a value may tie where its scale rounds"
+    k_error = relative_error(as_values[page, 0, :, offset], k.float())
+    assert k_error < TOLERANCE[spec.kv_dtype]
+    as_values[page, :, :, offset] = case.pool.float()[page, :, :, offset]
+    assert torch.equal(as_values, case.pool.float()), "no other slot was written"
+    assert relative_error(out, rotated.reference()) < TOLERANCE[spec.kv_dtype]
+
+
 @NAMES
 @ONE_SHAPE
 def test_zero_rows_call_no_kernel(name: str, spec: AttentionSpec) -> None:
@@ -153,6 +193,10 @@ def test_zero_rows_call_no_kernel(name: str, spec: AttentionSpec) -> None:
     pages = PageGeometry(case.num_pages, spec.page_size)
     metadata = AttentionMetadata.build(LocalBatch.empty(), pages, PLACE, CUDA)
     assert backend(case.q[:0], case.k[:0], case.v[:0], metadata).shape == (0, 32, 128)
+    angles = torch.zeros(0, 1, 64, dtype=spec.dtype, device=CUDA)
+    qkv = torch.cat([case.q, case.k, case.v], 1)[:0]
+    rotation = HeadRotation(None, 0.0, angles, angles)
+    assert backend.attend_qkv(qkv, rotation, metadata).shape == (0, 32, 128)
 
 
 @NAMES
