@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from collectives.peer_kernels import MAX_BLOCKS, gather_kernel, reduce_scatter_kernel
+from collectives.peer_kernels import MAX_PROGRAMS, gather_kernel, reduce_scatter_kernel
 from collectives.peer_memory import PeerMemory, close_address, open_handle
 from collectives.stall import StallWatch
 from dp_runtime.errors import StartError
@@ -20,7 +20,8 @@ from dp_runtime.protocols import Counts
 from dp_runtime.transfer import on_device
 
 LEAST_BYTES = 1 << 20
-BLOCK_BYTES = 8192  # that a program moves at a time
+TILE_BYTES = 2048  # of a row, that a program moves at a time: 16 for each of its threads
+NUM_WARPS = 4
 GATHER, SCATTER = range(2)
 WORDS = (torch.int32, torch.int16, torch.uint8)  # rows are moved as the widest that divides them
 SUMS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float64: tl.float64}  # else float32
@@ -65,16 +66,25 @@ class Shared:
 
 
 @dataclass(frozen=True, eq=False)
+class RowLayout:
+    """Where each rank's rows begin among all ranks' rows, and how many of them are real."""
+
+    table: Tensor  # [2, dp_size] int32 on the device
+    total: int  # rows in all
+    largest: int  # of them, the largest rank's
+
+
+@dataclass(frozen=True, eq=False)
 class Signals:
     """One operation's flags, and the device's count of its calls."""
 
     flags: Shared
-    calls: Tensor  # [MAX_BLOCKS] int32
+    calls: Tensor  # [MAX_PROGRAMS] int32
 
     @classmethod
     def make(cls, size: int, rank: int, exchange: Callable[[bytes], Sequence[bytes]]) -> Signals:
-        flags = Shared.make(MAX_BLOCKS * size * 4, rank, exchange)
-        return cls(flags, torch.zeros(MAX_BLOCKS, dtype=torch.int32, device="cuda"))
+        flags = Shared.make(MAX_PROGRAMS * size * 4, rank, exchange)
+        return cls(flags, torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device="cuda"))
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         own = self.flags.memory.view(0, (self.flags.memory.num_bytes // 4,), torch.int32)
@@ -84,12 +94,13 @@ class Signals:
 class PeerRows:
     """One rank's end of peer-to-peer collectives; sums in float32, in the order of the ranks.
 
-    Both collectives can be captured in CUDA graphs, and uneven counts cost nothing extra. Gathered
-    rows are valid until the next gather. A gather tells the peers that this rank's reduce-scatter
-    buffer may be written again, and the other way round; where the two do not alternate as they do
-    in MoE stages, an empty one of the other kind comes between. Buffers grow with the largest call,
-    all ranks together; a graph is captured over sizes that were used before, and keeps the buffers
-    it was captured over. Raises StartError if a GPU can't reach its peers' memory.
+    Both collectives can be captured in CUDA graphs, whose replays follow the counts on the device.
+    Gathered rows are valid until the next gather. A gather tells the peers that this rank's
+    reduce-scatter buffer may be written again, and the other way round; where the two do not
+    alternate as they do in MoE stages, an empty one of the other kind comes between. Buffers grow
+    with the largest call, all ranks together; a graph is captured over sizes that were used before,
+    and keeps the buffers it was captured over. Raises StartError if a GPU can't reach its peers'
+    memory.
     """
 
     def __init__(
@@ -114,66 +125,88 @@ class PeerRows:
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._last: int | None = None  # which of the two ran last
-        self._starts: dict[Counts, Tensor] = {}
-        self._captured: dict[Counts, Tensor] = {}
+        self._layouts: dict[Counts, RowLayout] = {}
+        self._captured: dict[Counts, RowLayout] = {}  # live as long as their graphs
+        self._in_graphs = False
         self._kept: list[Shared] = []  # buffers that were outgrown, but graphs write to
         self._aborting, self._aborted = threading.Lock(), False
         self._closed = False
         self._watch = StallWatch(timeout_s, owner.fail, owner.check)
 
-    def gather(self, rows: Tensor, counts: Counts) -> Tensor:
-        """All ranks' contiguous rows, [sum(counts), hidden]."""
-        if self._size == 1:
-            return rows
+    def layout(self, counts: Counts) -> RowLayout:
+        """That of ranks whose rows are all real, one after the other."""
+        known = self._captured.get(counts) or self._layouts.get(counts)
+        if known is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            starts = np.cumsum((0, *counts[:-1]))
+            table = on_device(np.array([starts, counts], np.int32), self._stop.device)
+            known = self._layouts[counts] = RowLayout(table, sum(counts), max(counts))
+        if torch.cuda.is_current_stream_capturing():
+            self._captured[counts] = known
+        return known
+
+    def gather(self, rows: Tensor, layout: RowLayout, poison: bool = False) -> Tensor:
+        """All ranks' contiguous real rows where the layout has them, [layout.total, hidden].
+
+        Other rows are NaN with poison, else whatever was there.
+        """
         self._owner.check()
         self._alternate(GATHER)
-        self._gather(rows, counts)
+        buffer = self._gather(rows, layout, poison)
         self.watch("gather_rows")
-        buffer, row_bytes = self._buffers[GATHER], rows.shape[1:].numel() * rows.dtype.itemsize
-        assert buffer is not None, f"rows of {row_bytes} bytes were gathered into a buffer"
-        return buffer.memory.view(0, (sum(counts), *rows.shape[1:]), rows.dtype)
+        return buffer.memory.view(0, (layout.total, *rows.shape[1:]), rows.dtype)
 
-    def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
-        """The sum of all ranks' contiguous partial sums of the own rows, [counts[rank], hidden]."""
-        if self._size == 1:
-            return rows
+    def reduce_scatter(
+        self, terms: Tensor, local_ids: Tensor | None, layout: RowLayout, own_rows: int
+    ) -> Tensor:
+        """The sum of all ranks' contiguous partial sums of the own rows, [own_rows, hidden].
+
+        Rows beyond the own real ones are 0. Terms and local_ids: as in `PartialSums`.
+        """
         self._owner.check()
         self._alternate(SCATTER)
-        out = self._scatter(rows, counts)
+        out = self._scatter(terms, local_ids, layout, own_rows)
         self.watch("reduce_scatter_rows")
         return out
 
     def _alternate(self, which: int) -> None:
         """Keep a rank that is ahead from writing what a peer has not read yet."""
         if self._last == which:
-            none, empty = self._one.new_empty(0, 4).to(self._stop.device), (0,) * self._size
+            none, empty = self._stop.new_empty(0, 4), self.layout((0,) * self._size)
             if which == GATHER:
-                self._scatter(none, empty)
+                self._scatter(none, None, empty, 0)
             else:
-                self._gather(none, empty)
+                self._gather(none, empty, False)
         self._last = which
 
-    def _gather(self, rows: Tensor, counts: Counts) -> None:
+    def _gather(self, rows: Tensor, layout: RowLayout, poison: bool) -> Shared:
         row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
         word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
-        buffer = self._grown(GATHER, sum(counts) * row_bytes)
-        gather_kernel[(_programs(max(counts) * row_bytes),)](
-            rows.view(-1).view(word), self._starts_of(counts), row_bytes // word.itemsize,
-            buffer.pointers, *self._signals[GATHER].arguments(), self._stop, self._rank,
-            SIZE=self._size, BLOCK=BLOCK_BYTES // word.itemsize, num_warps=8,
+        buffer = self._grown(GATHER, layout.total * row_bytes)
+        row_words = row_bytes // word.itemsize
+        cols, programs = _split(layout.largest, row_words, word.itemsize)
+        gather_kernel[(programs,)](
+            rows.view(-1).view(word), layout.table, layout.largest, row_words, buffer.pointers,
+            *self._signals[GATHER].arguments(), self._stop, self._rank,
+            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, POISON=poison,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
+        return buffer
 
-    def _scatter(self, rows: Tensor, counts: Counts) -> Tensor:
-        row_size, size = rows.shape[1:].numel(), rows.dtype.itemsize
-        slot_size = max(counts) * row_size
-        buffer = self._grown(SCATTER, self._size * slot_size * size)
-        slots = buffer.memory.view(0, (self._size * slot_size,), rows.dtype)
-        out = rows.new_empty(counts[self._rank], *rows.shape[1:])
-        reduce_scatter_kernel[(_programs(slot_size * size),)](
-            rows, out, self._starts_of(counts), row_size, slot_size, slots, buffer.pointers,
-            *self._signals[SCATTER].arguments(), self._stop, self._rank,
-            SIZE=self._size, BLOCK=BLOCK_BYTES // size, SUM=SUMS.get(rows.dtype, tl.float32),
-            num_warps=8,
+    def _scatter(
+        self, terms: Tensor, local_ids: Tensor | None, layout: RowLayout, own_rows: int
+    ) -> Tensor:
+        row_size, size = terms.shape[1:].numel(), terms.dtype.itemsize
+        buffer = self._grown(SCATTER, self._size * layout.largest * row_size * size)
+        out = terms.new_empty(own_rows, *terms.shape[1:])
+        cols, programs = _split(layout.largest, row_size, size)
+        reduce_scatter_kernel[(programs,)](
+            terms, local_ids, out, layout.table, own_rows, layout.largest, row_size,
+            buffer.pointers, *self._signals[SCATTER].arguments(), self._stop, self._rank,
+            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols,
+            TOP_K=0 if local_ids is None else local_ids.shape[1],
+            SUM=SUMS.get(terms.dtype, tl.float32), num_warps=NUM_WARPS,
         )  # fmt: skip
         return out
 
@@ -218,13 +251,14 @@ class PeerRows:
         """Memory of at least num_bytes on every rank; all ranks ask for the same."""
         num_bytes = max(num_bytes, 1)
         old = self._buffers[which]
+        capturing = torch.cuda.is_current_stream_capturing()
+        self._in_graphs |= capturing
         if old is not None and old.memory.num_bytes >= num_bytes:
             return old
-        capturing = torch.cuda.is_current_stream_capturing()
         assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
         torch.cuda.synchronize()
         self._buffers[which] = None
-        if old is not None and self._captured:
+        if old is not None and self._in_graphs:
             self._kept.append(old)
         elif old is not None:
             old.unmap()
@@ -234,26 +268,17 @@ class PeerRows:
         self._buffers[which] = new
         return new
 
-    def _starts_of(self, counts: Counts) -> Tensor:
-        """Where every rank's rows begin, and their sum, [dp_size + 1] int32 on the device."""
-        known = self._captured.get(counts)
-        if known is None:
-            known = self._starts.get(counts)
-        if known is None:
-            if len(self._starts) >= MAX_LAYOUTS:
-                self._starts.clear()
-            starts = np.cumsum((0, *counts), dtype=np.int32)
-            known = self._starts[counts] = on_device(starts, self._stop.device)
-        if torch.cuda.is_current_stream_capturing():
-            self._captured[counts] = known  # lives as long as its graphs
-        return known
-
 
 def _room(num_bytes: int) -> int:
     """A power of two, so that buffers grow seldom."""
-    return max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
+    return max(LEAST_BYTES, _power_of_two(num_bytes))
 
 
-def _programs(num_bytes: int) -> int:
-    """Programs for the largest rank's bytes; equal on all ranks, for their flags meet."""
-    return max(1, min(-(-num_bytes // BLOCK_BYTES), MAX_BLOCKS))
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _split(rows: int, row_size: int, item_bytes: int) -> tuple[int, int]:
+    """Columns of a tile, and programs for so many rows: equal on all ranks, as their flags meet."""
+    cols = min(_power_of_two(max(row_size, 1)), TILE_BYTES // item_bytes)
+    return cols, max(1, min(rows * -(-row_size // cols), MAX_PROGRAMS))

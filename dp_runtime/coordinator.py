@@ -17,7 +17,7 @@ from dp_runtime.agreement import (
     keep_program,
 )
 from dp_runtime.graph_buckets import GraphBuckets
-from dp_runtime.layers.moe import RowExchange
+from dp_runtime.layers.exchange import PaddedExchange, RowExchange, graph_plan
 from dp_runtime.padding import PaddingCost, PaddingMode, PaddingPlan
 from dp_runtime.program import SERVING_PROGRAMS, Program
 from dp_runtime.protocols import RowCollective, StepBoard
@@ -109,10 +109,10 @@ class StepCoordinator:
         if agreement.graph:
             assert self.buckets is not None, "ranks that vote for graphs have buckets"
             gathered = self.buckets.gathered(max(real_rows)) if any(real_rows) else 0
-            plan = PaddingPlan(rank, real_rows, (gathered,) * len(real_rows))
+            plan = graph_plan(self.collective, real_rows, gathered)
         else:
             plan = self.padding.plan(rank, real_rows)
-        return RowExchange(plan, self.collective, self.padding.poison)
+        return PaddedExchange(plan, self.collective, self.padding.poison)
 
     def abort(self, reason: str) -> None:
         """Free every rank that waits for this one."""

@@ -19,7 +19,7 @@ from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
 from dp_runtime.graph_buckets import GraphBuckets, GraphKey
 from dp_runtime.graph_inputs import GraphInputs
-from dp_runtime.layers.moe import RowExchange
+from dp_runtime.layers.exchange import graph_exchange, graph_plan
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.models import Model
 from dp_runtime.padding import PaddingPlan
@@ -101,9 +101,8 @@ class DecodeGraphs:
             key.own_rows if rank == self._collective.dp_rank else key.gathered_rows
             for rank in range(self._collective.dp_size)
         )
-        gathered = (key.gathered_rows,) * self._collective.dp_size
-        plan = PaddingPlan(self._collective.dp_rank, real, gathered)
-        exchange = RowExchange(plan, self._collective, self._poison, inputs.layout)
+        plan = graph_plan(self._collective, real, key.gathered_rows)
+        exchange = graph_exchange(plan, self._collective, self._poison, inputs.layout)
         metadata = self._metadata(key.own_rows)
         inputs.write_null(key.own_rows, key.gathered_rows)
 

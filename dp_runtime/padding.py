@@ -45,6 +45,7 @@ class PaddingPlan:
     dp_rank: int
     real_rows: tuple[int, ...]
     gathered_rows: tuple[int, ...]
+    counted: bool = False  # the device counts the real rows, and only they cross the wire
 
     def __post_init__(self) -> None:
         assert len(self.real_rows) == len(self.gathered_rows), f"one count per rank: {self}"
@@ -83,7 +84,8 @@ class PaddingPlan:
     @property
     def wire_rows(self) -> int:
         """Rows that reach another rank in one collective of this plan."""
-        return self.total_gathered * (len(self.real_rows) - 1)
+        crossing = self.total_real if self.counted else self.total_gathered
+        return crossing * (len(self.real_rows) - 1)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

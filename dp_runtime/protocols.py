@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from dp_runtime.agreement import StepRecord
+from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.request import RankRequest, RequestProgress
@@ -62,6 +63,28 @@ class RowCollective(Protocol):
 
     def close(self) -> None:
         """Release what this rank holds; callable more than once."""
+
+
+@runtime_checkable
+class CountedCollective(RowCollective, Protocol):
+    """A RowCollective that also moves rows by counts which only the device knows, for graphs.
+
+    layout [2, dp_size] int32 on the device: where each rank's rows begin among all ranks' rows,
+    which are slot_rows for each rank, and how many of them are real: the first ones. Only these
+    cross.
+    """
+
+    def gather_counted(self, rows: Tensor, layout: Tensor, slot_rows: int, poison: bool) -> Tensor:
+        """Own rows [own <= slot_rows, hidden] -> all ranks' rows [dp_size * slot_rows, hidden].
+
+        Those that are not real are undefined, or NaN with poison.
+        """
+
+    def reduce_scatter_counted(self, partial: PartialSums, layout: Tensor, own_rows: int) -> Tensor:
+        """Partial sums of dp_size * slot_rows rows -> own rows [own_rows, hidden], summed.
+
+        Those that are not real are 0.
+        """
 
 
 class StepBoard(Protocol):

@@ -1,4 +1,4 @@
-"""The MoE stage: the one place where ranks exchange rows, and where rows are padded."""
+"""The MoE stage: the one place where ranks exchange rows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dp_runtime.layers.exchange import PaddedExchange, RowExchange
 from dp_runtime.layers.experts import Experts, ExpertShard, fused_experts
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
-from dp_runtime.padding import PaddingPlan, pad, strip
-from dp_runtime.protocols import RowCollective
 
 __all__ = [
     "ExpertShard",
     "MoeStage",
+    "PaddedExchange",
     "RankSharding",
     "Router",
     "RowExchange",
@@ -37,20 +37,11 @@ class RankSharding:
 
 
 @dataclass(frozen=True, eq=False)
-class RowExchange:
-    """What one slot's MoE stages need to exchange rows; handed down through forward."""
-
-    plan: PaddingPlan
-    collective: RowCollective
-    poison: bool  # fill padded rows with NaN
-    layout: Tensor | None = None  # a graph's real rows, as `MoeKernels.partial_sums` takes them
-
-
-@dataclass(frozen=True, eq=False)
 class MoeStage:
-    """strip(reduce_scatter(experts(all_gather(pad(x))))), [rows, hidden] -> [rows, hidden].
+    """reduce_scatter(experts(gather(x))), [rows, hidden] -> [rows, hidden].
 
-    Padded rows enter neither routing nor a product: their content can't reach a result.
+    Gathered rows that are not real enter neither routing nor a product: their content can't reach a
+    result.
     """
 
     router: Router
@@ -68,11 +59,10 @@ class MoeStage:
         return gathered_rows * row + max(own_rows * row, run, back)
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
-        plan, collective = exchange.plan, exchange.collective
-        if plan.total_gathered == 0:
+        if exchange.plan.total_gathered == 0:
             return x
-        gathered = collective.gather_rows(pad(x, plan, exchange.poison), plan.gathered_rows)
+        gathered = exchange.gather(x)
         partial = self.kernels.partial_sums(
-            gathered, plan, exchange.layout, self.router, self.experts
+            gathered, exchange.plan, exchange.layout, self.router, self.experts
         )
-        return strip(collective.reduce_scatter_rows(partial, plan.gathered_rows), plan)
+        return exchange.reduce_scatter(partial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,13 @@ from torch import Tensor
 from dp_runtime.errors import require
 from dp_runtime.layers.expert_tiles import choose_tiles
 from dp_runtime.layers.experts import Experts
+from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.transfer import on_device
+
+if TYPE_CHECKING:
+    from dp_runtime.layers.triton_router import RoutingCounters
 
 
 class MoeKernels(Protocol):
@@ -27,8 +31,10 @@ class MoeKernels(Protocol):
         layout: Tensor | None,
         router: Router,
         experts: Experts,
-    ) -> Tensor:
-        """This rank's experts' share of every real row, 0 in padded rows, [gathered, hidden].
+    ) -> PartialSums:
+        """This rank's experts' share of every real row, 0 in padded rows.
+
+        gathered [rows, hidden] -> as many rows of partial sums.
 
         layout [2, dp_size] int32: where each rank's rows begin, and how many are real, if they are
         known on the device only; else the plan says it.
@@ -53,13 +59,13 @@ class TorchMoe:
         layout: Tensor | None,
         router: Router,
         experts: Experts,
-    ) -> Tensor:
+    ) -> PartialSums:
         assert layout is None, "these kernels read the real rows from the plan"
         if plan.real_index is None:
-            return self._run(gathered, router, experts)
+            return PartialSums(self._run(gathered, router, experts))
         real = plan.real_index.to(gathered.device)
         sums = self._run(gathered[real], router, experts)
-        return torch.zeros_like(gathered).index_copy_(0, real, sums)
+        return PartialSums(torch.zeros_like(gathered).index_copy_(0, real, sums))
 
     def _run(self, rows: Tensor, router: Router, experts: Experts) -> Tensor:
         weights, ids = router(rows)
@@ -81,11 +87,13 @@ class TorchMoe:
 class TritonMoe:
     """Kernels that skip padded rows where they lie; nothing is read back to the host.
 
-    The layers of a model share one, and with it the layout of a slot.
+    The layers of a model share one, and with it the layout of a slot and the routing's counters:
+    all its calls follow each other on the device.
     """
 
     def __init__(self) -> None:
         self._last: tuple[PaddingPlan, Tensor] | None = None
+        self._counters: RoutingCounters | None = None
 
     def partial_sums(
         self,
@@ -94,33 +102,54 @@ class TritonMoe:
         layout: Tensor | None,
         router: Router,
         experts: Experts,
-    ) -> Tensor:
-        from dp_runtime.layers.triton_experts import route, run_experts
+    ) -> PartialSums:
+        from dp_runtime.layers.triton_experts import run_pairs
+        from dp_runtime.layers.triton_router import RouteTile, route
 
         if layout is None:
             layout = self._layout(plan, gathered.device)
-        num_local, _, intermediate = experts.down.shape
+        rows, (num_local, _, intermediate) = gathered.shape[0], experts.down.shape
         num_experts = router.gate.weight.shape[0]
+        assert router.gate.bias is None, "the router's product adds no bias"
         routing = route(
-            router.gate(gathered),
+            gathered,
+            router.gate.weight,
             layout,
             router.top_k,
             router.renormalize,
             experts.first_expert,
             num_local,
+            self._routing_counters(num_local, gathered.device),
+            RouteTile.of(rows),
         )
-        tiles = choose_tiles(gathered.shape[0], router.top_k, num_experts, intermediate)
-        return run_experts(gathered, experts.gate_up, experts.down, routing, tiles)
+        tiles = choose_tiles(rows, router.top_k, num_experts, intermediate)
+        terms = run_pairs(gathered, experts.gate_up, experts.down, routing, tiles)
+        return PartialSums(terms, routing.local_ids)
 
     def activation_bytes(
         self, gathered_rows: int, padded: bool, router: Router, experts: Experts
     ) -> int:
         num_local, hidden, intermediate = experts.down.shape
         size, pairs = experts.down.dtype.itemsize, gathered_rows * router.top_k
-        logits = router.gate.activation_bytes(gathered_rows)
         routing = pairs * (4 + 4) + gathered_rows * num_local * 4
-        products = pairs * (intermediate + hidden) * size + gathered_rows * hidden * size
-        return routing + max(logits, products)
+        summed = 2 * gathered_rows * hidden  # and sent: the most rows that come back
+        products = (pairs * hidden + max(pairs * intermediate, summed)) * size
+        return routing + max(self._logits_bytes(gathered_rows, router), products)
+
+    def _logits_bytes(self, rows: int, router: Router) -> int:
+        """Of the split product's parts."""
+        from dp_runtime.layers.triton_router import RouteTile
+
+        return RouteTile.of(rows).partial_bytes(rows, router.gate.weight.shape[0])
+
+    def _routing_counters(self, num_local: int, device: torch.device) -> RoutingCounters:
+        from dp_runtime.layers.triton_router import RoutingCounters
+
+        if self._counters is None:
+            capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            assert not capturing, "a replay would zero the counters of other calls: run once before"
+            self._counters = RoutingCounters.zeros(num_local, device)
+        return self._counters
 
     def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
         if self._last is None or self._last[0] is not plan:

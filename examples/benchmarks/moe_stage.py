@@ -69,7 +69,7 @@ class Stage:
         plan = PaddingPlan.of(PaddingMode.RAGGED, 0, (len(self.rows),))
         return lambda i: kernels.partial_sums(
             self.rows, plan, None, self.routers[i], self.experts[i]
-        )
+        ).rows()
 
     def floor_us(self, copy_rate: float, product_rate: float) -> float:
         """Of one call, averaged over the weight sets."""

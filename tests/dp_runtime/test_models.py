@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention import make_backend
-from dp_runtime.layers.moe import RowExchange
+from dp_runtime.layers.moe import PaddedExchange
 from dp_runtime.layers.rotary import Rotary
 from dp_runtime.loader import open_weights
 from dp_runtime.models import RankSharding, SlotInputs, build_model, read_model_config
@@ -98,7 +98,7 @@ class Rank:
                 replaced,
             ),
             metadata_of(batch, self.num_pages, PAGE_SIZE),
-            RowExchange(plan, self.collective, self.poison),
+            PaddedExchange(plan, self.collective, self.poison),
         )
         logits = self.model.logits(hidden)
         split = logits.split([len(tokens) for tokens in new])

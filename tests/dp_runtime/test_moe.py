@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_runtime.layers.experts import ExpertNames, Experts
 from dp_runtime.layers.linear import Linear
-from dp_runtime.layers.moe import ExpertShard, MoeStage, RankSharding, Router, RowExchange
+from dp_runtime.layers.moe import ExpertShard, MoeStage, PaddedExchange, RankSharding, Router
 from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.loader import DummyWeights
 from dp_runtime.padding import PaddingMode, PaddingPlan
@@ -84,7 +84,7 @@ def run_stage(
         rank = collective.dp_rank
         sharding = RankSharding(moe_sharding, rank, len(counts))
         stage = build_stage(sharding, num_experts, intermediate)
-        exchange = RowExchange(PaddingPlan.of(mode, rank, counts), collective, poison)
+        exchange = PaddedExchange(PaddingPlan.of(mode, rank, counts), collective, poison)
         return stage(rank_rows(counts)[rank], exchange), collective.calls
 
     return run_ranks(len(counts), run)
@@ -137,7 +137,7 @@ def test_rows_without_real_content_are_zero_where_a_bucket_is_larger() -> None:
 
     def run(collective: ThreadCollective, real: int) -> Tensor:
         stage = build_stage(RankSharding("ep", 0, 1), 5, 11)
-        exchange = RowExchange(PaddingPlan(0, (real,), (8,)), collective, True)
+        exchange = PaddedExchange(PaddingPlan(0, (real,), (8,)), collective, True)
         return stage(rows[:real], exchange)
 
     out = run_ranks(1, lambda c: run(c, 3))[0]

@@ -1,0 +1,90 @@
+"""RowExchange: how the rows of one slot travel in its MoE stages; the only caller of pad, strip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dp_runtime.layers.partial_sums import PartialSums
+from dp_runtime.padding import PaddingPlan, pad, strip
+from dp_runtime.protocols import CountedCollective, RowCollective
+
+
+class RowExchange(Protocol):
+    """What a MoE stage needs to exchange rows; handed down through forward.
+
+    Gathered rows that are not real are undefined, or NaN where a test poisons them.
+    """
+
+    @property
+    def plan(self) -> PaddingPlan: ...
+
+    @property
+    def layout(self) -> Tensor | None:
+        """[2, dp_size] int32: where each rank's rows begin among the gathered ones, and how many
+        are real, if only the device knows it; else the plan does."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Own rows [own, hidden] -> all ranks' rows [total gathered, hidden]."""
+
+    def reduce_scatter(self, partial: PartialSums) -> Tensor:
+        """Partial sums of all ranks' rows -> the sum of the own rows [own, hidden]."""
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedExchange:
+    """Own rows are padded to the plan's, which all cross the wire."""
+
+    plan: PaddingPlan
+    collective: RowCollective
+    poison: bool  # fill padded rows with NaN
+    layout: Tensor | None = None
+
+    def gather(self, rows: Tensor) -> Tensor:
+        padded = pad(rows, self.plan, self.poison)
+        return self.collective.gather_rows(padded, self.plan.gathered_rows)
+
+    def reduce_scatter(self, partial: PartialSums) -> Tensor:
+        sums = self.collective.reduce_scatter_rows(partial.rows(), self.plan.gathered_rows)
+        return strip(sums, self.plan)
+
+
+@dataclass(frozen=True, eq=False)
+class CountedExchange:
+    """Rows that are real when the device comes to them cross the wire; shapes are the plan's.
+
+    Own rows beyond them, a graph's null rows, come back as 0.
+    """
+
+    plan: PaddingPlan  # the shapes: equally many gathered rows of every rank
+    collective: CountedCollective
+    poison: bool  # fill gathered rows that are not real with NaN
+    layout: Tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        slot_rows = self.plan.own_gathered
+        return self.collective.gather_counted(rows, self.layout, slot_rows, self.poison)
+
+    def reduce_scatter(self, partial: PartialSums) -> Tensor:
+        return self.collective.reduce_scatter_counted(partial, self.layout, self.plan.own_real)
+
+
+def graph_plan(
+    collective: RowCollective, real_rows: tuple[int, ...], gathered_rows: int
+) -> PaddingPlan:
+    """The plan of a step whose ranks replay graphs of so many gathered rows each."""
+    size = collective.dp_size
+    counted = size > 1 and isinstance(collective, CountedCollective)
+    return PaddingPlan(collective.dp_rank, real_rows, (gathered_rows,) * size, counted)
+
+
+def graph_exchange(
+    plan: PaddingPlan, collective: RowCollective, poison: bool, layout: Tensor
+) -> RowExchange:
+    """The exchange of a graph, whose replays find their real rows in the layout."""
+    if plan.counted:
+        assert isinstance(collective, CountedCollective), f"{collective} can't count rows"
+        return CountedExchange(plan, collective, poison, layout)
+    return PaddedExchange(plan, collective, poison, layout)
