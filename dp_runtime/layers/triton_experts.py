@@ -1,60 +1,27 @@
-"""The MoE stage's kernels in Triton: routing, gate-up with SiLU, down, and the weighted sum.
+"""The experts' products in Triton: gate-up with SiLU, down with weights, and the sum of pairs.
 
-No count is read back to the host: a graph can capture them, and its replays follow the counts on
-the device. Padded rows enter neither routing nor a product.
+Each product's tiles are counted on the device, from the pairs that each expert has: a program takes
+every so-manyth. No count is read back to the host: a graph can capture the kernels, and its replays
+follow the counts.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile
-
-
-@dataclass(frozen=True, eq=False)
-class Routing:
-    """Which pairs (a row and one of its experts) go to this rank's experts, and their weights."""
-
-    weights: Tensor  # [rows, k] float32, 0 where the expert is not local or the row is padding
-    local_ids: Tensor  # [rows, k] int32, -1 where the expert is not local or the row is padding
-    counts: Tensor  # [local] int32: pairs of each local expert
-    pairs: Tensor  # [local, rows] int32: their numbers row * k + j, in no order
-
-
-def route(
-    logits: Tensor,
-    layout: Tensor,
-    top_k: int,
-    renormalize: bool,
-    first_expert: int,
-    num_local: int,
-) -> Routing:
-    """Softmax in float32 over all experts, then the top k, sorted by local expert.
-
-    logits [rows, experts]; layout [2, dp_size] int32: where each rank's rows begin among the
-    gathered ones, and how many of them are real.
-    """
-    rows, num_experts = logits.shape
-    device = logits.device
-    routing = Routing(
-        weights=torch.empty(rows, top_k, dtype=torch.float32, device=device),
-        local_ids=torch.empty(rows, top_k, dtype=torch.int32, device=device),
-        counts=torch.zeros(num_local, dtype=torch.int32, device=device),
-        pairs=torch.empty(num_local, rows, dtype=torch.int32, device=device),
-    )
-    _route_kernel[(rows,)](
-        logits, layout, routing.weights, routing.local_ids, routing.counts, routing.pairs,
-        logits.stride(0), rows, layout.shape[1], first_expert, num_local,
-        NUM_EXPERTS=num_experts, EXPERTS=triton.next_power_of_2(num_experts), TOP_K=top_k,
-        K=triton.next_power_of_2(top_k), RANKS=triton.next_power_of_2(layout.shape[1]),
-        RENORMALIZE=renormalize, num_warps=1,
-    )  # fmt: skip
-    return routing
+from dp_runtime.layers.triton_launch import (
+    fetch,
+    gdc_launch_dependents,
+    gdc_wait,
+    num_multiprocessors,
+    overlaps,
+)
+from dp_runtime.layers.triton_router import Routing
 
 
 def run_experts(
@@ -73,7 +40,8 @@ def run_pairs(
 ) -> Tensor:
     """weight * down(silu(gate(row)) * up(row)) of every local pair, in the dtype of rows.
 
-    Shapes as for `run_experts` -> [n * k, hidden]; what is not a local pair is not written.
+    Shapes as for `run_experts`, weights contiguous -> [n * k, hidden]; what is not a local pair is
+    not written.
     """
     top_k = routing.local_ids.shape[1]
     num_local, hidden, intermediate = down.shape
@@ -82,16 +50,20 @@ def run_pairs(
     if num_local == 0:
         return weighted
     activated = torch.empty(pairs, intermediate, dtype=rows.dtype, device=rows.device)
-    common = (routing.counts, routing.pairs, rows.shape[0])
+    pdl = overlaps(rows.device)
+    common = (routing.counts, routing.pairs, rows.shape[0], num_local)
+    options = {"LOCAL": triton.next_power_of_2(num_local), "PDL": pdl, "launch_pdl": pdl}
     tile = tiles.gate_up
-    _gate_up_kernel[_grid(num_local, intermediate, tile)](
-        rows, gate_up, activated, *common, rows.stride(0), intermediate,
-        HIDDEN=hidden, TOP_K=top_k, **_options(tile),
+    _gate_up_kernel[_grid(rows, num_local, pairs, intermediate, tile)](
+        rows, gate_up, _by_tma(gate_up, num_local * 2 * intermediate, hidden, tile), activated,
+        *common, rows.stride(0), intermediate,
+        HIDDEN=hidden, TOP_K=top_k, FETCH=tiles.all_active, **_options(tile), **options,
     )  # fmt: skip
     tile = tiles.down
-    _down_kernel[_grid(num_local, hidden, tile)](
-        activated, down, routing.weights, weighted, *common, hidden,
-        INTERMEDIATE=intermediate, **_options(tile),
+    _down_kernel[_grid(rows, num_local, pairs, hidden, tile)](
+        activated, _by_tma(activated, pairs, intermediate, tile, tile.block_m),
+        down, _by_tma(down, num_local * hidden, intermediate, tile), routing.weights, weighted,
+        *common, hidden, INTERMEDIATE=intermediate, **_options(tile), **options,
     )  # fmt: skip
     return weighted
 
@@ -105,15 +77,30 @@ def sum_pairs(weighted: Tensor, local_ids: Tensor) -> Tensor:
     rows, top_k = local_ids.shape
     hidden = weighted.shape[1]
     out = weighted.new_empty(rows, hidden)
-    block = 1024
+    block, pdl = 1024, overlaps(weighted.device)
     _sum_kernel[(rows, triton.cdiv(hidden, block))](
-        weighted, local_ids, out, hidden, TOP_K=top_k, BLOCK=block, num_warps=4
-    )
+        weighted, local_ids, out, hidden,
+        TOP_K=top_k, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
     return out
 
 
-def _grid(num_local: int, columns: int, tile: Tile) -> tuple[int, int, int]:
-    return triton.cdiv(columns, tile.block_n), num_local, tile.split_m
+def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) -> tuple[int]:
+    """As many programs as there can be tiles, at most `per_multiprocessor` of them."""
+    row_blocks = min(pairs, num_local + pairs // tile.block_m)
+    most = num_multiprocessors(rows.device) * tile.per_multiprocessor
+    return (min(row_blocks * triton.cdiv(columns, tile.block_n), most),)
+
+
+def _by_tma(
+    matrix: Tensor, rows: int, columns: int, tile: Tile, block: int = 0
+) -> TensorDescriptor | None:
+    """How the copy engine reads blocks of a contiguous matrix, block_n rows by default."""
+    if not tile.tma:
+        return None
+    return TensorDescriptor(
+        matrix, [rows, columns], [columns, 1], [block or tile.block_n, tile.block_k]
+    )
 
 
 def _options(tile: Tile) -> dict[str, int]:
@@ -127,78 +114,42 @@ def _options(tile: Tile) -> dict[str, int]:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _route_kernel(
-    logits, layout, weights, local_ids, counts, pairs,
-    logits_stride, rows, dp_size, first_expert, num_local,
-    NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr,
-    RANKS: tl.constexpr, RENORMALIZE: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    ranks = tl.arange(0, RANKS)
-    start = tl.load(layout + ranks, mask=ranks < dp_size, other=0)
-    real = tl.load(layout + dp_size + ranks, mask=ranks < dp_size, other=0)
-    is_real = tl.sum(((row >= start) & (row < start + real)).to(tl.int32), 0) > 0
-
-    expert = tl.arange(0, EXPERTS)
-    inside = tl.where(is_real, expert, NUM_EXPERTS) < NUM_EXPERTS
-    score = tl.load(logits + row * logits_stride + expert, mask=inside, other=0.0).to(tl.float32)
-    score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
-    score = tl.exp(score - tl.max(score, 0))
-    score = score / tl.sum(score, 0)
-    score = tl.where(score == score, score, 0.0)  # a NaN row still chooses each expert once
-
-    choice = tl.arange(0, K)
-    chosen = tl.full((K,), 0, tl.int32)
-    weight = tl.full((K,), 0.0, tl.float32)
-    left = tl.where(expert < NUM_EXPERTS, score, -1.0)
-    for j in tl.static_range(TOP_K):
-        best, at = tl.max(left, 0, return_indices=True, return_indices_tie_break_left=True)
-        chosen = tl.where(choice == j, at, chosen)
-        weight = tl.where(choice == j, best, weight)
-        left = tl.where(expert == at, -1.0, left)
-    if RENORMALIZE:
-        weight = weight / tl.sum(weight, 0)
-
-    local = chosen - first_expert
-    local = tl.where(is_real, local, -1)
-    ours = (choice < TOP_K) & (local >= 0) & (local < num_local)
-    at = row * TOP_K + choice
-    tl.store(weights + at, tl.where(ours, weight, 0.0), mask=choice < TOP_K)
-    tl.store(local_ids + at, tl.where(ours, local, -1), mask=choice < TOP_K)
-    place = tl.atomic_add(counts + local, 1, mask=ours, sem="relaxed")
-    tl.store(pairs + local * rows + place, at, mask=ours & (place < rows))
-
-
-@triton.jit(do_not_specialize=["rows"])
 def _gate_up_kernel(
-    x, gate_up, activated, counts, pairs, rows, x_stride, intermediate,
-    HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
+    x, gate_up, gate_up_blocks, activated, counts, pairs, rows, num_local, x_stride, intermediate,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, FETCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LOCAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts + expert)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.cdiv(intermediate, BLOCK_N)
+    if PDL:
+        if FETCH:  # the counts are not known yet: take it that each expert has one block of rows
+            tile = tl.program_id(0)
+            first = (tile // columns) * 2 * intermediate + (tile % columns) * BLOCK_N
+            fetch(gate_up, first, num_local * 2 * intermediate, HIDDEN, BLOCK_N)
+            fetch(gate_up, first + intermediate, num_local * 2 * intermediate, HIDDEN, BLOCK_N)
+        gdc_wait()
+        gdc_launch_dependents()
+    count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    inside = n < intermediate
-    gate_at = gate_up + (expert * 2 * intermediate + tl.where(inside, n, 0))[:, None] * HIDDEN + k
-    up_at = gate_at + intermediate.to(tl.int64) * HIDDEN
-    m = tl.program_id(2) * BLOCK_M
-    while m < count:
-        slot = m + tl.arange(0, BLOCK_M)
-        pair = tl.load(pairs + expert * rows + slot, mask=slot < count, other=0)
-        x_at = x + (pair // TOP_K).to(tl.int64)[:, None] * x_stride + k
+    for tile in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
+        expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
+        n = (tile % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
+        gate_row = expert * 2 * intermediate + (tile % columns) * BLOCK_N
+        pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=ours, other=0)
+        x_at = x + (pair // TOP_K).to(tl.int64)[:, None] * x_stride
+        inside = tl.where(n < intermediate, n, 0)
+        gate_at = gate_up + (expert.to(tl.int64) * 2 * intermediate + inside)[:, None] * HIDDEN
+        up_at = gate_at + intermediate.to(tl.int64) * HIDDEN
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, HIDDEN, BLOCK_K):
-            if HIDDEN % BLOCK_K == 0:
-                a = tl.load(x_at + start)
-                g = tl.load(gate_at + start)
-                u = tl.load(up_at + start)
+            a = _block(x_at, start + k, HIDDEN, BLOCK_K)
+            if gate_up_blocks is not None:
+                g = gate_up_blocks.load([gate_row, start])
+                u = gate_up_blocks.load([gate_row + intermediate, start])
             else:
-                some = (start + k < HIDDEN)[None, :]
-                a = tl.load(x_at + start, mask=some, other=0.0)
-                g = tl.load(gate_at + start, mask=some, other=0.0)
-                u = tl.load(up_at + start, mask=some, other=0.0)
+                g = _block(gate_at, start + k, HIDDEN, BLOCK_K)
+                u = _block(up_at, start + k, HIDDEN, BLOCK_K)
             gate = tl.dot(a, g.T, gate, input_precision="ieee")
             up = tl.dot(a, u.T, up, input_precision="ieee")
         # The halves are rounded first, as a product of its own would round them.
@@ -206,50 +157,92 @@ def _gate_up_kernel(
         gate = gate.to(dtype).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
         value = silu * up.to(dtype).to(tl.float32)
-        at = activated + pair.to(tl.int64)[:, None] * intermediate + n
-        tl.store(at, value.to(dtype), mask=(slot < count)[:, None] & inside)
-        m += tl.num_programs(2) * BLOCK_M
+        at = activated + (begin + slot).to(tl.int64)[:, None] * intermediate + n
+        tl.store(at, value.to(dtype), mask=ours[:, None] & (n < intermediate))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _down_kernel(
-    activated, down, weights, weighted, counts, pairs, rows, hidden,
+    activated, activated_blocks, down, down_blocks, weights, weighted,
+    counts, pairs, rows, num_local, hidden,
     INTERMEDIATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LOCAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.program_id(1).to(tl.int64)
-    count = tl.load(counts + expert)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.cdiv(hidden, BLOCK_N)
+    # NOTE: gate-up lets this start when all its programs have waited: the routing is complete.
+    count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
+    if PDL:
+        tile = tl.program_id(0)
+        expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
+        first = expert * hidden + (tile % columns) * BLOCK_N
+        fetch(down, first, num_local * hidden, INTERMEDIATE, BLOCK_N)
+        gdc_launch_dependents()
+        gdc_wait()
     k = tl.arange(0, BLOCK_K)
-    inside = n < hidden
-    down_at = down + (expert * hidden + tl.where(inside, n, 0))[:, None] * INTERMEDIATE + k
-    m = tl.program_id(2) * BLOCK_M
-    while m < count:
-        slot = m + tl.arange(0, BLOCK_M)
-        pair = tl.load(pairs + expert * rows + slot, mask=slot < count, other=0).to(tl.int64)
-        a_at = activated + pair[:, None] * INTERMEDIATE + k
+    for tile in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
+        expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
+        n = (tile % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = begin + tl.min(slot, 0)
+        down_row = expert * hidden + (tile % columns) * BLOCK_N
+        row = tl.where(ours, begin + slot, begin).to(tl.int64)
+        a_at = activated + row[:, None] * INTERMEDIATE
+        inside = tl.where(n < hidden, n, 0)
+        down_at = down + (expert.to(tl.int64) * hidden + inside)[:, None] * INTERMEDIATE
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, INTERMEDIATE, BLOCK_K):
-            if INTERMEDIATE % BLOCK_K == 0:
-                a = tl.load(a_at + start)
-                b = tl.load(down_at + start)
+            if down_blocks is not None:
+                a = activated_blocks.load([first, start])
+                b = down_blocks.load([down_row, start])
             else:
-                some = (start + k < INTERMEDIATE)[None, :]
-                a = tl.load(a_at + start, mask=some, other=0.0)
-                b = tl.load(down_at + start, mask=some, other=0.0)
+                a = _block(a_at, start + k, INTERMEDIATE, BLOCK_K)
+                b = _block(down_at, start + k, INTERMEDIATE, BLOCK_K)
             total = tl.dot(a, b.T, total, input_precision="ieee")
-        weight = tl.load(weights + pair, mask=slot < count, other=0.0)
-        at = weighted + pair[:, None] * hidden + n
+        at = pairs + expert.to(tl.int64) * rows + slot
+        pair = tl.load(at, mask=ours, other=0).to(tl.int64)
+        weight = tl.load(weights + pair, mask=ours, other=0.0)
         value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
-        ok = (slot < count)[:, None] & inside
-        tl.store(at, value.to(weighted.dtype.element_ty), mask=ok)
-        m += tl.num_programs(2) * BLOCK_M
+        at = weighted + pair[:, None] * hidden + n
+        tl.store(at, value.to(weighted.dtype.element_ty), mask=ours[:, None] & (n < hidden))
+
+
+@triton.jit
+def _row_blocks(counts, num_local, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Each expert's pairs, and the blocks of BLOCK_M of them up to the end of each expert."""
+    expert = tl.arange(0, LOCAL)
+    count = tl.load(counts + expert, mask=expert < num_local, other=0)
+    return count, tl.cumsum((count + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@triton.jit
+def _place(block, count, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A block of rows: its expert, where that one's pairs begin, its slots, and which are filled.
+
+    Pairs lie in the order of their experts.
+    """
+    before = ends <= block
+    expert = tl.sum(before.to(tl.int32), 0)
+    begin = tl.sum(tl.where(before, count, 0), 0)
+    slot = (block - tl.max(tl.where(before, ends, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own = tl.sum(tl.where(tl.arange(0, LOCAL) == expert, count, 0), 0)
+    return expert, begin, slot, slot < own
+
+
+@triton.jit
+def _block(rows_at, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns k of the rows that begin at rows_at, 0 past their end."""
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(rows_at + k)
+    return tl.load(rows_at + k, mask=(k < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def _sum_kernel(
-    weighted, local_ids, out, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    weighted, local_ids, out, hidden,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -10,7 +10,8 @@ import torch
 from dp_runtime.kernel_builds import Kernel
 from dp_runtime.layers.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.layers.experts import ExpertShard, aligned
-from dp_runtime.layers.triton_experts import Routing, run_experts
+from dp_runtime.layers.triton_experts import run_experts
+from dp_runtime.layers.triton_router import RouteTile, RoutingCounters, route
 from dp_runtime.models.config import ModelConfig
 
 
@@ -26,29 +27,38 @@ def modules(
     top_k, experts = model.num_experts_per_tok, model.num_experts
     inner = aligned(len(shard.intermediate))
     rows = [*(1 << power for power in range(most_rows.bit_length())), most_rows]
-    choices = {choose_tiles(count, top_k, experts, inner): None for count in rows}
-    shape = (len(shard.experts), model.hidden_size, inner)
-    build = partial(_build, tuple(choices), shape, top_k, dtype, device)
-    return (Kernel(f"Triton experts ({len(choices)} tilings)", build),)
+    tilings = {choose_tiles(count, top_k, experts, inner): None for count in rows}
+    routes = {RouteTile.of(count): None for count in rows}
+    build = partial(
+        _build, tuple(routes), tuple(tilings), model, (len(shard.experts), inner), dtype, device
+    )
+    return (Kernel(f"Triton experts ({len(routes) + len(tilings)} tilings)", build),)
 
 
 def _build(
-    choices: Sequence[ExpertTiles],
-    shape: tuple[int, int, int],
-    top_k: int,
+    routes: Sequence[RouteTile],
+    tilings: Sequence[ExpertTiles],
+    model: ModelConfig,
+    shard: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Run the kernels over no pair: they are compiled and loaded, and read no weight."""
-    num_local, hidden, inner = shape
+    """Run the kernels over a row that is not real: they are compiled, and read no expert's weight.
+
+    shard: local experts and their intermediate size.
+    """
+    num_local, inner = shard
+    hidden, renormalize = model.hidden_size, model.norm_topk_prob
     rows = torch.zeros(1, hidden, dtype=dtype, device=device)
-    routing = Routing(
-        weights=torch.zeros(1, top_k, device=device),
-        local_ids=torch.full((1, top_k), -1, dtype=torch.int32, device=device),
-        counts=torch.zeros(num_local, dtype=torch.int32, device=device),
-        pairs=torch.zeros(num_local, 1, dtype=torch.int32, device=device),
-    )
+    router = rows.new_zeros(model.num_experts, hidden)
+    counters = RoutingCounters.zeros(num_local, device)
+    layout = torch.zeros(2, 1, dtype=torch.int32, device=device)
     gate_up = rows.new_empty(1).expand(num_local, 2 * inner, hidden)
     down = rows.new_empty(1).expand(num_local, hidden, inner)
-    for tiles in choices:
+    for route_tile in routes:
+        routing = route(
+            rows, router, layout, model.num_experts_per_tok, renormalize, 0, num_local, counters,
+            route_tile,
+        )  # fmt: skip
+    for tiles in tilings:
         run_experts(rows, gate_up, down, routing, tiles)

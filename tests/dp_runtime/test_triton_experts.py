@@ -1,0 +1,158 @@
+"""The MoE stage's Triton kernels in the interpreter, on CPU tensors, against plain torch layers.
+
+The interpreter has no bfloat16 products; float32 and float16 show the same code paths.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dp_runtime.layers.expert_tiles import ExpertTiles, Tile, choose_tiles
+from dp_runtime.layers.experts import fused_experts
+from dp_runtime.layers.triton_experts import run_experts, run_pairs, sum_pairs
+from dp_runtime.layers.triton_router import RouteTile, Routing, RoutingCounters, route
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(DEVICE, dtype)
+
+
+def layout(starts: list[int], real: list[int]) -> Tensor:
+    return torch.tensor([starts, real], dtype=torch.int32, device=DEVICE)
+
+
+def routed(
+    logits: Tensor, at: Tensor, top_k: int, renormalize: bool, first: int, num_local: int
+) -> Routing:
+    """Rows that are their own logits: the router is the identity."""
+    router = torch.eye(logits.shape[1], dtype=logits.dtype, device=DEVICE)
+    counters = RoutingCounters.zeros(num_local, DEVICE)
+    tile = RouteTile(16, 1)
+    return route(logits, router, at, top_k, renormalize, first, num_local, counters, tile)
+
+
+LAYOUTS = [
+    ([0], [9], 9, True),
+    ([0, 6], [4, 6], 12, False),
+    ([0, 3, 6, 9], [3, 0, 1, 2], 12, True),
+    ([0, 1, 1], [1, 0, 5], 6, False),
+    ([0, 4], [0, 0], 8, True),
+]
+
+
+@pytest.mark.parametrize(("starts", "real", "rows", "renormalize"), LAYOUTS)
+def test_routing_takes_real_rows_and_local_experts_only(
+    starts: list[int], real: list[int], rows: int, renormalize: bool
+) -> None:
+    torch.manual_seed(0)
+    logits = draw(rows, 12)
+    mine = [r for s, n in zip(starts, real) for r in range(s, s + n)]
+    padded = sorted(set(range(rows)) - set(mine))
+    logits[padded] = float("nan")
+    routing = routed(logits, layout(starts, real), 3, renormalize, 4, 5)
+    weights, ids = logits[mine].softmax(-1).topk(3, -1)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    ours = (ids >= 4) & (ids < 9)
+    assert torch.equal(routing.local_ids[mine], torch.where(ours, ids - 4, -1).int())
+    torch.testing.assert_close(routing.weights[mine], torch.where(ours, weights, 0.0))
+    assert (routing.local_ids[padded] == -1).all()
+    assert (routing.weights[padded] == 0).all()
+    check_pairs(routing)
+
+
+def check_pairs(routing: Routing) -> None:
+    """Counts and pairs say what the local ids say."""
+    ids = routing.local_ids.flatten()
+    for expert, count in enumerate(routing.counts.tolist()):
+        pairs = routing.pairs[expert, :count].sort().values
+        assert torch.equal(pairs, (ids == expert).nonzero().flatten().int())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("block_m", "splits"), [(16, 8), (16, 2), (32, 1)])
+def test_a_split_product_chooses_as_a_whole_one(
+    block_m: int, splits: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(6)
+    counters = RoutingCounters.zeros(6, DEVICE)
+    router = draw(20, 72, dtype=dtype)
+    for rows in (1, 16, 37):
+        x = draw(rows, 72, dtype=dtype)
+        at = layout([0], [rows])
+        tile = RouteTile(block_m, splits)
+        routing = route(x, router, at, 4, True, 5, 6, counters, tile)
+        assert not counters.values.any(), "they are zero again"
+        logits = (x.float() @ router.float().T).to(dtype)
+        weights, ids = logits.float().softmax(-1).topk(4, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        ours = (ids >= 5) & (ids < 11)
+        assert torch.equal(routing.local_ids, torch.where(ours, ids - 5, -1).int())
+        torch.testing.assert_close(
+            routing.weights, torch.where(ours, weights, 0.0), atol=1e-3, rtol=1e-3
+        )
+        check_pairs(routing)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 256, 257, 1024, 1025, 5000, 40_000])
+def test_the_routes_tile_fits_its_counters(rows: int) -> None:
+    tile = RouteTile.of(rows)
+    assert tile.splits == 1 or -(-rows // tile.block_m) <= 64
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "blocks", "per_multiprocessor"),
+    [(64, 32, (16, 16, 16), 16), (48, 24, (16, 32, 32), 1), (32, 40, (32, 16, 16), 3)],
+)
+def test_experts_equal_the_torch_loop(
+    hidden: int,
+    intermediate: int,
+    blocks: tuple[int, int, int],
+    per_multiprocessor: int,
+    tma: bool,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(1)
+    rows, experts, first, local = draw(20, hidden, dtype=dtype), 8, 2, 5
+    gate_up = draw(local, 2 * intermediate, hidden, dtype=dtype, scale=0.2)
+    down = draw(local, hidden, intermediate, dtype=dtype, scale=0.2)
+    logits = draw(20, experts, dtype=dtype)
+    logits[:, first + 1] = -30.0  # a local expert without rows
+    real = [*range(7), *range(10, 20)]
+    rows[7:10] = float("nan")
+    routing = routed(logits, layout([0, 10], [7, 10]), 2, True, first, local)
+    tile = Tile(*blocks, 4, 2, tma, per_multiprocessor)
+    out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, tile, True))
+    weights, ids = logits[real].softmax(-1, dtype=torch.float32).topk(2, -1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    due = fused_experts(rows[real].float(), gate_up.float(), down.float(), ids, weights, first)
+    error = (out[real].float() - due).norm() / due.norm()
+    assert error < TOLERANCE[dtype]
+    assert (out[7:10] == 0).all(), "padded rows are zero"
+
+
+def test_pairs_are_summed_in_the_order_of_their_experts() -> None:
+    weighted = draw(3 * 2, 40, dtype=torch.float16)
+    weighted[[1, 4, 5]] = float("nan")  # never written
+    ids = torch.tensor([[0, -1], [1, 0], [-1, -1]], dtype=torch.int32, device=DEVICE)
+    out = sum_pairs(weighted, ids)
+    assert torch.equal(out[0], weighted[0])
+    assert torch.equal(out[1], (weighted[2].float() + weighted[3].float()).half())
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+
+
+def test_a_rank_without_experts_gives_zeros() -> None:
+    routing = routed(draw(4, 6), layout([0], [4]), 2, True, 0, 0)
+    tiles = choose_tiles(4, 2, 6, 16)
+    pairs = run_pairs(draw(4, 32), draw(0, 32, 32), draw(0, 32, 16), routing, tiles)
+    out = sum_pairs(pairs, routing.local_ids)
+    assert torch.equal(out, torch.zeros_like(out))
