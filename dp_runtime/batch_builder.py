@@ -1,4 +1,4 @@
-"""From scheduled parts of requests to the LocalBatch of a slot."""
+"""From scheduled decodes and prefill chunks to the LocalBatch of a slot."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dp_runtime.batch import LocalBatch
+from dp_runtime.batch import Float32, Int64, LocalBatch
 from dp_runtime.live_request import LiveRequest
-from dp_runtime.sampling import SampleRow
+from dp_runtime.request_table import RequestTable
+from dp_runtime.sampling import SampleRows
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """Tokens [start, end) of one request in a step, as the request stood when it was scheduled."""
+class Chunk:
+    """Tokens [start, end) of one prefilling request in a step, as it stood when scheduled."""
 
     live: LiveRequest
     start: int
     end: int
     samples: bool  # its last row yields a new token
-    output_index: int  # of that token
     score_start: int  # prompt positions [score_start, score_end) get log probabilities
     score_end: int
 
     @classmethod
-    def of(cls, live: LiveRequest, length: int) -> Part:
-        """The next `length` tokens of a request."""
-        start, end = live.num_computed, live.num_computed + length
+    def of(cls, live: LiveRequest, start: int, needed: int, budget: int) -> Chunk:
+        """As many as the budget allows of the tokens that a request needs."""
+        end = start + min(needed, budget)
         scored = live.request.params.prompt_logprobs is not None
         score_start = max(start, live.num_scored)
         score_end = max(score_start, min(end, live.num_prompt - 1)) if scored else score_start
-        return cls(
-            live, start, end, length == live.num_needed, live.num_outputs, score_start, score_end
-        )
+        return cls(live, start, end, needed <= budget, score_start, score_end)
 
     @property
     def length(self) -> int:
@@ -43,76 +41,78 @@ class Part:
     def prompt_tokens(self) -> int:
         return max(0, min(self.end, self.live.num_prompt) - self.start)
 
+    @property
+    def scores(self) -> bool:
+        return self.score_end > self.score_start
+
 
 @dataclass(frozen=True, eq=False)
 class BuiltBatch:
     """A batch, and whose its sample rows are: first those that sample, then those that score."""
 
     batch: LocalBatch
-    samples: tuple[SampleRow, ...]
-    scored: tuple[Part, ...]
+    rows: Int64  # [requests] in the request table
+    sampled: Int64  # [samples] those of `rows` that sample
+    samples: SampleRows
 
 
-def build_batch(parts: Sequence[Part], page_size: int) -> BuiltBatch:
-    """The rows of `parts`, one after the other."""
-    if not parts:
-        return BuiltBatch(LocalBatch.empty(), (), ())
-    query_lens = np.array([part.length for part in parts], np.int32)
-    row_starts = np.cumsum(query_lens) - query_lens
-    owner = np.repeat(np.arange(len(parts)), query_lens)
-    starts = np.array([part.start for part in parts], np.int64)
-    positions = np.arange(len(owner)) - row_starts[owner] + starts[owner]
-    token_ids = np.concatenate([part.live.tokens[part.start : part.end] for part in parts])
+def build_batch(
+    table: RequestTable, decodes: Int64, chunks: Sequence[Chunk], page_size: int
+) -> BuiltBatch:
+    """One token of each of the table's rows in `decodes`, then the chunks, one after the other."""
+    rows = np.concatenate([decodes, np.array([chunk.live.row for chunk in chunks], np.int64)])
+    query_lens = np.ones(len(rows), np.int32)
+    query_lens[len(decodes) :] = [chunk.length for chunk in chunks]
+    row_ends = np.cumsum(query_lens, dtype=np.int64)
+    row_starts = row_ends - query_lens
+    starts = table.num_computed[rows]
+    owner = np.arange(len(rows)).repeat(query_lens)
+    positions = np.arange(len(owner)) + (starts - row_starts)[owner]
     sources = np.full(len(owner), -1, np.int64)
-    for part, start in zip(parts, row_starts, strict=True):
-        if part.live.num_pending:  # its last token is still on the device
-            sources[start + part.length - 1] = part.live.source_row
-    page_table = _page_table(parts)
+    sources[: len(decodes)] = table.token_sources(decodes)
+    page_table = table.page_table[rows, : table.num_pages[rows].max(initial=0)]
     pages = page_table[owner, positions // page_size].astype(np.int64)
-    sampling = [part for part in parts if part.samples]
-    scored = [part for part in parts if part.score_end > part.score_start]
-    ends = {id(part): int(start) for part, start in zip(parts, row_starts, strict=True)}
-    sample_rows = [ends[id(part)] + part.length - 1 for part in sampling]
-    for part in scored:
-        first = ends[id(part)] + part.score_start - part.start
-        sample_rows += range(first, first + part.score_end - part.score_start)
-    embed_rows, embeds = _embeds(parts, row_starts)
+    samples = np.ones(len(rows), np.bool_)
+    samples[len(decodes) :] = [chunk.samples for chunk in chunks]
+    sampled = rows[samples]
+    chunk_starts = row_starts[len(decodes) :]
+    embed_rows, embeds = _embeds(chunks, chunk_starts)
     batch = LocalBatch(
-        token_ids=token_ids,
+        token_ids=np.concatenate(
+            [table.last_token[decodes], *(c.live.tokens(c.start, c.end) for c in chunks)]
+        ),
         token_sources=sources,
         positions=positions,
         slot_mapping=pages * page_size + positions % page_size,
-        request_ids=np.array([part.live.request_id for part in parts], np.int64),
+        request_ids=table.request_ids[rows],
         query_lens=query_lens,
-        seq_lens=np.array([part.end for part in parts], np.int32),
+        seq_lens=(starts + query_lens).astype(np.int32),
         page_table=page_table,
-        sample_rows=np.array(sample_rows, np.int64),
+        sample_rows=np.concatenate([row_ends[samples] - 1, *_score_rows(chunks, chunk_starts)]),
         embed_rows=embed_rows,
         embeds=embeds,
     )
-    samples = tuple(SampleRow(part.live.request_id, part.output_index) for part in sampling)
-    return BuiltBatch(batch, samples, tuple(scored))
+    output_indices = table.num_known[sampled] - table.num_prompt[sampled]
+    return BuiltBatch(batch, rows, sampled, SampleRows(table.request_ids[sampled], output_indices))
 
 
-def _page_table(parts: Sequence[Part]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    table = np.zeros((len(parts), max(part.live.num_pages for part in parts)), np.int32)
-    for row, part in enumerate(parts):
-        table[row, : part.live.num_pages] = part.live.page_ids[: part.live.num_pages]
-    return table
+def _score_rows(chunks: Sequence[Chunk], row_starts: Int64) -> list[Int64]:
+    """The rows that score, chunk by chunk."""
+    return [
+        np.arange(chunk.score_start, chunk.score_end) - chunk.start + row_start
+        for chunk, row_start in zip(chunks, row_starts, strict=True)
+        if chunk.scores
+    ]
 
 
-def _embeds(
-    parts: Sequence[Part], row_starts: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> tuple[
-    np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int, int], np.dtype[np.float32]]
-]:
+def _embeds(chunks: Sequence[Chunk], row_starts: Int64) -> tuple[Int64, Float32]:
     """Rows of the batch whose embedding the request brought along, and those embeddings."""
     rows, values = [], []
-    for part, row_start in zip(parts, row_starts, strict=True):
-        embeds = part.live.request.embeds
+    for chunk, row_start in zip(chunks, row_starts, strict=True):
+        embeds = chunk.live.request.embeds
         if embeds is not None:
-            inside = (embeds.positions >= part.start) & (embeds.positions < part.end)
-            rows.append(embeds.positions[inside] - part.start + row_start)
+            inside = (embeds.positions >= chunk.start) & (embeds.positions < chunk.end)
+            rows.append(embeds.positions[inside] - chunk.start + row_start)
             values.append(embeds.values[inside])
     if not rows:
         return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)

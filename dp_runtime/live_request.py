@@ -1,4 +1,4 @@
-"""LiveRequest: a request that a rank is serving, and how far launched steps have brought it."""
+"""LiveRequest: a request that a rank is serving, and what the host knows of it."""
 
 from __future__ import annotations
 
@@ -6,40 +6,30 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dp_runtime.batch import Int32, Int64
+from dp_runtime.batch import Int64
 from dp_runtime.request import FinishReason, RankRequest
 
+NO_ROW = -1
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class LiveRequest:
-    """The state of one request on its rank.
+    """One request on its rank: its committed tokens, and where it stands.
 
-    Two clocks run here: `num_tokens` counts committed tokens, `num_computed` and `num_pending`
-    are *projected*, they include steps that were launched and not yet committed.
+    What every step changes lies in the RequestTable, in `row`, while the request holds pages.
     """
 
     request: RankRequest
-    arrival: int
     max_outputs: int
-    max_pages: int
-    tokens: Int64 = field(init=False)  # [prompt + max_outputs]
-    page_ids: Int32 = field(init=False)  # [max_pages], the first num_pages are owned
-    num_tokens: int = field(init=False)  # prompt and committed outputs
+    prompt: Int64 = field(init=False)
+    outputs: list[int] = field(default_factory=list)  # committed
+    row: int = NO_ROW
     running: bool = False  # else it waits, or has ended
-    num_pages: int = 0
-    num_computed: int = 0  # tokens in the cache once all launched steps are done
-    num_pending: int = 0  # tokens that launched steps sample
-    num_launched: int = 0  # launched steps with rows of this request
     num_scored: int = 0  # prompt positions whose log probabilities were asked for
-    source_row: int = -1  # its sampled token's index in the last launched step
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        prompt = self.request.prompt_token_ids
-        self.num_tokens = len(prompt)
-        self.tokens = np.zeros(len(prompt) + self.max_outputs, np.int64)
-        self.tokens[: len(prompt)] = prompt
-        self.page_ids = np.zeros(self.max_pages, np.int32)
+        self.prompt = np.array(self.request.prompt_token_ids, np.int64)
 
     @property
     def request_id(self) -> int:
@@ -47,25 +37,14 @@ class LiveRequest:
 
     @property
     def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+        return len(self.prompt)
 
     @property
-    def num_outputs(self) -> int:
-        """Output tokens, those that launched steps sample included."""
-        return self.num_tokens + self.num_pending - self.num_prompt
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.outputs)
 
-    @property
-    def num_needed(self) -> int:
-        """Tokens to feed before the next one can be sampled; 0 if no more will be."""
-        if self.finish_reason or self.num_outputs >= self.max_outputs:
-            return 0
-        return self.num_tokens + self.num_pending - self.num_computed
-
-    @property
-    def prefilling(self) -> bool:
-        """It has more to feed than the token that was sampled last."""
-        return self.num_needed > 1 or self.num_computed < self.num_prompt
-
-    @property
-    def pages(self) -> list[int]:
-        return [int(page) for page in self.page_ids[: self.num_pages]]
+    def tokens(self, start: int, end: int) -> Int64:
+        """Tokens [start, end) of prompt and committed outputs."""
+        if end <= self.num_prompt:
+            return self.prompt[start:end]
+        return np.concatenate([self.prompt, np.array(self.outputs, np.int64)])[start:end]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_runtime.batch import Int64
 from dp_runtime.distribution import (
     Array,
     change_rows,
@@ -33,12 +33,18 @@ from dp_runtime.transfer import HostCopy, on_device
 _FLOAT32 = np.finfo(np.float32)
 
 
-@dataclass(frozen=True)
-class SampleRow:
-    """One row of logits that yields a new token."""
+@dataclass(frozen=True, eq=False)
+class SampleRows:
+    """Rows of logits that yield a new token each."""
 
-    request_id: int
-    output_index: int  # which output token this is, from 0
+    request_ids: Int64  # [n]
+    output_indices: Int64  # [n] which output token of its request this is, from 0
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def __getitem__(self, some: slice) -> SampleRows:
+        return SampleRows(self.request_ids[some], self.output_indices[some])
 
 
 class SampledTokens(NamedTuple):
@@ -52,7 +58,7 @@ class SampledTokens(NamedTuple):
 class Sampled:
     """The tokens of one step, on the device, with their copy to the host under way."""
 
-    rows: tuple[SampleRow, ...]
+    rows: SampleRows
     token_ids: Tensor  # [n] int64
     logprobs: Logprobs | None  # of the rows in logprob_rows
     logprob_rows: tuple[int, ...]
@@ -65,7 +71,7 @@ class Sampled:
         host first looks at what the device computed, so the check costs no wait of its own.
         """
         token_ids, valid = self.copy.wait()
-        broken = [row.request_id for row, ok in zip(self.rows, valid.tolist()) if not ok]
+        broken = self.rows.request_ids[~valid.numpy()].tolist()
         assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
         logprobs: list[TokenLogprob | None] = [None] * len(self.rows)
         if self.logprobs is not None:
@@ -112,6 +118,7 @@ class _Request:
     bias_ids: Array  # [biases] int64
     biases: Array  # [biases] float32
     penalties: _Penalties | None
+    plain: bool  # nothing but the argmax is asked for
 
 
 CHOICE_BYTES = 38  # per logit, for all filters together
@@ -170,26 +177,32 @@ class Sampler:
             bias_ids=np.array(list(params.logit_bias), np.int64),
             biases=np.array(list(params.logit_bias.values()), np.float32),
             penalties=_Penalties.of(request, self.device) if params.has_penalties else None,
+            plain=params.greedy
+            and params.logprobs is None
+            and not (params.logit_bias or params.min_tokens or params.has_penalties),
         )
 
     def remove(self, request_id: int) -> None:
         """Forget a request and what the device holds for it."""
         del self._requests[request_id]
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
+    def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
         """Choose a token for each row of logits [n, vocab] float32, which are left as they are."""
         assert logits.shape == (len(rows), self.vocab_size), (
             f"logits {tuple(logits.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
         )
         assert logits.dtype == torch.float32, f"logits are float32, not {logits.dtype}"
-        requests = [self._requests[row.request_id] for row in rows]
+        requests = [self._requests[request_id] for request_id in rows.request_ids.tolist()]
+        if all(request.plain for request in requests):
+            peaks, best = logits.max(dim=-1)  # the first of equal maxima
+            return Sampled(rows, best, None, (), HostCopy(best, peaks.isfinite()))
         parts = [
             self._choose(logits[part], rows[part], requests[part]) for part in row_parts(len(rows))
         ]
         token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
         self._count(requests, token_ids)
         logprob_rows, logprobs = self._logprobs(logits, token_ids, requests)
-        return Sampled(tuple(rows), token_ids, logprobs, logprob_rows, HostCopy(token_ids, valid))
+        return Sampled(rows, token_ids, logprobs, logprob_rows, HostCopy(token_ids, valid))
 
     def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
         """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
@@ -199,7 +212,7 @@ class Sampler:
         return token_logprobs(logits_of, target_ids, (top_n,) * len(target_ids))
 
     def _choose(
-        self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]
+        self, logits: Tensor, rows: SampleRows, requests: list[_Request]
     ) -> tuple[Tensor, Tensor]:
         """Token ids [n], and whether the logits were valid [n]."""
         adjusted = self._bias(logits, rows, requests)
@@ -208,7 +221,7 @@ class Sampler:
         peaks, best = adjusted.max(dim=-1)  # the first of equal maxima
         return self._draw(adjusted, peaks, best, rows, requests), peaks.isfinite()
 
-    def _bias(self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]) -> Tensor:
+    def _bias(self, logits: Tensor, rows: SampleRows, requests: list[_Request]) -> Tensor:
         biased = [(i, r) for i, r in enumerate(requests) if len(r.bias_ids)]
         if not biased:
             return logits
@@ -216,13 +229,11 @@ class Sampler:
         values = on_device(np.concatenate([r.biases for _, r in biased]), self.device)
         return logits.index_put(cells, values, accumulate=True)
 
-    def _mask_stops(
-        self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]
-    ) -> Tensor:
+    def _mask_stops(self, logits: Tensor, rows: SampleRows, requests: list[_Request]) -> Tensor:
         masked = [
             (i, request.stop_ids)
-            for i, (row, request) in enumerate(zip(rows, requests))
-            if row.output_index < request.params.min_tokens and len(request.stop_ids)
+            for i, (index, request) in enumerate(zip(rows.output_indices.tolist(), requests))
+            if index < request.params.min_tokens and len(request.stop_ids)
         ]
         if not masked:
             return logits
@@ -233,17 +244,15 @@ class Sampler:
         ids = np.concatenate([ids for _, ids in ids_of_rows])
         return on_device(rows, self.device), on_device(ids, self.device)
 
-    def _penalise(
-        self, logits: Tensor, rows: Sequence[SampleRow], requests: list[_Request]
-    ) -> Tensor:
+    def _penalise(self, logits: Tensor, rows: SampleRows, requests: list[_Request]) -> Tensor:
         index = [i for i, request in enumerate(requests) if request.penalties is not None]
         if not index:
             return logits
         states = [state for request in requests if (state := request.penalties) is not None]
         for i, state in zip(index, states):
-            assert rows[i].output_index == state.num_outputs, (
-                f"request {rows[i].request_id} has penalties and {state.num_outputs} outputs, "
-                f"and samples output {rows[i].output_index}"
+            assert rows.output_indices[i] == state.num_outputs, (
+                f"request {rows.request_ids[i]} has penalties and {state.num_outputs} outputs, "
+                f"and samples output {rows.output_indices[i]}"
             )
             state.num_outputs += 1
             state.start(self.vocab_size)
@@ -271,18 +280,16 @@ class Sampler:
         logits: Tensor,
         peaks: Tensor,
         best: Tensor,
-        rows: Sequence[SampleRow],
+        rows: SampleRows,
         requests: list[_Request],
     ) -> Tensor:
         draws = np.array([request.draw for request in requests], np.float64).reshape(-1, 4)
         index = np.flatnonzero(draws[:, 0])
         if not len(index):
             return best
-        counters = np.array(
-            [(r.seed, row.output_index) for r, row in zip(requests, rows)], np.int64
-        )
+        counters = np.array([[request.seed for request in requests], rows.output_indices], np.int64)
         device_index = on_device(index, self.device)
-        seeds, outputs = on_device(counters[index].T, self.device)
+        seeds, outputs = on_device(counters[:, index], self.device)
         some, fallback = take_rows(logits, index), best[device_index]
         weights = keep_weights(some, peaks[device_index], draws[index])
         picked = invert(weights, uniform(seeds, outputs), fallback)

@@ -6,14 +6,18 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dp_runtime.batch import LocalBatch
-from dp_runtime.batch_builder import Part, build_batch
+import numpy as np
+from numpy.typing import NDArray
+
+from dp_runtime.batch import Int64, LocalBatch
+from dp_runtime.batch_builder import Chunk, build_batch
 from dp_runtime.kv_cache import PageAllocator
-from dp_runtime.live_request import LiveRequest
+from dp_runtime.live_request import NO_ROW, LiveRequest
 from dp_runtime.metadata import PageGeometry
 from dp_runtime.program import Program, Slot
 from dp_runtime.request import FinishReason, RankRequest, RequestProgress, TokenLogprob
-from dp_runtime.sampling import SampleRow
+from dp_runtime.request_table import RequestTable
+from dp_runtime.sampling import SampleRows
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Scheduled:
     """The rows of one rank for one step: a batch per slot, and who they belong to."""
 
     batches: tuple[LocalBatch, ...]  # one per slot of the program
-    parts: tuple[Part, ...]  # the target slot's, one per request
-    samples: tuple[SampleRow, ...]  # the target slot's first sample rows
-    scored: tuple[Part, ...]  # parts whose prompt rows follow among the sample rows
+    decodes: Int64  # rows of the request table; the target slot's first requests
+    chunks: tuple[Chunk, ...]  # its other requests
+    sampled: Int64  # [samples] rows of the request table
+    samples: SampleRows  # the target slot's first sample rows
 
     @property
     def real_rows(self) -> tuple[int, ...]:
@@ -40,7 +45,12 @@ class Scheduled:
 
     @property
     def prefill(self) -> bool:
-        return any(part.length > 1 for part in self.parts)
+        return any(chunk.length > 1 for chunk in self.chunks)
+
+    @property
+    def scored(self) -> tuple[Chunk, ...]:
+        """Chunks whose prompt rows follow among the sample rows."""
+        return tuple(chunk for chunk in self.chunks if chunk.scores)
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,22 @@ class Scheduler:
     Older requests come first for pages: one that lacks pages preempts the youngest, which starts
     over later from its tokens. So the oldest always advances and nothing starves. Decoding
     requests come first for the token budget; prefill chunks share what is left.
+    At most one launched step may be uncommitted when the next is scheduled.
     """
 
     def __init__(self, pages: PageGeometry, limits: Limits) -> None:
         self.pages = pages
         self.limits = limits
         self.allocator = PageAllocator(pages.num_pages)
+        # running requests, and as many that have stopped while the launched step touches them
+        self.table = RequestTable(
+            2 * limits.max_num_requests, self._pages_for(limits.max_model_len)
+        )
         self.waiting: deque[LiveRequest] = deque()
-        self.running: list[LiveRequest] = []  # in the order of arrival
+        self.running: Int64 = np.zeros(0, np.int64)  # rows of the table in the order of arrival
         self.num_preemptions = 0
         self._live: dict[int, LiveRequest] = {}
-        self._num_arrived = 0
+        self._waiting_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -77,8 +92,9 @@ class Scheduler:
     @property
     def queued_tokens(self) -> int:
         """Tokens of prompts, and of preempted requests, that are not yet computed."""
-        running = (live.num_needed for live in self.running if live.prefilling)
-        return sum(running) + sum(live.num_tokens for live in self.waiting)
+        needed = self.table.num_needed(self.running)
+        prefilling = self.table.prefilling(self.running, needed)
+        return int(needed[prefilling].sum()) + self._waiting_tokens
 
     def add(self, request: RankRequest) -> None:
         """Queue a request, which fits the cache alone."""
@@ -88,72 +104,85 @@ class Scheduler:
         assert max_outputs >= 1, f"request {request.request_id} leaves no room for a token"
         assert request.request_id not in self._live, f"request {request.request_id} twice"
         assert self._pages_for(most) < self.pages.num_pages, "a sequence fits the pool"
-        live = LiveRequest(request, self._num_arrived, max_outputs, self._pages_for(most))
-        self._num_arrived += 1
+        live = LiveRequest(request, max_outputs)
         self._live[request.request_id] = live
         self.waiting.append(live)
+        self._waiting_tokens += live.num_tokens
 
     def abort(self, request_id: int) -> RequestProgress | None:
         """End a request now; None if it has ended already."""
         live = self._live.get(request_id)
         if live is None or live.finish_reason:
             return None
-        index = live.num_tokens - live.num_prompt
         self._finish(live, FinishReason.ABORT)
-        return RequestProgress(request_id, index, finish_reason=FinishReason.ABORT)
+        return RequestProgress(request_id, len(live.outputs), finish_reason=FinishReason.ABORT)
 
     def schedule(self, program: Program) -> Scheduled:
         """Choose the rows of the next step; zero rows if there is nothing to do."""
-        running = self._reserve_pages()
-        budget = self.limits.max_num_tokens
-        parts: list[Part] = []
-        for live in sorted(running, key=lambda live: (live.prefilling, live.arrival)):
-            length = min(live.num_needed, budget)
-            if length:
-                parts.append(Part.of(live, length))
-                budget -= length
-        if len(running) == len(self.running):
-            parts += self._admit(budget)
-        launched = any(live.num_launched for live in self._live.values())
-        assert parts or launched or not self._live, "the scheduler made no progress"
-        return self._launch(parts, program)
+        ready = self._reserve_pages()
+        rows = self.running[ready]
+        needed = self.table.num_needed(rows)
+        prefilling = self.table.prefilling(rows, needed)
+        decodes = rows[(needed > 0) & ~prefilling][: self.limits.max_num_tokens]
+        budget = self.limits.max_num_tokens - len(decodes)
+        chunks: list[Chunk] = []
+        for row, count in zip(rows[prefilling].tolist(), needed[prefilling].tolist()):
+            if budget:
+                start = int(self.table.num_computed[row])
+                chunks.append(Chunk.of(self.table.request(row), start, count, budget))
+                budget -= chunks[-1].length
+        if ready.all():
+            chunks += self._admit(budget)
+        return self._launch(decodes, chunks, program)
 
     def commit(self, step: Scheduled, tokens: StepTokens) -> list[RequestProgress]:
         """Take over what a launched step sampled; returns what changed, request by request."""
-        sampled = zip(step.samples, tokens.token_ids, tokens.logprobs, strict=True)
-        by_request = {row.request_id: (token, logprob) for row, token, logprob in sampled}
-        scores = {
-            part.live.request_id: score
-            for part, score in zip(step.scored, tokens.prompt_logprobs, strict=True)
-        }
+        table = self.table
+        table.num_launched[step.decodes] -= 1
+        table.last_token[step.sampled] = tokens.token_ids
+        sampled = zip(tokens.token_ids, tokens.logprobs, strict=True)
         progress = []
-        for part in step.parts:
-            live = part.live
-            live.num_launched -= 1
+        for row, (token, logprob) in zip(step.decodes.tolist(), sampled):
+            live = table.request(row)
             if not live.finish_reason:
-                token = by_request.get(live.request_id)
-                progress.append(self._advance(live, token, scores.get(live.request_id, ())))
-            if live.num_launched == 0:
+                progress.append(self._advance(live, token, logprob))
+            if not live.running:
                 self._settle(live)
-        return [item for item in progress if item.token_ids or item.prompt_logprobs]
+        scores = iter(tokens.prompt_logprobs)
+        for chunk in step.chunks:
+            live = chunk.live
+            table.num_launched[live.row] -= 1
+            scored = next(scores) if chunk.scores else ()
+            if chunk.samples:
+                token, logprob = next(sampled)
+                if not live.finish_reason:
+                    progress.append(self._advance(live, token, logprob, scored))
+            elif scored and not live.finish_reason:
+                progress.append(
+                    RequestProgress(live.request_id, len(live.outputs), prompt_logprobs=scored)
+                )
+            if not live.running:
+                self._settle(live)
+        return progress
 
     def check(self) -> None:
         """Assert that no page is lost, shared, or held by a request that is gone."""
-        self.allocator.check({live.request_id: live.pages for live in self._live.values()})
+        held = [live for live in self._live.values() if live.row != NO_ROW]
+        self.allocator.check({live.request_id: self.table.pages(live.row) for live in held})
+        queued = sum(live.num_tokens for live in self.waiting)
+        assert queued == self._waiting_tokens, f"{queued} tokens wait, not {self._waiting_tokens}"
 
     def _advance(
         self,
         live: LiveRequest,
-        sampled: tuple[int, TokenLogprob | None] | None,
-        prompt_logprobs: tuple[TokenLogprob, ...],
+        token: int,
+        logprob: TokenLogprob | None,
+        prompt_logprobs: tuple[TokenLogprob, ...] = (),
     ) -> RequestProgress:
-        index = live.num_tokens - live.num_prompt
-        if sampled is None:
-            return RequestProgress(live.request_id, index, prompt_logprobs=prompt_logprobs)
-        token, logprob = sampled
-        live.tokens[live.num_tokens] = token
-        live.num_tokens += 1
-        live.num_pending -= 1
+        index = len(live.outputs)
+        live.outputs.append(token)
+        if not live.running:
+            self._waiting_tokens += 1
         stopped = token in live.request.stop_token_ids
         reason = FinishReason.STOP if stopped else None
         if not stopped and index + 1 == live.max_outputs:
@@ -176,94 +205,92 @@ class Scheduler:
             self._stop(live)
         else:
             self.waiting.remove(live)
-        if live.num_launched == 0:
-            self._settle(live)
+            self._waiting_tokens -= live.num_tokens
+        self._settle(live)
 
     def _stop(self, live: LiveRequest) -> None:
-        self.running.remove(live)
+        self.running = self.running[self.running != live.row]
         live.running = False
 
     def _settle(self, live: LiveRequest) -> None:
-        """No launched step touches the request: pages it has no use for go back."""
-        if not live.running:
-            self._release(live)
-        if live.finish_reason:
+        """Once no launched step touches a request that has stopped, its pages go back."""
+        if live.row != NO_ROW and not self.table.num_launched[live.row]:
+            self.allocator.release(live.request_id, self.table.pages(live.row))
+            self.table.free(live)
+        if live.row == NO_ROW and live.finish_reason:
             self._live.pop(live.request_id, None)
-
-    def _release(self, live: LiveRequest) -> None:
-        self.allocator.release(live.request_id, live.pages)
-        live.num_pages = 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.pages.page_size)
 
-    def _reserve_pages(self) -> list[LiveRequest]:
-        """Give pages to running requests, oldest first; returns those that can go on."""
-        ready = []
-        for live in list(self.running):
-            if not live.running:
-                continue  # preempted for an older one
-            tokens = live.num_computed + min(live.num_needed, self.limits.max_num_tokens)
-            missing = self._pages_for(tokens) - live.num_pages
-            if missing <= self.allocator.num_free or self._preempt_for(live, missing):
-                self._grow(live, missing)
-                ready.append(live)
-        return ready
+    def _reserve_pages(self) -> NDArray[np.bool_]:
+        """Give pages to running requests, oldest first; which of them can go on."""
+        rows, table = self.running, self.table
+        needed = np.minimum(table.num_needed(rows), self.limits.max_num_tokens)
+        due = table.num_computed[rows] + needed
+        ready = np.ones(len(rows), np.bool_)
+        for index in (due > table.num_pages[rows] * self.pages.page_size).nonzero()[0].tolist():
+            if index >= len(self.running):
+                break  # preempted for an older one, as are all that follow
+            row = int(rows[index])
+            missing = self._pages_for(int(due[index])) - int(table.num_pages[row])
+            if missing <= self.allocator.num_free or self._preempt_for(row, missing):
+                self._grow(row, missing)
+            else:
+                ready[index] = False
+        return ready[: len(self.running)]
 
-    def _preempt_for(self, live: LiveRequest, missing: int) -> bool:
+    def _preempt_for(self, row: int, missing: int) -> bool:
         """Preempt younger requests until `missing` pages are free, or will be."""
         coming = 0
         while self.allocator.num_free + coming < missing:
-            victim = self.running[-1]
-            if victim is live:
+            youngest = int(self.running[-1])
+            if youngest == row:
                 return False
-            coming += victim.num_pages if victim.num_launched else 0
-            self._preempt(victim)
+            coming += (
+                int(self.table.num_pages[youngest]) if self.table.num_launched[youngest] else 0
+            )
+            self._preempt(self.table.request(youngest))
         return missing <= self.allocator.num_free
 
     def _preempt(self, victim: LiveRequest) -> None:
         self.num_preemptions += 1
         self._stop(victim)
         self.waiting.appendleft(victim)
-        victim.num_computed = 0
-        if victim.num_launched == 0:
-            self._release(victim)
+        self._waiting_tokens += victim.num_tokens
+        self._settle(victim)
 
-    def _grow(self, live: LiveRequest, count: int) -> None:
-        if count > 0:
-            new = self.allocator.allocate(live.request_id, count)
-            live.page_ids[live.num_pages : live.num_pages + count] = new
-            live.num_pages += count
+    def _grow(self, row: int, count: int) -> None:
+        request_id = int(self.table.request_ids[row])
+        self.table.add_pages(row, self.allocator.allocate(request_id, count))
 
-    def _admit(self, budget: int) -> list[Part]:
+    def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting requests while their known tokens fit the free pages."""
-        parts = []
+        chunks = []
         while self.waiting and budget and len(self.running) < self.limits.max_num_requests:
             live = self.waiting[0]
-            length = min(live.num_needed, budget)
             fits = self._pages_for(live.num_tokens + 1) <= self.allocator.num_free
-            if live.num_launched or not fits:
+            if live.row != NO_ROW or not fits:
                 break  # NOTE: a preempted request waits for the step that still holds its pages
             self.waiting.popleft()
-            self.running.append(live)
+            self._waiting_tokens -= live.num_tokens
+            row = self.table.take(live)
             live.running = True
-            self._grow(live, self._pages_for(length))
-            parts.append(Part.of(live, length))
-            budget -= length
-        return parts
+            self.running = np.append(self.running, row)
+            chunk = Chunk.of(live, 0, live.num_tokens, budget)
+            self._grow(row, self._pages_for(chunk.length))
+            chunks.append(chunk)
+            budget -= chunk.length
+        return chunks
 
-    def _launch(self, parts: list[Part], program: Program) -> Scheduled:
-        built = build_batch(parts, self.pages.page_size)
-        for part in parts:
-            live = part.live
-            live.num_launched += 1
-            live.num_computed = part.end
-            live.num_scored = max(live.num_scored, part.score_end)
-            live.source_row = -1
-        for row, part in enumerate(part for part in parts if part.samples):
-            part.live.num_pending += 1
-            part.live.source_row = row
+    def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> Scheduled:
+        built = build_batch(self.table, decodes, chunks, self.pages.page_size)
+        self.table.launch(built.rows, built.batch.seq_lens, built.sampled)
+        for chunk in chunks:
+            chunk.live.num_scored = max(chunk.live.num_scored, chunk.score_end)
+        launched = self.table.num_launched
+        assert not self._live or launched.any(), "the scheduler made no progress"
         batches = tuple(
             built.batch if slot is Slot.TARGET else LocalBatch.empty() for slot in program.slots
         )
-        return Scheduled(batches, tuple(parts), built.samples, built.scored)
+        return Scheduled(batches, decodes, tuple(chunks), built.sampled, built.samples)

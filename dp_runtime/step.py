@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dp_runtime.agreement import Agreement, FaultBits
 from dp_runtime.batch import LocalBatch
-from dp_runtime.batch_builder import Part
+from dp_runtime.batch_builder import Chunk
 from dp_runtime.coordinator import RankLoad, StepCoordinator
 from dp_runtime.graphs import DecodeGraphs
 from dp_runtime.layers.moe import RowExchange
@@ -249,17 +249,17 @@ class StepLoop:
         rows = torch.tensor(batch.sample_rows, device=self.device)
         first = len(scheduled.samples)
         scores = []
-        for part in scheduled.scored:
-            count = part.score_end - part.score_start
-            scores.append(self._score(model, hidden[rows[first : first + count]], part))
+        for chunk in scheduled.scored:
+            count = chunk.score_end - chunk.score_start
+            scores.append(self._score(model, hidden[rows[first : first + count]], chunk))
             first += count
         logits = model.logits(hidden[rows[: len(scheduled.samples)]])
         return self.sampler.sample(logits, scheduled.samples), tuple(scores)
 
-    def _score(self, model: Model, hidden: Tensor, part: Part) -> Logprobs:
+    def _score(self, model: Model, hidden: Tensor, chunk: Chunk) -> Logprobs:
         """Log probabilities of the tokens that follow a prompt's rows [n, hidden]."""
-        request = part.live.request
-        following = request.prompt_token_ids[part.score_start + 1 : part.score_end + 1]
+        request = chunk.live.request
+        following = request.prompt_token_ids[chunk.score_start + 1 : chunk.score_end + 1]
         return self.sampler.prompt_logprobs(
             lambda some: model.logits(hidden[some]),
             torch.tensor(following, device=self.device),
@@ -298,7 +298,7 @@ class StepLoop:
                 commit_s=commit_s,
                 slots=step.slots,
                 output_tokens=new_tokens,
-                prompt_tokens=sum(part.prompt_tokens for part in step.scheduled.parts),
+                prompt_tokens=sum(chunk.prompt_tokens for chunk in step.scheduled.chunks),
             )
         )
         self.last_finished = (step.agreement.step_id, monotonic())

@@ -18,7 +18,7 @@ from transformers import (
 
 from dp_runtime.distribution import invert, keep_weights, penalise
 from dp_runtime.request import RankRequest, TokenLogprob
-from dp_runtime.sampling import Sampler, SampleRow
+from dp_runtime.sampling import Sampler, SampleRows
 from dp_runtime.sampling_params import SamplingParams
 
 VOCAB = 50
@@ -46,8 +46,13 @@ def sampler_of(*requests: RankRequest, vocab: int = VOCAB) -> Sampler:
     return sampler
 
 
+def rows_of(*rows: tuple[int, int]) -> SampleRows:
+    """Rows of (request id, output index)."""
+    return SampleRows(*np.array(rows, np.int64).reshape(-1, 2).T)
+
+
 def tokens_of(logits: Tensor, *requests: RankRequest, index: int = 0) -> list[int]:
-    rows = [SampleRow(item.request_id, index) for item in requests]
+    rows = rows_of(*((item.request_id, index) for item in requests))
     sampler = sampler_of(*requests, vocab=logits.shape[1])
     return list(sampler.sample(logits, rows).to_host().token_ids)
 
@@ -144,7 +149,7 @@ def test_repetition_penalty_agrees_with_transformers() -> None:
     oracle = RepetitionPenaltyLogitsProcessor(1.8)
     for index, row in enumerate(logits.split(1)):
         expected = int(oracle(torch.tensor([[*prompt, *outputs]]), row.clone()).argmax())
-        sampled = sampler.sample(row, [SampleRow(1, index)])
+        sampled = sampler.sample(row, rows_of((1, index)))
         outputs.append(sampled.to_host().token_ids[0])
         assert outputs[-1] == expected
     assert outputs != logits.argmax(-1).tolist(), "the penalty changed nothing"
@@ -174,7 +179,7 @@ def test_presence_and_frequency_penalties_count_outputs_only() -> None:
     frequency = request(2, SamplingParams(frequency_penalty=0.3, temperature=0), prompt=(0, 0))
     sampler = sampler_of(presence, frequency, vocab=3)
     drawn = [
-        sampler.sample(logits.repeat(2, 1), [SampleRow(1, i), SampleRow(2, i)]).to_host().token_ids
+        sampler.sample(logits.repeat(2, 1), rows_of((1, i), (2, i))).to_host().token_ids
         for i in range(5)
     ]
     # presence: 3, 2.5 -> 2, 2.5 -> 2, 1.5, and no further; frequency alternates from the second on
@@ -186,15 +191,15 @@ def test_penalty_state_needs_no_look_at_the_host() -> None:
     """Two steps in flight: the second is sampled before anyone looks at the first."""
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=2.0, temperature=0)))
     logits = torch.tensor([[0.0] * (VOCAB - 2) + [1.0, 1.5]])
-    steps = [sampler.sample(logits, [SampleRow(1, i)]) for i in range(2)]
+    steps = [sampler.sample(logits, rows_of((1, i))) for i in range(2)]
     assert [step.to_host().token_ids for step in steps] == [(VOCAB - 1,), (VOCAB - 2,)]
 
 
 def test_an_output_is_sampled_once_with_penalties() -> None:
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=1.0)))
-    sampler.sample(logits_of(0), [SampleRow(1, 0)])
+    sampler.sample(logits_of(0), rows_of((1, 0)))
     with pytest.raises(AssertionError, match="request 1 has penalties and 1 outputs"):
-        sampler.sample(logits_of(0), [SampleRow(1, 0)])
+        sampler.sample(logits_of(0), rows_of((1, 0)))
 
 
 def test_logit_bias_forces_and_bans() -> None:
@@ -227,7 +232,7 @@ def test_order_of_the_steps() -> None:
     # Token 1 is biased but a stop id; token 2 has 2 after the bias, and 0.2 as it is in the prompt;
     # penalised before the bias it had -10 + 3. Token 0 is in the prompt too: 0.1.
     sampler = sampler_of(request(1, params, prompt=(0, 2), stop_ids=(1,)), vocab=4)
-    host = sampler.sample(logits, [SampleRow(1, 0)]).to_host()
+    host = sampler.sample(logits, rows_of((1, 0))).to_host()
     assert host.token_ids == (3,)
     expected = logits.log_softmax(-1)[0]
     entry = host.logprobs[0]
@@ -283,7 +288,7 @@ def test_draws_have_the_exact_distribution(params: dict[str, Any]) -> None:
     sampler, counts = sampler_of(*items, vocab=40), np.zeros(40)
     many = logits.expand(batch, 40).contiguous()
     for index in range(draws // batch):
-        sampled = sampler.sample(many, [SampleRow(i, index) for i in range(batch)])
+        sampled = sampler.sample(many, rows_of(*((i, index) for i in range(batch))))
         counts += np.bincount(sampled.to_host().token_ids, minlength=40)
     assert counts[exact == 0].sum() == 0
     expected = exact[exact > 0] * draws
@@ -322,7 +327,7 @@ def test_any_batch_gives_the_same(many: list[SamplingParams], data: st.DataObjec
         sampler, found = sampler_of(item), []
         for index in range(num_outputs):
             row = logits[item.request_id, index : index + 1]
-            host = sampler.sample(row, [SampleRow(item.request_id, index)]).to_host()
+            host = sampler.sample(row, rows_of((item.request_id, index))).to_host()
             found.append((host.token_ids[0], host.logprobs[0]))
         return found
 
@@ -330,8 +335,8 @@ def test_any_batch_gives_the_same(many: list[SamplingParams], data: st.DataObjec
     sampler = sampler_of(*items)
     while waiting := [i for i, found in mixed.items() if len(found) < num_outputs]:
         ids = data.draw(st.lists(st.sampled_from(waiting), unique=True, min_size=1))
-        rows = [SampleRow(i, len(mixed[i])) for i in ids]
-        batch = torch.stack([logits[row.request_id, row.output_index] for row in rows])
+        rows = rows_of(*((i, len(mixed[i])) for i in ids))
+        batch = logits[rows.request_ids, rows.output_indices]
         host = sampler.sample(batch, rows).to_host()
         for i, token, entry in zip(ids, host.token_ids, host.logprobs):
             mixed[i].append((token, entry))
@@ -344,7 +349,7 @@ def test_seed_and_index_decide() -> None:
     items = [request(i, SamplingParams(seed=seed)) for i, seed in enumerate((5, 5, 6))]
     sampler = sampler_of(*items)
     drawn = np.array(
-        [sampler.sample(logits, [SampleRow(i, n) for i in range(3)]).to_host().token_ids
+        [sampler.sample(logits, rows_of(*((i, n) for i in range(3)))).to_host().token_ids
          for n in range(40)]
     )  # fmt: skip
     assert (drawn[:, 0] == drawn[:, 1]).all()
@@ -359,7 +364,7 @@ def test_logprobs_are_those_of_the_unmodified_logits() -> None:
         request(i, SamplingParams(logprobs=n, temperature=0.5, top_k=2, seed=i))
         for i, n in enumerate(counts)
     ]
-    rows = [SampleRow(i, 0) for i in range(4)]
+    rows = rows_of(*((i, 0) for i in range(4)))
     host = sampler_of(*items).sample(logits, rows).to_host()
     exact = logits.log_softmax(-1)
     assert host.logprobs[0] is None
@@ -396,7 +401,7 @@ def test_ties_of_logprobs_go_to_the_lowest_id() -> None:
 
 
 def test_no_rows() -> None:
-    assert Sampler(VOCAB, CPU).sample(torch.zeros(0, VOCAB), []).to_host() == ((), ())
+    assert Sampler(VOCAB, CPU).sample(torch.zeros(0, VOCAB), rows_of()).to_host() == ((), ())
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 3, "top_p": 0.5}], ids=str)
@@ -406,7 +411,7 @@ def test_broken_logits_are_named_at_commit(params: dict[str, Any], bad: float) -
     logits[1, 4] = bad
     items = [request(i, SamplingParams(**params)) for i in (11, 12, 13)]
     sampler = sampler_of(*items)
-    sampled = sampler.sample(logits, [SampleRow(i, 0) for i in (11, 12, 13)])
+    sampled = sampler.sample(logits, rows_of(*((i, 0) for i in (11, 12, 13))))
     assert ((sampled.token_ids >= 0) & (sampled.token_ids < VOCAB)).all(), "the next step reads it"
     with pytest.raises(AssertionError, match=r"NaN or infinite logits for requests \[12\]"):
         sampled.to_host()
@@ -415,13 +420,13 @@ def test_broken_logits_are_named_at_commit(params: dict[str, Any], bad: float) -
 def test_remove_drops_the_state() -> None:
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=2.0, temperature=0)))
     logits = logits_of(11)
-    first = sampler.sample(logits, [SampleRow(1, 0)]).to_host()
+    first = sampler.sample(logits, rows_of((1, 0))).to_host()
     sampler.remove(1)
     assert len(sampler) == 0
     with pytest.raises(KeyError):
-        sampler.sample(logits, [SampleRow(1, 1)])
+        sampler.sample(logits, rows_of((1, 1)))
     sampler.add(request(1, SamplingParams(presence_penalty=2.0, temperature=0)))
-    assert sampler.sample(logits, [SampleRow(1, 0)]).to_host() == first
+    assert sampler.sample(logits, rows_of((1, 0))).to_host() == first
 
 
 def test_add_refuses_what_the_vocabulary_lacks() -> None:
