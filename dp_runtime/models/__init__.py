@@ -46,10 +46,10 @@ class Model(Protocol):
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Tensor:
-        """This rank's rows, zero or more -> [rows, hidden] before the final norm."""
+        """This rank's rows, zero or more -> [rows, hidden] behind the final norm."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] as `forward` returns it -> final norm and LM head, [n, vocab] float32."""
+        """The LM head of [n, hidden] as `forward` returns it -> [n, vocab] float32."""
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""

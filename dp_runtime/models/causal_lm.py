@@ -115,10 +115,10 @@ class CausalLM:
         residual: Tensor | None = None
         for layer in self.layers:
             x, residual = layer(x, residual, cos_sin, metadata, exchange)
-        return x if residual is None else residual + x
+        return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(self.norm(hidden)).float()
+        return self.head(hidden).float()
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         row = 2 * self.config.hidden_size + self.config.head_dim  # a layer's inputs, cos and sin
@@ -128,9 +128,7 @@ class CausalLM:
 
     def logits_bytes(self, num_rows: int) -> int:
         size = self.embedding.dtype.itemsize
-        head = self.head.activation_bytes(num_rows) * (4 + size if size < 4 else size) // size
-        normed = num_rows * self.config.hidden_size * size
-        return max(self.norm.activation_bytes(num_rows), normed + head)
+        return self.head.activation_bytes(num_rows) * (4 + size if size < 4 else size) // size
 
     @classmethod
     def load(
