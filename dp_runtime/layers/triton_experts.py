@@ -131,7 +131,8 @@ def _gate_up_kernel(
         gdc_launch_dependents()
     count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    for tile in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
+    tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
+    while tile < num_tiles:
         expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
         n = (tile % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
         gate_row = expert * 2 * intermediate + (tile % columns) * BLOCK_N
@@ -159,6 +160,7 @@ def _gate_up_kernel(
         value = silu * up.to(dtype).to(tl.float32)
         at = activated + (begin + slot).to(tl.int64)[:, None] * intermediate + n
         tl.store(at, value.to(dtype), mask=ours[:, None] & (n < intermediate))
+        tile += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -180,7 +182,8 @@ def _down_kernel(
         gdc_launch_dependents()
         gdc_wait()
     k = tl.arange(0, BLOCK_K)
-    for tile in range(tl.program_id(0), tl.max(ends, 0) * columns, tl.num_programs(0)):
+    tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
+    while tile < num_tiles:
         expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
         n = (tile % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
         first = begin + tl.min(slot, 0)
@@ -204,6 +207,7 @@ def _down_kernel(
         value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
         at = weighted + pair[:, None] * hidden + n
         tl.store(at, value.to(weighted.dtype.element_ty), mask=ours[:, None] & (n < hidden))
+        tile += tl.num_programs(0)
 
 
 @triton.jit
