@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dp_runtime.batch import NULL_PAGE, Int32, LocalBatch
 from dp_runtime.errors import ContractViolation
+from dp_runtime.transfer import all_on_device
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ class AttentionMetadata:
         check_values(batch, pages, place)
         cu_seqlens_q = np.zeros(batch.num_requests + 1, np.int32)
         np.cumsum(batch.query_lens, out=cu_seqlens_q[1:])
+        arrays = (cu_seqlens_q, batch.seq_lens, batch.page_table, batch.slot_mapping)
+        cu_seqlens, seq_lens, page_table, slot_mapping = all_on_device(arrays, device)
         return cls(
-            cu_seqlens_q=torch.from_numpy(cu_seqlens_q).to(device),
-            seq_lens=torch.tensor(batch.seq_lens, device=device),
-            page_table=torch.tensor(batch.page_table, device=device),
-            slot_mapping=torch.tensor(batch.slot_mapping, device=device),
+            cu_seqlens_q=cu_seqlens,
+            seq_lens=seq_lens,
+            page_table=page_table,
+            slot_mapping=slot_mapping,
             query_lens_host=batch.query_lens,
             seq_lens_host=batch.seq_lens,
             page_table_host=batch.page_table,

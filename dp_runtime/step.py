@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,11 @@ from dp_runtime.metadata import AttentionMetadata, Place
 from dp_runtime.models import Model, SlotInputs
 from dp_runtime.program import Slot
 from dp_runtime.request import RankRequest, RequestProgress
+from dp_runtime.row_logits import RowLogits
 from dp_runtime.sampling import Sampled, Sampler
 from dp_runtime.scheduler import Scheduled, Scheduler, StepTokens
 from dp_runtime.trace import Recorder, SlotTrace, StepTrace
+from dp_runtime.transfer import all_on_device, on_device
 
 IDLE_S = 1.0
 
@@ -166,7 +169,8 @@ class StepLoop:
     def _fits_graphs(self, scheduled: Scheduled) -> bool:
         slots = self.coordinator.program.slots
         return bool(self.graphs) and all(
-            self.graphs[slot].covers(batch) for slot, batch in zip(slots, scheduled.batches)
+            self.graphs[slot].covers(batch) and len(scheduled.samples) == batch.num_tokens
+            for slot, batch in zip(slots, scheduled.batches)
         )
 
     def use_graphs(self, slot: Slot, graphs: DecodeGraphs) -> None:
@@ -188,29 +192,25 @@ class StepLoop:
             else:
                 run = self._eager(slot, batch, exchange, place)
             prepare_s += perf_counter() - at_prepare
-            hidden, slot_trace = self._forward(slot, run, exchange)
+            output, slot_trace = self._forward(slot, run, exchange)
             slots.append(slot_trace)
             if slot is Slot.TARGET:
                 at_sample = perf_counter()
-                sampled, scores = self._sample(self.models[slot], hidden, batch, scheduled)
+                sampled, scores = self._sample(self.models[slot], output, batch, scheduled)
                 sample_s = perf_counter() - at_sample
         self._last_sampled = sampled.token_ids
         times = replace(times, prepare_s=prepare_s, sample_s=sample_s)
         return Launched(scheduled, agreement, sampled, scores, tuple(slots), times)
 
     def _inputs(self, batch: LocalBatch) -> SlotInputs:
-        token_ids = torch.tensor(batch.token_ids, device=self.device)
         pending = batch.token_sources >= 0
-        if pending.any():
-            rows = torch.from_numpy(pending.nonzero()[0]).to(self.device)
-            sources = torch.from_numpy(batch.token_sources[pending]).to(self.device)
-            token_ids[rows] = self._last_sampled[sources]
-        return SlotInputs(
-            token_ids=token_ids,
-            positions=torch.tensor(batch.positions, device=self.device),
-            embed_rows=torch.tensor(batch.embed_rows, device=self.device),
-            embeds=torch.tensor(batch.embeds, device=self.device),
-        )
+        rows, sources = pending.nonzero()[0], batch.token_sources[pending]
+        arrays = (batch.token_ids, batch.positions, batch.embed_rows, batch.embeds, rows, sources)
+        inputs = all_on_device(arrays, self.device)
+        token_ids, positions, embed_rows, embeds, device_rows, device_sources = inputs
+        if len(rows):
+            token_ids[device_rows] = self._last_sampled[device_sources]
+        return SlotInputs(token_ids, positions, embed_rows, embeds)
 
     def _eager(
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
@@ -222,17 +222,17 @@ class StepLoop:
 
     def _replay(
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
-    ) -> Callable[[], Tensor]:
-        """The same from a captured graph."""
+    ) -> Callable[[], RowLogits]:
+        """The same from a captured graph, up to the logits."""
         sampled = self._last_sampled
         return lambda: self.graphs[slot].replay(batch, exchange.plan, sampled, place)
 
     def _forward(
-        self, slot: Slot, run: Callable[[], Tensor], exchange: RowExchange
-    ) -> tuple[Tensor, SlotTrace]:
+        self, slot: Slot, run: Callable[[], Tensor | RowLogits], exchange: RowExchange
+    ) -> tuple[Tensor | RowLogits, SlotTrace]:
         model, collective = self.models[slot], self.coordinator.collective
         start, waited = perf_counter(), collective.waited_s
-        hidden = run()
+        output = run()
         trace = SlotTrace(
             slot=slot,
             real_rows=exchange.plan.real_rows,
@@ -241,19 +241,22 @@ class StepLoop:
             forward_s=perf_counter() - start,
             wait_s=collective.waited_s - waited,
         )
-        return hidden, trace
+        return output, trace
 
     def _sample(
-        self, model: Model, hidden: Tensor, batch: LocalBatch, scheduled: Scheduled
+        self, model: Model, output: Tensor | RowLogits, batch: LocalBatch, scheduled: Scheduled
     ) -> tuple[Sampled, tuple[Logprobs, ...]]:
-        rows = torch.tensor(batch.sample_rows, device=self.device)
+        """From what a forward gave: hidden states, or the logits of a batch that is all samples."""
+        if isinstance(output, RowLogits):
+            return self.sampler.choose(output, scheduled.samples), ()
+        (rows,) = all_on_device([batch.sample_rows], self.device)
         first = len(scheduled.samples)
         scores = []
         for chunk in scheduled.scored:
             count = chunk.score_end - chunk.score_start
-            scores.append(self._score(model, hidden[rows[first : first + count]], chunk))
+            scores.append(self._score(model, output[rows[first : first + count]], chunk))
             first += count
-        logits = model.logits(hidden[rows[: len(scheduled.samples)]])
+        logits = model.logits(output[rows[: len(scheduled.samples)]])
         return self.sampler.sample(logits, scheduled.samples), tuple(scores)
 
     def _score(self, model: Model, hidden: Tensor, chunk: Chunk) -> Logprobs:
@@ -261,8 +264,8 @@ class StepLoop:
         request = chunk.live.request
         following = request.prompt_token_ids[chunk.score_start + 1 : chunk.score_end + 1]
         return self.sampler.prompt_logprobs(
-            lambda some: model.logits(hidden[some]),
-            torch.tensor(following, device=self.device),
+            lambda some: model.logits(hidden[some]).float(),
+            on_device(np.array(following, np.int64), self.device),
             request.params.prompt_logprobs or 0,
         )
 

@@ -14,6 +14,7 @@ from dp_runtime.attention.paged import CacheSlots
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.batch import Int32, Int64
 from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.transfer import all_on_device, on_device
 
 MASK_WORD_BITS = 16
 
@@ -89,16 +90,17 @@ def build_group(metadata: AttentionMetadata, members: Int64, query_len: int | No
     in_one_piece = members[-1] - members[0] + 1 == len(members)
     first, num_rows = int(starts[0]), int(query_lens.sum())
     whole = slice(int(members[0]), int(members[-1]) + 1)
-    which = whole if in_one_piece else torch.from_numpy(members).to(device)
+    row_ids = _rows(starts, query_lens)
+    arrays = (offsets(query_lens), offsets(seq_lens), members, row_ids)
+    cu_seqlens_q, cu_seqlens_kv, some, rows = all_on_device(arrays, device)
+    which = whole if in_one_piece else some
     return KernelGroup(
         members=members,
-        rows=slice(first, first + num_rows)
-        if in_one_piece
-        else torch.from_numpy(_rows(starts, query_lens)).to(device),
+        rows=slice(first, first + num_rows) if in_one_piece else rows,
         num_rows=num_rows,
         query_len=query_len,
-        cu_seqlens_q=torch.from_numpy(offsets(query_lens)).to(device),
-        cu_seqlens_kv=torch.from_numpy(offsets(seq_lens)).to(device),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
         seq_lens=metadata.seq_lens[which],
         page_table=metadata.page_table[which],
         max_query_len=int(query_lens.max()),
@@ -128,4 +130,4 @@ def causal_mask(batch_size: int, query_len: int, device: torch.device) -> Tensor
     for row in range(query_len):
         for bit in range(row + 1):
             rows[row, bit // MASK_WORD_BITS] |= 1 << (bit % MASK_WORD_BITS)
-    return torch.from_numpy(rows).to(device).expand(batch_size, -1, -1).contiguous()
+    return on_device(rows, device).expand(batch_size, -1, -1).contiguous()

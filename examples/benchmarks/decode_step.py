@@ -53,7 +53,7 @@ def main() -> None:
     print(machine.describe("torch"), config, sep="\n", flush=True)
     profiled = args.profile_steps if args.device == "cuda" else 0
     loads = [(count, Load((args.prompt,) * count, args.output)) for count in args.requests]
-    results = run_ranks(config, measure, loads, Window(profiled, 10) if profiled else None)
+    results = run_ranks(config, measure, loads, profiled)[0]
     rate = args.read_rate or measured_rate(args.device)
     for measured in results:
         report(args, measured, rate)
@@ -78,9 +78,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(
-    rank: SteppedRank, loads: list[tuple[int, Load]], window: Window | None
-) -> list[Measured]:
+def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int) -> list[Measured]:
     """Serve every load three times: to time it, to profile it, and to count the experts used."""
     results = []
     size = rank.config.dp_size
@@ -88,9 +86,11 @@ def measure(
         timed = rank.run(load)
         times = np.array(timed.steps_of((count,) * size)) * 1e3
         quantiles = tuple(float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
-        profile = rank.run(load, window).profile if window else None
+        window = Window((count,) * size, 10, profile_steps)
+        profile = rank.run(load, window).profile if profile_steps else None
         with rank.counting(count * size) as counted:
-            rank.run(Load(load.prompt_lens, COUNTED_STEPS))
+            prefill = sum(load.prompt_lens) // rank.config.max_num_tokens + 1
+            rank.run(Load(load.prompt_lens, prefill + COUNTED_STEPS))
         last = timed.last_tokens.values()
         distinct = len(set(last)) / len(last)
         routed = Routed.of(counted, size)

@@ -48,9 +48,9 @@ def main() -> None:
             collective=args.collective, overlap=True, cuda_graphs=False,
             max_num_requests=min(count, rows), max_num_tokens=rows, max_model_len=args.prompt + 8,
         )  # fmt: skip
-        window = Window(3, 1, prefill=True) if args.device == "cuda" else None
+        window = Window((rows,) * args.dp_size, 1, 3) if args.device == "cuda" else None
         load = Load((args.prompt,) * count, 2)
-        measured: Measured = run_ranks(config, measure, load, window)
+        measured: Measured = run_ranks(config, measure, load, window)[0]
         floor = operations_of(model, rows) / operations
         figures = {
             "rows_a_rank": rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +29,14 @@ from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sampling_params import SamplingParams
 from dp_runtime.sizing import plan_rank
 from dp_runtime.step import Commands, StepLoop
-from dp_runtime.trace import StepTrace
+from dp_runtime.trace import Recorder, StepTrace
 from examples.benchmarks.spawned import run_spawned
 from workers.links import RankLinks, connect
 from workers.messages import MeetingPoint
 
 TOKENS = (100, 150_000)  # keeps clear of special tokens
 IDS_A_RANK = 1_000_000
+SHORT_US = 10.0
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Window:
-    """Steps to profile: while prompts are computed, or once all requests decode."""
+    """Steps to profile: those after some in which the ranks had these rows."""
 
+    rows: tuple[int, ...]  # [rank]
+    after: int
     steps: int
-    after: int  # steps of that kind that come first
-    prefill: bool = False
 
 
 @dataclass(eq=False)
@@ -67,8 +69,8 @@ class Driver:
     """Feeds one load to a rank's loop until it is done, and profiles some of its steps."""
 
     pending: list[RankRequest]
+    recorder: Recorder
     window: Window | None = None
-    waiting_first: set[int] = field(init=False)
     unfinished: set[int] = field(init=False)
     last_tokens: dict[int, int] = field(default_factory=dict)
     kernels: Profile | None = None
@@ -77,29 +79,27 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.unfinished = {request.request_id for request in self.pending}
-        self.waiting_first = set(self.unfinished)
 
     def take(self) -> Commands:
         """What the loop asks before every step."""
         added, self.pending = self.pending, []
-        loaded = bool(added) or bool(self.last_tokens)
-        if self.window is not None and loaded:
+        if self.window is not None and self.recorder.steps:
             self._watch(self.window)
-        return Commands(added, stop=loaded and not self.unfinished)
+        return Commands(added, stop=bool(self.last_tokens) and not self.unfinished)
 
     def deliver(self, progress: list[RequestProgress]) -> None:
         for item in progress:
-            self.waiting_first.discard(item.request_id)
             self.last_tokens[item.request_id] = item.token_ids[-1]
             if item.finish_reason:
                 self.unfinished.discard(item.request_id)
 
     def _watch(self, window: Window) -> None:
-        if window.prefill or not self.waiting_first:
+        """Every rank sees the same steps, so all profile at the same time."""
+        if self.recorder.steps[-1].slots[0].real_rows == window.rows:
             self._seen += 1
-            if self._seen == window.after + 1:
+            if self._seen == window.after:
                 self._start()
-            elif self._seen == window.after + window.steps + 1:
+            elif self._seen == window.after + window.steps:
                 self._stop(window.steps)
 
     def _start(self) -> None:
@@ -121,6 +121,7 @@ class Profile:
     kernels: tuple[tuple[str, float, float], ...]  # name, calls, microseconds; longest first
     span_us: float
     idle_us: float  # nothing ran on the device
+    short_us: float  # of that, in gaps shorter than SHORT_US: between kernels of one graph
 
     @classmethod
     def of(cls, profiler: Any, steps: int) -> Profile:
@@ -130,16 +131,18 @@ class Profile:
             if event.device_type == torch.autograd.DeviceType.CUDA
         )
         calls, time = Counter[str](), defaultdict[str, float](float)
-        busy, reached = 0.0, spans[0][0]
+        idle, short, reached = 0.0, 0.0, spans[0][0]
         for start, end, name in spans:
             calls[name] += 1
             time[name] += end - start
-            busy += max(0.0, end - max(start, reached))
+            gap = max(0.0, start - reached)
+            idle += gap
+            short += gap if gap < SHORT_US else 0.0
             reached = max(reached, end)
         span = reached - spans[0][0]
         order = sorted(time, key=lambda name: -time[name])
         rows = tuple((name, calls[name] / steps, time[name] / steps) for name in order)
-        return cls(rows, span / steps, (span - busy) / steps)
+        return cls(rows, span / steps, idle / steps, short / steps)
 
     def __str__(self) -> str:
         lines = [f"{'us a step':>10} {'calls':>7} {'us each':>8}  kernel"]
@@ -147,7 +150,10 @@ class Profile:
             if time >= 0.5:
                 lines.append(f"{time:>10.1f} {calls:>7.1f} {time / calls:>8.2f}  {name[:90]}")
         total = sum(time for _, _, time in self.kernels)
-        lines.append(f"{total:>10.1f} in all; span {self.span_us:.1f}, idle {self.idle_us:.1f}")
+        lines.append(
+            f"{total:>10.1f} in all; span {self.span_us:.1f}, idle {self.idle_us:.1f}, of it "
+            f"{self.short_us:.1f} in gaps under {SHORT_US:.0f} us"
+        )
         return "\n".join(lines)
 
 
@@ -200,7 +206,7 @@ class SteppedRank:
         before = len(self.loop.recorder.steps)
         requests = list(load.requests(self._next_id, self._vocab_size))
         self._next_id += len(requests)
-        driver = Driver(requests, window)
+        driver = Driver(requests, self.loop.recorder, window)
         with torch.inference_mode():
             self.loop.run(driver.take, driver.deliver)
         self.links.collective.barrier()
@@ -273,14 +279,16 @@ class Routed:
         return cls(float(active), float((ranks.amax(1) / ranks.mean(1)).mean()))
 
 
-def run_ranks(config: EngineConfig, work: Callable[..., Any], *args: Any) -> Any:
-    """Call work(rank, *args) on a SteppedRank in a process per rank; what rank 0 returns.
+def run_ranks(config: EngineConfig, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call work(rank, *args) on a SteppedRank in a process per rank; what each returns, [rank].
 
     work: a function of a module.
     """
     parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=parent) as directory:
-        return run_spawned(_run_rank, config.dp_size, config, f"{directory}/ranks", work, args)
+        run_spawned(_run_rank, config.dp_size, config, directory, work, args)
+        files = [Path(directory, f"{rank}.pickle") for rank in range(config.dp_size)]
+        return [pickle.loads(file.read_bytes()) for file in files]
 
 
 def _run_rank(
@@ -288,9 +296,9 @@ def _run_rank(
     args: tuple[Any, ...], results: Any,
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
-    stepped = SteppedRank(rank, config, directory)
-    result = work(stepped, *args)
+    stepped = SteppedRank(rank, config, f"{directory}/meeting")
+    Path(directory, f"{rank}.pickle").write_bytes(pickle.dumps(work(stepped, *args)))
     if rank == 0:
-        results.put(result)
+        results.put(None)
     stepped.links.collective.barrier()
     stepped.links.close()
