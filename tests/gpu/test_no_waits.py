@@ -1,0 +1,70 @@
+"""No step makes the host wait for the GPU: else the two take turns."""
+
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from dp_runtime import EngineConfig, SamplingParams
+from dp_runtime.request import RankRequest
+from dp_runtime.step import StepLoop
+from tests.checkpoints import tiny_checkpoint
+from workers.messages import MeetingPoint
+from workers.worker import Worker
+
+PROMPTS = ((1, 2, 3), (4,) * 40, (5, 6) * 70)
+PARAMS = (
+    SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=12, temperature=0.9, top_p=0.9, top_k=20, seed=3, ignore_eos=True),
+    SamplingParams(max_tokens=12, logprobs=2, logit_bias={3: 1.0}, min_tokens=3),
+)
+
+
+def serve(model: str, graphs: bool) -> None:
+    """In a process of its own: serve requests while an operation that waits is an error."""
+    config = EngineConfig(
+        model, device="cuda", launcher="local", max_model_len=256, num_pages=50, overlap=True,
+        cuda_graphs=graphs,
+    )  # fmt: skip
+    launch, guarded = StepLoop.launch, {"on": False}
+
+    def launch_guarded(loop: StepLoop, *args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error" if guarded["on"] else "default")
+        try:
+            return launch(loop, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with mock.patch.object(StepLoop, "launch", launch_guarded), tempfile.TemporaryDirectory() as at:
+        worker = Worker(0, config, "cuda:0")
+        worker.prepare()
+        worker.load()
+        worker.serve(MeetingPoint("peer_to_peer", f"{at}/meeting"))
+        guarded["on"] = True
+        worker.submit(
+            [
+                RankRequest(number, prompt, params, number, frozenset())
+                for number, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True))
+            ]
+        )
+        ended = 0
+        while ended < len(PROMPTS):
+            polled = worker.poll(30.0)
+            assert polled.error is None, polled.error
+            assert polled.progress, "requests end within 30 s"
+            ended += sum(item.finish_reason is not None for item in polled.progress)
+        worker.stop()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_launch_does_not_wait_for_the_device(tmp_path: Path, graphs: bool) -> None:
+    model = tiny_checkpoint(tmp_path, head_dim=64, num_attention_heads=4, num_key_value_heads=2)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(str(model), graphs))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
