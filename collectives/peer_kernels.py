@@ -16,8 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dp_runtime.layers.triton_launch import gdc_launch_dependents, gdc_wait
+
 MAX_PROGRAMS = 512  # four on each multiprocessor
-POLLS_PER_LOOK: tl.constexpr = tl.constexpr(64)  # flag reads between looks at `stop`
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _flags(
 
 @triton.jit
 def _raise_and_wait(
-    call, there, here, others, calls, stop, RANKS: tl.constexpr
+    call, there, here, others, calls, stop, RANKS: tl.constexpr, POLLS_PER_LOOK: tl.constexpr = 64
 ):  # fmt: skip
     tl.debug_barrier()  # every thread's rows are written before the flags are
     raised = tl.zeros((RANKS,), tl.int32) + call
@@ -58,11 +59,15 @@ def _raise_and_wait(
 def gather_kernel(
     own, layout, slot_rows, row_words, buffers, flags, own_flags, calls, stop, rank,
     SIZE: tl.constexpr, RANKS: tl.constexpr, COLS: tl.constexpr, POISON: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Own real rows, as integer words, go to their place in every rank's gathered rows.
 
     POISON: the rest of each rank's slot_rows becomes NaN here: all bits set, in every float type.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     call, there, here, others = _flags(flags, own_flags, calls, rank, SIZE, RANKS)
     pointer: tl.constexpr = tl.pointer_type(own.dtype.element_ty)
     width = tl.cdiv(row_words, COLS)
@@ -114,13 +119,16 @@ def reduce_scatter_kernel(
     terms, local_ids, out, layout, own_rows, slot_rows, row_size, buffers, flags, own_flags, calls,
     stop, rank,
     SIZE: tl.constexpr, RANKS: tl.constexpr, COLS: tl.constexpr, TOP_K: tl.constexpr,
-    SUM: tl.constexpr,
+    SUM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each rank's real rows go to slot `rank` of its buffer; the own slots are summed in order.
 
     A row is the sum of its TOP_K terms, or a row of `terms` where TOP_K is 0. A slot has slot_rows
     rows; own_rows of the sum are written, 0 beyond the real ones.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     call, there, here, others = _flags(flags, own_flags, calls, rank, SIZE, RANKS)
     pointer: tl.constexpr = tl.pointer_type(terms.dtype.element_ty)
     real = tl.load(layout + SIZE + rank)

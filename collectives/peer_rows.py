@@ -16,6 +16,7 @@ from collectives.peer_kernels import MAX_PROGRAMS, gather_kernel, reduce_scatter
 from collectives.peer_memory import PeerMemory, close_address, open_handle
 from collectives.stall import StallWatch
 from dp_runtime.errors import StartError
+from dp_runtime.layers.triton_launch import overlaps
 from dp_runtime.protocols import Counts
 from dp_runtime.transfer import on_device
 
@@ -113,6 +114,7 @@ class PeerRows:
     ) -> None:
         torch.cuda.set_device(device)
         self._owner, self._rank, self._size = owner, dp_rank, dp_size
+        self._pdl = overlaps(device)
         try:
             self._signals = [Signals.make(dp_size, dp_rank, owner.exchange) for _ in range(2)]
         except RuntimeError as error:
@@ -190,7 +192,7 @@ class PeerRows:
             rows.view(-1).view(word), layout.table, layout.largest, row_words, buffer.pointers,
             *self._signals[GATHER].arguments(), self._stop, self._rank,
             SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, POISON=poison,
-            num_warps=NUM_WARPS,
+            PDL=self._pdl, num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
         return buffer
 
@@ -206,7 +208,8 @@ class PeerRows:
             buffer.pointers, *self._signals[SCATTER].arguments(), self._stop, self._rank,
             SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols,
             TOP_K=0 if local_ids is None else local_ids.shape[1],
-            SUM=SUMS.get(terms.dtype, tl.float32), num_warps=NUM_WARPS,
+            SUM=SUMS.get(terms.dtype, tl.float32), PDL=self._pdl,
+            num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
         return out
 

@@ -1,0 +1,197 @@
+"""The peer kernels' rows in the interpreter: ranks one after the other, each in its own tensors.
+
+Flags are raised beforehand, so nobody waits; the sums are right in a second turn, when all ranks
+have written. The interpreter does not round to bfloat16 as a GPU does: sums are shown in float16
+and float32. On a GPU tests/gpu/test_collectives.py runs the same kernels with real peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+if torch.cuda.is_available():
+    pytest.skip("the interpreter is for machines without a GPU", allow_module_level=True)
+
+import triton.language as tl
+
+from collectives.peer_kernels import gather_kernel, reduce_scatter_kernel
+from dp_runtime.layers.partial_sums import PartialSums
+
+PROGRAMS, COLS, RAISED = 2, 8, 1000
+BUCKET, HIDDEN, TOP_K = 4, 20, 2
+SUM_OF = {torch.float32: tl.float32, torch.float16: tl.float32, torch.int64: tl.int64}
+
+
+class Peers:
+    """The ranks' buffers and flags, all in this process."""
+
+    def __init__(self, size: int, num_items: int, dtype: torch.dtype) -> None:
+        self.size = size
+        self.ranks = 1 << (size - 1).bit_length()
+        self.buffers = [torch.full((num_items,), 7, dtype=dtype) for _ in range(size)]
+        self.flags = [torch.zeros(PROGRAMS * size, dtype=torch.int32) for _ in range(size)]
+        self.calls = [torch.zeros(PROGRAMS, dtype=torch.int32) for _ in range(size)]
+        self.stop = torch.zeros(1, dtype=torch.int32)
+
+    def of(self, rank: int) -> tuple[Tensor | int, ...]:
+        """A kernel's arguments from `buffers` to `rank`."""
+        for flags in self.flags:
+            flags.fill_(RAISED)
+        return (
+            addresses(self.buffers), addresses(self.flags), self.flags[rank], self.calls[rank],
+            self.stop, rank,
+        )  # fmt: skip
+
+    def check_flags(self, rank: int, call: int) -> None:
+        """Every program has raised its flag of this rank at all others, and at no one else."""
+        assert self.calls[rank].tolist() == [call] * PROGRAMS
+        for peer in range(self.size):
+            seen = self.flags[peer].view(PROGRAMS, self.size)
+            due = torch.full_like(seen, RAISED)
+            due[:, rank] = RAISED if peer == rank else call
+            assert torch.equal(seen, due)
+
+
+def addresses(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+
+
+def layout_of(starts: Sequence[int], real: Sequence[int]) -> Tensor:
+    return torch.tensor([starts, real], dtype=torch.int32)
+
+
+def bucket_starts(size: int) -> list[int]:
+    return [rank * BUCKET for rank in range(size)]
+
+
+REAL = [(3,), (4, 2), (0, 3), (0, 0), (1, 4, 0)]
+
+
+@pytest.mark.parametrize("poison", [False, True])
+@pytest.mark.parametrize("real", REAL, ids=str)
+def test_real_rows_come_to_every_rank_and_nothing_else_moves(
+    real: tuple[int, ...], poison: bool
+) -> None:
+    size = len(real)
+    words = HIDDEN // 2  # of two bf16 values
+    peers = Peers(size, size * BUCKET * words, torch.int32)
+    layout = layout_of(bucket_starts(size), real)
+    own = [torch.randn(BUCKET, HIDDEN).bfloat16() for _ in range(size)]
+    for rank in range(size):
+        gather_kernel[(PROGRAMS,)](
+            own[rank].view(-1).view(torch.int32), layout, BUCKET, words, *peers.of(rank),
+            SIZE=size, RANKS=peers.ranks, COLS=COLS, POISON=poison, PDL=False,
+        )  # fmt: skip
+        peers.check_flags(rank, 1)
+    for buffer in peers.buffers:
+        slots = buffer.view(torch.bfloat16).view(size, BUCKET, HIDDEN)
+        for rank, count in enumerate(real):
+            assert torch.equal(slots[rank, :count], own[rank][:count])
+            rest = slots[rank, count:]
+            assert rest.isnan().all() if poison else (rest.view(torch.int32) == 7).all()
+
+
+@pytest.mark.parametrize("counts", [(2, 0, 5), (0, 0, 3)], ids=str)
+def test_rows_one_after_the_other_are_gathered_as_they_are(counts: tuple[int, ...]) -> None:
+    """The layout of eager calls; rows of an odd number of bytes."""
+    peers = Peers(3, sum(counts) * HIDDEN, torch.uint8)
+    starts = [sum(counts[:rank]) for rank in range(3)]
+    own = [torch.randint(0, 255, (n, HIDDEN), dtype=torch.uint8) for n in counts]
+    for rank in range(3):
+        gather_kernel[(PROGRAMS,)](
+            own[rank].view(-1), layout_of(starts, counts), max(counts), HIDDEN, *peers.of(rank),
+            SIZE=3, RANKS=4, COLS=COLS, POISON=False, PDL=False,
+        )  # fmt: skip
+    for buffer in peers.buffers:
+        assert torch.equal(buffer.view(-1, HIDDEN), torch.cat(own))
+
+
+def scatter(
+    partial: Sequence[PartialSums], layout: Tensor, slot_rows: int, own_rows: Sequence[int]
+) -> list[Tensor]:
+    """Every rank's result, of a second call."""
+    size, terms = len(partial), partial[0].terms
+    peers = Peers(size, size * slot_rows * HIDDEN, terms.dtype)
+    outs = [terms.new_full((rows, HIDDEN), 9) for rows in own_rows]
+    for call in (1, 2):
+        for rank in range(size):
+            ids = partial[rank].local_ids
+            reduce_scatter_kernel[(PROGRAMS,)](
+                partial[rank].terms, ids, outs[rank], layout, own_rows[rank], slot_rows, HIDDEN,
+                *peers.of(rank), SIZE=size, RANKS=peers.ranks, COLS=COLS,
+                TOP_K=0 if ids is None else ids.shape[1], SUM=SUM_OF[terms.dtype], PDL=False,
+            )  # fmt: skip
+            peers.check_flags(rank, call)
+    return outs
+
+
+def summed(rows: Sequence[Tensor]) -> Tensor:
+    """Rank after rank, in float32 for half types."""
+    dtype = torch.float32 if rows[0].dtype == torch.float16 else rows[0].dtype
+    total = torch.zeros_like(rows[0], dtype=dtype)
+    for part in rows:
+        total += part.to(dtype)
+    return total.to(rows[0].dtype)
+
+
+@pytest.mark.parametrize("real", REAL, ids=str)
+def test_terms_are_summed_on_the_way_with_the_bits_of_their_own_kernel(
+    real: tuple[int, ...],
+) -> None:
+    """Terms that do not count hold NaN, and so do all of rows that are not real."""
+    size, own_rows = len(real), [min(BUCKET, count + 1) for count in real]
+    partial = []
+    for _ in range(size):
+        ids = torch.randint(-1, 2, (size, BUCKET, TOP_K), dtype=torch.int32)
+        terms = torch.randn(size, BUCKET, TOP_K, HIDDEN).half()
+        terms[ids < 0] = torch.nan
+        for rank, count in enumerate(real):
+            terms[rank, count:] = torch.nan
+        partial.append(PartialSums(terms.view(-1, HIDDEN), ids.view(-1, TOP_K)))
+    outs = scatter(partial, layout_of(bucket_starts(size), real), BUCKET, own_rows)
+    sums = [part.rows().view(size, BUCKET, HIDDEN) for part in partial]
+    for rank, (out, count) in enumerate(zip(outs, real)):
+        due = summed([part[rank, :count] for part in sums])
+        assert due.isfinite().all()
+        assert torch.equal(out[:count], due)
+        assert (out[count:] == 0).all(), "null rows are 0"
+
+
+@pytest.mark.parametrize("dtype", list(SUM_OF), ids=str)
+def test_rows_of_sums_are_scattered_one_after_the_other(dtype: torch.dtype) -> None:
+    """The layout of eager calls."""
+    counts, starts = (2, 0, 4), (0, 2, 2)
+    rows = [(torch.randn(6, HIDDEN) * 99).to(dtype) for _ in counts]
+    outs = scatter([PartialSums(part) for part in rows], layout_of(starts, counts), 4, counts)
+    for out, due in zip(outs, summed(rows).split(counts)):
+        assert torch.equal(out, due)
+
+
+def test_a_wait_ends_once_the_host_says_stop() -> None:
+    peers = Peers(2, BUCKET * HIDDEN, torch.int32)
+    peers.stop.fill_(1)
+    arguments = peers.of(0)
+    peers.flags[0].zero_()  # the peer has not come
+    gather_kernel[(PROGRAMS,)](
+        torch.zeros(0, dtype=torch.int32), layout_of((0, 0), (0, 0)), BUCKET, HIDDEN, *arguments,
+        SIZE=2, RANKS=2, COLS=COLS, POISON=False, PDL=False,
+    )  # fmt: skip
+    assert peers.calls[0].tolist() == [1] * PROGRAMS
+
+
+def test_a_count_that_wraps_around_still_waits_for_its_own_call() -> None:
+    peers = Peers(2, BUCKET * HIDDEN, torch.int32)
+    arguments = peers.of(0)
+    for tensor in (peers.calls[0], peers.flags[0]):
+        tensor.fill_(2**31 - 1)
+    peers.flags[0] += 1
+    gather_kernel[(PROGRAMS,)](
+        torch.zeros(0, dtype=torch.int32), layout_of((0, 0), (0, 0)), BUCKET, HIDDEN, *arguments,
+        SIZE=2, RANKS=2, COLS=COLS, POISON=False, PDL=False,
+    )  # fmt: skip
+    assert peers.calls[0].tolist() == [-(2**31)] * PROGRAMS
