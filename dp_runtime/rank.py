@@ -177,17 +177,21 @@ def _moe_kernels(plan: RankPlan) -> tuple[Kernel, ...]:
 
 
 def capture(
-    plan: RankPlan, loop: StepLoop, poison: bool, on_captured: Callable[[int, int], None]
+    plan: RankPlan,
+    loop: StepLoop,
+    buckets: GraphBuckets,
+    poison: bool,
+    on_captured: Callable[[int, int], None],
 ) -> None:
     """Capture the decode graphs of a rank, with all others; the loop then replays them."""
-    limits, pages = plan.limits, plan.pages
-    table_pages = -(-limits.max_model_len // pages.page_size)
+    pages = plan.pages
+    table_pages = -(-plan.limits.max_model_len // pages.page_size)
     graphs = DecodeGraphs(
         loop.models[Slot.TARGET],
         pages,
         table_pages,
         loop.coordinator.collective,
-        GraphBuckets(limits.max_num_requests),
+        buckets,
         poison,
         loop.device,
     )

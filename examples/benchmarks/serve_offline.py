@@ -26,9 +26,11 @@ from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.handle import RequestHandle
 from dp_runtime.models import read_model_config
 from examples.benchmarks import machine
+from examples.benchmarks.floors import DecodeBytes
 
 SEED = 20261122
 TOKENS = (100, 150_000)  # keeps clear of special tokens
+MEAN_CONTEXT = 1024 + 256 / 2
 KINDS = {"fixed": 1, "imbalanced": 2, "warmup": 3}
 
 
@@ -147,18 +149,10 @@ def decode_gaps(handles: list[RequestHandle], begin: float, end: float) -> np.nd
 
 
 def floor_ms(args: argparse.Namespace, requests: int) -> float:
-    """Milliseconds a rank needs to read what a decode step needs, at mean context 1152, bf16."""
+    """Milliseconds a rank needs to read what a decode step of the fixed load needs."""
     model = read_model_config(args.model)
-    rows = requests / args.dp_size
-    experts = model.num_experts * 3 * model.moe_intermediate_size * model.hidden_size
-    missed = (1 - model.num_experts_per_tok / model.num_experts) ** requests
-    heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    attention = heads * model.head_dim * model.hidden_size
-    layer = experts * (1 - missed) / args.dp_size + attention
-    kv = rows * 1152 * 2 * model.num_kv_heads * model.head_dim
-    head = model.vocab_size * model.hidden_size
-    total = 2 * (model.num_layers * (layer + kv) + head)
-    return round(total / (args.read_rate * 1e12) * 1e3, 2)
+    least = DecodeBytes.of(model, args.dp_size, requests / args.dp_size, MEAN_CONTEXT)
+    return round(least.milliseconds(args.read_rate * 1e12), 2)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.graph_buckets import GraphBuckets
 from dp_runtime.kernel_builds import KernelBuilds
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage
@@ -196,10 +197,16 @@ class SteppedRank:
         self.loop: StepLoop = assemble(config, plan, loaded, board, collective)
         if cuda:
             profile(self.loop, loaded)
+        self._plan = plan
         if plan.graphs:
-            capture(plan, self.loop, config.poison_padding, lambda done, total: None)
+            self.capture(GraphBuckets(plan.limits.max_num_requests))
         self._next_id = dp_rank * IDS_A_RANK
         self._vocab_size = plan.model.vocab_size
+
+    def capture(self, buckets: GraphBuckets) -> None:
+        """Capture graphs of these sizes, with all other ranks, in place of those there are."""
+        poison = self.config.poison_padding
+        capture(self._plan, self.loop, buckets, poison, lambda done, total: None)
 
     def run(self, load: Load, window: Window | None = None) -> LoadResult:
         """Serve a load; all ranks call it at the same time, and end it together."""
