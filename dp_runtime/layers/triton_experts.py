@@ -7,7 +7,6 @@ follow the counts.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,27 +42,47 @@ def run_pairs(
     Shapes as for `run_experts`, weights contiguous -> [n * k, hidden]; what is not a local pair is
     not written.
     """
-    top_k = routing.local_ids.shape[1]
-    num_local, hidden, intermediate = down.shape
-    pairs = rows.shape[0] * top_k
-    weighted = torch.empty(pairs, hidden, dtype=rows.dtype, device=rows.device)
+    num_local, hidden, _ = down.shape
     if num_local == 0:
-        return weighted
-    activated = torch.empty(pairs, intermediate, dtype=rows.dtype, device=rows.device)
+        return rows.new_empty(routing.local_ids.numel(), hidden)
+    activated = gate_up_pairs(rows, gate_up, routing, tiles.gate_up, tiles.all_active)
+    return down_pairs(activated, down, routing, tiles.down)
+
+
+def gate_up_pairs(
+    rows: Tensor, gate_up: Tensor, routing: Routing, tile: Tile, all_active: bool
+) -> Tensor:
+    """silu(gate(row)) * up(row) of every local pair, in the order of their experts.
+
+    Shapes as for `run_experts`; all_active: see `ExpertTiles` -> [n * k, intermediate], of which as
+    many rows are written as there are local pairs.
+    """
+    num_local, both, hidden = gate_up.shape
+    n, top_k = routing.local_ids.shape
+    intermediate, pairs = both // 2, n * top_k
+    activated = rows.new_empty(pairs, intermediate)
     pdl = overlaps(rows.device)
-    common = (routing.counts, routing.pairs, rows.shape[0], num_local)
-    options = {"LOCAL": triton.next_power_of_2(num_local), "PDL": pdl, "launch_pdl": pdl}
-    tile = tiles.gate_up
     _gate_up_kernel[_grid(rows, num_local, pairs, intermediate, tile)](
-        rows, gate_up, _by_tma(gate_up, num_local * 2 * intermediate, hidden, tile), activated,
-        *common, rows.stride(0), intermediate,
-        HIDDEN=hidden, TOP_K=top_k, FETCH=tiles.all_active, **_options(tile), **options,
+        rows, gate_up, _by_tma(gate_up, num_local * both, hidden, tile.block_n, tile), activated,
+        routing.counts, routing.pairs, n, num_local, rows.stride(0), intermediate,
+        HIDDEN=hidden, TOP_K=top_k, FETCH=all_active,
+        LOCAL=triton.next_power_of_2(num_local), PDL=pdl, launch_pdl=pdl, **_options(tile),
     )  # fmt: skip
-    tile = tiles.down
-    _down_kernel[_grid(rows, num_local, pairs, hidden, tile)](
-        activated, _by_tma(activated, pairs, intermediate, tile, tile.block_m),
-        down, _by_tma(down, num_local * hidden, intermediate, tile), routing.weights, weighted,
-        *common, hidden, INTERMEDIATE=intermediate, **_options(tile), **options,
+    return activated
+
+
+def down_pairs(activated: Tensor, down: Tensor, routing: Routing, tile: Tile) -> Tensor:
+    """weight * down(row) of the rows of `gate_up_pairs`, each at its pair: [n * k, hidden]."""
+    num_local, hidden, intermediate = down.shape
+    pairs = len(activated)
+    weighted = activated.new_empty(pairs, hidden)
+    pdl = overlaps(down.device)
+    _down_kernel[_grid(activated, num_local, pairs, hidden, tile)](
+        activated, _by_tma(activated, pairs, intermediate, tile.block_m, tile),
+        down, _by_tma(down, num_local * hidden, intermediate, tile.block_n, tile),
+        routing.weights, weighted, routing.counts, routing.pairs, len(routing.local_ids),
+        num_local, hidden, INTERMEDIATE=intermediate,
+        LOCAL=triton.next_power_of_2(num_local), PDL=pdl, launch_pdl=pdl, **_options(tile),
     )  # fmt: skip
     return weighted
 
@@ -93,14 +112,12 @@ def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) ->
 
 
 def _by_tma(
-    matrix: Tensor, rows: int, columns: int, tile: Tile, block: int = 0
+    matrix: Tensor, rows: int, columns: int, block: int, tile: Tile
 ) -> TensorDescriptor | None:
-    """How the copy engine reads blocks of a contiguous matrix, block_n rows by default."""
+    """How the copy engine reads blocks of `block` rows of a contiguous matrix."""
     if not tile.tma:
         return None
-    return TensorDescriptor(
-        matrix, [rows, columns], [columns, 1], [block or tile.block_n, tile.block_k]
-    )
+    return TensorDescriptor(matrix, [rows, columns], [columns, 1], [block, tile.block_k])
 
 
 def _options(tile: Tile) -> dict[str, int]:
