@@ -1,8 +1,8 @@
 """CUDA graphs of a slot's decode forward, each captured at the rank's own number of rows.
 
-Attention, projections and norms run at the rank's own rows; only the MoE stage has the gathered
-rows, and it reads the real counts on the device. Null rows between the real rows and a graph's own
-rows are valid sequences of one token on the null page.
+Attention, projections, norms and LM head run at the rank's own rows; only the MoE stage has the
+gathered rows, and it reads the real counts on the device. Null rows between the real rows and a
+graph's own rows are valid sequences of one token on the null page.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_va
 from dp_runtime.models import Model
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.protocols import RowCollective
+from dp_runtime.row_logits import RowLogits
 
 
 @dataclass(frozen=True, eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    hidden: Tensor  # [own_rows, hidden]
+    logits: RowLogits  # [own_rows, vocab]
     metadata: AttentionMetadata
 
 
@@ -56,6 +57,8 @@ class DecodeGraphs:
         self._collective = collective
         self._poison = poison
         self._inputs = GraphInputs(buckets.most, table_pages, collective.dp_size, device)
+        sizes = (buckets.most, model.config.vocab_size)
+        self._logits = torch.empty(sizes, dtype=model.dtype, device=device)  # of any graph
         self._graphs: dict[GraphKey, _Captured] = {}
 
     def covers(self, batch: LocalBatch) -> bool:
@@ -78,8 +81,8 @@ class DecodeGraphs:
 
     def replay(
         self, batch: LocalBatch, plan: PaddingPlan, last_sampled: Tensor, place: Place
-    ) -> Tensor:
-        """Run a covered batch, [rows, hidden]; valid until the next replay.
+    ) -> RowLogits:
+        """Run a covered batch, to the logits of its rows; valid until the next replay.
 
         plan: with the gathered rows of a bucket; last_sampled: the tokens that the batch's
         token_sources index.
@@ -93,7 +96,7 @@ class DecodeGraphs:
         self._inputs.write(batch, own, plan.real_rows, key.gathered_rows, last_sampled)
         captured.graph.replay()
         self._collective.watch(f"the graph of {key}")
-        return captured.hidden[: batch.num_tokens]
+        return captured.logits[: batch.num_tokens]
 
     def _capture(self, key: GraphKey, memory: Any) -> _Captured:
         inputs = self._inputs
@@ -106,16 +109,17 @@ class DecodeGraphs:
         metadata = self._metadata(key.own_rows)
         inputs.write_null(key.own_rows, key.gathered_rows)
 
-        def forward() -> Tensor:
+        def forward() -> RowLogits:
             slot_inputs = inputs.slot_inputs(key.own_rows)
-            return self._model.forward(slot_inputs, metadata, exchange)
+            hidden = self._model.forward(slot_inputs, metadata, exchange)
+            return RowLogits.of(self._model.logits(hidden, self._logits[: key.own_rows]))
 
         forward()  # compiles, plans and connects: none of it may happen while capturing
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            hidden = forward()
-        return _Captured(graph, hidden, metadata)
+            logits = forward()
+        return _Captured(graph, logits, metadata)
 
     def _metadata(self, rows: int) -> AttentionMetadata:
         """Metadata over the graph's inputs; its mirrors hold the bounds that kernels may assume."""

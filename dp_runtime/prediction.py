@@ -44,11 +44,20 @@ def activation_peak(model: Model, limits: Limits, dp_size: int, padded: bool) ->
     samples = min(limits.max_num_requests, rows)
     forward = model.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
     hidden = model.config.hidden_size * model.dtype.itemsize
-    sampling = samples * hidden + max(
-        model.logits_bytes(samples), samples * vocab * 4 + sampling_bytes(samples, vocab)
-    )
+    widened = vocab * 4 if model.dtype.itemsize < 4 else 0  # a row's logits in float32
+    sampling = sampling_bytes(samples, vocab) + min(samples, ROWS_AT_ONCE) * widened
     some = min(rows, ROWS_AT_ONCE)
-    scoring = rows * hidden + max(
-        model.logits_bytes(some), some * vocab * 4 + logprobs_bytes(some, vocab)
+    scoring = max(
+        model.logits_bytes(some) + some * widened, some * vocab * 4 + logprobs_bytes(some, vocab)
     )
-    return max(forward, rows * hidden + max(sampling, scoring))
+    return max(
+        forward,
+        rows * hidden + samples * hidden + model.logits_bytes(samples) + sampling,
+        2 * rows * hidden + scoring,
+    )
+
+
+def captured_bytes(model: Model, limits: Limits, dp_size: int) -> int:
+    """What the decode graphs keep: the memory of the largest, and the logits they share."""
+    rows = limits.max_num_requests
+    return model.forward_bytes(rows, dp_size * rows, dp_size > 1) + model.logits_bytes(rows)

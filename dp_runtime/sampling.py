@@ -27,6 +27,7 @@ from dp_runtime.logprobs import (
 )
 from dp_runtime.random_numbers import uniform
 from dp_runtime.request import RankRequest, TokenLogprob
+from dp_runtime.row_logits import RowLogits
 from dp_runtime.sampling_params import SamplingParams
 from dp_runtime.transfer import HostCopy, on_device
 
@@ -187,21 +188,23 @@ class Sampler:
         del self._requests[request_id]
 
     def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
-        """Choose a token for each row of logits [n, vocab] float32, which are left as they are."""
-        assert logits.shape == (len(rows), self.vocab_size), (
-            f"logits {tuple(logits.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
+        """Choose a token for each row of logits [n, vocab], which are left as they are."""
+        return self.choose(RowLogits.of(logits), rows)
+
+    def choose(self, logits: RowLogits, rows: SampleRows) -> Sampled:
+        """The same where the rows' maxima are known."""
+        assert logits.values.shape == (len(rows), self.vocab_size), (
+            f"logits {tuple(logits.values.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
         )
-        assert logits.dtype == torch.float32, f"logits are float32, not {logits.dtype}"
         requests = [self._requests[request_id] for request_id in rows.request_ids.tolist()]
         if all(request.plain for request in requests):
-            peaks, best = logits.max(dim=-1)  # the first of equal maxima
-            return Sampled(rows, best, None, (), HostCopy(best, peaks.isfinite()))
+            return Sampled(rows, logits.best, None, (), HostCopy(logits.best, logits.valid))
         parts = [
             self._choose(logits[part], rows[part], requests[part]) for part in row_parts(len(rows))
         ]
         token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
         self._count(requests, token_ids)
-        logprob_rows, logprobs = self._logprobs(logits, token_ids, requests)
+        logprob_rows, logprobs = self._logprobs(logits.values, token_ids, requests)
         return Sampled(rows, token_ids, logprobs, logprob_rows, HostCopy(token_ids, valid))
 
     def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
@@ -212,14 +215,16 @@ class Sampler:
         return token_logprobs(logits_of, target_ids, (top_n,) * len(target_ids))
 
     def _choose(
-        self, logits: Tensor, rows: SampleRows, requests: list[_Request]
+        self, logits: RowLogits, rows: SampleRows, requests: list[_Request]
     ) -> tuple[Tensor, Tensor]:
         """Token ids [n], and whether the logits were valid [n]."""
-        adjusted = self._bias(logits, rows, requests)
+        values = logits.values.float()
+        adjusted = self._bias(values, rows, requests)
         adjusted = self._mask_stops(adjusted, rows, requests)
         adjusted = self._penalise(adjusted, rows, requests)
-        peaks, best = adjusted.max(dim=-1)  # the first of equal maxima
-        return self._draw(adjusted, peaks, best, rows, requests), peaks.isfinite()
+        if adjusted is not values:
+            logits = RowLogits.of(adjusted)
+        return self._draw(adjusted, logits.peaks, logits.best, rows, requests), logits.valid
 
     def _bias(self, logits: Tensor, rows: SampleRows, requests: list[_Request]) -> Tensor:
         biased = [(i, r) for i, r in enumerate(requests) if len(r.bias_ids)]
@@ -304,4 +309,6 @@ class Sampler:
         rows, top_n = zip(*asked)
         index = np.array(rows)
         chosen = token_ids[on_device(index, self.device)]
-        return rows, token_logprobs(lambda part: take_rows(logits, index[part]), chosen, top_n)
+        return rows, token_logprobs(
+            lambda part: take_rows(logits, index[part]).float(), chosen, top_n
+        )

@@ -20,7 +20,7 @@ from dp_runtime.loader import CountedWeights
 from dp_runtime.memory import MemoryUse
 from dp_runtime.metadata import AttentionMetadata, PageGeometry
 from dp_runtime.models import ModelConfig, RankSharding, build_model, read_model_config
-from dp_runtime.prediction import activation_peak, held_bytes
+from dp_runtime.prediction import activation_peak, captured_bytes, held_bytes
 from dp_runtime.scheduler import Limits
 
 KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config has none
@@ -89,8 +89,9 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     one_page = page_bytes(model, config.page_size, attention.kv_dtype)
     exchanged = config.dp_size * config.max_num_tokens * model.hidden_size * dtype.itemsize
     buffers = 2 * exchanged if device != "cpu" and config.dp_size > 1 else 0
-    pages = _page_geometry(config, device, length, one_page, memory.total + buffers)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
+    captured = captured_bytes(served, limits, config.dp_size) if graphs else 0
+    pages = _page_geometry(config, device, length, one_page, memory.total + buffers + captured)
     return RankPlan(
         model=model,
         device=device,

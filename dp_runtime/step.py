@@ -187,10 +187,7 @@ class StepLoop:
             at_prepare = perf_counter()
             place = Place(self._dp_rank, agreement.step_id, slot)
             exchange = self.coordinator.exchange(agreement, index)
-            if agreement.graph:
-                run = self._replay(slot, batch, exchange, place)
-            else:
-                run = self._eager(slot, batch, exchange, place)
+            run = (self._replay if agreement.graph else self._eager)(slot, batch, exchange, place)
             prepare_s += perf_counter() - at_prepare
             output, slot_trace = self._forward(slot, run, exchange)
             slots.append(slot_trace)
@@ -214,7 +211,7 @@ class StepLoop:
 
     def _eager(
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
-    ) -> Callable[[], Tensor]:
+    ) -> Callable[[], Tensor | RowLogits]:
         """The forward of a slot, its inputs on the device."""
         metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
         inputs = self._inputs(batch)
@@ -222,7 +219,7 @@ class StepLoop:
 
     def _replay(
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
-    ) -> Callable[[], RowLogits]:
+    ) -> Callable[[], Tensor | RowLogits]:
         """The same from a captured graph, up to the logits."""
         sampled = self._last_sampled
         return lambda: self.graphs[slot].replay(batch, exchange.plan, sampled, place)

@@ -22,6 +22,12 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same, written to `out` [rows, outputs]."""
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+
     def activation_bytes(self, rows: int) -> int:
         """Bytes of a call's result."""
         return rows * self.weight.shape[0] * self.weight.dtype.itemsize

@@ -48,14 +48,14 @@ class Model(Protocol):
     ) -> Tensor:
         """This rank's rows, zero or more -> [rows, hidden] behind the final norm."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The LM head of [n, hidden] as `forward` returns it -> [n, vocab] float32."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """The LM head of [n, hidden] as `forward` returns it -> [n, vocab], perhaps into `out`."""
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""
 
     def logits_bytes(self, num_rows: int) -> int:
-        """Most bytes `logits` allocates at once, its result included."""
+        """Bytes of the result of `logits`."""
 
 
 def build_model(

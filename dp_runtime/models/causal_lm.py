@@ -117,8 +117,8 @@ class CausalLM:
             x, residual = layer(x, residual, cos_sin, metadata, exchange)
         return self.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.head(hidden) if out is None else self.head.into(hidden, out)
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         row = 2 * self.config.hidden_size + self.config.head_dim  # a layer's inputs, cos and sin
@@ -127,8 +127,7 @@ class CausalLM:
         )
 
     def logits_bytes(self, num_rows: int) -> int:
-        size = self.embedding.dtype.itemsize
-        return self.head.activation_bytes(num_rows) * (4 + size if size < 4 else size) // size
+        return self.head.activation_bytes(num_rows)
 
     @classmethod
     def load(

@@ -18,6 +18,8 @@ from dp_runtime.attention.triton_append import append_rows, rotate_and_append
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import HeadRotation, rotate
 from dp_runtime.layers.triton_norm import add_rms_norm
+from dp_runtime.row_logits import RowLogits
+from dp_runtime.triton_argmax import BLOCK, BLOCKS_AT_ONCE, row_maxima
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3}
@@ -124,3 +126,33 @@ def test_new_rows_go_to_their_slots(
     due[slots // page_size, 1, :, slots % page_size] = v
     append_rows(pool, slots, k, v)
     assert torch.equal(pool, due)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 130, BLOCK * BLOCKS_AT_ONCE, 2 * BLOCK * BLOCKS_AT_ONCE + 7])
+def test_the_first_of_equal_maxima_and_what_is_not_finite(size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    inf, last = torch.inf, size - 1
+    rows = (draw(12, size + 3, dtype=dtype, scale=8).round() / 4)[:, :size]  # ties; strided
+    rows[1], rows[2], rows[3, last], rows[4, size // 2] = -inf, 0.0, inf, torch.nan
+    rows[2, : size // 2] = -0.0
+    rows[5], rows[6] = -3.0, -inf
+    rows[5, last] = rows[6, last] = -2.0
+    rows[7, last] = -torch.tensor(torch.nan)
+    rows[8, 0] = inf
+    rows[8, last] = torch.nan
+    rows[9] = torch.finfo(dtype).min
+    peaks, best, finite = row_maxima(rows)
+    due, first = rows.cpu().max(-1)
+    assert torch.equal(finite.cpu(), due.isfinite())
+    assert torch.equal(peaks.cpu().nan_to_num(7), due.float().nan_to_num(7))
+    numbers = ~due.isnan()
+    assert torch.equal(best.cpu()[numbers], first[numbers])
+    assert ((best >= 0) & (best < size)).all(), "also a NaN's token is looked up in the next step"
+
+
+def test_no_rows_have_no_maxima() -> None:
+    peaks, best, finite = row_maxima(draw(0, 50))
+    assert (peaks.shape, best.dtype, finite.dtype) == ((0,), torch.int64, torch.bool)
+    some = RowLogits.of(draw(5, 50))[1:3]
+    assert (len(some), some.best.shape) == (2, (2,))
