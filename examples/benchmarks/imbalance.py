@@ -5,8 +5,8 @@
 One number of requests for each rank, all decoding, in graphs. Every load runs three times: as the
 runtime does it, each rank's graph at its own rows; even, every rank with the largest rank's
 requests; and padded, every rank's graph at the largest rank's rows, as engines do that pad the
-batch (null rows run through attention and projections). A rank's busy time is that of its kernels without the
-collectives, which are reported beside it: they hold the wait for slower ranks.
+batch (null rows run through attention and projections). A rank's busy time is that of its kernels
+without the collectives, which are reported beside it: they hold the wait for slower ranks.
 """
 
 from __future__ import annotations
