@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 
@@ -67,3 +69,12 @@ class KernelBuilds:
 def forbid_compilation() -> None:
     """From here on a kernel that was not built is an error of this process, not a long pause."""
     os.environ["FLASHINFER_DISABLE_JIT"] = "1"
+    if find_spec("triton") is not None:
+        from triton import knobs
+
+        knobs.runtime.jit_cache_hook = _refuse
+
+
+def _refuse(*, repr: str, **call: object) -> NoReturn:
+    """What Triton calls before it compiles a kernel, or loads a compiled one."""
+    raise RuntimeError(f"the Triton kernel {repr} was not built before the rank was ready")
