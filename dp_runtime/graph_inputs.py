@@ -46,8 +46,7 @@ class GraphInputs:
         self._words = torch.zeros(words, dtype=torch.int32, device=device)
         fields = _split(self._words, shapes)
         self.token_ids, self.token_sources = fields["token_ids"], fields["token_sources"]
-        self.positions, self._slots = fields["positions"], fields["slot_mapping"]
-        self.slot_mapping = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.positions, self.slot_mapping = fields["positions"], fields["slot_mapping"]
         self.seq_lens, self.layout = fields["seq_lens"], fields["layout"]
         self.page_table = fields["page_table"]
         self.cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -58,11 +57,7 @@ class GraphInputs:
         self._turn = 0
 
     def slot_inputs(self, rows: int) -> SlotInputs:
-        """The model's inputs as a graph computes them: pending tokens come from the device.
-
-        Also widens the slot mapping, which metadata holds in int64.
-        """
-        self.slot_mapping[:rows].copy_(self._slots[:rows])
+        """The model's inputs as a graph computes them: pending tokens come from the device."""
         sources = self.token_sources[:rows]
         sampled = self._last_sampled[sources.clamp(min=0)]
         token_ids = torch.where(sources >= 0, sampled, self.token_ids[:rows])

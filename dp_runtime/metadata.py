@@ -20,6 +20,9 @@ class PageGeometry:
     num_pages: int
     page_size: int
 
+    def __post_init__(self) -> None:
+        assert self.num_pages * self.page_size <= 2**31, "a slot's number is an int32 on the device"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -43,7 +46,7 @@ class AttentionMetadata:
     cu_seqlens_q: Tensor  # [requests + 1] int32
     seq_lens: Tensor  # [requests] int32
     page_table: Tensor  # [requests, pages] int32
-    slot_mapping: Tensor  # [rows] int64
+    slot_mapping: Tensor  # [rows] int32
     query_lens_host: Int32  # [requests]
     seq_lens_host: Int32  # [requests]
     page_table_host: Int32  # [requests, pages]
@@ -68,7 +71,8 @@ class AttentionMetadata:
         check_values(batch, pages, place)
         cu_seqlens_q = np.zeros(batch.num_requests + 1, np.int32)
         np.cumsum(batch.query_lens, out=cu_seqlens_q[1:])
-        arrays = (cu_seqlens_q, batch.seq_lens, batch.page_table, batch.slot_mapping)
+        slots = batch.slot_mapping.astype(np.int32)
+        arrays = (cu_seqlens_q, batch.seq_lens, batch.page_table, slots)
         cu_seqlens, seq_lens, page_table, slot_mapping = all_on_device(arrays, device)
         return cls(
             cu_seqlens_q=cu_seqlens,

@@ -137,7 +137,7 @@ def metadata_comparisons(
         "cu_seqlens_q": ((requests + 1,), torch.int32),
         "seq_lens": ((requests,), torch.int32),
         "page_table": (table.shape, torch.int32),
-        "slot_mapping": ((rows,), torch.int64),
+        "slot_mapping": ((rows,), torch.int32),
     }
     for name, (shape, dtype) in shapes.items():
         yield from tensor_comparisons(name, getattr(metadata, name), shape, dtype, device)
@@ -154,13 +154,10 @@ def slots_comparisons(
 ) -> Iterable[Comparison]:
     """Where appended rows go."""
     rows = (metadata.num_tokens,)
-    yield from tensor_comparisons("slots.pages", slots.pages, rows, torch.int64, device)
-    yield from tensor_comparisons("slots.offsets", slots.offsets, rows, torch.int64, device)
-    yield from tensor_comparisons("slots.mapping", slots.mapping, rows, torch.int64, device)
+    yield "slots.page_size", slots.page_size, spec.page_size
+    yield from tensor_comparisons("slots.mapping", slots.mapping, rows, torch.int32, device)
     if spec.check_device_values:
         due = slots_due(metadata, spec.page_size)
-        yield from value_comparisons("slots.pages", slots.pages, due // spec.page_size)
-        yield from value_comparisons("slots.offsets", slots.offsets, due % spec.page_size)
         yield from value_comparisons("slots.mapping", slots.mapping, due)
 
 

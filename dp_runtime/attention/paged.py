@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,14 +20,22 @@ E4M3_MAX = 448.0
 class CacheSlots:
     """Where a slot's new keys and values go; the same in every layer."""
 
-    pages: Tensor  # [rows] int64
-    offsets: Tensor  # [rows] int64
-    mapping: Tensor  # [rows] int64: page * page_size + offset
+    mapping: Tensor  # [rows] int32: page * page_size + offset
+    page_size: int
 
     @classmethod
     def of(cls, metadata: AttentionMetadata, page_size: int) -> CacheSlots:
-        mapping = metadata.slot_mapping
-        return cls(mapping // page_size, mapping % page_size, mapping)
+        return cls(metadata.slot_mapping, page_size)
+
+    @cached_property
+    def pages(self) -> Tensor:
+        """[rows] int64; kernels of a GPU work with the mapping alone."""
+        return self.mapping.long() // self.page_size
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[rows] int64, within the pages."""
+        return self.mapping.long() % self.page_size
 
 
 def quantize(x: Tensor, scale: float) -> Tensor:

@@ -126,7 +126,7 @@ def with_null_rows(case: Case, count: int, query_len: int) -> tuple[Case, Attent
     host_table = np.concatenate([old, np.zeros((count, width), np.int32)])
     query_lens = np.concatenate([metadata.query_lens_host, lens])
     seq_lens = np.concatenate([metadata.seq_lens_host, lens])
-    slots = torch.arange(query_len, device=CUDA).repeat(count)  # page 0, from its beginning
+    slots = torch.arange(query_len, device=CUDA, dtype=torch.int32).repeat(count)  # of page 0
     assert query_len <= size, "null rows fit into page 0"
     cu = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
     padded = replace(
