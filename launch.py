@@ -138,7 +138,8 @@ def bench(options: argparse.Namespace) -> None:
     if options.json is not None:
         values = asdict(report) | {"tokens_per_s": report.tokens_per_s}
         memory = [asdict(rank.memory) for rank in health if rank.memory]
-        extra = {"workload": asdict(workload), "memory": memory}
+        graphs = [asdict(rank.graphs) for rank in health if rank.graphs]
+        extra = {"workload": asdict(workload), "memory": memory, "graphs": graphs}
         options.json.write_text(json.dumps(values | extra) + "\n")
     if options.trace is not None:
         write_chrome_trace(steps, options.trace)
@@ -153,7 +154,8 @@ def inspect(options: argparse.Namespace) -> None:
 
 def _memory(ranks: Sequence[RankHealth]) -> str:
     table = memory_table([rank.memory for rank in ranks if rank.memory])
-    return f"{table}\nloaded in {max(rank.load_s for rank in ranks):.1f} s"
+    graphs = f"; rank 0's {ranks[0].graphs}" if ranks[0].graphs else ""
+    return f"{table}\nloaded in {max(rank.load_s for rank in ranks):.1f} s{graphs}"
 
 
 def _step_times(steps: Sequence[StepTrace]) -> str:

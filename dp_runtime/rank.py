@@ -31,7 +31,7 @@ from dp_runtime.protocols import RowCollective, StepBoard
 from dp_runtime.sampling import Sampler
 from dp_runtime.scheduler import Scheduler
 from dp_runtime.sizing import RankPlan
-from dp_runtime.status import ModelInfo
+from dp_runtime.status import GraphUse, ModelInfo
 from dp_runtime.step import StepLoop
 from dp_runtime.trace import Recorder, Totals
 
@@ -182,8 +182,9 @@ def capture(
     buckets: GraphBuckets,
     poison: bool,
     on_captured: Callable[[int, int], None],
-) -> None:
+) -> GraphUse:
     """Capture the decode graphs of a rank, with all others; the loop then replays them."""
+    started, free = monotonic(), free_bytes(plan.device)
     pages = plan.pages
     table_pages = -(-plan.limits.max_model_len // pages.page_size)
     graphs = DecodeGraphs(
@@ -201,6 +202,9 @@ def capture(
         loop.coordinator.abort(f"{type(error).__name__}: {error}")
         raise
     loop.use_graphs(Slot.TARGET, graphs)
+    return GraphUse(
+        len(buckets.graph_keys()), monotonic() - started, free - free_bytes(plan.device)
+    )
 
 
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:

@@ -38,6 +38,18 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class GraphUse:
+    """What a rank's captured graphs cost."""
+
+    count: int
+    capture_s: float  # warm-up included
+    num_bytes: int  # of the device's memory, the driver's part included
+
+    def __str__(self) -> str:
+        return f"{self.count} graphs: {self.capture_s:.1f} s, {self.num_bytes / 2**20:,.1f} MiB"
+
+
+@dataclass(frozen=True)
 class RankHealth:
     """Progress of one rank; being alive is not progress, so the last finished step counts."""
 
@@ -60,5 +72,6 @@ class RankHealth:
     graphs_captured: int = 0
     graphs_total: int = 0
     load_s: float = 0.0  # seconds to allocate pages and load weights
+    graphs: GraphUse | None = None  # known once they are captured
     memory: RankMemory | None = None  # known once the rank has a plan
     error: str = ""

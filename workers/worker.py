@@ -20,7 +20,7 @@ from dp_runtime.memory import MemoryUse, RankMemory
 from dp_runtime.rank import LoadedRank, assemble, capture, kernels_of, load_rank, profile
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sizing import RankPlan, plan_rank
-from dp_runtime.status import ModelInfo, RankHealth, RankState
+from dp_runtime.status import GraphUse, ModelInfo, RankHealth, RankState
 from dp_runtime.step import Commands, StepLoop
 from dp_runtime.trace import StepTrace, Totals
 from workers.links import RankLinks, connect
@@ -59,6 +59,7 @@ class Worker:
         self._error: str | None = None
         self._bytes_loaded = 0
         self._graphs = (0, 0)  # captured, of how many
+        self._graph_use: GraphUse | None = None
 
     def prepare(self) -> HostInfo:
         """Check the model against the config, before anything is loaded (ValueError)."""
@@ -97,7 +98,7 @@ class Worker:
             self._state = RankState.CAPTURING
             buckets = GraphBuckets(self._plan.limits.max_num_requests)
             poison = self.config.poison_padding
-            capture(self._plan, self._loop, buckets, poison, self._count_graphs)
+            self._graph_use = capture(self._plan, self._loop, buckets, poison, self._count_graphs)
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
@@ -157,6 +158,7 @@ class Worker:
             graphs_captured=self._graphs[0],
             graphs_total=self._graphs[1],
             load_s=self._loaded.load_s if self._loaded else 0.0,
+            graphs=self._graph_use,
             memory=RankMemory(self.dp_rank, plan.memory, self._measured) if plan else None,
             error=self._error or "",
         )

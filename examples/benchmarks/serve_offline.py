@@ -74,6 +74,7 @@ def main() -> None:
     started = time.monotonic()
     with Engine(config, show_progress=True) as engine:
         print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
+        print(f"rank 0: {engine.health()[0].graphs or 'no graphs'}", flush=True)
         serve(engine, make_load("warmup", 8 * args.dp_size), args.route)
         for kind in args.load:
             for count in args.requests:
