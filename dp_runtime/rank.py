@@ -172,8 +172,9 @@ def _moe_kernels(plan: RankPlan) -> tuple[Kernel, ...]:
 
     model = plan.model
     shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
-    most = plan.limits.max_num_tokens * plan.sharding.dp_size
-    return modules(model, shard, most, plan.dtype, torch.device(plan.device))
+    ranks = plan.sharding.dp_size
+    most = plan.limits.max_num_tokens * ranks
+    return modules(model, shard, ranks, most, plan.dtype, torch.device(plan.device))
 
 
 def capture(

@@ -16,30 +16,35 @@ from dp_runtime.models.config import ModelConfig
 
 
 def modules(
-    model: ModelConfig, shard: ExpertShard, most_rows: int, dtype: torch.dtype, device: torch.device
+    model: ModelConfig,
+    shard: ExpertShard,
+    dp_size: int,
+    most_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Kernel, ...]:
-    """The experts' kernels with all tiles that up to most_rows gathered rows may choose.
+    """The stage's kernels with all tiles that 1 to most_rows gathered rows of dp_size ranks choose.
 
     One module: Triton's compiler runs in one thread of a process.
     """
-    if shard.is_empty or not model.num_moe_layers:
+    if not model.num_moe_layers:
         return ()
-    top_k, experts = model.num_experts_per_tok, model.num_experts
+    num_local = 0 if shard.is_empty else len(shard.experts)
     inner = aligned(len(shard.intermediate))
-    rows = [*(1 << power for power in range(most_rows.bit_length())), most_rows]
-    tilings = {choose_tiles(count, top_k, experts, inner): None for count in rows}
-    routes = {RouteTile.of(count): None for count in rows}
-    build = partial(
-        _build, tuple(routes), tuple(tilings), model, (len(shard.experts), inner), dtype, device
-    )
-    return (Kernel(f"Triton experts ({len(routes) + len(tilings)} tilings)", build),)
+    top_k, experts = model.num_experts_per_tok, model.num_experts
+    tilings = {
+        (RouteTile.of(rows), choose_tiles(rows, top_k, experts, inner)): None
+        for rows in range(1, most_rows + 1)
+    }
+    build = partial(_build, tuple(tilings), model, (num_local, inner), dp_size, dtype, device)
+    return (Kernel(f"Triton experts ({len(tilings)} tilings)", build),)
 
 
 def _build(
-    routes: Sequence[RouteTile],
-    tilings: Sequence[ExpertTiles],
+    tilings: Sequence[tuple[RouteTile, ExpertTiles]],
     model: ModelConfig,
     shard: tuple[int, int],
+    dp_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
@@ -48,17 +53,16 @@ def _build(
     shard: local experts and their intermediate size.
     """
     num_local, inner = shard
-    hidden, renormalize = model.hidden_size, model.norm_topk_prob
+    hidden = model.hidden_size
     rows = torch.zeros(1, hidden, dtype=dtype, device=device)
     router = rows.new_zeros(model.num_experts, hidden)
     counters = RoutingCounters.zeros(num_local, device)
-    layout = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    layout = torch.zeros(2, dp_size, dtype=torch.int32, device=device)
     gate_up = rows.new_empty(1).expand(num_local, 2 * inner, hidden)
     down = rows.new_empty(1).expand(num_local, hidden, inner)
-    for route_tile in routes:
+    for tile, tiles in tilings:
         routing = route(
-            rows, router, layout, model.num_experts_per_tok, renormalize, 0, num_local, counters,
-            route_tile,
+            rows, router, layout, model.num_experts_per_tok, model.norm_topk_prob, 0, num_local,
+            counters, tile,
         )  # fmt: skip
-    for tiles in tilings:
         run_experts(rows, gate_up, down, routing, tiles)

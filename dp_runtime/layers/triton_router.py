@@ -111,7 +111,10 @@ def route(
     return routing
 
 
-@triton.jit(do_not_specialize=["rows", "first_expert"])
+@triton.jit(
+    do_not_specialize=["rows", "dp_size", "first_expert"],
+    do_not_specialize_on_alignment=["layout"],
+)
 def _route_kernel(
     x, router, layout, partial, counters, weights, local_ids, counts, pairs,
     x_stride, rows, dp_size, first_expert, num_local,
