@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dp_runtime.layers.rotary import HeadRotation
+from dp_runtime.layers.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
 
 HEADS_AT_ONCE = 8  # of a row, in one program
 
@@ -50,11 +51,13 @@ def rotate_and_append(
     together = [x for x in (pool, weight, cos, sin) if x is not None]
     assert all(x.is_contiguous() for x in together), "rows lie one behind the other"
     q = torch.empty(rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    pdl = overlaps(qkv.device)
     _rotate_and_append_kernel[(rows, triton.cdiv(all_heads, HEADS_AT_ONCE))](
         qkv, q, pool, slot_mapping, weight, cos, sin, rotation.eps, k_scale, v_scale,
         qkv.stride(0), num_heads, kv_heads, page_size,
         HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2), HEADS=HEADS_AT_ONCE,
-        HAS_NORM=weight is not None, QUANTIZED=pool.dtype == torch.uint8, num_warps=2,
+        HAS_NORM=weight is not None, QUANTIZED=pool.dtype == torch.uint8,
+        PDL=pdl, num_warps=2, launch_pdl=pdl,
     )  # fmt: skip
     return q
 
@@ -81,8 +84,11 @@ def _rotate_and_append_kernel(
     qkv, q, pool, slot_mapping, weight, cos, sin, eps, k_scale, v_scale,
     qkv_stride, num_heads, kv_heads, page_size,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, HAS_NORM: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    QUANTIZED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:  # XQA, the next kernel, starts early too: it waits before it reads q or a new key
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + row).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
