@@ -56,3 +56,32 @@ def test_bf16_is_as_near_to_float32_as_transformers_is(
         pytest.skip(f"{dp_size} GPUs are needed, {torch.cuda.device_count()} are here")
     outputs = serve(checkpoint, attention_backend=backend, dp_size=dp_size, **changes)
     compare(checkpoint, outputs)[1].check(f"{backend}, {dp_size} ranks")
+
+
+def mixed_params(number: int) -> SamplingParams:
+    """Greedy, drawn, penalised and biased requests, with log probabilities or without."""
+    kinds: tuple[dict[str, object], ...] = (
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": number},
+        {"temperature": 0.0, "logprobs": 2, "presence_penalty": 0.5},
+        {"temperature": 0.7, "seed": number, "top_k": 5, "logit_bias": {7: 1.0}, "min_tokens": 3},
+        {"temperature": 0.0, "prompt_logprobs": 1},
+    )
+    return SamplingParams(max_tokens=4, ignore_eos=True, **kinds[number % len(kinds)])  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(300)
+def test_graphs_give_the_logits_of_eager_steps(checkpoint: Path) -> None:
+    """Their rounding differs, so a tie may fall otherwise; logits of other rows would be noise."""
+    lines = [prompt[: 1 + n % 40] for n, prompt in enumerate(4 * prompts()) if len(prompt) > 4]
+    params = [mixed_params(number) for number in range(len(lines))]
+    tokens = []
+    for graphs in (True, False):
+        config = EngineConfig(
+            str(checkpoint), launcher="local", device="cuda", max_model_len=512, num_pages=200,
+            cuda_graphs=graphs, attention_backend="trtllm",
+        )  # fmt: skip
+        with Engine(config) as engine:
+            tokens.append([output.token_ids for output in engine.generate(lines, params)])
+    pairs = [pair for one, other in zip(*tokens) for pair in zip(one[1:], other[1:], strict=True)]
+    assert sum(one == other for one, other in pairs) > 0.5 * len(pairs)
