@@ -19,7 +19,7 @@ from dp_runtime.protocols import Counts, RowCollective, StepBoard
 from tests.collectives import boards, cases
 from tests.collectives.ranks import Case, Ranks
 from tests.collectives.test_rows import patterns
-from tests.gpu import lost_peer
+from tests.gpu import counted_rows, lost_peer
 
 REPOSITORY = Path(__file__).parents[2]
 FLOATS = (torch.float32, torch.bfloat16)
@@ -131,6 +131,29 @@ def test_counts_barrier_and_board(ranks: Ranks, place: tuple[str, int]) -> None:
     ranks.run(*place, boards.interleaved_case)
     times = ranks.run(*place, cases.barrier_case, place[1] - 1)
     assert all(left >= max(came for came, _ in times) for _, left in times)
+
+
+@pytest.mark.parametrize("poison", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_replays_follow_the_counts_on_the_device(ranks: Ranks, size: int, poison: bool) -> None:
+    if size == 2:
+        need_two_gpus()
+    sums = ranks.run("peer_to_peer", size, counted_rows.replay_case, poison)
+    if size == 2:
+        for ours, theirs in zip(sums, ranks.run("nccl", size, counted_rows.padded_case)):
+            for one, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(one, other, atol=0.06, rtol=0.02)
+
+
+@pytest.mark.parametrize("poison", [False, True])
+@pytest.mark.parametrize(("transport", "size"), [("peer_to_peer", 2), ("peer_to_peer", 3),
+                                                 ("nccl", 2)])  # fmt: skip
+def test_a_stage_in_a_graph_has_the_bits_of_an_eager_one(
+    ranks: Ranks, transport: str, size: int, poison: bool
+) -> None:
+    if size == 2:
+        need_two_gpus()
+    ranks.run(transport, size, counted_rows.stage_case, poison)
 
 
 NOISE = ("watchdog", "Exception", "Error", "Traceback", "TCPStore", "Warning")

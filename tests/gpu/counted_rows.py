@@ -1,0 +1,169 @@
+"""What ranks do in the GPU tests of rows that are counted on the device, inside CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dp_runtime.layers.exchange import CountedExchange, PaddedExchange, graph_exchange, graph_plan
+from dp_runtime.layers.experts import Experts
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.moe import MoeStage, RankSharding, Router
+from dp_runtime.layers.moe_kernels import TritonMoe
+from dp_runtime.layers.partial_sums import PartialSums
+from dp_runtime.layers.triton_experts import sum_pairs
+from dp_runtime.padding import PaddingPlan
+from dp_runtime.protocols import CountedCollective, Counts, RowCollective, StepBoard
+
+BUCKET, OWN_ROWS, HIDDEN, TOP_K = 64, 48, 2048, 8
+EXPERTS, INTERMEDIATE = 16, 128
+
+
+def real_rows(size: int) -> Iterator[Counts]:
+    """Even, uneven and no rows; no row at all; a few at random, the same on every rank."""
+    yield (OWN_ROWS,) * size
+    yield (1, *(OWN_ROWS,) * (size - 1))
+    yield (*(17,) * (size - 1), 0)
+    yield (0,) * size
+    yield (0, *(5,) * (size - 1))
+    generator = torch.Generator().manual_seed(size)
+    for _ in range(4):
+        yield tuple(torch.randint(0, OWN_ROWS + 1, (size,), generator=generator).tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """One rank's rows and terms on its GPU, written in place before every replay."""
+
+    rows: Tensor  # [OWN_ROWS, HIDDEN]
+    terms: Tensor  # [dp_size * BUCKET * TOP_K, HIDDEN]
+    local_ids: Tensor  # [dp_size * BUCKET, TOP_K] int32
+    layout: Tensor  # [2, dp_size] int32
+
+    @classmethod
+    def empty(cls, c: RowCollective) -> Inputs:
+        device = torch.device("cuda", c.dp_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        total = c.dp_size * BUCKET
+        starts = torch.arange(0, total, BUCKET, dtype=torch.int32, device=device)
+        return cls(
+            torch.zeros(OWN_ROWS, HIDDEN, dtype=torch.bfloat16, device=device),
+            torch.zeros(total * TOP_K, HIDDEN, dtype=torch.bfloat16, device=device),
+            torch.full((total, TOP_K), -1, dtype=torch.int32, device=device),
+            torch.stack([starts, torch.zeros_like(starts)]),
+        )
+
+    def draw(self, dp_rank: int, step: int, real: Counts) -> Tensor:
+        """Fill them; the ids of real rows alone. Terms that do not count are NaN."""
+        generator = torch.Generator().manual_seed(100 * step + dp_rank)
+        self.rows.copy_(torch.randn(self.rows.shape, generator=generator))
+        terms = torch.randn(self.terms.shape, generator=generator).bfloat16()
+        ids = torch.randint(-8, 8, self.local_ids.shape, generator=generator, dtype=torch.int32)
+        counted = ids.clone()
+        for rank, count in enumerate(real):
+            counted[rank * BUCKET + count : (rank + 1) * BUCKET] = -1
+        terms[counted.view(-1) < 0] = torch.nan
+        self.terms.copy_(terms)
+        self.local_ids.copy_(ids)
+        self.layout[1].copy_(torch.tensor(real, dtype=torch.int32))
+        return counted.to(self.local_ids.device)
+
+
+def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of the call, which runs once before, and its result."""
+    forward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        out = forward()
+    return graph, out
+
+
+def slow_sums(c: RowCollective, inputs: Inputs, counted: Tensor) -> Tensor:
+    """The own rows of all ranks' terms: summed by a kernel, then scattered by the bucket."""
+    sums = sum_pairs(inputs.terms, counted)
+    return c.reduce_scatter_rows(sums, (BUCKET,) * c.dp_size)[:OWN_ROWS]
+
+
+@torch.inference_mode()
+def padded_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
+    """The sums of every drawing, by whole buckets."""
+    inputs, results = Inputs.empty(c), []
+    for step, real in enumerate(real_rows(c.dp_size)):
+        counted = inputs.draw(c.dp_rank, step, real)
+        results.append(slow_sums(c, inputs, counted)[: real[c.dp_rank]].cpu())
+    return results
+
+
+@torch.inference_mode()
+def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor]:
+    """Counts change between the replays of one graph; rows have the bits of eager calls."""
+    assert isinstance(c, CountedCollective)
+    inputs, results = Inputs.empty(c), []
+    gathered = torch.zeros(c.dp_size * BUCKET, HIDDEN, dtype=torch.bfloat16, device="cuda")
+
+    def forward() -> Tensor:
+        gathered.copy_(c.gather_counted(inputs.rows, inputs.layout, BUCKET, poison))
+        partial = PartialSums(inputs.terms, inputs.local_ids)
+        return c.reduce_scatter_counted(partial, inputs.layout, OWN_ROWS)
+
+    graph, out = captured(forward)
+    for step, real in enumerate(real_rows(c.dp_size)):
+        own = real[c.dp_rank]
+        counted = inputs.draw(c.dp_rank, step, real)
+        graph.replay()
+        c.watch("a replay")
+        sums, slots = out.clone(), gathered.view(c.dp_size, BUCKET, HIDDEN)
+        due = c.gather_rows(inputs.rows[:own], real).split(real)
+        for slot, rows in zip(slots, due):
+            assert torch.equal(slot[: len(rows)], rows)
+            assert not poison or slot[len(rows) :].isnan().all()
+        assert torch.equal(sums[:own], slow_sums(c, inputs, counted)[:own])
+        assert (sums[own:] == 0).all(), "null rows are 0"
+        results.append(sums[:own].cpu())
+        if step == 1:  # buffers grow, and the graph keeps its own
+            many = (500,) * c.dp_size
+            large = c.gather_rows(torch.ones(500, HIDDEN, device="cuda"), many)
+            assert (c.reduce_scatter_rows(large, many) == c.dp_size).all()
+    c.check()
+    return results
+
+
+@torch.inference_mode()
+def stage_case(c: RowCollective, board: StepBoard, poison: bool) -> None:
+    """A whole MoE stage in one graph has the bits of the same stage outside."""
+    rank, size = c.dp_rank, c.dp_size
+    inputs, stage = Inputs.empty(c), random_stage(rank, size)
+    shapes = tuple(OWN_ROWS if peer == rank else BUCKET for peer in range(size))
+    exchange = graph_exchange(graph_plan(c, shapes, BUCKET), c, poison, inputs.layout)
+    assert isinstance(exchange, CountedExchange) == isinstance(c, CountedCollective)
+    graph, out = captured(lambda: stage(inputs.rows, exchange))
+    for step, real in enumerate(real_rows(size)):
+        inputs.draw(rank, step, real)
+        graph.replay()
+        c.watch("a replay")
+        fast = out.clone()
+        plan = PaddingPlan(rank, real, (BUCKET,) * size)
+        slow = stage(inputs.rows[: real[rank]], PaddedExchange(plan, c, poison))
+        assert slow.isfinite().all()
+        assert torch.equal(fast[: real[rank]], slow)
+        assert (fast[real[rank] :] == 0).all(), "null rows are 0"
+    c.check()
+
+
+def random_stage(dp_rank: int, dp_size: int) -> MoeStage:
+    """The same router on every rank, and this rank's experts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * 0.05).bfloat16().cuda()
+
+    router = Router(Linear(draw(EXPERTS, HIDDEN), None), TOP_K, True)
+    gate_up, down = draw(EXPERTS, 2 * INTERMEDIATE, HIDDEN), draw(EXPERTS, HIDDEN, INTERMEDIATE)
+    own = RankSharding("ep", dp_rank, dp_size).shard(EXPERTS, INTERMEDIATE).experts
+    mine = slice(own.start, own.stop)
+    experts = Experts(gate_up[mine].contiguous(), down[mine].contiguous(), own.start)
+    return MoeStage(router, experts, TritonMoe())
