@@ -1,0 +1,158 @@
+"""Peer-to-peer kernels against NCCL: all-gather and reduce-scatter between the GPUs of a host.
+
+    python examples/benchmarks/collectives.py [--rows 8 64 256 ...] [--hidden 2048]
+
+A rank per GPU, each seeing only its own, bf16, inside CUDA graphs of 50 pairs (the kernels need
+that a gather and a reduce-scatter alternate). A pair is timed as eager steps move rows, over both
+transports, and as a MoE stage of a graph does, where a row's sum over its experts is part of it:
+`summed`, a kernel for the sums and then the pair; `counted`, the kernels that read the real rows
+on the device and add on the way, with all rows real and with a quarter of them. Floor: the bytes a
+rank receives in both, at the measured rate of a large copy from a peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from collectives.peer_to_peer import PeerToPeerGroup
+from collectives.shared_memory import new_rendezvous_path
+from collectives.torch_distributed import TorchDistributedGroup
+from dp_runtime.layers.partial_sums import PartialSums
+from dp_runtime.protocols import CountedCollective, RowCollective
+from examples.benchmarks import machine
+from examples.benchmarks.device_timing import captured, event_us
+from examples.benchmarks.spawned import run_spawned
+
+PAIRS = 50
+TOP_K = 8
+TIMEOUT_S = 20.0
+COLUMNS = ("nccl", "peer_to_peer", "summed", "counted", "a quarter")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256, 1024, 4096])
+    parser.add_argument("--hidden", type=int, default=2048)
+    args = parser.parse_args()
+    size = torch.cuda.device_count()
+    if size < 2:
+        sys.exit("at least two GPUs are needed")
+    print(machine.describe("torch", "triton"), f"{size}x {torch.cuda.get_device_name()}", sep="\n")
+    figures: dict[int, dict[str, float]] = {rows: {} for rows in args.rows}
+    for transport in ("peer_to_peer", "nccl"):
+        with tempfile.TemporaryDirectory() as folder:
+            where = new_rendezvous_path() if transport == "peer_to_peer" else f"file://{folder}/s"
+            found = run_spawned(run_rank, size, size, transport, where, args)
+            for rows in args.rows:
+                figures[rows] |= found[rows]
+    print("microseconds of a pair of all-gather and reduce-scatter")
+    print(f"{'rows a rank':>11}{'floor':>8}" + "".join(f"{name:>14}" for name in COLUMNS))
+    rate = peer_rate()
+    for rows in args.rows:
+        floor = 2 * (size - 1) * rows * args.hidden * 2 / rate * 1e6
+        times = "".join(f"{figures[rows][name]:>14.1f}" for name in COLUMNS)
+        print(f"{rows:>11}{floor:>8.1f}{times}")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A rank's rows, and the terms of all ranks' rows; each is local to this rank or not."""
+
+    counts: tuple[int, ...]
+    own: Tensor  # [rows, hidden]
+    partial: Tensor  # [dp_size * rows, hidden]
+    terms: PartialSums
+
+    @classmethod
+    def make(cls, rows: int, size: int, hidden: int, device: torch.device) -> Rows:
+        total = rows * size
+        ids = torch.randint(0, size, (total, TOP_K), dtype=torch.int32, device=device)
+        ids = torch.where(ids == 0, 0, -1).int()
+        return cls(
+            (rows,) * size,
+            torch.randn(rows, hidden, device=device).bfloat16(),
+            torch.randn(total, hidden, device=device).bfloat16(),
+            PartialSums(torch.randn(total * TOP_K, hidden, device=device).bfloat16(), ids),
+        )
+
+    def eager(self, collective: RowCollective) -> None:
+        collective.gather_rows(self.own, self.counts)
+        collective.reduce_scatter_rows(self.partial, self.counts)
+
+    def summed(self, collective: RowCollective) -> None:
+        collective.gather_rows(self.own, self.counts)
+        collective.reduce_scatter_rows(self.terms.rows(), self.counts)
+
+    def counted(self, collective: CountedCollective, real: int) -> Callable[[], None]:
+        rows, size = self.counts[0], len(self.counts)
+        starts = [rank * rows for rank in range(size)]
+        layout = torch.tensor([starts, [real] * size], dtype=torch.int32, device=self.own.device)
+
+        def pair() -> None:
+            collective.gather_counted(self.own, layout, rows, False)
+            collective.reduce_scatter_counted(self.terms, layout, rows)
+
+        return pair
+
+
+def run_rank(
+    rank: int, size: int, transport: str, address: str, args: argparse.Namespace, results: Any
+) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    group = (
+        PeerToPeerGroup(address, rank, size, TIMEOUT_S, device)
+        if transport == "peer_to_peer"
+        else TorchDistributedGroup(address, rank, size, TIMEOUT_S, transport, device)
+    )
+    collective, figures = group.collective, {}
+    for count in args.rows:
+        rows = Rows.make(count, size, args.hidden, device)
+        pairs = {transport: partial(rows.eager, collective)}
+        if isinstance(collective, CountedCollective):
+            pairs["summed"] = partial(rows.summed, collective)
+            pairs["counted"] = rows.counted(collective, count)
+            pairs["a quarter"] = rows.counted(collective, -(-count // 4))
+        figures[count] = {name: graph_us(pair, collective.barrier) for name, pair in pairs.items()}
+    if rank == 0:
+        results.put(figures)
+    group.close()
+
+
+def graph_us(pair: Callable[[], None], barrier: Callable[[], None]) -> float:
+    """Microseconds of one pair in a graph, the median of five replays that start together."""
+    replay = captured(lambda: [pair() for _ in range(PAIRS)])
+    times = []
+    for _ in range(6):
+        barrier()
+        replay()  # the ranks come together in this one
+        times.append(event_us(replay))
+    return sorted(times[1:])[2] / PAIRS
+
+
+def peer_rate() -> float:
+    """Bytes a second of a large copy from another GPU."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:1")
+    target = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
+    target.copy_(source)
+    torch.cuda.synchronize()
+    with torch.cuda.device(0):
+        return (1 << 30) / (event_us(lambda: target.copy_(source)) / 1e6)
+
+
+if __name__ == "__main__":
+    main()
