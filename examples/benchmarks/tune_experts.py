@@ -1,0 +1,241 @@
+"""Which tiles of the expert kernels are fastest on this GPU, for each shape and number of tokens.
+
+    python examples/benchmarks/tune_experts.py [--shapes ep4 ep2 tp4 tp2] [--tokens 16 64 ...]
+
+The Qwen3-30B-A3B shape in bf16, uniform random routing. Candidates are compiled beforehand in
+processes, checked against plain torch, and timed in CUDA graphs with four weight sets in turn. For
+each product the best three are printed as `expert_tiles.Tile`s, with their rate and how far they
+are from the floor; then the parts of the stage with the best of both. What does not compile or fit
+is named and skipped; a shape ends after --seconds, with what it has found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dp_runtime.layers.expert_tiles import FLAT, ExpertTiles, Tile
+from dp_runtime.layers.triton_experts import down_pairs, gate_up_pairs, run_pairs, sum_pairs
+from dp_runtime.layers.triton_router import RouteTile, Routing, RoutingCounters, route
+from examples.benchmarks import machine
+from examples.benchmarks.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
+from examples.benchmarks.expert_candidates import Job, candidates, compile_all
+from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SETS, SHAPES, TOP_K
+
+TOKENS = (16, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768)
+ALLOWED_ERROR = 1e-2
+ROUTES = (RouteTile(16, 8), RouteTile(16, 4), RouteTile(16, 2), RouteTile(32, 1), RouteTile(64, 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--seconds", type=float, default=90.0, help="for each shape")
+    parser.add_argument("--workers", type=int, default=min(24, os.cpu_count() or 1))
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    say(machine.describe("torch", "triton"), describe_gpu())
+    rates = read_rate(), matmul_rate()
+    for name in args.shapes:
+        deadline = time.monotonic() + args.seconds
+        compiled = compile_all(name, args.tokens, args.workers, args.seconds / 3)
+        bench = Bench.make(name, *rates)
+        for i, tokens in enumerate(args.tokens):
+            now = time.monotonic()
+            share = (deadline - now) / (len(args.tokens) - i)
+            tune(bench, tokens, compiled, now + share)
+        del bench
+        torch.cuda.empty_cache()
+
+
+def say(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Four layers' weights of one shard, and the machine's rates: bytes and operations a second."""
+
+    name: str
+    routers: list[Tensor]
+    gate_up: list[Tensor]
+    down: list[Tensor]
+    counters: RoutingCounters
+    read_rate: float
+    matmul_rate: float
+
+    @classmethod
+    def make(cls, name: str, read_rate: float, matmul_rate: float) -> Bench:
+        num_local, intermediate = SHAPES[name]
+
+        def random(*shape: int) -> list[Tensor]:
+            return [torch.randn(shape, device="cuda").bfloat16() * 0.02 for _ in range(SETS)]
+
+        return cls(
+            name,
+            random(EXPERTS, HIDDEN),
+            random(num_local, 2 * intermediate, HIDDEN),
+            random(num_local, HIDDEN, intermediate),
+            RoutingCounters.zeros(num_local, torch.device("cuda")),
+            read_rate,
+            matmul_rate,
+        )
+
+    def route(self, rows: Tensor, layout: Tensor, i: int, tile: RouteTile) -> Routing:
+        num_local = len(self.down[i])
+        return route(
+            rows, self.routers[i], layout, TOP_K, True, 0, num_local, self.counters, tile
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One product of the stage: how it is run, what is due, and its floor."""
+
+    halves: int
+    run: Callable[[int, Tile], Tensor]
+    due: Tensor
+    index: Tensor  # rows of the result that are due
+    flops: float
+    bytes: float
+    floor_us: float
+
+    def error(self, tile: Tile) -> float:
+        found = self.run(0, tile)[self.index]
+        return float((found - self.due).float().norm() / self.due.float().norm())
+
+    def describe(self, tile: Tile, us: float) -> str:
+        rates = f"{self.flops / us / 1e6:6.0f} TFLOP/s {self.bytes / us / 1e6:5.2f} TB/s"
+        return f"{us:8.1f} us  {rates}  {us / self.floor_us:5.2f} x floor  {tile}"
+
+
+def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None:
+    rows = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+    layout = torch.tensor([[0], [tokens]], dtype=torch.int32, device="cuda")
+    routings = [bench.route(rows, layout, i, RouteTile.of(tokens)) for i in range(SETS)]
+    say(f"{bench.name}, {tokens} tokens, {tokens * TOP_K / EXPERTS:g} pairs an expert")
+    best: dict[int, Tile] = {}
+    for part in products(bench, rows, routings):
+        middle = time.monotonic() + (deadline - time.monotonic()) * (0.5 if part.halves == 2 else 1)
+        ranked = rank(part, bench.name, tokens, compiled, middle)
+        for us, tile in ranked[:3]:
+            say(f"  {('down', 'gate_up')[part.halves - 1]:<8}{part.describe(tile, us)}")
+        if ranked:
+            best[part.halves] = ranked[0][1]
+    if len(best) == 2:
+        whole(bench, rows, layout, routings, best[2], best[1])
+
+
+def rank(
+    part: Product, shape: str, tokens: int, compiled: set[Job], deadline: float
+) -> list[tuple[float, Tile]]:
+    """Candidates by their time; those that are wrong or fail are named and left out."""
+    found: list[tuple[float, Tile]] = []
+    tiles = [
+        tile
+        for tile in candidates(tokens, part.halves)
+        if Job(shape, part.halves, replace(tile, per_multiprocessor=FLAT)) in compiled
+    ]
+    torch.manual_seed(tokens)
+    for done, at in enumerate(torch.randperm(len(tiles)).tolist()):  # a fair part if time runs out
+        if found and time.monotonic() > deadline:
+            say(f"  out of time: {done} of {len(tiles)} tried")
+            break
+        tile = tiles[at]
+        try:
+            error = part.error(tile)
+            if not error < ALLOWED_ERROR:
+                say(f"  WRONG by {error:.3g}: {tile}")
+                continue
+            found.append((graph_us(lambda i, tile=tile: part.run(i, tile), SETS, 3), tile))
+        except Exception as error:
+            say(f"  failed: {tile}: {type(error).__name__}: {str(error)[:160]}")
+            torch.cuda.synchronize()  # a device that is lost says so here, and ends the run
+    return sorted(found, key=lambda x: x[0])
+
+
+def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Product]:
+    """Gate-up, then down over what gate-up gives."""
+    first = routings[0]
+    counts = first.counts.tolist()
+    index = torch.cat([first.pairs[e, :count] for e, count in enumerate(counts)]).long()
+    ends = first.counts.cumsum(0, dtype=torch.int32)
+    half = F.grouped_mm(rows[index // TOP_K], bench.gate_up[0].transpose(1, 2), offs=ends)
+    gate, up = half.chunk(2, -1)
+    activated = F.silu(gate) * up
+    down = F.grouped_mm(activated, bench.down[0].transpose(1, 2), offs=ends)
+    weighted = (down.float() * first.weights.flatten()[index, None]).to(rows.dtype)
+    del half, gate, up, down
+    inputs = activated.new_zeros(len(rows) * TOP_K, activated.shape[1])
+    inputs[: len(activated)] = activated
+    active = sum(int((routing.counts > 0).sum()) for routing in routings) / SETS
+    pairs = sum(int(routing.counts.sum()) for routing in routings) / SETS
+    order = torch.arange(len(index), device="cuda")
+
+    def make(
+        halves: int, due: Tensor, where: Tensor, run: Callable[[int, Tile], Tensor]
+    ) -> Product:
+        one = halves * activated.shape[1] * HIDDEN
+        flops, read = 2 * one * pairs, 2 * one * active
+        floor = max(flops / bench.matmul_rate, read / bench.read_rate) * 1e6
+        return Product(halves, run, due, where, flops, read, floor)
+
+    yield make(
+        2, activated, order,
+        lambda i, tile: gate_up_pairs(rows, bench.gate_up[i], routings[i], tile, False),
+    )  # fmt: skip
+    # NOTE: the pairs of another set are as many as its own counts say; their inputs may be zeros.
+    yield make(
+        1, weighted, index, lambda i, tile: down_pairs(inputs, bench.down[i], routings[i], tile)
+    )  # fmt: skip
+
+
+def whole(
+    bench: Bench, rows: Tensor, layout: Tensor, routings: list[Routing], gate_up: Tile, down: Tile
+) -> None:
+    """The parts of the stage with the best tiles, and all of it."""
+
+    def pairs(i: int, routing: Routing, all_active: bool) -> Tensor:
+        tiles = ExpertTiles(gate_up, down, all_active)
+        return run_pairs(rows, bench.gate_up[i], bench.down[i], routing, tiles)
+
+    def stage(i: int, tile: RouteTile, all_active: bool) -> Tensor:
+        routing = bench.route(rows, layout, i, tile)
+        return sum_pairs(pairs(i, routing, all_active), routing.local_ids)
+
+    tiles = [t for t in ROUTES if t.splits == 1 or len(rows) <= 64 * t.block_m]
+    timed = {
+        f"route {tile.block_m}/{tile.splits}": partial(bench.route, rows, layout, tile=tile)
+        for tile in tiles
+    }
+    runs: dict[str, Callable[[int], object]] = {
+        "router by cuBLAS": lambda i: F.linear(rows, bench.routers[i]),
+        **{name: (lambda i, run=run: run(i=i)) for name, run in timed.items()},
+        "products": lambda i: pairs(i, routings[i], False),
+        "stage": lambda i: stage(i, RouteTile.of(len(rows)), False),
+        "stage, all_active": lambda i: stage(i, RouteTile.of(len(rows)), True),
+    }
+    found = []
+    for name, run in runs.items():
+        try:
+            found.append(f"{name} {graph_us(run, SETS, 3):.1f}")
+        except Exception as error:
+            found.append(f"{name} FAILED {type(error).__name__}: {str(error)[:80]}")
+    say("  us: " + "; ".join(found))
+
+
+if __name__ == "__main__":
+    main()
