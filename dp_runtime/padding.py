@@ -1,6 +1,6 @@
 """Padding for the MoE collectives: the modes, the plan of one stage, `pad` and `strip`.
 
-Nothing outside the MoE stage calls `pad` or `strip`; a batch never learns a padded size.
+Only the MoE stage's `PaddedExchange` calls `pad` and `strip`; a batch never learns a padded size.
 """
 
 from __future__ import annotations
