@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +48,10 @@ class LocalBatch:
         for name in ("request_ids", "seq_lens"):
             assert getattr(self, name).shape == (requests,), f"{name} has one entry per request"
         assert self.page_table.shape[0] == requests, "page_table has one row per request"
-        assert int(self.query_lens.sum()) == rows, "query_lens sum to the rows"
+        assert np.add.reduce(self.query_lens) == rows, "query_lens sum to the rows"
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
-        for item in fields(self):
-            getattr(self, item.name).flags.writeable = False
+        for array in vars(self).values():
+            array.setflags(write=False)
 
     @property
     def num_tokens(self) -> int:

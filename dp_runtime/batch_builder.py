@@ -61,9 +61,9 @@ def build_batch(
 ) -> BuiltBatch:
     """One token of each of the table's rows in `decodes`, then the chunks, one after the other."""
     rows = np.concatenate([decodes, np.array([chunk.live.row for chunk in chunks], np.int64)])
-    query_lens = np.ones(len(rows), np.int32)
+    query_lens = np.ones(len(rows), np.int64)
     query_lens[len(decodes) :] = [chunk.length for chunk in chunks]
-    row_ends = np.cumsum(query_lens, dtype=np.int64)
+    row_ends = query_lens.cumsum()
     row_starts = row_ends - query_lens
     starts = table.num_computed[rows]
     owner = np.arange(len(rows)).repeat(query_lens)
@@ -85,7 +85,7 @@ def build_batch(
         positions=positions,
         slot_mapping=pages * page_size + positions % page_size,
         request_ids=table.request_ids[rows],
-        query_lens=query_lens,
+        query_lens=query_lens.astype(np.int32),
         seq_lens=(starts + query_lens).astype(np.int32),
         page_table=page_table,
         sample_rows=np.concatenate([row_ends[samples] - 1, *_score_rows(chunks, chunk_starts)]),

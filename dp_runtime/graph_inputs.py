@@ -17,19 +17,21 @@ ALIGNED_WORDS = 32  # 128 bytes: kernels may load fields in wide words
 HOST_BUFFERS = 3  # a copy may still be under way when the next steps are written
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _HostBuffer:
     """Pinned memory of one step's inputs, and when its copy was done."""
 
     words: Tensor  # [words] int32, pinned
     fields: dict[str, Int32]
     copied: torch.cuda.Event
+    table_width: int = 0  # pages of the widest table so far; what is beyond has stayed null
 
 
 class GraphInputs:
     """One rank's graph inputs; they never leave their graphs.
 
-    All integers lie in one int32 tensor on the device, and in one pinned buffer on the host.
+    All integers lie in one int32 tensor on the device, and in one pinned buffer on the host. The
+    page table, by far the largest, is last, so that a copy can end with the rows in use.
     """
 
     def __init__(self, rows: int, table_pages: int, dp_size: int, device: torch.device) -> None:
@@ -43,6 +45,7 @@ class GraphInputs:
             "page_table": (rows, table_pages),
         }
         words = sum(_room(shape) for shape in shapes.values())
+        self._table_start = words - _room(shapes["page_table"])
         self._words = torch.zeros(words, dtype=torch.int32, device=device)
         fields = _split(self._words, shapes)
         self.token_ids, self.token_sources = fields["token_ids"], fields["token_sources"]
@@ -87,20 +90,21 @@ class GraphInputs:
         into = buffer.fields
         for name in ("token_ids", "token_sources", "positions", "slot_mapping", "seq_lens"):
             into[name][:rows] = getattr(batch, name)
+        buffer.table_width = max(buffer.table_width, pages)
         into["page_table"][:rows, :pages] = batch.page_table
-        into["page_table"][:rows, pages:] = 0
-        _write_null_rows(into, rows, own_rows)
+        into["page_table"][:rows, pages : buffer.table_width] = 0
+        _write_null_rows(buffer, rows, own_rows)
         _write_layout(into, real_rows, gathered_rows)
-        self._copy(buffer)
+        self._copy(buffer, own_rows)
         count = min(len(last_sampled), len(self._last_sampled))
         self._last_sampled[:count].copy_(last_sampled[:count])
 
     def write_null(self, own_rows: int, gathered_rows: int) -> None:
         """Null rows only, and no real row on any rank: what graphs are captured over."""
         buffer = self._next_buffer()
-        _write_null_rows(buffer.fields, 0, own_rows)
+        _write_null_rows(buffer, 0, own_rows)
         _write_layout(buffer.fields, (0,) * self.layout.shape[1], gathered_rows)
-        self._copy(buffer)
+        self._copy(buffer, own_rows)
 
     def _next_buffer(self) -> _HostBuffer:
         self._turn = (self._turn + 1) % HOST_BUFFERS
@@ -108,19 +112,20 @@ class GraphInputs:
         buffer.copied.synchronize()
         return buffer
 
-    def _copy(self, buffer: _HostBuffer) -> None:
-        self._words.copy_(buffer.words, non_blocking=True)
+    def _copy(self, buffer: _HostBuffer, own_rows: int) -> None:
+        words = self._table_start + own_rows * self.page_table.shape[1]
+        self._words[:words].copy_(buffer.words[:words], non_blocking=True)
         buffer.copied.record()
 
 
-def _write_null_rows(into: dict[str, Int32], start: int, stop: int) -> None:
+def _write_null_rows(buffer: _HostBuffer, start: int, stop: int) -> None:
     """Valid sequences of one token on the null page, which belongs to no request."""
-    null = slice(start, stop)
+    into, null = buffer.fields, slice(start, stop)
     for name in ("token_ids", "positions", "slot_mapping"):
         into[name][null] = 0
     into["token_sources"][null] = -1
     into["seq_lens"][null] = 1
-    into["page_table"][null] = 0
+    into["page_table"][null, : buffer.table_width] = 0
 
 
 def _write_layout(into: dict[str, Int32], real_rows: tuple[int, ...], gathered_rows: int) -> None:

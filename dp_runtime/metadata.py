@@ -110,7 +110,7 @@ def _fits(batch: LocalBatch, pages: PageGeometry) -> bool:
         return False
     if _most(seq_lens) > width * size or _most(table.view(np.uint32), None) >= pages.num_pages:
         return False
-    unowned = np.arange(0, width * size, size) >= seq_lens[:, None]
+    unowned = np.arange(0, width * size, size, dtype=np.int32) >= seq_lens[:, None]
     if not _all(unowned | (table != NULL_PAGE), None):
         return False
     first = np.arange(0, num_requests * width, width)

@@ -37,6 +37,7 @@ class RequestTable:
     def take(self, live: LiveRequest) -> int:
         """A row for a request that has nothing in the cache yet."""
         assert live.row == NO_ROW, f"request {live.request_id} has row {live.row} already"
+        assert self._free, f"{len(self._requests)} rows, and none is free"
         row = live.row = self._free.pop()
         self._requests[row] = live
         self.request_ids[row] = live.request_id

@@ -123,8 +123,8 @@ class Scheduler:
         rows = self.running[ready]
         needed = self.table.num_needed(rows)
         prefilling = self.table.prefilling(rows, needed)
-        decodes = rows[(needed > 0) & ~prefilling][: self.limits.max_num_tokens]
-        budget = self.limits.max_num_tokens - len(decodes)
+        decodes = rows[(needed > 0) & ~prefilling]
+        budget = self.limits.max_num_tokens - len(decodes)  # at least 0: see _admit
         chunks: list[Chunk] = []
         for row, count in zip(rows[prefilling].tolist(), needed[prefilling].tolist()):
             if budget:
@@ -179,23 +179,20 @@ class Scheduler:
         logprob: TokenLogprob | None,
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
     ) -> RequestProgress:
-        index = len(live.outputs)
+        request, index = live.request, len(live.outputs)
         live.outputs.append(token)
         if not live.running:
             self._waiting_tokens += 1
-        stopped = token in live.request.stop_token_ids
-        reason = FinishReason.STOP if stopped else None
-        if not stopped and index + 1 == live.max_outputs:
-            reason = FinishReason.LENGTH
-        if reason:
-            self._finish(live, reason)
+        stopped = token in request.stop_token_ids
+        if stopped or index + 1 == live.max_outputs:
+            self._finish(live, FinishReason.STOP if stopped else FinishReason.LENGTH)
         return RequestProgress(
-            live.request_id,
+            request.request_id,
             index,
             (token,),
             (logprob,) if logprob else (),
             prompt_logprobs,
-            reason,
+            live.finish_reason,
             token if stopped else None,
         )
 
@@ -247,9 +244,8 @@ class Scheduler:
             youngest = int(self.running[-1])
             if youngest == row:
                 return False
-            coming += (
-                int(self.table.num_pages[youngest]) if self.table.num_launched[youngest] else 0
-            )
+            if self.table.num_launched[youngest]:
+                coming += int(self.table.num_pages[youngest])
             self._preempt(self.table.request(youngest))
         return missing <= self.allocator.num_free
 
@@ -265,7 +261,10 @@ class Scheduler:
         self.table.add_pages(row, self.allocator.allocate(request_id, count))
 
     def _admit(self, budget: int) -> list[Chunk]:
-        """Start waiting requests while their known tokens fit the free pages."""
+        """Start waiting requests while their known tokens fit the free pages.
+
+        Each gets a token of the budget at least, so running requests are never more than it.
+        """
         chunks = []
         while self.waiting and budget and len(self.running) < self.limits.max_num_requests:
             live = self.waiting[0]

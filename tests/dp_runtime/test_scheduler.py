@@ -11,6 +11,7 @@ from dp_runtime.program import SERVING_PROGRAMS
 from dp_runtime.request import FinishReason, RankRequest
 from dp_runtime.sampling_params import SamplingParams
 from dp_runtime.scheduler import Limits, Scheduled, Scheduler, StepTokens
+from tests.dp_runtime.reference_scheduler import ReferenceScheduler, Rows
 
 PROGRAM = SERVING_PROGRAMS[0]
 MODEL_LEN = 40
@@ -28,18 +29,25 @@ def token_of(request_id: int, output_index: int) -> int:
 
 
 class Driver:
-    """Plays a step loop without a model: launches, holds steps back, commits."""
+    """Plays a step loop without a model: launches, holds steps back, commits.
+
+    Every step is compared with what the reference chooses.
+    """
 
     def __init__(self, scheduler: Scheduler, depth: int) -> None:
         self.scheduler = scheduler
+        self.reference = ReferenceScheduler(scheduler.pages, scheduler.limits)
         self.depth = depth
-        self.in_flight: deque[Scheduled] = deque()
+        self.in_flight: deque[tuple[Scheduled, Rows]] = deque()
+        self.requests: dict[int, RankRequest] = {}
         self.outputs: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason] = {}
         self.steps = 0
 
     def add(self, item: RankRequest) -> None:
         self.scheduler.add(item)
+        self.reference.add(item.request_id, len(item.prompt_token_ids), item.params.max_tokens)
+        self.requests[item.request_id] = item
         self.outputs[item.request_id] = []
 
     def abort(self, request_id: int) -> None:
@@ -47,21 +55,42 @@ class Driver:
         assert (progress is None) == (request_id in self.reasons)
         if progress:
             self.reasons[request_id] = FinishReason.ABORT
-        self.scheduler.check()
+            self.reference.end(request_id)
+        self.check()
 
     def step(self) -> Scheduled:
         scheduled = self.scheduler.schedule(PROGRAM)
-        self.check(scheduled)
+        rows = self.reference.schedule()
+        self.check()
+        self.check_batch(scheduled, rows)
         self.steps += 1
-        if scheduled.real_rows[0]:
-            self.in_flight.append(scheduled)
-        while len(self.in_flight) > (self.depth if scheduled.real_rows[0] else 0):
-            self.commit(self.in_flight.popleft())
-        self.scheduler.check()
+        if rows:
+            self.in_flight.append((scheduled, rows))
+        while len(self.in_flight) > (self.depth if rows else 0):
+            self.commit(*self.in_flight.popleft())
+        self.check()
         return scheduled
 
-    def check(self, scheduled: Scheduled) -> None:
+    def check(self) -> None:
+        """Pages, and who runs and waits, are the reference's."""
+        scheduler, reference = self.scheduler, self.reference
+        scheduler.check()
+        assert scheduler.allocator.num_free == reference.num_free
+        running = scheduler.table.request_ids[scheduler.running].tolist()
+        assert running == [item.request_id for item in reference.running]
+        waiting = [live.request_id for live in scheduler.waiting]
+        assert waiting == [item.request_id for item in reference.waiting]
+
+    def check_batch(self, scheduled: Scheduled, rows: Rows) -> None:
         (batch,) = scheduled.batches
+        ends = batch.seq_lens.tolist()
+        starts = (batch.seq_lens - batch.query_lens).tolist()
+        assert list(zip(batch.request_ids.tolist(), starts, ends, strict=True)) == rows
+        places = [(number, at) for number, start, end in rows for at in range(start, end)]
+        assert batch.positions.tolist() == [at for _, at in places]
+        sources = batch.token_sources.tolist()
+        for place, token, source in zip(places, batch.token_ids.tolist(), sources, strict=True):
+            assert self.fed_token(token, source, *place) == self.token_at(*place)
         limits = self.scheduler.limits
         assert batch.num_tokens <= limits.max_num_tokens
         assert len(self.scheduler.running) <= limits.max_num_requests
@@ -70,9 +99,27 @@ class Driver:
         pages = [page for row in batch.page_table.tolist() for page in row if page]
         assert len(set(pages)) == len(pages), "a page is in two requests' tables"
 
-    def commit(self, scheduled: Scheduled) -> None:
-        rows = scheduled.samples
-        sampled = list(map(token_of, rows.request_ids.tolist(), rows.output_indices.tolist()))
+    def token_at(self, request_id: int, position: int) -> int:
+        """The token of a request's prompt and outputs."""
+        prompt = self.requests[request_id].prompt_token_ids
+        if position < len(prompt):
+            return prompt[position]
+        return token_of(request_id, position - len(prompt))
+
+    def fed_token(self, token: int, source: int, request_id: int, position: int) -> int:
+        """What the model is fed: the given token, or what the step before samples."""
+        if source < 0:
+            return token
+        last, _ = self.in_flight[-1]
+        index = last.samples.output_indices[source]
+        assert last.samples.request_ids[source] == request_id
+        assert index == position - len(self.requests[request_id].prompt_token_ids)
+        return token_of(request_id, int(index))
+
+    def commit(self, scheduled: Scheduled, rows: Rows) -> None:
+        samples = scheduled.samples
+        numbers, indices = samples.request_ids.tolist(), samples.output_indices.tolist()
+        sampled = list(map(token_of, numbers, indices))
         tokens = StepTokens(sampled, [None] * len(sampled), [() for _ in scheduled.scored])
         for item in self.scheduler.commit(scheduled, tokens):
             assert item.request_id not in self.reasons, "a finished request made progress"
@@ -80,6 +127,7 @@ class Driver:
             self.outputs[item.request_id] += item.token_ids
             if item.finish_reason:
                 self.reasons[item.request_id] = item.finish_reason
+        self.reference.commit(rows, [number for number, _, _ in rows if number in self.reasons])
 
     def drain(self) -> None:
         while self.scheduler.has_work:
@@ -112,7 +160,7 @@ actions = st.lists(
 
 
 @settings(deadline=None, max_examples=150)
-@given(actions, st.integers(11, 30), st.integers(6, 40), st.integers(0, 1))
+@given(actions, st.integers(11, 30), st.integers(1, 40), st.integers(0, 1))
 def test_every_request_gets_its_tokens_and_no_page_leaks(
     todo: list[tuple[str, int, int]], num_pages: int, tokens: int, depth: int
 ) -> None:
@@ -169,6 +217,16 @@ def test_decoding_comes_before_prefill_chunks() -> None:
     driver.add(request(2, 30, 4))
     lengths = [driver.step().batches[0].query_lens.tolist() for _ in range(4)]
     assert lengths == [[1, 7], [1, 7], [1, 7], [1, 7]]
+
+
+def test_nobody_is_admitted_while_an_older_request_lacks_pages() -> None:
+    driver = Driver(scheduler(num_pages=11, tokens=16), 0)
+    for number, prompt in ((1, 8), (2, 30), (3, 1)):
+        driver.add(request(number, prompt, 9))
+    served = [driver.step().batches[0].request_ids.tolist() for _ in range(3)]
+    assert driver.scheduler.allocator.num_free == 1, "enough for the third, not for the second"
+    assert served == [[1, 2], [1, 2], [1]]
+    driver.drain()
 
 
 def test_a_chunk_samples_only_when_it_completes_the_prompt() -> None:
