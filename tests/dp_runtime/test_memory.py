@@ -241,7 +241,7 @@ def test_ranks_that_share_a_gpu_share_its_memory(
     on_a_gpu(monkeypatch, 12.0)
     config = EngineConfig(
         directory(tmp_path), dp_size=2, device="cuda", max_num_requests=20_000,
-        max_num_tokens=20_000, kv_memory_fraction=1.0,
+        max_num_tokens=20_000, kv_memory_fraction=1.0, cuda_graphs=False,
     )  # fmt: skip
     one, two = (plan_rank(replace(config, ranks_per_gpu=shared), 0, "cuda:0") for shared in (1, 2))
     fewer = one.pages.num_pages - two.pages.num_pages
