@@ -91,7 +91,7 @@ def test_a_split_product_chooses_as_a_whole_one(
         routing = route(x, router, at, 4, True, 5, 6, counters, tile)
         assert not counters.values.any(), "they are zero again"
         logits = (x.float() @ router.float().T).to(dtype)
-        order = logits.float().softmax(-1).sort(-1, descending=True, stable=True)
+        order = logits.float().softmax(-1).sort(stable=True, dim=-1, descending=True)
         weights, ids = order.values[:, :4], order.indices[:, :4]
         weights = weights / weights.sum(-1, keepdim=True)
         ours = (ids >= 5) & (ids < 11)
