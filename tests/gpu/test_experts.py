@@ -1,0 +1,125 @@
+"""The MoE stage's Triton kernels at the Qwen3-30B-A3B shape in bf16, eager and in a graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dp_runtime.layers.expert_tiles import choose_tiles
+from dp_runtime.layers.experts import fused_experts
+from dp_runtime.layers.triton_experts import run_experts
+from dp_runtime.layers.triton_router import RouteTile, Routing, RoutingCounters, route
+
+HIDDEN, EXPERTS, TOP_K = 2048, 128, 8
+SHARDS = {"ep4": (32, 768), "tp4": (128, 192)}
+
+
+class Stage:
+    """One shard's layer with random weights, and its routing's counters."""
+
+    def __init__(self, shard: str) -> None:
+        torch.manual_seed(0)
+        self.num_local, self.intermediate = SHARDS[shard]
+        device = torch.device("cuda")
+        self.router = torch.randn(EXPERTS, HIDDEN, device=device).bfloat16() * 0.05
+        shape = self.num_local, 2 * self.intermediate, HIDDEN
+        self.gate_up = torch.randn(shape, device=device).bfloat16() * 0.02
+        shape = self.num_local, HIDDEN, self.intermediate
+        self.down = torch.randn(shape, device=device).bfloat16() * 0.02
+        self.counters = RoutingCounters.zeros(self.num_local, device)
+
+    def route(self, rows: Tensor, layout: Tensor) -> Routing:
+        return route(
+            rows, self.router, layout, TOP_K, True, 0, self.num_local, self.counters,
+            RouteTile.of(len(rows)),
+        )  # fmt: skip
+
+    def run(self, rows: Tensor, layout: Tensor) -> tuple[Routing, Tensor]:
+        routing = self.route(rows, layout)
+        tiles = choose_tiles(len(rows), TOP_K, EXPERTS, self.intermediate)
+        return routing, run_experts(rows, self.gate_up, self.down, routing, tiles)
+
+    def due(self, rows: Tensor, routing: Routing) -> Tensor:
+        ids = torch.where(routing.local_ids < 0, EXPERTS, routing.local_ids).long()
+        return fused_experts(rows, self.gate_up, self.down, ids, routing.weights, 0)
+
+
+def layout_of(first: int, second: int, gathered: int) -> Tensor:
+    """Two ranks with so many gathered rows each, and so many real ones."""
+    return torch.tensor([[0, gathered], [first, second]], dtype=torch.int32, device="cuda")
+
+
+def poisoned(gathered: int, first: int, second: int) -> tuple[Tensor, Tensor]:
+    """Random rows of two ranks, NaN in the padding, and which are real."""
+    rows = torch.randn(2 * gathered, HIDDEN, device="cuda").bfloat16()
+    row = torch.arange(2 * gathered, device="cuda")
+    real = (row < first) | ((row >= gathered) & (row < gathered + second))
+    rows[~real] = float("nan")
+    return rows, real
+
+
+@pytest.mark.parametrize("shard", list(SHARDS))
+@pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048, 8192])
+def test_all_sizes_equal_grouped_products(shard: str, gathered: int) -> None:
+    stage = Stage(shard)
+    first, second = gathered, gathered * 2 // 3
+    rows, real = poisoned(gathered, first, second)
+    for _ in range(3):  # what one call leaves behind would show in the next
+        routing, out = stage.run(rows, layout_of(first, second, gathered))
+    assert not stage.counters.values.any()
+    assert torch.equal(out[~real], torch.zeros_like(out[~real]))
+    due = stage.due(rows[real], Routing(
+        routing.weights[real], routing.local_ids[real], routing.counts, routing.pairs
+    ))  # fmt: skip
+    error = (out[real].float() - due.float()).norm() / due.float().norm()
+    assert error < 1e-2
+
+
+@pytest.mark.parametrize("gathered", [4, 128, 512, 3000])
+def test_the_best_experts_are_chosen(gathered: int) -> None:
+    stage = Stage("tp4")
+    rows, real = poisoned(gathered, gathered, gathered)
+    assert real.all()
+    routing = stage.route(rows, layout_of(gathered, gathered, gathered))
+    logits = rows.float() @ stage.router.float().T
+    ids = routing.local_ids.long()
+    chosen = logits.gather(1, ids)
+    left = logits.scatter(1, ids, float("-inf")).max(1).values
+    assert (chosen.min(1).values >= left - left.abs() * 2**-6).all(), "but for bf16's rounding"
+    torch.testing.assert_close(routing.weights, chosen.softmax(-1), atol=2e-2, rtol=5e-2)
+    assert int(routing.counts.sum()) == ids.numel()
+    for expert, count in enumerate(routing.counts.tolist()):
+        pairs = routing.pairs[expert, :count].sort().values
+        assert torch.equal(pairs, (ids.flatten() == expert).nonzero().flatten().int())
+
+
+@pytest.mark.parametrize("shard", list(SHARDS))
+@pytest.mark.parametrize("gathered", [16, 128, 2048])
+def test_a_graph_follows_rows_and_counts(shard: str, gathered: int) -> None:
+    """Several layers in a row, as in a model: a kernel may start while the one before it ends."""
+    stage = Stage(shard)
+    rows, _ = poisoned(gathered, gathered, gathered)
+    layout = layout_of(gathered, gathered, gathered)
+
+    def layers() -> Tensor:
+        x = rows
+        for _ in range(6):
+            x = x + stage.run(x, layout)[1]
+        return x
+
+    layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = layers()
+    for first, second in ((gathered, 1), (0, 0), (gathered // 2, gathered), (0, gathered)):
+        new, real = poisoned(gathered, first, second)
+        rows.copy_(new)
+        layout.copy_(layout_of(first, second, gathered))
+        for _ in range(3):
+            graph.replay()
+        assert torch.equal(found[real], layers()[real])
+    assert not stage.counters.values.any()
