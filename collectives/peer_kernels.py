@@ -97,40 +97,21 @@ def gather_kernel(
     _raise_and_wait(call, there, here, others, calls, stop, RANKS)
 
 
-@triton.jit
-def _partial_sum(
-    terms, local_ids, row, col, row_size, TOP_K: tl.constexpr
-):  # fmt: skip
-    """Columns of a row of this rank's partial sums; terms whose id is below 0 are not read."""
-    if TOP_K == 0:
-        total = tl.load(terms + row * row_size + col, mask=col < row_size)
-    else:
-        total = tl.zeros(col.shape, tl.float32)
-        for j in tl.static_range(TOP_K):
-            term = row * TOP_K + j
-            columns = tl.where(tl.load(local_ids + term) >= 0, row_size, 0)
-            total += tl.load(terms + term * row_size + col, mask=col < columns, other=0.0)
-        total = total.to(terms.dtype.element_ty)
-    return total
-
-
 @triton.jit(do_not_specialize=["own_rows", "slot_rows", "rank"])
 def reduce_scatter_kernel(
-    terms, local_ids, out, layout, own_rows, slot_rows, row_size, buffers, flags, own_flags, calls,
-    stop, rank,
-    SIZE: tl.constexpr, RANKS: tl.constexpr, COLS: tl.constexpr, TOP_K: tl.constexpr,
-    SUM: tl.constexpr, PDL: tl.constexpr,
+    partial, out, layout, own_rows, slot_rows, row_size, buffers, flags, own_flags, calls, stop,
+    rank, SIZE: tl.constexpr, RANKS: tl.constexpr, COLS: tl.constexpr, SUM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Each rank's real rows go to slot `rank` of its buffer; the own slots are summed in order.
 
-    A row is the sum of its TOP_K terms, or a row of `terms` where TOP_K is 0. A slot has slot_rows
-    rows; own_rows of the sum are written, 0 beyond the real ones.
+    A slot has slot_rows rows; own_rows of the sum are written, 0 beyond the real ones.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     call, there, here, others = _flags(flags, own_flags, calls, rank, SIZE, RANKS)
-    pointer: tl.constexpr = tl.pointer_type(terms.dtype.element_ty)
+    pointer: tl.constexpr = tl.pointer_type(partial.dtype.element_ty)
     real = tl.load(layout + SIZE + rank)
     mine = tl.multiple_of(tl.load(buffers + rank).to(pointer), 16)
     width = tl.cdiv(row_size, COLS)
@@ -144,7 +125,7 @@ def reduce_scatter_kernel(
         while tile < tiles:
             row = (tile // width).to(tl.int64)
             col = tile % width * COLS + tl.arange(0, COLS)
-            value = _partial_sum(terms, local_ids, first + row, col, row_size, TOP_K)
+            value = tl.load(partial + (first + row) * row_size + col, mask=col < row_size)
             tl.store(slot + row * row_size + col, value, mask=col < row_size)
             tile += tl.num_programs(0)
     _raise_and_wait(call, there, here, others, calls, stop, RANKS)

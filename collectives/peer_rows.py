@@ -159,16 +159,14 @@ class PeerRows:
         self.watch("gather_rows")
         return buffer.memory.view(0, (layout.total, *rows.shape[1:]), rows.dtype)
 
-    def reduce_scatter(
-        self, terms: Tensor, local_ids: Tensor | None, layout: RowLayout, own_rows: int
-    ) -> Tensor:
+    def reduce_scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
         """The sum of all ranks' contiguous partial sums of the own rows, [own_rows, hidden].
 
-        Rows beyond the own real ones are 0. Terms and local_ids: as in `PartialSums`.
+        Rows beyond the own real ones are 0.
         """
         self._owner.check()
         self._alternate(SCATTER)
-        out = self._scatter(terms, local_ids, layout, own_rows)
+        out = self._scatter(partial, layout, own_rows)
         self.watch("reduce_scatter_rows")
         return out
 
@@ -177,7 +175,7 @@ class PeerRows:
         if self._last == which:
             none, empty = self._stop.new_empty(0, 4), self.layout((0,) * self._size)
             if which == GATHER:
-                self._scatter(none, None, empty, 0)
+                self._scatter(none, empty, 0)
             else:
                 self._gather(none, empty, False)
         self._last = which
@@ -196,19 +194,16 @@ class PeerRows:
         )  # fmt: skip
         return buffer
 
-    def _scatter(
-        self, terms: Tensor, local_ids: Tensor | None, layout: RowLayout, own_rows: int
-    ) -> Tensor:
-        row_size, size = terms.shape[1:].numel(), terms.dtype.itemsize
+    def _scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
+        row_size, size = partial.shape[1:].numel(), partial.dtype.itemsize
         buffer = self._grown(SCATTER, self._size * layout.largest * row_size * size)
-        out = terms.new_empty(own_rows, *terms.shape[1:])
+        out = partial.new_empty(own_rows, *partial.shape[1:])
         cols, programs = _split(layout.largest, row_size, size)
         reduce_scatter_kernel[(programs,)](
-            terms, local_ids, out, layout.table, own_rows, layout.largest, row_size,
-            buffer.pointers, *self._signals[SCATTER].arguments(), self._stop, self._rank,
+            partial, out, layout.table, own_rows, layout.largest, row_size, buffer.pointers,
+            *self._signals[SCATTER].arguments(), self._stop, self._rank,
             SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols,
-            TOP_K=0 if local_ids is None else local_ids.shape[1],
-            SUM=SUMS.get(terms.dtype, tl.float32), PDL=self._pdl,
+            SUM=SUMS.get(partial.dtype, tl.float32), PDL=self._pdl,
             num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
         return out

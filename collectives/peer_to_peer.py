@@ -10,7 +10,6 @@ from torch import Tensor
 from collectives.peer_rows import PeerRows, RowLayout
 from collectives.rows import check_gather, check_reduce_scatter
 from collectives.shared_memory import SharedMemoryGroup
-from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.protocols import Counts, RowCollective, StepBoard
 
 LEAVE_S = 2.0  # for the device to end, where nothing has failed
@@ -112,21 +111,20 @@ class PeerToPeerCollective:
         if self.dp_size == 1 or sum(counts) == 0:
             return rows.contiguous()
         layout = self._rows.layout(counts)
-        return self._rows.reduce_scatter(rows.contiguous(), None, layout, counts[self.dp_rank])
+        return self._rows.reduce_scatter(rows.contiguous(), layout, counts[self.dp_rank])
 
     def gather_counted(self, rows: Tensor, layout: Tensor, slot_rows: int, poison: bool) -> Tensor:
         """Own rows, of which the first are real -> [dp_size * slot_rows, hidden]."""
         assert rows.shape[0] <= slot_rows, f"{rows.shape[0]} rows for {slot_rows} of each rank"
         return self._rows.gather(rows.contiguous(), self._counted(layout, slot_rows), poison)
 
-    def reduce_scatter_counted(self, partial: PartialSums, layout: Tensor, own_rows: int) -> Tensor:
+    def reduce_scatter_counted(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
         """Partial sums of all ranks' slots -> own rows, summed; 0 beyond the real ones."""
-        slot_rows, rest = divmod(partial.num_rows, self.dp_size)
-        assert rest == 0, f"{partial.num_rows} rows of partial sums for {self.dp_size} ranks"
+        slot_rows, rest = divmod(partial.shape[0], self.dp_size)
+        assert rest == 0, f"{partial.shape[0]} rows of partial sums for {self.dp_size} ranks"
         assert own_rows <= slot_rows, f"{own_rows} own rows of {slot_rows}"
-        return self._rows.reduce_scatter(
-            partial.terms, partial.local_ids, self._counted(layout, slot_rows), own_rows
-        )
+        counted = self._counted(layout, slot_rows)
+        return self._rows.reduce_scatter(partial.contiguous(), counted, own_rows)
 
     def _counted(self, layout: Tensor, slot_rows: int) -> RowLayout:
         assert layout.shape == (2, self.dp_size), f"layout {list(layout.shape)} is [2, dp_size]"

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from dp_runtime.agreement import StepRecord
-from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.request import RankRequest, RequestProgress
@@ -80,8 +79,8 @@ class CountedCollective(RowCollective, Protocol):
         Those that are not real are undefined, or NaN with poison.
         """
 
-    def reduce_scatter_counted(self, partial: PartialSums, layout: Tensor, own_rows: int) -> Tensor:
-        """Partial sums of dp_size * slot_rows rows -> own rows [own_rows, hidden], summed.
+    def reduce_scatter_counted(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
+        """Partial sums [dp_size * slot_rows, hidden] -> own rows [own_rows, hidden], summed.
 
         Those that are not real are 0.
         """

@@ -7,7 +7,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.padding import PaddingPlan, pad, strip
 from dp_runtime.protocols import CountedCollective, RowCollective
 
@@ -29,8 +28,8 @@ class RowExchange(Protocol):
     def gather(self, rows: Tensor) -> Tensor:
         """Own rows [own, hidden] -> all ranks' rows [total gathered, hidden]."""
 
-    def reduce_scatter(self, partial: PartialSums) -> Tensor:
-        """Partial sums of all ranks' rows -> the sum of the own rows [own, hidden]."""
+    def reduce_scatter(self, partial: Tensor) -> Tensor:
+        """Partial sums [total gathered, hidden] -> the sum of the own rows [own, hidden]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +45,8 @@ class PaddedExchange:
         padded = pad(rows, self.plan, self.poison)
         return self.collective.gather_rows(padded, self.plan.gathered_rows)
 
-    def reduce_scatter(self, partial: PartialSums) -> Tensor:
-        sums = self.collective.reduce_scatter_rows(partial.rows(), self.plan.gathered_rows)
+    def reduce_scatter(self, partial: Tensor) -> Tensor:
+        sums = self.collective.reduce_scatter_rows(partial, self.plan.gathered_rows)
         return strip(sums, self.plan)
 
 
@@ -67,7 +66,7 @@ class CountedExchange:
         slot_rows = self.plan.own_gathered
         return self.collective.gather_counted(rows, self.layout, slot_rows, self.poison)
 
-    def reduce_scatter(self, partial: PartialSums) -> Tensor:
+    def reduce_scatter(self, partial: Tensor) -> Tensor:
         return self.collective.reduce_scatter_counted(partial, self.layout, self.plan.own_real)
 
 

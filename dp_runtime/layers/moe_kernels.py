@@ -12,7 +12,6 @@ from torch import Tensor
 from dp_runtime.errors import require
 from dp_runtime.layers.expert_tiles import choose_tiles
 from dp_runtime.layers.experts import Experts
-from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.transfer import on_device
@@ -31,10 +30,10 @@ class MoeKernels(Protocol):
         layout: Tensor | None,
         router: Router,
         experts: Experts,
-    ) -> PartialSums:
+    ) -> Tensor:
         """This rank's experts' share of every real row, 0 in padded rows.
 
-        gathered [rows, hidden] -> as many rows of partial sums.
+        gathered [rows, hidden] -> [rows, hidden].
 
         layout [2, dp_size] int32: where each rank's rows begin, and how many are real, if they are
         known on the device only; else the plan says it.
@@ -59,13 +58,13 @@ class TorchMoe:
         layout: Tensor | None,
         router: Router,
         experts: Experts,
-    ) -> PartialSums:
+    ) -> Tensor:
         assert layout is None, "these kernels read the real rows from the plan"
         if plan.real_index is None:
-            return PartialSums(self._run(gathered, router, experts))
+            return self._run(gathered, router, experts)
         real = plan.real_index.to(gathered.device)
         sums = self._run(gathered[real], router, experts)
-        return PartialSums(torch.zeros_like(gathered).index_copy_(0, real, sums))
+        return torch.zeros_like(gathered).index_copy_(0, real, sums)
 
     def _run(self, rows: Tensor, router: Router, experts: Experts) -> Tensor:
         weights, ids = router(rows)
@@ -102,8 +101,8 @@ class TritonMoe:
         layout: Tensor | None,
         router: Router,
         experts: Experts,
-    ) -> PartialSums:
-        from dp_runtime.layers.triton_experts import run_pairs
+    ) -> Tensor:
+        from dp_runtime.layers.triton_experts import run_experts
         from dp_runtime.layers.triton_router import RouteTile, route
 
         if layout is None:
@@ -123,8 +122,7 @@ class TritonMoe:
             RouteTile.of(rows),
         )
         tiles = choose_tiles(rows, router.top_k, num_experts, intermediate)
-        terms = run_pairs(gathered, experts.gate_up, experts.down, routing, tiles)
-        return PartialSums(terms, routing.local_ids)
+        return run_experts(gathered, experts.gate_up, experts.down, routing, tiles)
 
     def activation_bytes(
         self, gathered_rows: int, padded: bool, router: Router, experts: Experts
@@ -132,8 +130,7 @@ class TritonMoe:
         num_local, hidden, intermediate = experts.down.shape
         size, pairs = experts.down.dtype.itemsize, gathered_rows * router.top_k
         routing = pairs * (4 + 4) + gathered_rows * num_local * 4
-        summed = 2 * gathered_rows * hidden  # and sent: the most rows that come back
-        products = (pairs * hidden + max(pairs * intermediate, summed)) * size
+        products = (pairs * hidden + max(pairs * intermediate, gathered_rows * hidden)) * size
         return routing + max(self._logits_bytes(gathered_rows, router), products)
 
     def _logits_bytes(self, rows: int, router: Router) -> int:

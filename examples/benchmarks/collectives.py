@@ -4,10 +4,10 @@
 
 A rank per GPU, each seeing only its own, bf16, inside CUDA graphs of 50 pairs (the kernels need
 that a gather and a reduce-scatter alternate). A pair is timed as eager steps move rows, over both
-transports, and as a MoE stage of a graph does, where a row's sum over its experts is part of it:
-`summed`, a kernel for the sums and then the pair; `counted`, the kernels that read the real rows
-on the device and add on the way, with all rows real and with a quarter of them. Floor: the bytes a
-rank receives in both, at the measured rate of a large copy from a peer.
+transports, and as a MoE stage of a graph does, by real rows that the device reads: `counted`, with
+all rows real, and with a quarter of them. In the last columns one of the two, or both, have no row
+that is real. Floor: the bytes a rank receives in both, at the measured rate of a large copy from a
+peer.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from collectives.peer_to_peer import PeerToPeerGroup
 from collectives.shared_memory import new_rendezvous_path
 from collectives.torch_distributed import TorchDistributedGroup
-from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.protocols import CountedCollective, RowCollective
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import captured, event_us
 from examples.benchmarks.spawned import run_spawned
 
 PAIRS = 50
-TOP_K = 8
 TIMEOUT_S = 20.0
-COLUMNS = ("nccl", "peer_to_peer", "summed", "counted", "a quarter")
+ALONE = ("gather", "scatter", "neither")  # the other one is empty, or both
+COLUMNS = ("nccl", "peer_to_peer", "counted", "a quarter", *ALONE)
 
 
 def main() -> None:
@@ -69,41 +68,38 @@ def main() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A rank's rows, and the terms of all ranks' rows; each is local to this rank or not."""
+    """A rank's rows, and its partial sums of all ranks' rows."""
 
     counts: tuple[int, ...]
     own: Tensor  # [rows, hidden]
     partial: Tensor  # [dp_size * rows, hidden]
-    terms: PartialSums
 
     @classmethod
     def make(cls, rows: int, size: int, hidden: int, device: torch.device) -> Rows:
-        total = rows * size
-        ids = torch.randint(0, size, (total, TOP_K), dtype=torch.int32, device=device)
-        ids = torch.where(ids == 0, 0, -1).int()
         return cls(
             (rows,) * size,
             torch.randn(rows, hidden, device=device).bfloat16(),
-            torch.randn(total, hidden, device=device).bfloat16(),
-            PartialSums(torch.randn(total * TOP_K, hidden, device=device).bfloat16(), ids),
+            torch.randn(size * rows, hidden, device=device).bfloat16(),
         )
 
     def eager(self, collective: RowCollective) -> None:
         collective.gather_rows(self.own, self.counts)
         collective.reduce_scatter_rows(self.partial, self.counts)
 
-    def summed(self, collective: RowCollective) -> None:
-        collective.gather_rows(self.own, self.counts)
-        collective.reduce_scatter_rows(self.terms.rows(), self.counts)
-
-    def counted(self, collective: CountedCollective, real: int) -> Callable[[], None]:
+    def counted(
+        self, collective: CountedCollective, gathered: int, scattered: int
+    ) -> Callable[[], None]:
+        """So many real rows of every rank."""
         rows, size = self.counts[0], len(self.counts)
         starts = [rank * rows for rank in range(size)]
-        layout = torch.tensor([starts, [real] * size], dtype=torch.int32, device=self.own.device)
+        there, back = (
+            torch.tensor([starts, [real] * size], dtype=torch.int32, device=self.own.device)
+            for real in (gathered, scattered)
+        )
 
         def pair() -> None:
-            collective.gather_counted(self.own, layout, rows, False)
-            collective.reduce_scatter_counted(self.terms, layout, rows)
+            collective.gather_counted(self.own, there, rows, False)
+            collective.reduce_scatter_counted(self.partial, back, rows)
 
         return pair
 
@@ -124,9 +120,12 @@ def run_rank(
         rows = Rows.make(count, size, args.hidden, device)
         pairs = {transport: partial(rows.eager, collective)}
         if isinstance(collective, CountedCollective):
-            pairs["summed"] = partial(rows.summed, collective)
-            pairs["counted"] = rows.counted(collective, count)
-            pairs["a quarter"] = rows.counted(collective, -(-count // 4))
+            quarter = -(-count // 4)
+            pairs["counted"] = rows.counted(collective, count, count)
+            pairs["a quarter"] = rows.counted(collective, quarter, quarter)
+            pairs["gather"] = rows.counted(collective, count, 0)
+            pairs["scatter"] = rows.counted(collective, 0, count)
+            pairs["neither"] = rows.counted(collective, 0, 0)
         figures[count] = {name: graph_us(pair, collective.barrier) for name, pair in pairs.items()}
     if rank == 0:
         results.put(figures)

@@ -20,10 +20,9 @@ if torch.cuda.is_available():
 import triton.language as tl
 
 from collectives.peer_kernels import gather_kernel, reduce_scatter_kernel
-from dp_runtime.layers.partial_sums import PartialSums
 
 PROGRAMS, COLS, RAISED = 2, 8, 1000
-BUCKET, HIDDEN, TOP_K = 4, 20, 2
+BUCKET, HIDDEN = 4, 20
 SUM_OF = {torch.float32: tl.float32, torch.float16: tl.float32, torch.int64: tl.int64}
 
 
@@ -112,19 +111,18 @@ def test_rows_one_after_the_other_are_gathered_as_they_are(counts: tuple[int, ..
 
 
 def scatter(
-    partial: Sequence[PartialSums], layout: Tensor, slot_rows: int, own_rows: Sequence[int]
+    partial: Sequence[Tensor], layout: Tensor, slot_rows: int, own_rows: Sequence[int]
 ) -> list[Tensor]:
     """Every rank's result, of a second call."""
-    size, terms = len(partial), partial[0].terms
-    peers = Peers(size, size * slot_rows * HIDDEN, terms.dtype)
-    outs = [terms.new_full((rows, HIDDEN), 9) for rows in own_rows]
+    size, dtype = len(partial), partial[0].dtype
+    peers = Peers(size, size * slot_rows * HIDDEN, dtype)
+    outs = [partial[0].new_full((rows, HIDDEN), 9) for rows in own_rows]
     for call in (1, 2):
         for rank in range(size):
-            ids = partial[rank].local_ids
             reduce_scatter_kernel[(PROGRAMS,)](
-                partial[rank].terms, ids, outs[rank], layout, own_rows[rank], slot_rows, HIDDEN,
-                *peers.of(rank), SIZE=size, RANKS=peers.ranks, COLS=COLS,
-                TOP_K=0 if ids is None else ids.shape[1], SUM=SUM_OF[terms.dtype], PDL=False,
+                partial[rank], outs[rank], layout, own_rows[rank], slot_rows, HIDDEN,
+                *peers.of(rank), SIZE=size, RANKS=peers.ranks, COLS=COLS, SUM=SUM_OF[dtype],
+                PDL=False,
             )  # fmt: skip
             peers.check_flags(rank, call)
     return outs
@@ -140,34 +138,25 @@ def summed(rows: Sequence[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("real", REAL, ids=str)
-def test_terms_are_summed_on_the_way_with_the_bits_of_their_own_kernel(
-    real: tuple[int, ...],
-) -> None:
-    """Terms that do not count hold NaN, and so do all of rows that are not real."""
+def test_only_real_rows_are_summed_and_null_rows_are_0(real: tuple[int, ...]) -> None:
+    """Rows that are not real hold NaN."""
     size, own_rows = len(real), [min(BUCKET, count + 1) for count in real]
-    partial = []
-    for _ in range(size):
-        ids = torch.randint(-1, 2, (size, BUCKET, TOP_K), dtype=torch.int32)
-        terms = torch.randn(size, BUCKET, TOP_K, HIDDEN).half()
-        terms[ids < 0] = torch.nan
+    partial = [torch.randn(size, BUCKET, HIDDEN).half() for _ in real]
+    for rows in partial:
         for rank, count in enumerate(real):
-            terms[rank, count:] = torch.nan
-        partial.append(PartialSums(terms.view(-1, HIDDEN), ids.view(-1, TOP_K)))
+            rows[rank, count:] = torch.nan
     outs = scatter(partial, layout_of(bucket_starts(size), real), BUCKET, own_rows)
-    sums = [part.rows().view(size, BUCKET, HIDDEN) for part in partial]
     for rank, (out, count) in enumerate(zip(outs, real)):
-        due = summed([part[rank, :count] for part in sums])
-        assert due.isfinite().all()
-        assert torch.equal(out[:count], due)
+        assert torch.equal(out[:count], summed([rows[rank, :count] for rows in partial]))
         assert (out[count:] == 0).all(), "null rows are 0"
 
 
 @pytest.mark.parametrize("dtype", list(SUM_OF), ids=str)
-def test_rows_of_sums_are_scattered_one_after_the_other(dtype: torch.dtype) -> None:
+def test_rows_are_scattered_one_after_the_other(dtype: torch.dtype) -> None:
     """The layout of eager calls."""
     counts, starts = (2, 0, 4), (0, 2, 2)
     rows = [(torch.randn(6, HIDDEN) * 99).to(dtype) for _ in counts]
-    outs = scatter([PartialSums(part) for part in rows], layout_of(starts, counts), 4, counts)
+    outs = scatter(rows, layout_of(starts, counts), 4, counts)
     for out, due in zip(outs, summed(rows).split(counts)):
         assert torch.equal(out, due)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,13 +16,12 @@ from dp_runtime.graph_buckets import GraphBuckets
 from dp_runtime.layers.exchange import CountedExchange, PaddedExchange, graph_exchange, graph_plan
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
-from dp_runtime.layers.partial_sums import PartialSums
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.program import SERVING_PROGRAMS
 from dp_runtime.protocols import CountedCollective, StepBoard
 from tests.collectives.ranks import run_threads
-from tests.dp_runtime.test_moe import HIDDEN, TOP_K, build_stage, dense, rank_rows
+from tests.dp_runtime.test_moe import HIDDEN, build_stage, dense, rank_rows
 
 BUCKET, EXPERTS, INTERMEDIATE = 6, 5, 11
 
@@ -46,11 +44,10 @@ class Counted(InProcessCollective):
             out[start : start + len(part)] = part
         return out
 
-    def reduce_scatter_counted(self, partial: PartialSums, layout: Tensor, own_rows: int) -> Tensor:
-        sums = partial.rows()
+    def reduce_scatter_counted(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
         starts, real = layout.tolist()
-        parts = self._cross([sums[start : start + n] for start, n in zip(starts, real)])
-        out = sums.new_zeros(own_rows, sums.shape[1])
+        parts = self._cross([partial[start : start + n] for start, n in zip(starts, real)])
+        out = partial.new_zeros(own_rows, partial.shape[1])
         mine = [part[self.dp_rank] for part in parts]
         sum_in_rank_order(mine, out[: real[self.dp_rank]])
         return out
@@ -60,40 +57,20 @@ class Counted(InProcessCollective):
         return self._meet(value, "counted rows")
 
 
-@dataclass(frozen=True, eq=False)
-class Sums(PartialSums):
-    """Summed by torch: the interpreter of kernels is not for threads."""
-
-    def rows(self) -> Tensor:
-        assert self.local_ids is not None
-        terms = self.terms.view(*self.local_ids.shape, -1)
-        return sum(
-            torch.where(self.local_ids[:, j, None] >= 0, terms[:, j], 0.0) for j in range(TOP_K)
-        )
-
-
-class TermsMoe:
-    """As the kernels for graphs: reads real rows from the layout, and gives a term a pair."""
+class LayoutMoe:
+    """As the kernels for graphs: reads from the layout which rows are real."""
 
     def partial_sums(
         self, gathered: Tensor, plan: PaddingPlan, layout: Tensor | None, router: Router,
         experts: Experts,
-    ) -> PartialSums:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         assert layout is not None
         assert len(gathered) == plan.total_gathered
-        terms = gathered.new_full((len(gathered), TOP_K, HIDDEN), torch.nan)
-        local_ids = torch.full((len(gathered), TOP_K), -1, dtype=torch.int32)
+        sums = torch.zeros_like(gathered)
         for start, count in layout.T.tolist():
-            for row in range(start, start + count):
-                weights, ids = router(gathered[row : row + 1])
-                for j, expert in enumerate((ids[0] - experts.first_expert).tolist()):
-                    if 0 <= expert < len(experts.down):
-                        one = slice(j, j + 1)
-                        terms[row, j] = experts(
-                            gathered[row : row + 1], ids[:, one], weights[:, one]
-                        )[0]
-                        local_ids[row, j] = expert
-        return Sums(terms.view(-1, HIDDEN), local_ids)
+            weights, ids = router(gathered[start : start + count])
+            sums[start : start + count] = experts(gathered[start : start + count], ids, weights)
+        return sums
 
 
 def run_case(
@@ -103,7 +80,7 @@ def run_case(
     collective, rank, size = Counted(inner), inner.dp_rank, inner.dp_size
     layout = torch.tensor([[r * BUCKET for r in range(size)], real], dtype=torch.int32)
     stage = build_stage(RankSharding("ep", rank, size), EXPERTS, INTERMEDIATE)
-    stage = MoeStage(stage.router, stage.experts, TermsMoe())
+    stage = MoeStage(stage.router, stage.experts, LayoutMoe())
     null = torch.full((own_rows[rank] - real[rank], HIDDEN), 0.7)
     rows = torch.cat([rank_rows(real)[rank], null])
     shapes = tuple(own_rows[r] if r == rank else BUCKET for r in range(size))

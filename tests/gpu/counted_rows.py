@@ -13,8 +13,6 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding, Router
 from dp_runtime.layers.moe_kernels import TritonMoe
-from dp_runtime.layers.partial_sums import PartialSums
-from dp_runtime.layers.triton_experts import sum_pairs
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.protocols import CountedCollective, Counts, RowCollective, StepBoard
 
@@ -36,11 +34,10 @@ def real_rows(size: int) -> Iterator[Counts]:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """One rank's rows and terms on its GPU, written in place before every replay."""
+    """One rank's rows and partial sums on its GPU, written in place before every replay."""
 
     rows: Tensor  # [OWN_ROWS, HIDDEN]
-    terms: Tensor  # [dp_size * BUCKET * TOP_K, HIDDEN]
-    local_ids: Tensor  # [dp_size * BUCKET, TOP_K] int32
+    partial: Tensor  # [dp_size * BUCKET, HIDDEN]
     layout: Tensor  # [2, dp_size] int32
 
     @classmethod
@@ -51,25 +48,19 @@ class Inputs:
         starts = torch.arange(0, total, BUCKET, dtype=torch.int32, device=device)
         return cls(
             torch.zeros(OWN_ROWS, HIDDEN, dtype=torch.bfloat16, device=device),
-            torch.zeros(total * TOP_K, HIDDEN, dtype=torch.bfloat16, device=device),
-            torch.full((total, TOP_K), -1, dtype=torch.int32, device=device),
+            torch.zeros(total, HIDDEN, dtype=torch.bfloat16, device=device),
             torch.stack([starts, torch.zeros_like(starts)]),
         )
 
-    def draw(self, dp_rank: int, step: int, real: Counts) -> Tensor:
-        """Fill them; the ids of real rows alone. Terms that do not count are NaN."""
+    def draw(self, dp_rank: int, step: int, real: Counts) -> None:
+        """Fill them; partial sums of rows that are not real are NaN."""
         generator = torch.Generator().manual_seed(100 * step + dp_rank)
         self.rows.copy_(torch.randn(self.rows.shape, generator=generator))
-        terms = torch.randn(self.terms.shape, generator=generator).bfloat16()
-        ids = torch.randint(-8, 8, self.local_ids.shape, generator=generator, dtype=torch.int32)
-        counted = ids.clone()
+        partial = torch.randn(self.partial.shape, generator=generator)
         for rank, count in enumerate(real):
-            counted[rank * BUCKET + count : (rank + 1) * BUCKET] = -1
-        terms[counted.view(-1) < 0] = torch.nan
-        self.terms.copy_(terms)
-        self.local_ids.copy_(ids)
+            partial[rank * BUCKET + count : (rank + 1) * BUCKET] = torch.nan
+        self.partial.copy_(partial)
         self.layout[1].copy_(torch.tensor(real, dtype=torch.int32))
-        return counted.to(self.local_ids.device)
 
 
 def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -82,19 +73,18 @@ def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tenso
     return graph, out
 
 
-def slow_sums(c: RowCollective, inputs: Inputs, counted: Tensor) -> Tensor:
-    """The own rows of all ranks' terms: summed by a kernel, then scattered by the bucket."""
-    sums = sum_pairs(inputs.terms, counted)
-    return c.reduce_scatter_rows(sums, (BUCKET,) * c.dp_size)[:OWN_ROWS]
+def padded_sums(c: RowCollective, inputs: Inputs, own: int) -> Tensor:
+    """The own rows' sums, by whole buckets."""
+    return c.reduce_scatter_rows(inputs.partial, (BUCKET,) * c.dp_size)[:own]
 
 
 @torch.inference_mode()
 def padded_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
-    """The sums of every drawing, by whole buckets."""
+    """The sums of every drawing."""
     inputs, results = Inputs.empty(c), []
     for step, real in enumerate(real_rows(c.dp_size)):
-        counted = inputs.draw(c.dp_rank, step, real)
-        results.append(slow_sums(c, inputs, counted)[: real[c.dp_rank]].cpu())
+        inputs.draw(c.dp_rank, step, real)
+        results.append(padded_sums(c, inputs, real[c.dp_rank]).cpu())
     return results
 
 
@@ -107,13 +97,12 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor
 
     def forward() -> Tensor:
         gathered.copy_(c.gather_counted(inputs.rows, inputs.layout, BUCKET, poison))
-        partial = PartialSums(inputs.terms, inputs.local_ids)
-        return c.reduce_scatter_counted(partial, inputs.layout, OWN_ROWS)
+        return c.reduce_scatter_counted(inputs.partial, inputs.layout, OWN_ROWS)
 
     graph, out = captured(forward)
     for step, real in enumerate(real_rows(c.dp_size)):
         own = real[c.dp_rank]
-        counted = inputs.draw(c.dp_rank, step, real)
+        inputs.draw(c.dp_rank, step, real)
         graph.replay()
         c.watch("a replay")
         sums, slots = out.clone(), gathered.view(c.dp_size, BUCKET, HIDDEN)
@@ -121,7 +110,7 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor
         for slot, rows in zip(slots, due):
             assert torch.equal(slot[: len(rows)], rows)
             assert not poison or slot[len(rows) :].isnan().all()
-        assert torch.equal(sums[:own], slow_sums(c, inputs, counted)[:own])
+        assert torch.equal(sums[:own], padded_sums(c, inputs, own))
         assert (sums[own:] == 0).all(), "null rows are 0"
         results.append(sums[:own].cpu())
         if step == 1:  # buffers grow, and the graph keeps its own
