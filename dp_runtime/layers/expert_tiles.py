@@ -12,7 +12,9 @@ class Tile:
     """One kernel's tiling: block_m pairs by block_n columns, in steps of block_k.
 
     tma: whether the copy engine reads weights (capability 9.0 and newer; elsewhere the same loads
-    are spelled out); at most per_multiprocessor programs are started for each multiprocessor.
+    are spelled out). per_multiprocessor: tiles are counted on the device, and at most so many
+    programs are started for each multiprocessor; None: a program for each expert and block of
+    columns.
     """
 
     block_m: int
@@ -21,20 +23,19 @@ class Tile:
     num_warps: int
     num_stages: int
     tma: bool
-    per_multiprocessor: int = FLAT
+    per_multiprocessor: int | None = None
+
+    @property
+    def by_expert(self) -> bool:
+        return self.per_multiprocessor is None
 
 
 @dataclass(frozen=True)
 class ExpertTiles:
-    """The tiles of the two products.
-
-    all_active: every local expert probably has rows, so its weights are worth fetching before
-    the routing is known.
-    """
+    """The tiles of the two products; both by expert, or neither."""
 
     gate_up: Tile
     down: Tile
-    all_active: bool
 
 
 def choose_tiles(rows: int, top_k: int, num_experts: int, intermediate: int) -> ExpertTiles:
@@ -44,19 +45,22 @@ def choose_tiles(rows: int, top_k: int, num_experts: int, intermediate: int) -> 
     examples/benchmarks/tune_experts.py.
     """
     per_expert = rows * top_k / num_experts
-    gate_up, down = _tiles(per_expert, intermediate)
-    return ExpertTiles(gate_up, down, 3 <= per_expert <= 64)
-
-
-def _tiles(per_expert: float, intermediate: int) -> tuple[Tile, Tile]:
+    narrow = intermediate < 512
     if per_expert <= 2:
-        return Tile(16, 128, 64, 8, 5, False), Tile(16, 64, 64, 8, 5, False)
+        return ExpertTiles(Tile(16, 64, 64, 8, 3, False), _down_by_expert(16, narrow))
     if per_expert <= 10:
-        return Tile(16, 64, 128, 4, 3, False), Tile(16, 128, 64, 8, 3, False)
-    if per_expert <= 40:
-        return Tile(32, 64, 128, 4, 5, False), Tile(32, 128, 128, 4, 3, False)
-    if intermediate < 512:
-        wide = per_expert > 128
-        gate_up = Tile(128, 128, 64, 8, 4, True, 1) if wide else Tile(64, 64, 64, 4, 4, True)
-        return gate_up, Tile(64, 128, 64, 4, 3, True)
-    return Tile(128, 128, 64, 8, 4, True, 1), Tile(128, 256, 64, 8, 4, True, 1)
+        return ExpertTiles(Tile(16, 64, 128, 4, 3, True), _down_by_expert(16, narrow))
+    if per_expert <= 20:
+        gate_up = Tile(32, 64 if narrow else 128, 128, 4, 3, True)
+        return ExpertTiles(gate_up, _down_by_expert(32, narrow))
+    if per_expert <= 128:
+        gate_up = Tile(64, 128, 64, 4, 5, True, FLAT)
+    else:
+        gate_up = Tile(128, 128, 64, 8, 4, True, FLAT)
+    return ExpertTiles(gate_up, Tile(128, 128, 64, 4, 3, True, 2))
+
+
+def _down_by_expert(block_m: int, narrow: bool) -> Tile:
+    """narrow: the product is over few columns."""
+    block_k, num_stages = (64, 5) if narrow else (128, 3)
+    return Tile(block_m, 128, block_k, 8 if block_m == 16 else 4, num_stages, True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,9 +16,6 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.transfer import on_device
-
-if TYPE_CHECKING:
-    from dp_runtime.layers.triton_router import RoutingCounters
 
 
 class MoeKernels(Protocol):
@@ -86,13 +84,11 @@ class TorchMoe:
 class TritonMoe:
     """Kernels that skip padded rows where they lie; nothing is read back to the host.
 
-    The layers of a model share one, and with it the layout of a slot and the routing's counters:
-    all its calls follow each other on the device.
+    The layers of a model share one, and with it the layout of a slot.
     """
 
     def __init__(self) -> None:
         self._last: tuple[PaddingPlan, Tensor] | None = None
-        self._counters: RoutingCounters | None = None
 
     def partial_sums(
         self,
@@ -103,7 +99,7 @@ class TritonMoe:
         experts: Experts,
     ) -> Tensor:
         from dp_runtime.layers.triton_experts import run_experts
-        from dp_runtime.layers.triton_router import RouteTile, route
+        from dp_runtime.layers.triton_router import route
 
         if layout is None:
             layout = self._layout(plan, gathered.device)
@@ -118,8 +114,6 @@ class TritonMoe:
             router.renormalize,
             experts.first_expert,
             num_local,
-            self._routing_counters(num_local, gathered.device),
-            RouteTile.of(rows),
         )
         tiles = choose_tiles(rows, router.top_k, num_experts, intermediate)
         return run_experts(gathered, experts.gate_up, experts.down, routing, tiles)
@@ -134,19 +128,12 @@ class TritonMoe:
         return routing + max(self._logits_bytes(gathered_rows, router), products)
 
     def _logits_bytes(self, rows: int, router: Router) -> int:
-        """Of the split product's parts."""
-        from dp_runtime.layers.triton_router import RouteTile
+        """Of the product's parts."""
+        from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, parts_shape
 
-        return RouteTile.of(rows).partial_bytes(rows, router.gate.weight.shape[0])
-
-    def _routing_counters(self, num_local: int, device: torch.device) -> RoutingCounters:
-        from dp_runtime.layers.triton_router import RoutingCounters
-
-        if self._counters is None:
-            capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            assert not capturing, "a replay would zero the counters of other calls: run once before"
-            self._counters = RoutingCounters.zeros(num_local, device)
-        return self._counters
+        num_experts, hidden = router.gate.weight.shape
+        size = 4 if rows <= MOST_SPLIT_ROWS else router.gate.weight.dtype.itemsize
+        return math.prod(parts_shape(rows, hidden, num_experts)) * size
 
     def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
         if self._last is None or self._last[0] is not plan:

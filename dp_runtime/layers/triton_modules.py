@@ -11,7 +11,7 @@ from dp_runtime.kernel_builds import Kernel
 from dp_runtime.layers.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.layers.experts import ExpertShard, aligned
 from dp_runtime.layers.triton_experts import run_experts
-from dp_runtime.layers.triton_router import RouteTile, RoutingCounters, route
+from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, route
 from dp_runtime.models.config import ModelConfig
 
 
@@ -32,37 +32,31 @@ def modules(
     num_local = 0 if shard.is_empty else len(shard.experts)
     inner = aligned(len(shard.intermediate))
     top_k, experts = model.num_experts_per_tok, model.num_experts
-    tilings = {
-        (RouteTile.of(rows), choose_tiles(rows, top_k, experts, inner)): None
-        for rows in range(1, most_rows + 1)
-    }
+    tilings = {choose_tiles(rows, top_k, experts, inner): None for rows in range(1, most_rows + 1)}
     build = partial(_build, tuple(tilings), model, (num_local, inner), dp_size, dtype, device)
     return (Kernel(f"Triton experts ({len(tilings)} tilings)", build),)
 
 
 def _build(
-    tilings: Sequence[tuple[RouteTile, ExpertTiles]],
+    tilings: Sequence[ExpertTiles],
     model: ModelConfig,
     shard: tuple[int, int],
     dp_size: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Run the kernels over a row that is not real: they are compiled, and read no expert's weight.
+    """Run the kernels over rows that are not real: they are compiled, and read no expert's weight.
 
     shard: local experts and their intermediate size.
     """
     num_local, inner = shard
-    hidden = model.hidden_size
-    rows = torch.zeros(1, hidden, dtype=dtype, device=device)
-    router = rows.new_zeros(model.num_experts, hidden)
-    counters = RoutingCounters.zeros(num_local, device)
+    rows = torch.zeros(MOST_SPLIT_ROWS + 1, model.hidden_size, dtype=dtype, device=device)
+    router = rows.new_zeros(model.num_experts, model.hidden_size)
     layout = torch.zeros(2, dp_size, dtype=torch.int32, device=device)
-    gate_up = rows.new_empty(1).expand(num_local, 2 * inner, hidden)
-    down = rows.new_empty(1).expand(num_local, hidden, inner)
-    for tile, tiles in tilings:
-        routing = route(
-            rows, router, layout, model.num_experts_per_tok, model.norm_topk_prob, 0, num_local,
-            counters, tile,
-        )  # fmt: skip
-        run_experts(rows, gate_up, down, routing, tiles)
+    gate_up = rows.new_empty(1).expand(num_local, 2 * inner, model.hidden_size)
+    down = rows.new_empty(1).expand(num_local, model.hidden_size, inner)
+    top_k, renormalize = model.num_experts_per_tok, model.norm_topk_prob
+    route(rows, router, layout, top_k, renormalize, 0, num_local)
+    routing = route(rows[:1], router, layout, top_k, renormalize, 0, num_local)
+    for tiles in tilings:
+        run_experts(rows[:1], gate_up, down, routing, tiles)

@@ -1,7 +1,7 @@
-"""Routing in one Triton kernel: the router's product, softmax, top k, and each expert's pairs.
+"""Routing in Triton: the router's product, softmax, top k, and each expert's pairs.
 
-The product of few rows is split over programs, of which the last to arrive for a block of rows
-goes on with it. Padded rows enter neither product nor choice; no count is read back to the host.
+The product of few rows is split over programs, for one program would read the router alone. Padded
+rows are never chosen from; no count is read back to the host.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dp_runtime.layers.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
 
-MOST_SPLIT_BLOCKS = tl.constexpr(64)  # blocks of rows whose product may be split
+MOST_SPLIT_ROWS = 512  # above it cuBLAS has enough programs
+SPLIT = 128  # columns of hidden that a program adds up
+BLOCK_M = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,46 +31,6 @@ class Routing:
     pairs: Tensor  # [local, rows] int32: their numbers row * k + j, in no order
 
 
-@dataclass(frozen=True, eq=False)
-class RoutingCounters:
-    """What `route` counts in; all zero between calls, which it restores itself.
-
-    Calls that share one must follow each other on the device.
-    """
-
-    values: Tensor  # int32: row blocks done, arrivals of each split block, pairs of each expert
-
-    @classmethod
-    def zeros(cls, num_local: int, device: torch.device) -> RoutingCounters:
-        size = 1 + MOST_SPLIT_BLOCKS.value + num_local
-        return cls(torch.zeros(size, dtype=torch.int32, device=device))
-
-
-@dataclass(frozen=True)
-class RouteTile:
-    """block_m rows to a program, the product over hidden split among `splits` of them."""
-
-    block_m: int
-    splits: int
-
-    @classmethod
-    def of(cls, rows: int) -> RouteTile:
-        if rows <= 256:
-            return cls(16, 8)
-        if rows <= 1024:
-            return cls(16, 2)
-        return cls(32, 1) if rows <= 4096 else cls(64, 1)
-
-    def partial_shape(self, rows: int, num_experts: int) -> tuple[int, int]:
-        """Of the float32 parts of a split product; experts are rounded up to a power of two."""
-        blocks = triton.cdiv(rows, self.block_m) if self.splits > 1 else 0
-        return blocks * self.splits * self.block_m, max(16, triton.next_power_of_2(num_experts))
-
-    def partial_bytes(self, rows: int, num_experts: int) -> int:
-        parts, experts = self.partial_shape(rows, num_experts)
-        return parts * experts * 4
-
-
 def route(
     rows: Tensor,
     router: Tensor,
@@ -76,154 +39,140 @@ def route(
     renormalize: bool,
     first_expert: int,
     num_local: int,
-    counters: RoutingCounters,
-    tile: RouteTile,
 ) -> Routing:
     """Softmax in float32 over all experts of rows @ router.T, then the top k, by local expert.
 
     rows [n, hidden]; router [experts, hidden]; layout [2, dp_size] int32: where each rank's rows
     begin among the gathered ones, and how many of them are real. Logits are rounded to the dtype of
-    rows. Ranks with equal rows and tiles choose alike, to the bit.
+    rows. Ranks with equal rows choose alike, to the bit.
     """
-    n, hidden = rows.shape
-    num_experts, device = router.shape[0], rows.device
-    blocks = triton.cdiv(n, tile.block_m)
-    assert tile.splits == 1 or blocks <= MOST_SPLIT_BLOCKS.value, f"{n} rows in {tile}"
+    n, num_experts, device = len(rows), len(router), rows.device
     routing = Routing(
         weights=torch.empty(n, top_k, dtype=torch.float32, device=device),
         local_ids=torch.empty(n, top_k, dtype=torch.int32, device=device),
         counts=torch.empty(num_local, dtype=torch.int32, device=device),
         pairs=torch.empty(num_local, n, dtype=torch.int32, device=device),
     )
-    parts, experts = tile.partial_shape(n, num_experts)
-    partial = torch.empty(parts, experts, dtype=torch.float32, device=device)
+    parts = logits_in_parts(rows, router, routing.counts)
     pdl = overlaps(device)
-    _route_kernel[(blocks, tile.splits)](
-        rows, router, layout, partial, counters.values,
-        routing.weights, routing.local_ids, routing.counts, routing.pairs,
-        rows.stride(0), n, layout.shape[1], first_expert, num_local,
-        HIDDEN=hidden, NUM_EXPERTS=num_experts, EXPERTS=experts, TOP_K=top_k,
-        K=triton.next_power_of_2(top_k), RANKS=triton.next_power_of_2(layout.shape[1]),
-        LOCAL=triton.next_power_of_2(max(1, num_local)), RENORMALIZE=renormalize,
-        BLOCK_M=tile.block_m, BLOCK_K=min(128, max(16, 16384 // experts)), SPLITS=tile.splits,
-        PDL=pdl, num_warps=4 if experts <= 128 else 8, num_stages=3, launch_pdl=pdl,
+    _route_kernel[(n,)](
+        parts, router, layout, routing.weights, routing.local_ids, routing.counts, routing.pairs,
+        n, layout.shape[1], first_expert, num_local,
+        PARTS=parts.shape[0], NUM_EXPERTS=num_experts,
+        EXPERTS=triton.next_power_of_2(num_experts), TOP_K=top_k, K=triton.next_power_of_2(top_k),
+        RANKS=triton.next_power_of_2(layout.shape[1]), RENORMALIZE=renormalize,
+        PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
     return routing
 
 
-@triton.jit(
-    do_not_specialize=["rows", "dp_size", "first_expert"],
-    do_not_specialize_on_alignment=["layout"],
-)
-def _route_kernel(
-    x, router, layout, partial, counters, weights, local_ids, counts, pairs,
-    x_stride, rows, dp_size, first_expert, num_local,
-    HIDDEN: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    K: tl.constexpr, RANKS: tl.constexpr, LOCAL: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+def parts_shape(rows: int, hidden: int, num_experts: int) -> tuple[int, int, int]:
+    """Of what is added up to the logits."""
+    splits = triton.cdiv(hidden, SPLIT) if rows <= MOST_SPLIT_ROWS else 1
+    return splits, rows, num_experts
+
+
+def logits_in_parts(rows: Tensor, router: Tensor, counts: Tensor) -> Tensor:
+    """Products whose sum is rows @ router.T, [parts, rows, experts]; also sets counts to 0.
+
+    In float32, or in the dtype of rows where there is one part only.
+    """
+    (n, hidden), num_experts = rows.shape, len(router)
+    if n > MOST_SPLIT_ROWS:
+        counts.zero_()
+        return F.linear(rows, router)[None]
+    parts = rows.new_empty(parts_shape(n, hidden, num_experts), dtype=torch.float32)
+    pdl = overlaps(rows.device)
+    _product_kernel[(triton.cdiv(n, BLOCK_M), len(parts))](
+        rows, router, parts, counts, rows.stride(0), n, len(counts),
+        HIDDEN=hidden, NUM_EXPERTS=num_experts,
+        EXPERTS=max(16, triton.next_power_of_2(num_experts)),
+        LOCAL=triton.next_power_of_2(max(1, len(counts))), BLOCK_M=BLOCK_M, BLOCK_K=SPLIT,
+        PDL=pdl, num_warps=4 if num_experts <= 128 else 8, launch_pdl=pdl,
+    )  # fmt: skip
+    return parts
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _product_kernel(
+    x, router, parts, counts, x_stride, rows, num_local,
+    HIDDEN: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    block = tl.program_id(0)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = _is_real(row, layout, dp_size, RANKS)
-    logits = _logits(
-        x, router, row, real, x_stride, HIDDEN, NUM_EXPERTS, EXPERTS, BLOCK_M, BLOCK_K, SPLITS
-    )
-    last = True
-    if SPLITS > 1:
-        at = block * SPLITS * BLOCK_M + tl.arange(0, BLOCK_M)
-        at = partial + at[:, None] * EXPERTS + tl.arange(0, EXPERTS)
-        tl.store(at + tl.program_id(1) * BLOCK_M * EXPERTS, logits)
-        last = _arrive(counters + 1 + block, SPLITS)
-        if last:
-            logits = tl.zeros((BLOCK_M, EXPERTS), tl.float32)
-            for split in tl.static_range(SPLITS):
-                logits += tl.load(at + split * BLOCK_M * EXPERTS, cache_modifier=".cg")
-    if last:
-        logits = logits.to(x.dtype.element_ty).to(tl.float32)
-        chosen, weight = _top_k(logits, NUM_EXPERTS, EXPERTS, TOP_K, K, RENORMALIZE, BLOCK_M)
-        choice = tl.arange(0, K)[None, :]
-        local = chosen - first_expert
-        ours = real[:, None] & (choice < TOP_K) & (local >= 0) & (local < num_local)
-        pair = row[:, None] * TOP_K + choice
-        inside = (row < rows)[:, None] & (choice < TOP_K)
-        tl.store(weights + pair, tl.where(ours, weight, 0.0), mask=inside)
-        tl.store(local_ids + pair, tl.where(ours, local, -1), mask=inside)
-        running = counters + 1 + MOST_SPLIT_BLOCKS
-        place = tl.atomic_add(running + local, 1, mask=ours, sem="relaxed")
-        tl.store(pairs + local.to(tl.int64) * rows + place, pair, mask=ours & (place < rows))
-        if _arrive(counters, tl.num_programs(0)):
-            expert = tl.arange(0, LOCAL)
-            total = tl.load(running + expert, mask=expert < num_local, cache_modifier=".cg")
-            tl.store(counts + expert, total, mask=expert < num_local)
-            tl.debug_barrier()
-            tl.store(running + expert, 0, mask=expert < num_local)
-
-
-@triton.jit
-def _arrive(counter, expected):
-    """Whether this program is the last of those expected; it sees what the others wrote."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
-    if last:
-        tl.store(counter, 0)
-    return last
-
-
-@triton.jit
-def _is_real(row, layout, dp_size, RANKS: tl.constexpr):
-    rank = tl.arange(0, RANKS)
-    start = tl.load(layout + rank, mask=rank < dp_size, other=0)[None, :]
-    real = tl.load(layout + dp_size + rank, mask=rank < dp_size, other=0)[None, :]
-    inside = (row[:, None] >= start) & (row[:, None] < start + real)
-    return tl.sum(inside.to(tl.int32), 1) > 0
-
-
-@triton.jit
-def _logits(
-    x, router, row, real, x_stride,
-    HIDDEN: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """This program's part of the sum over hidden, [BLOCK_M, EXPERTS] float32."""
-    steps: tl.constexpr = (HIDDEN + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     expert = tl.arange(0, EXPERTS)
-    some = (expert < NUM_EXPERTS)[:, None]
-    k = tl.program_id(1) * steps * BLOCK_K + tl.arange(0, BLOCK_K)
-    x_at = x + row.to(tl.int64)[:, None] * x_stride
-    router_at = router + expert[:, None] * HIDDEN
-    total = tl.zeros((BLOCK_M, EXPERTS), tl.float32)
-    for _ in range(steps):
-        within = (k < HIDDEN)[None, :]
-        a = tl.load(x_at + k, mask=real[:, None] & within, other=0.0)
-        b = tl.load(router_at + k, mask=some & within, other=0.0)
-        total = tl.dot(a, b.T, total, input_precision="ieee")
-        k += BLOCK_K
-    return total
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    within = (k < HIDDEN)[None, :]
+    at = router + expert[:, None] * HIDDEN + k
+    weight = tl.load(at, mask=(expert < NUM_EXPERTS)[:, None] & within, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (row < rows)[:, None]
+    a = tl.load(x + row.to(tl.int64)[:, None] * x_stride + k, mask=inside & within, other=0.0)
+    logits = tl.dot(a, weight.T, input_precision="ieee")
+    at = parts + (tl.program_id(1) * rows + row[:, None]) * NUM_EXPERTS + expert
+    tl.store(at, logits, mask=inside & (expert < NUM_EXPERTS))
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        local = tl.arange(0, LOCAL)
+        tl.store(counts + local, tl.zeros((LOCAL,), tl.int32), mask=local < num_local)
+
+
+@triton.jit(do_not_specialize=["rows", "first_expert"])
+def _route_kernel(
+    parts, router, layout, weights, local_ids, counts, pairs,
+    rows, dp_size, first_expert, num_local,
+    PARTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    K: tl.constexpr, RANKS: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    ranks = tl.arange(0, RANKS)
+    start = tl.load(layout + ranks, mask=ranks < dp_size, other=0)
+    real = tl.load(layout + dp_size + ranks, mask=ranks < dp_size, other=0)
+    is_real = tl.sum(((row >= start) & (row < start + real)).to(tl.int32), 0) > 0
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.arange(0, EXPERTS)
+    inside = tl.where(is_real, expert, NUM_EXPERTS) < NUM_EXPERTS
+    score = tl.zeros((EXPERTS,), tl.float32)
+    at = parts + row.to(tl.int64) * NUM_EXPERTS + expert
+    for part in tl.static_range(PARTS):
+        of_part = at + part * rows.to(tl.int64) * NUM_EXPERTS
+        score += tl.load(of_part, mask=inside, other=0.0).to(tl.float32)
+    score = score.to(router.dtype.element_ty).to(tl.float32)
+    chosen, weight = _top_k(score, NUM_EXPERTS, EXPERTS, TOP_K, K, RENORMALIZE)
+    choice = tl.arange(0, K)
+    local = chosen - first_expert
+    local = tl.where(is_real, local, -1)
+    ours = (choice < TOP_K) & (local >= 0) & (local < num_local)
+    pair = row * TOP_K + choice
+    tl.store(weights + pair, tl.where(ours, weight, 0.0), mask=choice < TOP_K)
+    tl.store(local_ids + pair, tl.where(ours, local, -1), mask=choice < TOP_K)
+    place = tl.atomic_add(counts + local, 1, mask=ours, sem="relaxed")
+    tl.store(pairs + local.to(tl.int64) * rows + place, pair, mask=ours & (place < rows))
 
 
 @triton.jit
 def _top_k(
     score, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    K: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Each row's best experts and their probabilities, both [BLOCK_M, K]."""
-    expert = tl.arange(0, EXPERTS)[None, :]
+    """A row's best experts and their probabilities, both [K]."""
+    expert = tl.arange(0, EXPERTS)
     score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
-    score = tl.exp(score - tl.max(score, 1)[:, None])
-    score = score / tl.sum(score, 1)[:, None]
+    score = tl.exp(score - tl.max(score, 0))
+    score = score / tl.sum(score, 0)
     score = tl.where(score == score, score, 0.0)  # a NaN row still chooses each expert once
-    choice = tl.arange(0, K)[None, :]
-    chosen = tl.zeros((BLOCK_M, K), tl.int32)
-    weight = tl.zeros((BLOCK_M, K), tl.float32)
+    choice = tl.arange(0, K)
+    chosen = tl.zeros((K,), tl.int32)
+    weight = tl.zeros((K,), tl.float32)
     left = tl.where(expert < NUM_EXPERTS, score, -1.0)
     for j in tl.static_range(TOP_K):
-        best, at = tl.max(left, 1, return_indices=True, return_indices_tie_break_left=True)
-        chosen = tl.where(choice == j, at[:, None], chosen)
-        weight = tl.where(choice == j, best[:, None], weight)
-        left = tl.where(expert == at[:, None], -1.0, left)
+        best, at = tl.max(left, 0, return_indices=True, return_indices_tie_break_left=True)
+        chosen = tl.where(choice == j, at, chosen)
+        weight = tl.where(choice == j, best, weight)
+        left = tl.where(expert == at, -1.0, left)
     if RENORMALIZE:
-        weight = weight / tl.sum(weight, 1)[:, None]
+        weight = weight / tl.sum(weight, 0)
     return chosen, weight

@@ -26,20 +26,21 @@ SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0
 def candidates(tokens: int, halves: int) -> Iterator[Tile]:
     """Tiles that may be good and fit into shared memory and registers; halves: 2 for gate-up."""
     per_expert = tokens * TOP_K / EXPERTS
-    if per_expert <= 48:
+    if per_expert <= 64:
         blocks_m = [m for m in (16, 32, 64) if per_expert / 2 <= m <= max(16, 2 * per_expert)]
-        grid = product(blocks_m, (64, 128), (64, 128), (4, 8), (3, 5), (False, True))
-    else:
-        grid = product((64, 128), (64, 128, 256), (64,), (4, 8), (3, 4), (False, True))
-    for m, n, k, warps, stages, tma in grid:
-        resident = _resident(m, n * halves, k, warps, stages)
-        if not resident:
-            continue
-        if per_expert <= 48:
-            yield Tile(m, n, k, warps, stages, tma)
-        elif m * n * halves >= 64 * 128 and (stages == 4 or resident == 2):
-            yield Tile(m, n, k, warps, stages, tma)
-            yield Tile(m, n, k, warps, stages, tma, resident)
+        for m, n, k, warps, stages, tma in product(
+            blocks_m, (64, 128), (64, 128), (4, 8), (3, 5), (False, True)
+        ):
+            if _resident(m, n * halves, k, warps, stages):
+                yield Tile(m, n, k, warps, stages, tma)
+    if per_expert > 12:
+        wide = per_expert > 64
+        blocks_m = [64, 128] if wide else [32, 64, 128]
+        for m, n, warps, stages in product(blocks_m, (64, 128, 256), (4, 8), (3, 4, 5)):
+            resident = _resident(m, n * halves, 64, warps, stages)
+            if resident and m * n * halves >= 64 * 128 and (stages >= 4 or resident == 2):
+                yield Tile(m, n, 64, warps, stages, True, FLAT)
+                yield Tile(m, n, 64, warps, stages, True, resident)
 
 
 def _resident(m: int, n: int, k: int, warps: int, stages: int) -> int:
@@ -60,11 +61,17 @@ class Job:
     halves: int  # 2: gate-up, 1: down
     tile: Tile
 
+    @classmethod
+    def of(cls, shape: str, halves: int, tile: Tile) -> Job:
+        return cls(
+            shape, halves, tile if tile.by_expert else replace(tile, per_multiprocessor=FLAT)
+        )
+
 
 def compile_all(shape: str, tokens: Sequence[int], num_workers: int, seconds: float) -> set[Job]:
     """Those that compile and load within so many seconds."""
     jobs = {
-        Job(shape, halves, replace(tile, per_multiprocessor=FLAT)): None
+        Job.of(shape, halves, tile): None
         for count in tokens
         for halves in (2, 1)
         for tile in candidates(count, halves)
@@ -102,7 +109,7 @@ def compile_one(job: Job) -> str:
         )
         if job.halves == 2:
             weights = rows.new_empty(1).expand(num_local, 2 * intermediate, HIDDEN)
-            gate_up_pairs(rows, weights, routing, job.tile, False)
+            gate_up_pairs(rows, weights, routing, job.tile)
         else:
             weights = rows.new_empty(1).expand(num_local, HIDDEN, intermediate)
             down_pairs(rows.new_zeros(TOP_K, intermediate), weights, routing, job.tile)

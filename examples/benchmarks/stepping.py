@@ -117,7 +117,11 @@ class Driver:
 
 @dataclass(frozen=True)
 class Profile:
-    """Kernels of some steps of one rank, in microseconds a step."""
+    """Kernels of some steps of one rank, in microseconds a step.
+
+    A kernel that starts while the one before it still runs counts from that one's end on, so that
+    all of them and the idle time add up to the span.
+    """
 
     kernels: tuple[tuple[str, float, float], ...]  # name, calls, microseconds; longest first
     span_us: float
@@ -135,7 +139,7 @@ class Profile:
         idle, short, reached = 0.0, 0.0, spans[0][0]
         for start, end, name in spans:
             calls[name] += 1
-            time[name] += end - start
+            time[name] += max(0.0, end - max(start, reached))
             gap = max(0.0, start - reached)
             idle += gap
             short += gap if gap < SHORT_US else 0.0

@@ -4,9 +4,9 @@
 
 The Qwen3-30B-A3B shape in bf16, uniform random routing. Candidates are compiled beforehand in
 processes, checked against plain torch, and timed in CUDA graphs with four weight sets in turn. For
-each product the best three are printed as `expert_tiles.Tile`s, with their rate and how far they
-are from the floor; then the parts of the stage with the best of both. What does not compile or fit
-is named and skipped; a shape ends after --seconds, with what it has found.
+each product the best two of each kind are printed as `expert_tiles.Tile`s, with their rate and how
+far they are from the floor; then the parts of the stage with the best of both. What does not
+compile or fit is named and skipped; a shape ends after --seconds, with what it has found.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,9 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dp_runtime.layers.expert_tiles import FLAT, ExpertTiles, Tile
+from dp_runtime.layers.expert_tiles import ExpertTiles, Tile
 from dp_runtime.layers.triton_experts import down_pairs, gate_up_pairs, run_pairs, sum_pairs
-from dp_runtime.layers.triton_router import RouteTile, Routing, RoutingCounters, route
+from dp_runtime.layers.triton_router import Routing, route
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
 from examples.benchmarks.expert_candidates import Job, candidates, compile_all
@@ -36,7 +35,6 @@ from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SETS, SHAPES, TOP_K
 
 TOKENS = (16, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768)
 ALLOWED_ERROR = 1e-2
-ROUTES = (RouteTile(16, 8), RouteTile(16, 4), RouteTile(16, 2), RouteTile(32, 1), RouteTile(64, 1))
 
 
 def main() -> None:
@@ -73,7 +71,6 @@ class Bench:
     routers: list[Tensor]
     gate_up: list[Tensor]
     down: list[Tensor]
-    counters: RoutingCounters
     read_rate: float
     matmul_rate: float
 
@@ -89,16 +86,12 @@ class Bench:
             random(EXPERTS, HIDDEN),
             random(num_local, 2 * intermediate, HIDDEN),
             random(num_local, HIDDEN, intermediate),
-            RoutingCounters.zeros(num_local, torch.device("cuda")),
             read_rate,
             matmul_rate,
         )
 
-    def route(self, rows: Tensor, layout: Tensor, i: int, tile: RouteTile) -> Routing:
-        num_local = len(self.down[i])
-        return route(
-            rows, self.routers[i], layout, TOP_K, True, 0, num_local, self.counters, tile
-        )  # fmt: skip
+    def route(self, rows: Tensor, layout: Tensor, i: int) -> Routing:
+        return route(rows, self.routers[i], layout, TOP_K, True, 0, len(self.down[i]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +101,13 @@ class Product:
     halves: int
     run: Callable[[int, Tile], Tensor]
     due: Tensor
-    index: Tensor  # rows of the result that are due
+    index: Callable[[Tile], Tensor]  # rows of the result that are due
     flops: float
     bytes: float
     floor_us: float
 
     def error(self, tile: Tile) -> float:
-        found = self.run(0, tile)[self.index]
+        found = self.run(0, tile)[self.index(tile)]
         return float((found - self.due).float().norm() / self.due.float().norm())
 
     def describe(self, tile: Tile, us: float) -> str:
@@ -125,18 +118,23 @@ class Product:
 def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None:
     rows = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
     layout = torch.tensor([[0], [tokens]], dtype=torch.int32, device="cuda")
-    routings = [bench.route(rows, layout, i, RouteTile.of(tokens)) for i in range(SETS)]
+    routings = [bench.route(rows, layout, i) for i in range(SETS)]
     say(f"{bench.name}, {tokens} tokens, {tokens * TOP_K / EXPERTS:g} pairs an expert")
-    best: dict[int, Tile] = {}
+    best: dict[tuple[bool, int], tuple[float, Tile]] = {}  # by expert, halves
     for part in products(bench, rows, routings):
         middle = time.monotonic() + (deadline - time.monotonic()) * (0.5 if part.halves == 2 else 1)
         ranked = rank(part, bench.name, tokens, compiled, middle)
-        for us, tile in ranked[:3]:
-            say(f"  {('down', 'gate_up')[part.halves - 1]:<8}{part.describe(tile, us)}")
-        if ranked:
-            best[part.halves] = ranked[0][1]
-    if len(best) == 2:
-        whole(bench, rows, layout, routings, best[2], best[1])
+        for by_expert in (True, False):
+            some = [(us, tile) for us, tile in ranked if tile.by_expert == by_expert]
+            for us, tile in some[:2]:
+                say(f"  {('down', 'gate_up')[part.halves - 1]:<8}{part.describe(tile, us)}")
+            if some:
+                best[by_expert, part.halves] = some[0]
+    for by_expert in (True, False):
+        both = [best.get((by_expert, halves)) for halves in (2, 1)]
+        if both[0] is not None and both[1] is not None:
+            tiles = ExpertTiles(both[0][1], both[1][1])
+            whole(bench, rows, layout, routings, tiles)
 
 
 def rank(
@@ -147,7 +145,7 @@ def rank(
     tiles = [
         tile
         for tile in candidates(tokens, part.halves)
-        if Job(shape, part.halves, replace(tile, per_multiprocessor=FLAT)) in compiled
+        if Job.of(shape, part.halves, tile) in compiled
     ]
     torch.manual_seed(tokens)
     for done, at in enumerate(torch.randperm(len(tiles)).tolist()):  # a fair part if time runs out
@@ -179,14 +177,18 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
     down = F.grouped_mm(activated, bench.down[0].transpose(1, 2), offs=ends)
     weighted = (down.float() * first.weights.flatten()[index, None]).to(rows.dtype)
     del half, gate, up, down
-    inputs = activated.new_zeros(len(rows) * TOP_K, activated.shape[1])
-    inputs[: len(activated)] = activated
+    in_order = activated.new_zeros(len(rows) * TOP_K, activated.shape[1])
+    in_order[: len(activated)] = activated
+    at_pairs = torch.zeros_like(in_order).index_copy_(0, index, activated)
     active = sum(int((routing.counts > 0).sum()) for routing in routings) / SETS
     pairs = sum(int(routing.counts.sum()) for routing in routings) / SETS
     order = torch.arange(len(index), device="cuda")
 
     def make(
-        halves: int, due: Tensor, where: Tensor, run: Callable[[int, Tile], Tensor]
+        halves: int,
+        due: Tensor,
+        where: Callable[[Tile], Tensor],
+        run: Callable[[int, Tile], Tensor],
     ) -> Product:
         one = halves * activated.shape[1] * HIDDEN
         flops, read = 2 * one * pairs, 2 * one * active
@@ -194,47 +196,45 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
         return Product(halves, run, due, where, flops, read, floor)
 
     yield make(
-        2, activated, order,
-        lambda i, tile: gate_up_pairs(rows, bench.gate_up[i], routings[i], tile, False),
+        2, activated, lambda tile: index if tile.by_expert else order,
+        lambda i, tile: gate_up_pairs(rows, bench.gate_up[i], routings[i], tile),
     )  # fmt: skip
     # NOTE: the pairs of another set are as many as its own counts say; their inputs may be zeros.
     yield make(
-        1, weighted, index, lambda i, tile: down_pairs(inputs, bench.down[i], routings[i], tile)
+        1, weighted, lambda tile: index,
+        lambda i, tile: down_pairs(
+            at_pairs if tile.by_expert else in_order, bench.down[i], routings[i], tile
+        ),
     )  # fmt: skip
 
 
 def whole(
-    bench: Bench, rows: Tensor, layout: Tensor, routings: list[Routing], gate_up: Tile, down: Tile
+    bench: Bench, rows: Tensor, layout: Tensor, routings: list[Routing], tiles: ExpertTiles
 ) -> None:
-    """The parts of the stage with the best tiles, and all of it."""
+    """The parts of the stage with the best tiles of one kind, and all of it."""
 
-    def pairs(i: int, routing: Routing, all_active: bool) -> Tensor:
-        tiles = ExpertTiles(gate_up, down, all_active)
+    def pairs(i: int, routing: Routing) -> Tensor:
         return run_pairs(rows, bench.gate_up[i], bench.down[i], routing, tiles)
 
-    def stage(i: int, tile: RouteTile, all_active: bool) -> Tensor:
-        routing = bench.route(rows, layout, i, tile)
-        return sum_pairs(pairs(i, routing, all_active), routing.local_ids)
+    def stage(i: int) -> Tensor:
+        routing = bench.route(rows, layout, i)
+        return sum_pairs(pairs(i, routing), routing.local_ids)
 
-    tiles = [t for t in ROUTES if t.splits == 1 or len(rows) <= 64 * t.block_m]
-    timed = {
-        f"route {tile.block_m}/{tile.splits}": partial(bench.route, rows, layout, tile=tile)
-        for tile in tiles
-    }
     runs: dict[str, Callable[[int], object]] = {
         "router by cuBLAS": lambda i: F.linear(rows, bench.routers[i]),
-        **{name: (lambda i, run=run: run(i=i)) for name, run in timed.items()},
-        "products": lambda i: pairs(i, routings[i], False),
-        "stage": lambda i: stage(i, RouteTile.of(len(rows)), False),
-        "stage, all_active": lambda i: stage(i, RouteTile.of(len(rows)), True),
+        "route": lambda i: bench.route(rows, layout, i),
+        "products": lambda i: pairs(i, routings[i]),
+        "stage": stage,
     }
-    found = []
+    floor = sum(part.floor_us for part in products(bench, rows, routings))
+    kind = "by expert" if tiles.down.by_expert else "counted"
+    found = [f"floor {floor:.1f}"]
     for name, run in runs.items():
         try:
             found.append(f"{name} {graph_us(run, SETS, 3):.1f}")
         except Exception as error:
             found.append(f"{name} FAILED {type(error).__name__}: {str(error)[:80]}")
-    say("  us: " + "; ".join(found))
+    say(f"  us, {kind}: " + "; ".join(found))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.layers.experts import fused_experts
 from dp_runtime.layers.triton_experts import run_experts, run_pairs, sum_pairs
-from dp_runtime.layers.triton_router import RouteTile, Routing, RoutingCounters, route
+from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, Routing, route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3}
@@ -33,9 +33,7 @@ def routed(
 ) -> Routing:
     """Rows that are their own logits: the router is the identity."""
     router = torch.eye(logits.shape[1], dtype=logits.dtype, device=DEVICE)
-    counters = RoutingCounters.zeros(num_local, DEVICE)
-    tile = RouteTile(16, 1)
-    return route(logits, router, at, top_k, renormalize, first, num_local, counters, tile)
+    return route(logits, router, at, top_k, renormalize, first, num_local)
 
 
 LAYOUTS = [
@@ -77,48 +75,44 @@ def check_pairs(routing: Routing) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize(("block_m", "splits"), [(16, 8), (16, 2), (32, 1)])
-def test_a_split_product_chooses_as_a_whole_one(
-    block_m: int, splits: int, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("hidden", [72, 128, 264])
+@pytest.mark.parametrize("rows", [1, 16, 37, MOST_SPLIT_ROWS + 1])
+def test_the_product_is_the_routers(rows: int, hidden: int, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
-    counters = RoutingCounters.zeros(6, DEVICE)
-    router = draw(20, 72, dtype=dtype)
-    for rows in (1, 16, 37):
-        x = draw(rows, 72, dtype=dtype)
-        at = layout([0], [rows])
-        tile = RouteTile(block_m, splits)
-        routing = route(x, router, at, 4, True, 5, 6, counters, tile)
-        assert not counters.values.any(), "they are zero again"
-        logits = (x.float() @ router.float().T).to(dtype)
-        order = logits.float().softmax(-1).sort(stable=True, dim=-1, descending=True)
-        weights, ids = order.values[:, :4], order.indices[:, :4]
-        weights = weights / weights.sum(-1, keepdim=True)
-        ours = (ids >= 5) & (ids < 11)
-        assert torch.equal(routing.local_ids, torch.where(ours, ids - 5, -1).int())
-        torch.testing.assert_close(
-            routing.weights, torch.where(ours, weights, 0.0), atol=1e-3, rtol=1e-3
-        )
-        check_pairs(routing)
-
-
-@pytest.mark.parametrize("rows", [1, 64, 256, 257, 1024, 1025, 5000, 40_000])
-def test_the_routes_tile_fits_its_counters(rows: int) -> None:
-    tile = RouteTile.of(rows)
-    assert tile.splits == 1 or -(-rows // tile.block_m) <= 64
+    router, x = draw(20, hidden, dtype=dtype), draw(rows, hidden, dtype=dtype)
+    routing = route(x, router, layout([0], [rows]), 4, True, 5, 6)
+    logits = (x.double() @ router.double().T).to(dtype)
+    best = logits.float().sort(dim=-1, descending=True)
+    near = (best.values[:, :5].diff(dim=-1).abs() < 0.05).any(-1)  # may be ordered either way
+    assert near.sum() <= rows // 3, "most rows are compared"
+    weights, ids = logits.float().softmax(-1).gather(1, best.indices)[:, :4], best.indices[:, :4]
+    weights = weights / weights.sum(-1, keepdim=True)
+    ours = (ids >= 5) & (ids < 11)
+    due = torch.where(ours, ids - 5, -1).int()
+    assert torch.equal(routing.local_ids[~near], due[~near])
+    weight = torch.where(ours, weights, 0.0)[~near]
+    torch.testing.assert_close(routing.weights[~near], weight, atol=5e-3, rtol=5e-3)
+    check_pairs(routing)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize(
     ("hidden", "intermediate", "blocks", "per_multiprocessor"),
-    [(64, 32, (16, 16, 16), 16), (48, 24, (16, 32, 32), 1), (32, 40, (32, 16, 16), 3)],
+    [
+        (64, 32, (16, 16, 16), 16),
+        (48, 24, (16, 32, 32), 1),
+        (32, 40, (32, 16, 16), 3),
+        (64, 32, (16, 16, 16), None),
+        (48, 24, (16, 32, 32), None),
+        (32, 40, (32, 16, 16), None),
+    ],
 )
 def test_experts_equal_the_torch_loop(
     hidden: int,
     intermediate: int,
     blocks: tuple[int, int, int],
-    per_multiprocessor: int,
+    per_multiprocessor: int | None,
     tma: bool,
     dtype: torch.dtype,
 ) -> None:
@@ -132,7 +126,7 @@ def test_experts_equal_the_torch_loop(
     rows[7:10] = float("nan")
     routing = routed(logits, layout([0, 10], [7, 10]), 2, True, first, local)
     tile = Tile(*blocks, 4, 2, tma, per_multiprocessor)
-    out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, tile, True))
+    out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, tile))
     weights, ids = logits[real].softmax(-1, dtype=torch.float32).topk(2, -1)
     weights = weights / weights.sum(-1, keepdim=True)
     due = fused_experts(rows[real].float(), gate_up.float(), down.float(), ids, weights, first)

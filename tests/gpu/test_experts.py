@@ -11,14 +11,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 from dp_runtime.layers.expert_tiles import choose_tiles
 from dp_runtime.layers.experts import fused_experts
 from dp_runtime.layers.triton_experts import run_experts
-from dp_runtime.layers.triton_router import RouteTile, Routing, RoutingCounters, route
+from dp_runtime.layers.triton_router import Routing, route
 
 HIDDEN, EXPERTS, TOP_K = 2048, 128, 8
 SHARDS = {"ep4": (32, 768), "tp4": (128, 192)}
 
 
 class Stage:
-    """One shard's layer with random weights, and its routing's counters."""
+    """One shard's layer with random weights."""
 
     def __init__(self, shard: str) -> None:
         torch.manual_seed(0)
@@ -29,13 +29,9 @@ class Stage:
         self.gate_up = torch.randn(shape, device=device).bfloat16() * 0.02
         shape = self.num_local, HIDDEN, self.intermediate
         self.down = torch.randn(shape, device=device).bfloat16() * 0.02
-        self.counters = RoutingCounters.zeros(self.num_local, device)
 
     def route(self, rows: Tensor, layout: Tensor) -> Routing:
-        return route(
-            rows, self.router, layout, TOP_K, True, 0, self.num_local, self.counters,
-            RouteTile.of(len(rows)),
-        )  # fmt: skip
+        return route(rows, self.router, layout, TOP_K, True, 0, self.num_local)
 
     def run(self, rows: Tensor, layout: Tensor) -> tuple[Routing, Tensor]:
         routing = self.route(rows, layout)
@@ -69,7 +65,6 @@ def test_all_sizes_equal_grouped_products(shard: str, gathered: int) -> None:
     rows, real = poisoned(gathered, first, second)
     for _ in range(3):  # what one call leaves behind would show in the next
         routing, out = stage.run(rows, layout_of(first, second, gathered))
-    assert not stage.counters.values.any()
     assert torch.equal(out[~real], torch.zeros_like(out[~real]))
     due = stage.due(rows[real], Routing(
         routing.weights[real], routing.local_ids[real], routing.counts, routing.pairs
@@ -122,4 +117,3 @@ def test_a_graph_follows_rows_and_counts(shard: str, gathered: int) -> None:
         for _ in range(3):
             graph.replay()
         assert torch.equal(found[real], layers()[real])
-    assert not stage.counters.values.any()
