@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from collectives.peer_kernels import MAX_PROGRAMS, gather_kernel, reduce_scatter_kernel
+from collectives.peer_kernels import LINE, MAX_PROGRAMS, gather_kernel, reduce_scatter_kernel
 from collectives.peer_memory import PeerMemory, close_address, open_handle
 from collectives.stall import StallWatch
 from dp_runtime.errors import StartError
@@ -21,8 +21,8 @@ from dp_runtime.protocols import Counts
 from dp_runtime.transfer import on_device
 
 LEAST_BYTES = 1 << 20
-TILE_BYTES = 2048  # of a row, that a program moves at a time: 16 for each of its threads
-NUM_WARPS = 4
+TILE_BYTES = 4096  # of a row, that a program moves at a time: 16 for each of its threads
+NUM_WARPS = 8
 GATHER, SCATTER = range(2)
 WORDS = (torch.int32, torch.int16, torch.uint8)  # rows are moved as the widest that divides them
 SUMS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float64: tl.float64}  # else float32
@@ -77,19 +77,19 @@ class RowLayout:
 
 @dataclass(frozen=True, eq=False)
 class Signals:
-    """One operation's flags, and the device's count of its calls."""
+    """One operation's flags, and how many of them the device has waited for."""
 
-    flags: Shared
-    calls: Tensor  # [MAX_PROGRAMS] int32
+    flags: Shared  # [MAX_PROGRAMS, LINE] int32 on every rank
+    heard: Tensor  # [MAX_PROGRAMS, LINE] int32
 
     @classmethod
-    def make(cls, size: int, rank: int, exchange: Callable[[bytes], Sequence[bytes]]) -> Signals:
-        flags = Shared.make(MAX_PROGRAMS * size * 4, rank, exchange)
-        return cls(flags, torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device="cuda"))
+    def make(cls, rank: int, exchange: Callable[[bytes], Sequence[bytes]]) -> Signals:
+        flags = Shared.make(MAX_PROGRAMS * LINE.value * 4, rank, exchange)
+        return cls(flags, torch.zeros(MAX_PROGRAMS, LINE.value, dtype=torch.int32, device="cuda"))
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         own = self.flags.memory.view(0, (self.flags.memory.num_bytes // 4,), torch.int32)
-        return self.flags.pointers, own, self.calls
+        return self.flags.pointers, own, self.heard
 
 
 class PeerRows:
@@ -112,11 +112,12 @@ class PeerRows:
         device: torch.device,
         timeout_s: float,
     ) -> None:
+        assert dp_size <= LINE.value, f"{dp_size} ranks, {LINE.value} flags of a program"
         torch.cuda.set_device(device)
         self._owner, self._rank, self._size = owner, dp_rank, dp_size
         self._pdl = overlaps(device)
         try:
-            self._signals = [Signals.make(dp_size, dp_rank, owner.exchange) for _ in range(2)]
+            self._signals = [Signals.make(dp_rank, owner.exchange) for _ in range(2)]
         except RuntimeError as error:
             raise StartError(
                 f"rank {dp_rank}: collective peer_to_peer can't map the other ranks' GPU memory "
@@ -185,12 +186,12 @@ class PeerRows:
         word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
         buffer = self._grown(GATHER, layout.total * row_bytes)
         row_words = row_bytes // word.itemsize
-        cols, programs = _split(layout.largest, row_words, word.itemsize)
+        cols, width, programs = _split(layout.largest, row_words, word.itemsize)
         gather_kernel[(programs,)](
             rows.view(-1).view(word), layout.table, layout.largest, row_words, buffer.pointers,
             *self._signals[GATHER].arguments(), self._stop, self._rank,
-            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, POISON=poison,
-            PDL=self._pdl, num_warps=NUM_WARPS, launch_pdl=self._pdl,
+            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, WIDTH=width,
+            POISON=poison, PDL=self._pdl, num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
         return buffer
 
@@ -198,11 +199,11 @@ class PeerRows:
         row_size, size = partial.shape[1:].numel(), partial.dtype.itemsize
         buffer = self._grown(SCATTER, self._size * layout.largest * row_size * size)
         out = partial.new_empty(own_rows, *partial.shape[1:])
-        cols, programs = _split(layout.largest, row_size, size)
+        cols, width, programs = _split(layout.largest, row_size, size)
         reduce_scatter_kernel[(programs,)](
             partial, out, layout.table, own_rows, layout.largest, row_size, buffer.pointers,
             *self._signals[SCATTER].arguments(), self._stop, self._rank,
-            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols,
+            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, WIDTH=width,
             SUM=SUMS.get(partial.dtype, tl.float32), PDL=self._pdl,
             num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
@@ -276,7 +277,8 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _split(rows: int, row_size: int, item_bytes: int) -> tuple[int, int]:
-    """Columns of a tile, and programs for so many rows: equal on all ranks, as their flags meet."""
+def _split(rows: int, row_size: int, item_bytes: int) -> tuple[int, int, int]:
+    """Columns of a tile, tiles of a row, and programs: equal on all ranks, as their flags meet."""
     cols = min(_power_of_two(max(row_size, 1)), TILE_BYTES // item_bytes)
-    return cols, max(1, min(rows * -(-row_size // cols), MAX_PROGRAMS))
+    width = -(-row_size // cols)
+    return cols, width, max(1, min(rows * width, MAX_PROGRAMS))

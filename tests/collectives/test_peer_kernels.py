@@ -19,9 +19,9 @@ if torch.cuda.is_available():
 
 import triton.language as tl
 
-from collectives.peer_kernels import gather_kernel, reduce_scatter_kernel
+from collectives.peer_kernels import LINE, gather_kernel, reduce_scatter_kernel
 
-PROGRAMS, COLS, RAISED = 2, 8, 1000
+PROGRAMS, COLS, FLAGS, RAISED = 4, 8, LINE.value, 1000
 BUCKET, HIDDEN = 4, 20
 SUM_OF = {torch.float32: tl.float32, torch.float16: tl.float32, torch.int64: tl.int64}
 
@@ -33,8 +33,8 @@ class Peers:
         self.size = size
         self.ranks = 1 << (size - 1).bit_length()
         self.buffers = [torch.full((num_items,), 7, dtype=dtype) for _ in range(size)]
-        self.flags = [torch.zeros(PROGRAMS * size, dtype=torch.int32) for _ in range(size)]
-        self.calls = [torch.zeros(PROGRAMS, dtype=torch.int32) for _ in range(size)]
+        self.flags = [torch.zeros(PROGRAMS, FLAGS, dtype=torch.int32) for _ in range(size)]
+        self.heard = [torch.zeros(PROGRAMS, FLAGS, dtype=torch.int32) for _ in range(size)]
         self.stop = torch.zeros(1, dtype=torch.int32)
 
     def of(self, rank: int) -> tuple[Tensor | int, ...]:
@@ -42,18 +42,20 @@ class Peers:
         for flags in self.flags:
             flags.fill_(RAISED)
         return (
-            addresses(self.buffers), addresses(self.flags), self.flags[rank], self.calls[rank],
+            addresses(self.buffers), addresses(self.flags), self.flags[rank], self.heard[rank],
             self.stop, rank,
         )  # fmt: skip
 
-    def check_flags(self, rank: int, call: int) -> None:
-        """Every program has raised its flag of this rank at all others, and at no one else."""
-        assert self.calls[rank].tolist() == [call] * PROGRAMS
+    def check_flags(self, rank: int, call: int, sent: Sequence[int], comes: Sequence[int]) -> None:
+        """Of every rank so many tiles were sent to, or come from: their programs meet, and 0."""
+        heard = torch.zeros(PROGRAMS, FLAGS, dtype=torch.int32)
         for peer in range(self.size):
-            seen = self.flags[peer].view(PROGRAMS, self.size)
-            due = torch.full_like(seen, RAISED)
-            due[:, rank] = RAISED if peer == rank else call
-            assert torch.equal(seen, due)
+            raised = torch.full((PROGRAMS, FLAGS), RAISED, dtype=torch.int32)
+            if peer != rank:
+                raised[: max(sent[peer], 1), rank] += 1
+                heard[: max(comes[peer], 1), peer] = call
+            assert torch.equal(self.flags[peer], raised)
+        assert torch.equal(self.heard[rank], heard)
 
 
 def addresses(tensors: Sequence[Tensor]) -> Tensor:
@@ -77,16 +79,17 @@ def test_real_rows_come_to_every_rank_and_nothing_else_moves(
     real: tuple[int, ...], poison: bool
 ) -> None:
     size = len(real)
-    words = HIDDEN // 2  # of two bf16 values
+    words, width = HIDDEN // 2, 2  # words of two bf16 values
     peers = Peers(size, size * BUCKET * words, torch.int32)
     layout = layout_of(bucket_starts(size), real)
     own = [torch.randn(BUCKET, HIDDEN).bfloat16() for _ in range(size)]
     for rank in range(size):
         gather_kernel[(PROGRAMS,)](
             own[rank].view(-1).view(torch.int32), layout, BUCKET, words, *peers.of(rank),
-            SIZE=size, RANKS=peers.ranks, COLS=COLS, POISON=poison, PDL=False,
+            SIZE=size, RANKS=peers.ranks, COLS=COLS, WIDTH=width, POISON=poison, PDL=False,
         )  # fmt: skip
-        peers.check_flags(rank, 1)
+        tiles = [count * width for count in real]
+        peers.check_flags(rank, 1, [tiles[rank]] * size, tiles)
     for buffer in peers.buffers:
         slots = buffer.view(torch.bfloat16).view(size, BUCKET, HIDDEN)
         for rank, count in enumerate(real):
@@ -104,7 +107,7 @@ def test_rows_one_after_the_other_are_gathered_as_they_are(counts: tuple[int, ..
     for rank in range(3):
         gather_kernel[(PROGRAMS,)](
             own[rank].view(-1), layout_of(starts, counts), max(counts), HIDDEN, *peers.of(rank),
-            SIZE=3, RANKS=4, COLS=COLS, POISON=False, PDL=False,
+            SIZE=3, RANKS=4, COLS=COLS, WIDTH=3, POISON=False, PDL=False,
         )  # fmt: skip
     for buffer in peers.buffers:
         assert torch.equal(buffer.view(-1, HIDDEN), torch.cat(own))
@@ -114,17 +117,18 @@ def scatter(
     partial: Sequence[Tensor], layout: Tensor, slot_rows: int, own_rows: Sequence[int]
 ) -> list[Tensor]:
     """Every rank's result, of a second call."""
-    size, dtype = len(partial), partial[0].dtype
+    size, dtype, width = len(partial), partial[0].dtype, 3
+    tiles = (layout[1] * width).tolist()
     peers = Peers(size, size * slot_rows * HIDDEN, dtype)
     outs = [partial[0].new_full((rows, HIDDEN), 9) for rows in own_rows]
     for call in (1, 2):
         for rank in range(size):
             reduce_scatter_kernel[(PROGRAMS,)](
                 partial[rank], outs[rank], layout, own_rows[rank], slot_rows, HIDDEN,
-                *peers.of(rank), SIZE=size, RANKS=peers.ranks, COLS=COLS, SUM=SUM_OF[dtype],
-                PDL=False,
+                *peers.of(rank), SIZE=size, RANKS=peers.ranks, COLS=COLS, WIDTH=width,
+                SUM=SUM_OF[dtype], PDL=False,
             )  # fmt: skip
-            peers.check_flags(rank, call)
+            peers.check_flags(rank, call, tiles, [tiles[rank]] * size)
     return outs
 
 
@@ -168,19 +172,19 @@ def test_a_wait_ends_once_the_host_says_stop() -> None:
     peers.flags[0].zero_()  # the peer has not come
     gather_kernel[(PROGRAMS,)](
         torch.zeros(0, dtype=torch.int32), layout_of((0, 0), (0, 0)), BUCKET, HIDDEN, *arguments,
-        SIZE=2, RANKS=2, COLS=COLS, POISON=False, PDL=False,
+        SIZE=2, RANKS=2, COLS=COLS, WIDTH=3, POISON=False, PDL=False,
     )  # fmt: skip
-    assert peers.calls[0].tolist() == [1] * PROGRAMS
+    assert peers.heard[0].flatten().tolist() == [0, 1] + [0] * (PROGRAMS * FLAGS - 2)
 
 
 @pytest.mark.timeout(30)
 def test_a_peer_that_is_a_call_ahead_is_seen_where_the_count_wraps_around() -> None:
     peers = Peers(2, BUCKET * HIDDEN, torch.int32)
     arguments = peers.of(0)
-    peers.calls[0].fill_(2**31 - 2)
+    peers.heard[0].fill_(2**31 - 2)
     peers.flags[0].fill_(-(2**31))
     gather_kernel[(PROGRAMS,)](
         torch.zeros(0, dtype=torch.int32), layout_of((0, 0), (0, 0)), BUCKET, HIDDEN, *arguments,
-        SIZE=2, RANKS=2, COLS=COLS, POISON=False, PDL=False,
+        SIZE=2, RANKS=2, COLS=COLS, WIDTH=3, POISON=False, PDL=False,
     )  # fmt: skip
-    assert peers.calls[0].tolist() == [2**31 - 1] * PROGRAMS
+    assert peers.heard[0][0, 1] == 2**31 - 1
