@@ -53,11 +53,12 @@ def choose_tiles(rows: int, top_k: int, num_experts: int, intermediate: int) -> 
     if per_expert <= 20:
         gate_up = Tile(32, 64 if narrow else 128, 128, 4, 3, True)
         return ExpertTiles(gate_up, _down_by_expert(32, narrow))
+    if per_expert <= 48:
+        return ExpertTiles(Tile(64, 128, 64, 4, 5, True, FLAT), Tile(64, 128, 64, 4, 4, True, FLAT))
     if per_expert <= 128:
-        gate_up = Tile(64, 128, 64, 4, 5, True, FLAT)
-    else:
-        gate_up = Tile(128, 128, 64, 8, 4, True, FLAT)
-    return ExpertTiles(gate_up, Tile(128, 128, 64, 4, 3, True, 2))
+        down = Tile(64, 128, 64, 4, 3, True, FLAT) if narrow else Tile(128, 128, 64, 4, 3, True, 2)
+        return ExpertTiles(Tile(64, 128, 64, 4, 5, True, FLAT), down)
+    return ExpertTiles(Tile(128, 128, 64, 8, 4, True, FLAT), Tile(128, 128, 64, 4, 3, True, 2))
 
 
 def _down_by_expert(block_m: int, narrow: bool) -> Tile:
