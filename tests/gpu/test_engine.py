@@ -44,6 +44,8 @@ CASES = [
     ("torch_ref", 1, {}),
     ("trtllm", 2, {"overlap": True, "poison_padding": True}),
     ("trtllm", 2, {"moe_sharding": "tp", "padding": "ragged"}),
+    ("trtllm", 2, {"collective": "torch_distributed", "overlap": True}),
+    ("trtllm", 2, {"moe_backend": "torch", "cuda_graphs": False}),
 ]
 
 
