@@ -16,7 +16,7 @@ from dp_runtime.agreement import (
     agree,
     keep_program,
 )
-from dp_runtime.graph_buckets import GraphBuckets
+from dp_runtime.graph_buckets import GraphBuckets, StageBuckets
 from dp_runtime.layers.exchange import PaddedExchange, RowExchange, graph_plan
 from dp_runtime.padding import PaddingCost, PaddingMode, PaddingPlan
 from dp_runtime.program import SERVING_PROGRAMS, Program
@@ -69,6 +69,7 @@ class StepCoordinator:
         self.padding = padding
         self.epoch = epoch
         self.buckets: GraphBuckets | None = None  # of captured graphs, once there are any
+        self.stages: StageBuckets | None = None  # of MoE stages that are captured alone
         self.step_id = 0  # of the next step
         self._programs = programs
         self._policy = policy
@@ -110,6 +111,8 @@ class StepCoordinator:
             assert self.buckets is not None, "ranks that vote for graphs have buckets"
             gathered = self.buckets.gathered(max(real_rows)) if any(real_rows) else 0
             plan = graph_plan(self.collective, real_rows, gathered)
+        elif self.stages is not None and (bucket := self.stages.gathered(max(real_rows))):
+            plan = graph_plan(self.collective, real_rows, bucket)
         else:
             plan = self.padding.plan(rank, real_rows)
         return PaddedExchange(plan, self.collective, self.padding.poison)

@@ -1,4 +1,4 @@
-"""Sizes at which decode graphs are captured; the same on all ranks."""
+"""Sizes at which graphs are captured; the same on all ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from dataclasses import dataclass
 OWN_STEP = 16  # above it, own rows are captured in multiples of it
 LEAST_GATHERED = 16
 GATHERED_FACTOR = 4  # between gathered sizes: few of them, for kernels read the real counts
+
+
+MOST_STAGE_ROWS = 2048  # of a rank; a GPU takes longer for more than a host that launches them
+
+
+def _gathered(largest: int, most: int) -> int:
+    bucket = LEAST_GATHERED
+    while bucket < largest:
+        bucket *= GATHERED_FACTOR
+    return min(bucket, most)
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,7 @@ class GraphBuckets:
     def gathered(self, largest: int) -> int:
         """The gathered rows of every rank where the largest rank has so many."""
         assert 0 < largest <= self.most, f"{largest} rows, graphs go from 1 to {self.most}"
-        bucket = LEAST_GATHERED
-        while bucket < largest:
-            bucket *= GATHERED_FACTOR
-        return min(bucket, self.most)
+        return _gathered(largest, self.most)
 
     def own(self, rows: int) -> int:
         """The own rows of the graph that serves so many."""
@@ -45,3 +52,26 @@ class GraphBuckets:
         sizes = {self.gathered(largest) for largest in range(1, self.most + 1)}
         keys = {GraphKey(self.own(own), size) for size in sizes for own in range(size + 1)}
         return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.own_rows)))
+
+
+@dataclass(frozen=True)
+class StageBuckets:
+    """Gathered sizes for which MoE stages are captured alone, up to `most` rows of a rank."""
+
+    most: int
+
+    @classmethod
+    def of(cls, max_num_tokens: int) -> StageBuckets:
+        """For ranks whose steps have so many rows at most."""
+        return cls(min(max_num_tokens, MOST_STAGE_ROWS))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The largest first: the others fit into its memory."""
+        return tuple(
+            sorted({_gathered(n, self.most) for n in range(1, self.most + 1)}, reverse=True)
+        )
+
+    def gathered(self, largest: int) -> int | None:
+        """The gathered rows of every rank where the largest has so many; None: no stage is."""
+        return _gathered(largest, self.most) if 0 < largest <= self.most else None

@@ -70,14 +70,17 @@ class DecodeGraphs:
             and not len(batch.embed_rows)
         )
 
+    @property
+    def count(self) -> int:
+        return len(self.buckets.graph_keys())
+
     @torch.inference_mode()
-    def capture(self, on_captured: Callable[[int, int], None]) -> None:
-        """Capture every key; `on_captured` hears how many of how many are done."""
-        keys = self.buckets.graph_keys()
+    def capture(self, on_captured: Callable[[int], None]) -> None:
+        """Capture every key; `on_captured` hears how many are done."""
         memory = torch.cuda.graph_pool_handle()
-        for done, key in enumerate(keys, 1):
+        for done, key in enumerate(self.buckets.graph_keys(), 1):
             self._graphs[key] = self._capture(key, memory)
-            on_captured(done, len(keys))
+            on_captured(done)
 
     def replay(
         self, batch: LocalBatch, plan: PaddingPlan, last_sampled: Tensor, place: Place

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 
 from torch import Tensor
 
+from dp_runtime.graph_buckets import StageBuckets
 from dp_runtime.logprobs import ROWS_AT_ONCE, logprobs_bytes
 from dp_runtime.models import Model
 from dp_runtime.sampling import sampling_bytes
@@ -58,6 +59,10 @@ def activation_peak(model: Model, limits: Limits, dp_size: int, padded: bool) ->
 
 
 def captured_bytes(model: Model, limits: Limits, dp_size: int) -> int:
-    """What the decode graphs keep: the memory of the largest, and the logits they share."""
-    rows = limits.max_num_requests
-    return model.forward_bytes(rows, dp_size * rows, dp_size > 1) + model.logits_bytes(rows)
+    """What graphs keep: the memory of the largest of each kind, and what they share."""
+    rows, stage_rows = limits.max_num_requests, StageBuckets.of(limits.max_num_tokens).most
+    decode = model.forward_bytes(rows, dp_size * rows, dp_size > 1) + model.logits_bytes(rows)
+    if not model.num_moe_layers:
+        return decode
+    buffers = 2 * stage_rows * model.config.hidden_size * model.dtype.itemsize
+    return decode + buffers + model.forward_bytes(stage_rows, dp_size * stage_rows, True)

@@ -17,7 +17,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
 from dp_runtime.device_memory import free_bytes
 from dp_runtime.errors import StartError, require
-from dp_runtime.graph_buckets import GraphBuckets
+from dp_runtime.graph_buckets import GraphBuckets, StageBuckets
 from dp_runtime.graphs import DecodeGraphs
 from dp_runtime.kernel_builds import Kernel
 from dp_runtime.kv_cache import allocate_pools
@@ -31,6 +31,7 @@ from dp_runtime.protocols import RowCollective, StepBoard
 from dp_runtime.sampling import Sampler
 from dp_runtime.scheduler import Scheduler
 from dp_runtime.sizing import RankPlan
+from dp_runtime.stage_graphs import StageGraphs
 from dp_runtime.status import GraphUse, ModelInfo
 from dp_runtime.step import StepLoop
 from dp_runtime.trace import Recorder, Totals
@@ -184,28 +185,22 @@ def capture(
     poison: bool,
     on_captured: Callable[[int, int], None],
 ) -> GraphUse:
-    """Capture the decode graphs of a rank, with all others; the loop then replays them."""
+    """Capture the graphs of a rank, with all others; the loop then replays them."""
     started, free = monotonic(), free_bytes(plan.device)
-    pages = plan.pages
+    pages, model, collective = plan.pages, loop.models[Slot.TARGET], loop.coordinator.collective
     table_pages = -(-plan.limits.max_model_len // pages.page_size)
-    graphs = DecodeGraphs(
-        loop.models[Slot.TARGET],
-        pages,
-        table_pages,
-        loop.coordinator.collective,
-        buckets,
-        poison,
-        loop.device,
-    )
+    graphs = DecodeGraphs(model, pages, table_pages, collective, buckets, poison, loop.device)
+    sizes = StageBuckets.of(plan.limits.max_num_tokens)
+    stages = StageGraphs(model, collective, sizes, poison, loop.device)
+    total = graphs.count + stages.count
     try:
-        graphs.capture(on_captured)
+        graphs.capture(lambda done: on_captured(done, total))
+        stages.capture(lambda done: on_captured(graphs.count + done, total))
     except BaseException as error:
         loop.coordinator.abort(f"{type(error).__name__}: {error}")
         raise
-    loop.use_graphs(Slot.TARGET, graphs)
-    return GraphUse(
-        len(buckets.graph_keys()), monotonic() - started, free - free_bytes(plan.device)
-    )
+    loop.use_graphs(Slot.TARGET, graphs, stages)
+    return GraphUse(total, monotonic() - started, free - free_bytes(plan.device))
 
 
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:

@@ -26,6 +26,7 @@ from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.row_logits import RowLogits
 from dp_runtime.sampling import Sampled, Sampler
 from dp_runtime.scheduler import Scheduled, Scheduler, StepTokens
+from dp_runtime.stage_graphs import StageGraphs
 from dp_runtime.trace import Recorder, SlotTrace, StepTrace
 from dp_runtime.transfer import all_on_device, on_device
 
@@ -90,6 +91,7 @@ class StepLoop:
         self.device = device
         self.depth = depth
         self.graphs: Mapping[Slot, DecodeGraphs] = {}
+        self.stages: Mapping[Slot, StageGraphs] = {}
         self.last_finished = (-1, monotonic())  # step id, when
         self.idle = threading.Event()
         self._last_sampled = torch.zeros(0, dtype=torch.int64, device=device)
@@ -173,10 +175,13 @@ class StepLoop:
             for slot, batch in zip(slots, scheduled.batches)
         )
 
-    def use_graphs(self, slot: Slot, graphs: DecodeGraphs) -> None:
-        """Replay a slot's captured graphs from now on, wherever all ranks' rows fit them."""
-        self.graphs = {**self.graphs, slot: graphs}
-        self.coordinator.buckets = graphs.buckets
+    def use_graphs(self, slot: Slot, graphs: DecodeGraphs, stages: StageGraphs) -> None:
+        """Replay a slot's captured graphs from now on, wherever all ranks' rows fit them.
+
+        In other steps its MoE stages are replayed, if all ranks' rows fit those.
+        """
+        self.graphs, self.stages = {**self.graphs, slot: graphs}, {**self.stages, slot: stages}
+        self.coordinator.buckets, self.coordinator.stages = graphs.buckets, stages.buckets
 
     @torch.inference_mode()
     def launch(self, scheduled: Scheduled, agreement: Agreement, times: PhaseTimes) -> Launched:
@@ -212,10 +217,13 @@ class StepLoop:
     def _eager(
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
     ) -> Callable[[], Tensor | RowLogits]:
-        """The forward of a slot, its inputs on the device."""
+        """The forward of a slot, its inputs on the device; MoE stages perhaps from graphs."""
         metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
         inputs = self._inputs(batch)
-        return lambda: self.models[slot].forward(inputs, metadata, exchange)
+        stages = self.stages.get(slot)
+        covered = stages is not None and stages.covers(exchange.plan)
+        model = stages if stages is not None and covered else self.models[slot]
+        return lambda: model.forward(inputs, metadata, exchange)
 
     def _replay(
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dp_runtime.layers.moe import RankSharding, RowExchange
+from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.loader import WeightSource
 from dp_runtime.metadata import AttentionMetadata
@@ -42,6 +42,13 @@ class Model(Protocol):
     @property
     def num_moe_layers(self) -> int:
         """MoE stages, each a gather and a reduce-scatter, that every forward runs."""
+
+    @property
+    def moe_stages(self) -> tuple[MoeStage, ...]:
+        """Those stages, in the order in which a forward runs them."""
+
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model:
+        """The same model, of which `make` has replaced every MoE stage."""
 
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,18 @@ class CausalLM:
     @property
     def num_moe_layers(self) -> int:
         return self.config.num_moe_layers
+
+    @property
+    def moe_stages(self) -> tuple[MoeStage, ...]:
+        return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeStage))
+
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> CausalLM:
+        """The same model with other MoE stages."""
+        layers = (
+            replace(layer, mlp=make(layer.mlp)) if isinstance(layer.mlp, MoeStage) else layer
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange

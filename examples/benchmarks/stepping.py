@@ -19,10 +19,8 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.graph_buckets import GraphBuckets
 from dp_runtime.kernel_builds import KernelBuilds
 from dp_runtime.layers.experts import Experts
-from dp_runtime.layers.moe import MoeStage
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
-from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.program import Slot
 from dp_runtime.rank import assemble, capture, kernels_of, load_rank, profile
@@ -231,19 +229,14 @@ class SteppedRank:
         Yields [(choices of every expert) of a stage].
         """
         counted: list[Tensor] = []
-        loop, model, graphs = self.loop, self.loop.models[Slot.TARGET], self.loop.graphs
-        assert isinstance(model, CausalLM), "the benchmarks' models are decoders"
-        layers = tuple(
-            replace(
-                layer, mlp=replace(layer.mlp, kernels=_Counting(layer.mlp.kernels, rows, counted))
-            )
-            if isinstance(layer.mlp, MoeStage)
-            else layer
-            for layer in model.layers
+        loop, graphs = self.loop, self.loop.graphs
+        model, stages = loop.models[Slot.TARGET], loop.stages
+        with_counts = model.with_stages(
+            lambda stage: replace(stage, kernels=_Counting(stage.kernels, rows, counted))
         )
-        loop.models, loop.graphs = {Slot.TARGET: replace(model, layers=layers)}, {}
+        loop.models, loop.graphs, loop.stages = {Slot.TARGET: with_counts}, {}, {}
         yield counted
-        loop.models, loop.graphs = {Slot.TARGET: model}, graphs
+        loop.models, loop.graphs, loop.stages = {Slot.TARGET: model}, graphs, stages
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_runtime.graph_buckets import GATHERED_FACTOR, LEAST_GATHERED, GraphBuckets, GraphKey
+from dp_runtime.graph_buckets import (
+    GATHERED_FACTOR,
+    LEAST_GATHERED,
+    GraphBuckets,
+    GraphKey,
+    StageBuckets,
+)
 
 MOST = st.integers(1, 512)
 
@@ -33,3 +39,16 @@ def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int) -> None
     assert all(GraphKey(0, size) in keys for size in sizes), "a rank without rows"
     assert max(key.own_rows for key in keys) == most
     assert keys[0].own_rows == most, "the largest comes first, the others fit its memory"
+
+
+@given(st.integers(1, 10_000), st.integers(0, 10_000))
+def test_a_captured_stage_holds_the_largest_rank(max_num_tokens: int, largest: int) -> None:
+    buckets = StageBuckets.of(max_num_tokens)
+    gathered = buckets.gathered(largest)
+    if 0 < largest <= buckets.most:
+        assert gathered in buckets.sizes
+        assert largest <= gathered < GATHERED_FACTOR * max(largest, LEAST_GATHERED)
+    else:
+        assert gathered is None
+    assert list(buckets.sizes) == sorted(set(buckets.sizes), reverse=True)
+    assert buckets.sizes[0] == buckets.most <= max_num_tokens

@@ -230,9 +230,10 @@ def test_the_plan_of_qwen3_30b_a3b(
     left = int(79.1 * 2**30) - CUDA_RESERVE - buffers - (use.total - use.kv_cache)
     assert use.kv_cache == pages * plans[0].page_bytes
     captured = left - use.kv_cache / 0.9
-    logits = 500 * 151936 * 2  # of the graphs, which also keep what one of them needs
+    logits = 500 * 151936 * 2  # of the graphs, which also keep what one of each kind needs
     assert plans[0].graphs == (plans[0].moe_backend == "triton")
-    assert logits < captured < 3 * logits if plans[0].graphs else captured < plans[0].page_bytes
+
+    assert logits < captured < 1e9 if plans[0].graphs else captured < plans[0].page_bytes
 
 
 def test_ranks_that_share_a_gpu_share_its_memory(
