@@ -4,7 +4,8 @@
 
 Every rank has prompts of 1024 tokens enough for some full steps of so many rows. The floor is the
 matrix operations of the rank's rows and of its share of the experts at the measured rate of a large
-product; attention's own operations are left out of it.
+product; attention's own operations are left out of it. Small steps are launched from graphs of the MoE
+stages, unless --no-cuda-graphs says otherwise.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
         config = EngineConfig(
             args.model, dp_size=args.dp_size, load_format="dummy", launcher="local",
             device=args.device, moe_sharding=args.moe_sharding, moe_backend=args.moe_backend,
-            collective=args.collective, overlap=True, cuda_graphs=False,
+            collective=args.collective, overlap=True, cuda_graphs=args.cuda_graphs,
             max_num_requests=min(count, rows), max_num_tokens=rows, max_model_len=args.prompt + 8,
         )  # fmt: skip
         window = Window((rows,) * args.dp_size, 1, 3) if args.device == "cuda" else None
@@ -74,6 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--moe-sharding", default="ep")
     parser.add_argument("--moe-backend", default="auto")
     parser.add_argument("--collective", default="auto")
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=None)
     return parser.parse_args()
 
 
