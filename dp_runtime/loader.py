@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dp_runtime.errors import require
+from dp_runtime.fp8_blocks import FP8, SCALE_SUFFIX, block_part, dequantize, num_blocks, quantize
 
 Shape = tuple[int, ...]
 Part = tuple[slice, ...]
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # names as in the safetensors format
+DTYPES = ("F64", "F32", "F16", "BF16")  # names as in the safetensors format
+FP8_DTYPE = "F8_E4M3"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAPPED_BYTES = 256 << 20  # of files that may be mapped before they are opened anew
@@ -32,7 +34,16 @@ class WeightSource(Protocol):
     bytes_read: int
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
-        """The tensor `name` whose full shape is `shape`, or only the `part` this rank needs."""
+        """The tensor `name` whose full shape is `shape`, or only the `part` this rank needs.
+
+        What is stored in e4m3 with scales is widened.
+        """
+
+    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        """e4m3 values of a matrix stored so, and their scales; see `fp8_blocks`.
+
+        Parts begin with a block.
+        """
 
     def scalar(self, name: str) -> float | None:
         """The number that a tensor of one element holds; None if there is no such tensor."""
@@ -67,9 +78,36 @@ class Checkpoint:
         self._file_of = self._read_index()
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
+        tensor = self._read(name, shape, part, (*DTYPES, FP8_DTYPE))
+        self._on_bytes(tensor.numel() * self.dtype.itemsize)
+        if tensor.dtype != FP8:
+            return tensor.to(device=self.device, dtype=self.dtype, copy=True)
+        scales = self._read_scales(name, shape, part)
+        return dequantize(tensor.to(self.device), scales.to(self.device)).to(self.dtype)
+
+    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        values = self._read(name, shape, part, (FP8_DTYPE,))
+        scales = self._read_scales(name, shape, part)
+        self._on_bytes(values.nbytes + scales.nbytes)
+        return values.to(self.device, copy=True), scales.to(self.device)
+
+    def _read_scales(self, name: str, shape: Shape, part: Part | None) -> Tensor:
+        """Of an e4m3 matrix or a part of it, float32 on the host."""
+        blocks = tuple(num_blocks(size) for size in shape)
+        block_parts = None if part is None else tuple(block_part(one) for one in part)
+        name = f"{name}{SCALE_SUFFIX}"
+        scales = self._read(name, blocks, block_parts, DTYPES).to(torch.float32, copy=True)
+        require(bool(scales.isfinite().all()), name, "not finite", "finite scales")
+        return scales
+
+    def _read(self, name: str, shape: Shape, part: Part | None, dtypes: tuple[str, ...]) -> Tensor:
+        """What a file has, mapped: copied before the next read."""
         file = self._file_of.get(name)
         if file is None:
             raise ValueError(f"{self._root}: tensor {name} is missing")
+        if self._mapped > MAPPED_BYTES:
+            self._open_files.clear()  # NOTE: pages of a mapped file stay in memory once read
+            self._mapped = 0
         where = f"{self._root / file}: {name}"
         try:
             view = self._open(file).get_slice(name)
@@ -78,16 +116,11 @@ class Checkpoint:
         found = tuple(view.get_shape())
         require(found == shape, f"{where}: shape", found, f"config.json asks for {shape}")
         dtype = view.get_dtype()
-        require(dtype in DTYPE_BYTES, f"{where}: dtype", dtype, f"one of {', '.join(DTYPE_BYTES)}")
+        require(dtype in dtypes, f"{where}: dtype", dtype, f"one of {', '.join(dtypes)}")
         mapped: Tensor = view[part if part is not None else ...]
-        self.bytes_read += mapped.numel() * DTYPE_BYTES[dtype]
-        self._on_bytes(mapped.numel() * self.dtype.itemsize)
-        tensor = mapped.to(device=self.device, dtype=self.dtype, copy=True)
-        self._mapped += math.prod(shape) * DTYPE_BYTES[dtype]
-        if self._mapped > MAPPED_BYTES:
-            self._open_files.clear()  # NOTE: pages of a mapped file stay in memory once read
-            self._mapped = 0
-        return tensor
+        self.bytes_read += mapped.nbytes
+        self._mapped += math.prod(shape) * mapped.dtype.itemsize
+        return mapped
 
     def scalar(self, name: str) -> float | None:
         file = self._file_of.get(name)
@@ -128,7 +161,7 @@ class Checkpoint:
 
 
 class DummyWeights:
-    """Random weights: matrices N(0, 0.02), norms 1, biases 0.
+    """Random weights: matrices N(0, 0.02) (in e4m3 rounded to that), norms 1, biases 0.
 
     A tensor's values are a pure function of seed and name, so a rank's part is the same slice
     whatever the number of ranks.
@@ -148,16 +181,25 @@ class DummyWeights:
         self._on_bytes = on_bytes
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
-        if len(shape) == 1:
-            whole = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=self.device)
-        else:
-            digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator(self.device)
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            whole = torch.randn(shape, generator=generator, device=self.device).mul_(0.02)
-        tensor = whole[part if part is not None else ...]
+        tensor = self._draw(name, shape)[part if part is not None else ...]
         self._on_bytes(tensor.numel() * self.dtype.itemsize)
         return tensor.to(self.dtype)
+
+    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        values, scales = quantize(self._draw(name, shape))
+        if part is not None:
+            values, scales = values[part], scales[tuple(block_part(one) for one in part)]
+        self._on_bytes(values.nbytes + scales.nbytes)
+        return values, scales
+
+    def _draw(self, name: str, shape: Shape) -> Tensor:
+        """A whole tensor in float32."""
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=self.device)
+        digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn(shape, generator=generator, device=self.device).mul_(0.02)
 
     def scalar(self, name: str) -> float | None:
         return None
@@ -174,8 +216,16 @@ class CountedWeights:
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
         tensor = tensor[part if part is not None else ...]
-        self.bytes_read += math.prod(tensor.shape) * self.dtype.itemsize
+        self.bytes_read += tensor.nbytes
         return tensor
+
+    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        values = torch.empty(shape, dtype=FP8, device=self.device)
+        scales = torch.empty([num_blocks(size) for size in shape], device=self.device)
+        if part is not None:
+            values, scales = values[part], scales[tuple(block_part(one) for one in part)]
+        self.bytes_read += values.nbytes + scales.nbytes
+        return values, scales
 
     def scalar(self, name: str) -> float | None:
         return None

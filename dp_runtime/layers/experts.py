@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.loader import WeightSource
+from dp_runtime.fp8_blocks import FP8, num_blocks
+from dp_runtime.loader import Part, Shape, WeightSource
 
 ALIGNMENT = 8  # elements: grouped_mm wants strides of 16 bytes, also in 2-byte dtypes
 PAIRS_AT_ONCE = 16_384  # (row, expert) pairs; bounds what the products need, whatever the routing
@@ -60,14 +61,27 @@ class ExpertNames:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertScales:
+    """The scales of experts in e4m3, float32: one for each block of 128 x 128 weights."""
+
+    gate_up: Tensor  # [local_experts, 2 * intermediate / 128, hidden / 128]
+    down: Tensor  # [local_experts, hidden / 128, intermediate / 128]
+
+
+@dataclass(frozen=True, eq=False)
 class Experts:
-    """A rank's slices of the experts' matrices, stacked; intermediate sizes end in zeros."""
+    """A rank's slices of the experts' matrices, stacked; intermediate sizes end in zeros.
+
+    With scales the weights are e4m3, which only some kernels read; see `MoeKernels`.
+    """
 
     gate_up: Tensor  # [local_experts, 2 * aligned_intermediate, hidden]
     down: Tensor  # [local_experts, hidden, aligned_intermediate]
     first_expert: int
+    scales: ExpertScales | None = None
 
     def __call__(self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        assert self.scales is None, "grouped products read no e4m3 weights"
         return fused_experts(
             rows, self.gate_up, self.down, topk_ids, topk_weights, self.first_expert
         )
@@ -94,26 +108,59 @@ class Experts:
         shard: ExpertShard,
         hidden: int,
         intermediate: int,
+        fp8: bool = False,
     ) -> Experts:
-        """Read this shard's slices, each straight into its place: the peak is one slice."""
+        """Read this shard's slices, each straight into its place: the peak is one slice.
+
+        fp8: they are e4m3 in the checkpoint, and stay so.
+        """
         part = slice(shard.intermediate.start, shard.intermediate.stop)
-        size = len(shard.intermediate)
-        inner = aligned(size)
+        inner = aligned(len(shard.intermediate))
         count = 0 if shard.is_empty else len(shard.experts)
-        stacked = (count, 2, inner, hidden)
-        gate_up = torch.zeros(stacked, dtype=weights.dtype, device=weights.device)
-        down = gate_up.new_zeros(count, hidden, inner)
+        gate_up = _Stack.zeros(weights, (count, 2, inner, hidden), fp8)
+        down = _Stack.zeros(weights, (count, hidden, inner), fp8)
         for local, expert in enumerate(shard.experts[:count]):
             for half, name in enumerate((names.gate, names.up)):
-                gate_up[local, half, :size] = weights.load(
-                    f"{prefix}.{expert}.{name}.weight", (intermediate, hidden), (part, slice(None))
-                )
-            down[local, :, :size] = weights.load(
-                f"{prefix}.{expert}.{names.down}.weight",
-                (hidden, intermediate),
-                (slice(None), part),
-            )
-        return cls(gate_up.flatten(1, 2), down, shard.experts.start)
+                gate_up.fill(
+                    (local, half), weights, f"{prefix}.{expert}.{name}.weight",
+                    (intermediate, hidden), (part, slice(None)),
+                )  # fmt: skip
+            down.fill(
+                (local,), weights, f"{prefix}.{expert}.{names.down}.weight",
+                (hidden, intermediate), (slice(None), part),
+            )  # fmt: skip
+        scales = None
+        if gate_up.scales is not None and down.scales is not None:
+            scales = ExpertScales(gate_up.scales.flatten(1, 2), down.scales)
+        return cls(gate_up.values.flatten(1, 2), down.values, shard.experts.start, scales)
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Matrices in the making: their values, and their scales if they are e4m3."""
+
+    values: Tensor  # [..., outputs, inputs]
+    scales: Tensor | None  # [..., blocks of outputs, blocks of inputs]
+
+    @classmethod
+    def zeros(cls, weights: WeightSource, shape: Shape, fp8: bool) -> _Stack:
+        if not fp8:
+            return cls(torch.zeros(shape, dtype=weights.dtype, device=weights.device), None)
+        blocks = (*shape[:-2], num_blocks(shape[-2]), num_blocks(shape[-1]))
+        return cls(
+            torch.zeros(shape, dtype=FP8, device=weights.device),
+            torch.zeros(blocks, dtype=torch.float32, device=weights.device),
+        )
+
+    def fill(
+        self, at: tuple[int, ...], weights: WeightSource, name: str, shape: Shape, part: Part
+    ) -> None:
+        """Read the matrix at `at`; what it does not fill stays zero."""
+        if self.scales is None:
+            matrix = weights.load(name, shape, part)
+        else:
+            matrix, self.scales[at] = weights.load_fp8(name, shape, part)
+        self.values[at][: matrix.shape[0], : matrix.shape[1]] = matrix
 
 
 def fused_experts(

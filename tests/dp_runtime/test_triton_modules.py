@@ -45,7 +45,7 @@ class Recorder:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     names = {triton_router: ["_route_kernel"]}
-    names[triton_experts] = ["_gate_up_kernel", "_down_kernel", "_sum_kernel"]
+    names[triton_experts] = ["gate_up_kernel", "down_kernel", "sum_kernel"]
     found = []
     for module, kernels_of in names.items():
         for name in kernels_of:
