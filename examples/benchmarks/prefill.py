@@ -4,8 +4,8 @@
 
 Every rank has prompts of 1024 tokens enough for some full steps of so many rows. The floor is the
 matrix operations of the rank's rows and of its share of the experts at the measured rate of a large
-product; attention's own operations are left out of it. Small steps are launched from graphs of the MoE
-stages, unless --no-cuda-graphs says otherwise.
+product; attention's own operations are left out of it. Small steps replay graphs of the MoE stages,
+unless --no-cuda-graphs says otherwise.
 """
 
 from __future__ import annotations
