@@ -64,7 +64,7 @@ HELP = {
     "max_queued_requests": "unfinished requests that the engine holds",
     "load_format": "read the checkpoint, or dummy: random weights",
     "seed": "for requests that bring none, and for dummy weights",
-    "overlap": "schedule a step before the one before it is committed",
+    "overlap": "schedule a step before the one before it is committed (default: on GPUs)",
     "cuda_graphs": "replay decode steps from CUDA graphs (default: wherever they can be captured)",
     "poison_padding": "fill padded rows with NaN, to see that no result changes",
     "check_device_values": "compare attention inputs on the device with the host's, every step",

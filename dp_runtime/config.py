@@ -37,7 +37,7 @@ class EngineConfig:
     max_model_len, within kv_memory_fraction (which a number of pages overrides) of the memory that
     weights, workspaces and activations leave of the device (None: 0.5 on cpu, 0.9 on cuda).
     max_num_requests and max_num_tokens are per rank and step.
-    overlap schedules step k+1 before step k is committed.
+    overlap schedules step k+1 before step k is committed (None: on cuda).
     cuda_graphs replays decode steps (None: wherever the kernels in use can be captured).
     poison_padding fills padded rows with NaN, to show that no result depends on them.
     kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
@@ -67,7 +67,7 @@ class EngineConfig:
     max_queued_requests: int = 100_000
     load_format: str = "safetensors"
     seed: int = 0
-    overlap: bool = False
+    overlap: bool | None = None
     cuda_graphs: bool | None = None
     poison_padding: bool = False
     check_device_values: bool = False
@@ -89,11 +89,11 @@ class EngineConfig:
         address = self.ray_address
         ok = address is None or (isinstance(address, str) and bool(address))
         require(ok, "ray_address", address, "None, auto, host:port or ray://host:port")
-        for name in ("overlap", "poison_padding", "check_device_values"):
+        for name in ("poison_padding", "check_device_values"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
-        graphs = self.cuda_graphs
-        ok = graphs is None or isinstance(graphs, bool)
-        require(ok, "cuda_graphs", graphs, "None or a bool")
+        for name in ("overlap", "cuda_graphs"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, bool), name, value, "None or a bool")
         require(
             self.device != "cpu" or self.collective != "peer_to_peer",
             "collective", self.collective, "peer_to_peer is for GPUs, not for device cpu",
@@ -115,7 +115,8 @@ class EngineConfig:
     @property
     def depth(self) -> int:
         """Steps that may be launched and not yet committed when the next one is scheduled."""
-        return 1 if self.overlap else 0
+        overlap = self.device == "cuda" if self.overlap is None else self.overlap
+        return 1 if overlap else 0
 
     def _check_sizes(self) -> None:
         sizes = ("dp_size", "ranks_per_gpu", "page_size", "max_num_requests", "max_num_tokens")
