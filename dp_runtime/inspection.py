@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.memory import RankMemory, memory_table
 from dp_runtime.rank import kernels_of
 from dp_runtime.sizing import RankPlan, plan_rank
@@ -22,8 +23,15 @@ def _model_lines(plan: RankPlan) -> list[str]:
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         f"attention  {model.num_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}",
         f"experts    {model.num_experts} of intermediate size {model.moe_intermediate_size}, "
-        f"top {model.num_experts_per_tok}",
+        f"top {model.num_experts_per_tok}{_fp8_note(plan)}",
     ]
+
+
+def _fp8_note(plan: RankPlan) -> str:
+    if not any(plan.model.fp8_experts):
+        return ""
+    kept = make_moe_kernels(plan.moe_backend).reads_fp8
+    return f", e4m3 in the checkpoint and {'in memory' if kept else f'widened to {plan.dtype}'}"
 
 
 def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:

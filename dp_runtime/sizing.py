@@ -14,6 +14,7 @@ from dp_runtime.attention import AttentionSpec, choose_backend, workspace_bytes
 from dp_runtime.config import EngineConfig
 from dp_runtime.device_memory import CUBLAS_BYTES, rank_memory
 from dp_runtime.errors import require
+from dp_runtime.fp8_blocks import BLOCK
 from dp_runtime.layers.moe_kernels import choose_moe_backend
 from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.loader import CountedWeights
@@ -70,7 +71,12 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     attention = attention_spec(config, model, dtype)
     backend, reason = choose_backend(config.attention_backend, attention, torch.device(device))
     sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
-    moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch.device(device))
+    fp8 = any(model.fp8_experts)
+    if fp8 and config.moe_sharding == "tp":
+        _check_blocks(model, config.dp_size)
+    moe_backend, moe_reason = choose_moe_backend(
+        config.moe_backend, dtype, torch.device(device), fp8
+    )
     weights = CountedWeights(dtype)
     served = build_model(model, weights, sharding, _NoAttention, moe_backend)
     length = config.max_model_len or model.max_position_embeddings
@@ -109,6 +115,16 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         load_bytes=weights.bytes_read,
         memory=replace(memory, kv_cache=pages.num_pages * one_page),
     )
+
+
+def _check_blocks(model: ModelConfig, dp_size: int) -> None:
+    """ValueError if ranks would cut through the blocks of e4m3 weights that have one scale."""
+    size = model.moe_intermediate_size
+    require(
+        size % (dp_size * BLOCK) == 0, "moe_sharding", "tp",
+        f"ep for this model: its e4m3 experts have a scale for each {BLOCK} of "
+        f"moe_intermediate_size {size}, which dp_size {dp_size} does not split into whole blocks",
+    )  # fmt: skip
 
 
 def choose_graphs(

@@ -53,7 +53,8 @@ class MoeStage:
 
         padded: some gathered rows are not real.
         """
-        row = self.experts.down.shape[1] * self.experts.down.dtype.itemsize
+        hidden = self.experts.down.shape[1]
+        row = hidden * self.router.dtype.itemsize
         run = self.kernels.activation_bytes(gathered_rows, padded, self.router, self.experts)
         back = gathered_rows * row + own_rows * row
         return gathered_rows * row + max(own_rows * row, run, back)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,12 @@ from dp_runtime.transfer import on_device
 
 
 class MoeKernels(Protocol):
-    """Routes gathered rows, and runs this rank's experts over those of them that are real."""
+    """Routes gathered rows, and runs this rank's experts over those of them that are real.
+
+    reads_fp8: whether experts may be e4m3 with scales; else they are widened as they are loaded.
+    """
+
+    reads_fp8: ClassVar[bool]
 
     def partial_sums(
         self,
@@ -48,6 +53,8 @@ class MoeKernels(Protocol):
 
 class TorchMoe:
     """Copies the real rows out, runs them through grouped products, and copies the sums back."""
+
+    reads_fp8: ClassVar[bool] = False
 
     def partial_sums(
         self,
@@ -87,6 +94,8 @@ class TritonMoe:
     The layers of a model share one, and with it the layout of a slot.
     """
 
+    reads_fp8: ClassVar[bool] = True
+
     def __init__(self) -> None:
         self._last: tuple[PaddingPlan, Tensor] | None = None
 
@@ -116,13 +125,13 @@ class TritonMoe:
             num_local,
         )
         tiles = choose_tiles(rows, router.top_k, num_experts, intermediate)
-        return run_experts(gathered, experts.gate_up, experts.down, routing, tiles)
+        return run_experts(gathered, experts.gate_up, experts.down, routing, tiles, experts.scales)
 
     def activation_bytes(
         self, gathered_rows: int, padded: bool, router: Router, experts: Experts
     ) -> int:
         num_local, hidden, intermediate = experts.down.shape
-        size, pairs = experts.down.dtype.itemsize, gathered_rows * router.top_k
+        size, pairs = router.dtype.itemsize, gathered_rows * router.top_k
         routing = pairs * (4 + 4) + gathered_rows * num_local * 4
         products = (pairs * hidden + max(pairs * intermediate, gathered_rows * hidden)) * size
         return routing + max(self._logits_bytes(gathered_rows, router), products)
@@ -132,7 +141,7 @@ class TritonMoe:
         from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, parts_shape
 
         num_experts, hidden = router.gate.weight.shape
-        size = 4 if rows <= MOST_SPLIT_ROWS else router.gate.weight.dtype.itemsize
+        size = 4 if rows <= MOST_SPLIT_ROWS else router.dtype.itemsize
         return math.prod(parts_shape(rows, hidden, num_experts)) * size
 
     def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
@@ -142,8 +151,12 @@ class TritonMoe:
         return self._last[1]
 
 
-def choose_moe_backend(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+def choose_moe_backend(
+    name: str, dtype: torch.dtype, device: torch.device, fp8: bool = False
+) -> tuple[str, str]:
     """Resolve "auto" for a device: the kernels' name, and why they were chosen.
+
+    fp8: whether any experts of the checkpoint are e4m3.
 
     Raises ValueError for kernels that do not serve the device or the dtype.
     """
@@ -162,12 +175,16 @@ def choose_moe_backend(name: str, dtype: torch.dtype, device: torch.device) -> t
     if not _has_room(device):
         require(name != "triton", "moe_backend", name, f"auto or torch; {ROOM}")
         return "torch", ROOM
+    if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
+        require(name != "triton", "moe_backend", name, f"auto or torch; {NO_FP8}")
+        return "torch", NO_FP8
     if name != "auto":
         return name, "chosen in the configuration"
     return "triton", "the fastest measured on this kind of device"
 
 
 ROOM = "its tiles need the shared memory of compute capability 8.0, 9 or 10"
+NO_FP8 = "it reads e4m3 experts from compute capability 8.9 on"
 
 
 def _has_room(device: torch.device) -> bool:

@@ -25,6 +25,11 @@ class Router:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, ids
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and rows."""
+        return self.gate.weight.dtype
+
     def activation_bytes(self, rows: int) -> int:
         """Most bytes a call allocates at once, its result included."""
         logits = self.gate.activation_bytes(rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dp_runtime.errors import require
+from dp_runtime.fp8_blocks import BLOCK
 from dp_runtime.layers.attention import AttentionShape
 from dp_runtime.layers.rotary import RopeConfig
 from dp_runtime.models.fields import ConfigFields
@@ -19,7 +20,9 @@ class ModelConfig:
     """What the layers need to know of a model; sizes are those of the whole model.
 
     moe_layers says for each layer whether it is an MoE stage; the others have a dense MLP of
-    `intermediate_size`. eos_token_ids are those of generation_config.json where it names any.
+    `intermediate_size`. fp8_experts says for each layer whether its experts, if it has any, are
+    e4m3 in the checkpoint, with a scale for each block of 128 x 128. eos_token_ids are those of
+    generation_config.json where it names any.
     """
 
     architecture: str
@@ -36,6 +39,7 @@ class ModelConfig:
     moe_intermediate_size: int
     intermediate_size: int
     moe_layers: tuple[bool, ...]  # [layer]
+    fp8_experts: tuple[bool, ...]  # [layer]
     norm_topk_prob: bool
     tie_word_embeddings: bool
     attention_bias: bool
@@ -61,6 +65,12 @@ class ModelConfig:
             self.hidden_size % 8 == 0, f"{where}hidden_size", self.hidden_size, "a multiple of 8"
         )
         assert len(self.moe_layers) == self.num_layers, "moe_layers has one entry per layer"
+        assert len(self.fp8_experts) == self.num_layers, "fp8_experts has one entry per layer"
+        if any(self.fp8_experts):
+            for name in ("hidden_size", "moe_intermediate_size"):
+                size = getattr(self, name)
+                allowed = f"a multiple of {BLOCK}, as e4m3 experts have a scale for each {BLOCK}"
+                require(size % BLOCK == 0, f"{where}{name}", size, allowed)
 
     @property
     def num_moe_layers(self) -> int:

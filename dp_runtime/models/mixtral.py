@@ -12,6 +12,7 @@ from dp_runtime.loader import WeightSource
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig, parse_head_dim
 from dp_runtime.models.fields import ConfigFields
+from dp_runtime.models.fp8_config import parse_fp8_experts
 from dp_runtime.models.rope_config import max_context, parse_rope
 from dp_runtime.protocols import AttentionBackend
 
@@ -43,6 +44,11 @@ def parse_config(fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelC
         moe_intermediate_size=intermediate,
         intermediate_size=intermediate,
         moe_layers=(True,) * num_layers,
+        fp8_experts=parse_fp8_experts(
+            fields,
+            [f"model.layers.{i}.block_sparse_moe.experts" for i in range(num_layers)],
+            EXPERT_NAMES,
+        ),
         norm_topk_prob=True,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         attention_bias=False,
@@ -65,9 +71,12 @@ def build(
     def mlp(layer: int, prefix: str) -> MoeStage:
         name = f"{prefix}.block_sparse_moe"
         gate = Linear.load(weights, {f"{name}.gate": config.num_experts}, hidden)
+        fp8 = config.fp8_experts[layer] and moe.reads_fp8
         return MoeStage(
             Router(gate, config.num_experts_per_tok, config.norm_topk_prob),
-            Experts.load(weights, f"{name}.experts", EXPERT_NAMES, shard, hidden, intermediate),
+            Experts.load(
+                weights, f"{name}.experts", EXPERT_NAMES, shard, hidden, intermediate, fp8
+            ),
             moe,
         )
 

@@ -163,10 +163,58 @@ def without(name: str) -> dict[str, Any]:
     return {key: value for key, value in QWEN3_30B_A3B.items() if key != name}
 
 
+FP8: dict[str, Any] = {
+    "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+    "modules_to_not_convert": ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(48))],
+}  # fmt: skip
+
+
+def quantized(message: str, **fields: Any) -> tuple[dict[str, Any], str]:
+    return {"quantization_config": FP8 | fields}, message
+
+
+def test_qwen3_30b_a3b_fp8(tmp_path: Path) -> None:
+    assert parse(tmp_path, QWEN3_30B_A3B).fp8_experts == (False,) * 48
+    assert parse(tmp_path, QWEN3_30B_A3B | {"quantization_config": FP8}).fp8_experts == (True,) * 48
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.3", "model.layers.3.mlp.experts", "layers.3.mlp.experts.0.up_proj"],
+)
+def test_layers_whose_experts_are_not_quantised(tmp_path: Path, name: str) -> None:
+    section = FP8 | {"modules_to_not_convert": ["lm_head", name]}
+    found = parse(tmp_path, QWEN3_30B_A3B | {"quantization_config": section}).fp8_experts
+    assert found == (True,) * 3 + (False,) + (True,) * 44
+
+
+def test_mixtral_fp8(tmp_path: Path) -> None:
+    section = FP8 | {"modules_to_not_convert": ["model.layers.1.block_sparse_moe"]}
+    found = parse(tmp_path, MIXTRAL_8X7B | {"quantization_config": section}).fp8_experts
+    assert found == (True, False, *(True,) * 30)
+
+
 BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"use_sliding_window": True}, "use_sliding_window: True is not allowed; only false"),
     ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not allowed; only \"silu\""),
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: {'quant_method'"),
+    quantized("quant_method: 'gptq' is not allowed; only \"fp8\"", quant_method="gptq"),
+    quantized('quant_method: None is not allowed; only "fp8"', quant_method=None),
+    quantized("fmt: 'e5m2' is not allowed; only \"e4m3\"", fmt="e5m2"),
+    quantized(
+        "weight_block_size: [64, 128] is not allowed; only [128, 128]", weight_block_size=[64, 128]
+    ),
+    quantized("weight_block_size: None is not allowed", weight_block_size=None),
+    quantized("activation_scheme: 'static'", activation_scheme="static"),
+    quantized(
+        "modules_to_not_convert: 'lm_head' is not allowed; a list", modules_to_not_convert="lm_head"
+    ),
+    quantized("quantization_config: kv_cache_scheme: 'x' is not allowed", kv_cache_scheme="x"),
+    (
+        {"quantization_config": FP8, "moe_intermediate_size": 704},
+        "moe_intermediate_size: 704 is not allowed; a multiple of 128",
+    ),
+    ({"quantization_config": "fp8"}, "quantization_config: 'fp8' is not allowed; an object"),
     ({"shared_expert_intermediate_size": 512}, "shared_expert_intermediate_size: 512"),
     ({"layer_types": ["linear_attention"] * 48}, "layer_types: "),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: 'dynamic'"),

@@ -11,9 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dp_runtime.fp8_blocks import dequantize
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile, choose_tiles
-from dp_runtime.layers.experts import fused_experts
-from dp_runtime.layers.triton_experts import run_experts, run_pairs, sum_pairs
+from dp_runtime.layers.experts import ExpertScales, fused_experts
+from dp_runtime.layers.triton_experts import gate_up_pairs, run_experts, run_pairs, sum_pairs
 from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, Routing, route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -133,6 +134,60 @@ def test_experts_equal_the_torch_loop(
     error = (out[real].float() - due).norm() / due.norm()
     assert error < TOLERANCE[dtype]
     assert (out[7:10] == 0).all(), "padded rows are zero"
+
+
+@pytest.mark.parametrize(
+    ("block_n", "block_k", "tma", "per_multiprocessor", "dtype"),
+    [
+        (64, 128, False, None, torch.float32),
+        (128, 64, True, None, torch.float16),
+        (128, 128, True, 2, torch.float32),
+        (64, 64, False, 2, torch.float16),
+    ],
+)
+def test_e4m3_experts_equal_widened_ones(
+    block_n: int, block_k: int, tma: bool, per_multiprocessor: int | None, dtype: torch.dtype
+) -> None:
+    """Each block has a scale far from its neighbours'."""
+    torch.manual_seed(2)
+    hidden, intermediate, local, first = 384, 256, 2, 1
+    stacked = [quantized(local * 2, intermediate, hidden), quantized(local, hidden, intermediate)]
+    (gate_up, gate_up_scales, wide_gate_up), (down, down_scales, wide_down) = stacked
+    rows = draw(9, hidden, dtype=dtype)
+    routing = routed(draw(9, 5, dtype=torch.float32), layout([0], [9]), 2, True, first, local)
+    tile = Tile(16, block_n, block_k, 4, 2, tma, per_multiprocessor)
+    out = run_experts(
+        rows,
+        gate_up.view(local, 2 * intermediate, hidden),
+        down,
+        routing,
+        ExpertTiles(tile, tile),
+        ExpertScales(gate_up_scales.view(local, 2 * 2, 3), down_scales),
+    )
+    ids = torch.where(routing.local_ids < 0, 5, routing.local_ids + first).long()
+    due = fused_experts(
+        rows.float(), wide_gate_up.view(local, -1, hidden), wide_down, ids, routing.weights, first
+    )
+    assert due.norm() > 1
+    assert (out.float() - due).norm() / due.norm() < TOLERANCE[dtype]
+
+
+def quantized(count: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked e4m3 matrices, their scales, and what they stand for in float32."""
+    scales = torch.rand(count, outputs // 128, inputs // 128, device=DEVICE) * 0.1 + 0.01
+    values = draw(count, outputs, inputs).to(torch.float8_e4m3fn)
+    wide = [dequantize(*pair) for pair in zip(values, scales)]
+    return values, scales, torch.stack(wide)
+
+
+def test_tiles_that_cross_scales_are_refused() -> None:
+    routing = routed(draw(4, 6), layout([0], [4]), 2, True, 0, 1)
+    values, scales, _ = quantized(1, 256, 128)
+    for tile in (Tile(16, 256, 64, 4, 2, False), Tile(16, 64, 256, 4, 2, False)):
+        with pytest.raises(AssertionError, match="crosses scales"):
+            gate_up_pairs(draw(4, 128), values, routing, tile, scales)
+    with pytest.raises(AssertionError, match="e4m3 weights have scales"):
+        gate_up_pairs(draw(4, 128), values, routing, Tile(16, 64, 64, 4, 2, False))
 
 
 def test_pairs_are_summed_in_the_order_of_their_experts() -> None:

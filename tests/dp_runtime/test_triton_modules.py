@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.layers import triton_experts, triton_router
-from dp_runtime.layers.experts import Experts, ExpertShard, aligned
+from dp_runtime.layers.experts import Experts, ExpertScales, ExpertShard, aligned
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.router import Router
@@ -44,7 +44,7 @@ class Recorder:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
-    names = {triton_router: ["_route_kernel"]}
+    names = {triton_router: ["_product_kernel", "_route_kernel"]}
     names[triton_experts] = ["gate_up_kernel", "down_kernel", "sum_kernel"]
     found = []
     for module, kernels_of in names.items():
@@ -55,12 +55,22 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
 
 @pytest.mark.parametrize(
-    ("sharding", "dp_rank", "dp_size"), [("ep", 0, 1), ("ep", 3, 6), ("tp", 2, 6), ("ep", 0, 20)]
+    ("sharding", "dp_rank", "dp_size", "fp8"),
+    [
+        ("ep", 0, 1, False),
+        ("ep", 3, 6, False),
+        ("tp", 2, 6, False),
+        ("ep", 0, 20, False),
+        ("ep", 3, 6, True),
+    ],
 )
 def test_every_number_of_rows_finds_its_kernels_built(
-    sharding: str, dp_rank: int, dp_size: int, kernels: list[Recorder]
+    sharding: str, dp_rank: int, dp_size: int, fp8: bool, kernels: list[Recorder]
 ) -> None:
     model = read_model_config(TINY_MOE)
+    if fp8:
+        sizes = {"hidden_size": 256, "moe_intermediate_size": 128}
+        model = replace(model, **sizes, fp8_experts=(True,) * model.num_layers)
     shard = ExpertShard.of(
         sharding, dp_rank, dp_size, model.num_experts, model.moe_intermediate_size
     )
@@ -69,15 +79,18 @@ def test_every_number_of_rows_finds_its_kernels_built(
     built[0].build()
     before = [set(kernel.compiled) for kernel in kernels]
     size, inner = len(shard.experts), aligned(len(shard.intermediate))
-    assert [bool(kinds) for kinds in before] == [True, size > 0, size > 0, True]
+    assert [bool(kinds) for kinds in before] == [True, True, size > 0, size > 0, True]
     router = Router(
         Linear(torch.zeros(model.num_experts, model.hidden_size, dtype=HALF), None),
         model.num_experts_per_tok, model.norm_topk_prob,
     )  # fmt: skip
+    stored = torch.float8_e4m3fn if fp8 else HALF
+    scale = torch.empty(1)
     experts = Experts(
-        torch.empty(size, 2 * inner, model.hidden_size, dtype=HALF),
-        torch.empty(size, model.hidden_size, inner, dtype=HALF),
+        torch.empty(size, 2 * inner, model.hidden_size, dtype=stored),
+        torch.empty(size, model.hidden_size, inner, dtype=stored),
         shard.experts.start,
+        ExpertScales(scale, scale) if fp8 else None,
     )
     moe, gathered = TritonMoe(), torch.empty(MOST_ROWS, model.hidden_size, dtype=HALF)
     for rows in (*range(1, 700, 3), *range(700, MOST_ROWS, 97), MOST_ROWS):

@@ -1,0 +1,45 @@
+"""quantization_config of config.json: e4m3 weights in blocks of 128 x 128, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dp_runtime.fp8_blocks import BLOCK
+from dp_runtime.layers.experts import ExpertNames
+from dp_runtime.models.fields import ConfigFields
+
+
+def parse_fp8_experts(
+    fields: ConfigFields, prefixes: Iterable[str], names: ExpertNames
+) -> tuple[bool, ...]:
+    """Whether the experts of each layer are e4m3; `prefixes` are the names of their modules.
+
+    Other weights tell by their dtype in the files. Raises ValueError for any other quantisation.
+    """
+    section = fields.section("quantization_config")
+    if section is None:
+        return tuple(False for _ in prefixes)
+    method, block = section.get("quant_method"), section.get("weight_block_size")
+    section.require(method == "fp8", "quant_method", method, 'only "fp8" is supported')
+    section.require(
+        block == [BLOCK, BLOCK], "weight_block_size", block, f"only {[BLOCK, BLOCK]} is supported"
+    )
+    section.only("fmt", "e4m3")
+    section.only("activation_scheme", "dynamic")  # activations are never quantised here
+    section.only("scale_fmt", "float")
+    section.only("expert_dtype", "fp8")
+    section.skip(["dequantize"])  # how another library loads them
+    exempt = section.get("modules_to_not_convert", [])
+    ok = isinstance(exempt, list) and all(isinstance(name, str) for name in exempt)
+    section.require(ok, "modules_to_not_convert", exempt, "a list of module names")
+    section.finish()
+    parts = (names.gate, names.up, names.down)
+    return tuple(
+        not any(_is_named(f"{prefix}.0.{part}", exempt) for part in parts) for prefix in prefixes
+    )
+
+
+def _is_named(module: str, names: Iterable[str]) -> bool:
+    """Whether a module, one around it, or the end of its name is among `names`."""
+    whole = f".{module}."
+    return any(whole.startswith(f".{name}.") or whole.endswith(f".{name}.") for name in names)
