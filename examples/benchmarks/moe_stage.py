@@ -1,10 +1,11 @@
 """One layer's experts on one GPU: Triton kernels against grouped products, and the floor.
 
-    python examples/benchmarks/moe_stage.py [--tokens 4 16 64 ...] [--shapes ep4 tp4 ep2]
+    python examples/benchmarks/moe_stage.py [--tokens 4 16 64 ...] [--shapes ep4 tp4 ep2] [--fp8]
 
-The Qwen3-30B-A3B shape split over ranks, bf16, uniform random routing, four weight sets in turn,
-inside a CUDA graph, routing included. Floor: the bytes of the active experts at the measured copy
-rate, or the operations at the measured matrix rate, whichever is larger.
+The Qwen3-30B-A3B shape split over ranks, bf16 (--fp8: Triton's weights are e4m3 in blocks of 128 x
+128), uniform random routing, four weight sets in turn, inside a CUDA graph, routing included.
+Floor: the bytes of the active experts at the measured copy rate, or the operations at the measured
+matrix rate in bf16, whichever is larger.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dp_runtime.layers.experts import Experts
+from dp_runtime.fp8_blocks import BLOCK, quantize
+from dp_runtime.layers.experts import Experts, ExpertScales
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingMode, PaddingPlan
+from dp_runtime.prediction import held_bytes
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import (
     describe_gpu,
@@ -45,10 +48,11 @@ class Stage:
 
     rows: Tensor
     routers: list[Router]
-    experts: list[Experts]
+    experts: list[Experts]  # in bf16
+    stored: list[Experts]  # the same as Triton reads them
 
     @classmethod
-    def make(cls, tokens: int, num_local: int, intermediate: int) -> Stage:
+    def make(cls, tokens: int, num_local: int, intermediate: int, fp8: bool) -> Stage:
         def random(*shape: int) -> Tensor:
             return (torch.randn(shape, device="cuda") * 0.02).bfloat16()
 
@@ -63,25 +67,35 @@ class Stage:
             )
             for _ in range(SETS)
         ]
-        return cls(torch.randn(tokens, HIDDEN, device="cuda").bfloat16(), routers, experts)
+        rows = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+        return cls(rows, routers, experts, [to_fp8(e) for e in experts] if fp8 else experts)
 
     def run(self, kernels: MoeKernels) -> Callable[[int], Tensor]:
         plan = PaddingPlan.of(PaddingMode.RAGGED, 0, (len(self.rows),))
-        return lambda i: kernels.partial_sums(
-            self.rows, plan, None, self.routers[i], self.experts[i]
-        ).rows()
+        experts = self.stored if kernels.reads_fp8 else self.experts
+        return lambda i: kernels.partial_sums(self.rows, plan, None, self.routers[i], experts[i])
 
     def floor_us(self, copy_rate: float, product_rate: float) -> float:
         """Of one call, averaged over the weight sets."""
         num_local, _, intermediate = self.experts[0].down.shape
+        weight_bytes = held_bytes(self.stored[0]) / (num_local * 3 * intermediate * HIDDEN)
         total = 0.0
         for router in self.routers:
             local = router(self.rows)[1].flatten()
             local = local[local < num_local]
             one = 3 * intermediate * HIDDEN
-            read = len(local.unique()) * one * 2 / copy_rate
+            read = len(local.unique()) * one * weight_bytes / copy_rate
             total += max(read, 2 * len(local) * one / product_rate)
         return total / SETS * 1e6
+
+
+def to_fp8(experts: Experts) -> Experts:
+    """The same experts in e4m3; a half of gate-up is a multiple of 128 rows."""
+    gate_up = [quantize(matrix) for matrix in experts.gate_up]
+    down = [quantize(matrix) for matrix in experts.down]
+    scales = ExpertScales(*(torch.stack([s for _, s in pairs]) for pairs in (gate_up, down)))
+    values = (torch.stack([v for v, _ in pairs]) for pairs in (gate_up, down))
+    return Experts(*values, experts.first_expert, scales)
 
 
 def main() -> None:
@@ -89,7 +103,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+",
                         default=[4, 16, 64, 128, 256, 512, 1024, 4096])  # fmt: skip
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["ep4", "tp4", "ep2"])
+    parser.add_argument("--fp8", action="store_true", help="with --shapes ep4, ep2 or tp2")
     args = parser.parse_args()
+    if args.fp8 and any(SHAPES[shape][1] % BLOCK for shape in args.shapes):
+        parser.error(f"--fp8 takes shapes of whole blocks of {BLOCK}: --shapes ep4 ep2 tp2")
     torch.manual_seed(0)
     print(machine.describe("torch", "triton"), describe_gpu(), sep="\n")
     rates = read_rate(), matmul_rate()
@@ -97,7 +114,7 @@ def main() -> None:
     print(f"{'shard':<7}{'tokens':>7}" + "".join(f"{name:>11}" for name in names))
     for shape in args.shapes:
         for tokens in args.tokens:
-            stage = Stage.make(tokens, *SHAPES[shape])
+            stage = Stage.make(tokens, *SHAPES[shape], args.fp8)
             floor = stage.floor_us(*rates)
             triton = graph_us(stage.run(make_moe_kernels("triton")), SETS)
             torch_us = eager_us(stage.run(make_moe_kernels("torch")))

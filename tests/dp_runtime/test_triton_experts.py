@@ -14,7 +14,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 from dp_runtime.fp8_blocks import dequantize
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.layers.experts import ExpertScales, fused_experts
-from dp_runtime.layers.triton_experts import gate_up_pairs, run_experts, run_pairs, sum_pairs
+from dp_runtime.layers.triton_experts import (
+    down_pairs,
+    gate_up_pairs,
+    run_experts,
+    run_pairs,
+    sum_pairs,
+)
 from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, Routing, route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,6 +184,24 @@ def quantized(count: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Te
     values = draw(count, outputs, inputs).to(torch.float8_e4m3fn)
     wide = [dequantize(*pair) for pair in zip(values, scales)]
     return values, scales, torch.stack(wide)
+
+
+def test_every_e4m3_value_is_widened_exactly() -> None:
+    """Products of one-hot rows are the weights; the interpreter knows no product in bf16."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+    codes = torch.arange(128 * 128, device=DEVICE).view(1, 128, 128) * 37 % 256
+    codes[codes % 128 == 127] = 0  # NaN
+    values = codes.to(torch.uint8).view(torch.float8_e4m3fn)
+    pairs = torch.arange(128, dtype=torch.int32, device=DEVICE)
+    count = torch.full((1,), 128, dtype=torch.int32, device=DEVICE)
+    routing = Routing(
+        torch.ones(128, 1, device=DEVICE), torch.zeros_like(pairs)[:, None], count, pairs[None]
+    )
+    rows = torch.eye(128, dtype=dtype, device=DEVICE)
+    for tile in (Tile(16, 64, 128, 4, 2, False), Tile(64, 128, 64, 4, 2, True, 2)):
+        found = down_pairs(rows, values, routing, tile, torch.ones(1, 1, 1, device=DEVICE))
+        assert torch.equal(found.T.float(), values[0].float())
+    assert values.float().unique().numel() == 253, "all but NaN, and 0 once"
 
 
 def test_tiles_that_cross_scales_are_refused() -> None:

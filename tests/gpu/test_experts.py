@@ -8,8 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dp_runtime.fp8_blocks import FP8, dequantize
 from dp_runtime.layers.expert_tiles import choose_tiles
-from dp_runtime.layers.experts import fused_experts
+from dp_runtime.layers.experts import ExpertScales, fused_experts
 from dp_runtime.layers.triton_experts import run_experts
 from dp_runtime.layers.triton_router import Routing, route
 
@@ -70,6 +71,34 @@ def test_all_sizes_equal_grouped_products(shard: str, gathered: int) -> None:
         routing.weights[real], routing.local_ids[real], routing.counts, routing.pairs
     ))  # fmt: skip
     error = (out[real].float() - due.float()).norm() / due.float().norm()
+    assert error < 1e-2
+
+
+def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e4m3 matrices of the same shape, their scales, and what they stand for in bf16."""
+    num_local, outputs, inputs = weights.shape
+    scales = torch.rand(num_local, outputs // 128, inputs // 128, device="cuda") * 1e-3 + 1e-4
+    values = torch.randn(weights.shape, device="cuda").mul_(20).to(FP8)
+    wide = [dequantize(*pair).bfloat16() for pair in zip(values, scales)]
+    return values, scales, torch.stack(wide)
+
+
+@pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048])
+def test_e4m3_experts_equal_widened_ones(gathered: int) -> None:
+    """Scales of neighbouring blocks differ by up to ten."""
+    stage = Stage("ep4")
+    gate_up, gate_up_scales, wide_gate_up = e4m3_like(stage.gate_up)
+    down, down_scales, wide_down = e4m3_like(stage.down)
+    scales = ExpertScales(gate_up_scales, down_scales)
+    rows, real = poisoned(gathered, gathered, gathered // 2)
+    routing = stage.route(rows, layout_of(gathered, gathered // 2, gathered))
+    tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate)
+    for _ in range(3):
+        out = run_experts(rows, gate_up, down, routing, tiles, scales)
+    assert torch.equal(out[~real], torch.zeros_like(out[~real]))
+    ids = torch.where(routing.local_ids < 0, EXPERTS, routing.local_ids).long()[real]
+    due = fused_experts(rows[real], wide_gate_up, wide_down, ids, routing.weights[real], 0).float()
+    error = (out[real].float() - due).norm() / due.norm()
     assert error < 1e-2
 
 
