@@ -100,8 +100,9 @@ class PeerRows:
     reduce-scatter buffer may be written again, and the other way round; where the two do not
     alternate as they do in MoE stages, an empty one of the other kind comes between. Buffers grow
     with the largest call, all ranks together; a graph is captured over sizes that were used before,
-    and keeps the buffers it was captured over. Raises StartError if a GPU can't reach its peers'
-    memory.
+    and keeps the buffers it was captured over. Partial sums must not lie in the gathered rows, for
+    a peer may write those while they are read. GPUs need native atomics on each other's memory, as
+    over NVLink. Raises StartError if a GPU can't reach its peers' memory.
     """
 
     def __init__(

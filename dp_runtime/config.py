@@ -38,7 +38,8 @@ class EngineConfig:
     weights, workspaces and activations leave of the device (None: 0.5 on cpu, 0.9 on cuda).
     max_num_requests and max_num_tokens are per rank and step.
     overlap schedules step k+1 before step k is committed (None: on cuda).
-    cuda_graphs replays decode steps (None: wherever the kernels in use can be captured).
+    cuda_graphs replays decode steps, and MoE stages of small steps with prefill, in both of which
+    only real rows cross between GPUs (None: wherever the kernels in use can be captured).
     poison_padding fills padded rows with NaN, to show that no result depends on them.
     kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
     check_device_values reads attention inputs back in every step and compares them (slow).

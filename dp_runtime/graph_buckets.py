@@ -65,6 +65,11 @@ class StageBuckets:
         """For ranks whose steps have so many rows at most."""
         return cls(min(max_num_tokens, MOST_STAGE_ROWS))
 
+    @classmethod
+    def none(cls) -> StageBuckets:
+        """No stage is captured."""
+        return cls(0)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """The largest first: the others fit into its memory."""

@@ -64,7 +64,7 @@ def largest_load(
     limits: Limits, pages: PageGeometry, dp_rank: int, vocab_size: int
 ) -> Iterator[RankRequest]:
     """Requests whose prompts fill a step: the first as long as can be, the others of one token."""
-    rows = limits.max_num_tokens - (dp_rank > 0)
+    rows = max(1, limits.max_num_tokens - (dp_rank > 0))
     free_pages = pages.num_pages - 1
     count = min(limits.max_num_requests, rows)
     for number in range(count):

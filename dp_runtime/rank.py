@@ -21,6 +21,7 @@ from dp_runtime.graph_buckets import GraphBuckets, StageBuckets
 from dp_runtime.graphs import DecodeGraphs
 from dp_runtime.kernel_builds import Kernel
 from dp_runtime.kv_cache import allocate_pools
+from dp_runtime.layers.exchange import counts_on_device
 from dp_runtime.loader import WeightSource, open_weights
 from dp_runtime.memory import MemoryUse
 from dp_runtime.models import Model, build_model
@@ -190,7 +191,8 @@ def capture(
     pages, model, collective = plan.pages, loop.models[Slot.TARGET], loop.coordinator.collective
     table_pages = -(-plan.limits.max_model_len // pages.page_size)
     graphs = DecodeGraphs(model, pages, table_pages, collective, buckets, poison, loop.device)
-    sizes = StageBuckets.of(plan.limits.max_num_tokens)
+    alone = model.num_moe_layers > 0 and counts_on_device(collective)
+    sizes = StageBuckets.of(plan.limits.max_num_tokens) if alone else StageBuckets.none()
     stages = StageGraphs(model, collective, sizes, poison, loop.device)
     total = graphs.count + stages.count
     try:

@@ -1,9 +1,9 @@
 """CUDA graphs of the MoE stages alone, for steps that are not captured as a whole.
 
 A step with prefill on any rank has shapes of its own, and launching it kernel by kernel takes the
-host longer than many a GPU. Its MoE stages have few shapes: they read the real rows on the device,
-so each is captured at some gathered sizes. Attention and projections between them stay eager, at
-the rank's own rows.
+host longer than many a GPU. Its MoE stages have few shapes where only real rows cross between
+ranks: they read the counts on the device, so each is captured at some gathered sizes. Attention and
+projections between them stay eager, at the rank's own rows.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ class CapturedStage(MoeStage):
 
     graphs: Mapping[int, torch.cuda.CUDAGraph]  # by gathered rows of a rank
     buffers: _Buffers
+    poison: bool
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
+        gathered = exchange.plan.own_gathered
         self.buffers.rows[: len(x)].copy_(x)
-        self.graphs[exchange.plan.own_gathered].replay()
+        if self.poison:
+            self.buffers.rows[len(x) : gathered].fill_(float("nan"))
+        self.graphs[gathered].replay()
         return self.buffers.sums[: len(x)]
 
 
@@ -67,7 +71,7 @@ class StageGraphs:
         self._collective = collective
         self._poison = poison
         size = (buckets.most, model.config.hidden_size)
-        rows = torch.full(size, float("nan") if poison else 0.0, dtype=model.dtype, device=device)
+        rows = torch.zeros(size, dtype=model.dtype, device=device)
         layout = torch.zeros(2, collective.dp_size, dtype=torch.int32, device=device)
         self._buffers = _Buffers(rows, torch.zeros_like(rows), layout)
         self._uncaptured = self._model = model
@@ -90,7 +94,12 @@ class StageGraphs:
                 on_captured(done)
         self._model = self._uncaptured.with_stages(
             lambda stage: CapturedStage(
-                stage.router, stage.experts, stage.kernels, graphs[id(stage)], self._buffers
+                stage.router,
+                stage.experts,
+                stage.kernels,
+                graphs.get(id(stage), {}),
+                self._buffers,
+                self._poison,
             )
         )
 

@@ -70,12 +70,17 @@ class CountedExchange:
         return self.collective.reduce_scatter_counted(partial, self.layout, self.plan.own_real)
 
 
+def counts_on_device(collective: RowCollective) -> bool:
+    """Whether a graph's exchange costs what the real rows cost, whatever its shapes are."""
+    return collective.dp_size == 1 or isinstance(collective, CountedCollective)
+
+
 def graph_plan(
     collective: RowCollective, real_rows: tuple[int, ...], gathered_rows: int
 ) -> PaddingPlan:
     """The plan of a step whose ranks replay graphs of so many gathered rows each."""
     size = collective.dp_size
-    counted = size > 1 and isinstance(collective, CountedCollective)
+    counted = size > 1 and counts_on_device(collective)
     return PaddingPlan(collective.dp_rank, real_rows, (gathered_rows,) * size, counted)
 
 

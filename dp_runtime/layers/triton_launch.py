@@ -1,8 +1,9 @@
-"""What the expert kernels' launches depend on: the device's multiprocessors, and overlapped starts.
+"""What launches of Triton kernels depend on: the device's multiprocessors, and overlapped starts.
 
-With programmatic dependent launch a kernel starts while the one before it ends. It may touch only
-weights until it has waited (`gdc_wait`), and every program of it waits: so a kernel that has ended
-implies that all before it have.
+With programmatic dependent launch a kernel starts while the one before it ends. Until it has waited
+(`gdc_wait`) it may read weights, and what a copy or the kernel before the previous one has written,
+and write nothing. Every program of it waits: so a kernel that has ended implies that all before it
+have.
 """
 
 from __future__ import annotations
