@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dp_runtime.models.config import ModelConfig
 
-BYTES = 2  # bf16
+BYTES = 2  # bf16; experts may be e4m3
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class DecodeBytes:
             active_experts = uniform_active(model, rows * dp_size)
         heads = 2 * model.num_heads + 2 * model.num_kv_heads
         expert = 3 * model.moe_intermediate_size * model.hidden_size
+        formats = zip(model.moe_layers, model.fp8_experts, strict=True)
+        per_weight = sum((1 if fp8 else BYTES) for moe, fp8 in formats if moe)  # of all layers
         return cls(
-            experts=BYTES * model.num_moe_layers * expert * active_experts / dp_size,
+            experts=per_weight * expert * active_experts / dp_size,
             attention_weights=BYTES * model.num_layers * heads * model.head_dim * model.hidden_size,
             lm_head=BYTES * model.vocab_size * model.hidden_size,
             kv_cache=BYTES * model.num_layers * rows * context
