@@ -74,17 +74,23 @@ class Driver:
     last_tokens: dict[int, int] = field(default_factory=dict)
     kernels: Profile | None = None
     _seen: int = 0
+    _recorded: int = -1
     _profiler: Any = None
 
     def __post_init__(self) -> None:
         self.unfinished = {request.request_id for request in self.pending}
 
     def take(self) -> Commands:
-        """What the loop asks before every step."""
+        """What the loop asks before every step; a rank that had requests ends it for all.
+
+        It does so once its own are done and no rank runs a step any more.
+        """
         added, self.pending = self.pending, []
         if self.window is not None and self.recorder.steps:
             self._watch(self.window)
-        return Commands(added, stop=bool(self.last_tokens) and not self.unfinished)
+        before, self._recorded = self._recorded, self.recorder.totals.steps
+        done = bool(self.last_tokens) and not self.unfinished
+        return Commands(added, stop=done and before == self._recorded)
 
     def deliver(self, progress: list[RequestProgress]) -> None:
         for item in progress:

@@ -70,8 +70,8 @@ def test_all_sizes_equal_grouped_products(shard: str, gathered: int) -> None:
     due = stage.due(rows[real], Routing(
         routing.weights[real], routing.local_ids[real], routing.counts, routing.pairs
     ))  # fmt: skip
-    error = (out[real].float() - due.float()).norm() / due.float().norm()
-    assert error < 1e-2
+    error = (out[real].float() - due.float()).norm()
+    assert error <= 1e-2 * due.float().norm()  # both are 0 where no row has a local expert
 
 
 def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,8 +98,8 @@ def test_e4m3_experts_equal_widened_ones(gathered: int) -> None:
     assert torch.equal(out[~real], torch.zeros_like(out[~real]))
     ids = torch.where(routing.local_ids < 0, EXPERTS, routing.local_ids).long()[real]
     due = fused_experts(rows[real], wide_gate_up, wide_down, ids, routing.weights[real], 0).float()
-    error = (out[real].float() - due).norm() / due.norm()
-    assert error < 1e-2
+    error = (out[real].float() - due).norm()
+    assert error <= 1e-2 * due.norm()
 
 
 @pytest.mark.parametrize("gathered", [4, 128, 512, 3000])
