@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.fp8_blocks import dequantize
+from dp_runtime.layers import triton_router
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.layers.experts import ExpertScales, fused_experts
 from dp_runtime.layers.triton_experts import (
@@ -21,7 +22,7 @@ from dp_runtime.layers.triton_experts import (
     run_pairs,
     sum_pairs,
 )
-from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, Routing, route
+from dp_runtime.layers.triton_router import Routing, route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3}
@@ -83,8 +84,11 @@ def check_pairs(routing: Routing) -> None:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("hidden", [72, 128, 264])
-@pytest.mark.parametrize("rows", [1, 16, 37, MOST_SPLIT_ROWS + 1])
-def test_the_product_is_the_routers(rows: int, hidden: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "split"), [(1, True), (16, True), (37, True), (37, False)])
+def test_the_product_is_the_routers(
+    rows: int, split: bool, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_router, "MOST_SPLIT_ROWS", rows if split else rows - 1)
     torch.manual_seed(6)
     router, x = draw(20, hidden, dtype=dtype), draw(rows, hidden, dtype=dtype)
     routing = route(x, router, layout([0], [rows]), 4, True, 5, 6)
