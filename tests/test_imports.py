@@ -71,3 +71,25 @@ assert not any(name == "ray" or name.startswith("ray.") for name in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
     assert run.returncode == 0
+
+
+def test_a_cpu_rank_in_a_process_of_its_own_never_imports_them(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["flashinfer"] = sys.modules["triton"] = None
+from dp_runtime import EngineConfig
+from tests.checkpoints import tiny_checkpoint
+from workers.messages import MeetingPoint
+from workers.worker import Worker
+config = EngineConfig(
+    str(tiny_checkpoint({str(tmp_path / "model")!r})), launcher="local", device="cpu",
+    max_model_len=64, torch_threads=1,
+)
+worker = Worker(0, config, "cpu")
+worker.prepare()
+worker.load()
+worker.serve(MeetingPoint("shared_memory", {str(tmp_path / "meeting")!r}))
+worker.stop()
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert run.returncode == 0

@@ -102,7 +102,8 @@ class Worker:
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
-            forbid_compilation()
+            if self.device != "cpu":
+                forbid_compilation()
         self._state = RankState.RUNNING
         name = f"dp-rank-{self.dp_rank}"
         self._thread = threading.Thread(target=self._step, name=name, daemon=True)
