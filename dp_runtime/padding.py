@@ -10,7 +10,9 @@ from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -91,6 +93,11 @@ class PaddingPlan:
     def starts(self) -> tuple[int, ...]:
         """Where each rank's rows begin among the gathered ones."""
         return tuple(accumulate(self.gathered_rows[:-1], initial=0))
+
+    @cached_property
+    def layout(self) -> NDArray[np.int32]:
+        """[2, ranks]: where each rank's rows begin, and how many of them are real."""
+        return np.array([self.starts, self.real_rows], np.int32)
 
     @cached_property
     def real_index(self) -> Tensor | None:

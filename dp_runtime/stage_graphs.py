@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,8 +111,7 @@ class StageGraphs:
     ) -> Tensor:
         """The model's forward, its stages replayed: hidden states [rows, hidden]."""
         plan = exchange.plan
-        layout = np.array([plan.starts, plan.real_rows], np.int32)
-        self._buffers.layout.copy_(on_device(layout, self._buffers.layout.device))
+        self._buffers.layout.copy_(on_device(plan.layout, self._buffers.layout.device))
         hidden = self._model.forward(inputs, metadata, exchange)
         self._collective.watch(f"stages of {plan.own_gathered} gathered rows")
         return hidden

@@ -220,9 +220,9 @@ class StepLoop:
         """The forward of a slot, its inputs on the device; MoE stages perhaps from graphs."""
         metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
         inputs = self._inputs(batch)
-        stages = self.stages.get(slot)
-        covered = stages is not None and stages.covers(exchange.plan)
-        model = stages if stages is not None and covered else self.models[slot]
+        model, stages = self.models[slot], self.stages.get(slot)
+        if stages is not None and stages.covers(exchange.plan):
+            return lambda: stages.forward(inputs, metadata, exchange)
         return lambda: model.forward(inputs, metadata, exchange)
 
     def _replay(

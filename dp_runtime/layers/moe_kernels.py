@@ -6,7 +6,6 @@ import math
 from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,8 +145,7 @@ class TritonMoe:
 
     def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
         if self._last is None or self._last[0] is not plan:
-            layout = np.array([plan.starts, plan.real_rows], np.int32)
-            self._last = (plan, on_device(layout, device))
+            self._last = (plan, on_device(plan.layout, device))
         return self._last[1]
 
 

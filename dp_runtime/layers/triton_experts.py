@@ -25,33 +25,17 @@ def run_experts(
     """Sum over a row's chosen local experts of weight * down(silu(gate(row)) * up(row)).
 
     rows [n, hidden]; gate_up [local, 2 * intermediate, hidden]; down [local, hidden,
-    intermediate] -> [n, hidden]; a row without local experts is 0. Weights are in the dtype of
-    rows, or e4m3 with their scales.
+    intermediate], both contiguous -> [n, hidden]; a row without local experts is 0. Weights are in
+    the dtype of rows, or e4m3 with their scales.
     """
-    pairs = run_pairs(rows, gate_up, down, routing, tiles, scales)
-    return sum_pairs(pairs, routing.local_ids)
-
-
-def run_pairs(
-    rows: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    routing: Routing,
-    tiles: ExpertTiles,
-    scales: ExpertScales | None = None,
-) -> Tensor:
-    """weight * down(silu(gate(row)) * up(row)) of every local pair, in the dtype of rows.
-
-    Shapes as for `run_experts`, weights contiguous -> [n * k, hidden]; what is not a local pair is
-    not written.
-    """
-    num_local, hidden, _ = down.shape
-    if num_local == 0:
-        return rows.new_empty(routing.local_ids.numel(), hidden)
-    assert tiles.gate_up.by_expert == tiles.down.by_expert, f"one order of pairs: {tiles}"
-    of_gate_up, of_down = (None, None) if scales is None else (scales.gate_up, scales.down)
-    activated = gate_up_pairs(rows, gate_up, routing, tiles.gate_up, of_gate_up)
-    return down_pairs(activated, down, routing, tiles.down, of_down)
+    if len(down) == 0:
+        weighted = rows.new_empty(routing.local_ids.numel(), rows.shape[1])
+    else:
+        assert tiles.gate_up.by_expert == tiles.down.by_expert, f"one order of pairs: {tiles}"
+        of_gate_up, of_down = (None, None) if scales is None else (scales.gate_up, scales.down)
+        activated = gate_up_pairs(rows, gate_up, routing, tiles.gate_up, of_gate_up)
+        weighted = down_pairs(activated, down, routing, tiles.down, of_down)
+    return sum_pairs(weighted, routing.local_ids)
 
 
 def gate_up_pairs(

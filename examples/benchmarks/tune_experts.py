@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.layers.expert_tiles import ExpertTiles, Tile
-from dp_runtime.layers.triton_experts import down_pairs, gate_up_pairs, run_pairs, sum_pairs
+from dp_runtime.layers.triton_experts import down_pairs, gate_up_pairs, run_experts
 from dp_runtime.layers.triton_router import Routing, route
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
@@ -214,11 +214,12 @@ def whole(
     """The parts of the stage with the best tiles of one kind, and all of it."""
 
     def pairs(i: int, routing: Routing) -> Tensor:
-        return run_pairs(rows, bench.gate_up[i], bench.down[i], routing, tiles)
+        activated = gate_up_pairs(rows, bench.gate_up[i], routing, tiles.gate_up)
+        return down_pairs(activated, bench.down[i], routing, tiles.down)
 
     def stage(i: int) -> Tensor:
         routing = bench.route(rows, layout, i)
-        return sum_pairs(pairs(i, routing), routing.local_ids)
+        return run_experts(rows, bench.gate_up[i], bench.down[i], routing, tiles)
 
     runs: dict[str, Callable[[int], object]] = {
         "router by cuBLAS": lambda i: F.linear(rows, bench.routers[i]),
