@@ -114,7 +114,7 @@ class DecodeGraphs:
 
         def forward() -> RowLogits:
             slot_inputs = inputs.slot_inputs(key.own_rows)
-            hidden = self._model.forward(slot_inputs, metadata, exchange)
+            hidden = self._model.forward(slot_inputs, metadata, exchange).last
             return RowLogits.of(self._model.logits(hidden, self._logits[: key.own_rows]))
 
         forward()  # compiles, plans and connects: none of it may happen while capturing

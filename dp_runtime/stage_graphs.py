@@ -19,7 +19,7 @@ from dp_runtime.graph_buckets import StageBuckets
 from dp_runtime.layers.exchange import RowExchange, graph_exchange, graph_plan
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.models import Model, SlotInputs
+from dp_runtime.models import Hidden, Model, SlotInputs
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.protocols import RowCollective
 from dp_runtime.transfer import on_device
@@ -108,8 +108,8 @@ class StageGraphs:
 
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Tensor:
-        """The model's forward, its stages replayed: hidden states [rows, hidden]."""
+    ) -> Hidden:
+        """The model's forward, its stages replayed."""
         plan = exchange.plan
         self._buffers.layout.copy_(on_device(plan.layout, self._buffers.layout.device))
         hidden = self._model.forward(inputs, metadata, exchange)

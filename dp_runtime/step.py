@@ -222,8 +222,8 @@ class StepLoop:
         inputs = self._inputs(batch)
         model, stages = self.models[slot], self.stages.get(slot)
         if stages is not None and stages.covers(exchange.plan):
-            return lambda: stages.forward(inputs, metadata, exchange)
-        return lambda: model.forward(inputs, metadata, exchange)
+            return lambda: stages.forward(inputs, metadata, exchange).last
+        return lambda: model.forward(inputs, metadata, exchange).last
 
     def _replay(
         self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place

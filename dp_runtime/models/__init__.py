@@ -12,13 +12,14 @@ from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.loader import WeightSource
 from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.models.causal_lm import SlotInputs
+from dp_runtime.models.causal_lm import Hidden, SlotInputs
 from dp_runtime.models.config import ModelConfig, RopeConfig, read_model_config
 from dp_runtime.models.registry import ARCHITECTURES, architecture_module
 from dp_runtime.protocols import AttentionBackend
 
 __all__ = [
     "ARCHITECTURES",
+    "Hidden",
     "Model",
     "ModelConfig",
     "RankSharding",
@@ -50,13 +51,20 @@ class Model(Protocol):
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model:
         """The same model, of which `make` has replaced every MoE stage."""
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The layers whose inputs are the features of a forward; none: its `last` is."""
+
+    def with_features(self, layers: tuple[int, ...]) -> Model:
+        """The same model, whose features are the residual stream entering these layers."""
+
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Tensor:
-        """This rank's rows, zero or more -> [rows, hidden] behind the final norm."""
+    ) -> Hidden:
+        """This rank's rows, zero or more -> what the LM head and a draft model take of each."""
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """The LM head of [n, hidden] as `forward` returns it -> [n, vocab], perhaps into `out`."""
+        """The LM head of [n, hidden], of a forward's `last`, -> [n, vocab], perhaps into `out`."""
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class SlotInputs:
     positions: Tensor  # [rows] int64
     embed_rows: Tensor  # [embeds] int64
     embeds: Tensor  # [embeds, hidden]
+
+
+class Hidden(NamedTuple):
+    """What a forward leaves of each row: the input of the LM head, and that of a draft model."""
+
+    last: Tensor  # [rows, hidden], behind the final norm
+    features: Tensor  # [rows, features]: of the feature layers, or `last` where there are none
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +96,10 @@ class DecoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class CausalLM:
-    """Embedding, decoder layers, final norm and LM head."""
+    """Embedding, decoder layers, final norm and LM head.
+
+    feature_layers: the layers at whose input a forward copies the residual stream, for a draft.
+    """
 
     config: ModelConfig
     embedding: Tensor  # [vocab, hidden]
@@ -96,6 +107,7 @@ class CausalLM:
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head: Linear
+    feature_layers: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,23 +129,34 @@ class CausalLM:
         )
         return replace(self, layers=tuple(layers))
 
+    def with_features(self, layers: tuple[int, ...]) -> CausalLM:
+        """The same model, whose forwards also return the residual stream entering these layers."""
+        assert set(layers) <= set(range(len(self.layers))), f"{layers} of {len(self.layers)} layers"
+        return replace(self, feature_layers=layers)
+
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Tensor:
+    ) -> Hidden:
         x = self.embedding[inputs.token_ids]
         if inputs.embed_rows.shape[0]:
             x[inputs.embed_rows] = inputs.embeds.to(x.dtype)
         cos_sin = self.rotary(inputs.positions, x.dtype)
+        features = x.new_empty(len(x), len(self.feature_layers), x.shape[1])
         residual: Tensor | None = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            for place, feature_layer in enumerate(self.feature_layers):
+                if feature_layer == index:
+                    _copy_sum(x, residual, features[:, place])
             x, residual = layer(x, residual, cos_sin, metadata, exchange)
-        return self.norm.add(x, residual)[0]
+        last = self.norm.add(x, residual)[0]
+        return Hidden(last, features.flatten(1) if self.feature_layers else last)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return self.head(hidden) if out is None else self.head.into(hidden, out)
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        row = 2 * self.config.hidden_size + self.config.head_dim  # a layer's inputs, cos and sin
+        inputs = 2 + len(self.feature_layers)  # of a layer, and those that are kept
+        row = inputs * self.config.hidden_size + self.config.head_dim  # and cos and sin
         return own_rows * row * self.embedding.dtype.itemsize + max(
             layer.activation_bytes(own_rows, gathered_rows, padded) for layer in self.layers
         )
@@ -166,3 +189,11 @@ class CausalLM:
             RMSNorm.load(weights, "model.norm", config.hidden_size, config.rms_norm_eps),
             Linear(embedding if tied else weights.load("lm_head.weight", sizes), None),
         )
+
+
+def _copy_sum(x: Tensor, residual: Tensor | None, out: Tensor) -> None:
+    """x + residual into `out`; on a GPU layers overwrite both."""
+    if residual is None:
+        out.copy_(x)
+    else:
+        torch.add(x, residual, out=out)

@@ -99,7 +99,7 @@ class Rank:
             ),
             metadata_of(batch, self.num_pages, PAGE_SIZE),
             PaddedExchange(plan, self.collective, self.poison),
-        )
+        ).last
         logits = self.model.logits(hidden)
         split = logits.split([len(tokens) for tokens in new])
         return list(split)
