@@ -10,25 +10,14 @@ import torch
 from torch import Tensor
 
 from dp_runtime.batch import Int64
-from dp_runtime.distribution import (
-    Array,
-    change_rows,
-    invert,
-    keep_weights,
-    penalise,
-    take_rows,
-)
-from dp_runtime.logprobs import (
-    ROWS_AT_ONCE,
-    LogitsOf,
-    Logprobs,
-    row_parts,
-    token_logprobs,
-)
+from dp_runtime.distribution import Array, invert, keep_weights, take_rows
+from dp_runtime.logprobs import ROWS_AT_ONCE, LogitsOf, Logprobs, row_parts, token_logprobs
+from dp_runtime.penalties import Penalties, penalise_rows
 from dp_runtime.random_numbers import uniform
 from dp_runtime.request import RankRequest, TokenLogprob
 from dp_runtime.row_logits import RowLogits
 from dp_runtime.sampling_params import SamplingParams
+from dp_runtime.speculative.verify import Verification, accepted_drafts
 from dp_runtime.transfer import HostCopy, on_device
 
 _FLOAT32 = np.finfo(np.float32)
@@ -36,7 +25,10 @@ _FLOAT32 = np.finfo(np.float32)
 
 @dataclass(frozen=True, eq=False)
 class SampleRows:
-    """Rows of logits that yield a new token each."""
+    """Rows of logits that yield a new token each.
+
+    A verification's rows lie together, with its request's next output indices in turn.
+    """
 
     request_ids: Int64  # [n]
     output_indices: Int64  # [n] which output token of its request this is, from 0
@@ -47,12 +39,32 @@ class SampleRows:
     def __getitem__(self, some: slice) -> SampleRows:
         return SampleRows(self.request_ids[some], self.output_indices[some])
 
+    def firsts(self, verification: Verification) -> SampleRows:
+        """The first row of each request."""
+        shape = len(verification), verification.rows_each
+        end = verification.num_rows
+        ids, indices = (
+            self.request_ids[:end].reshape(shape),
+            self.output_indices[:end].reshape(shape),
+        )
+        in_turn = indices[:, :1] + np.arange(verification.rows_each)
+        together = (ids == ids[:, :1]) & (indices == in_turn)
+        assert together.all(), f"the first {end} rows are {len(verification)} verifications"
+        return SampleRows(
+            np.concatenate([ids[:, 0], self.request_ids[end:]]),
+            np.concatenate([indices[:, 0], self.output_indices[end:]]),
+        )
+
 
 class SampledTokens(NamedTuple):
-    """What was sampled, on the host; one entry per row."""
+    """What was sampled, on the host; one entry per row.
+
+    Of a verification's rows, the first num_accepted + 1 gave new tokens, the others nothing.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]  # None where none were asked for
+    num_accepted: tuple[int, ...] = ()  # drafts of each verification
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +75,8 @@ class Sampled:
     token_ids: Tensor  # [n] int64
     logprobs: Logprobs | None  # of the rows in logprob_rows
     logprob_rows: tuple[int, ...]
-    copy: HostCopy  # token_ids, and whether each row's logits were valid
+    num_accepted: Tensor | None  # [verifications] int64 drafts of each, if any were verified
+    copy: HostCopy  # token_ids, whether each row's logits were valid, and num_accepted
 
     def to_host(self) -> SampledTokens:
         """Wait for the copy.
@@ -71,43 +84,15 @@ class Sampled:
         Asserts that no row's logits had a NaN, a +inf or nothing above -inf: this is where the
         host first looks at what the device computed, so the check costs no wait of its own.
         """
-        token_ids, valid = self.copy.wait()
+        token_ids, valid, *accepted = self.copy.wait()
         broken = self.rows.request_ids[~valid.numpy()].tolist()
         assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
         logprobs: list[TokenLogprob | None] = [None] * len(self.rows)
         if self.logprobs is not None:
             for row, entry in zip(self.logprob_rows, self.logprobs.to_host()):
                 logprobs[row] = entry
-        return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs))
-
-
-@dataclass(eq=False)
-class _Penalties:
-    """Which tokens a request has seen; on the device, since the host learns them a step later.
-
-    The tensors are made when the request first samples: many more may be queued than run.
-    """
-
-    prompt_ids: Array  # [prompt] int64
-    in_prompt: Tensor  # [vocab] bool, empty until then
-    output_counts: Tensor  # [vocab] float32, empty until then
-    num_outputs: int = 0
-
-    @classmethod
-    def of(cls, request: RankRequest, device: torch.device) -> _Penalties:
-        prompt_ids = np.array(request.prompt_token_ids, np.int64)
-        nothing = torch.empty(0, device=device)
-        return cls(prompt_ids, nothing.bool(), nothing)
-
-    def start(self, vocab_size: int) -> None:
-        """Make the tensors, at the first call."""
-        if self.output_counts.numel():
-            return
-        device = self.output_counts.device
-        in_prompt = np.zeros(vocab_size, np.bool_)
-        in_prompt[self.prompt_ids] = True
-        self.in_prompt = on_device(in_prompt, device)
-        self.output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        num_accepted = tuple(accepted[0].tolist()) if accepted else ()
+        return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs), num_accepted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +103,7 @@ class _Request:
     stop_ids: Array  # [stops] int64
     bias_ids: Array  # [biases] int64
     biases: Array  # [biases] float32
-    penalties: _Penalties | None
+    penalties: Penalties | None
     plain: bool  # nothing but the argmax is asked for
 
 
@@ -146,10 +131,12 @@ class Sampler:
     to the best token; (9) the inverse of the cumulative distribution in the order of token ids is
     taken at uniform(seed, output_index). A token of probability 0 is never chosen.
 
-    A row's token depends on its request, output_index and logits alone, not on the batch.
+    A row's token depends on its request, output_index and logits alone, not on the batch; in a
+    verification, also on the drafts before it, as if they were outputs.
     Requests without logit_bias, min_tokens or penalties have no state on the device.
     NOTE: output tokens are counted inside `sample`, so a request with penalties samples every
-    output_index once and in order; its counts outlive preemption and end with `remove`.
+    output_index in order, going on after the last that became an output; its counts outlive
+    preemption and end with `remove`.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
@@ -177,7 +164,7 @@ class Sampler:
             stop_ids=np.array([i for i in request.stop_token_ids if i < vocab], np.int64),
             bias_ids=np.array(list(params.logit_bias), np.int64),
             biases=np.array(list(params.logit_bias.values()), np.float32),
-            penalties=_Penalties.of(request, self.device) if params.has_penalties else None,
+            penalties=Penalties.of(request, self.device) if params.has_penalties else None,
             plain=params.greedy
             and params.logprobs is None
             and not (params.logit_bias or params.min_tokens or params.has_penalties),
@@ -187,25 +174,41 @@ class Sampler:
         """Forget a request and what the device holds for it."""
         del self._requests[request_id]
 
-    def sample(self, logits: Tensor, rows: SampleRows) -> Sampled:
-        """Choose a token for each row of logits [n, vocab], which are left as they are."""
-        return self.choose(RowLogits.of(logits), rows)
+    def sample(
+        self, logits: Tensor, rows: SampleRows, verification: Verification | None = None
+    ) -> Sampled:
+        """Choose a token for each row of logits [n, vocab], which are left as they are.
 
-    def choose(self, logits: RowLogits, rows: SampleRows) -> Sampled:
+        verification: drafts of the first requests, to whom the first rows belong; every other row
+        is a request of its own.
+        """
+        return self.choose(RowLogits.of(logits), rows, verification)
+
+    def choose(
+        self, logits: RowLogits, rows: SampleRows, verification: Verification | None = None
+    ) -> Sampled:
         """The same where the rows' maxima are known."""
         assert logits.values.shape == (len(rows), self.vocab_size), (
             f"logits {tuple(logits.values.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
         )
-        requests = [self._requests[request_id] for request_id in rows.request_ids.tolist()]
+        firsts = rows if verification is None else rows.firsts(verification)
+        requests = [self._requests[request_id] for request_id in firsts.request_ids.tolist()]
         if all(request.plain for request in requests):
-            return Sampled(rows, logits.best, None, (), HostCopy(logits.best, logits.valid))
+            accepted = self._accepted(logits.best, firsts, requests, verification)
+            copy = _copied(logits.best, logits.valid, accepted)
+            return Sampled(rows, logits.best, None, (), accepted, copy)
+        of_rows = requests if verification is None else verification.each_row(requests)
+        seen = self._begin(rows, requests, verification)
         parts = [
-            self._choose(logits[part], rows[part], requests[part]) for part in row_parts(len(rows))
+            self._choose(logits[part], rows[part], of_rows[part], verification, part.start)
+            for part in row_parts(len(rows))
         ]
         token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
-        self._count(requests, token_ids)
-        logprob_rows, logprobs = self._logprobs(logits.values, token_ids, requests)
-        return Sampled(rows, token_ids, logprobs, logprob_rows, HostCopy(token_ids, valid))
+        accepted = self._accepted(token_ids, firsts, requests, verification)
+        self._count(seen, token_ids, verification, accepted)
+        logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
+        copy = _copied(token_ids, valid, accepted)
+        return Sampled(rows, token_ids, logprobs, logprob_rows, accepted, copy)
 
     def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
         """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
@@ -214,14 +217,37 @@ class Sampler:
         """
         return token_logprobs(logits_of, target_ids, (top_n,) * len(target_ids))
 
+    def _accepted(
+        self,
+        token_ids: Tensor,
+        firsts: SampleRows,
+        requests: list[_Request],
+        verification: Verification | None,
+    ) -> Tensor | None:
+        if verification is None:
+            return None
+        if verification.forced is None:
+            sampled = token_ids[: verification.num_rows].view(-1, verification.rows_each)
+            return accepted_drafts(sampled, verification.drafts)
+        count = len(verification)
+        counters = [[request.seed for request in requests[:count]], firsts.output_indices[:count]]
+        seeds, indices = on_device(np.array(counters, np.int64), self.device)
+        return verification.forced.accepted(seeds, indices, verification.num_drafts)
+
     def _choose(
-        self, logits: RowLogits, rows: SampleRows, requests: list[_Request]
+        self,
+        logits: RowLogits,
+        rows: SampleRows,
+        requests: list[_Request],
+        verification: Verification | None,
+        first_row: int,
     ) -> tuple[Tensor, Tensor]:
-        """Token ids [n], and whether the logits were valid [n]."""
+        """Token ids [n], and whether the logits were valid [n]; of rows from first_row on."""
         values = logits.values.float()
         adjusted = self._bias(values, rows, requests)
         adjusted = self._mask_stops(adjusted, rows, requests)
-        adjusted = self._penalise(adjusted, rows, requests)
+        states = [request.penalties for request in requests]
+        adjusted = penalise_rows(adjusted, states, verification, first_row)
         if adjusted is not values:
             logits = RowLogits.of(adjusted)
         return self._draw(adjusted, logits.peaks, logits.best, rows, requests), logits.valid
@@ -249,36 +275,36 @@ class Sampler:
         ids = np.concatenate([ids for _, ids in ids_of_rows])
         return on_device(rows, self.device), on_device(ids, self.device)
 
-    def _penalise(self, logits: Tensor, rows: SampleRows, requests: list[_Request]) -> Tensor:
-        index = [i for i, request in enumerate(requests) if request.penalties is not None]
-        if not index:
-            return logits
-        states = [state for request in requests if (state := request.penalties) is not None]
-        for i, state in zip(index, states):
-            assert rows.output_indices[i] == state.num_outputs, (
-                f"request {rows.request_ids[i]} has penalties and {state.num_outputs} outputs, "
-                f"and samples output {rows.output_indices[i]}"
-            )
-            state.num_outputs += 1
-            state.start(self.vocab_size)
-        picked = (requests[i].params for i in index)
-        settings = np.array(
-            [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in picked],
-            np.float32,
-        )
-        in_prompt = torch.stack([state.in_prompt for state in states])
-        counts = torch.stack([state.output_counts for state in states])
-        return change_rows(
-            logits,
-            np.array(index),
-            lambda some: penalise(some, in_prompt, counts, on_device(settings, self.device)),
-        )
-
-    def _count(self, requests: list[_Request], token_ids: Tensor) -> None:
-        for i, request in enumerate(requests):
+    def _begin(
+        self, rows: SampleRows, requests: list[_Request], verification: Verification | None
+    ) -> list[tuple[slice, Penalties]]:
+        """The rows of each request with penalties, which are made ready for them."""
+        seen, row = [], 0
+        for number, request in enumerate(requests):
+            verified = verification is not None and number < len(verification)
+            end = row + (verification.rows_each if verification is not None and verified else 1)
             if request.penalties is not None:
-                one = torch.ones(1, dtype=torch.float32, device=self.device)
-                request.penalties.output_counts.index_add_(0, token_ids[i : i + 1], one)
+                request_id, index = int(rows.request_ids[row]), int(rows.output_indices[row])
+                request.penalties.begin(request_id, index, end - row, self.vocab_size)
+                seen.append((slice(row, end), request.penalties))
+            row = end
+        return seen
+
+    def _count(
+        self,
+        seen: list[tuple[slice, Penalties]],
+        token_ids: Tensor,
+        verification: Verification | None,
+        accepted: Tensor | None,
+    ) -> None:
+        if not seen:
+            return
+        emitted = torch.ones(len(token_ids), dtype=torch.float32, device=self.device)
+        if verification is not None and accepted is not None:
+            places = torch.arange(verification.rows_each, device=self.device)
+            emitted[: verification.num_rows] = (places <= accepted[:, None]).flatten()
+        for rows, penalties in seen:
+            penalties.count(token_ids[rows], emitted[rows])
 
     def _draw(
         self,
@@ -312,3 +338,7 @@ class Sampler:
         return rows, token_logprobs(
             lambda part: take_rows(logits, index[part]).float(), chosen, top_n
         )
+
+
+def _copied(token_ids: Tensor, valid: Tensor, accepted: Tensor | None) -> HostCopy:
+    return HostCopy(token_ids, valid, *([] if accepted is None else [accepted]))

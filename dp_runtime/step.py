@@ -279,8 +279,9 @@ class StepLoop:
         at = perf_counter()
         step.sampled.copy.wait()
         self.coordinator.collective.check()  # an abort may have ended the step's kernels
-        token_ids, logprobs = step.sampled.to_host()
-        tokens = StepTokens(token_ids, logprobs, [score.to_host() for score in step.scores])
+        sampled = step.sampled.to_host()
+        scores = [score.to_host() for score in step.scores]
+        tokens = StepTokens(sampled.token_ids, sampled.logprobs, scores)
         progress = self.scheduler.commit(step.scheduled, tokens)
         for item in progress:
             if item.finish_reason:

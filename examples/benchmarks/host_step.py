@@ -74,7 +74,7 @@ class Rank:
             with self._phase("commit"):
                 launched, sampled = self._in_flight.popleft()
                 tokens = sampled.to_host()
-                self.scheduler.commit(launched, StepTokens(*tokens, ()))
+                self.scheduler.commit(launched, StepTokens(tokens.token_ids, tokens.logprobs, ()))
         return scheduled.prefill
 
     @contextmanager

@@ -401,7 +401,7 @@ def test_ties_of_logprobs_go_to_the_lowest_id() -> None:
 
 
 def test_no_rows() -> None:
-    assert Sampler(VOCAB, CPU).sample(torch.zeros(0, VOCAB), rows_of()).to_host() == ((), ())
+    assert Sampler(VOCAB, CPU).sample(torch.zeros(0, VOCAB), rows_of()).to_host() == ((), (), ())
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 3, "top_p": 0.5}], ids=str)
