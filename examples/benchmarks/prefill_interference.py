@@ -45,6 +45,7 @@ SMALL = QWEN3_30B_A3B | {
     "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2,
     "moe_intermediate_size": 64, "bos_token_id": 0, "eos_token_id": 1,
+    "num_nextn_predict_layers": 1,
 }  # fmt: skip
 WAYS = ("together", "idling", "alone")
 IDS_A_RUN = 1000
@@ -94,6 +95,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--dp-size: one rank prefills and at least one decodes")
     if args.prompts < 2:
         parser.error("--prompts: two at least, for a time between steps")
+    if args.decoders * (args.speculative_num_steps + 1) > min(args.chunks):
+        parser.error("--chunks: a step holds one token, and its drafts, of every decoder at least")
     return args
 
 
