@@ -19,6 +19,7 @@ from dp_runtime.fp8_blocks import FP8, SCALE_SUFFIX, block_part, dequantize, num
 Shape = tuple[int, ...]
 Part = tuple[slice, ...]
 
+INTEGERS = ("I64",)
 DTYPES = ("F64", "F32", "F16", "BF16")  # names as in the safetensors format
 FP8_DTYPE = "F8_E4M3"
 INDEX = "model.safetensors.index.json"
@@ -44,6 +45,9 @@ class WeightSource(Protocol):
 
         Parts begin with a block.
         """
+
+    def integers(self, name: str, shape: Shape) -> Tensor:
+        """A tensor of int64, which stays so."""
 
     def scalar(self, name: str) -> float | None:
         """The number that a tensor of one element holds; None if there is no such tensor."""
@@ -90,6 +94,11 @@ class Checkpoint:
         scales = self._read_scales(name, shape, part)
         self._on_bytes(values.nbytes + scales.nbytes)
         return values.to(self.device, copy=True), scales.to(self.device)
+
+    def integers(self, name: str, shape: Shape) -> Tensor:
+        tensor = self._read(name, shape, None, INTEGERS)
+        self._on_bytes(tensor.nbytes)
+        return tensor.to(self.device, copy=True)
 
     def _read_scales(self, name: str, shape: Shape, part: Part | None) -> Tensor:
         """Of an e4m3 matrix or a part of it, float32 on the host."""
@@ -150,6 +159,11 @@ class Checkpoint:
             require((self._root / file).is_file(), str(path), file, "a file beside the index")
         return names
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all tensors."""
+        return frozenset(self._file_of)
+
     def _open(self, file: str) -> Any:
         if file not in self._open_files:
             path = self._root / file
@@ -161,7 +175,7 @@ class Checkpoint:
 
 
 class DummyWeights:
-    """Random weights: matrices N(0, 0.02) (in e4m3 rounded to that), norms 1, biases 0.
+    """Random weights: matrices N(0, 0.02) (in e4m3 rounded to that), norms 1, the rest 0.
 
     A tensor's values are a pure function of seed and name, so a rank's part is the same slice
     whatever the number of ranks.
@@ -191,6 +205,11 @@ class DummyWeights:
             values, scales = values[part], scales[tuple(block_part(one) for one in part)]
         self._on_bytes(values.nbytes + scales.nbytes)
         return values, scales
+
+    def integers(self, name: str, shape: Shape) -> Tensor:
+        tensor = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._on_bytes(tensor.nbytes)
+        return tensor
 
     def _draw(self, name: str, shape: Shape) -> Tensor:
         """A whole tensor in float32."""
@@ -227,8 +246,20 @@ class CountedWeights:
         self.bytes_read += values.nbytes + scales.nbytes
         return values, scales
 
+    def integers(self, name: str, shape: Shape) -> Tensor:
+        tensor = torch.empty(shape, dtype=torch.int64, device=self.device)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
     def scalar(self, name: str) -> float | None:
         return None
+
+
+def tensor_names(directory: str) -> frozenset[str]:
+    """What a directory's safetensors have; nothing where there are none."""
+    if not any((Path(directory) / name).is_file() for name in (INDEX, SINGLE)):
+        return frozenset()
+    return Checkpoint(directory, torch.device("cpu"), torch.float32).names
 
 
 def open_weights(

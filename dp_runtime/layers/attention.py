@@ -29,7 +29,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Causal self-attention of this rank's own rows, [rows, hidden] -> [rows, hidden]."""
+    """Causal self-attention of this rank's own rows, [rows, inputs] -> [rows, hidden]."""
 
     qkv: Linear  # q, k and v stacked
     qk_norm: RMSNorm | None  # [num_heads + num_kv_heads, head_dim]
@@ -70,15 +70,21 @@ class Attention:
 
     @classmethod
     def load(
-        cls, shape: AttentionShape, weights: WeightSource, prefix: str, backend: AttentionBackend
+        cls,
+        shape: AttentionShape,
+        weights: WeightSource,
+        prefix: str,
+        backend: AttentionBackend,
+        input_size: int | None = None,
     ) -> Attention:
+        """input_size: of the rows it is called with, if it is not hidden_size."""
         q_size = shape.num_heads * shape.head_dim
         kv_size = shape.num_kv_heads * shape.head_dim
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         parts = {f"{prefix}.{name}": size for name, size in sizes.items()}
         hidden = shape.hidden_size
         return cls(
-            qkv=Linear.load(weights, parts, hidden, shape.bias),
+            qkv=Linear.load(weights, parts, input_size or hidden, shape.bias),
             qk_norm=load_qk_norm(shape, weights, prefix),
             output=Linear.load(weights, {f"{prefix}.o_proj": hidden}, q_size, shape.bias),
             backend=backend,

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.loader import WeightSource
@@ -25,20 +26,25 @@ __all__ = [
     "RankSharding",
     "RopeConfig",
     "SlotInputs",
+    "SlotModel",
     "build_model",
     "read_model_config",
 ]
 
 
-class Model(Protocol):
-    """A model as one rank holds it: everything but the experts of other ranks."""
-
-    @property
-    def config(self) -> ModelConfig: ...
+class SlotModel(Protocol):
+    """What runs in a slot: a model, or a draft model, as one rank holds it."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights and activations."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Of its logits."""
 
     @property
     def num_moe_layers(self) -> int:
@@ -48,29 +54,46 @@ class Model(Protocol):
     def moe_stages(self) -> tuple[MoeStage, ...]:
         """Those stages, in the order in which a forward runs them."""
 
-    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model:
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> SlotModel:
         """The same model, of which `make` has replaced every MoE stage."""
-
-    @property
-    def feature_layers(self) -> tuple[int, ...]:
-        """The layers whose inputs are the features of a forward; none: its `last` is."""
-
-    def with_features(self, layers: tuple[int, ...]) -> Model:
-        """The same model, whose features are the residual stream entering these layers."""
 
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
-        """This rank's rows, zero or more -> what the LM head and a draft model take of each."""
+        """What this rank's rows, zero or more, become."""
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """The LM head of [n, hidden], of a forward's `last`, -> [n, vocab], perhaps into `out`."""
+        """The LM head of [n, hidden] as `forward` returns it in `last` -> [n, vocab], or `out`."""
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""
 
     def logits_bytes(self, num_rows: int) -> int:
         """Bytes of the result of `logits`."""
+
+
+class Model(SlotModel, Protocol):
+    """A target model: everything but the experts of other ranks."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers whose inputs are features; none: the hidden state behind the final norm is."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """[vocab, hidden], which a draft model may share."""
+
+    @property
+    def head(self) -> Linear:
+        """The LM head, which a draft model may share."""
+
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model: ...
+
+    def with_features(self, layers: tuple[int, ...]) -> Model:
+        """The same model, whose features are the residual stream that enters these layers."""
 
 
 def build_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,10 @@ from dp_runtime.models.config import ModelConfig
 from dp_runtime.protocols import AttentionBackend
 
 
+def _nothing() -> Tensor:
+    return torch.empty(0, 0)
+
+
 @dataclass(frozen=True, eq=False)
 class SlotInputs:
     """A rank's rows for one slot, on the device; `embeds` replace the embeddings of some rows."""
@@ -29,6 +33,14 @@ class SlotInputs:
     positions: Tensor  # [rows] int64
     embed_rows: Tensor  # [embeds] int64
     embeds: Tensor  # [embeds, hidden]
+    hidden: Tensor = field(default_factory=_nothing)  # [rows, hidden], for a draft model
+
+    def embedded(self, embedding: Tensor) -> Tensor:
+        """The rows by an embedding [vocab, hidden], [rows, hidden]: a tensor of its own."""
+        x = embedding[self.token_ids]
+        if self.embed_rows.shape[0]:
+            x[self.embed_rows] = self.embeds.to(x.dtype)
+        return x
 
 
 class Hidden(NamedTuple):
@@ -114,6 +126,14 @@ class CausalLM:
         return self.embedding.dtype
 
     @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
     def num_moe_layers(self) -> int:
         return self.config.num_moe_layers
 
@@ -137,9 +157,7 @@ class CausalLM:
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
-        x = self.embedding[inputs.token_ids]
-        if inputs.embed_rows.shape[0]:
-            x[inputs.embed_rows] = inputs.embeds.to(x.dtype)
+        x = inputs.embedded(self.embedding)
         cos_sin = self.rotary(inputs.positions, x.dtype)
         features = x.new_empty(len(x), len(self.feature_layers), x.shape[1])
         residual: Tensor | None = None

@@ -36,14 +36,14 @@ class ConfigFields:
         self._known: set[str] = set()
 
     @classmethod
-    def read(cls, path: Path) -> ConfigFields:
-        """The JSON object in `path`; ValueError if there is none."""
+    def read(cls, path: Path, where: str = "") -> ConfigFields:
+        """The JSON object in `path`, in messages `where`; ValueError if there is none."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not valid JSON: {error}") from None
         require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
-        return cls(path.name, values)
+        return cls(where or path.name, values)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value as it is; null counts as absent."""

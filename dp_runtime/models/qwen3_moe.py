@@ -75,21 +75,29 @@ def build(
     attention: Callable[[int], AttentionBackend],
     moe: MoeKernels,
 ) -> CausalLM:
-    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
-    shard = sharding.shard(config.num_experts, intermediate)
-
     def mlp(layer: int, prefix: str) -> MoeStage | DenseMLP:
-        name = f"{prefix}.mlp"
-        if not config.moe_layers[layer]:
-            return DenseMLP.load(weights, name, hidden, config.intermediate_size)
-        gate = Linear.load(weights, {f"{name}.gate": config.num_experts}, hidden)
-        fp8 = config.fp8_experts[layer] and moe.reads_fp8
-        return MoeStage(
-            Router(gate, config.num_experts_per_tok, config.norm_topk_prob),
-            Experts.load(
-                weights, f"{name}.experts", EXPERT_NAMES, shard, hidden, intermediate, fp8
-            ),
-            moe,
-        )
+        return load_mlp(config, layer, f"{prefix}.mlp", weights, sharding, moe)
 
     return CausalLM.load(config, weights, attention, mlp)
+
+
+def load_mlp(
+    config: ModelConfig,
+    layer: int,
+    name: str,
+    weights: WeightSource,
+    sharding: RankSharding,
+    moe: MoeKernels,
+) -> MoeStage | DenseMLP:
+    """What follows the attention of a layer, whose weights are under `name`."""
+    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
+    if not config.moe_layers[layer]:
+        return DenseMLP.load(weights, name, hidden, config.intermediate_size)
+    gate = Linear.load(weights, {f"{name}.gate": config.num_experts}, hidden)
+    shard = sharding.shard(config.num_experts, intermediate)
+    fp8 = config.fp8_experts[layer] and moe.reads_fp8
+    return MoeStage(
+        Router(gate, config.num_experts_per_tok, config.norm_topk_prob),
+        Experts.load(weights, f"{name}.experts", EXPERT_NAMES, shard, hidden, intermediate, fp8),
+        moe,
+    )

@@ -1,0 +1,156 @@
+"""MTP: the multi-token-prediction layer that a Qwen checkpoint has under `mtp.`, used recursively.
+
+Its input is fc(cat(norm(embedding of the token), norm(hidden state))), what follows is a decoder
+layer of the target's kind; embedding and LM head are the target's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dp_runtime.errors import require
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
+from dp_runtime.layers.moe_kernels import MoeKernels
+from dp_runtime.layers.norm import RMSNorm
+from dp_runtime.layers.rotary import Rotary
+from dp_runtime.loader import WeightSource
+from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.models import Hidden, Model, ModelConfig, SlotInputs
+from dp_runtime.models.causal_lm import DecoderLayer
+from dp_runtime.models.fields import ConfigFields
+from dp_runtime.models.fp8_config import parse_fp8_experts
+from dp_runtime.models.qwen3_moe import EXPERT_NAMES, load_mlp
+from dp_runtime.protocols import AttentionBackend
+from dp_runtime.speculative.draft import DraftConfig
+
+LAYER = "mtp.layers.0"
+COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # what config.json may call them
+
+
+@dataclass(frozen=True)
+class MtpConfig(DraftConfig):
+    """layer: the target's configuration, of which the MTP layer is the only one."""
+
+    layer: ModelConfig
+
+
+def read_config(directory: str, target: ModelConfig) -> MtpConfig:
+    """The first MTP layer of a target; ValueError if it has none."""
+    fields = ConfigFields.read(Path(directory) / "config.json")
+    count = max(fields.integer(name, 0, least=0) for name in COUNTS)
+    require(
+        count >= 1 and target.architecture == "Qwen3MoeForCausalLM",
+        "speculative_draft_model", None,
+        f"name the directory of an EAGLE-3 head: {directory} is no Qwen3MoeForCausalLM with "
+        f"{COUNTS[0]} or {COUNTS[1]} >= 1, which would have a draft layer of its own",
+    )  # fmt: skip
+    fp8 = parse_fp8_experts(fields, [f"{LAYER}.mlp.experts"], EXPERT_NAMES)
+    layer = replace(target, num_layers=1, moe_layers=(True,), fp8_experts=fp8)
+    return MtpConfig(
+        "mtp", directory, 1, target.num_heads, target.num_kv_heads, target.head_dim,
+        target.vocab_size, target.hidden_size, (), layer,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Mtp:
+    """One MTP layer; what it returns is behind its norm, as what it takes is behind the target's.
+
+    A checkpoint in which that makes a difference has been trained so (Qwen3-Next, Qwen3.5).
+    """
+
+    config: MtpConfig
+    embedding: Tensor  # [vocab, hidden], the target's
+    head: Linear  # the target's
+    embedding_norm: RMSNorm
+    hidden_norm: RMSNorm
+    fc: Linear  # [hidden, 2 * hidden]
+    rotary: Rotary
+    layer: DecoderLayer
+    norm: RMSNorm
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.fc.weight.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_moe_layers(self) -> int:
+        return self.config.layer.num_moe_layers
+
+    @property
+    def moe_stages(self) -> tuple[MoeStage, ...]:
+        return (self.layer.mlp,) if isinstance(self.layer.mlp, MoeStage) else ()
+
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Mtp:
+        (stage,) = self.moe_stages
+        return replace(self, layer=replace(self.layer, mlp=make(stage)))
+
+    def project(self, features: Tensor) -> Tensor:
+        return features
+
+    def forward(
+        self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
+    ) -> Hidden:
+        x = self._fuse(inputs.embedded(self.embedding), inputs.hidden)
+        cos_sin = self.rotary(inputs.positions, x.dtype)
+        x, residual = self.layer(x, None, cos_sin, metadata, exchange)
+        last = self.norm.add(x, residual)[0]
+        return Hidden(last, last)
+
+    def _fuse(self, embeds: Tensor, hidden: Tensor) -> Tensor:
+        normed = self.embedding_norm.add(embeds, None)[0], self.hidden_norm.add(hidden, None)[0]
+        return self.fc(torch.cat(normed, -1))
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.head(hidden) if out is None else self.head.into(hidden, out)
+
+    def token_ids(self, best: Tensor) -> Tensor:
+        return best
+
+    def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
+        hidden, size = self.hidden_size, self.dtype.itemsize
+        fuse = 5 * own_rows * hidden * size  # embedding, both norms, and these side by side
+        normed = 2 * own_rows * hidden * size + self.norm.activation_bytes(own_rows)
+        layer = self.layer.activation_bytes(own_rows, gathered_rows, padded)
+        layer += own_rows * (hidden + self.config.head_dim) * size  # its input, cos and sin
+        return max(fuse, normed, layer)
+
+    def logits_bytes(self, num_rows: int) -> int:
+        return self.head.activation_bytes(num_rows)
+
+
+def build(
+    config: MtpConfig,
+    target: Model,
+    weights: WeightSource,
+    sharding: RankSharding,
+    attention: Callable[[int], AttentionBackend],
+    moe: MoeKernels,
+) -> Mtp:
+    hidden, eps = config.hidden_size, config.layer.rms_norm_eps
+    mlp = load_mlp(config.layer, 0, f"{LAYER}.mlp", weights, sharding, moe)
+    return Mtp(
+        config,
+        target.embedding,
+        target.head,
+        RMSNorm.load(weights, "mtp.pre_fc_norm_embedding", hidden, eps),
+        RMSNorm.load(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
+        Linear.load(weights, {"mtp.fc": hidden}, 2 * hidden),
+        Rotary.of(config.layer.rope, config.head_dim, weights.device),
+        DecoderLayer.load(config.layer, weights, LAYER, attention(0), mlp),
+        RMSNorm.load(weights, "mtp.norm", hidden, eps),
+    )
