@@ -1,99 +1,209 @@
-"""From scheduled decodes and prefill chunks to the LocalBatch of a slot."""
+"""From scheduled decodes and prefill chunks to the LocalBatch of every slot of a program."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dp_runtime.batch import Float32, Int64, LocalBatch
-from dp_runtime.live_request import LiveRequest
+from dp_runtime.batch import Float32, Int32, Int64, LocalBatch
+from dp_runtime.program import Program, Slot
 from dp_runtime.request_table import RequestTable
 from dp_runtime.sampling import SampleRows
+from dp_runtime.scheduled import Chunk, Scheduled
+
+
+def build_batches(
+    table: RequestTable,
+    decodes: Int64,
+    chunks: Sequence[Chunk],
+    page_size: int,
+    program: Program,
+) -> Scheduled:
+    """The table's rows in `decodes` decode, or are verified; the chunks follow them."""
+    layout = _Layout.of(table, decodes, chunks, page_size, program.query_len(Slot.TARGET))
+    target = _target_batch(layout)
+    drafts = [_draft_batch(layout, index) for index in range(program.slots.count(Slot.DRAFT))]
+    extend = [_extend_batch(layout, target)] if program.num_drafts else []
+    return Scheduled(
+        (*drafts, target, *extend), decodes, tuple(chunks), layout.rows, layout.sampled,
+        _samples(layout), program.num_drafts,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
-    """Tokens [start, end) of one prefilling request in a step, as it stood when scheduled."""
+class _Layout:
+    """Where the rows of the target slot lie; those of draft_extend lie alike."""
 
-    live: LiveRequest
-    start: int
-    end: int
-    samples: bool  # its last row yields a new token
-    score_start: int  # prompt positions [score_start, score_end) get log probabilities
-    score_end: int
+    table: RequestTable
+    decodes: Int64
+    chunks: Sequence[Chunk]
+    page_size: int
+    query_len: int  # of a decode: 1, or more for a verification
+    rows: Int64  # [requests] in the request table
+    query_lens: Int64  # [requests]
+    row_ends: Int64  # [requests]
+    samples: np.ndarray[tuple[int], np.dtype[np.bool_]]  # [requests] which of them sample
 
     @classmethod
-    def of(cls, live: LiveRequest, start: int, needed: int, budget: int) -> Chunk:
-        """As many as the budget allows of the tokens that a request needs."""
-        end = start + min(needed, budget)
-        scored = live.request.params.prompt_logprobs is not None
-        score_start = max(start, live.num_scored)
-        score_end = max(score_start, min(end, live.num_prompt - 1)) if scored else score_start
-        return cls(live, start, end, needed <= budget, score_start, score_end)
+    def of(
+        cls,
+        table: RequestTable,
+        decodes: Int64,
+        chunks: Sequence[Chunk],
+        page_size: int,
+        query_len: int,
+    ) -> _Layout:
+        rows = np.concatenate([decodes, np.array([c.live.row for c in chunks], np.int64)])
+        query_lens = np.full(len(rows), query_len, np.int64)
+        query_lens[len(decodes) :] = [chunk.length for chunk in chunks]
+        samples = np.ones(len(rows), np.bool_)
+        samples[len(decodes) :] = [chunk.samples for chunk in chunks]
+        ends = query_lens.cumsum()
+        return cls(table, decodes, chunks, page_size, query_len, rows, query_lens, ends, samples)
 
     @property
-    def length(self) -> int:
-        return self.end - self.start
+    def sampled(self) -> Int64:
+        return self.rows[self.samples]
 
     @property
-    def prompt_tokens(self) -> int:
-        return max(0, min(self.end, self.live.num_prompt) - self.start)
+    def num_drafts(self) -> int:
+        return self.query_len - 1
 
     @property
-    def scores(self) -> bool:
-        return self.score_end > self.score_start
+    def decode_rows(self) -> int:
+        return len(self.decodes) * self.query_len
+
+    @property
+    def chunk_starts(self) -> Int64:
+        """The first row of each chunk."""
+        starts: Int64 = (self.row_ends - self.query_lens)[len(self.decodes) :]
+        return starts
+
+    @property
+    def chunk_ends(self) -> Int64:
+        """The last row of each chunk."""
+        return self.row_ends[len(self.decodes) :] - 1
 
 
-@dataclass(frozen=True, eq=False)
-class BuiltBatch:
-    """A batch, and whose its sample rows are: first those that sample, then those that score."""
-
-    batch: LocalBatch
-    rows: Int64  # [requests] in the request table
-    sampled: Int64  # [samples] those of `rows` that sample
-    samples: SampleRows
-
-
-def build_batch(
-    table: RequestTable, decodes: Int64, chunks: Sequence[Chunk], page_size: int
-) -> BuiltBatch:
-    """One token of each of the table's rows in `decodes`, then the chunks, one after the other."""
-    rows = np.concatenate([decodes, np.array([chunk.live.row for chunk in chunks], np.int64)])
-    query_lens = np.ones(len(rows), np.int64)
-    query_lens[len(decodes) :] = [chunk.length for chunk in chunks]
-    row_ends = query_lens.cumsum()
-    row_starts = row_ends - query_lens
+def _target_batch(layout: _Layout) -> LocalBatch:
+    table, decodes, chunks = layout.table, layout.decodes, layout.chunks
+    rows, query_lens, row_ends = layout.rows, layout.query_lens, layout.row_ends
     starts = table.num_computed[rows]
     owner = np.arange(len(rows)).repeat(query_lens)
-    positions = np.arange(len(owner)) + (starts - row_starts)[owner]
-    sources = np.full(len(owner), -1, np.int64)
-    sources[: len(decodes)] = table.token_sources(decodes)
-    page_table = table.page_table[rows, : table.num_pages[rows].max(initial=0)]
-    pages = page_table[owner, positions // page_size].astype(np.int64)
-    samples = np.ones(len(rows), np.bool_)
-    samples[len(decodes) :] = [chunk.samples for chunk in chunks]
-    sampled = rows[samples]
-    chunk_starts = row_starts[len(decodes) :]
-    embed_rows, embeds = _embeds(chunks, chunk_starts)
-    batch = LocalBatch(
-        token_ids=np.concatenate(
-            [table.last_token[decodes], *(c.live.tokens(c.start, c.end) for c in chunks)]
-        ),
-        token_sources=sources,
+    positions = np.arange(len(owner)) + (starts - (row_ends - query_lens))[owner]
+    page_table = _page_table(table, rows)
+    sampling = layout.samples[len(decodes) :]
+    score_rows = _score_rows(chunks, layout.chunk_starts)
+    embed_rows, embeds = _embeds(chunks, layout.chunk_starts, 0)
+    tokens, sources = _decode_tokens(layout)
+    return LocalBatch(
+        token_ids=np.concatenate([tokens, *(c.live.tokens(c.start, c.end) for c in chunks)]),
+        token_sources=_padded(sources, len(owner)),
         positions=positions,
-        slot_mapping=pages * page_size + positions % page_size,
+        slot_mapping=_slots(page_table, owner, positions, layout.page_size),
         request_ids=table.request_ids[rows],
         query_lens=query_lens.astype(np.int32),
         seq_lens=(starts + query_lens).astype(np.int32),
         page_table=page_table,
-        sample_rows=np.concatenate([row_ends[samples] - 1, *_score_rows(chunks, chunk_starts)]),
+        sample_rows=np.concatenate(
+            [np.arange(layout.decode_rows), layout.chunk_ends[sampling], *score_rows]
+        ),
         embed_rows=embed_rows,
         embeds=embeds,
     )
-    output_indices = table.num_known[sampled] - table.num_prompt[sampled]
-    return BuiltBatch(batch, rows, sampled, SampleRows(table.request_ids[sampled], output_indices))
+
+
+def _decode_tokens(layout: _Layout) -> tuple[Int64, Int64]:
+    """Tokens of the decodes' rows, and where they come from: the last step, or this one's drafts.
+
+    NOTE: what the last step sampled is on the host already if there are drafts.
+    """
+    table, decodes, count = layout.table, layout.decodes, layout.num_drafts
+    if not count:
+        return table.last_token[decodes], table.token_sources(decodes)
+    tokens = np.zeros((len(decodes), 1 + count), np.int64)
+    tokens[:, 0] = table.last_token[decodes]
+    sources = np.full((len(decodes), 1 + count), -1, np.int64)
+    sources[:, 1:] = np.arange(len(decodes) * count).reshape(-1, count)
+    return tokens.ravel(), sources.ravel()
+
+
+def _draft_batch(layout: _Layout, index: int) -> LocalBatch:
+    """One row of every decode, the draft of the slot before it: drafts are all pending tokens."""
+    table, decodes = layout.table, layout.decodes
+    each = np.arange(len(decodes))
+    positions = table.num_computed[decodes] + index
+    page_table = _page_table(table, decodes)
+    return LocalBatch(
+        token_ids=np.zeros(len(decodes), np.int64),
+        token_sources=each,
+        positions=positions,
+        slot_mapping=_slots(page_table, each, positions, layout.page_size),
+        request_ids=table.request_ids[decodes],
+        query_lens=np.ones(len(decodes), np.int32),
+        seq_lens=(positions + 1).astype(np.int32),
+        page_table=page_table,
+        sample_rows=each,
+    )
+
+
+def _extend_batch(layout: _Layout, target: LocalBatch) -> LocalBatch:
+    """The target's rows, each with the token that follows its own; samples are pending tokens.
+
+    sample_rows: of each request in turn, a verification's first row or a chunk's last.
+    """
+    chunks, decode_rows = layout.chunks, layout.decode_rows
+    tokens, sources = np.zeros(target.num_tokens, np.int64), np.full(target.num_tokens, -1)
+    sources[:decode_rows] = np.arange(decode_rows)
+    pending = decode_rows
+    for chunk, start, end in zip(chunks, layout.chunk_starts, layout.chunk_ends, strict=True):
+        known = chunk.end - chunk.samples  # what the chunk itself samples is not known yet
+        tokens[start : start + known - chunk.start] = chunk.live.tokens(chunk.start + 1, known + 1)
+        if chunk.samples:
+            sources[end] = pending
+            pending += 1
+    embed_rows, embeds = _embeds(chunks, layout.chunk_starts, 1)
+    first_rows = np.arange(0, decode_rows, layout.query_len)
+    return replace(
+        target,
+        token_ids=tokens,
+        token_sources=sources,
+        sample_rows=np.concatenate([first_rows, layout.chunk_ends]),
+        embed_rows=embed_rows,
+        embeds=embeds,
+    )
+
+
+def _samples(layout: _Layout) -> SampleRows:
+    table, sampled = layout.table, layout.sampled
+    if not layout.num_drafts:
+        indices = table.num_known[sampled] - table.num_prompt[sampled]
+        return SampleRows(table.request_ids[sampled], indices)
+    counts = np.ones(len(sampled), np.int64)
+    counts[: len(layout.decodes)] = layout.query_len
+    within = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
+    first = table.num_known[sampled] - table.num_prompt[sampled]
+    return SampleRows(table.request_ids[sampled].repeat(counts), first.repeat(counts) + within)
+
+
+def _page_table(table: RequestTable, rows: Int64) -> Int32:
+    pages: Int32 = table.page_table[rows, : table.num_pages[rows].max(initial=0)]
+    return pages
+
+
+def _slots(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
+    """Where in the pool each row goes: page * page_size + offset."""
+    pages = page_table[owner, positions // page_size].astype(np.int64)
+    slots: Int64 = pages * page_size + positions % page_size
+    return slots
+
+
+def _padded(sources: Int64, num_rows: int) -> Int64:
+    padded = np.full(num_rows, -1, np.int64)
+    padded[: len(sources)] = sources
+    return padded
 
 
 def _score_rows(chunks: Sequence[Chunk], row_starts: Int64) -> list[Int64]:
@@ -105,14 +215,18 @@ def _score_rows(chunks: Sequence[Chunk], row_starts: Int64) -> list[Int64]:
     ]
 
 
-def _embeds(chunks: Sequence[Chunk], row_starts: Int64) -> tuple[Int64, Float32]:
-    """Rows of the batch whose embedding the request brought along, and those embeddings."""
+def _embeds(chunks: Sequence[Chunk], row_starts: Int64, ahead: int) -> tuple[Int64, Float32]:
+    """Rows whose token's embedding the request brought along, and those embeddings.
+
+    ahead: how many positions behind a row's own its token has.
+    """
     rows, values = [], []
     for chunk, row_start in zip(chunks, row_starts, strict=True):
         embeds = chunk.live.request.embeds
         if embeds is not None:
-            inside = (embeds.positions >= chunk.start) & (embeds.positions < chunk.end)
-            rows.append(embeds.positions[inside] - chunk.start + row_start)
+            positions = embeds.positions - ahead
+            inside = (positions >= chunk.start) & (positions < chunk.end)
+            rows.append(positions[inside] - chunk.start + row_start)
             values.append(embeds.values[inside])
     if not rows:
         return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dp_runtime.errors import require
 from dp_runtime.padding import PaddingMode
+from dp_runtime.program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.sampling_params import is_finite, is_int
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -43,6 +44,11 @@ class EngineConfig:
     poison_padding fills padded rows with NaN, to show that no result depends on them.
     kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
     check_device_values reads attention inputs back in every step and compares them (slow).
+    speculative_num_steps: tokens that a draft model proposes for the target to verify in one step,
+    0 for none; speculative_draft_model: a directory with an EAGLE-3 head (None: the MTP layer of
+    the model itself). speculative_adaptive: in each step all ranks choose how many to propose, up
+    to that number, from what was accepted. speculative_forced_tokens: for measurements, emit so
+    many tokens a verification on average, whatever was proposed; the text is then meaningless.
     """
 
     model: str
@@ -72,6 +78,10 @@ class EngineConfig:
     cuda_graphs: bool | None = None
     poison_padding: bool = False
     check_device_values: bool = False
+    speculative_num_steps: int = 0
+    speculative_draft_model: str | None = None
+    speculative_adaptive: bool = False
+    speculative_forced_tokens: float | None = None
     start_timeout_s: float = 300.0
     step_timeout_s: float = 60.0
     torch_threads: int | None = None
@@ -86,11 +96,12 @@ class EngineConfig:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+        self._check_speculation()
         self._check_sizes()
         address = self.ray_address
         ok = address is None or (isinstance(address, str) and bool(address))
         require(ok, "ray_address", address, "None, auto, host:port or ray://host:port")
-        for name in ("poison_padding", "check_device_values"):
+        for name in ("poison_padding", "check_device_values", "speculative_adaptive"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
         for name in ("overlap", "cuda_graphs"):
             value = getattr(self, name)
@@ -114,10 +125,38 @@ class EngineConfig:
         )  # fmt: skip
 
     @property
+    def programs(self) -> tuple[Program, ...]:
+        """The step programs that its ranks choose from, alike."""
+        steps = self.speculative_num_steps
+        return speculative_programs(steps, self.speculative_adaptive) if steps else SERVING_PROGRAMS
+
+    @property
     def depth(self) -> int:
         """Steps that may be launched and not yet committed when the next one is scheduled."""
         overlap = self.device == "cuda" if self.overlap is None else self.overlap
-        return 1 if overlap else 0
+        return 1 if overlap and not self.speculative_num_steps else 0
+
+    def _check_speculation(self) -> None:
+        steps, model = self.speculative_num_steps, self.speculative_draft_model
+        ok = is_int(steps) and 0 <= steps <= MAX_DRAFTS
+        require(ok, "speculative_num_steps", steps, f"0..{MAX_DRAFTS}")
+        ok = model is None or (isinstance(model, str) and bool(model))
+        require(ok, "speculative_draft_model", model, "None or the path of a directory")
+        forced = self.speculative_forced_tokens
+        ok = forced is None or (is_finite(forced) and 1 <= forced <= 1 + steps)
+        require(ok, "speculative_forced_tokens", forced, f"None or 1..{1 + steps}")
+        for name, unset in (
+            ("speculative_draft_model", None), ("speculative_adaptive", False),
+            ("speculative_forced_tokens", None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            needs = "nothing without speculative_num_steps"
+            require(bool(steps) or value == unset, name, value, needs)
+        require(
+            not steps or self.overlap is not True, "overlap", self.overlap,
+            "None or False with speculative_num_steps: how many tokens a step gives is known "
+            "when it is committed",
+        )  # fmt: skip
 
     def _check_sizes(self) -> None:
         sizes = ("dp_size", "ranks_per_gpu", "page_size", "max_num_requests", "max_num_tokens")
@@ -129,10 +168,12 @@ class EngineConfig:
             ok = value is None or (is_int(value) and value >= least)
             require(ok, name, value, f"None or an integer >= {least}")
         require(is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "0..2**63-1")
+        feeds = 1 + self.speculative_num_steps
         require(
-            self.max_num_requests <= self.max_num_tokens,
+            self.max_num_requests * feeds <= self.max_num_tokens,
             "max_num_requests", self.max_num_requests,
-            f"at most max_num_tokens {self.max_num_tokens}: a decoding request feeds one a step",
+            f"at most {self.max_num_tokens // feeds}: a decoding request feeds {feeds} of the "
+            f"max_num_tokens {self.max_num_tokens} of a step",
         )  # fmt: skip
         fraction = self.kv_memory_fraction
         ok = fraction is None or (is_finite(fraction) and 0 < fraction <= 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -19,7 +19,7 @@ from dp_runtime.agreement import (
 from dp_runtime.graph_buckets import GraphBuckets, StageBuckets
 from dp_runtime.layers.exchange import PaddedExchange, RowExchange, graph_plan
 from dp_runtime.padding import PaddingCost, PaddingMode, PaddingPlan
-from dp_runtime.program import SERVING_PROGRAMS, Program
+from dp_runtime.program import SERVING_PROGRAMS, Program, Slot
 from dp_runtime.protocols import RowCollective, StepBoard
 
 
@@ -32,6 +32,8 @@ class RankLoad:
     queued_tokens: int = 0
     wants_prefill: bool = False
     graph_vote: bool = False  # its rows of every slot fit a captured graph
+    drafts_proposed: int = 0  # in steps committed since its last record
+    drafts_accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,17 @@ class StepCoordinator:
         self.collective = collective
         self.padding = padding
         self.epoch = epoch
-        self.buckets: GraphBuckets | None = None  # of captured graphs, once there are any
+        self.buckets: Mapping[tuple[Slot, int], GraphBuckets] = {}  # of graphs, by query length
         self.stages: StageBuckets | None = None  # of MoE stages that are captured alone
         self.step_id = 0  # of the next step
-        self._programs = programs
+        self.programs = programs
         self._policy = policy
         self._program_id = 0  # the first program is part of the epoch
 
     @property
     def program(self) -> Program:
         """The program of the next step, which the last agreement chose."""
-        return self._programs[self._program_id]
+        return self.programs[self._program_id]
 
     def agree(
         self, real_rows: tuple[int, ...], load: RankLoad, faults: FaultBits = FaultBits.NONE
@@ -96,20 +98,23 @@ class StepCoordinator:
             free_pages=load.free_pages,
             queued_tokens=load.queued_tokens,
             wants_prefill=load.wants_prefill,
+            drafts_proposed=load.drafts_proposed,
+            drafts_accepted=load.drafts_accepted,
             graph_vote=load.graph_vote,
             fault_bits=faults,
         )
-        agreement = agree(self.board.exchange(record), self._programs, self._policy)
+        agreement = agree(self.board.exchange(record), self.programs, self._policy)
         self.step_id += 1
         self._program_id = agreement.next_program_id
         return agreement
 
-    def exchange(self, agreement: Agreement, slot: int) -> RowExchange:
-        """How the rows of the program's slot number `slot` travel in its MoE stages."""
-        rank, real_rows = self.collective.dp_rank, agreement.real_rows[slot]
+    def exchange(self, agreement: Agreement, index: int) -> RowExchange:
+        """How the rows of the program's slot number `index` travel in its MoE stages."""
+        rank, real_rows = self.collective.dp_rank, agreement.real_rows[index]
         if agreement.graph:
-            assert self.buckets is not None, "ranks that vote for graphs have buckets"
-            gathered = self.buckets.gathered(max(real_rows)) if any(real_rows) else 0
+            slot = agreement.program.slots[index]
+            buckets = self.buckets[slot, agreement.program.query_len(slot)]
+            gathered = buckets.gathered(max(real_rows)) if any(real_rows) else 0
             plan = graph_plan(self.collective, real_rows, gathered)
         elif self.stages is not None and (bucket := self.stages.gathered(max(real_rows))):
             plan = graph_plan(self.collective, real_rows, bucket)

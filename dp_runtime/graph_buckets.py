@@ -7,8 +7,6 @@ from dataclasses import dataclass
 OWN_STEP = 16  # above it, own rows are captured in multiples of it
 LEAST_GATHERED = 16
 GATHERED_FACTOR = 4  # between gathered sizes: few of them, for kernels read the real counts
-
-
 MOST_STAGE_ROWS = 2048  # of a rank; a GPU takes longer for more than a host that launches them
 
 
@@ -29,28 +27,40 @@ class GraphKey:
 
 @dataclass(frozen=True)
 class GraphBuckets:
-    """Sizes for which there are graphs, up to `most` rows of a rank."""
+    """Sizes for which there are graphs of one kind of slot, up to `most` requests of a rank.
+
+    query_len: rows of each request.
+    """
 
     most: int
+    query_len: int = 1
+
+    @property
+    def most_rows(self) -> int:
+        return self.most * self.query_len
 
     def gathered(self, largest: int) -> int:
         """The gathered rows of every rank where the largest rank has so many."""
-        assert 0 < largest <= self.most, f"{largest} rows, graphs go from 1 to {self.most}"
-        return _gathered(largest, self.most)
+        assert 0 < largest <= self.most_rows, f"{largest} rows, graphs go to {self.most_rows}"
+        return _gathered(self.own(largest), self.most_rows)
 
     def own(self, rows: int) -> int:
         """The own rows of the graph that serves so many."""
-        assert 0 <= rows <= self.most, f"{rows} rows, graphs go to {self.most}"
-        if rows <= 2:
-            return rows
-        if rows <= OWN_STEP:
-            return min(1 << (rows - 1).bit_length(), self.most)
-        return min(-(-rows // OWN_STEP) * OWN_STEP, self.most)
+        assert 0 <= rows <= self.most_rows, f"{rows} rows, graphs go to {self.most_rows}"
+        return self._requests(-(-rows // self.query_len)) * self.query_len
+
+    def _requests(self, count: int) -> int:
+        if count <= 2:
+            return count
+        if count <= OWN_STEP:
+            return min(1 << (count - 1).bit_length(), self.most)
+        return min(-(-count // OWN_STEP) * OWN_STEP, self.most)
 
     def graph_keys(self) -> tuple[GraphKey, ...]:
         """Every key a step may need, the largest first: the others fit into its memory."""
-        sizes = {self.gathered(largest) for largest in range(1, self.most + 1)}
-        keys = {GraphKey(self.own(own), size) for size in sizes for own in range(size + 1)}
+        owns = {self.own(count * self.query_len) for count in range(self.most + 1)}
+        sizes = {self.gathered(own) for own in owns if own}
+        keys = {GraphKey(own, size) for size in sizes for own in owns if own <= size}
         return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.own_rows)))
 
 

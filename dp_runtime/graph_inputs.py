@@ -12,6 +12,7 @@ from torch import Tensor
 from dp_runtime.batch import Int32, LocalBatch
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.models import SlotInputs
+from dp_runtime.pending import Pending
 
 ALIGNED_WORDS = 32  # 128 bytes: kernels may load fields in wide words
 HOST_BUFFERS = 3  # a copy may still be under way when the next steps are written
@@ -28,22 +29,35 @@ class _HostBuffer:
 
 
 class GraphInputs:
-    """One rank's graph inputs; they never leave their graphs.
+    """One rank's inputs of the graphs of one kind of slot; they never leave their graphs.
 
     All integers lie in one int32 tensor on the device, and in one pinned buffer on the host. The
-    page table, by far the largest, is last, so that a copy can end with the rows in use.
+    page table, by far the largest, is last, so that a copy can end with the requests in use.
+    requests, query_len: at most so many, of so many rows each. hidden [requests * query_len, n]:
+    where a draft model's hidden states go; n is 0 for other models.
     """
 
-    def __init__(self, rows: int, table_pages: int, dp_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        requests: int,
+        query_len: int,
+        table_pages: int,
+        dp_size: int,
+        hidden: Tensor,
+    ) -> None:
+        rows, device = requests * query_len, hidden.device
+        assert len(hidden) == rows, f"{len(hidden)} hidden states for {rows} rows"
         shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (rows,),
             "token_sources": (rows,),
             "positions": (rows,),
             "slot_mapping": (rows,),
-            "seq_lens": (rows,),
+            "seq_lens": (requests,),
             "layout": (2, dp_size),
-            "page_table": (rows, table_pages),
+            "page_table": (requests, table_pages),
         }
+        self.query_len = query_len
+        self.hidden = hidden
         words = sum(_room(shape) for shape in shapes.values())
         self._table_start = words - _room(shapes["page_table"])
         self._words = torch.zeros(words, dtype=torch.int32, device=device)
@@ -52,8 +66,8 @@ class GraphInputs:
         self.positions, self.slot_mapping = fields["positions"], fields["slot_mapping"]
         self.seq_lens, self.layout = fields["seq_lens"], fields["layout"]
         self.page_table = fields["page_table"]
-        self.cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self._last_sampled = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
+        self.cu_seqlens_q = torch.arange(requests + 1, dtype=torch.int32, device=device) * query_len
+        self._pending = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
         self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
         self._no_embeds = torch.zeros(0, 0, device=device)
         self._buffers = [_host_buffer(words, shapes) for _ in range(HOST_BUFFERS)]
@@ -62,9 +76,10 @@ class GraphInputs:
     def slot_inputs(self, rows: int) -> SlotInputs:
         """The model's inputs as a graph computes them: pending tokens come from the device."""
         sources = self.token_sources[:rows]
-        sampled = self._last_sampled[sources.clamp(min=0)]
-        token_ids = torch.where(sources >= 0, sampled, self.token_ids[:rows])
-        return SlotInputs(token_ids, self.positions[:rows], self._no_rows, self._no_embeds)
+        pending = self._pending[sources.clamp(min=0)]
+        token_ids = torch.where(sources >= 0, pending, self.token_ids[:rows])
+        positions, hidden = self.positions[:rows], self.hidden[:rows]
+        return SlotInputs(token_ids, positions, self._no_rows, self._no_embeds, hidden)
 
     def owns(self, metadata: AttentionMetadata) -> bool:
         """Whether a graph's metadata still lies in these very buffers."""
@@ -82,29 +97,43 @@ class GraphInputs:
         own_rows: int,
         real_rows: tuple[int, ...],
         gathered_rows: int,
-        last_sampled: Tensor,
+        pending: Pending,
     ) -> None:
-        """Bring a batch to the device, with null rows up to own_rows."""
+        """Bring a batch to the device, with null sequences up to own_rows."""
         buffer = self._next_buffer()
-        rows, pages = batch.page_table.shape
+        (requests, pages), rows = batch.page_table.shape, batch.num_tokens
         into = buffer.fields
-        for name in ("token_ids", "token_sources", "positions", "slot_mapping", "seq_lens"):
+        for name in ("token_ids", "token_sources", "positions", "slot_mapping"):
             into[name][:rows] = getattr(batch, name)
+        into["seq_lens"][:requests] = batch.seq_lens
         buffer.table_width = max(buffer.table_width, pages)
-        into["page_table"][:rows, :pages] = batch.page_table
-        into["page_table"][:rows, pages : buffer.table_width] = 0
-        _write_null_rows(buffer, rows, own_rows)
+        into["page_table"][:requests, :pages] = batch.page_table
+        into["page_table"][:requests, pages : buffer.table_width] = 0
+        self._write_null_rows(buffer, requests, own_rows // self.query_len)
         _write_layout(into, real_rows, gathered_rows)
         self._copy(buffer, own_rows)
-        count = min(len(last_sampled), len(self._last_sampled))
-        self._last_sampled[:count].copy_(last_sampled[:count])
+        count = min(len(pending.token_ids), len(self._pending))
+        self._pending[:count].copy_(pending.token_ids[:count])
+        if self.hidden.shape[1]:
+            self.hidden[:rows].copy_(pending.hidden)
 
     def write_null(self, own_rows: int, gathered_rows: int) -> None:
         """Null rows only, and no real row on any rank: what graphs are captured over."""
         buffer = self._next_buffer()
-        _write_null_rows(buffer, 0, own_rows)
+        self._write_null_rows(buffer, 0, own_rows // self.query_len)
         _write_layout(buffer.fields, (0,) * self.layout.shape[1], gathered_rows)
         self._copy(buffer, own_rows)
+
+    def _write_null_rows(self, buffer: _HostBuffer, start: int, stop: int) -> None:
+        """Valid sequences of query_len tokens on the null page, which belongs to no request."""
+        into, length = buffer.fields, self.query_len
+        rows = slice(start * length, stop * length)
+        into["token_ids"][rows] = 0
+        into["token_sources"][rows] = -1
+        for name in ("positions", "slot_mapping"):
+            into[name][rows].reshape(-1, length)[:] = np.arange(length)
+        into["seq_lens"][start:stop] = length
+        into["page_table"][start:stop, : buffer.table_width] = 0
 
     def _next_buffer(self) -> _HostBuffer:
         self._turn = (self._turn + 1) % HOST_BUFFERS
@@ -113,19 +142,10 @@ class GraphInputs:
         return buffer
 
     def _copy(self, buffer: _HostBuffer, own_rows: int) -> None:
-        words = self._table_start + own_rows * self.page_table.shape[1]
+        requests = own_rows // self.query_len
+        words = self._table_start + requests * self.page_table.shape[1]
         self._words[:words].copy_(buffer.words[:words], non_blocking=True)
         buffer.copied.record()
-
-
-def _write_null_rows(buffer: _HostBuffer, start: int, stop: int) -> None:
-    """Valid sequences of one token on the null page, which belongs to no request."""
-    into, null = buffer.fields, slice(start, stop)
-    for name in ("token_ids", "positions", "slot_mapping"):
-        into[name][null] = 0
-    into["token_sources"][null] = -1
-    into["seq_lens"][null] = 1
-    into["page_table"][null, : buffer.table_width] = 0
 
 
 def _write_layout(into: dict[str, Int32], real_rows: tuple[int, ...], gathered_rows: int) -> None:

@@ -1,8 +1,8 @@
-"""CUDA graphs of a slot's decode forward, each captured at the rank's own number of rows.
+"""CUDA graphs of a slot's forward, each captured at the rank's own number of rows.
 
 Attention, projections, norms and LM head run at the rank's own rows; only the MoE stage has the
 gathered rows, and it reads the real counts on the device. Null rows between the real rows and a
-graph's own rows are valid sequences of one token on the null page.
+graph's own rows are valid sequences of the graph's query length on the null page.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
@@ -21,33 +20,46 @@ from dp_runtime.graph_buckets import GraphBuckets, GraphKey
 from dp_runtime.graph_inputs import GraphInputs
 from dp_runtime.layers.exchange import graph_exchange, graph_plan
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
-from dp_runtime.models import Model
+from dp_runtime.models import Hidden, SlotModel
 from dp_runtime.padding import PaddingPlan
+from dp_runtime.pending import Pending
 from dp_runtime.protocols import RowCollective
 from dp_runtime.row_logits import RowLogits
 
 
 @dataclass(frozen=True, eq=False)
+class SlotOutput:
+    """What a slot's forward gave; valid until the next forward of the same kind of slot."""
+
+    hidden: Hidden
+    logits: RowLogits | None  # of all rows, where the LM head was part of it
+
+
+@dataclass(frozen=True, eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    logits: RowLogits  # [own_rows, vocab]
+    output: SlotOutput  # of own_rows
     metadata: AttentionMetadata
 
 
-class DecodeGraphs:
-    """Captures and replays the decode forward of one model.
+class SlotGraphs:
+    """Captures and replays one model's forward in a kind of slot, all requests of one query length.
 
-    Capturing is an event of all ranks at once, for it warms up with real collectives. poison fills
-    padded rows with NaN.
+    Capturing is an event of all ranks at once, for it warms up with real collectives. reads_hidden:
+    the model takes hidden states beside tokens. with_logits: the LM head of all rows is part of it.
+    poison fills padded rows with NaN.
     """
 
     def __init__(
         self,
-        model: Model,
+        model: SlotModel,
         pages: PageGeometry,
         table_pages: int,
         collective: RowCollective,
         buckets: GraphBuckets,
+        *,
+        reads_hidden: bool,
+        with_logits: bool,
         poison: bool,
         device: torch.device,
     ) -> None:
@@ -56,18 +68,24 @@ class DecodeGraphs:
         self._pages = pages
         self._collective = collective
         self._poison = poison
-        self._inputs = GraphInputs(buckets.most, table_pages, collective.dp_size, device)
-        sizes = (buckets.most, model.config.vocab_size)
+        rows, width = buckets.most_rows, model.hidden_size if reads_hidden else 0
+        self._inputs = GraphInputs(
+            buckets.most, buckets.query_len, table_pages, collective.dp_size,
+            torch.zeros(rows, width, dtype=model.dtype, device=device),
+        )  # fmt: skip
+        sizes = (rows, model.vocab_size if with_logits else 0)
         self._logits = torch.empty(sizes, dtype=model.dtype, device=device)  # of any graph
+        self._with_logits = with_logits
         self._graphs: dict[GraphKey, _Captured] = {}
 
     def covers(self, batch: LocalBatch) -> bool:
-        """Whether a batch can be replayed: one token a request, sampled from, none embedded."""
-        rows = batch.num_tokens
+        """Whether a batch can be replayed: all requests have the query length, none embeds."""
+        rows, length = batch.num_tokens, self.buckets.query_len
         return (
-            rows == batch.num_requests == len(batch.sample_rows)
-            and rows <= self.buckets.most
+            rows == batch.num_requests * length
+            and rows <= self.buckets.most_rows
             and not len(batch.embed_rows)
+            and (length == 1 or bool((batch.query_lens == length).all()))
         )
 
     @property
@@ -83,23 +101,21 @@ class DecodeGraphs:
             on_captured(done)
 
     def replay(
-        self, batch: LocalBatch, plan: PaddingPlan, last_sampled: Tensor, place: Place
-    ) -> RowLogits:
-        """Run a covered batch, to the logits of its rows; valid until the next replay.
-
-        plan: with the gathered rows of a bucket; last_sampled: the tokens that the batch's
-        token_sources index.
-        """
+        self, batch: LocalBatch, plan: PaddingPlan, pending: Pending, place: Place
+    ) -> SlotOutput:
+        """Run a covered batch; plan: with the gathered rows of a bucket."""
         check_values(batch, self._pages, place)
-        own = self.buckets.own(batch.num_tokens)
+        rows, own = batch.num_tokens, self.buckets.own(batch.num_tokens)
         key = GraphKey(own, plan.own_gathered)
         captured = self._graphs.get(key)
         if captured is None or not self._inputs.owns(captured.metadata):
             raise ContractViolation(f"{place}: no graph of {key} over these inputs")
-        self._inputs.write(batch, own, plan.real_rows, key.gathered_rows, last_sampled)
+        self._inputs.write(batch, own, plan.real_rows, key.gathered_rows, pending)
         captured.graph.replay()
         self._collective.watch(f"the graph of {key}")
-        return captured.logits[: batch.num_tokens]
+        (last, features), logits = captured.output.hidden, captured.output.logits
+        shown = None if logits is None else logits[:rows]
+        return SlotOutput(Hidden(last[:rows], features[:rows]), shown)
 
     def _capture(self, key: GraphKey, memory: Any) -> _Captured:
         inputs = self._inputs
@@ -112,29 +128,33 @@ class DecodeGraphs:
         metadata = self._metadata(key.own_rows)
         inputs.write_null(key.own_rows, key.gathered_rows)
 
-        def forward() -> RowLogits:
+        def forward() -> SlotOutput:
             slot_inputs = inputs.slot_inputs(key.own_rows)
-            hidden = self._model.forward(slot_inputs, metadata, exchange).last
-            return RowLogits.of(self._model.logits(hidden, self._logits[: key.own_rows]))
+            hidden = self._model.forward(slot_inputs, metadata, exchange)
+            if not self._with_logits:
+                return SlotOutput(hidden, None)
+            logits = self._model.logits(hidden.last, self._logits[: key.own_rows])
+            return SlotOutput(hidden, RowLogits.of(logits))
 
         forward()  # compiles, plans and connects: none of it may happen while capturing
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            logits = forward()
-        return _Captured(graph, logits, metadata)
+            output = forward()
+        return _Captured(graph, output, metadata)
 
     def _metadata(self, rows: int) -> AttentionMetadata:
         """Metadata over the graph's inputs; its mirrors hold the bounds that kernels may assume."""
-        inputs = self._inputs
-        longest = inputs.page_table.shape[1] * self._pages.page_size
+        inputs, length = self._inputs, self.buckets.query_len
+        requests, table_pages = rows // length, inputs.page_table.shape[1]
+        longest = table_pages * self._pages.page_size
         return AttentionMetadata(
-            cu_seqlens_q=inputs.cu_seqlens_q[: rows + 1],
-            seq_lens=inputs.seq_lens[:rows],
-            page_table=inputs.page_table[:rows],
+            cu_seqlens_q=inputs.cu_seqlens_q[: requests + 1],
+            seq_lens=inputs.seq_lens[:requests],
+            page_table=inputs.page_table[:requests],
             slot_mapping=inputs.slot_mapping[:rows],
-            query_lens_host=np.ones(rows, np.int32),
-            seq_lens_host=np.full(rows, longest, np.int32),
-            page_table_host=np.zeros((rows, inputs.page_table.shape[1]), np.int32),
-            place=Place(self._collective.dp_rank, -1, "captured decode"),
+            query_lens_host=np.full(requests, length, np.int32),
+            seq_lens_host=np.full(requests, longest, np.int32),
+            page_table_host=np.zeros((requests, table_pages), np.int32),
+            place=Place(self._collective.dp_rank, -1, f"captured at {length} rows a request"),
         )

@@ -7,24 +7,20 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.batch import NULL_PAGE
 from dp_runtime.metadata import PageGeometry
 
 
 def allocate_pools(
-    num_layers: int,
-    pages: PageGeometry,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    num_layers: int, pages: PageGeometry, spec: AttentionSpec, device: torch.device
 ) -> list[Tensor]:
     """One zeroed pool per layer, [num_pages, 2, num_kv_heads, page_size, head_dim] (HND).
 
     Zeroed, because a masked column still multiplies V by 0, and 0 * NaN is NaN.
     """
-    shape = (pages.num_pages, 2, num_kv_heads, pages.page_size, head_dim)
-    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+    shape = (pages.num_pages, 2, spec.num_kv_heads, spec.page_size, spec.head_dim)
+    return [torch.zeros(shape, dtype=spec.kv_dtype, device=device) for _ in range(num_layers)]
 
 
 class PageAllocator:

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from dp_runtime.graph_buckets import StageBuckets
 from dp_runtime.logprobs import ROWS_AT_ONCE, logprobs_bytes
-from dp_runtime.models import Model
+from dp_runtime.models import SlotModel
 from dp_runtime.sampling import sampling_bytes
 from dp_runtime.scheduler import Limits
+from dp_runtime.served_models import ServedModels
+from dp_runtime.speculative.draft import DraftModel
 
 
-def held_bytes(model: Model) -> int:
-    """Bytes of all tensors of a model, which is dataclasses all the way down to its backends."""
+def held_bytes(models: object) -> int:
+    """Bytes of all tensors of models, which are dataclasses all the way down to their backends."""
     storages = {}
-    for tensor in _tensors(model):
+    for tensor in _tensors(models):
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
@@ -35,34 +37,58 @@ def _tensors(value: object) -> Iterator[Tensor]:
                 yield from _tensors(getattr(value, field.name))
 
 
-def activation_peak(model: Model, limits: Limits, dp_size: int, padded: bool) -> int:
+def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: bool) -> int:
     """Most bytes that a step within the limits allocates at once.
 
     padded: ranks may contribute rows that are not real to the MoE collectives. Not counted, since
     small beside the rest: prompt embeddings, and what kernels allocate for themselves.
     """
-    rows, vocab = limits.max_num_tokens, model.config.vocab_size
-    samples = min(limits.max_num_requests, rows)
+    model, draft = models.target, models.draft
+    rows, vocab = limits.max_num_tokens, model.vocab_size
+    samples = min(limits.max_decode_rows, rows)
     forward = model.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
-    hidden = model.config.hidden_size * model.dtype.itemsize
+    row = model.hidden_size * model.dtype.itemsize
     widened = vocab * 4 if model.dtype.itemsize < 4 else 0  # a row's logits in float32
     sampling = sampling_bytes(samples, vocab) + min(samples, ROWS_AT_ONCE) * widened
     some = min(rows, ROWS_AT_ONCE)
     scoring = max(
         model.logits_bytes(some) + some * widened, some * vocab * 4 + logprobs_bytes(some, vocab)
     )
+    kept = rows * row * (1 + len(model.feature_layers))
     return max(
         forward,
-        rows * hidden + samples * hidden + model.logits_bytes(samples) + sampling,
-        2 * rows * hidden + scoring,
+        kept + samples * row + model.logits_bytes(samples) + sampling,
+        kept + rows * row + scoring,
+        0 if draft is None else kept + _extend_bytes(draft, limits, dp_size, padded),
     )
 
 
-def captured_bytes(model: Model, limits: Limits, dp_size: int) -> int:
+def _extend_bytes(draft: DraftModel, limits: Limits, dp_size: int, padded: bool) -> int:
+    """Of a draft_extend slot, beside the target's rows; the draft slots have fewer."""
+    rows, requests = limits.max_num_tokens, limits.max_num_requests
+    row = draft.hidden_size * draft.dtype.itemsize
+    forward = draft.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
+    return rows * row + max(forward, rows * row + requests * row + draft.logits_bytes(requests))
+
+
+def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
     """What graphs keep: the memory of the largest of each kind, and what they share."""
-    rows, stage_rows = limits.max_num_requests, StageBuckets.of(limits.max_num_tokens).most
-    decode = model.forward_bytes(rows, dp_size * rows, dp_size > 1) + model.logits_bytes(rows)
+    rows, requests = limits.max_decode_rows, limits.max_num_requests
+    kinds: list[tuple[SlotModel, int, bool]] = [(models.target, rows, True)]
+    if models.draft is not None:
+        kinds += [(models.draft, requests, True), (models.draft, rows, False)]
+    stages = sum(_captured_stages(model, limits, dp_size) for model in models.all)
+    return stages + sum(
+        model.forward_bytes(most, dp_size * most, dp_size > 1)
+        + (model.logits_bytes(most) if with_logits else 0)
+        for model, most, with_logits in kinds
+    )
+
+
+def _captured_stages(model: SlotModel, limits: Limits, dp_size: int) -> int:
+    """Of a model's MoE stages, captured alone."""
     if not model.num_moe_layers:
-        return decode
-    buffers = 2 * stage_rows * model.config.hidden_size * model.dtype.itemsize
-    return decode + buffers + model.forward_bytes(stage_rows, dp_size * stage_rows, True)
+        return 0
+    rows = StageBuckets.of(limits.max_num_tokens).most
+    buffers = 2 * rows * model.hidden_size * model.dtype.itemsize
+    return buffers + model.forward_bytes(rows, dp_size * rows, True)

@@ -16,8 +16,10 @@ from dp_runtime.metadata import PageGeometry
 from dp_runtime.request import RankRequest
 from dp_runtime.sampling import Sampler
 from dp_runtime.sampling_params import SamplingParams
-from dp_runtime.scheduler import Limits, Scheduled, Scheduler
+from dp_runtime.scheduled import Scheduled
+from dp_runtime.scheduler import Limits, Scheduler
 from dp_runtime.step import PhaseTimes, StepLoop
+from dp_runtime.step_runner import StepRunner
 from dp_runtime.trace import Recorder, Totals
 
 NUM_STEPS = 2  # all prompts at once, then a decode of all requests
@@ -29,12 +31,14 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
     All ranks call it at the same time, while no request is there. All but the first rank have a
     row less, so that the MoE stage pads as it does in most steps.
     """
-    scheduler = Scheduler(loop.scheduler.pages, loop.scheduler.limits)
-    sampler = Sampler(loop.sampler.vocab_size, loop.device)
+    pages, runner = loop.scheduler.pages, loop.runner
+    scheduler = Scheduler(pages, loop.scheduler.limits)
+    sampler = Sampler(loop.sampler.vocab_size, runner.device)
     dp_rank = loop.coordinator.collective.dp_rank
-    trial = StepLoop(
-        scheduler, loop.coordinator, loop.models, sampler, Recorder(Totals(dp_rank)), loop.device
+    trial_runner = StepRunner(
+        runner.model, runner.drafting, sampler, loop.coordinator, pages, runner.device
     )
+    trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(Totals(dp_rank)))
     for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):
         sampler.add(request)
         scheduler.add(request)

@@ -12,38 +12,38 @@ from time import monotonic
 import torch
 from torch import Tensor
 
+from dp_runtime.agreement import keep_program
 from dp_runtime.attention import KvScales, kernels, make_backend
 from dp_runtime.config import EngineConfig
 from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
 from dp_runtime.device_memory import free_bytes
 from dp_runtime.errors import StartError, require
-from dp_runtime.graph_buckets import GraphBuckets, StageBuckets
-from dp_runtime.graphs import DecodeGraphs
 from dp_runtime.kernel_builds import Kernel
 from dp_runtime.kv_cache import allocate_pools
-from dp_runtime.layers.exchange import counts_on_device
 from dp_runtime.loader import WeightSource, open_weights
 from dp_runtime.memory import MemoryUse
-from dp_runtime.models import Model, build_model
 from dp_runtime.padding import PaddingMode
 from dp_runtime.profiling import run_largest_steps
-from dp_runtime.program import Slot
 from dp_runtime.protocols import RowCollective, StepBoard
 from dp_runtime.sampling import Sampler
 from dp_runtime.scheduler import Scheduler
+from dp_runtime.served_models import ServedModels
 from dp_runtime.sizing import RankPlan
-from dp_runtime.stage_graphs import StageGraphs
-from dp_runtime.status import GraphUse, ModelInfo
+from dp_runtime.speculative.adaptive import AdaptiveLength
+from dp_runtime.speculative.drafting import Drafting
+from dp_runtime.speculative.verify import Forced
+from dp_runtime.status import ModelInfo
 from dp_runtime.step import StepLoop
+from dp_runtime.step_runner import StepRunner
 from dp_runtime.trace import Recorder, Totals
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRank:
-    """A rank's share of the model bound to its page pools, and what the driver should know."""
+    """A rank's share of its models bound to their page pools, and what the driver should know."""
 
-    model: Model
-    pools: Sequence[Tensor]  # [layer]
+    models: ServedModels
+    pools: Sequence[Tensor]  # [layer], those of a draft behind the model's
     info: ModelInfo
     load_s: float
     held: MemoryUse | None  # measured, without activations; None on a CPU
@@ -59,21 +59,23 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
     if device.type == "cuda":
         check_free(plan, free_bytes(plan.device))
     allocated = [_allocated(device)]
-    weights = open_weights(
-        config.model, config.load_format, config.seed, plan.dtype, device, on_bytes
-    )
-    pools = allocate_pools(
-        model.num_layers,
-        plan.pages,
-        model.num_kv_heads,
-        model.head_dim,
-        plan.attention.kv_dtype,
-        device,
-    )
+    sources = _open_weights(config, plan, on_bytes)
+    weights = sources[0]
+    pools = [allocate_pools(layers, plan.pages, spec, device) for layers, spec in plan.kv_layers]
     allocated.append(_allocated(device))
-    backends = make_backend(plan.backend, plan.attention, pools, read_kv_scales(weights, plan))
+    scales = [read_kv_scales(weights, plan)]
+    if plan.draft is not None:
+        scales.append([KvScales()] * plan.draft.config.num_layers)
+    backends = [
+        make_backend(plan.backend, spec, some, layer_scales)
+        for (_, spec), some, layer_scales in zip(plan.kv_layers, pools, scales, strict=True)
+    ]
     allocated.append(_allocated(device))
-    served = build_model(model, weights, plan.sharding, backends, plan.moe_backend)
+    place = plan.sharding, backends[0], plan.moe_backend
+    models = ServedModels.build(model, weights, *place)
+    if plan.draft is not None:
+        draft_place = plan.sharding, backends[1], plan.moe_backend
+        models = models.with_draft(plan.draft.config, sources[1], *draft_place)
     allocated.append(_allocated(device))
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
@@ -84,11 +86,24 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         eos_token_ids=model.eos_token_ids,
         tokenizer_json=tokenizer.read_text() if tokenizer.exists() else None,
         cache_tokens=plan.cache_tokens,
-        bytes_read=weights.bytes_read,
+        bytes_read=sum(source.bytes_read for source in sources),
     )
     kv_cache, workspaces, held = (after - before for before, after in pairwise(allocated))
     use = MemoryUse(held, workspaces, 0, kv_cache) if device.type == "cuda" else None
-    return LoadedRank(served, pools, info, monotonic() - started, use)
+    all_pools = tuple(pool for some in pools for pool in some)
+    return LoadedRank(models, all_pools, info, monotonic() - started, use)
+
+
+def _open_weights(
+    config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]
+) -> list[WeightSource]:
+    """Of the model, and of its draft if there is one."""
+    draft = [] if plan.draft is None else [plan.draft.config.directory]
+    format_, seed, device = config.load_format, config.seed, torch.device(plan.device)
+    return [
+        open_weights(directory, format_, seed, plan.dtype, device, on_bytes)
+        for directory in (config.model, *draft)
+    ]
 
 
 def check_free(plan: RankPlan, free: int) -> None:
@@ -150,14 +165,20 @@ def assemble(
         if mode is PaddingMode.AUTO
         else None
     )
+    programs = config.programs
+    coordinator = StepCoordinator(
+        board, collective, Padding(mode, cost, config.poison_padding), programs=programs,
+        policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
+    )  # fmt: skip
+    scheduler, sampler = Scheduler(plan.pages, plan.limits), Sampler(model.vocab_size, device)
+    drafting = None
+    if loaded.models.draft is not None:
+        mean_tokens = config.speculative_forced_tokens
+        forced = None if mean_tokens is None else Forced(mean_tokens)
+        drafting = Drafting(loaded.models.draft, forced, scheduler.table.num_rows, device)
+    runner = StepRunner(loaded.models.target, drafting, sampler, coordinator, plan.pages, device)
     return StepLoop(
-        Scheduler(plan.pages, plan.limits),
-        StepCoordinator(board, collective, Padding(mode, cost, config.poison_padding)),
-        {Slot.TARGET: loaded.model},
-        Sampler(model.vocab_size, device),
-        Recorder(Totals(plan.sharding.dp_rank)),
-        device,
-        config.depth,
+        scheduler, coordinator, runner, Recorder(Totals(plan.sharding.dp_rank)), config.depth
     )
 
 
@@ -179,39 +200,13 @@ def _moe_kernels(plan: RankPlan) -> tuple[Kernel, ...]:
     return modules(model, shard, ranks, most, plan.dtype, torch.device(plan.device))
 
 
-def capture(
-    plan: RankPlan,
-    loop: StepLoop,
-    buckets: GraphBuckets,
-    poison: bool,
-    on_captured: Callable[[int, int], None],
-) -> GraphUse:
-    """Capture the graphs of a rank, with all others; the loop then replays them."""
-    started, free = monotonic(), free_bytes(plan.device)
-    pages, model, collective = plan.pages, loop.models[Slot.TARGET], loop.coordinator.collective
-    table_pages = -(-plan.limits.max_model_len // pages.page_size)
-    graphs = DecodeGraphs(model, pages, table_pages, collective, buckets, poison, loop.device)
-    alone = model.num_moe_layers > 0 and counts_on_device(collective)
-    sizes = StageBuckets.of(plan.limits.max_num_tokens) if alone else StageBuckets.none()
-    stages = StageGraphs(model, collective, sizes, poison, loop.device)
-    total = graphs.count + stages.count
-    try:
-        graphs.capture(lambda done: on_captured(done, total))
-        stages.capture(lambda done: on_captured(graphs.count + done, total))
-    except BaseException as error:
-        loop.coordinator.abort(f"{type(error).__name__}: {error}")
-        raise
-    loop.use_graphs(Slot.TARGET, graphs, stages)
-    return GraphUse(total, monotonic() - started, free - free_bytes(plan.device))
-
-
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
     """Run the largest steps on a GPU rank, with all others, and return what it uses; see there.
 
     What stays allocated after them counts as workspace: cuBLAS's, and what kernels keep.
     """
     assert loaded.held is not None, "a GPU rank has measured what it loaded"
-    device = loop.device
+    device = loop.runner.device
     before = _allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:

@@ -21,6 +21,7 @@ class RequestTable:
         def column() -> Int64:
             return np.zeros(num_rows, np.int64)
 
+        self.num_rows = num_rows
         self.request_ids = column()
         self.num_prompt = column()
         self.max_tokens = column()  # prompt and outputs

@@ -9,57 +9,39 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dp_runtime.batch import Int64, LocalBatch
-from dp_runtime.batch_builder import Chunk, build_batch
+from dp_runtime.batch import Int64
+from dp_runtime.batch_builder import build_batches
 from dp_runtime.kv_cache import PageAllocator
 from dp_runtime.live_request import NO_ROW, LiveRequest
 from dp_runtime.metadata import PageGeometry
 from dp_runtime.program import Program, Slot
 from dp_runtime.request import FinishReason, RankRequest, RequestProgress, TokenLogprob
 from dp_runtime.request_table import RequestTable
-from dp_runtime.sampling import SampleRows
+from dp_runtime.scheduled import Chunk, Scheduled, StepTokens
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step and a sequence of one rank may hold."""
+    """What a step and a sequence of one rank may hold.
+
+    max_drafts: the most tokens of a request that a step drafts. The last of them may lie behind
+    max_model_len, which no accepted one does: pages are reserved for all.
+    """
 
     max_num_requests: int
     max_num_tokens: int
     max_model_len: int
-
-
-@dataclass(frozen=True, eq=False)
-class Scheduled:
-    """The rows of one rank for one step: a batch per slot, and who they belong to."""
-
-    batches: tuple[LocalBatch, ...]  # one per slot of the program
-    decodes: Int64  # rows of the request table; the target slot's first requests
-    chunks: tuple[Chunk, ...]  # its other requests
-    sampled: Int64  # [samples] rows of the request table
-    samples: SampleRows  # the target slot's first sample rows
+    max_drafts: int = 0
 
     @property
-    def real_rows(self) -> tuple[int, ...]:
-        return tuple(batch.num_tokens for batch in self.batches)
+    def max_cached_len(self) -> int:
+        """Positions that a sequence may need pages for."""
+        return self.max_model_len + self.max_drafts
 
     @property
-    def prefill(self) -> bool:
-        return any(chunk.length > 1 for chunk in self.chunks)
-
-    @property
-    def scored(self) -> tuple[Chunk, ...]:
-        """Chunks whose prompt rows follow among the sample rows."""
-        return tuple(chunk for chunk in self.chunks if chunk.scores)
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """What a step sampled, on the host, in the order of `Scheduled.samples` and `.scored`."""
-
-    token_ids: Sequence[int]
-    logprobs: Sequence[TokenLogprob | None]
-    prompt_logprobs: Sequence[tuple[TokenLogprob, ...]]
+    def max_decode_rows(self) -> int:
+        """Rows of a slot that all requests of a rank have while none prefills."""
+        return self.max_num_requests * (1 + self.max_drafts)
 
 
 class Scheduler:
@@ -68,7 +50,8 @@ class Scheduler:
     Older requests come first for pages: one that lacks pages preempts the youngest, which starts
     over later from its tokens. So the oldest always advances and nothing starves. Decoding
     requests come first for the token budget; prefill chunks share what is left.
-    At most one launched step may be uncommitted when the next is scheduled.
+    At most one launched step may be uncommitted when the next is scheduled, and none where
+    programs draft: how many tokens they accept is known at the commit.
     """
 
     def __init__(self, pages: PageGeometry, limits: Limits) -> None:
@@ -77,7 +60,7 @@ class Scheduler:
         self.allocator = PageAllocator(pages.num_pages)
         # running requests, and as many that have stopped while the launched step touches them
         self.table = RequestTable(
-            2 * limits.max_num_requests, self._pages_for(limits.max_model_len)
+            2 * limits.max_num_requests, self._pages_for(limits.max_cached_len)
         )
         self.waiting: deque[LiveRequest] = deque()
         self.running: Int64 = np.zeros(0, np.int64)  # rows of the table in the order of arrival
@@ -100,7 +83,7 @@ class Scheduler:
         """Queue a request, which fits the cache alone."""
         room = self.limits.max_model_len - len(request.prompt_token_ids)
         max_outputs = min(request.params.max_tokens, room)
-        most = len(request.prompt_token_ids) + max_outputs
+        most = len(request.prompt_token_ids) + max_outputs + self.limits.max_drafts
         assert max_outputs >= 1, f"request {request.request_id} leaves no room for a token"
         assert request.request_id not in self._live, f"request {request.request_id} twice"
         assert self._pages_for(most) < self.pages.num_pages, "a sequence fits the pool"
@@ -119,12 +102,13 @@ class Scheduler:
 
     def schedule(self, program: Program) -> Scheduled:
         """Choose the rows of the next step; zero rows if there is nothing to do."""
-        ready = self._reserve_pages()
+        query_len = program.query_len(Slot.TARGET)
+        ready = self._reserve_pages(query_len)
         rows = self.running[ready]
         needed = self.table.num_needed(rows)
         prefilling = self.table.prefilling(rows, needed)
         decodes = rows[(needed > 0) & ~prefilling]
-        budget = self.limits.max_num_tokens - len(decodes)  # at least 0: see _admit
+        budget = self.limits.max_num_tokens - len(decodes) * query_len  # at least 0: see Limits
         chunks: list[Chunk] = []
         for row, count in zip(rows[prefilling].tolist(), needed[prefilling].tolist()):
             if budget:
@@ -137,26 +121,26 @@ class Scheduler:
 
     def commit(self, step: Scheduled, tokens: StepTokens) -> list[RequestProgress]:
         """Take over what a launched step sampled; returns what changed, request by request."""
-        table = self.table
-        table.num_launched[step.decodes] -= 1
-        table.last_token[step.sampled] = tokens.token_ids
-        sampled = zip(tokens.token_ids, tokens.logprobs, strict=True)
-        progress = []
-        for row, (token, logprob) in zip(step.decodes.tolist(), sampled):
-            live = table.request(row)
+        self.table.num_launched[step.rows] -= 1
+        counts = self._keep_verified(step, tokens)
+        progress, first = [], 0
+        for row, count in zip(step.decodes.tolist(), counts):
+            live, end = self.table.request(row), first + count
             if not live.finish_reason:
-                progress.append(self._advance(live, token, logprob))
+                new = tokens.token_ids[first:end], tokens.logprobs[first:end]
+                progress.append(self._advance(live, *new))
             if not live.running:
                 self._settle(live)
+            first += 1 + step.num_drafts
+        sampled = zip(tokens.token_ids[first:], tokens.logprobs[first:], strict=True)
         scores = iter(tokens.prompt_logprobs)
         for chunk in step.chunks:
             live = chunk.live
-            table.num_launched[live.row] -= 1
             scored = next(scores) if chunk.scores else ()
             if chunk.samples:
                 token, logprob = next(sampled)
                 if not live.finish_reason:
-                    progress.append(self._advance(live, token, logprob, scored))
+                    progress.append(self._advance(live, (token,), (logprob,), scored))
             elif scored and not live.finish_reason:
                 progress.append(
                     RequestProgress(live.request_id, len(live.outputs), prompt_logprobs=scored)
@@ -164,6 +148,25 @@ class Scheduler:
             if not live.running:
                 self._settle(live)
         return progress
+
+    def _keep_verified(self, step: Scheduled, tokens: StepTokens) -> Sequence[int]:
+        """Bring the table up to what was accepted; how many tokens each decode has new.
+
+        Without drafts the projection was exact. NOTE: with drafts nothing else was launched.
+        """
+        table, decodes, query_len = self.table, step.decodes, 1 + step.num_drafts
+        if not step.num_drafts:
+            table.last_token[step.sampled] = tokens.token_ids
+            return (1,) * len(decodes)
+        token_ids = np.array(tokens.token_ids, np.int64)
+        accepted = np.array(tokens.num_accepted, np.int64)
+        table.num_known[decodes] += accepted
+        table.num_computed[decodes] = table.num_known[decodes] - 1
+        last = np.arange(len(decodes)) * query_len + accepted
+        table.last_token[decodes] = token_ids[last]
+        table.last_token[step.sampled[len(decodes) :]] = token_ids[len(decodes) * query_len :]
+        counts: list[int] = (accepted + 1).tolist()
+        return counts
 
     def check(self) -> None:
         """Assert that no page is lost, shared, or held by a request that is gone."""
@@ -175,25 +178,29 @@ class Scheduler:
     def _advance(
         self,
         live: LiveRequest,
-        token: int,
-        logprob: TokenLogprob | None,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprob | None],
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
     ) -> RequestProgress:
+        """Append new tokens up to the first that ends the request."""
         request, index = live.request, len(live.outputs)
-        live.outputs.append(token)
+        tokens = tuple(tokens[: live.max_outputs - index])
+        stop = next((token for token in tokens if token in request.stop_token_ids), None)
+        if stop is not None:
+            tokens = tokens[: tokens.index(stop) + 1]
+        live.outputs += tokens
         if not live.running:
-            self._waiting_tokens += 1
-        stopped = token in request.stop_token_ids
-        if stopped or index + 1 == live.max_outputs:
-            self._finish(live, FinishReason.STOP if stopped else FinishReason.LENGTH)
+            self._waiting_tokens += len(tokens)
+        if stop is not None or len(live.outputs) == live.max_outputs:
+            self._finish(live, FinishReason.LENGTH if stop is None else FinishReason.STOP)
         return RequestProgress(
             request.request_id,
             index,
-            (token,),
-            (logprob,) if logprob else (),
+            tokens,
+            tuple(entry for entry in logprobs[: len(tokens)] if entry),
             prompt_logprobs,
             live.finish_reason,
-            token if stopped else None,
+            stop,
         )
 
     def _finish(self, live: LiveRequest, reason: FinishReason) -> None:
@@ -220,11 +227,15 @@ class Scheduler:
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.pages.page_size)
 
-    def _reserve_pages(self) -> NDArray[np.bool_]:
-        """Give pages to running requests, oldest first; which of them can go on."""
+    def _reserve_pages(self, query_len: int) -> NDArray[np.bool_]:
+        """Give pages to running requests, oldest first; which of them can go on.
+
+        query_len: of a decode.
+        """
         rows, table = self.running, self.table
         needed = np.minimum(table.num_needed(rows), self.limits.max_num_tokens)
-        due = table.num_computed[rows] + needed
+        decoding = (needed == 1) & ~table.prefilling(rows, needed)
+        due = table.num_computed[rows] + np.where(decoding, query_len, needed)
         ready = np.ones(len(rows), np.bool_)
         for index in (due > table.num_pages[rows] * self.pages.page_size).nonzero()[0].tolist():
             if index >= len(self.running):
@@ -283,13 +294,11 @@ class Scheduler:
         return chunks
 
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> Scheduled:
-        built = build_batch(self.table, decodes, chunks, self.pages.page_size)
-        self.table.launch(built.rows, built.batch.seq_lens, built.sampled)
+        step = build_batches(self.table, decodes, chunks, self.pages.page_size, program)
+        target = step.batches[program.slots.index(Slot.TARGET)]
+        self.table.launch(step.rows, target.seq_lens, step.sampled)
         for chunk in chunks:
             chunk.live.num_scored = max(chunk.live.num_scored, chunk.score_end)
         launched = self.table.num_launched
         assert not self._live or launched.any(), "the scheduler made no progress"
-        batches = tuple(
-            built.batch if slot is Slot.TARGET else LocalBatch.empty() for slot in program.slots
-        )
-        return Scheduled(batches, decodes, tuple(chunks), built.sampled, built.samples)
+        return step

@@ -20,11 +20,21 @@ from dp_runtime.layers.rotary import HeadRotation
 from dp_runtime.loader import CountedWeights
 from dp_runtime.memory import MemoryUse
 from dp_runtime.metadata import AttentionMetadata, PageGeometry
-from dp_runtime.models import ModelConfig, RankSharding, build_model, read_model_config
+from dp_runtime.models import ModelConfig, RankSharding, read_model_config
 from dp_runtime.prediction import activation_peak, captured_bytes, held_bytes
 from dp_runtime.scheduler import Limits
+from dp_runtime.served_models import ServedModels
+from dp_runtime.speculative.draft import DraftConfig, read_draft_config
 
 KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config has none
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """The draft model of a rank; its layers have pages of their own under the same numbers."""
+
+    config: DraftConfig
+    attention: AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class RankPlan:
     """
 
     model: ModelConfig
+    draft: DraftPlan | None
     device: str
     dtype: torch.dtype
     attention: AttentionSpec
@@ -54,7 +65,15 @@ class RankPlan:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, K and V."""
-        return page_bytes(self.model, self.pages.page_size, self.attention.kv_dtype)
+        return sum(layers * layer_page_bytes(spec) for layers, spec in self.kv_layers)
+
+    @property
+    def kv_layers(self) -> tuple[tuple[int, AttentionSpec], ...]:
+        """How many layers of the model, and of its draft, have pages, and of what kind."""
+        own = (self.model.num_layers, self.attention)
+        if self.draft is None:
+            return (own,)
+        return own, (self.draft.config.num_layers, self.draft.attention)
 
     @property
     def cache_tokens(self) -> int:
@@ -70,6 +89,9 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     dtype = resolve_dtype(config.dtype, device)
     attention = attention_spec(config, model, dtype)
     backend, reason = choose_backend(config.attention_backend, attention, torch.device(device))
+    draft = plan_draft(config, model, attention)
+    if draft is not None:
+        choose_backend(backend, draft.attention, torch.device(device))
     sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
     fp8 = any(model.fp8_experts)
     if fp8 and config.moe_sharding == "tp":
@@ -77,29 +99,15 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     moe_backend, moe_reason = choose_moe_backend(
         config.moe_backend, dtype, torch.device(device), fp8
     )
-    weights = CountedWeights(dtype)
-    served = build_model(model, weights, sharding, _NoAttention, moe_backend)
     length = config.max_model_len or model.max_position_embeddings
     require(
         length <= model.max_position_embeddings, "max_model_len", length,
         f"the model has {model.max_position_embeddings} positions",
     )  # fmt: skip
-    limits = Limits(config.max_num_requests, config.max_num_tokens, length)
-    cublas = 0 if device == "cpu" else CUBLAS_BYTES
-    memory = MemoryUse(
-        weights=held_bytes(served),
-        workspaces=workspace_bytes(backend, attention) + cublas,
-        activations=activation_peak(served, limits, config.dp_size, config.padding != "ragged"),
-        kv_cache=0,
-    )
-    one_page = page_bytes(model, config.page_size, attention.kv_dtype)
-    exchanged = config.dp_size * config.max_num_tokens * model.hidden_size * dtype.itemsize
-    buffers = 2 * exchanged if device != "cpu" and config.dp_size > 1 else 0
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
-    captured = captured_bytes(served, limits, config.dp_size) if graphs else 0
-    pages = _page_geometry(config, device, length, one_page, memory.total + buffers + captured)
-    return RankPlan(
+    plan = RankPlan(
         model=model,
+        draft=draft,
         device=device,
         dtype=dtype,
         attention=attention,
@@ -110,11 +118,59 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         graphs=graphs,
         graphs_reason=graphs_reason,
         sharding=sharding,
-        limits=limits,
+        limits=Limits(
+            config.max_num_requests, config.max_num_tokens, length, config.speculative_num_steps
+        ),
+        pages=PageGeometry(0, config.page_size),
+        load_bytes=0,
+        memory=MemoryUse(0, 0, 0, 0),
+    )
+    return _with_memory(plan, config)
+
+
+def _with_memory(plan: RankPlan, config: EngineConfig) -> RankPlan:
+    """The plan with what it takes in memory, and with the pages that the rest is good for."""
+    weights, device, draft = CountedWeights(plan.dtype), plan.device, plan.draft
+    models = ServedModels.build(plan.model, weights, plan.sharding, _NoAttention, plan.moe_backend)
+    if draft is not None:
+        models = models.with_draft(
+            draft.config, weights, plan.sharding, _NoAttention, plan.moe_backend
+        )
+    limits, size = plan.limits, config.dp_size
+    cublas = 0 if device == "cpu" else CUBLAS_BYTES
+    memory = MemoryUse(
+        weights=held_bytes(models),
+        workspaces=cublas + sum(workspace_bytes(plan.backend, spec) for _, spec in plan.kv_layers),
+        activations=activation_peak(models, limits, size, config.padding != "ragged"),
+        kv_cache=0,
+    )
+    exchanged = size * limits.max_num_tokens * plan.model.hidden_size * plan.dtype.itemsize
+    buffers = 2 * exchanged if device != "cpu" and size > 1 else 0
+    captured = captured_bytes(models, limits, size) if plan.graphs else 0
+    used = memory.total + buffers + captured
+    pages = _page_geometry(config, device, limits.max_cached_len, plan.page_bytes, used)
+    return replace(
+        plan,
         pages=pages,
         load_bytes=weights.bytes_read,
-        memory=replace(memory, kv_cache=pages.num_pages * one_page),
+        memory=replace(memory, kv_cache=pages.num_pages * plan.page_bytes),
     )
+
+
+def plan_draft(
+    config: EngineConfig, model: ModelConfig, attention: AttentionSpec
+) -> DraftPlan | None:
+    """What drafts for a model, if anything does; ValueError if it does not fit the model."""
+    if not config.speculative_num_steps:
+        return None
+    draft = read_draft_config(config.model, model, config.speculative_draft_model)
+    heads = replace(
+        attention,
+        num_heads=draft.num_heads,
+        num_kv_heads=draft.num_kv_heads,
+        head_dim=draft.head_dim,
+    )
+    return DraftPlan(draft, heads)
 
 
 def _check_blocks(model: ModelConfig, dp_size: int) -> None:
@@ -176,7 +232,8 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def attention_spec(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> AttentionSpec:
-    """What the attention backend of a rank must serve."""
+    """What the attention backend of a rank must serve, in all slots of its programs."""
+    query_lens = {program.query_len(slot) for program in config.programs for slot in program.slots}
     quantized = config.kv_cache_dtype == "fp8_e4m3"
     return AttentionSpec(
         num_heads=model.num_heads,
@@ -185,14 +242,14 @@ def attention_spec(config: EngineConfig, model: ModelConfig, dtype: torch.dtype)
         page_size=config.page_size,
         dtype=dtype,
         kv_dtype=torch.float8_e4m3fn if quantized else dtype,
+        decode_query_lens=frozenset({1} | query_lens),
         check_device_values=config.check_device_values,
     )
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers, K and V."""
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-    return page_size * per_token
+def layer_page_bytes(spec: AttentionSpec) -> int:
+    """Bytes of one page of one layer, K and V."""
+    return 2 * spec.page_size * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize
 
 
 def _page_geometry(

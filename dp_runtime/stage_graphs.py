@@ -19,7 +19,7 @@ from dp_runtime.graph_buckets import StageBuckets
 from dp_runtime.layers.exchange import RowExchange, graph_exchange, graph_plan
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.models import Hidden, Model, SlotInputs
+from dp_runtime.models import Hidden, SlotInputs, SlotModel
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.protocols import RowCollective
 from dp_runtime.transfer import on_device
@@ -60,7 +60,7 @@ class StageGraphs:
 
     def __init__(
         self,
-        model: Model,
+        model: SlotModel,
         collective: RowCollective,
         buckets: StageBuckets,
         poison: bool,
@@ -69,11 +69,12 @@ class StageGraphs:
         self.buckets = buckets
         self._collective = collective
         self._poison = poison
-        size = (buckets.most, model.config.hidden_size)
+        size = (buckets.most, model.hidden_size)
         rows = torch.zeros(size, dtype=model.dtype, device=device)
         layout = torch.zeros(2, collective.dp_size, dtype=torch.int32, device=device)
         self._buffers = _Buffers(rows, torch.zeros_like(rows), layout)
-        self._uncaptured = self._model = model
+        self._uncaptured: SlotModel = model
+        self._model: SlotModel = model
 
     @property
     def count(self) -> int:

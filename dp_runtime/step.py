@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic, perf_counter
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from dp_runtime.agreement import Agreement, FaultBits
-from dp_runtime.batch import LocalBatch
-from dp_runtime.batch_builder import Chunk
 from dp_runtime.coordinator import RankLoad, StepCoordinator
-from dp_runtime.graphs import DecodeGraphs
-from dp_runtime.layers.moe import RowExchange
-from dp_runtime.logprobs import Logprobs
-from dp_runtime.metadata import AttentionMetadata, Place
-from dp_runtime.models import Model, SlotInputs
-from dp_runtime.program import Slot
 from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.row_logits import RowLogits
-from dp_runtime.sampling import Sampled, Sampler
-from dp_runtime.scheduler import Scheduled, Scheduler, StepTokens
-from dp_runtime.stage_graphs import StageGraphs
-from dp_runtime.trace import Recorder, SlotTrace, StepTrace
-from dp_runtime.transfer import all_on_device, on_device
+from dp_runtime.scheduled import Scheduled, StepTokens
+from dp_runtime.scheduler import Scheduler
+from dp_runtime.step_runner import StepOutput, StepRunner
+from dp_runtime.trace import Recorder, StepTrace
 
 IDLE_S = 1.0
 
@@ -44,14 +30,12 @@ class Commands:
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """When a step began, and the seconds its phases took."""
+    """When a step began, and the seconds its first phases took."""
 
     started: float
     schedule_s: float
     agree_s: float
     agree_wait_s: float
-    prepare_s: float = 0.0
-    sample_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +44,7 @@ class Launched:
 
     scheduled: Scheduled
     agreement: Agreement
-    sampled: Sampled
-    scores: tuple[Logprobs, ...]
-    slots: tuple[SlotTrace, ...]
+    output: StepOutput
     times: PhaseTimes
 
 
@@ -77,24 +59,19 @@ class StepLoop:
         self,
         scheduler: Scheduler,
         coordinator: StepCoordinator,
-        models: Mapping[Slot, Model],
-        sampler: Sampler,
+        runner: StepRunner,
         recorder: Recorder,
-        device: torch.device,
         depth: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.coordinator = coordinator
-        self.models = models
-        self.sampler = sampler
+        self.runner = runner
+        self.sampler = runner.sampler
         self.recorder = recorder
-        self.device = device
         self.depth = depth
-        self.graphs: Mapping[Slot, DecodeGraphs] = {}
-        self.stages: Mapping[Slot, StageGraphs] = {}
         self.last_finished = (-1, monotonic())  # step id, when
         self.idle = threading.Event()
-        self._last_sampled = torch.zeros(0, dtype=torch.int64, device=device)
+        self._verified = (0, 0)  # drafts proposed and accepted since the last record
         self._dp_rank = coordinator.collective.dp_rank
 
     def run(
@@ -160,138 +137,47 @@ class StepLoop:
         return progress
 
     def _load(self, scheduled: Scheduled) -> RankLoad:
+        (proposed, accepted), self._verified = self._verified, (0, 0)
         return RankLoad(
             num_requests=len(self.scheduler.running),
             free_pages=self.scheduler.allocator.num_free,
             queued_tokens=self.scheduler.queued_tokens,
             wants_prefill=scheduled.prefill,
-            graph_vote=self._fits_graphs(scheduled),
+            graph_vote=self.runner.fits_graphs(scheduled),
+            drafts_proposed=proposed,
+            drafts_accepted=accepted,
         )
 
-    def _fits_graphs(self, scheduled: Scheduled) -> bool:
-        slots = self.coordinator.program.slots
-        return bool(self.graphs) and all(
-            self.graphs[slot].covers(batch) and len(scheduled.samples) == batch.num_tokens
-            for slot, batch in zip(slots, scheduled.batches)
-        )
-
-    def use_graphs(self, slot: Slot, graphs: DecodeGraphs, stages: StageGraphs) -> None:
-        """Replay a slot's captured graphs from now on, wherever all ranks' rows fit them.
-
-        In other steps its MoE stages are replayed, if all ranks' rows fit those.
-        """
-        self.graphs, self.stages = {**self.graphs, slot: graphs}, {**self.stages, slot: stages}
-        self.coordinator.buckets, self.coordinator.stages = graphs.buckets, stages.buckets
-
-    @torch.inference_mode()
     def launch(self, scheduled: Scheduled, agreement: Agreement, times: PhaseTimes) -> Launched:
-        """Run every slot of the program, and sample where the target ran."""
-        slots, prepare_s = [], 0.0
-        for index, slot in enumerate(agreement.program.slots):
-            batch = scheduled.batches[index]
-            at_prepare = perf_counter()
-            place = Place(self._dp_rank, agreement.step_id, slot)
-            exchange = self.coordinator.exchange(agreement, index)
-            run = (self._replay if agreement.graph else self._eager)(slot, batch, exchange, place)
-            prepare_s += perf_counter() - at_prepare
-            output, slot_trace = self._forward(slot, run, exchange)
-            slots.append(slot_trace)
-            if slot is Slot.TARGET:
-                at_sample = perf_counter()
-                sampled, scores = self._sample(self.models[slot], output, batch, scheduled)
-                sample_s = perf_counter() - at_sample
-        self._last_sampled = sampled.token_ids
-        times = replace(times, prepare_s=prepare_s, sample_s=sample_s)
-        return Launched(scheduled, agreement, sampled, scores, tuple(slots), times)
-
-    def _inputs(self, batch: LocalBatch) -> SlotInputs:
-        pending = batch.token_sources >= 0
-        rows, sources = pending.nonzero()[0], batch.token_sources[pending]
-        arrays = (batch.token_ids, batch.positions, batch.embed_rows, batch.embeds, rows, sources)
-        inputs = all_on_device(arrays, self.device)
-        token_ids, positions, embed_rows, embeds, device_rows, device_sources = inputs
-        if len(rows):
-            token_ids[device_rows] = self._last_sampled[device_sources]
-        return SlotInputs(token_ids, positions, embed_rows, embeds)
-
-    def _eager(
-        self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
-    ) -> Callable[[], Tensor | RowLogits]:
-        """The forward of a slot, its inputs on the device; MoE stages perhaps from graphs."""
-        metadata = AttentionMetadata.build(batch, self.scheduler.pages, place, self.device)
-        inputs = self._inputs(batch)
-        model, stages = self.models[slot], self.stages.get(slot)
-        if stages is not None and stages.covers(exchange.plan):
-            return lambda: stages.forward(inputs, metadata, exchange).last
-        return lambda: model.forward(inputs, metadata, exchange).last
-
-    def _replay(
-        self, slot: Slot, batch: LocalBatch, exchange: RowExchange, place: Place
-    ) -> Callable[[], Tensor | RowLogits]:
-        """The same from a captured graph, up to the logits."""
-        sampled = self._last_sampled
-        return lambda: self.graphs[slot].replay(batch, exchange.plan, sampled, place)
-
-    def _forward(
-        self, slot: Slot, run: Callable[[], Tensor | RowLogits], exchange: RowExchange
-    ) -> tuple[Tensor | RowLogits, SlotTrace]:
-        model, collective = self.models[slot], self.coordinator.collective
-        start, waited = perf_counter(), collective.waited_s
-        output = run()
-        trace = SlotTrace(
-            slot=slot,
-            real_rows=exchange.plan.real_rows,
-            gathered_rows=exchange.plan.gathered_rows,
-            wire_rows=exchange.plan.wire_rows * 2 * model.num_moe_layers,
-            forward_s=perf_counter() - start,
-            wait_s=collective.waited_s - waited,
-        )
-        return output, trace
-
-    def _sample(
-        self, model: Model, output: Tensor | RowLogits, batch: LocalBatch, scheduled: Scheduled
-    ) -> tuple[Sampled, tuple[Logprobs, ...]]:
-        """From what a forward gave: hidden states, or the logits of a batch that is all samples."""
-        if isinstance(output, RowLogits):
-            return self.sampler.choose(output, scheduled.samples), ()
-        (rows,) = all_on_device([batch.sample_rows], self.device)
-        first = len(scheduled.samples)
-        scores = []
-        for chunk in scheduled.scored:
-            count = chunk.score_end - chunk.score_start
-            scores.append(self._score(model, output[rows[first : first + count]], chunk))
-            first += count
-        logits = model.logits(output[rows[: len(scheduled.samples)]])
-        return self.sampler.sample(logits, scheduled.samples), tuple(scores)
-
-    def _score(self, model: Model, hidden: Tensor, chunk: Chunk) -> Logprobs:
-        """Log probabilities of the tokens that follow a prompt's rows [n, hidden]."""
-        request = chunk.live.request
-        following = request.prompt_token_ids[chunk.score_start + 1 : chunk.score_end + 1]
-        return self.sampler.prompt_logprobs(
-            lambda some: model.logits(hidden[some]).float(),
-            on_device(np.array(following, np.int64), self.device),
-            request.params.prompt_logprobs or 0,
-        )
+        """Build metadata, run the slots of the program and sample, all without waiting for it."""
+        return Launched(scheduled, agreement, self.runner.launch(scheduled, agreement), times)
 
     def commit(self, step: Launched) -> list[RequestProgress]:
         """Look at what the step sampled, and move its requests on."""
-        at = perf_counter()
-        step.sampled.copy.wait()
+        at, output = perf_counter(), step.output
+        output.sampled.copy.wait()
         self.coordinator.collective.check()  # an abort may have ended the step's kernels
-        sampled = step.sampled.to_host()
-        scores = [score.to_host() for score in step.scores]
-        tokens = StepTokens(sampled.token_ids, sampled.logprobs, scores)
+        token_ids, logprobs, num_accepted = output.sampled.to_host()
+        scores = [score.to_host() for score in output.scores]
+        tokens = StepTokens(token_ids, logprobs, scores, num_accepted)
         progress = self.scheduler.commit(step.scheduled, tokens)
         for item in progress:
             if item.finish_reason:
                 self.sampler.remove(item.request_id)
-        self._record(step, progress, perf_counter() - at)
+        proposed, accepted = len(num_accepted) * step.scheduled.num_drafts, sum(num_accepted)
+        self._verified = (self._verified[0] + proposed, self._verified[1] + accepted)
+        self._record(step, progress, num_accepted, perf_counter() - at)
         return progress
 
-    def _record(self, step: Launched, progress: list[RequestProgress], commit_s: float) -> None:
-        times = step.times
-        new_tokens = sum(len(item.token_ids) for item in progress)
+    def _record(
+        self,
+        step: Launched,
+        progress: list[RequestProgress],
+        num_accepted: Sequence[int],
+        commit_s: float,
+    ) -> None:
+        times, output = step.times, step.output
+        histogram = Counter(num_accepted)
         self.recorder.totals.preemptions = self.scheduler.num_preemptions
         self.recorder.add(
             StepTrace(
@@ -302,12 +188,14 @@ class StepLoop:
                 schedule_s=times.schedule_s,
                 agree_s=times.agree_s,
                 agree_wait_s=times.agree_wait_s,
-                prepare_s=times.prepare_s,
-                sample_s=times.sample_s,
+                prepare_s=output.prepare_s,
+                sample_s=output.sample_s,
                 commit_s=commit_s,
-                slots=step.slots,
-                output_tokens=new_tokens,
+                slots=output.slots,
+                output_tokens=sum(len(item.token_ids) for item in progress),
                 prompt_tokens=sum(chunk.prompt_tokens for chunk in step.scheduled.chunks),
+                num_drafts=step.scheduled.num_drafts,
+                accepted=tuple(histogram[n] for n in range(step.scheduled.num_drafts + 1)),
             )
         )
         self.last_finished = (step.agreement.step_id, monotonic())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
@@ -45,6 +47,8 @@ class StepTrace:
     slots: tuple[SlotTrace, ...]
     output_tokens: int
     prompt_tokens: int
+    num_drafts: int = 0  # of each verification
+    accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
 
     @property
     def wait_s(self) -> float:
@@ -75,6 +79,9 @@ class Totals:
     busy_s: float = 0.0
     wait_s: float = 0.0
     idle_steps: int = 0  # this rank had no rows while another had
+    drafts_proposed: int = 0
+    accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
+    slot_s: dict[str, float] = field(default_factory=dict)  # by slot, waits for ranks excluded
 
 
 @dataclass
@@ -93,11 +100,21 @@ class Recorder:
         totals.busy_s += step.busy_s
         totals.wait_s += step.wait_s
         totals.idle_steps += all(slot.real_rows[step.dp_rank] == 0 for slot in step.slots)
+        totals.drafts_proposed += step.num_drafts * sum(step.accepted)
+        totals.accepted = _add(totals.accepted, step.accepted)
         for slot in step.slots:
+            totals.slot_s[slot.slot] = (
+                totals.slot_s.get(slot.slot, 0.0) + slot.forward_s - slot.wait_s
+            )
             totals.real_rows += sum(slot.real_rows)
             totals.gathered_rows += sum(slot.gathered_rows)
             totals.max_rows += slot.max_rows
             totals.wire_rows += slot.wire_rows
+
+
+def _add(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """Histograms, the shorter of which has zeros behind its end."""
+    return tuple(a + b for a, b in zip_longest(one, other, fillvalue=0))
 
 
 @dataclass(frozen=True)
@@ -118,6 +135,23 @@ class Report:
     wait_s: tuple[float, ...]  # [rank] for slower ranks
     idle_steps: tuple[int, ...]  # [rank]
     output_tokens_by_rank: tuple[int, ...]
+    drafts_proposed: int = 0
+    accepted_histogram: tuple[int, ...] = ()  # verifications by accepted drafts, all ranks
+    slot_s: Mapping[str, float] = field(default_factory=dict)  # mean of the ranks, without waits
+
+    @property
+    def verifications(self) -> int:
+        return sum(self.accepted_histogram)
+
+    @property
+    def drafts_accepted(self) -> int:
+        return sum(length * count for length, count in enumerate(self.accepted_histogram))
+
+    @property
+    def tokens_per_verification(self) -> float:
+        """Accepted drafts and the token that every verification adds; 0 if there was none."""
+        count = self.verifications
+        return 1 + self.drafts_accepted / count if count else 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -144,6 +178,11 @@ class Report:
             wait_s=tuple(rank.wait_s for rank in ranks),
             idle_steps=tuple(rank.idle_steps for rank in ranks),
             output_tokens_by_rank=tuple(rank.output_tokens for rank in ranks),
+            drafts_proposed=sum(rank.drafts_proposed for rank in ranks),
+            accepted_histogram=reduce(_add, (rank.accepted for rank in ranks)),
+            slot_s={
+                slot: fmean(rank.slot_s.get(slot, 0.0) for rank in ranks) for slot in first.slot_s
+            },
         )
 
     def __str__(self) -> str:
@@ -153,6 +192,7 @@ class Report:
             f"{self.tokens_per_s:.1f} output tok/s over {self.elapsed_s:.2f} s",
             f"padding_waste {self.padding_waste:.3f}   row_balance {self.row_balance:.3f}   "
             f"wire_rows {self.wire_rows}",
+            *self._speculation(),
             "rank  output tokens  idle steps  busy s  wait for the slowest rank s",
         ]
         lines += [
@@ -162,6 +202,18 @@ class Report:
         ]
         lines.append(f" all  mean busy {fmean(self.busy_s):.2f} s, wait {fmean(self.wait_s):.2f} s")
         return "\n".join(lines)
+
+    def _speculation(self) -> list[str]:
+        if not self.verifications:
+            return []
+        lengths = "  ".join(f"{n}: {count}" for n, count in enumerate(self.accepted_histogram))
+        times = "  ".join(f"{slot} {seconds:.2f} s" for slot, seconds in self.slot_s.items())
+        return [
+            f"verifications {self.verifications}   drafts accepted {self.drafts_accepted} of "
+            f"{self.drafts_proposed}   tokens per verification {self.tokens_per_verification:.3f}",
+            f"verifications by accepted drafts  {lengths}",
+            f"mean time of a rank by slot  {times}",
+        ]
 
 
 def write_chrome_trace(steps: Iterable[StepTrace], path: Path) -> None:
@@ -180,11 +232,13 @@ def _events(step: StepTrace) -> list[dict[str, object]]:
     phases += [("sample", step.sample_s), ("commit", step.commit_s)]
     events: list[dict[str, object]] = []
     at = step.start_s
-    rows = [asdict(slot) for slot in step.slots]
+    args: dict[str, object] = {"step": step.step_id, "slots": [asdict(s) for s in step.slots]}
+    if step.num_drafts:
+        args["verifications by accepted drafts"] = step.accepted
     for name, duration in phases:
         events.append(
             {"name": name, "ph": "X", "ts": at * 1e6, "dur": duration * 1e6, "pid": 0}
-            | {"tid": step.dp_rank, "args": {"step": step.step_id, "slots": rows}}
+            | {"tid": step.dp_rank, "args": args}
         )
         at += duration
     return events

@@ -83,4 +83,4 @@ def check_pages_free(engine: Engine) -> None:
 
 def models_of(engine: Engine) -> list[CausalLM]:
     """The model every rank has loaded, of an engine whose ranks are threads."""
-    return [handle.worker._loaded.model for handle in engine._group._handles]
+    return [handle.worker._loaded.models.target for handle in engine._group._handles]

@@ -12,12 +12,12 @@ from time import monotonic, sleep
 import torch
 
 from collectives.shared_memory import shared_root
+from dp_runtime.capturing import capture
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
-from dp_runtime.graph_buckets import GraphBuckets
 from dp_runtime.kernel_builds import KernelBuilds, forbid_compilation
 from dp_runtime.memory import MemoryUse, RankMemory
-from dp_runtime.rank import LoadedRank, assemble, capture, kernels_of, load_rank, profile
+from dp_runtime.rank import LoadedRank, assemble, kernels_of, load_rank, profile
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sizing import RankPlan, plan_rank
 from dp_runtime.status import GraphUse, ModelInfo, RankHealth, RankState
@@ -96,9 +96,8 @@ class Worker:
             self._measured = profile(self._loop, self._loaded)
         if self._plan.graphs:
             self._state = RankState.CAPTURING
-            buckets = GraphBuckets(self._plan.limits.max_num_requests)
             poison = self.config.poison_padding
-            self._graph_use = capture(self._plan, self._loop, buckets, poison, self._count_graphs)
+            self._graph_use = capture(self._plan, self._loop, poison, self._count_graphs)
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it

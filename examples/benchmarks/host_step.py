@@ -31,7 +31,8 @@ from dp_runtime.metadata import PageGeometry, Place, check_values
 from dp_runtime.program import SERVING_PROGRAMS
 from dp_runtime.request import RankRequest
 from dp_runtime.sampling import Sampled, Sampler
-from dp_runtime.scheduler import Limits, Scheduled, Scheduler, StepTokens
+from dp_runtime.scheduled import Scheduled, StepTokens
+from dp_runtime.scheduler import Limits, Scheduler
 from examples.benchmarks import machine
 
 PHASES = ("schedule", "build", "load", "check", "sample", "commit")

@@ -33,10 +33,10 @@ class PaddedBuckets(GraphBuckets):
     """Every rank's graph has the rows of the largest rank."""
 
     def own(self, rows: int) -> int:
-        return self.most
+        return self.most_rows
 
     def gathered(self, largest: int) -> int:
-        return self.most
+        return self.most_rows
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def measure(
     results = []
     for _, counts, padded in ways:
         if padded:
-            rank.capture(PaddedBuckets(max(counts)))
+            rank.capture(PaddedBuckets)
         load = Load((prompt,) * counts[rank.dp_rank], output)
         steps = rank.run(load).steps_of(counts)
         window = Window(tuple(counts), 10, 20)

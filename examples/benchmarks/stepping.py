@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_runtime.capturing import MakeBuckets, capture
 from dp_runtime.config import EngineConfig
 from dp_runtime.graph_buckets import GraphBuckets
 from dp_runtime.kernel_builds import KernelBuilds
@@ -23,7 +24,7 @@ from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
 from dp_runtime.program import Slot
-from dp_runtime.rank import assemble, capture, kernels_of, load_rank, profile
+from dp_runtime.rank import assemble, kernels_of, load_rank, profile
 from dp_runtime.request import RankRequest, RequestProgress
 from dp_runtime.sampling_params import SamplingParams
 from dp_runtime.sizing import plan_rank
@@ -207,14 +208,14 @@ class SteppedRank:
             profile(self.loop, loaded)
         self._plan = plan
         if plan.graphs:
-            self.capture(GraphBuckets(plan.limits.max_num_requests))
+            self.capture(GraphBuckets)
         self._next_id = dp_rank * IDS_A_RANK
         self._vocab_size = plan.model.vocab_size
 
-    def capture(self, buckets: GraphBuckets) -> None:
+    def capture(self, buckets: MakeBuckets) -> None:
         """Capture graphs of these sizes, with all other ranks, in place of those there are."""
         poison = self.config.poison_padding
-        capture(self._plan, self.loop, buckets, poison, lambda done, total: None)
+        capture(self._plan, self.loop, poison, lambda done, total: None, buckets)
 
     def run(self, load: Load, window: Window | None = None) -> LoadResult:
         """Serve a load; all ranks call it at the same time, and end it together."""
@@ -235,14 +236,14 @@ class SteppedRank:
         Yields [(choices of every expert) of a stage].
         """
         counted: list[Tensor] = []
-        loop, graphs = self.loop, self.loop.graphs
-        model, stages = loop.models[Slot.TARGET], loop.stages
+        target = self.loop.runner.slots[Slot.TARGET]
+        model, graphs, stages = target.model, target.graphs, target.stages
         with_counts = model.with_stages(
             lambda stage: replace(stage, kernels=_Counting(stage.kernels, rows, counted))
         )
-        loop.models, loop.graphs, loop.stages = {Slot.TARGET: with_counts}, {}, {}
+        target.model, target.graphs, target.stages = with_counts, {}, None
         yield counted
-        loop.models, loop.graphs, loop.stages = {Slot.TARGET: model}, graphs, stages
+        target.model, target.graphs, target.stages = model, graphs, stages
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from dp_runtime.agreement import (
     agree,
 )
 from dp_runtime.errors import RankDisagreement
-from dp_runtime.program import MAX_SLOTS, SERVING_PROGRAMS, Program, Slot
+from dp_runtime.program import MAX_DRAFTS, MAX_SLOTS, SERVING_PROGRAMS, Program, Slot
 
 SPECULATIVE = Program((Slot.DRAFT, Slot.DRAFT, Slot.TARGET, Slot.DRAFT_EXTEND))
 PROGRAMS = (*SERVING_PROGRAMS, SPECULATIVE)
@@ -103,3 +103,16 @@ def test_a_program_has_one_target_and_few_slots() -> None:
         Program((Slot.DRAFT,))
     with pytest.raises(AssertionError, match="at most"):
         Program((Slot.TARGET, *[Slot.DRAFT] * MAX_SLOTS))
+    with pytest.raises(AssertionError, match="draft_extend after"):
+        Program((Slot.DRAFT, Slot.TARGET))
+
+
+@pytest.mark.parametrize("num_drafts", range(1, MAX_DRAFTS + 1))
+def test_a_speculative_program_verifies_all_that_it_drafts(num_drafts: int) -> None:
+    program = Program.speculative(num_drafts)
+    assert len(program.slots) == num_drafts + 1
+    assert program.num_drafts == num_drafts
+    assert program.query_len(Slot.DRAFT) == 1
+    assert program.query_len(Slot.TARGET) == program.query_len(Slot.DRAFT_EXTEND) == num_drafts + 1
+    assert SERVING_PROGRAMS[0].num_drafts == 0
+    assert SERVING_PROGRAMS[0].query_len(Slot.TARGET) == 1

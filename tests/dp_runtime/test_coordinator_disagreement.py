@@ -14,7 +14,7 @@ from tests.collectives.ranks import Outcome, Ranks, outcome
 
 DP_SIZE = 3
 ODD_RANK = 1
-PROGRAMS = (Program((Slot.TARGET,)), Program((Slot.DRAFT, Slot.TARGET)))
+PROGRAMS = (Program((Slot.TARGET,)), Program.speculative(1))
 
 
 class Watched:

@@ -18,7 +18,7 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
 from dp_runtime.layers.router import Router
 from dp_runtime.padding import PaddingPlan
-from dp_runtime.program import SERVING_PROGRAMS
+from dp_runtime.program import SERVING_PROGRAMS, Slot
 from dp_runtime.protocols import CountedCollective, StepBoard
 from tests.collectives.ranks import run_threads
 from tests.dp_runtime.test_moe import HIDDEN, build_stage, dense, rank_rows
@@ -148,6 +148,6 @@ def test_a_step_of_graphs_reports_the_rows_that_cross() -> None:
     )
     for collective, crossing in ((group.collective(0), 32), (Counted(group.collective(0)), 4)):
         coordinator = StepCoordinator(group.board(0), collective, Padding())
-        coordinator.buckets = GraphBuckets(64)
+        coordinator.buckets = {(Slot.TARGET, 1): GraphBuckets(64)}
         plan = coordinator.exchange(agreement, 0).plan
         assert (plan.gathered_rows, plan.wire_rows) == ((16, 16), crossing)

@@ -14,25 +14,28 @@ from dp_runtime.graph_buckets import (
 )
 
 MOST = st.integers(1, 512)
+LENGTHS = st.integers(1, 8)
 
 
-@given(MOST, st.lists(st.integers(0, 512), min_size=1, max_size=8))
-def test_every_step_has_a_graph_that_holds_it(most: int, rows: list[int]) -> None:
-    buckets = GraphBuckets(most)
-    rows = [min(count, most) for count in rows]
+@given(MOST, LENGTHS, st.lists(st.integers(0, 512), min_size=1, max_size=8))
+def test_every_step_has_a_graph_that_holds_it(most: int, length: int, counts: list[int]) -> None:
+    buckets = GraphBuckets(most, length)
+    rows = [min(count, most) * length for count in counts]
     if not any(rows):
         return
     gathered = buckets.gathered(max(rows))
-    assert max(rows) <= gathered <= max(most, LEAST_GATHERED)
+    assert max(rows) <= gathered <= max(buckets.most_rows, LEAST_GATHERED)
     for count in rows:
         own = buckets.own(count)
         assert count <= own <= gathered, "null rows fit what is gathered"
+        assert own % length == 0, "null rows are whole sequences"
         assert GraphKey(own, gathered) in buckets.graph_keys()
 
 
-@given(MOST)
-def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int) -> None:
-    keys = GraphBuckets(most).graph_keys()
+@given(MOST, LENGTHS)
+def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int, length: int) -> None:
+    buckets = GraphBuckets(most, length)
+    keys, most = buckets.graph_keys(), buckets.most_rows
     assert len(set(keys)) == len(keys)
     sizes = {key.gathered_rows for key in keys}
     assert len(sizes) <= 2 + max(most // LEAST_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)

@@ -1,18 +1,20 @@
 """What graphs read after each write, with plain memory in place of pinned memory."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dp_runtime import graph_inputs
 from dp_runtime.batch import LocalBatch
 from dp_runtime.graph_inputs import HOST_BUFFERS, GraphInputs
+from dp_runtime.pending import Pending
 
-ROWS, TABLE_PAGES, PAGE, DP_SIZE = 8, 6, 4, 3
-CPU = torch.device("cpu")
+REQUESTS, TABLE_PAGES, PAGE, DP_SIZE = 8, 6, 4, 3
 
 
 class Done:
@@ -24,75 +26,95 @@ class Done:
 
 
 @pytest.fixture
-def inputs(monkeypatch: pytest.MonkeyPatch) -> GraphInputs:
+def make_inputs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphInputs]:
     def plain(words: int, shapes: dict[str, tuple[int, ...]]) -> Any:
         memory = torch.zeros(words, dtype=torch.int32)
         fields = {n: part.numpy() for n, part in graph_inputs._split(memory, shapes).items()}
         return graph_inputs._HostBuffer(memory, fields, Done())  # type: ignore[arg-type]
 
     monkeypatch.setattr(graph_inputs, "_host_buffer", plain)
-    return GraphInputs(ROWS, TABLE_PAGES, DP_SIZE, CPU)
+
+    def make(query_len: int = 1, hidden: int = 0) -> GraphInputs:
+        states = torch.zeros(REQUESTS * query_len, hidden)
+        return GraphInputs(REQUESTS, query_len, TABLE_PAGES, DP_SIZE, states)
+
+    return make
 
 
-def decodes(draw: random.Random, rows: int) -> LocalBatch:
-    """Decodes of any lengths over any pages."""
-    width = draw.randint(1, TABLE_PAGES)
-    seq_lens = np.array([draw.randint(1, width * PAGE) for _ in range(rows)], np.int32)
+def batch_of(draw: random.Random, requests: int, query_len: int) -> LocalBatch:
+    """Decodes or verifications of any lengths over any pages."""
+    width = draw.randint(2, TABLE_PAGES)
+    lengths = [draw.randint(query_len, width * PAGE) for _ in range(requests)]
+    seq_lens = np.array(lengths, np.int32)
     used = -(-seq_lens // PAGE)
     width = int(used.max(initial=0))
-    table = np.array([[draw.randint(1, 99) for _ in range(width)] for _ in range(rows)], np.int32)
-    table = table.reshape(rows, width) * (np.arange(width) < used[:, None])
-    positions = seq_lens.astype(np.int64) - 1
-    pages = table[np.arange(rows), positions // PAGE].astype(np.int64)
+    table = np.array([[draw.randint(1, 99) for _ in range(width)] for _ in range(requests)])
+    table = table.reshape(requests, width) * (np.arange(width) < used[:, None])
+    owner, rows = np.arange(requests).repeat(query_len), requests * query_len
+    ahead = np.tile(np.arange(query_len), requests)
+    positions = (seq_lens.astype(np.int64) - query_len).repeat(query_len) + ahead
+    pages = table[owner, positions // PAGE].astype(np.int64)
     return LocalBatch(
         token_ids=np.array([draw.randint(0, 500) for _ in range(rows)], np.int64),
-        token_sources=np.array([draw.randint(-1, ROWS - 1) for _ in range(rows)], np.int64),
+        token_sources=np.array([draw.randint(-1, REQUESTS - 1) for _ in range(rows)], np.int64),
         positions=positions,
         slot_mapping=pages * PAGE + positions % PAGE,
-        request_ids=np.arange(rows),
-        query_lens=np.ones(rows, np.int32),
+        request_ids=np.arange(requests),
+        query_lens=np.full(requests, query_len, np.int32),
         seq_lens=seq_lens,
         page_table=table.astype(np.int32),
         sample_rows=np.arange(rows),
     )
 
 
+def pending_of(tokens: Tensor, batch: LocalBatch, hidden: int = 0) -> Pending:
+    return Pending(tokens, torch.randn(batch.num_tokens, hidden))
+
+
+@pytest.mark.parametrize(("query_len", "hidden"), [(1, 0), (1, 3), (4, 3)])
 def test_every_write_leaves_the_batch_and_null_rows_whatever_was_there_before(
-    inputs: GraphInputs,
+    make_inputs: Callable[..., GraphInputs], query_len: int, hidden: int
 ) -> None:
-    draw = random.Random(0)
+    draw, inputs = random.Random(0), make_inputs(query_len, hidden)
     for _ in range(40 * HOST_BUFFERS):
-        rows = draw.randint(0, ROWS)
-        own_rows = draw.randint(rows, ROWS)
-        batch = decodes(draw, rows)
-        sampled = torch.arange(draw.randint(1, ROWS)) + 1000
-        inputs.write(batch, own_rows, (rows, 0, 5), 8, sampled)
-        null = own_rows - rows
-        for name, value in (("token_ids", 0), ("token_sources", -1), ("positions", 0),
-                            ("seq_lens", 1)):  # fmt: skip
-            expected = [*getattr(batch, name).tolist(), *[value] * null]
+        requests = draw.randint(0, REQUESTS)
+        own = draw.randint(requests, REQUESTS)
+        rows, own_rows, null = requests * query_len, own * query_len, own - requests
+        batch = batch_of(draw, requests, query_len)
+        pending = pending_of(torch.arange(draw.randint(1, REQUESTS)) + 1000, batch, hidden)
+        inputs.write(batch, own_rows, (rows, 0, 5), 8, pending)
+        each = range(query_len)
+        for name, values in (("token_ids", [0] * query_len), ("token_sources", [-1] * query_len),
+                             ("positions", each), ("slot_mapping", each)):  # fmt: skip
+            expected = [*getattr(batch, name).tolist(), *[*values] * null]
             assert getattr(inputs, name)[:own_rows].tolist() == expected, name
-        table = np.zeros((own_rows, TABLE_PAGES), np.int32)
-        table[:rows, : batch.page_table.shape[1]] = batch.page_table
-        assert inputs.page_table[:own_rows].tolist() == table.tolist()
+        assert inputs.seq_lens[:own].tolist() == [*batch.seq_lens.tolist(), *[query_len] * null]
+        assert inputs.cu_seqlens_q.tolist() == list(range(0, REQUESTS * query_len + 1, query_len))
+        table = np.zeros((own, TABLE_PAGES), np.int32)
+        table[:requests, : batch.page_table.shape[1]] = batch.page_table
+        assert inputs.page_table[:own].tolist() == table.tolist()
         assert inputs.layout.tolist() == [[0, 8, 16], [rows, 0, 5]]
-        inputs.slot_inputs(own_rows)
-        slots = [*batch.slot_mapping.tolist(), *[0] * null]
-        assert inputs.slot_mapping[:own_rows].tolist() == slots
+        assert inputs.slot_inputs(own_rows).hidden[:rows].equal(pending.hidden)
 
 
-def test_pending_tokens_come_from_the_last_step(inputs: GraphInputs) -> None:
-    batch = decodes(random.Random(1), 3)
+def test_pending_tokens_come_from_the_device(
+    make_inputs: Callable[..., GraphInputs],
+) -> None:
+    batch, inputs = batch_of(random.Random(1), 3, 1), make_inputs()
     sources = np.array([1, -1, 0], np.int64)
     batch = LocalBatch(**{**vars(batch), "token_sources": sources})
-    inputs.write(batch, 4, (3, 0, 0), 4, torch.tensor([70, 71]))
+    inputs.write(batch, 4, (3, 0, 0), 4, pending_of(torch.tensor([70, 71]), batch))
     expected = [71, int(batch.token_ids[1]), 70, 0]
     assert inputs.slot_inputs(4).token_ids.tolist() == expected
 
 
-def test_null_rows_alone_are_written_over_a_batch(inputs: GraphInputs) -> None:
+def test_null_rows_alone_are_written_over_a_batch(
+    make_inputs: Callable[..., GraphInputs],
+) -> None:
+    inputs = make_inputs()
     for _ in range(HOST_BUFFERS):
-        inputs.write(decodes(random.Random(2), ROWS), ROWS, (8, 8, 8), 8, torch.arange(8))
+        batch = batch_of(random.Random(2), REQUESTS, 1)
+        inputs.write(batch, REQUESTS, (8, 8, 8), 8, pending_of(torch.arange(8), batch))
     inputs.write_null(5, 8)
     assert inputs.seq_lens[:5].tolist() == [1] * 5
     assert not inputs.page_table[:5].any()

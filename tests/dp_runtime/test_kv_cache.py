@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dp_runtime.attention import AttentionSpec
 from dp_runtime.kv_cache import PageAllocator, allocate_pools
 from dp_runtime.metadata import PageGeometry
 
@@ -57,6 +58,7 @@ def test_the_check_finds_lost_and_shared_pages() -> None:
 
 
 def test_pools_are_zero_in_hnd_layout() -> None:
-    pools = allocate_pools(2, PageGeometry(3, 4), 2, 8, torch.bfloat16, torch.device("cpu"))
+    spec = AttentionSpec(4, 2, 8, 4, torch.bfloat16, torch.bfloat16)
+    pools = allocate_pools(2, PageGeometry(3, 4), spec, torch.device("cpu"))
     assert [pool.shape for pool in pools] == [(3, 2, 2, 4, 8)] * 2
     assert not any(pool.any() for pool in pools)

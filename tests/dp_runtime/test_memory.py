@@ -136,7 +136,7 @@ def test_what_the_products_need_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_predicted_exactly(tmp_path: Path, sharding: str, tied: bool) -> None:
     def held(ready: Ready) -> tuple[int, int]:
-        return ready.plan.memory.weights, storage_bytes(weights_in(ready.loaded.model))
+        return ready.plan.memory.weights, storage_bytes(weights_in(ready.loaded.models))
 
     fields = {"dp_size": 3, "moe_sharding": sharding, "dtype": "bfloat16"}
     for predicted, found in on_ranks(directory(tmp_path, tie_word_embeddings=tied), held, **fields):

@@ -10,7 +10,8 @@ from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_va
 from dp_runtime.program import SERVING_PROGRAMS
 from dp_runtime.request import FinishReason, RankRequest
 from dp_runtime.sampling_params import SamplingParams
-from dp_runtime.scheduler import Limits, Scheduled, Scheduler, StepTokens
+from dp_runtime.scheduled import Scheduled, StepTokens
+from dp_runtime.scheduler import Limits, Scheduler
 from tests.dp_runtime.reference_scheduler import ReferenceScheduler, Rows
 
 PROGRAM = SERVING_PROGRAMS[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -37,16 +37,11 @@ class Scaling(MoeStage):
 
 
 @dataclass(frozen=True)
-class Config:
-    hidden_size: int = HIDDEN
-
-
-@dataclass(frozen=True)
 class Stages:
     """A model of nothing but MoE stages."""
 
     moe_stages: tuple[MoeStage, ...]
-    config: Config = field(default_factory=Config)
+    hidden_size: int = HIDDEN
     dtype: torch.dtype = torch.float32
 
     @property

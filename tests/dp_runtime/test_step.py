@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,27 +12,21 @@ import torch
 from collectives.in_process import InProcessGroup
 from dp_runtime.agreement import StepTotals
 from dp_runtime.config import EngineConfig
-from dp_runtime.coordinator import Padding, StepCoordinator, measure_padding_cost
-from dp_runtime.padding import PaddingMode
-from dp_runtime.program import Program, Slot
-from dp_runtime.rank import load_rank
+from dp_runtime.coordinator import measure_padding_cost
+from dp_runtime.program import Program
+from dp_runtime.rank import assemble, load_rank
 from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.sampling import Sampler
 from dp_runtime.sampling_params import SamplingParams
-from dp_runtime.scheduler import Scheduler
 from dp_runtime.sizing import plan_rank
 from dp_runtime.step import Commands, StepLoop
-from dp_runtime.trace import Recorder, Totals
-from tests.checkpoints import tiny_checkpoint
+from tests.checkpoints import add_mtp, tiny_checkpoint
 
 CPU = torch.device("cpu")
-PLAIN = Program((Slot.TARGET,))
-SPECULATIVE = Program((Slot.DRAFT, Slot.DRAFT, Slot.TARGET, Slot.DRAFT_EXTEND))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("step"))
+    return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("step")))
 
 
 class Rank:
@@ -64,31 +59,29 @@ class Rank:
         return self._finished == self._due
 
 
+def make_loop(config: EngineConfig, group: InProcessGroup, dp_rank: int) -> StepLoop:
+    plan = plan_rank(config, dp_rank, "cpu")
+    loaded = load_rank(config, plan, lambda count: None)
+    return assemble(config, plan, loaded, group.board(dp_rank), group.collective(dp_rank))
+
+
 def run_ranks(
     checkpoint: Path,
     loads: Sequence[int],
-    programs: Sequence[Program] = (PLAIN,),
     policy: Callable[[StepTotals], int] = lambda totals: totals.program_id,
-    depth: int = 0,
+    **fields: Any,
 ) -> list[Rank]:
     """Serve loads[rank] requests on every rank until all are done."""
     size = len(loads)
     config = EngineConfig(
-        str(checkpoint), dp_size=size, launcher="thread", max_model_len=64, num_pages=40
-    )
+        str(checkpoint), dp_size=size, launcher="thread", max_model_len=64, num_pages=40,
+        poison_padding=True, **fields,
+    )  # fmt: skip
     group = InProcessGroup(size, 20.0)
 
     def build(dp_rank: int) -> Rank:
-        plan = plan_rank(config, dp_rank, "cpu")
-        model = load_rank(config, plan, lambda count: None).model
-        coordinator = StepCoordinator(
-            group.board(dp_rank), group.collective(dp_rank), Padding(poison=True),
-            programs=programs, policy=policy,
-        )  # fmt: skip
-        loop = StepLoop(
-            Scheduler(plan.pages, plan.limits), coordinator, dict.fromkeys(Slot, model),
-            Sampler(plan.model.vocab_size, CPU), Recorder(Totals(dp_rank)), CPU, depth,
-        )  # fmt: skip
+        loop = make_loop(config, group, dp_rank)
+        loop.coordinator._policy = policy
         return Rank(loop, loads[dp_rank])
 
     ranks = [build(dp_rank) for dp_rank in range(size)]
@@ -109,28 +102,28 @@ def run_ranks(
     return ranks
 
 
-@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("loads", [(3, 0, 1), (0, 0, 2)])
 def test_a_program_of_many_slots_gives_the_same_tokens(
-    checkpoint: Path, loads: tuple[int, ...], depth: int
+    checkpoint: Path, loads: tuple[int, ...]
 ) -> None:
     plain = run_ranks(checkpoint, loads)
-    longer = run_ranks(checkpoint, loads, programs=(SPECULATIVE,), depth=depth)
+    longer = run_ranks(checkpoint, loads, speculative_num_steps=3)
     assert [rank.tokens for rank in plain] == [rank.tokens for rank in longer]
     step = longer[0].loop.recorder.steps[0]
-    assert [slot.slot for slot in step.slots] == list(SPECULATIVE.slots)
-    assert step.slots[0].real_rows == (0,) * len(loads)
+    assert [slot.slot for slot in step.slots] == list(Program.speculative(3).slots)
+    assert step.slots[0].real_rows == (0,) * len(loads), "nothing is drafted before prefill"
 
 
 def test_the_next_program_is_chosen_by_the_agreement_alike_on_all_ranks(checkpoint: Path) -> None:
+    plain = run_ranks(checkpoint, (2, 1))
     ranks = run_ranks(
-        checkpoint, (2, 1), programs=(PLAIN, SPECULATIVE), policy=lambda t: 1 - t.program_id
-    )
-    for rank in ranks:
-        shapes = [len(step.slots) for step in rank.loop.recorder.steps]
-        assert set(shapes) == {1, 4}
-    first, second = (rank.loop.recorder.steps for rank in ranks)
-    assert [len(s.slots) for s in first] == [len(s.slots) for s in second]
+        checkpoint, (2, 1), policy=lambda totals: (totals.program_id + 1) % 3,
+        speculative_num_steps=3, speculative_adaptive=True,
+    )  # fmt: skip
+    assert [rank.tokens for rank in plain] == [rank.tokens for rank in ranks]
+    shapes = [[len(step.slots) for step in rank.loop.recorder.steps] for rank in ranks]
+    assert set(shapes[0]) == {2, 3, 4}
+    assert shapes[0] == shapes[1]
 
 
 def test_idle_ranks_join_with_zero_rows_and_all_idle_runs_nothing(checkpoint: Path) -> None:
@@ -152,15 +145,8 @@ def test_an_error_on_one_rank_frees_the_others(checkpoint: Path) -> None:
         return Commands()
 
     def run(dp_rank: int) -> None:
-        plan = plan_rank(config, dp_rank, "cpu")
-        coordinator = StepCoordinator(
-            group.board(dp_rank), group.collective(dp_rank), Padding(PaddingMode.MAX_LEN)
-        )
-        model = load_rank(config, plan, lambda count: None).model
-        StepLoop(
-            Scheduler(plan.pages, plan.limits), coordinator, {Slot.TARGET: model},
-            Sampler(plan.model.vocab_size, CPU), Recorder(Totals(dp_rank)), CPU,
-        ).run(lambda: take(dp_rank), lambda items: None)  # fmt: skip
+        loop = make_loop(config, group, dp_rank)
+        loop.run(lambda: take(dp_rank), lambda items: None)
 
     with ThreadPoolExecutor(2) as pool:
         zero, one = (pool.submit(run, dp_rank) for dp_rank in range(2))
