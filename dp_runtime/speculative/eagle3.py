@@ -78,12 +78,11 @@ class Eagle3:
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
         cos_sin = self.rotary(inputs.positions, self.dtype)
-        both = self._beside(inputs.embedded(self.embedding), inputs.hidden)
-        attended = self.attention(both, cos_sin, metadata)
-        del both
+        x = self._beside(inputs.embedded(self.embedding), inputs.hidden)
+        x = self.attention(x, cos_sin, metadata)
         # NOTE: a sum may overwrite its second operand, and the hidden state is the caller's.
-        normed, residual = self.post_attention_norm.add(inputs.hidden, attended)
-        return Hidden(*self.norm.add(self.mlp(normed), residual))
+        x, residual = self.post_attention_norm.add(inputs.hidden, x)
+        return Hidden(*self.norm.add(self.mlp(x), residual))
 
     def _beside(self, embeds: Tensor, hidden: Tensor) -> Tensor:
         normed = self.embedding_norm.add(embeds, None)[0], self.hidden_norm.add(hidden, None)[0]

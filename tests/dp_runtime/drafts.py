@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.attention import make_backend
 from dp_runtime.layers.exchange import PaddedExchange
+from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.loader import open_weights
 from dp_runtime.models import Hidden, RankSharding, SlotInputs, build_model, read_model_config
 from dp_runtime.padding import PaddingMode, PaddingPlan
@@ -26,6 +28,12 @@ PAGE_SIZE, CAPACITY = 8, 96
 
 def no_hidden() -> Tensor:
     return torch.zeros(0, 0)
+
+
+def add_in_place(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """RMSNorm.add as a GPU's kernel does it: the sum overwrites the residual."""
+    total = x if residual is None else residual.add_(x)
+    return norm(total), total
 
 
 def on_ranks(dp_size: int, run: Callable[[RowCollective], Any]) -> list[Any]:
@@ -113,16 +121,14 @@ class DraftRank:
         features = self.draft.project(self.run_target(new, before).features)
         return self.run_draft(following, before, features)
 
-    def chain(
-        self, tokens: Sequence[list[int]], before: Sequence[int], hidden: Tensor
-    ) -> list[Hidden]:
-        """Chained drafts of every sequence, teacher-forced: tokens[i][j] is that of step j.
 
-        hidden [sequences, hidden] is that of the rows at before[i] - 1.
-        """
-        steps = []
-        for step in range(len(tokens[0])):
-            each = [[own[step]] for own in tokens]
-            steps.append(self.run_draft(each, [start + step for start in before], hidden))
-            hidden = steps[-1].features
-        return steps
+def on_one_rank(target: Path, head: Path, use: Callable[[DraftRank], Any], **fields: Any) -> Any:
+    """What `use` returns of a target and its head on the only rank."""
+    return on_ranks(1, lambda collective: use(DraftRank(target, head, collective, **fields)))[0]
+
+
+def change_tensors(head: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change what model.safetensors has."""
+    tensors = load_file(head / "model.safetensors")
+    change(tensors)
+    save_file(tensors, head / "model.safetensors")

@@ -1,10 +1,7 @@
-"""EAGLE-3 heads against a reference written from their description, and what is said of others."""
+"""EAGLE-3 heads against a reference written from their description."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.loader import CountedWeights, open_weights
 from dp_runtime.models import RankSharding, build_model, read_model_config
 from dp_runtime.protocols import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
 from tests.checkpoints import eagle3_checkpoint, oracle, tiny_checkpoint
-from tests.dp_runtime.drafts import DraftRank, on_ranks
+from tests.dp_runtime.drafts import DraftRank, add_in_place, change_tensors, on_one_rank, on_ranks
 from tests.dp_runtime.paged import CPU
 
 HIDDEN, VOCAB, DRAFT_VOCAB = 64, 199, 61
@@ -200,6 +198,23 @@ def test_ranks_with_different_rows(dp_size: int, target: Path, tmp_path: Path) -
     on_ranks(dp_size, run)
 
 
+def test_sums_in_place_reach_nothing_of_the_caller_s(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RMSNorm, "add", add_in_place)
+    head = eagle3_checkpoint(tmp_path, target, layer_ids=(0, 3, 5))
+    own, tokens = reference(head, target), random_tokens(20, 4)
+
+    def use(rank: DraftRank) -> None:
+        check(rank, own, target, tokens, [9, 4])
+        hidden = torch.randn(2, HIDDEN)
+        before = hidden.clone()
+        rank.run_draft([[1, 2]], [0], hidden)
+        assert torch.equal(hidden, before)
+
+    on_one_rank(target, head, use)
+
+
 def test_zero_rows(target: Path, tmp_path: Path) -> None:
     head = eagle3_checkpoint(tmp_path, target)
 
@@ -211,10 +226,6 @@ def test_zero_rows(target: Path, tmp_path: Path) -> None:
     for features, logits in on_ranks(2, run):
         assert features.shape == (0, HIDDEN)
         assert logits.shape == (0, DRAFT_VOCAB)
-
-
-def on_one_rank(target: Path, head: Path, use: Callable[[DraftRank], Any], **fields: Any) -> Any:
-    return on_ranks(1, lambda collective: use(DraftRank(target, head, collective, **fields)))[0]
 
 
 def test_tokens_of_the_target_s_vocabulary(target: Path, tmp_path: Path) -> None:
@@ -272,89 +283,3 @@ def test_what_is_read_is_counted_before(target: Path, tmp_path: Path, own_embedd
         read.append(sources[1].bytes_read)
     tensors = load_file(head / "model.safetensors")
     assert read == [sum(t.nbytes for name, t in tensors.items() if name != "t2d")] * 2
-
-
-def change_tensors(head: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load_file(head / "model.safetensors")
-    change(tensors)
-    save_file(tensors, head / "model.safetensors")
-
-
-def refuse(target: Path, head: Path, *words: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
-        on_one_rank(target, head, lambda rank: None)
-    message = str(caught.value)
-    assert all(word in message for word in words), message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("architectures", ["LlamaForCausalLM"], "LlamaForCausalLMEagle3"),
-        ("model_type", "qwen3", "llama"),
-        ("hidden_size", 128, "the target has 64"),
-        ("target_hidden_size", 128, "the target has 64"),
-        ("vocab_size", 200, "the target has 199"),
-        ("draft_vocab_size", 200, "at most vocab_size 199"),
-        ("num_hidden_layers", 2, "only 1"),
-        ("num_key_value_heads", 3, "a divisor of num_attention_heads 2"),
-        ("head_dim", 7, "an even number"),
-        ("attention_bias", True, "only false"),
-        ("norm_before_residual", True, "only false"),
-        ("tie_word_embeddings", True, "only false"),
-        ("hidden_act", "gelu", "silu"),
-        ("quantization_config", {"quant_method": "awq"}, "not supported"),
-        ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [0, 3, 6]}, "the target's 6"),
-        ("eagle_config", {"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "the target's 6"),
-        ("eagle_config", {"use_aux_hidden_state": False}, "only true"),
-        ("eagle_config", {"tree": 3}, "not supported"),
-    ],
-)
-def test_config_mistakes(
-    name: str, value: object, words: str, target: Path, tmp_path: Path
-) -> None:
-    head = eagle3_checkpoint(tmp_path, target)
-    path = head / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    refuse(target, head, "speculative_draft_model: config.json", name, words)
-
-
-def test_default_layers_need_a_deep_target(tmp_path: Path) -> None:
-    shallow = tiny_checkpoint(tmp_path / "target")
-    head = eagle3_checkpoint(tmp_path / "head", shallow, layer_ids=None)
-    refuse(shallow, head, "eagle_aux_hidden_state_layer_ids", "the target's 2")
-
-
-def test_no_directory_and_no_config(target: Path, tmp_path: Path) -> None:
-    refuse(target, tmp_path / "nowhere", "speculative_draft_model", "an existing directory")
-    refuse(target, tmp_path, "speculative_draft_model", "a directory with a config.json")
-    head = eagle3_checkpoint(tmp_path / "head", target)
-    (head / "model.safetensors").unlink()
-    refuse(target, head, str(head), "a directory with model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["fc.weight", "norm.weight", "lm_head.weight", "d2t", "midlayer.hidden_norm.weight",
-     "midlayer.self_attn.q_proj.weight", "midlayer.mlp.down_proj.weight"],
-)  # fmt: skip
-def test_missing_and_misshaped_tensors(name: str, target: Path, tmp_path: Path) -> None:
-    head = eagle3_checkpoint(tmp_path, target)
-    change_tensors(head, lambda tensors: tensors.update({name: tensors[name][:-1].clone()}))
-    refuse(target, head, name, "shape")
-    change_tensors(head, lambda tensors: tensors.pop(name))
-    refuse(target, head, f"tensor {name} is missing", str(head))
-
-
-def test_tokens_outside_the_target_s_vocabulary(target: Path, tmp_path: Path) -> None:
-    head = eagle3_checkpoint(tmp_path, target)
-    for outside in (VOCAB, -100):
-        change_tensors(head, lambda t, far=outside: t["d2t"].__setitem__(3, far - 3))  # type: ignore[misc]
-        refuse(target, head, "d2t", f"[{outside}]", "tokens of the target, below 199")
-
-
-def test_a_map_of_other_numbers(target: Path, tmp_path: Path) -> None:
-    head = eagle3_checkpoint(tmp_path, target)
-    change_tensors(head, lambda tensors: tensors.update(d2t=tensors["d2t"].float()))
-    refuse(target, head, "d2t", "dtype: 'F32'", "I64")

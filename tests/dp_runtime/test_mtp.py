@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.loader import CountedWeights, open_weights
 from dp_runtime.models import RankSharding, build_model, read_model_config
 from dp_runtime.protocols import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
 from examples.tiny_moe.model import TinyMoe, load_model
 from tests.checkpoints import add_mtp, tiny_checkpoint
-from tests.dp_runtime.drafts import DraftRank, on_ranks
+from tests.dp_runtime.drafts import DraftRank, add_in_place, on_ranks
 from tests.dp_runtime.paged import CPU
 
 TINY = Path(__file__).parents[2] / "examples/tiny_moe"
@@ -110,6 +111,22 @@ def test_rows_and_chained_drafts_are_the_trained_module_s(name: str, texts: list
     def run(collective: RowCollective) -> None:
         rank = DraftRank(CHECKPOINT, None, collective, len(texts))
         check_texts(rank, texts, CHUNKS[name])
+
+    on_ranks(1, run)
+
+
+def test_sums_in_place_reach_nothing_of_the_caller_s(
+    texts: list[Expected], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RMSNorm, "add", add_in_place)
+
+    def run(collective: RowCollective) -> None:
+        rank = DraftRank(CHECKPOINT, None, collective, len(texts))
+        check_texts(rank, texts, CHUNKS["ragged"][:2])
+        hidden = torch.randn(2, 192)
+        before = hidden.clone()
+        rank.run_draft([[1, 2], [], []], [0, 0, 0], hidden)
+        assert torch.equal(hidden, before)
 
     on_ranks(1, run)
 
