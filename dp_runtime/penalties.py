@@ -62,7 +62,7 @@ class Penalties:
 def penalise_rows(
     logits: Tensor,
     states: Sequence[Penalties | None],
-    verification: Verification | None,
+    verification: Verification,
     first_row: int,
 ) -> Tensor:
     """The logits [n, vocab] of rows from first_row on, with the penalties that each row has.
@@ -77,8 +77,8 @@ def penalise_rows(
     settings = np.array([state.settings for state in some], np.float32)
     in_prompt = torch.stack([state.in_prompt for state in some])
     counts = torch.stack([state.output_counts for state in some])
-    if verification is not None:
-        places, sources = verification.assumed(rows + first_row)
+    places, sources = verification.assumed(rows + first_row)
+    if len(places):
         drafts = verification.drafts.flatten()[on_device(sources, device)]
         one = torch.ones((), dtype=torch.float32, device=device)
         counts.index_put_((on_device(places, device), drafts), one, accumulate=True)

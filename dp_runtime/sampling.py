@@ -15,12 +15,10 @@ from dp_runtime.logprobs import ROWS_AT_ONCE, LogitsOf, Logprobs, row_parts, tok
 from dp_runtime.penalties import Penalties, penalise_rows
 from dp_runtime.random_numbers import uniform
 from dp_runtime.request import RankRequest, TokenLogprob
+from dp_runtime.request_sampling import RequestSampling
 from dp_runtime.row_logits import RowLogits
-from dp_runtime.sampling_params import SamplingParams
 from dp_runtime.speculative.verify import Verification, accepted_drafts
 from dp_runtime.transfer import HostCopy, on_device
-
-_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,18 +93,6 @@ class Sampled:
         return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs), num_accepted)
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    params: SamplingParams
-    seed: int
-    draw: tuple[float, int, float, float]  # temperature, top_k, top_p, min_p
-    stop_ids: Array  # [stops] int64
-    bias_ids: Array  # [biases] int64
-    biases: Array  # [biases] float32
-    penalties: Penalties | None
-    plain: bool  # nothing but the argmax is asked for
-
-
 CHOICE_BYTES = 38  # per logit, for all filters together
 
 
@@ -142,7 +128,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, RequestSampling] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -150,25 +136,8 @@ class Sampler:
     def add(self, request: RankRequest) -> None:
         """Take up a request; ValueError if its parameters do not fit the vocabulary."""
         assert request.request_id not in self._requests, f"request {request.request_id} twice"
-        params, vocab = request.params, self.vocab_size
-        params.check_vocabulary(vocab, request.stop_token_ids)
-        top_k = min(params.top_k, vocab) if params.top_k > 0 else vocab
-        # (logits - max) / temperature must neither become 0 / 0 nor -inf / inf in float32
-        temperature = 0.0
-        if not params.greedy:
-            temperature = float(np.clip(params.temperature, _FLOAT32.tiny, _FLOAT32.max))
-        self._requests[request.request_id] = _Request(
-            params=params,
-            seed=request.seed,
-            draw=(temperature, top_k, float(params.top_p), float(params.min_p)),
-            stop_ids=np.array([i for i in request.stop_token_ids if i < vocab], np.int64),
-            bias_ids=np.array(list(params.logit_bias), np.int64),
-            biases=np.array(list(params.logit_bias.values()), np.float32),
-            penalties=Penalties.of(request, self.device) if params.has_penalties else None,
-            plain=params.greedy
-            and params.logprobs is None
-            and not (params.logit_bias or params.min_tokens or params.has_penalties),
-        )
+        state = RequestSampling.of(request, self.vocab_size, self.device)
+        self._requests[request.request_id] = state
 
     def remove(self, request_id: int) -> None:
         """Forget a request and what the device holds for it."""
@@ -197,15 +166,18 @@ class Sampler:
             accepted = self._accepted(logits.best, firsts, requests, verification)
             copy = _copied(logits.best, logits.valid, accepted)
             return Sampled(rows, logits.best, None, (), accepted, copy)
-        of_rows = requests if verification is None else verification.each_row(requests)
-        seen = self._begin(rows, requests, verification)
+        drafted = Verification.none(self.device) if verification is None else verification
+        seen, of_rows = self._begin(rows, requests, drafted), drafted.each_row(requests)
         parts = [
-            self._choose(logits[part], rows[part], of_rows[part], verification, part.start)
+            self._choose(logits[part], rows[part], of_rows[part], drafted, part.start)
             for part in row_parts(len(rows))
         ]
         token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
         accepted = self._accepted(token_ids, firsts, requests, verification)
-        self._count(seen, token_ids, verification, accepted)
+        if seen:
+            emitted = drafted.emitted(accepted, len(rows))
+            for some, penalties in seen:
+                penalties.count(token_ids[some], emitted[some])
         logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
         copy = _copied(token_ids, valid, accepted)
         return Sampled(rows, token_ids, logprobs, logprob_rows, accepted, copy)
@@ -221,7 +193,7 @@ class Sampler:
         self,
         token_ids: Tensor,
         firsts: SampleRows,
-        requests: list[_Request],
+        requests: list[RequestSampling],
         verification: Verification | None,
     ) -> Tensor | None:
         if verification is None:
@@ -238,8 +210,8 @@ class Sampler:
         self,
         logits: RowLogits,
         rows: SampleRows,
-        requests: list[_Request],
-        verification: Verification | None,
+        requests: list[RequestSampling],
+        verification: Verification,
         first_row: int,
     ) -> tuple[Tensor, Tensor]:
         """Token ids [n], and whether the logits were valid [n]; of rows from first_row on."""
@@ -252,7 +224,7 @@ class Sampler:
             logits = RowLogits.of(adjusted)
         return self._draw(adjusted, logits.peaks, logits.best, rows, requests), logits.valid
 
-    def _bias(self, logits: Tensor, rows: SampleRows, requests: list[_Request]) -> Tensor:
+    def _bias(self, logits: Tensor, rows: SampleRows, requests: list[RequestSampling]) -> Tensor:
         biased = [(i, r) for i, r in enumerate(requests) if len(r.bias_ids)]
         if not biased:
             return logits
@@ -260,7 +232,9 @@ class Sampler:
         values = on_device(np.concatenate([r.biases for _, r in biased]), self.device)
         return logits.index_put(cells, values, accumulate=True)
 
-    def _mask_stops(self, logits: Tensor, rows: SampleRows, requests: list[_Request]) -> Tensor:
+    def _mask_stops(
+        self, logits: Tensor, rows: SampleRows, requests: list[RequestSampling]
+    ) -> Tensor:
         masked = [
             (i, request.stop_ids)
             for i, (index, request) in enumerate(zip(rows.output_indices.tolist(), requests))
@@ -276,35 +250,18 @@ class Sampler:
         return on_device(rows, self.device), on_device(ids, self.device)
 
     def _begin(
-        self, rows: SampleRows, requests: list[_Request], verification: Verification | None
+        self, rows: SampleRows, requests: list[RequestSampling], verification: Verification
     ) -> list[tuple[slice, Penalties]]:
         """The rows of each request with penalties, which are made ready for them."""
-        seen, row = [], 0
-        for number, request in enumerate(requests):
-            verified = verification is not None and number < len(verification)
-            end = row + (verification.rows_each if verification is not None and verified else 1)
-            if request.penalties is not None:
-                request_id, index = int(rows.request_ids[row]), int(rows.output_indices[row])
-                request.penalties.begin(request_id, index, end - row, self.vocab_size)
-                seen.append((slice(row, end), request.penalties))
-            row = end
+        seen = [
+            (verification.rows_of(number), request.penalties)
+            for number, request in enumerate(requests)
+            if request.penalties is not None
+        ]
+        for some, penalties in seen:
+            request_id, index = rows.request_ids[some.start], rows.output_indices[some.start]
+            penalties.begin(int(request_id), int(index), some.stop - some.start, self.vocab_size)
         return seen
-
-    def _count(
-        self,
-        seen: list[tuple[slice, Penalties]],
-        token_ids: Tensor,
-        verification: Verification | None,
-        accepted: Tensor | None,
-    ) -> None:
-        if not seen:
-            return
-        emitted = torch.ones(len(token_ids), dtype=torch.float32, device=self.device)
-        if verification is not None and accepted is not None:
-            places = torch.arange(verification.rows_each, device=self.device)
-            emitted[: verification.num_rows] = (places <= accepted[:, None]).flatten()
-        for rows, penalties in seen:
-            penalties.count(token_ids[rows], emitted[rows])
 
     def _draw(
         self,
@@ -312,7 +269,7 @@ class Sampler:
         peaks: Tensor,
         best: Tensor,
         rows: SampleRows,
-        requests: list[_Request],
+        requests: list[RequestSampling],
     ) -> Tensor:
         draws = np.array([request.draw for request in requests], np.float64).reshape(-1, 4)
         index = np.flatnonzero(draws[:, 0])
@@ -327,7 +284,7 @@ class Sampler:
         return best.index_copy(0, device_index, picked)
 
     def _logprobs(
-        self, logits: Tensor, token_ids: Tensor, requests: list[_Request]
+        self, logits: Tensor, token_ids: Tensor, requests: list[RequestSampling]
     ) -> tuple[tuple[int, ...], Logprobs | None]:
         asked = [(i, n) for i, r in enumerate(requests) if (n := r.params.logprobs) is not None]
         if not asked:

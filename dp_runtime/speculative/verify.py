@@ -89,6 +89,18 @@ class Verification:
     def num_rows(self) -> int:
         return len(self) * self.rows_each
 
+    @classmethod
+    def none(cls, device: torch.device) -> Verification:
+        """No drafts: every row is a request of its own."""
+        return cls(torch.zeros((0, 0), dtype=torch.int64, device=device))
+
+    def rows_of(self, number: int) -> slice:
+        """The rows of the batch's request of that number."""
+        if number < len(self):
+            return slice(number * self.rows_each, (number + 1) * self.rows_each)
+        row = self.num_rows + number - len(self)
+        return slice(row, row + 1)
+
     def each_row(self, requests: list[T]) -> list[T]:
         """What the requests of the batch have, row by row."""
         verified, others = requests[: len(self)], requests[len(self) :]
@@ -105,3 +117,14 @@ class Verification:
         places = np.arange(len(rows)).repeat(depths)
         within = np.arange(len(places)) - (depths.cumsum() - depths).repeat(depths)
         return places, chains[places] * self.num_drafts + within
+
+    def emitted(self, accepted: Tensor | None, num_rows: int) -> Tensor:
+        """Which of the batch's rows gave new tokens: [num_rows] float32, 1 or 0.
+
+        accepted [n] int64: drafts of each chain.
+        """
+        emitted = torch.ones(num_rows, dtype=torch.float32, device=self.drafts.device)
+        if accepted is not None:
+            places = torch.arange(self.rows_each, device=self.drafts.device)
+            emitted[: self.num_rows] = (places <= accepted[:, None]).flatten()
+        return emitted
