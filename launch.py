@@ -68,6 +68,11 @@ HELP = {
     "cuda_graphs": "replay decode steps from CUDA graphs (default: wherever they can be captured)",
     "poison_padding": "fill padded rows with NaN, to see that no result changes",
     "check_device_values": "compare attention inputs on the device with the host's, every step",
+    "speculative_num_steps": "tokens drafted for the target to verify in a step, 0..7",
+    "speculative_draft_model": "directory of an EAGLE-3 head (default: the model's MTP layer)",
+    "speculative_adaptive": "draft fewer tokens than that where few are accepted",
+    "speculative_forced_tokens": "for measurements: emit so many tokens a verification, whatever "
+    "was drafted; the text is meaningless (default: off)",
     "start_timeout_s": "seconds until all ranks must serve",
     "step_timeout_s": "seconds a rank waits for another in a step",
     "torch_threads": "threads of a CPU rank (default: cores / dp_size)",
