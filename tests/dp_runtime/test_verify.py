@@ -30,7 +30,7 @@ def rows_from(firsts: Sequence[tuple[int, int]], num_drafts: int) -> list[tuple[
     return [(number, index + row) for number, index in firsts for row in range(num_drafts + 1)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_the_longest_agreeing_prefix_is_accepted(data: st.DataObject) -> None:
     num, num_drafts = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 7))
@@ -114,7 +114,7 @@ def run_step(
     return host.num_accepted
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(many=st.lists(PARAMS, min_size=1, max_size=6), data=st.data())
 def test_any_batch_gives_what_sampling_one_by_one_gives(
     many: list[SamplingParams], data: st.DataObject
