@@ -22,8 +22,19 @@ def _model_lines(plan: RankPlan) -> list[str]:
         f"model      {model.architecture}: {model.num_layers} layers ({model.num_moe_layers} MoE), "
         f"hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         f"attention  {model.num_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}",
+        *_draft_lines(plan),
         f"experts    {model.num_experts} of intermediate size {model.moe_intermediate_size}, "
         f"top {model.num_experts_per_tok}{_fp8_note(plan)}",
+    ]
+
+
+def _draft_lines(plan: RankPlan) -> list[str]:
+    if plan.draft is None:
+        return []
+    draft = plan.draft.config
+    return [
+        f"draft      {draft.method} of {draft.directory}: {draft.num_layers} layer, vocabulary "
+        f"{draft.vocab_size}, up to {plan.limits.max_drafts} tokens a step"
     ]
 
 

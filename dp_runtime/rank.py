@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
@@ -23,6 +22,7 @@ from dp_runtime.kv_cache import allocate_pools
 from dp_runtime.loader import WeightSource, open_weights
 from dp_runtime.memory import MemoryUse
 from dp_runtime.padding import PaddingMode
+from dp_runtime.prediction import held_bytes
 from dp_runtime.profiling import run_largest_steps
 from dp_runtime.protocols import RowCollective, StepBoard
 from dp_runtime.sampling import Sampler
@@ -46,7 +46,7 @@ class LoadedRank:
     pools: Sequence[Tensor]  # [layer], those of a draft behind the model's
     info: ModelInfo
     load_s: float
-    held: MemoryUse | None  # measured, without activations; None on a CPU
+    allocated_before: int  # bytes of the GPU's memory; 0 on a CPU
 
 
 def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
@@ -58,11 +58,10 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
     device, model = torch.device(plan.device), plan.model
     if device.type == "cuda":
         check_free(plan, free_bytes(plan.device))
-    allocated = [_allocated(device)]
+    allocated_before = _allocated(device)
     sources = _open_weights(config, plan, on_bytes)
     weights = sources[0]
     pools = [allocate_pools(layers, plan.pages, spec, device) for layers, spec in plan.kv_layers]
-    allocated.append(_allocated(device))
     scales = [read_kv_scales(weights, plan)]
     if plan.draft is not None:
         scales.append([KvScales()] * plan.draft.config.num_layers)
@@ -70,13 +69,11 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         make_backend(plan.backend, spec, some, layer_scales)
         for (_, spec), some, layer_scales in zip(plan.kv_layers, pools, scales, strict=True)
     ]
-    allocated.append(_allocated(device))
     place = plan.sharding, backends[0], plan.moe_backend
     models = ServedModels.build(model, weights, *place)
     if plan.draft is not None:
         draft_place = plan.sharding, backends[1], plan.moe_backend
         models = models.with_draft(plan.draft.config, sources[1], *draft_place)
-    allocated.append(_allocated(device))
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
         architecture=model.architecture,
@@ -88,10 +85,8 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         cache_tokens=plan.cache_tokens,
         bytes_read=sum(source.bytes_read for source in sources),
     )
-    kv_cache, workspaces, held = (after - before for before, after in pairwise(allocated))
-    use = MemoryUse(held, workspaces, 0, kv_cache) if device.type == "cuda" else None
     all_pools = tuple(pool for some in pools for pool in some)
-    return LoadedRank(models, all_pools, info, monotonic() - started, use)
+    return LoadedRank(models, all_pools, info, monotonic() - started, allocated_before)
 
 
 def _open_weights(
@@ -184,7 +179,9 @@ def assemble(
 
 def kernels_of(plan: RankPlan) -> tuple[Kernel, ...]:
     """All that is compiled before a plan can be served."""
-    attention = kernels(plan.backend, plan.attention, torch.device(plan.device))
+    device = torch.device(plan.device)
+    specs = dict.fromkeys(spec for _, spec in plan.kv_layers)
+    attention = [kernel for spec in specs for kernel in kernels(plan.backend, spec, device)]
     return (*attention, *_moe_kernels(plan))
 
 
@@ -203,11 +200,10 @@ def _moe_kernels(plan: RankPlan) -> tuple[Kernel, ...]:
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
     """Run the largest steps on a GPU rank, with all others, and return what it uses; see there.
 
-    What stays allocated after them counts as workspace: cuBLAS's, and what kernels keep.
+    What is allocated after them, and is neither a weight nor a page, counts as workspace: also
+    cuBLAS's, and what kernels keep.
     """
-    assert loaded.held is not None, "a GPU rank has measured what it loaded"
     device = loop.runner.device
-    before = _allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
         run_largest_steps(loop, loaded.pools)
@@ -215,9 +211,11 @@ def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
     except BaseException as error:
         loop.coordinator.abort(f"{type(error).__name__}: {error}")
         raise
-    after = _allocated(device)
-    return replace(
-        loaded.held,
-        workspaces=loaded.held.workspaces + after - before,
+    after, weights = _allocated(device), held_bytes(loaded.models)
+    pages = sum(pool.nbytes for pool in loaded.pools)
+    return MemoryUse(
+        weights=weights,
+        workspaces=after - loaded.allocated_before - weights - pages,
         activations=torch.cuda.max_memory_allocated(device) - after,
+        kv_cache=pages,
     )

@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
+from typing import get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -177,7 +178,9 @@ def main() -> int:
     with TemporaryDirectory() as directory:
         model, load_format = options.model, "safetensors"
         if options.shape is not None:
-            model, load_format = write_shape(Path(directory), options.shape), "dummy"
+            mtp_layers = int(options.speculative_num_steps > 0)
+            model = write_shape(Path(directory), options.shape, mtp_layers=mtp_layers)
+            load_format = "dummy"
         engine = {name: getattr(options, name) for name in ENGINE_FLAGS}
         config = EngineConfig(str(model), load_format=load_format, **engine)
         outcome = soak(config, shape, options.plenty, options.verify, options.timeout_s)
@@ -193,7 +196,8 @@ SHAPE_FLAGS = {
 ENGINE_FLAGS = (
     "dp_size", "ranks_per_gpu", "device", "launcher", "ray_address", "attention_backend",
     "padding", "moe_sharding", "overlap", "poison_padding", "page_size", "max_num_requests",
-    "max_num_tokens", "start_timeout_s",
+    "max_num_tokens", "start_timeout_s", "cuda_graphs", "speculative_num_steps",
+    "speculative_draft_model", "speculative_adaptive", "speculative_forced_tokens",
 )  # fmt: skip
 OTHER_DEFAULTS = {"launcher": "local", "max_num_requests": 256, "start_timeout_s": 900.0}
 
@@ -209,11 +213,14 @@ def _options() -> argparse.Namespace:
                 SHAPE_FLAGS[item.name], dest=item.name, type=int, default=item.default,
                 help="median length" if item.name in ("prompt_len", "output_len") else None,
             )  # fmt: skip
+    hints = get_type_hints(EngineConfig)
     for item in fields(EngineConfig):
         if item.name in ENGINE_FLAGS and item.name not in SHAPE_FLAGS:
             default = OTHER_DEFAULTS.get(item.name, item.default)
-            kind = str if default is None else type(default)
-            how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
+            members = getattr(hints[item.name], "__args__", (hints[item.name],))
+            kind = next(kind for kind in (bool, int, float, str) if kind in members)
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+            how["default"] = default
             if item.name in CHOICES:
                 how["choices"] = CHOICES[item.name]
             parser.add_argument("--" + item.name.replace("_", "-"), **how)

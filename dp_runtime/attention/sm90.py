@@ -14,6 +14,7 @@ from flashinfer.xqa import get_xqa_module
 from torch import Tensor
 
 from dp_runtime.attention.kernel_groups import KernelGroup
+from dp_runtime.attention.paged import E4M3
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm import WORKSPACE_BYTES
 from dp_runtime.kernel_builds import Kernel
@@ -57,6 +58,9 @@ class Sm90Kernels:
     ) -> None:
         length = group.query_len
         assert length is not None, "a decode group has one query length"
+        # NOTE: the e4m3 kernel waits for the kernel before it only when it comes to the newest key,
+        # and with several new ones that is too late for the others.
+        late = length > 1 and pool.dtype == E4M3
         shaped = out if length == 1 else out.view(group.batch_size, length, *out.shape[1:])
         trtllm_batch_decode_with_kv_cache(
             query=q,
@@ -72,6 +76,7 @@ class Sm90Kernels:
             backend="xqa",
             q_len_per_req=length,
             mask=group.mask,
+            enable_pdl=False if late else None,
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.models import read_model_config
+from dp_runtime.trace import StepTrace
 from examples.benchmarks import machine
 from examples.benchmarks.floors import DecodeBytes, uniform_active
 from examples.benchmarks.stepping import Load, Profile, Routed, SteppedRank, Window, run_ranks
@@ -39,6 +41,7 @@ class Measured:
     step_ms: tuple[float, float, float]  # p10, p50, p99
     routed: Routed
     distinct_last_tokens: float
+    tokens_per_verification: float  # 1 without speculation
     profile: Profile | None
 
 
@@ -47,8 +50,11 @@ def main() -> None:
     config = EngineConfig(
         args.model, dp_size=args.dp_size, load_format="dummy", launcher="local", device=args.device,
         moe_sharding=args.moe_sharding, moe_backend=args.moe_backend, collective=args.collective,
-        cuda_graphs=args.cuda_graphs, overlap=args.overlap, max_num_requests=max(args.requests),
-        max_num_tokens=8192, max_model_len=args.prompt + args.output + 64,
+        cuda_graphs=args.cuda_graphs, max_num_requests=max(args.requests),
+        overlap=args.overlap and not args.speculative_num_steps,
+        speculative_num_steps=args.speculative_num_steps,
+        speculative_forced_tokens=args.forced_tokens, max_num_tokens=8192,
+        max_model_len=args.prompt + args.output + 64,
     )  # fmt: skip
     print(machine.describe("torch"), config, sep="\n", flush=True)
     profiled = args.profile_steps if args.device == "cuda" else 0
@@ -72,6 +78,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--collective", default="auto")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--speculative-num-steps", type=int, default=0)
+    parser.add_argument("--forced-tokens", type=float, help="that a verification emits, forced")
     parser.add_argument("--profile-steps", type=int, default=20)
     parser.add_argument("--read-rate", type=float, help="TB/s, for the floor")
     parser.add_argument("--json", type=Path)
@@ -88,14 +96,23 @@ def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int
         quantiles = tuple(float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
         window = Window((count,) * size, 10, profile_steps)
         profile = rank.run(load, window).profile if profile_steps else None
-        with rank.counting(count * size) as counted:
+        query_len = 1 + rank.config.speculative_num_steps
+        with rank.counting(count * size * query_len) as counted:
             prefill = sum(load.prompt_lens) // rank.config.max_num_tokens + 1
             rank.run(Load(load.prompt_lens, prefill + COUNTED_STEPS))
         last = timed.last_tokens.values()
         distinct = len(set(last)) / len(last)
         routed = Routed.of(counted, size)
-        results.append(Measured(count, quantiles, routed, distinct, profile))
+        emitted = tokens_per_verification(timed.steps)
+        results.append(Measured(count, quantiles, routed, distinct, emitted, profile))
     return results
+
+
+def tokens_per_verification(steps: Sequence[StepTrace]) -> float:
+    """Mean of the steps of one rank that verify; 1 if none does."""
+    accepted = [(n, count) for step in steps for n, count in enumerate(step.accepted)]
+    verifications = sum(count for _, count in accepted)
+    return 1 + sum(n * count for n, count in accepted) / max(verifications, 1)
 
 
 def measured_rate(device: str) -> float:
@@ -113,7 +130,7 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
     uniform = uniform_active(model, measured.requests * args.dp_size)
     least = DecodeBytes.of(
         model, args.dp_size, measured.requests, args.prompt + args.output / 2,
-        measured.routed.active_experts,
+        measured.routed.active_experts, args.speculative_num_steps,
     )  # fmt: skip
     floor, (p10, p50, p99) = least.milliseconds(rate * 1e12), measured.step_ms
     figures = {
@@ -129,6 +146,10 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         "max_mean_load": round(measured.routed.load, 3),
         "distinct_last_tokens": round(measured.distinct_last_tokens, 3),
     }
+    if args.speculative_num_steps:
+        emitted = measured.tokens_per_verification
+        figures["tokens_per_verification"] = round(emitted, 3)
+        figures["ms_a_token"] = round(p50 / emitted, 3)
     if measured.profile is not None:
         figures["gpu_idle"] = round(measured.profile.idle_us / measured.profile.span_us, 4)
         print(f"\n{measured.requests} requests a rank:\n{measured.profile}")

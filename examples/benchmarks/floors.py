@@ -11,7 +11,7 @@ BYTES = 2  # bf16; experts may be e4m3
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """Bytes that one rank reads from its own memory in a decode step."""
+    """Bytes that one rank reads from its own memory in a decode step, or in a speculative one."""
 
     experts: float
     attention_weights: float
@@ -26,25 +26,29 @@ class DecodeBytes:
         rows: float,
         context: float,
         active_experts: float | None = None,
+        num_drafts: int = 0,
     ) -> DecodeBytes:
         """rows: requests of the rank; context: mean tokens in the cache of each.
 
         active_experts: of a layer, over all ranks; None: the mean for uniform routing of the rows
-        of all ranks.
+        of all ranks. num_drafts: of each request, by an MTP layer of the model's kind, which runs
+        once for each (draft slots and draft_extend), with the LM head.
         """
         if active_experts is None:
-            active_experts = uniform_active(model, rows * dp_size)
+            active_experts = uniform_active(model, rows * dp_size * (1 + num_drafts))
         heads = 2 * model.num_heads + 2 * model.num_kv_heads
         expert = 3 * model.moe_intermediate_size * model.hidden_size
         formats = zip(model.moe_layers, model.fp8_experts, strict=True)
         per_weight = sum((1 if fp8 else BYTES) for moe, fp8 in formats if moe)  # of all layers
+        layers = model.num_layers + num_drafts
+        per_weight += BYTES * num_drafts
+        fuse = BYTES * num_drafts * 2 * model.hidden_size**2
         return cls(
             experts=per_weight * expert * active_experts / dp_size,
-            attention_weights=BYTES * model.num_layers * heads * model.head_dim * model.hidden_size,
-            lm_head=BYTES * model.vocab_size * model.hidden_size,
-            kv_cache=BYTES * model.num_layers * rows * context
-            * 2 * model.num_kv_heads * model.head_dim,
-        )  # fmt: skip
+            attention_weights=BYTES * layers * heads * model.head_dim * model.hidden_size + fuse,
+            lm_head=BYTES * (1 + num_drafts) * model.vocab_size * model.hidden_size,
+            kv_cache=BYTES * layers * rows * context * 2 * model.num_kv_heads * model.head_dim,
+        )
 
     @property
     def total(self) -> float:

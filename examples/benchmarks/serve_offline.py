@@ -65,8 +65,11 @@ def main() -> None:
     largest = max(args.requests)
     config = EngineConfig(
         args.model, dp_size=args.dp_size, load_format=args.load_format, launcher=args.launcher,
-        device=args.device, moe_sharding=args.moe_sharding, overlap=args.overlap,
-        cuda_graphs=args.cuda_graphs, collective=args.collective, padding=args.padding,
+        device=args.device, moe_sharding=args.moe_sharding,
+        overlap=args.overlap and not args.speculative_num_steps,
+        speculative_num_steps=args.speculative_num_steps,
+        speculative_forced_tokens=args.forced_tokens, cuda_graphs=args.cuda_graphs,
+        collective=args.collective, padding=args.padding,
         max_num_requests=-(-largest // args.dp_size), max_num_tokens=args.max_num_tokens,
         max_model_len=args.max_model_len, ray_address=args.ray_address,
     )  # fmt: skip
@@ -103,6 +106,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--padding", default="max_len")
     parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--speculative-num-steps", type=int, default=0)
+    parser.add_argument("--forced-tokens", type=float, help="that a verification emits, forced")
     parser.add_argument("--max-num-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=5120)
     parser.add_argument("--read-rate", type=float, default=3.0, help="TB/s, for the floor")

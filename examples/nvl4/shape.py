@@ -44,15 +44,19 @@ SHAPES = {"qwen3-30b-a3b": QWEN3_30B_A3B}
 
 
 def write_shape(
-    directory: Path, name: str = "qwen3-30b-a3b", num_experts: int | None = None
+    directory: Path,
+    name: str = "qwen3-30b-a3b",
+    num_experts: int | None = None,
+    mtp_layers: int = 0,
 ) -> Path:
     """Write config.json of a shape into a directory, which is made if need be, and return it.
 
     num_experts: instead of the shape's. With half of them, 2 ranks hold and read what each of 4
-    ranks would of the whole.
+    ranks would of the whole. mtp_layers: multi-token-prediction layers, which can draft.
     """
     directory.mkdir(parents=True, exist_ok=True)
     fields = SHAPES[name] | ({} if num_experts is None else {"num_experts": num_experts})
+    fields |= {"num_nextn_predict_layers": mtp_layers} if mtp_layers else {}
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return directory
 
@@ -62,5 +66,6 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-30b-a3b")
     parser.add_argument("--num-experts", type=int, help="instead of the shape's")
+    parser.add_argument("--mtp-layers", type=int, default=0, help="layers that can draft")
     options = parser.parse_args()
-    write_shape(options.directory, options.shape, options.num_experts)
+    write_shape(options.directory, options.shape, options.num_experts, options.mtp_layers)

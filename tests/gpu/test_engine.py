@@ -6,19 +6,21 @@ import pytest
 import torch
 
 from dp_runtime import Engine, EngineConfig, RequestOutput, SamplingParams
-from tests.checkpoints import tiny_checkpoint
+from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.gpu.peers import compare
 from tests.serving import check_pages_free
 
+TINY_MODEL = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
 LENGTHS = (1, 5, 17, 63, 64, 65, 130, 300, 12, 9)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(
+    model = tiny_checkpoint(
         tmp_path_factory.mktemp("gpu"), hidden_size=256, num_attention_heads=16,
         num_key_value_heads=2, head_dim=128, moe_intermediate_size=64,
     )  # fmt: skip
+    return add_mtp(model)
 
 
 def prompts() -> list[list[int]]:
@@ -46,6 +48,11 @@ CASES = [
     ("trtllm", 2, {"moe_sharding": "tp", "padding": "ragged"}),
     ("trtllm", 2, {"collective": "torch_distributed", "overlap": True}),
     ("trtllm", 2, {"moe_backend": "torch", "cuda_graphs": False}),
+    ("trtllm", 1, {"speculative_num_steps": 3}),
+    ("trtllm", 1, {"speculative_num_steps": 3, "cuda_graphs": False}),
+    ("trtllm", 2, {"speculative_num_steps": 3, "poison_padding": True}),
+    ("trtllm", 2, {"speculative_num_steps": 3, "collective": "torch_distributed"}),
+    ("flashinfer", 1, {"speculative_num_steps": 3}),
 ]
 
 
@@ -87,3 +94,21 @@ def test_graphs_give_the_logits_of_eager_steps(checkpoint: Path) -> None:
             tokens.append([output.token_ids for output in engine.generate(lines, params)])
     pairs = [pair for one, other in zip(*tokens) for pair in zip(one[1:], other[1:], strict=True)]
     assert sum(one == other for one, other in pairs) > 0.5 * len(pairs)
+
+
+@pytest.mark.timeout(300)
+def test_speculation_with_a_useful_draft_accepts_as_much_from_graphs_as_eagerly() -> None:
+    """A wrong draft never shows as wrong text, only as few accepted tokens."""
+    lines = [f"The {word} of the" for word in ("name", "value", "list", "type", "result", "use")]
+    accepted = []
+    for graphs in (True, False):
+        config = EngineConfig(
+            str(TINY_MODEL), launcher="local", device="cuda", max_model_len=512,
+            cuda_graphs=graphs, attention_backend="trtllm", speculative_num_steps=3,
+        )  # fmt: skip
+        with Engine(config) as engine:
+            params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+            engine.generate(4 * lines, params)
+            accepted.append(engine.report().tokens_per_verification)
+    assert min(accepted) > 1.6
+    assert max(accepted) < 1.1 * min(accepted)

@@ -12,7 +12,7 @@ import torch
 from dp_runtime import EngineConfig, SamplingParams
 from dp_runtime.request import RankRequest
 from dp_runtime.step import StepLoop
-from tests.checkpoints import tiny_checkpoint
+from tests.checkpoints import add_mtp, tiny_checkpoint
 from workers.messages import MeetingPoint
 from workers.worker import Worker
 
@@ -24,11 +24,11 @@ PARAMS = (
 )
 
 
-def serve(model: str, graphs: bool) -> None:
+def serve(model: str, graphs: bool, num_steps: int) -> None:
     """In a process of its own: serve requests while an operation that waits is an error."""
     config = EngineConfig(
-        model, device="cuda", launcher="local", max_model_len=256, num_pages=50, overlap=True,
-        cuda_graphs=graphs,
+        model, device="cuda", launcher="local", max_model_len=256, num_pages=50,
+        cuda_graphs=graphs, speculative_num_steps=num_steps,
     )  # fmt: skip
     launch, guarded = StepLoop.launch, {"on": False}
 
@@ -62,9 +62,14 @@ def serve(model: str, graphs: bool) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("graphs", [True, False])
-def test_a_launch_does_not_wait_for_the_device(tmp_path: Path, graphs: bool) -> None:
-    model = tiny_checkpoint(tmp_path, head_dim=64, num_attention_heads=4, num_key_value_heads=2)
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(str(model), graphs))
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_a_launch_does_not_wait_for_the_device(
+    tmp_path: Path, graphs: bool, num_steps: int
+) -> None:
+    sizes = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = str(add_mtp(tiny_checkpoint(tmp_path, **sizes)))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve, args=(model, graphs, num_steps))
     process.start()
     process.join()
     assert process.exitcode == 0
