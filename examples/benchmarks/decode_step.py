@@ -99,7 +99,7 @@ def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int
         query_len = 1 + rank.config.speculative_num_steps
         with rank.counting(count * size * query_len) as counted:
             prefill = sum(load.prompt_lens) // rank.config.max_num_tokens + 1
-            rank.run(Load(load.prompt_lens, prefill + COUNTED_STEPS))
+            rank.run(Load(load.prompt_lens, (prefill + COUNTED_STEPS) * query_len))
         last = timed.last_tokens.values()
         distinct = len(set(last)) / len(last)
         routed = Routed.of(counted, size)
