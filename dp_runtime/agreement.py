@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntFlag
+from functools import reduce
+from operator import and_
 from typing import NamedTuple
 
 from dp_runtime.errors import RankDisagreement
@@ -36,7 +38,7 @@ class StepRecord(NamedTuple):
     wants_prefill: bool = False
     drafts_proposed: int = 0
     drafts_accepted: int = 0
-    graph_vote: bool = False
+    graph_votes: int = 0  # bit n: this rank's rows of slot n fit a captured graph
     fault_bits: int = 0  # FaultBits
 
     def to_words(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ class Agreement(NamedTuple):
     queued_tokens: tuple[int, ...]  # [rank]
     any_prefill: bool
     stop: bool
-    graph: bool  # every rank voted for its graph
+    graphs: tuple[bool, ...]  # [slot] every rank replays a graph
     next_program_id: int
 
     @property
@@ -110,7 +112,7 @@ def agree(
     Raises RankDisagreement, with a table of all ranks, if epoch, step or program differ.
     """
     size = len(records)
-    epochs, steps, ids, rows, requests, _, queued, prefill, proposed, accepted, graph, faults = zip(
+    epochs, steps, ids, rows, requests, _, queued, prefill, proposed, accepted, votes, faults = zip(
         *records, strict=True
     )
     epoch, step_id, program_id = epochs[0], steps[0], ids[0]
@@ -124,16 +126,18 @@ def agree(
         raise RankDisagreement(
             _table(f"the program has {num_slots} slots ({program.slots})", records)
         )
+    real_rows = tuple(zip(*rows, strict=True))
+    common = reduce(and_, votes)
     return Agreement(
         epoch=epoch,
         step_id=step_id,
         program=program,
-        real_rows=tuple(zip(*rows, strict=True)),
+        real_rows=real_rows,
         num_requests=requests,
         queued_tokens=queued,
         any_prefill=any(prefill),
         stop=any(bits & _STOP for bits in faults),
-        graph=all(graph),
+        graphs=tuple(common >> n & 1 == 1 and any(real_rows[n]) for n in range(num_slots)),
         next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
     )
 

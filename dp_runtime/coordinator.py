@@ -31,7 +31,7 @@ class RankLoad:
     free_pages: int = 0
     queued_tokens: int = 0
     wants_prefill: bool = False
-    graph_vote: bool = False  # its rows of every slot fit a captured graph
+    graph_votes: int = 0  # bit n: its rows of slot n fit a captured graph
     drafts_proposed: int = 0  # in steps committed since its last record
     drafts_accepted: int = 0
 
@@ -100,7 +100,7 @@ class StepCoordinator:
             wants_prefill=load.wants_prefill,
             drafts_proposed=load.drafts_proposed,
             drafts_accepted=load.drafts_accepted,
-            graph_vote=load.graph_vote,
+            graph_votes=load.graph_votes,
             fault_bits=faults,
         )
         agreement = agree(self.board.exchange(record), self.programs, self._policy)
@@ -111,11 +111,10 @@ class StepCoordinator:
     def exchange(self, agreement: Agreement, index: int) -> RowExchange:
         """How the rows of the program's slot number `index` travel in its MoE stages."""
         rank, real_rows = self.collective.dp_rank, agreement.real_rows[index]
-        if agreement.graph:
+        if agreement.graphs[index]:
             slot = agreement.program.slots[index]
             buckets = self.buckets[slot, agreement.program.query_len(slot)]
-            gathered = buckets.gathered(max(real_rows)) if any(real_rows) else 0
-            plan = graph_plan(self.collective, real_rows, gathered)
+            plan = graph_plan(self.collective, real_rows, buckets.gathered(max(real_rows)))
         elif self.stages is not None and (bucket := self.stages.gathered(max(real_rows))):
             plan = graph_plan(self.collective, real_rows, bucket)
         else:

@@ -143,7 +143,7 @@ class StepLoop:
             free_pages=self.scheduler.allocator.num_free,
             queued_tokens=self.scheduler.queued_tokens,
             wants_prefill=scheduled.prefill,
-            graph_vote=self.runner.fits_graphs(scheduled),
+            graph_votes=self.runner.graph_votes(scheduled),
             drafts_proposed=proposed,
             drafts_accepted=accepted,
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -15,7 +16,7 @@ from dp_runtime.coordinator import StepCoordinator
 from dp_runtime.graphs import SlotGraphs, SlotOutput
 from dp_runtime.logprobs import Logprobs
 from dp_runtime.metadata import PageGeometry, Place
-from dp_runtime.models import Model, SlotModel
+from dp_runtime.models import Hidden, Model, SlotModel
 from dp_runtime.pending import Pending
 from dp_runtime.program import Slot
 from dp_runtime.row_logits import RowLogits
@@ -85,14 +86,17 @@ class StepRunner:
         }
         self.coordinator.stages = stages[self.model].buckets
 
-    def fits_graphs(self, scheduled: Scheduled) -> bool:
-        """Whether this rank's rows of every slot of the next step can be replayed."""
-        program = self.coordinator.program
-        target = scheduled.batches[program.slots.index(Slot.TARGET)]
-        return len(scheduled.samples) == target.num_tokens and all(
-            self.slots[slot].fits_graph(program.query_len(slot), batch)
-            for slot, batch in zip(program.slots, scheduled.batches)
-        )
+    def graph_votes(self, scheduled: Scheduled) -> int:
+        """Bit n: this rank's rows of the next step's slot n can be replayed.
+
+        A target's graph ends with the logits of all its rows.
+        """
+        program, votes = self.coordinator.program, 0
+        for index, (slot, batch) in enumerate(zip(program.slots, scheduled.batches)):
+            all_sample = slot is not Slot.TARGET or len(scheduled.samples) == batch.num_tokens
+            if all_sample and self.slots[slot].fits_graph(program.query_len(slot), batch):
+                votes |= 1 << index
+        return votes
 
     @torch.inference_mode()
     def launch(self, scheduled: Scheduled, agreement: Agreement) -> StepOutput:
@@ -151,6 +155,11 @@ class StepRunner:
         )
 
 
+def _nothing(pending: Pending) -> SlotOutput:
+    """No rank has a row in a draft slot: no forward runs."""
+    return SlotOutput(Hidden(pending.hidden, pending.hidden), None)
+
+
 @dataclass(eq=False)
 class _Forwards:
     """The forwards of one step as they are launched, slot by slot."""
@@ -169,7 +178,10 @@ class _Forwards:
         place = Place(coordinator.collective.dp_rank, agreement.step_id, slot)
         exchange = coordinator.exchange(agreement, index)
         runner = self.runner.slots[slot]
-        if agreement.graph:
+        forward: Callable[[], SlotOutput]
+        if not any(agreement.real_rows[index]):
+            forward = partial(_nothing, pending)
+        elif agreement.graphs[index]:
             length = agreement.program.query_len(slot)
             forward = runner.prepare_graph(length, batch, exchange.plan, pending, place)
         else:

@@ -16,7 +16,7 @@ def record_of(dp_rank: int, step: int) -> StepRecord:
     return StepRecord(
         epoch=3, step_id=step, program_id=0, real_rows=(dp_rank * 7 + step,), num_requests=dp_rank,
         free_pages=10**12 + step, queued_tokens=step * dp_rank, wants_prefill=step % 2 == 0,
-        drafts_proposed=4, drafts_accepted=dp_rank, graph_vote=dp_rank % 2 == 0,
+        drafts_proposed=4, drafts_accepted=dp_rank, graph_votes=dp_rank % 2,
         fault_bits=step % 2,
     )  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
 def test_a_step_of_graphs_reports_the_rows_that_cross() -> None:
     group = InProcessGroup(2, 1.0)
     agreement = Agreement(
-        0, 0, SERVING_PROGRAMS[0], ((3, 1),), (3, 1), (0, 0), False, False, True, 0
+        0, 0, SERVING_PROGRAMS[0], ((3, 1),), (3, 1), (0, 0), False, False, (True,), 0
     )
     for collective, crossing in ((group.collective(0), 32), (Counted(group.collective(0)), 4)):
         coordinator = StepCoordinator(group.board(0), collective, Padding())
