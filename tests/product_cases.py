@@ -103,15 +103,21 @@ class Case:
         """Its pages are so few that some request has to be preempted."""
         return self.few_pages and self.load in ("even", "uneven", "idle_ranks")
 
+    @property
+    def max_drafts(self) -> int:
+        """Tokens of a request that a step drafts, at most."""
+        return 0
+
     def config(self, model: str, **others: Any) -> EngineConfig:
         same = ("dp_size", "moe_sharding", "padding", "poison_padding", "overlap", "page_size")
         values: dict[str, Any] = {name: getattr(self, name) for name in same}
         max_len = max(item.max_len for item in self.items)
-        values |= {"max_num_tokens": self.max_num_tokens, "max_num_requests": 8}
+        requests = min(8, self.max_num_tokens // (1 + self.max_drafts))
+        values |= {"max_num_tokens": self.max_num_tokens, "max_num_requests": requests}
         values |= {"launcher": "thread", "max_model_len": max_len, **others}
         if self.few_pages:
             leaders = sum(-(-(length + 1) // self.page_size) for length in LEADERS)
-            longest = -(-max_len // self.page_size)
+            longest = -(-(max_len + self.max_drafts) // self.page_size)
             values["num_pages"] = 1 + (max(longest, leaders) if self.preempts else longest)
         return EngineConfig(model, **values)
 

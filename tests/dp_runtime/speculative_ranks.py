@@ -1,0 +1,180 @@
+"""Ranks as threads that serve a script of arrivals and aborts, and note every verification."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from collectives.in_process import InProcessGroup
+from dp_runtime.agreement import ProgramPolicy, keep_program
+from dp_runtime.config import EngineConfig
+from dp_runtime.metadata import PageGeometry
+from dp_runtime.rank import LoadedRank, assemble, load_rank
+from dp_runtime.request import RankRequest, RequestProgress
+from dp_runtime.sizing import RankPlan, plan_rank
+from dp_runtime.speculative.drafting import DraftChains
+from dp_runtime.speculative.verify import Verification
+from dp_runtime.step import Commands, Launched, StepLoop
+
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One verification of a request: what was drafted after its known tokens, and accepted."""
+
+    num_known: int
+    drafts: tuple[int, ...]
+    num_accepted: int
+
+
+class Watch:
+    """Notes every verification of a loop, request by request, in the order of the commits."""
+
+    def __init__(self, loop: StepLoop) -> None:
+        self.verified: dict[int, list[Verified]] = defaultdict(list)
+        self._launched: deque[Tensor] = deque()  # drafts of the steps that are not committed
+        self._scheduler = loop.scheduler
+        drafting = loop.runner.drafting
+        assert drafting is not None, "only ranks that draft are watched"
+        self._verification, self._commit = drafting.verification, loop.commit
+        drafting.verification = self.verification  # type: ignore[method-assign]
+        loop.commit = self.commit  # type: ignore[method-assign]
+
+    def verification(self, chains: DraftChains) -> Verification:
+        self._launched.append(chains.table.clone())
+        return self._verification(chains)
+
+    def commit(self, step: Launched) -> list[RequestProgress]:
+        decoding = [self._scheduler.table.request(row) for row in step.scheduled.decodes.tolist()]
+        known = [None if live.finish_reason else live.num_tokens for live in decoding]
+        drafts = self._launched.popleft().tolist()
+        accepted = step.output.sampled.to_host().num_accepted
+        for live, count, chain, taken in zip(decoding, known, drafts, accepted, strict=True):
+            if count is not None:
+                self.verified[live.request_id].append(Verified(count, tuple(chain), taken))
+        return self._commit(step)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens to a request on its rank before a step: it arrives, or is aborted."""
+
+    step: int
+    dp_rank: int
+    request: RankRequest
+    abort: bool = False
+
+
+@dataclass
+class Served:
+    """What became of the requests of a script, all ranks together."""
+
+    outputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    verified: dict[int, list[Verified]] = field(default_factory=dict)
+    preemptions: int = 0
+
+
+class ScriptedRank:
+    """A rank's loop with its part of a script; `take` is called once a step, in step."""
+
+    def __init__(self, loop: StepLoop, events: Sequence[Event]) -> None:
+        self.loop = loop
+        self.watch = Watch(loop)
+        self.outputs: dict[int, tuple[int, ...]] = {}
+        self._events = deque(sorted(events, key=lambda event: event.step))
+        self._step = 0
+
+    @property
+    def done(self) -> bool:
+        return not self._events and not self.loop.scheduler.has_work
+
+    def take(self, stop: bool) -> Commands:
+        self.loop.scheduler.check()
+        due = []
+        while self._events and self._events[0].step <= self._step:
+            due.append(self._events.popleft())
+        self._step += 1
+        if self._events:
+            self.loop.coordinator.board.wake()  # steps count on while all ranks are idle
+        add = [event.request for event in due if not event.abort]
+        abort = [event.request.request_id for event in due if event.abort]
+        return Commands(add, abort, stop)
+
+    def deliver(self, items: list[RequestProgress]) -> None:
+        for item in items:
+            before = self.outputs.get(item.request_id, ())
+            assert item.first_index == len(before), "progress goes on where the last one ended"
+            self.outputs[item.request_id] = before + item.token_ids
+
+
+class SpeculativeRanks:
+    """The ranks of one size, loaded once for many scripts.
+
+    fields: of their EngineConfig, with the most steps, pages, requests and tokens of any script.
+    """
+
+    def __init__(self, model: Path, dp_size: int, **fields: Any) -> None:
+        self.config = EngineConfig(str(model), dp_size, launcher="thread", **fields)
+        self._plans = [plan_rank(self.config, rank, "cpu") for rank in range(dp_size)]
+        self._loaded = [load_rank(self.config, plan, lambda count: None) for plan in self._plans]
+
+    def serve(
+        self,
+        script: Sequence[Event],
+        num_steps: int,
+        *,
+        num_pages: int | None = None,
+        num_requests: int | None = None,
+        num_tokens: int | None = None,
+        policy: ProgramPolicy = keep_program,
+        **fields: Any,
+    ) -> Served:
+        """Run a script to its end; the caches hold what the scripts before it left."""
+        requests = num_requests or self.config.max_num_requests
+        tokens = num_tokens or self.config.max_num_tokens
+        config = replace(
+            self.config, speculative_num_steps=num_steps, max_num_requests=requests,
+            max_num_tokens=tokens, **fields,
+        )  # fmt: skip
+        group = InProcessGroup(config.dp_size, TIMEOUT_S)
+        ranks = []
+        for rank, (plan, loaded) in enumerate(zip(self._plans, self._loaded)):
+            limits = replace(
+                plan.limits, max_num_requests=requests, max_num_tokens=tokens, max_drafts=num_steps
+            )
+            pages = PageGeometry(num_pages or plan.pages.num_pages, plan.pages.page_size)
+            part = replace(plan, limits=limits, pages=pages)
+            loop = _loop(config, part, loaded, group, rank)
+            loop.coordinator._policy = policy
+            ranks.append(ScriptedRank(loop, [one for one in script if one.dp_rank == rank]))
+        _run(ranks)
+        served = Served()
+        for one in ranks:
+            served.outputs |= one.outputs
+            served.verified |= one.watch.verified
+            served.preemptions += one.loop.scheduler.num_preemptions
+            assert one.loop.scheduler.allocator.num_free == one.loop.scheduler.pages.num_pages - 1
+        return served
+
+
+def _loop(
+    config: EngineConfig, plan: RankPlan, loaded: LoadedRank, group: InProcessGroup, rank: int
+) -> StepLoop:
+    return assemble(config, plan, loaded, group.board(rank), group.collective(rank))
+
+
+def _run(ranks: Sequence[ScriptedRank]) -> None:
+    def taker(rank: ScriptedRank) -> Callable[[], Commands]:
+        return lambda: rank.take(stop=all(other.done for other in ranks))
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        runs = [pool.submit(rank.loop.run, taker(rank), rank.deliver) for rank in ranks]
+        for run in runs:
+            run.result(TIMEOUT_S)
