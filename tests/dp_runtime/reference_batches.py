@@ -1,0 +1,163 @@
+"""What the rows of a step with drafts have to be, by each request's known tokens, in plain lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dp_runtime.batch import LocalBatch
+from dp_runtime.program import Program, Slot
+from dp_runtime.request import RankRequest
+from dp_runtime.scheduled import Scheduled
+
+
+class Row(NamedTuple):
+    """One row of a slot: its token, or the index of the pending token it will be, and where."""
+
+    request_id: int
+    position: int
+    token: int | None
+    pending: int | None
+    slot: int
+    embeds: tuple[float, ...] | None = None
+
+
+class Part(NamedTuple):
+    """The rows of one request in the target slot."""
+
+    request_id: int
+    positions: range
+    verified: bool
+    samples: bool
+    scores: range  # prompt positions
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the slots of a step have to be: rows, sample rows, samples."""
+
+    rows: tuple[list[Row], ...]
+    sample_rows: tuple[list[int], ...]
+    samples: list[tuple[int, int]]
+
+
+class ReferenceBatches:
+    """What one scheduler's requests have known, told step by step; plain lists throughout."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.requests: dict[int, RankRequest] = {}
+        self.known: dict[int, list[int]] = {}
+        self.computed: dict[int, int] = {}
+        self.scored: dict[int, int] = {}
+
+    def add(self, request: RankRequest) -> None:
+        self.requests[request.request_id] = request
+        self.known[request.request_id] = list(request.prompt_token_ids)
+        self.computed[request.request_id] = self.scored[request.request_id] = 0
+
+    def parts(self, step: Scheduled, program: Program) -> list[Part]:
+        """Who is in the step, by the scheduler's choice; how far, by what is known."""
+        target = step.batches[program.slots.index(Slot.TARGET)]
+        ids = target.request_ids.tolist()
+        ends = target.seq_lens.tolist()
+        parts = []
+        for number, (request_id, end) in enumerate(zip(ids, ends)):
+            known, prompt = len(self.known[request_id]), self.prompt_len(request_id)
+            if number < len(step.decodes):
+                due = range(known - 1, known + program.num_drafts)
+                assert known > prompt, "a prompt has to be sampled from first"
+                parts.append(Part(request_id, due, True, True, range(0)))
+                continue
+            start = end - int(target.query_lens[number])
+            assert start in (0, self.computed[request_id]), "from the start if it was preempted"
+            self.computed[request_id] = end
+            asks = self.requests[request_id].params.prompt_logprobs is not None
+            first = max(start, self.scored[request_id])
+            scores = range(first, max(first, min(end, prompt - 1)) if asks else first)
+            self.scored[request_id] = max(self.scored[request_id], scores.stop)
+            parts.append(Part(request_id, range(start, end), False, end == known, scores))
+        return parts
+
+    def slots(self, parts: list[Part], program: Program, pages: dict[int, list[int]]) -> Slots:
+        verified = [part for part in parts if part.verified]
+        drafts = [
+            list(self.draft_rows(verified, index, pages))
+            for index in range(program.slots.count(Slot.DRAFT))
+        ]
+        target, extend, samples, ends, firsts = [], [], [], [], []
+        scores: list[int] = []
+        for number, part in enumerate(parts):
+            first = len(target)
+            samples += self.samples_of(part)
+            target += self.target_rows(part, number * program.num_drafts, pages)
+            extend += self.extend_rows(part, len(samples), pages)
+            ends += range(first, len(target)) if part.verified else [len(target) - 1] * part.samples
+            firsts.append(first if part.verified else len(target) - 1)
+            scores += [first + position - part.positions.start for position in part.scores]
+        each = [list(range(len(verified)))] * len(drafts)
+        return Slots((*drafts, target, extend), (*each, ends + scores, firsts), samples)
+
+    def draft_rows(
+        self, verified: list[Part], index: int, pages: dict[int, list[int]]
+    ) -> Iterator[Row]:
+        """The draft of the slot before it, of every verified request."""
+        for number, part in enumerate(verified):
+            yield self.row(part.request_id, part.positions[index], None, number, pages)
+
+    def target_rows(self, part: Part, draft: int, pages: dict[int, list[int]]) -> Iterator[Row]:
+        """Known tokens; then drafts, of which `draft` is the request's first."""
+        known, embeds = self.known[part.request_id], self.embeds(part.request_id)
+        for position in part.positions:
+            token = known[position] if position < len(known) else None
+            pending = None if token is not None else draft + position - len(known)
+            at = part.request_id, position
+            yield self.row(*at, token, pending, pages, embeds.get(position))
+
+    def extend_rows(self, part: Part, end: int, pages: dict[int, list[int]]) -> Iterator[Row]:
+        """The same positions, each with the token behind it; samples end with number `end`."""
+        known, embeds = self.known[part.request_id], self.embeds(part.request_id)
+        for position in part.positions:
+            token = known[position + 1] if position + 1 < len(known) else None
+            pending = None if token is not None else end - (part.positions.stop - position)
+            at = part.request_id, position
+            yield self.row(*at, token, pending, pages, embeds.get(position + 1))
+
+    def samples_of(self, part: Part) -> list[tuple[int, int]]:
+        """Output indices: a verification has one for each of its rows."""
+        done = len(self.known[part.request_id]) - self.prompt_len(part.request_id)
+        count = len(part.positions) if part.verified else int(part.samples)
+        return [(part.request_id, done + index) for index in range(count)]
+
+    def row(
+        self, request_id: int, position: int, token: int | None, pending: int | None,
+        pages: dict[int, list[int]], embeds: tuple[float, ...] | None = None,
+    ) -> Row:  # fmt: skip
+        page = pages[request_id][position // self.page_size]
+        slot = page * self.page_size + position % self.page_size
+        return Row(request_id, position, token, pending, slot, embeds)
+
+    def embeds(self, request_id: int) -> dict[int, tuple[float, ...]]:
+        embeds = self.requests[request_id].embeds
+        if embeds is None:
+            return {}
+        return dict(zip(embeds.positions.tolist(), map(tuple, embeds.values.tolist())))
+
+    def prompt_len(self, request_id: int) -> int:
+        return len(self.requests[request_id].prompt_token_ids)
+
+
+def rows_of(batch: LocalBatch) -> list[Row]:
+    """What a batch says, in the reference's words."""
+    owners = batch.request_ids.repeat(batch.query_lens).tolist()
+    embeds = dict(zip(batch.embed_rows.tolist(), map(tuple, batch.embeds.tolist())))
+    columns = zip(
+        owners, batch.positions.tolist(), batch.token_ids.tolist(), batch.token_sources.tolist(),
+        batch.slot_mapping.tolist(), strict=True,
+    )  # fmt: skip
+    return [
+        Row(owner, position, None if source >= 0 else token, source if source >= 0 else None, slot,
+            embeds.get(number))
+        for number, (owner, position, token, source, slot) in enumerate(columns)
+    ]  # fmt: skip

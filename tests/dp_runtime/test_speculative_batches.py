@@ -1,0 +1,182 @@
+"""The batches of every slot of programs with drafts, row by row against a plain reference."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dp_runtime.batch import LocalBatch
+from dp_runtime.metadata import PageGeometry, Place, check_values
+from dp_runtime.program import MAX_DRAFTS, Program, Slot
+from dp_runtime.random_numbers import derive_seed
+from dp_runtime.request import PromptEmbeds, RankRequest
+from dp_runtime.sampling_params import SamplingParams
+from dp_runtime.scheduled import Scheduled, StepTokens
+from dp_runtime.scheduler import Limits, Scheduler
+from tests.dp_runtime.reference_batches import Part, ReferenceBatches, Slots, rows_of
+
+MODEL_LEN = 40
+HIDDEN = 3
+
+
+def text_token(request_id: int, index: int) -> int:
+    """The model of these tests: output number `index`."""
+    return derive_seed(request_id, index) % 200
+
+
+def accepted_of(request_id: int, num_known: int, num_drafts: int) -> int:
+    return derive_seed(request_id + 1000, num_known) % (num_drafts + 1)
+
+
+class Driver:
+    """Plays the steps of a scheduler without a model, and checks every batch of each."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.reference = ReferenceBatches(scheduler.pages.page_size)
+        self.finished: set[int] = set()
+
+    def add(self, request: RankRequest) -> None:
+        self.scheduler.add(request)
+        self.reference.add(request)
+
+    def abort(self, request_id: int) -> None:
+        if self.scheduler.abort(request_id):
+            self.finished.add(request_id)
+
+    def step(self, num_drafts: int) -> Scheduled:
+        program = Program.speculative(num_drafts)
+        step = self.scheduler.schedule(program)
+        self.scheduler.check()
+        parts = self.reference.parts(step, program)
+        table = self.scheduler.table
+        pages = {int(table.request_ids[row]): table.pages(row) for row in step.rows.tolist()}
+        due = self.reference.slots(parts, program, pages)
+        self.check(step, program, parts, due)
+        self.commit(step, parts, due)
+        self.scheduler.check()
+        return step
+
+    def check(self, step: Scheduled, program: Program, parts: list[Part], due: Slots) -> None:
+        assert len(step.batches) == len(program.slots)
+        for slot, batch, rows, sample_rows in zip(
+            program.slots, step.batches, due.rows, due.sample_rows, strict=True
+        ):
+            check_values(batch, self.scheduler.pages, Place(0, 0, slot))
+            assert rows_of(batch) == rows, slot
+            assert batch.sample_rows.tolist() == sample_rows, slot
+            starts = batch.seq_lens - batch.query_lens
+            assert starts.tolist() == batch.positions[first_rows(batch)].tolist(), slot
+        found = zip(step.samples.request_ids.tolist(), step.samples.output_indices.tolist())
+        assert list(found) == due.samples
+        sampled = [part.request_id for part in parts if part.samples]
+        assert self.scheduler.table.request_ids[step.sampled].tolist() == sampled
+        self.check_counts(step, program)
+
+    def check_counts(self, step: Scheduled, program: Program) -> None:
+        """Rows are counted by who decodes and by the chunks, whatever will be accepted."""
+        rows = len(step.decodes) * (1 + program.num_drafts) + sum(c.length for c in step.chunks)
+        drafts = [len(step.decodes)] * program.slots.count(Slot.DRAFT)
+        assert step.real_rows == (*drafts, rows, rows)
+        assert rows <= self.scheduler.limits.max_num_tokens
+
+    def commit(self, step: Scheduled, parts: list[Part], due: Slots) -> None:
+        tokens = tuple(text_token(*sample) for sample in due.samples)
+        verified = [part for part in parts if part.verified]
+        accepted = tuple(
+            accepted_of(part.request_id, part.positions.start + 1, step.num_drafts)
+            for part in verified
+        )
+        scored = [() for _ in step.scored]
+        given = StepTokens(tokens, [None] * len(tokens), scored, accepted)
+        for item in self.scheduler.commit(step, given):
+            known = self.reference.known[item.request_id]
+            done = len(known) - self.reference.prompt_len(item.request_id)
+            assert item.first_index == done
+            new = [text_token(item.request_id, done + n) for n in range(len(item.token_ids))]
+            assert list(item.token_ids) == new
+            ends = self.reference.requests[item.request_id].stop_token_ids
+            assert not ends.intersection(new[:-1]), "nothing comes behind the end"
+            known += new
+            if item.finish_reason:
+                self.finished.add(item.request_id)
+        for part, count in zip(verified, accepted):
+            known = self.reference.known[part.request_id]
+            self.reference.computed[part.request_id] = len(known) - 1
+            if part.request_id not in self.finished:
+                assert len(known) == part.positions.start + 2 + count
+
+
+def first_rows(batch: LocalBatch) -> np.ndarray:
+    return batch.query_lens.cumsum() - batch.query_lens
+
+
+def request(number: int, prompt: int, outputs: int, embed_every: int, scores: bool) -> RankRequest:
+    params = SamplingParams(max_tokens=outputs, prompt_logprobs=1 if scores else None)
+    positions = np.arange(0, prompt, embed_every) if embed_every else None
+    embeds = None
+    if positions is not None:
+        values = (positions[:, None] + number * 100 + np.arange(HIDDEN) / 8).astype(np.float32)
+        embeds = PromptEmbeds(positions, values)
+    stops = {text_token(number, 3 + number)} if number % 2 else set()
+    ids = tuple(number + 3 * index for index in range(1, prompt + 1))
+    return RankRequest(number, ids, params, 0, frozenset(stops), embeds)
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 20), st.integers(0, 4)),
+        st.tuples(st.just("step"), st.integers(1, MAX_DRAFTS), st.just(0), st.just(0)),
+        st.tuples(st.just("step"), st.integers(1, MAX_DRAFTS), st.just(0), st.just(0)),
+        st.tuples(st.just("abort"), st.integers(0, 10), st.just(0), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    todo=actions, page_size=st.integers(1, 8), spare_pages=st.integers(0, 20),
+    num_requests=st.integers(1, 5), spare_tokens=st.integers(0, 20),
+)  # fmt: skip
+def test_every_slot_is_what_the_known_tokens_say(
+    todo: list[tuple[str, int, int, int]], page_size: int, spare_pages: int, num_requests: int,
+    spare_tokens: int,
+) -> None:  # fmt: skip
+    num_pages = 1 + -(-(MODEL_LEN + MAX_DRAFTS) // page_size) + spare_pages
+    limits = Limits(
+        num_requests, num_requests * (1 + MAX_DRAFTS) + spare_tokens, MODEL_LEN, MAX_DRAFTS
+    )
+    driver = Driver(Scheduler(PageGeometry(num_pages, page_size), limits))
+    count = 0
+    for name, first, second, third in todo:
+        if name == "add":
+            driver.add(request(count, first, second, third, scores=count % 2 == 0))
+            count += 1
+        elif name == "abort" and first < count:
+            driver.abort(first)
+        elif name == "step":
+            driver.step(first)
+    while driver.scheduler.has_work:
+        driver.step(3)
+    assert driver.finished == {*range(count)}
+    assert driver.scheduler.allocator.num_free == num_pages - 1
+
+
+def test_a_verification_beside_a_chunk() -> None:
+    """One request has 4 known tokens, the other a prompt of 9, of which 5 fit: in numbers."""
+    driver = Driver(Scheduler(PageGeometry(12, 4), Limits(2, 8, MODEL_LEN, 2)))
+    driver.add(request(1, 3, 20, 0, scores=False))
+    driver.step(2)
+    driver.add(request(2, 9, 20, 0, scores=True))
+    draft, target, extend = driver.step(2).batches
+    assert (draft.positions.tolist(), draft.seq_lens.tolist()) == ([3], [4])
+    assert draft.token_sources.tolist() == [0]
+    assert target.positions.tolist() == extend.positions.tolist() == [3, 4, 5, 0, 1, 2, 3, 4]
+    assert target.token_ids.tolist() == [text_token(1, 0), 0, 0, 5, 8, 11, 14, 17]
+    assert target.token_sources.tolist() == [-1, 0, 1, -1, -1, -1, -1, -1]
+    assert target.sample_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert extend.token_ids.tolist() == [0, 0, 0, 8, 11, 14, 17, 20]
+    assert extend.token_sources.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
+    assert extend.sample_rows.tolist() == [0, 7]
