@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ class LocalBatch:
     """This rank's rows for one slot, request after request; its arrays are read-only.
 
     Sizes are derived from the data they count; there is no padded size here.
+
+    Where a verification was launched and not yet committed, its request's lengths, positions and
+    slots are upper bounds: how far behind them it really is lies on the device, in the row of
+    the request table that lag_rows names (-1: nowhere, the bounds are exact).
     """
 
     token_ids: Int64  # [rows]
@@ -38,6 +42,7 @@ class LocalBatch:
     seq_lens: Int32  # [requests] tokens in the cache after this step
     page_table: Int32  # [requests, pages], rows end in the null page
     sample_rows: Int64  # [samples] rows whose logits are needed
+    lag_rows: Int64 = field(default_factory=_empty_ids)  # [requests] see `lags`, or none at all
     embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
     embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
 
@@ -49,6 +54,7 @@ class LocalBatch:
             assert getattr(self, name).shape == (requests,), f"{name} has one entry per request"
         assert self.page_table.shape[0] == requests, "page_table has one row per request"
         assert np.add.reduce(self.query_lens) == rows, "query_lens sum to the rows"
+        assert len(self.lag_rows) in (0, requests), "lag_rows has one entry per request, or none"
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
         for array in vars(self).values():
             array.setflags(write=False)
@@ -60,6 +66,24 @@ class LocalBatch:
     @property
     def num_requests(self) -> int:
         return len(self.query_lens)
+
+    @property
+    def lags(self) -> bool:
+        """Some request may be behind its bounds."""
+        return bool(len(self.lag_rows)) and bool((self.lag_rows >= 0).any())
+
+    def behind(self, lag: Int64, page_size: int) -> LocalBatch:
+        """The same rows so many positions earlier, by request [requests]: where they really are."""
+        owner = np.arange(self.num_requests).repeat(self.query_lens)
+        positions = self.positions - lag[owner]
+        pages = self.page_table[owner, positions // page_size].astype(np.int64)
+        return replace(
+            self,
+            positions=positions,
+            slot_mapping=pages * page_size + positions % page_size,
+            seq_lens=(self.seq_lens - lag).astype(np.int32),
+            lag_rows=_empty_ids(),
+        )
 
     @classmethod
     def empty(cls) -> LocalBatch:

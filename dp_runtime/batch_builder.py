@@ -110,24 +110,21 @@ def _target_batch(layout: _Layout) -> LocalBatch:
         sample_rows=np.concatenate(
             [np.arange(layout.decode_rows), layout.chunk_ends[sampling], *score_rows]
         ),
+        lag_rows=_lag_rows(layout, rows),
         embed_rows=embed_rows,
         embeds=embeds,
     )
 
 
 def _decode_tokens(layout: _Layout) -> tuple[Int64, Int64]:
-    """Tokens of the decodes' rows, and where they come from: the last step, or this one's drafts.
+    """Tokens of the decodes' rows, and where they come from.
 
-    NOTE: what the last step sampled is on the host already if there are drafts.
+    That is what the last step sampled; or this step's chains, which begin with the last token.
     """
-    table, decodes, count = layout.table, layout.decodes, layout.num_drafts
-    if not count:
+    table, decodes = layout.table, layout.decodes
+    if not layout.num_drafts:
         return table.last_token[decodes], table.token_sources(decodes)
-    tokens = np.zeros((len(decodes), 1 + count), np.int64)
-    tokens[:, 0] = table.last_token[decodes]
-    sources = np.full((len(decodes), 1 + count), -1, np.int64)
-    sources[:, 1:] = np.arange(len(decodes) * count).reshape(-1, count)
-    return tokens.ravel(), sources.ravel()
+    return np.zeros(layout.decode_rows, np.int64), np.arange(layout.decode_rows)
 
 
 def _draft_batch(layout: _Layout, index: int) -> LocalBatch:
@@ -146,7 +143,15 @@ def _draft_batch(layout: _Layout, index: int) -> LocalBatch:
         seq_lens=(positions + 1).astype(np.int32),
         page_table=page_table,
         sample_rows=each,
+        lag_rows=_lag_rows(layout, decodes),
     )
+
+
+def _lag_rows(layout: _Layout, rows: Int64) -> Int64:
+    """The rows of the table whose last step is not committed, others -1; none without drafts."""
+    if not layout.num_drafts:
+        return np.zeros(0, np.int64)
+    return np.where(layout.table.num_launched[rows] > 0, rows, -1)
 
 
 def _extend_batch(layout: _Layout, target: LocalBatch) -> LocalBatch:

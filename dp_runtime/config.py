@@ -134,7 +134,7 @@ class EngineConfig:
     def depth(self) -> int:
         """Steps that may be launched and not yet committed when the next one is scheduled."""
         overlap = self.device == "cuda" if self.overlap is None else self.overlap
-        return 1 if overlap and not self.speculative_num_steps else 0
+        return 1 if overlap else 0
 
     def _check_speculation(self) -> None:
         steps, model = self.speculative_num_steps, self.speculative_draft_model
@@ -152,11 +152,6 @@ class EngineConfig:
             value = getattr(self, name)
             needs = "nothing without speculative_num_steps"
             require(bool(steps) or value == unset, name, value, needs)
-        require(
-            not steps or self.overlap is not True, "overlap", self.overlap,
-            "None or False with speculative_num_steps: how many tokens a step gives is known "
-            "when it is committed",
-        )  # fmt: skip
 
     def _check_sizes(self) -> None:
         sizes = ("dp_size", "ranks_per_gpu", "page_size", "max_num_requests", "max_num_tokens")

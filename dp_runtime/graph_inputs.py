@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.batch import Int32, LocalBatch
-from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.metadata import AttentionMetadata, newest_slots
 from dp_runtime.models import SlotInputs
 from dp_runtime.pending import Pending
 
@@ -44,6 +44,7 @@ class GraphInputs:
         table_pages: int,
         dp_size: int,
         hidden: Tensor,
+        page_size: int,
     ) -> None:
         rows, device = requests * query_len, hidden.device
         assert len(hidden) == rows, f"{len(hidden)} hidden states for {rows} rows"
@@ -57,6 +58,7 @@ class GraphInputs:
             "page_table": (requests, table_pages),
         }
         self.query_len = query_len
+        self._page_size = page_size
         self.hidden = hidden
         words = sum(_room(shape) for shape in shapes.values())
         self._table_start = words - _room(shapes["page_table"])
@@ -114,8 +116,19 @@ class GraphInputs:
         self._copy(buffer, own_rows)
         count = min(len(pending.token_ids), len(self._pending))
         self._pending[:count].copy_(pending.token_ids[:count])
+        if pending.lag is not None:
+            self._move_back(requests, pending.lag)
         if self.hidden.shape[1]:
             self.hidden[:rows].copy_(pending.hidden)
+
+    def _move_back(self, requests: int, lag: Tensor) -> None:
+        """From the bounds that a batch has to where its sequences really are."""
+        length = self.query_len
+        seq_lens, rows = self.seq_lens[:requests], slice(requests * length)
+        seq_lens -= lag
+        self.positions[rows].view(requests, length).sub_(lag[:, None])
+        own = seq_lens, length, self.page_table[:requests], self._page_size
+        self.slot_mapping[rows] = newest_slots(*own)
 
     def write_null(self, own_rows: int, gathered_rows: int) -> None:
         """Null rows only, and no real row on any rank: what graphs are captured over."""

@@ -71,7 +71,7 @@ class SlotGraphs:
         rows, width = buckets.most_rows, model.hidden_size if reads_hidden else 0
         self._inputs = GraphInputs(
             buckets.most, buckets.query_len, table_pages, collective.dp_size,
-            torch.zeros(rows, width, dtype=model.dtype, device=device),
+            torch.zeros(rows, width, dtype=model.dtype, device=device), pages.page_size,
         )  # fmt: skip
         sizes = (rows, model.vocab_size if with_logits else 0)
         self._logits = torch.empty(sizes, dtype=model.dtype, device=device)  # of any graph

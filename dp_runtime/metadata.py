@@ -62,10 +62,18 @@ class AttentionMetadata:
 
     @classmethod
     def build(
-        cls, batch: LocalBatch, pages: PageGeometry, place: Place, device: torch.device
+        cls,
+        batch: LocalBatch,
+        pages: PageGeometry,
+        place: Place,
+        device: torch.device,
+        lag: Tensor | None = None,
     ) -> AttentionMetadata:
         """Check the batch's values once on the host and copy them to the device.
 
+        lag [n] int64, on the device: how far the first n sequences, which have equally many rows,
+        are behind the batch's lengths; these and the mirrors are then upper bounds, and what lies
+        before them belongs to the same sequences.
         Raises ContractViolation if a page id, a length or an offset does not fit the pool.
         """
         check_values(batch, pages, place)
@@ -74,6 +82,11 @@ class AttentionMetadata:
         slots = batch.slot_mapping.astype(np.int32)
         arrays = (cu_seqlens_q, batch.seq_lens, batch.page_table, slots)
         cu_seqlens, seq_lens, page_table, slot_mapping = all_on_device(arrays, device)
+        if lag is not None and len(lag):
+            count, length = len(lag), int(batch.query_lens[0])
+            seq_lens[:count] -= lag
+            own = seq_lens[:count], length, page_table[:count], pages.page_size
+            slot_mapping[: count * length] = newest_slots(*own)
         return cls(
             cu_seqlens_q=cu_seqlens,
             seq_lens=seq_lens,
@@ -84,6 +97,17 @@ class AttentionMetadata:
             page_table_host=batch.page_table,
             place=place,
         )
+
+
+def newest_slots(seq_lens: Tensor, query_len: int, page_table: Tensor, page_size: int) -> Tensor:
+    """Where the last query_len tokens of each sequence lie, [requests * query_len].
+
+    seq_lens [requests], page_table [requests, pages]; a slot is page * page_size + offset.
+    """
+    ahead = torch.arange(query_len, device=seq_lens.device)
+    positions = (seq_lens[:, None] - query_len) + ahead
+    pages = page_table.gather(1, positions // page_size)
+    return (pages * page_size + positions % page_size).flatten()
 
 
 # The ufuncs themselves: an array's own min, max and all go through a layer of Python to them.

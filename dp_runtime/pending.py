@@ -13,3 +13,4 @@ class Pending:
 
     token_ids: Tensor  # [n] int64: what the last step sampled, this step drafted or sampled
     hidden: Tensor  # [rows, hidden] for a draft model, else [0, 0]
+    lag: Tensor | None = None  # [requests] int64: positions that each is behind its bounds

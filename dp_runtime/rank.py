@@ -173,7 +173,7 @@ def assemble(
         drafting = Drafting(loaded.models.draft, forced, scheduler.table.num_rows, device)
     runner = StepRunner(loaded.models.target, drafting, sampler, coordinator, plan.pages, device)
     return StepLoop(
-        scheduler, coordinator, runner, Recorder(Totals(plan.sharding.dp_rank)), config.depth
+        scheduler, coordinator, runner, Recorder(Totals(plan.sharding.dp_rank)), plan.depth
     )
 
 

@@ -13,8 +13,9 @@ class RequestTable:
     """One row for each request that holds pages, so that a step of decodes is array operations.
 
     `num_known` and `num_computed` are *projected*: they include steps that were launched and not
-    yet committed. A row is taken at admission, and freed when its request has stopped running and
-    no launched step touches it.
+    yet committed, verifications among them as if all drafts were accepted: they are upper bounds.
+    A row is taken at admission, and freed when its request has stopped running and no launched
+    step touches it.
     """
 
     def __init__(self, num_rows: int, max_pages: int) -> None:
@@ -87,9 +88,12 @@ class RequestTable:
         """Where the rows' last tokens lie in what the last step sampled; -1: in `last_token`."""
         return np.where(self.num_launched[rows] > 0, self.source_row[rows], -1)
 
-    def launch(self, rows: Int64, seq_lens: Int32, sampled: Int64) -> None:
-        """Project a step that leaves seq_lens tokens in the cache and samples for some rows."""
+    def launch(self, rows: Int64, seq_lens: Int32, sampled: Int64, num_tokens: Int64 | int) -> None:
+        """Project a step that leaves seq_lens tokens in the cache and samples for some rows.
+
+        num_tokens: that each of these gets at most.
+        """
         self.num_launched[rows] += 1
         self.num_computed[rows] = seq_lens
-        self.num_known[sampled] += 1
+        self.num_known[sampled] += num_tokens
         self.source_row[sampled] = np.arange(len(sampled))

@@ -129,6 +129,12 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
         self._requests: dict[int, RequestSampling] = {}
+        self._num_plain = 0
+
+    @property
+    def all_plain(self) -> bool:
+        """No request asks for more than the most likely token."""
+        return self._num_plain == len(self._requests)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -138,10 +144,11 @@ class Sampler:
         assert request.request_id not in self._requests, f"request {request.request_id} twice"
         state = RequestSampling.of(request, self.vocab_size, self.device)
         self._requests[request.request_id] = state
+        self._num_plain += state.plain
 
     def remove(self, request_id: int) -> None:
         """Forget a request and what the device holds for it."""
-        del self._requests[request_id]
+        self._num_plain -= self._requests.pop(request_id).plain
 
     def sample(
         self, logits: Tensor, rows: SampleRows, verification: Verification | None = None

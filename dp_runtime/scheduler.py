@@ -50,8 +50,9 @@ class Scheduler:
     Older requests come first for pages: one that lacks pages preempts the youngest, which starts
     over later from its tokens. So the oldest always advances and nothing starves. Decoding
     requests come first for the token budget; prefill chunks share what is left.
-    At most one launched step may be uncommitted when the next is scheduled, and none where
-    programs draft: how many tokens they accept is known at the commit.
+    At most one launched step may be uncommitted when the next is scheduled. Where programs draft,
+    how many tokens they accept is known at the commit: until then lengths are upper bounds, pages
+    are reserved for them, and a request that may have ended waits for the commit.
     """
 
     def __init__(self, pages: PageGeometry, limits: Limits) -> None:
@@ -150,21 +151,17 @@ class Scheduler:
         return progress
 
     def _keep_verified(self, step: Scheduled, tokens: StepTokens) -> Sequence[int]:
-        """Bring the table up to what was accepted; how many tokens each decode has new.
+        """Take back from the table what was not accepted; how many new tokens each decode has.
 
-        Without drafts the projection was exact. NOTE: with drafts nothing else was launched.
+        Without drafts the projection was exact. With drafts last tokens are read on the device.
         """
-        table, decodes, query_len = self.table, step.decodes, 1 + step.num_drafts
+        table, decodes = self.table, step.decodes
         if not step.num_drafts:
             table.last_token[step.sampled] = tokens.token_ids
             return (1,) * len(decodes)
-        token_ids = np.array(tokens.token_ids, np.int64)
         accepted = np.array(tokens.num_accepted, np.int64)
-        table.num_known[decodes] += accepted
-        table.num_computed[decodes] = table.num_known[decodes] - 1
-        last = np.arange(len(decodes)) * query_len + accepted
-        table.last_token[decodes] = token_ids[last]
-        table.last_token[step.sampled[len(decodes) :]] = token_ids[len(decodes) * query_len :]
+        table.num_known[decodes] -= step.num_drafts - accepted
+        table.num_computed[decodes] -= step.num_drafts - accepted
         counts: list[int] = (accepted + 1).tolist()
         return counts
 
@@ -296,7 +293,9 @@ class Scheduler:
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> Scheduled:
         step = build_batches(self.table, decodes, chunks, self.pages.page_size, program)
         target = step.batches[program.slots.index(Slot.TARGET)]
-        self.table.launch(step.rows, target.seq_lens, step.sampled)
+        new_tokens = np.ones(len(step.sampled), np.int64)
+        new_tokens[: len(decodes)] += step.num_drafts
+        self.table.launch(step.rows, target.seq_lens, step.sampled, new_tokens)
         for chunk in chunks:
             chunk.live.num_scored = max(chunk.live.num_scored, chunk.score_end)
         launched = self.table.num_launched

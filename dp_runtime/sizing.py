@@ -56,6 +56,7 @@ class RankPlan:
     moe_reason: str
     graphs: bool  # decode steps are captured
     graphs_reason: str
+    depth: int  # steps that may be uncommitted when the next is scheduled
     sharding: RankSharding
     limits: Limits
     pages: PageGeometry
@@ -117,6 +118,7 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         moe_reason=moe_reason,
         graphs=graphs,
         graphs_reason=graphs_reason,
+        depth=choose_depth(config, device, backend),
         sharding=sharding,
         limits=Limits(
             config.max_num_requests, config.max_num_tokens, length, config.speculative_num_steps
@@ -205,6 +207,23 @@ def choose_graphs(
     if config.cuda_graphs and reasons:
         raise ValueError(f"cuda_graphs: True is not allowed; {'; '.join(reasons)}")
     return not reasons, "; ".join(reasons) or "all kernels in use can be captured"
+
+
+def choose_depth(config: EngineConfig, device: str, backend: str) -> int:
+    """Steps that may be launched and not yet committed when the next one is scheduled.
+
+    Raises ValueError if the config asks for overlap that can't be had.
+    """
+    hindrances = {
+        f"attention_backend {backend} plans each slot on the host": backend != "trtllm",
+        "check_device_values compares with lengths that the host has": config.check_device_values,
+    }
+    reasons = [reason for reason, holds in hindrances.items() if holds]
+    if not reasons or device == "cpu" or not config.speculative_num_steps:
+        return config.depth
+    if config.overlap:
+        raise ValueError(f"overlap: True is not allowed with speculation; {'; '.join(reasons)}")
+    return 0
 
 
 @dataclass(frozen=True)

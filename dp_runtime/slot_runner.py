@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from dp_runtime.batch import LocalBatch
@@ -34,7 +36,11 @@ class SlotRunner:
         self, batch: LocalBatch, exchange: RowExchange, pending: Pending, place: Place
     ) -> Callable[[], SlotOutput]:
         """An eager forward, its inputs on the device; MoE stages perhaps from graphs."""
-        metadata = AttentionMetadata.build(batch, self._pages, place, self._device)
+        if pending.lag is not None and self._device.type == "cpu":
+            lag = np.zeros(batch.num_requests, np.int64)
+            lag[: len(pending.lag)] = pending.lag.numpy()  # nothing here has to be waited for
+            batch, pending = batch.behind(lag, self._pages.page_size), replace(pending, lag=None)
+        metadata = AttentionMetadata.build(batch, self._pages, place, self._device, pending.lag)
         inputs = self._inputs(batch, pending)
         if self.stages is not None and self.stages.covers(exchange.plan):
             forward = self.stages.forward
@@ -59,6 +65,9 @@ class SlotRunner:
         arrays = (batch.token_ids, batch.positions, batch.embed_rows, batch.embeds, rows, sources)
         inputs = all_on_device(arrays, self._device)
         token_ids, positions, embed_rows, embeds, device_rows, device_sources = inputs
+        if pending.lag is not None:
+            count = len(pending.lag)
+            positions[: count * batch.query_lens[0]].view(count, -1).sub_(pending.lag[:, None])
         if len(rows):
             token_ids[device_rows] = pending.token_ids[device_sources]
         return SlotInputs(token_ids, positions, embed_rows, embeds, pending.hidden)

@@ -95,6 +95,8 @@ class StepLoop:
         while True:
             commands = take()
             deliver(self._apply(commands))
+            while in_flight and not self.runner.may_run_ahead:
+                deliver(self.commit(in_flight.popleft()))
             scheduled, agreement, times = self._agree(commands.stop)
             if agreement.stop:
                 return

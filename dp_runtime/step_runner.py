@@ -98,23 +98,37 @@ class StepRunner:
                 votes |= 1 << index
         return votes
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a step can be scheduled before the one before it is committed.
+
+        What is drawn, penalised or scored goes by output indices, which the host does not know
+        while it knows bounds only.
+        """
+        return self.drafting is None or self.sampler.all_plain
+
     @torch.inference_mode()
     def launch(self, scheduled: Scheduled, agreement: Agreement) -> StepOutput:
         """Run every slot of the program, and sample where the target ran."""
         forwards, drafting = _Forwards(self, scheduled, agreement), self.drafting
-        chains = drafting.begin(scheduled.decodes) if drafting and scheduled.num_drafts else None
+        chains = None
+        if drafting is not None and scheduled.num_drafts:
+            target = agreement.program.slots.index(Slot.TARGET)
+            chains = drafting.begin(scheduled.decodes, scheduled.batches[target])
         for index, slot in enumerate(agreement.program.slots):
             match slot, drafting, chains:
                 case Slot.DRAFT, Drafting(), DraftChains():
                     chains = drafting.extend(chains, forwards.run(index, chains.pending))
                 case Slot.TARGET, _, _:
-                    tokens = self._last_sampled if chains is None else chains.table.flatten()
-                    output = forwards.run(index, Pending(tokens, self._no_hidden))
+                    pending = Pending(self._last_sampled, self._no_hidden)
+                    if chains is not None:
+                        pending = Pending(chains.table.flatten(), self._no_hidden, chains.lag)
+                    output = forwards.run(index, pending)
                     at_sample = perf_counter()
                     sampled, scores = self._sample(output, scheduled, index, chains)
                     sample_s = perf_counter() - at_sample
                 case Slot.DRAFT_EXTEND, Drafting(), DraftChains():
-                    pending = drafting.features(output, sampled.token_ids)
+                    pending = drafting.features(output, sampled.token_ids, chains)
                     output = forwards.run(index, pending)
                     drafting.keep(scheduled, scheduled.batches[index], sampled, output)
                 case _:

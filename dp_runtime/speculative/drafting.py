@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,42 +21,49 @@ from dp_runtime.transfer import all_on_device
 
 @dataclass(frozen=True, eq=False)
 class DraftChains:
-    """The tokens drafted so far for the decoding requests of a step, and what drafts the next."""
+    """The last tokens of a step's decoding requests, their drafts so far, and what drafts next."""
 
-    tokens: tuple[Tensor, ...]  # of each draft [requests] int64
+    tokens: tuple[Tensor, ...]  # the last token, then each draft: [requests] int64
     hidden: Tensor  # [requests, hidden], which the draft model gave with the last of them
+    lag: Tensor | None  # [requests] int64: how far each is behind its bounds; None: not at all
 
     @property
     def pending(self) -> Pending:
         """What the next draft slot reads."""
-        return Pending(self.tokens[-1], self.hidden)
+        return Pending(self.tokens[-1], self.hidden, self.lag)
 
     @property
     def table(self) -> Tensor:
-        """[requests, drafts] int64."""
+        """[requests, 1 + drafts] int64: the rows of the verifications."""
         return torch.stack(self.tokens, 1)
 
 
 class Drafting:
     """Begins each step's chains, extends them, and keeps what the next step's begin with.
 
-    The first draft of a request's next step, and the hidden state it came with, lie by the
-    request's row of the request table, num_rows in all. A request has them once any of its rows
+    By each request's row of the request table, num_rows in all, it keeps the request's last token,
+    the first draft of its next step, the hidden state that draft came with, and how many tokens
+    the last step's verification fell short of its bound. A request has them once any of its rows
     went through a draft_extend slot, as those of every prefill chunk and every verification do.
     """
 
     def __init__(
         self, model: DraftModel, forced: Forced | None, num_rows: int, device: torch.device
     ) -> None:
+        def column() -> Tensor:
+            return torch.zeros(num_rows, dtype=torch.int64, device=device)
+
         self.model = model
         self._forced = forced
-        self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._last, self._first_draft, self._lag = column(), column(), column()
         self._hidden = torch.zeros(num_rows, model.hidden_size, dtype=model.dtype, device=device)
 
-    def begin(self, decodes: Int64) -> DraftChains:
-        """Chains of one token, of the requests in these rows of the table."""
-        (rows,) = all_on_device([decodes], self._tokens.device)
-        return DraftChains((self._tokens[rows],), self._hidden[rows])
+    def begin(self, decodes: Int64, target: LocalBatch) -> DraftChains:
+        """Chains of one draft, of the requests in these rows of the table, the target's first."""
+        lagging = target.lag_rows[: len(decodes)] >= 0
+        rows, may_lag = all_on_device([decodes, lagging.astype(np.int64)], self._last.device)
+        lag = self._lag[rows] * may_lag if lagging.any() else None
+        return DraftChains((self._last[rows], self._first_draft[rows]), self._hidden[rows], lag)
 
     def extend(self, chains: DraftChains, output: SlotOutput) -> DraftChains:
         """One more token of each, from a draft slot."""
@@ -64,29 +72,37 @@ class Drafting:
         if logits is None:
             logits = RowLogits.of(self.model.logits(last))
         tokens = self.model.token_ids(logits.best).clone()  # a graph's output is written again
-        return DraftChains((*chains.tokens, tokens), hidden)
+        return replace(chains, tokens=(*chains.tokens, tokens), hidden=hidden)
 
     def verification(self, chains: DraftChains) -> Verification:
         """What the sampler is to verify."""
-        return Verification(chains.table, self._forced)
+        return Verification(chains.table[:, 1:], self._forced)
 
-    def features(self, target: SlotOutput, token_ids: Tensor) -> Pending:
+    def features(self, target: SlotOutput, token_ids: Tensor, chains: DraftChains) -> Pending:
         """What the draft_extend slot reads: the target's rows, and the tokens it chose."""
-        return Pending(token_ids, self.model.project(target.hidden.features))
+        return Pending(token_ids, self.model.project(target.hidden.features), chains.lag)
 
     def keep(
         self, scheduled: Scheduled, batch: LocalBatch, sampled: Sampled, output: SlotOutput
     ) -> None:
-        """Keep the first draft of every request of a draft_extend slot, for its next step.
+        """Keep what every request of a draft_extend slot needs in its next step.
 
         batch: of that slot; its sample_rows are each request's first, and the last accepted row of
-        a verification lies so far behind as drafts were accepted.
+        a verification lies so far behind as drafts were accepted. That row has read the last token.
         """
-        arrays = (scheduled.rows, batch.sample_rows)
-        table_rows, rows = all_on_device(arrays, self._tokens.device)
-        assert sampled.num_accepted is not None, "a step that drafts verifies"
-        rows[: len(sampled.num_accepted)] += sampled.num_accepted
+        first = batch.sample_rows
+        arrays = scheduled.rows, first, batch.token_sources[first], batch.token_ids[first]
+        table_rows, rows, sources, known = all_on_device(arrays, self._last.device)
+        accepted = sampled.num_accepted
+        assert accepted is not None, "a step that drafts verifies"
+        rows[: len(accepted)] += accepted
+        sources[: len(accepted)] += accepted
+        if len(sampled.token_ids):
+            known = torch.where(sources < 0, known, sampled.token_ids[sources.clamp(min=0)])
+        lag = torch.zeros_like(rows)
+        lag[: len(accepted)] = scheduled.num_drafts - accepted
         last, hidden = output.hidden
         best = RowLogits.of(self.model.logits(last[rows])).best
-        self._tokens[table_rows] = self.model.token_ids(best)
+        self._last[table_rows], self._lag[table_rows] = known, lag
+        self._first_draft[table_rows] = self.model.token_ids(best)
         self._hidden[table_rows] = hidden[rows]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def make_inputs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphInputs]:
 
     def make(query_len: int = 1, hidden: int = 0) -> GraphInputs:
         states = torch.zeros(REQUESTS * query_len, hidden)
-        return GraphInputs(REQUESTS, query_len, TABLE_PAGES, DP_SIZE, states)
+        return GraphInputs(REQUESTS, query_len, TABLE_PAGES, DP_SIZE, states, PAGE)
 
     return make
 
@@ -120,3 +121,24 @@ def test_null_rows_alone_are_written_over_a_batch(
     assert not inputs.page_table[:5].any()
     assert not inputs.positions[:5].any()
     assert inputs.layout.tolist() == [[0, 8, 16], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_verifications_move_back_to_where_they_are(
+    make_inputs: Callable[..., GraphInputs], query_len: int
+) -> None:
+    draw, inputs = random.Random(3), make_inputs(query_len, 2)
+    for _ in range(30):
+        batch = batch_of(draw, draw.randint(1, REQUESTS - 1), query_len)
+        lags = [draw.randint(0, length - query_len) for length in batch.seq_lens]
+        lag = np.array(lags, np.int64)
+        pending = replace(pending_of(torch.arange(3), batch, 2), lag=torch.from_numpy(lag))
+        rows = batch.num_tokens
+        inputs.write(batch, rows + query_len, (rows, 0, 0), 8, pending)
+        exact = batch.behind(lag, PAGE)
+        for name in ("positions", "slot_mapping"):
+            null = list(range(query_len))
+            due = [*getattr(exact, name).tolist(), *null]
+            assert getattr(inputs, name)[: rows + query_len].tolist() == due, name
+        seq_lens = inputs.seq_lens[: batch.num_requests + 1].tolist()
+        assert seq_lens == [*exact.seq_lens.tolist(), query_len]

@@ -10,6 +10,8 @@ import torch
 from dp_runtime.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
 from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, _explain, check_values
+from dp_runtime.pending import Pending
+from dp_runtime.slot_runner import SlotRunner
 
 PAGES = PageGeometry(num_pages=10, page_size=4)
 PLACE = Place(3, 17, "target")
@@ -124,3 +126,33 @@ def test_metadata_holds_real_sequences_only() -> None:
     assert metadata.cu_seqlens_q.dtype == metadata.seq_lens.dtype == torch.int32
     empty = AttentionMetadata.build(LocalBatch.empty(), PAGES, PLACE, torch.device("cpu"))
     assert (empty.batch_size, empty.num_tokens) == (0, 0)
+
+
+def test_lengths_that_are_bounds_move_back_on_the_device() -> None:
+    """Two verifications of 3 rows, one of them 2 tokens behind, and a chunk that is where it is."""
+    page_table = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0]], np.int32)
+    positions = np.array([6, 7, 8, 7, 8, 9, 3, 4], np.int64)
+    owner = np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    bounds = replace(
+        batch(),
+        positions=positions,
+        slot_mapping=page_table[owner, positions // 4].astype(np.int64) * 4 + positions % 4,
+        query_lens=np.array([3, 3, 2], np.int32),
+        seq_lens=np.array([9, 10, 5], np.int32),
+        page_table=page_table,
+        lag_rows=np.array([5, 9, -1], np.int64),
+    )
+    assert bounds.lags
+    exact = bounds.behind(np.array([2, 0, 0]), PAGES.page_size)
+    assert not exact.lags
+    cpu = torch.device("cpu")
+    lag = torch.tensor([2, 0])
+    moved = AttentionMetadata.build(bounds, PAGES, PLACE, cpu, lag)
+    built = AttentionMetadata.build(exact, PAGES, PLACE, cpu)
+    for name in ("seq_lens", "slot_mapping", "page_table", "cu_seqlens_q"):
+        assert getattr(moved, name).tolist() == getattr(built, name).tolist(), name
+    assert moved.seq_lens_host.tolist() == [9, 10, 5], "mirrors hold the bounds"
+    inputs = SlotRunner(None, PAGES, cpu)._inputs(  # type: ignore[arg-type]
+        bounds, Pending(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), lag)
+    )
+    assert inputs.positions.tolist() == exact.positions.tolist()

@@ -97,18 +97,20 @@ def test_graphs_give_the_logits_of_eager_steps(checkpoint: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_speculation_with_a_useful_draft_accepts_as_much_from_graphs_as_eagerly() -> None:
+def test_a_useful_draft_is_accepted_as_often_from_graphs_as_eagerly_overlapped_or_not() -> None:
     """A wrong draft never shows as wrong text, only as few accepted tokens."""
     lines = [f"The {word} of the" for word in ("name", "value", "list", "type", "result", "use")]
-    accepted = []
-    for graphs in (True, False):
+    accepted, texts = [], []
+    for graphs, overlap in ((True, True), (False, True), (True, False)):
         config = EngineConfig(
-            str(TINY_MODEL), launcher="local", device="cuda", max_model_len=512,
+            str(TINY_MODEL), launcher="local", device="cuda", max_model_len=512, overlap=overlap,
             cuda_graphs=graphs, attention_backend="trtllm", speculative_num_steps=3,
         )  # fmt: skip
         with Engine(config) as engine:
             params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
-            engine.generate(4 * lines, params)
+            outputs = engine.generate(4 * lines, params)
             accepted.append(engine.report().tokens_per_verification)
+            texts.append([output.token_ids for output in outputs])
     assert min(accepted) > 1.6
     assert max(accepted) < 1.1 * min(accepted)
+    assert sum(one == other for one, other in zip(texts[0], texts[2])) > 0.8 * len(texts[0])
