@@ -122,7 +122,7 @@ class StepRunner:
                 case Slot.TARGET, _, _:
                     pending = Pending(self._last_sampled, self._no_hidden)
                     if chains is not None:
-                        pending = Pending(chains.table.flatten(), self._no_hidden, chains.lag)
+                        pending = Pending(chains.rows, self._no_hidden, chains.lag)
                     output = forwards.run(index, pending)
                     at_sample = perf_counter()
                     sampled, scores = self._sample(output, scheduled, index, chains)

@@ -33,9 +33,14 @@ class DraftChains:
         return Pending(self.tokens[-1], self.hidden, self.lag)
 
     @property
-    def table(self) -> Tensor:
-        """[requests, 1 + drafts] int64: the rows of the verifications."""
-        return torch.stack(self.tokens, 1)
+    def drafts(self) -> Tensor:
+        """[requests, drafts] int64."""
+        return torch.stack(self.tokens[1:], 1)
+
+    @property
+    def rows(self) -> Tensor:
+        """[requests * (1 + drafts)] int64: what the target reads to verify them."""
+        return torch.stack(self.tokens, 1).flatten()
 
 
 class Drafting:
@@ -76,7 +81,7 @@ class Drafting:
 
     def verification(self, chains: DraftChains) -> Verification:
         """What the sampler is to verify."""
-        return Verification(chains.table[:, 1:], self._forced)
+        return Verification(chains.drafts, self._forced)
 
     def features(self, target: SlotOutput, token_ids: Tensor, chains: DraftChains) -> Pending:
         """What the draft_extend slot reads: the target's rows, and the tokens it chose."""

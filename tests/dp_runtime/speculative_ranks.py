@@ -48,7 +48,7 @@ class Watch:
         loop.commit = self.commit  # type: ignore[method-assign]
 
     def verification(self, chains: DraftChains) -> Verification:
-        self._launched.append(chains.table.clone())
+        self._launched.append(chains.drafts)
         return self._verification(chains)
 
     def commit(self, step: Launched) -> list[RequestProgress]:
@@ -150,7 +150,7 @@ class SpeculativeRanks:
                 plan.limits, max_num_requests=requests, max_num_tokens=tokens, max_drafts=num_steps
             )
             pages = PageGeometry(num_pages or plan.pages.num_pages, plan.pages.page_size)
-            part = replace(plan, limits=limits, pages=pages)
+            part = replace(plan, limits=limits, pages=pages, depth=config.depth)
             loop = _loop(config, part, loaded, group, rank)
             loop.coordinator._policy = policy
             ranks.append(ScriptedRank(loop, [one for one in script if one.dp_rank == rank]))
