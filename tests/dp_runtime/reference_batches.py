@@ -1,4 +1,4 @@
-"""What the rows of a step with drafts have to be, by each request's known tokens, in plain lists."""
+"""What the rows of a step with drafts have to be, by the known tokens, in plain lists."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class ReferenceBatches:
         for number, part in enumerate(parts):
             first = len(target)
             samples += self.samples_of(part)
-            target += self.target_rows(part, number * program.num_drafts, pages)
+            target += self.target_rows(part, number * (1 + program.num_drafts), pages)
             extend += self.extend_rows(part, len(samples), pages)
             ends += range(first, len(target)) if part.verified else [len(target) - 1] * part.samples
             firsts.append(first if part.verified else len(target) - 1)
@@ -106,12 +106,15 @@ class ReferenceBatches:
         for number, part in enumerate(verified):
             yield self.row(part.request_id, part.positions[index], None, number, pages)
 
-    def target_rows(self, part: Part, draft: int, pages: dict[int, list[int]]) -> Iterator[Row]:
-        """Known tokens; then drafts, of which `draft` is the request's first."""
+    def target_rows(self, part: Part, chain: int, pages: dict[int, list[int]]) -> Iterator[Row]:
+        """Known tokens; of a verification the request's chain, which begins with the last one.
+
+        chain: its number among the pending tokens.
+        """
         known, embeds = self.known[part.request_id], self.embeds(part.request_id)
         for position in part.positions:
-            token = known[position] if position < len(known) else None
-            pending = None if token is not None else draft + position - len(known)
+            token = None if part.verified else known[position]
+            pending = chain + position - part.positions.start if part.verified else None
             at = part.request_id, position
             yield self.row(*at, token, pending, pages, embeds.get(position))
 

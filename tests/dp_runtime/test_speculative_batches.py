@@ -174,8 +174,8 @@ def test_a_verification_beside_a_chunk() -> None:
     assert (draft.positions.tolist(), draft.seq_lens.tolist()) == ([3], [4])
     assert draft.token_sources.tolist() == [0]
     assert target.positions.tolist() == extend.positions.tolist() == [3, 4, 5, 0, 1, 2, 3, 4]
-    assert target.token_ids.tolist() == [text_token(1, 0), 0, 0, 5, 8, 11, 14, 17]
-    assert target.token_sources.tolist() == [-1, 0, 1, -1, -1, -1, -1, -1]
+    assert target.token_ids.tolist() == [0, 0, 0, 5, 8, 11, 14, 17]
+    assert target.token_sources.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
     assert target.sample_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert extend.token_ids.tolist() == [0, 0, 0, 8, 11, 14, 17, 20]
     assert extend.token_sources.tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
