@@ -51,7 +51,7 @@ def main() -> None:
         args.model, dp_size=args.dp_size, load_format="dummy", launcher="local", device=args.device,
         moe_sharding=args.moe_sharding, moe_backend=args.moe_backend, collective=args.collective,
         cuda_graphs=args.cuda_graphs, max_num_requests=max(args.requests),
-        overlap=args.overlap and not args.speculative_num_steps,
+        overlap=args.overlap,
         speculative_num_steps=args.speculative_num_steps,
         speculative_forced_tokens=args.forced_tokens, max_num_tokens=8192,
         max_model_len=args.prompt + args.output + 64,

@@ -66,7 +66,7 @@ def main() -> None:
     config = EngineConfig(
         args.model, dp_size=args.dp_size, load_format=args.load_format, launcher=args.launcher,
         device=args.device, moe_sharding=args.moe_sharding,
-        overlap=args.overlap and not args.speculative_num_steps,
+        overlap=args.overlap,
         speculative_num_steps=args.speculative_num_steps,
         speculative_forced_tokens=args.forced_tokens, cuda_graphs=args.cuda_graphs,
         collective=args.collective, padding=args.padding,
