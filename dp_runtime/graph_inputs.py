@@ -117,17 +117,17 @@ class GraphInputs:
         count = min(len(pending.token_ids), len(self._pending))
         self._pending[:count].copy_(pending.token_ids[:count])
         if pending.lag is not None:
-            self._move_back(requests, pending.lag)
+            self._move_back(pending.lag)
         if self.hidden.shape[1]:
             self.hidden[:rows].copy_(pending.hidden)
 
-    def _move_back(self, requests: int, lag: Tensor) -> None:
-        """From the bounds that a batch has to where its sequences really are."""
-        length = self.query_len
-        seq_lens, rows = self.seq_lens[:requests], slice(requests * length)
+    def _move_back(self, lag: Tensor) -> None:
+        """The first sequences, from the bounds that a batch has to where they really are."""
+        count, length = len(lag), self.query_len
+        seq_lens, rows = self.seq_lens[:count], slice(count * length)
         seq_lens -= lag
-        self.positions[rows].view(requests, length).sub_(lag[:, None])
-        own = seq_lens, length, self.page_table[:requests], self._page_size
+        self.positions[rows].view(count, length).sub_(lag[:, None])
+        own = seq_lens, length, self.page_table[:count], self._page_size
         self.slot_mapping[rows] = newest_slots(*own)
 
     def write_null(self, own_rows: int, gathered_rows: int) -> None:
