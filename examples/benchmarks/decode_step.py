@@ -39,7 +39,7 @@ class Measured:
 
     requests: int
     step_ms: tuple[float, float, float]  # p10, p50, p99
-    routed: Routed
+    routed: Routed | None  # None if no step had the rows of all requests
     distinct_last_tokens: float
     tokens_per_verification: float  # 1 without speculation
     profile: Profile | None
@@ -102,7 +102,7 @@ def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int
             rank.run(Load(load.prompt_lens, (prefill + COUNTED_STEPS) * query_len))
         last = timed.last_tokens.values()
         distinct = len(set(last)) / len(last)
-        routed = Routed.of(counted, size)
+        routed = Routed.of(counted, size) if counted else None
         emitted = tokens_per_verification(timed.steps)
         results.append(Measured(count, quantiles, routed, distinct, emitted, profile))
     return results
@@ -127,10 +127,11 @@ def measured_rate(device: str) -> float:
 
 def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
     model = read_model_config(args.model)
-    uniform = uniform_active(model, measured.requests * args.dp_size)
+    rows = measured.requests * (1 + args.speculative_num_steps) * args.dp_size
+    uniform = uniform_active(model, rows)
     least = DecodeBytes.of(
         model, args.dp_size, measured.requests, args.prompt + args.output / 2,
-        measured.routed.active_experts, args.speculative_num_steps,
+        measured.routed.active_experts if measured.routed else None, args.speculative_num_steps,
     )  # fmt: skip
     floor, (p10, p50, p99) = least.milliseconds(rate * 1e12), measured.step_ms
     figures = {
@@ -141,11 +142,12 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         "floor_ms": round(floor, 3),
         "times_floor": round(p50 / floor, 3),
         "read_rate_tb_s": round(rate, 2),
-        "active_experts": round(measured.routed.active_experts, 2),
-        "of_uniform": round(measured.routed.active_experts / uniform, 4),
-        "max_mean_load": round(measured.routed.load, 3),
         "distinct_last_tokens": round(measured.distinct_last_tokens, 3),
     }
+    if measured.routed:
+        figures["active_experts"] = round(measured.routed.active_experts, 2)
+        figures["of_uniform"] = round(measured.routed.active_experts / uniform, 4)
+        figures["max_mean_load"] = round(measured.routed.load, 3)
     if args.speculative_num_steps:
         emitted = measured.tokens_per_verification
         figures["tokens_per_verification"] = round(emitted, 3)
