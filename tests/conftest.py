@@ -12,6 +12,7 @@ import torch
 from tests.checkpoints import tiny_checkpoint
 from tests.product_cases import CHECKPOINTS
 from tests.reference import Reference
+from tests.speculative_cases import DRAFTED, Drafted
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -34,6 +35,18 @@ def reference_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Re
         return Reference(tiny_checkpoint(path, architecture, **overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def drafted_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Drafted]:
+    """A checkpoint with a draft model by its name in DRAFTED, made at its first use."""
+    return cache(lambda name: DRAFTED[name](tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def oracle_of(drafted_of: Callable[[str], Drafted]) -> Callable[[str], Reference]:
+    """The oracle of a checkpoint with a draft model, which it does not read."""
+    return cache(lambda name: Reference(drafted_of(name).model))
 
 
 @pytest.fixture(scope="session")

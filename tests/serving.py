@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic, sleep
 
+from torch import Tensor
+
 from dp_runtime import Engine, RequestOutput, SamplingParams
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.request import FinishReason, Prompt, TokensPrompt
+from dp_runtime.step import StepLoop
 from tests.product_cases import Item
 from tests.reference import Reference, check_greedy
 
@@ -84,3 +87,13 @@ def check_pages_free(engine: Engine) -> None:
 def models_of(engine: Engine) -> list[CausalLM]:
     """The model every rank has loaded, of an engine whose ranks are threads."""
     return [handle.worker._loaded.models.target for handle in engine._group._handles]
+
+
+def loops_of(engine: Engine) -> list[StepLoop]:
+    """Every rank's step loop, of an engine whose ranks are threads."""
+    return [handle.worker._loop for handle in engine._group._handles]
+
+
+def pools_of(engine: Engine) -> list[Sequence[Tensor]]:
+    """Every rank's page pools, [layer], those of the draft behind the model's."""
+    return [handle.worker._loaded.pools for handle in engine._group._handles]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dp_runtime import EngineConfig
+from dp_runtime import Engine, EngineConfig
 from tests.checkpoints import add_mtp, eagle3_checkpoint, tiny_checkpoint
-from tests.product_cases import DIMENSIONS, MIXTRAL, QWEN, Case, Group, every
+from tests.product_cases import DIMENSIONS, MIXTRAL, QWEN, Case, Group, Item
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,16 @@ class SpeculativeCase(Case):
         return f"{steps}-{super().__str__()}"
 
     @property
+    def items(self) -> tuple[Item, ...]:
+        """The first few of every rank: several forwards a step take their time."""
+        first, ranks = [], Counter[int]()
+        for item in super().items:
+            ranks[item.dp_rank] += 1
+            if ranks[item.dp_rank] <= 4 + item.dp_rank:
+                first.append(item)
+        return tuple(first)
+
+    @property
     def max_drafts(self) -> int:
         return self.num_steps
 
@@ -101,21 +112,27 @@ STEPS = tuple(range(1, 8))
 SPECULATIVE_DIMENSIONS: dict[str, tuple[Any, ...]] = {
     **DIMENSIONS,
     "checkpoint": tuple(DRAFTED),
-    "overlap": (False,),
     "num_steps": STEPS,
     "adaptive": (False, True),
 }
 
-# Every value beside every number of steps, and what shares the pages or the rows of a step.
+# Every value, and what shares the pages or the rows of a step in every combination.
 SPECULATIVE_GROUPS: list[Group] = [
+    *((name,) for name in SPECULATIVE_DIMENSIONS),
     ("num_steps", "few_pages"),
-    ("num_steps", "adaptive"),
-    ("num_steps", "max_num_tokens"),
-    ("checkpoint", "extra"),
-    ("dp_size", "load"),
+    ("num_steps", "overlap"),
     ("dp_size", "padding"),
+    ("checkpoint", "overlap"),
     ("load", "few_pages"),
     ("page_size", "few_pages"),
     ("moe_sharding", "poison_padding"),
 ]
-SPECULATIVE_PAIRS = every(2, tuple(SPECULATIVE_DIMENSIONS))
+
+TRAINED = Drafted(Path(__file__).parents[1] / "examples/tiny_moe/checkpoint")  # its MTP layer too
+
+
+def engine_of(drafted: Drafted, num_steps: int, dp_size: int = 2, **others: Any) -> Engine:
+    """Ranks as threads that draft so many tokens, 0 for none."""
+    fields = {"launcher": "thread", "max_model_len": 128, "page_size": 16, "max_num_requests": 8}
+    fields |= drafted.fields(num_steps) | others
+    return Engine(EngineConfig(str(drafted.model), dp_size, **fields))

@@ -102,7 +102,7 @@ class ScriptedRank:
             due.append(self._events.popleft())
         self._step += 1
         if self._events:
-            self.loop.coordinator.board.wake()  # steps count on while all ranks are idle
+            self._wake()  # steps count on while all ranks are idle
         add = [event.request for event in due if not event.abort]
         abort = [event.request.request_id for event in due if event.abort]
         return Commands(add, abort, stop)
@@ -112,6 +112,10 @@ class ScriptedRank:
             before = self.outputs.get(item.request_id, ())
             assert item.first_index == len(before), "progress goes on where the last one ended"
             self.outputs[item.request_id] = before + item.token_ids
+        self._wake()  # this may have been the last
+
+    def _wake(self) -> None:
+        self.loop.coordinator.board.wake()
 
 
 class SpeculativeRanks:

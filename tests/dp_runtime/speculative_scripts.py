@@ -63,6 +63,7 @@ class Script:
     num_requests: int = MAX_REQUESTS
     spare_tokens: int = MAX_TOKENS  # of a step's budget, beside the verifications
     num_pages: int | None = None
+    overlap: bool = False
 
     @property
     def events(self) -> list[Event]:
@@ -81,7 +82,7 @@ class Script:
     def serve(self, ranks: SpeculativeRanks, **fields: Any) -> Served:
         return ranks.serve(
             self.events, self.num_steps, num_pages=self.num_pages, num_tokens=self.num_tokens,
-            num_requests=self.num_requests, **fields,
+            num_requests=self.num_requests, overlap=self.overlap, **fields,
         )  # fmt: skip
 
     def check(self, served: Served, alone: Sequence[Alone]) -> None:
@@ -117,6 +118,7 @@ def scripts(draw: st.DrawFn) -> Script:
         num_requests=draw(st.integers(1, MAX_REQUESTS)),
         spare_tokens=draw(st.integers(0, 30)),
         num_pages=draw(st.one_of(st.none(), st.integers(fewest, fewest + 6))),
+        overlap=draw(st.booleans()),
     )
 
 
