@@ -37,6 +37,7 @@ from workers.messages import MeetingPoint
 TOKENS = (100, 150_000)  # keeps clear of special tokens
 IDS_A_RANK = 1_000_000
 SHORT_US = 10.0
+QUIET = 2  # a rank asks twice at most while a step runs that is not recorded yet
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Driver:
     kernels: Profile | None = None
     _seen: int = 0
     _recorded: int = -1
+    _quiet: int = 0  # times in a row that no step was recorded
     _profiler: Any = None
 
     def __post_init__(self) -> None:
@@ -90,8 +92,9 @@ class Driver:
         if self.window is not None and self.recorder.steps:
             self._watch(self.window)
         before, self._recorded = self._recorded, self.recorder.totals.steps
+        self._quiet = self._quiet + 1 if before == self._recorded else 0
         done = bool(self.last_tokens) and not self.unfinished
-        return Commands(added, stop=done and before == self._recorded)
+        return Commands(added, stop=done and self._quiet >= QUIET)
 
     def deliver(self, progress: list[RequestProgress]) -> None:
         for item in progress:
