@@ -95,7 +95,7 @@ class SpeculativeCase(Case):
         first, ranks = [], Counter[int]()
         for item in super().items:
             ranks[item.dp_rank] += 1
-            if ranks[item.dp_rank] <= 4 + item.dp_rank:
+            if ranks[item.dp_rank] <= 2 + item.dp_rank:
                 first.append(item)
         return tuple(first)
 

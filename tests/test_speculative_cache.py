@@ -17,8 +17,8 @@ from tests.product_cases import random_prompt
 from tests.serving import check_pages_free, loops_of, pools_of
 from tests.speculative_cases import Drafted, engine_of
 
-GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=20)
-PROMPTS = [random_prompt(length, "kept") for length in (1, 33, 20, 50, 40, 7)]
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=16)
+PROMPTS = [random_prompt(length, "kept") for length in (1, 33, 50, 40, 27)]
 GARBAGE = 1e3  # beside keys and values around 1
 
 DraftedOf = Callable[[str], Drafted]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,17 +32,34 @@ def accepted_of(request_id: int, num_known: int, num_drafts: int) -> int:
     return derive_seed(request_id + 1000, num_known) % (num_drafts + 1)
 
 
-class Driver:
-    """Plays the steps of a scheduler without a model, and checks every batch of each."""
+@dataclass(frozen=True)
+class Launched:
+    """A step that is not committed, and what it will give."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    scheduled: Scheduled
+    tokens: tuple[int, ...]
+    accepted: tuple[int, ...]
+    lags: dict[int, int]  # of its requests: tokens that each is behind its bounds
+
+
+class Driver:
+    """Plays the steps of a scheduler without a model, and checks every batch of each.
+
+    The reference knows at once what a launched step gives; the scheduler, when it is committed.
+    """
+
+    def __init__(self, scheduler: Scheduler, depth: int = 0) -> None:
         self.scheduler = scheduler
         self.reference = ReferenceBatches(scheduler.pages.page_size)
+        self.depth = depth
+        self.in_flight: deque[Launched] = deque()
+        self.outputs: dict[int, list[int]] = {}
         self.finished: set[int] = set()
 
     def add(self, request: RankRequest) -> None:
         self.scheduler.add(request)
         self.reference.add(request)
+        self.outputs[request.request_id] = []
 
     def abort(self, request_id: int) -> None:
         if self.scheduler.abort(request_id):
@@ -54,22 +74,30 @@ class Driver:
         pages = {int(table.request_ids[row]): table.pages(row) for row in step.rows.tolist()}
         due = self.reference.slots(parts, program, pages)
         self.check(step, program, parts, due)
-        self.commit(step, parts, due)
+        if parts:
+            self.in_flight.append(self.launch(step, parts, due))
+        while len(self.in_flight) > (self.depth if parts else 0):
+            self.commit(self.in_flight.popleft())
         self.scheduler.check()
         return step
 
     def check(self, step: Scheduled, program: Program, parts: list[Part], due: Slots) -> None:
         assert len(step.batches) == len(program.slots)
-        for slot, batch, rows, sample_rows in zip(
+        lags = self.in_flight[-1].lags if self.in_flight else {}
+        for slot, bounds, rows, sample_rows in zip(
             program.slots, step.batches, due.rows, due.sample_rows, strict=True
         ):
-            check_values(batch, self.scheduler.pages, Place(0, 0, slot))
+            check_values(bounds, self.scheduler.pages, Place(0, 0, slot))
+            ids = bounds.request_ids.tolist()
+            assert (bounds.lag_rows >= 0).tolist() == [one in lags for one in ids]
+            behind = np.array([lags.get(one, 0) for one in ids], np.int64)
+            batch = bounds.behind(behind, self.scheduler.pages.page_size)
             assert rows_of(batch) == rows, slot
             assert batch.sample_rows.tolist() == sample_rows, slot
             starts = batch.seq_lens - batch.query_lens
             assert starts.tolist() == batch.positions[first_rows(batch)].tolist(), slot
         found = zip(step.samples.request_ids.tolist(), step.samples.output_indices.tolist())
-        assert list(found) == due.samples
+        assert list(found) == [(one, index + lags.get(one, 0)) for one, index in due.samples]
         sampled = [part.request_id for part in parts if part.samples]
         assert self.scheduler.table.request_ids[step.sampled].tolist() == sampled
         self.check_counts(step, program)
@@ -81,31 +109,38 @@ class Driver:
         assert step.real_rows == (*drafts, rows, rows)
         assert rows <= self.scheduler.limits.max_num_tokens
 
-    def commit(self, step: Scheduled, parts: list[Part], due: Slots) -> None:
+    def launch(self, step: Scheduled, parts: list[Part], due: Slots) -> Launched:
+        """Tell the reference what the step gives each request, be it at its end or not."""
+        accepted, lags = [], {}
+        for part in parts:
+            known = self.reference.known[part.request_id]
+            count = int(part.samples)
+            if part.verified:
+                accepted.append(accepted_of(part.request_id, len(known), step.num_drafts))
+                count += accepted[-1]
+            lags[part.request_id] = step.num_drafts - accepted[-1] if part.verified else 0
+            done = len(known) - self.reference.prompt_len(part.request_id)
+            known += [text_token(part.request_id, done + index) for index in range(count)]
+            if part.verified:
+                self.reference.computed[part.request_id] = len(known) - 1
         tokens = tuple(text_token(*sample) for sample in due.samples)
-        verified = [part for part in parts if part.verified]
-        accepted = tuple(
-            accepted_of(part.request_id, part.positions.start + 1, step.num_drafts)
-            for part in verified
-        )
-        scored = [() for _ in step.scored]
-        given = StepTokens(tokens, [None] * len(tokens), scored, accepted)
-        for item in self.scheduler.commit(step, given):
-            known = self.reference.known[item.request_id]
-            done = len(known) - self.reference.prompt_len(item.request_id)
+        return Launched(step, tokens, tuple(accepted), lags)
+
+    def commit(self, step: Launched) -> None:
+        none = [None] * len(step.tokens), [() for _ in step.scheduled.scored]
+        given = StepTokens(step.tokens, *none, step.accepted)
+        for item in self.scheduler.commit(step.scheduled, given):
+            outputs = self.outputs[item.request_id]
+            done = len(outputs)
+            assert item.request_id not in self.finished
             assert item.first_index == done
             new = [text_token(item.request_id, done + n) for n in range(len(item.token_ids))]
             assert list(item.token_ids) == new
             ends = self.reference.requests[item.request_id].stop_token_ids
             assert not ends.intersection(new[:-1]), "nothing comes behind the end"
-            known += new
+            outputs += new
             if item.finish_reason:
                 self.finished.add(item.request_id)
-        for part, count in zip(verified, accepted):
-            known = self.reference.known[part.request_id]
-            self.reference.computed[part.request_id] = len(known) - 1
-            if part.request_id not in self.finished:
-                assert len(known) == part.positions.start + 2 + count
 
 
 def first_rows(batch: LocalBatch) -> np.ndarray:
@@ -138,17 +173,17 @@ actions = st.lists(
 @settings(deadline=None, max_examples=150)
 @given(
     todo=actions, page_size=st.integers(1, 8), spare_pages=st.integers(0, 20),
-    num_requests=st.integers(1, 5), spare_tokens=st.integers(0, 20),
+    num_requests=st.integers(1, 5), spare_tokens=st.integers(0, 20), depth=st.integers(0, 1),
 )  # fmt: skip
 def test_every_slot_is_what_the_known_tokens_say(
     todo: list[tuple[str, int, int, int]], page_size: int, spare_pages: int, num_requests: int,
-    spare_tokens: int,
+    spare_tokens: int, depth: int,
 ) -> None:  # fmt: skip
     num_pages = 1 + -(-(MODEL_LEN + MAX_DRAFTS) // page_size) + spare_pages
     limits = Limits(
         num_requests, num_requests * (1 + MAX_DRAFTS) + spare_tokens, MODEL_LEN, MAX_DRAFTS
     )
-    driver = Driver(Scheduler(PageGeometry(num_pages, page_size), limits))
+    driver = Driver(Scheduler(PageGeometry(num_pages, page_size), limits), depth)
     count = 0
     for name, first, second, third in todo:
         if name == "add":
