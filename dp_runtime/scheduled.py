@@ -78,7 +78,7 @@ class StepTokens:
     without drafts.
     """
 
-    token_ids: Sequence[int]
-    logprobs: Sequence[TokenLogprob | None]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]
     prompt_logprobs: Sequence[tuple[TokenLogprob, ...]]
     num_accepted: Sequence[int] = ()

@@ -124,27 +124,29 @@ class Scheduler:
         """Take over what a launched step sampled; returns what changed, request by request."""
         self.table.num_launched[step.rows] -= 1
         counts = self._keep_verified(step, tokens)
+        token_ids, scored, query_len = tokens.token_ids, any(tokens.logprobs), 1 + step.num_drafts
         progress, first = [], 0
         for row, count in zip(step.decodes.tolist(), counts):
             live, end = self.table.request(row), first + count
             if not live.finish_reason:
-                new = tokens.token_ids[first:end], tokens.logprobs[first:end]
-                progress.append(self._advance(live, *new))
+                logprobs = tokens.logprobs[first:end] if scored else ()
+                progress.append(self._advance(live, token_ids[first:end], logprobs))
             if not live.running:
                 self._settle(live)
-            first += 1 + step.num_drafts
+            first += query_len
         sampled = zip(tokens.token_ids[first:], tokens.logprobs[first:], strict=True)
         scores = iter(tokens.prompt_logprobs)
         for chunk in step.chunks:
             live = chunk.live
-            scored = next(scores) if chunk.scores else ()
+            prompt_logprobs = next(scores) if chunk.scores else ()
             if chunk.samples:
                 token, logprob = next(sampled)
                 if not live.finish_reason:
-                    progress.append(self._advance(live, (token,), (logprob,), scored))
-            elif scored and not live.finish_reason:
+                    progress.append(self._advance(live, (token,), (logprob,), prompt_logprobs))
+            elif prompt_logprobs and not live.finish_reason:
+                outputs = len(live.outputs)
                 progress.append(
-                    RequestProgress(live.request_id, len(live.outputs), prompt_logprobs=scored)
+                    RequestProgress(live.request_id, outputs, prompt_logprobs=prompt_logprobs)
                 )
             if not live.running:
                 self._settle(live)
@@ -175,29 +177,25 @@ class Scheduler:
     def _advance(
         self,
         live: LiveRequest,
-        tokens: Sequence[int],
-        logprobs: Sequence[TokenLogprob | None],
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob | None, ...],
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
     ) -> RequestProgress:
         """Append new tokens up to the first that ends the request."""
-        request, index = live.request, len(live.outputs)
-        tokens = tuple(tokens[: live.max_outputs - index])
-        stop = next((token for token in tokens if token in request.stop_token_ids), None)
-        if stop is not None:
+        request, index, stop = live.request, len(live.outputs), None
+        if len(tokens) > live.max_outputs - index:
+            tokens = tokens[: live.max_outputs - index]
+        if not request.stop_token_ids.isdisjoint(tokens):
+            stop = next(token for token in tokens if token in request.stop_token_ids)
             tokens = tokens[: tokens.index(stop) + 1]
         live.outputs += tokens
         if not live.running:
             self._waiting_tokens += len(tokens)
         if stop is not None or len(live.outputs) == live.max_outputs:
             self._finish(live, FinishReason.LENGTH if stop is None else FinishReason.STOP)
+        known = tuple(entry for entry in logprobs[: len(tokens)] if entry) if logprobs else ()
         return RequestProgress(
-            request.request_id,
-            index,
-            tokens,
-            tuple(entry for entry in logprobs[: len(tokens)] if entry),
-            prompt_logprobs,
-            live.finish_reason,
-            stop,
+            request.request_id, index, tokens, known, prompt_logprobs, live.finish_reason, stop
         )
 
     def _finish(self, live: LiveRequest, reason: FinishReason) -> None:

@@ -60,8 +60,8 @@ class Rank:
 
     def step(self) -> bool:
         """One step; whether it had a prefill."""
-        build = self._timed("build", scheduler.build_batch)
-        with patch.object(scheduler, "build_batch", build), self._phase("schedule"):
+        build = self._timed("build", scheduler.build_batches)
+        with patch.object(scheduler, "build_batches", build), self._phase("schedule"):
             scheduled = self.scheduler.schedule(SERVING_PROGRAMS[0])
         self.seconds["schedule"][-1] -= self.seconds["build"][-1]
         with self._phase("load"):
