@@ -34,7 +34,7 @@ class LocalBatch:
     """
 
     token_ids: Int64  # [rows]
-    token_sources: Int64  # [rows] index into the tokens the last step sampled; -1: token_ids
+    token_sources: Int64  # [rows] index into what only the device knows (Pending); -1: token_ids
     positions: Int64  # [rows]
     slot_mapping: Int64  # [rows] page * page_size + offset
     request_ids: Int64  # [requests]
@@ -42,7 +42,7 @@ class LocalBatch:
     seq_lens: Int32  # [requests] tokens in the cache after this step
     page_table: Int32  # [requests, pages], rows end in the null page
     sample_rows: Int64  # [samples] rows whose logits are needed
-    lag_rows: Int64 = field(default_factory=_empty_ids)  # [requests] see `lags`, or none at all
+    lag_rows: Int64 = field(default_factory=_empty_ids)  # [requests], or empty: all are exact
     embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
     embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
 
@@ -66,11 +66,6 @@ class LocalBatch:
     @property
     def num_requests(self) -> int:
         return len(self.query_lens)
-
-    @property
-    def lags(self) -> bool:
-        """Some request may be behind its bounds."""
-        return bool(len(self.lag_rows)) and bool((self.lag_rows >= 0).any())
 
     def behind(self, lag: Int64, page_size: int) -> LocalBatch:
         """The same rows so many positions earlier, by request [requests]: where they really are."""
