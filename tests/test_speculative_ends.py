@@ -117,12 +117,12 @@ def test_stop_tokens(overlap: bool, drafted_of: DraftedOf) -> None:
     assert inside > 0
 
 
-@pytest.mark.parametrize(("num_steps", "max_model_len"), [(4, 61), (7, 60)])
+@pytest.mark.parametrize(("num_steps", "max_model_len"), [(3, 65), (7, 61)])
 def test_max_model_len(num_steps: int, max_model_len: int, drafted_of: DraftedOf) -> None:
     """Drafts reach behind the longest sequence, whose pages end there or later."""
     lengths = (55, 50, 57, 41, max_model_len - 1, max_model_len - 2)
     load = [(random_prompt(n, "full"), replace(GREEDY, max_tokens=10**9)) for n in lengths]
-    fields = {"max_model_len": max_model_len, "page_size": 4, "overlap": num_steps == 4}
+    fields = {"max_model_len": max_model_len, "page_size": 4, "overlap": num_steps == 3}
     outputs, inside = check_same(drafted_of("agreeing"), load, num_steps, **fields)
     for output in outputs:
         assert len(output.prompt_token_ids) + len(output.token_ids) == max_model_len

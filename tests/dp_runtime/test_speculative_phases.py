@@ -124,6 +124,10 @@ SCRIPTS = {
         spare_tokens=3,
     ),
     "idle ranks": Script(4, 5, ((0, 1, 2, None), (2, 1, 4, None), (13, 3, 0, None))),
+    "one after the other": Script(
+        2, 4, tuple((0, n % 2, shape, None) for n, shape in enumerate((1, 5, 2, 0, 5, 1))),
+        num_requests=1,
+    ),
     "few pages": Script(
         2, 2, tuple((0, rank, shape, None) for rank, shape in (
             (0, 8), (0, 1), (0, 5), (0, 9), (1, 3), (1, 5),
