@@ -282,11 +282,13 @@ def _page_geometry(
     size = config.page_size
     memory = rank_memory(device, config.dp_size, config.ranks_per_gpu)
     one_sequence = -(-length // size) + 1
+    drafts = config.speculative_num_steps
+    sequence = f"max_model_len {length - drafts}" + (f" and {drafts} drafts" if drafts else "")
     if config.num_pages is not None:
         require(
             config.num_pages >= one_sequence, "num_pages", config.num_pages,
-            f"at least {one_sequence}: max_model_len {length} in pages of {size}, and the null "
-            "page; or lower max_model_len",
+            f"at least {one_sequence}: {sequence} in pages of {size}, and the null page; or lower "
+            "max_model_len",
         )  # fmt: skip
         most = max(memory - used, 0) // one_page
         require(
@@ -298,7 +300,7 @@ def _page_geometry(
     affordable = int((memory - used) * fraction // one_page)
     require(
         affordable >= one_sequence, "kv_memory_fraction", fraction,
-        f"memory for {one_sequence} pages: max_model_len {length} needs them and "
+        f"memory for {one_sequence} pages: {sequence} needs them and "
         f"{max(affordable, 0)} fit; lower max_model_len or raise kv_memory_fraction",
     )  # fmt: skip
     wanted = (one_sequence - 1) * config.max_num_requests + 1

@@ -22,7 +22,7 @@ from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.jsonl import read_prompts
 from dp_runtime.request import TokensPrompt
 from dp_runtime.workload import Workload
-from tests.checkpoints import tiny_checkpoint
+from tests.checkpoints import add_mtp, tiny_checkpoint
 
 MAX_MODEL_LEN = 64
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -65,6 +65,18 @@ def model(change: Callable[[Path], object]) -> Act:
         tiny_copy(place.model, directory)
         change(directory)
         start(model=str(directory))(place)
+
+    return act
+
+
+def drafts(fields: Callable[[Path], dict[str, Any]]) -> Act:
+    """Start an engine that drafts 2 tokens, on a copy of the model with an MTP layer."""
+
+    def act(place: Place) -> None:
+        directory = place.room / "model"
+        tiny_copy(place.model, directory)
+        add_mtp(directory)
+        start(model=str(directory), speculative_num_steps=2, **fields(directory))(place)
 
     return act
 
@@ -198,6 +210,37 @@ CASES: dict[str, tuple[Act, str]] = {
     "seed": (config(seed=2**63), f"seed: {2**63}"),
     "overlap": (config(overlap=1), "overlap: 1"),
     "ray_address": (config(ray_address=6379), "ray_address: 6379"),
+    "too many steps": (config(speculative_num_steps=8), "speculative_num_steps: 8"),
+    "steps below none": (config(speculative_num_steps=-1), "speculative_num_steps: -1"),
+    "steps a bool": (config(speculative_num_steps=True), "speculative_num_steps: True"),
+    "steps a fraction": (config(speculative_num_steps=2.0), "speculative_num_steps: 2.0"),
+    "draft model without steps": (
+        config(speculative_draft_model="/x"), "speculative_draft_model: '/x' is not allowed",
+    ),
+    "draft model empty": (
+        config(speculative_num_steps=1, speculative_draft_model=""), "speculative_draft_model: ''",
+    ),
+    "adaptive without steps": (
+        config(speculative_adaptive=True), "speculative_adaptive: True is not allowed",
+    ),
+    "adaptive a number": (
+        config(speculative_num_steps=1, speculative_adaptive=1), "speculative_adaptive: 1 is not",
+    ),
+    "forced without steps": (
+        config(speculative_forced_tokens=1.0), "speculative_forced_tokens: 1.0 is not allowed",
+    ),
+    "forced above all": (
+        config(speculative_num_steps=3, speculative_forced_tokens=4.5),
+        "speculative_forced_tokens: 4.5 is not allowed; None or 1..4",
+    ),
+    "forced NaN": (
+        config(speculative_num_steps=3, speculative_forced_tokens=float("nan")),
+        "speculative_forced_tokens: nan",
+    ),
+    "verifications above the budget": (
+        config(speculative_num_steps=3, max_num_requests=17, max_num_tokens=64),
+        "max_num_requests: 17 is not allowed; at most 16",
+    ),
     # What only the machine or the model tells.
     "device": (start(device="cuda"), "device: 'cuda'"),
     "backend for the device": (
@@ -207,6 +250,20 @@ CASES: dict[str, tuple[Act, str]] = {
         start(num_pages=4, max_model_len=1000), "num_pages: 4 is not allowed; at least 17",
     ),
     "max_model_len": (start(max_model_len=4096), "max_model_len: 4096"),
+    "model without a draft": (
+        start(speculative_num_steps=2), "speculative_draft_model: None is not allowed; name",
+    ),
+    "draft model missing": (
+        start(speculative_num_steps=2, speculative_draft_model="/nowhere"), "'/nowhere'",
+    ),
+    "draft model no head": (
+        drafts(lambda directory: {"speculative_draft_model": str(directory)}),
+        "speculative_draft_model: config.json: architectures: ",
+    ),
+    "num_pages for drafts": (
+        drafts(lambda directory: {"num_pages": 17, "max_model_len": 1024}),
+        "at least 18: max_model_len 1024 and 2 drafts",
+    ),
     "memory": (start(kv_memory_fraction=1e-9), "kv_memory_fraction: 1e-09"),
     "model missing": (start(model="/nowhere"), "model: '/nowhere'"),
     "config.json missing": (file("config.json", None), "a directory with a config.json"),
