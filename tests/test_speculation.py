@@ -13,6 +13,7 @@ import pytest
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
 from dp_runtime.program import Program
+from dp_runtime.speculative.adaptive import AdaptiveLength
 from dp_runtime.trace import write_chrome_trace
 from tests.dp_runtime.speculative_ranks import Verified, Watch
 from tests.product_cases import covering_rows, every, random_prompt
@@ -110,9 +111,12 @@ def verified_of(watches: list[Watch]) -> dict[int, list[Verified]]:
 def test_report_and_trace_count_what_was_verified(
     adaptive: bool, drafted_of: DraftedOf, tmp_path: Path
 ) -> None:
-    params = [replace(GREEDY, max_tokens=20 + index) for index in range(len(PROMPTS))]
+    params = [replace(GREEDY, max_tokens=32 + index) for index in range(len(PROMPTS))]
     with engine_of(drafted_of("agreeing"), 4, 3, speculative_adaptive=adaptive) as engine:
         watches = [Watch(loop) for loop in loops_of(engine)]
+        if adaptive:
+            for loop in loops_of(engine):
+                loop.coordinator._policy = AdaptiveLength(4, cost=0.01)  # more drafts pay soon
         outputs = engine.generate(PROMPTS, params)
         check_pages_free(engine)
         report, trace = engine.report(), engine.step_trace()
