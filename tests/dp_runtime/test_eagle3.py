@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,16 @@ def reference(head: Path, target: Path, layer: str = "midlayer") -> Reference:
     return Reference(tensors, tensors.get("embed_tokens.weight", embedding), layer)
 
 
+@cache
+def loaded(target: Path) -> Any:
+    """NOTE: not in two threads at once: transformers changes module-wide state while it loads."""
+    return oracle(target)
+
+
 def features_of(target: Path, tokens: list[int], layers: tuple[int, ...]) -> Tensor:
     """The residual stream entering these layers, by transformers."""
     with torch.inference_mode():
-        states = oracle(target)(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        states = loaded(target)(torch.tensor([tokens]), output_hidden_states=True).hidden_states
     return torch.cat([states[layer][0] for layer in layers], -1)
 
 
@@ -188,6 +195,7 @@ def test_ranks_with_different_rows(dp_size: int, target: Path, tmp_path: Path) -
     head = eagle3_checkpoint(tmp_path, target)
     own = reference(head, target)
     chunks = [[8, 1, 5], [1, 20, 0], [0, 8, 9]]
+    loaded(target)
 
     def run(collective: RowCollective) -> None:
         rank = DraftRank(target, head, collective)
