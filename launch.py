@@ -141,7 +141,8 @@ def bench(options: argparse.Namespace) -> None:
     print(_memory(health))
     print(_step_times(steps))
     if options.json is not None:
-        values = asdict(report) | {"tokens_per_s": report.tokens_per_s}
+        names = ("tokens_per_s", "verifications", "drafts_accepted", "tokens_per_verification")
+        values = asdict(report) | {name: getattr(report, name) for name in names}
         memory = [asdict(rank.memory) for rank in health if rank.memory]
         graphs = [asdict(rank.graphs) for rank in health if rank.graphs]
         extra = {"workload": asdict(workload), "memory": memory, "graphs": graphs}

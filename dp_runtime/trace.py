@@ -22,7 +22,7 @@ class SlotTrace:
     real_rows: tuple[int, ...]  # [rank]
     gathered_rows: tuple[int, ...]  # [rank]
     wire_rows: int  # rows that reached another rank, all MoE layers and both directions
-    forward_s: float  # waits included
+    forward_s: float  # of the host, waits included; on a GPU that of launching
     wait_s: float  # for slower ranks, inside collectives
 
     @property
