@@ -89,11 +89,13 @@ class ScriptedRank:
         self.watch = Watch(loop)
         self.outputs: dict[int, tuple[int, ...]] = {}
         self._events = deque(sorted(events, key=lambda event: event.step))
+        self._unfinished = {event.request.request_id for event in events}
         self._step = 0
 
     @property
     def done(self) -> bool:
-        return not self._events and not self.loop.scheduler.has_work
+        """Seen by other ranks' threads at any moment; true once, it stays so."""
+        return not (self._unfinished or self._events or self.loop.scheduler.has_work)
 
     def take(self, stop: bool) -> Commands:
         self.loop.scheduler.check()
@@ -112,6 +114,8 @@ class ScriptedRank:
             before = self.outputs.get(item.request_id, ())
             assert item.first_index == len(before), "progress goes on where the last one ended"
             self.outputs[item.request_id] = before + item.token_ids
+            if item.finish_reason:
+                self._unfinished.remove(item.request_id)
         self._wake()  # this may have been the last
 
     def _wake(self) -> None:
