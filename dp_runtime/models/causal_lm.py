@@ -18,6 +18,7 @@ from dp_runtime.layers.rotary import CosSin, Rotary
 from dp_runtime.loader import WeightSource
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.headed import HeadedModel
 from dp_runtime.protocols import AttentionBackend
 
 
@@ -107,7 +108,7 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class CausalLM:
+class CausalLM(HeadedModel):
     """Embedding, decoder layers, final norm and LM head.
 
     feature_layers: the layers at whose input a forward copies the residual stream, for a draft.
@@ -124,18 +125,6 @@ class CausalLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def num_moe_layers(self) -> int:
-        return self.config.num_moe_layers
 
     @property
     def moe_stages(self) -> tuple[MoeStage, ...]:
@@ -169,18 +158,12 @@ class CausalLM:
         last = self.norm.add(x, residual)[0]
         return Hidden(last, features.flatten(1) if self.feature_layers else last)
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.head(hidden) if out is None else self.head.into(hidden, out)
-
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         inputs = 2 + len(self.feature_layers)  # of a layer, and those that are kept
         row = inputs * self.config.hidden_size + self.config.head_dim  # and cos and sin
         return own_rows * row * self.embedding.dtype.itemsize + max(
             layer.activation_bytes(own_rows, gathered_rows, padded) for layer in self.layers
         )
-
-    def logits_bytes(self, num_rows: int) -> int:
-        return self.head.activation_bytes(num_rows)
 
     @classmethod
     def load(

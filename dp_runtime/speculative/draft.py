@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import make_moe_kernels
+from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.loader import WeightSource
-from dp_runtime.models import Model, ModelConfig, SlotModel
+from dp_runtime.models import Model, ModelConfig, SlotInputs, SlotModel
 from dp_runtime.protocols import AttentionBackend
 
 METHODS = {"mtp": "dp_runtime.speculative.mtp", "eagle3": "dp_runtime.speculative.eagle3"}
@@ -56,6 +58,14 @@ class DraftModel(SlotModel, Protocol):
 
     def token_ids(self, best: Tensor) -> Tensor:
         """Indices into the logits [n] int64 -> tokens of the target's vocabulary [n] int64."""
+
+
+def beside(
+    inputs: SlotInputs, embedding: Tensor, embedding_norm: RMSNorm, hidden_norm: RMSNorm
+) -> Tensor:
+    """What a draft reads of each row, [rows, 2 * hidden]: normed embedding and hidden state."""
+    embeds = embedding_norm.add(inputs.embedded(embedding), None)[0]
+    return torch.cat((embeds, hidden_norm.add(inputs.hidden, None)[0]), -1)
 
 
 def read_draft_config(

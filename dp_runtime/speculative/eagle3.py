@@ -25,14 +25,16 @@ from dp_runtime.layers.rotary import Rotary
 from dp_runtime.loader import WeightSource
 from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.models import Hidden, Model, SlotInputs
+from dp_runtime.models.headed import HeadedModel
 from dp_runtime.protocols import AttentionBackend
+from dp_runtime.speculative.draft import beside
 from dp_runtime.speculative.eagle3_config import EMBEDDING, MAP, Eagle3Config, read_config
 
 __all__ = ["Eagle3", "build", "read_config"]
 
 
 @dataclass(frozen=True, eq=False)
-class Eagle3:
+class Eagle3(HeadedModel):
     """A head; a chained draft takes what is before its norm, as features are before any."""
 
     config: Eagle3Config
@@ -53,18 +55,6 @@ class Eagle3:
         return self.fc.weight.dtype
 
     @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def num_moe_layers(self) -> int:
-        return 0
-
-    @property
     def moe_stages(self) -> tuple[MoeStage, ...]:
         return ()
 
@@ -78,18 +68,11 @@ class Eagle3:
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
         cos_sin = self.rotary(inputs.positions, self.dtype)
-        x = self._beside(inputs.embedded(self.embedding), inputs.hidden)
+        x = beside(inputs, self.embedding, self.embedding_norm, self.hidden_norm)
         x = self.attention(x, cos_sin, metadata)
         # NOTE: a sum may overwrite its second operand, and the hidden state is the caller's.
         x, residual = self.post_attention_norm.add(inputs.hidden, x)
         return Hidden(*self.norm.add(self.mlp(x), residual))
-
-    def _beside(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        normed = self.embedding_norm.add(embeds, None)[0], self.hidden_norm.add(hidden, None)[0]
-        return torch.cat(normed, -1)
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.head(hidden) if out is None else self.head.into(hidden, out)
 
     def token_ids(self, best: Tensor) -> Tensor:
         return best if self.target_ids is None else self.target_ids[best]
@@ -102,9 +85,6 @@ class Eagle3:
         mlp = 2 * row + self.mlp.activation_bytes(own_rows)
         cos_sin = own_rows * self.config.head_dim * self.dtype.itemsize
         return cos_sin + max(beside, attention, normed, mlp)
-
-    def logits_bytes(self, num_rows: int) -> int:
-        return self.head.activation_bytes(num_rows)
 
 
 def build(

@@ -25,9 +25,10 @@ from dp_runtime.models import Hidden, Model, ModelConfig, SlotInputs
 from dp_runtime.models.causal_lm import DecoderLayer
 from dp_runtime.models.fields import ConfigFields
 from dp_runtime.models.fp8_config import parse_fp8_experts
+from dp_runtime.models.headed import HeadedModel
 from dp_runtime.models.qwen3_moe import EXPERT_NAMES, load_mlp
 from dp_runtime.protocols import AttentionBackend
-from dp_runtime.speculative.draft import DraftConfig
+from dp_runtime.speculative.draft import DraftConfig, beside
 
 LAYER = "mtp.layers.0"
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # what config.json may call them
@@ -59,7 +60,7 @@ def read_config(directory: str, target: ModelConfig) -> MtpConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Mtp:
+class Mtp(HeadedModel):
     """One MTP layer; what it returns is behind its norm, as what it takes is behind the target's.
 
     A checkpoint in which that makes a difference has been trained so (Qwen3-Next, Qwen3.5).
@@ -80,18 +81,6 @@ class Mtp:
         return self.fc.weight.dtype
 
     @property
-    def hidden_size(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def num_moe_layers(self) -> int:
-        return self.config.layer.num_moe_layers
-
-    @property
     def moe_stages(self) -> tuple[MoeStage, ...]:
         return (self.layer.mlp,) if isinstance(self.layer.mlp, MoeStage) else ()
 
@@ -105,18 +94,11 @@ class Mtp:
     def forward(
         self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
-        x = self._fuse(inputs.embedded(self.embedding), inputs.hidden)
+        x = self.fc(beside(inputs, self.embedding, self.embedding_norm, self.hidden_norm))
         cos_sin = self.rotary(inputs.positions, x.dtype)
         x, residual = self.layer(x, None, cos_sin, metadata, exchange)
         last = self.norm.add(x, residual)[0]
         return Hidden(last, last)
-
-    def _fuse(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        normed = self.embedding_norm.add(embeds, None)[0], self.hidden_norm.add(hidden, None)[0]
-        return self.fc(torch.cat(normed, -1))
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.head(hidden) if out is None else self.head.into(hidden, out)
 
     def token_ids(self, best: Tensor) -> Tensor:
         return best
@@ -128,9 +110,6 @@ class Mtp:
         layer = self.layer.activation_bytes(own_rows, gathered_rows, padded)
         layer += own_rows * (hidden + self.config.head_dim) * size  # its input, cos and sin
         return max(fuse, normed, layer)
-
-    def logits_bytes(self, num_rows: int) -> int:
-        return self.head.activation_bytes(num_rows)
 
 
 def build(
