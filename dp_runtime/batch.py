@@ -22,6 +22,16 @@ def _no_embeds() -> Float32:
     return np.zeros((0, 0), np.float32)
 
 
+def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
+    """Where in the pool each row goes, [rows]: page * page_size + offset.
+
+    page_table [requests, pages]; owner [rows], each row's request.
+    """
+    pages = page_table[owner, positions // page_size].astype(np.int64)
+    slots: Int64 = pages * page_size + positions % page_size
+    return slots
+
+
 @dataclass(frozen=True, eq=False)
 class LocalBatch:
     """This rank's rows for one slot, request after request; its arrays are read-only.
@@ -71,11 +81,10 @@ class LocalBatch:
         """The same rows so many positions earlier, by request [requests]: where they really are."""
         owner = np.arange(self.num_requests).repeat(self.query_lens)
         positions = self.positions - lag[owner]
-        pages = self.page_table[owner, positions // page_size].astype(np.int64)
         return replace(
             self,
             positions=positions,
-            slot_mapping=pages * page_size + positions % page_size,
+            slot_mapping=slots_of(self.page_table, owner, positions, page_size),
             seq_lens=(self.seq_lens - lag).astype(np.int32),
             lag_rows=_empty_ids(),
         )

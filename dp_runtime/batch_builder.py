@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dp_runtime.batch import Float32, Int32, Int64, LocalBatch
+from dp_runtime.batch import Float32, Int32, Int64, LocalBatch, slots_of
 from dp_runtime.program import Program, Slot
 from dp_runtime.request_table import RequestTable
 from dp_runtime.sampling import SampleRows
@@ -24,7 +24,7 @@ def build_batches(
     """The table's rows in `decodes` decode, or are verified; the chunks follow them."""
     layout = _Layout.of(table, decodes, chunks, page_size, program.query_len(Slot.TARGET))
     target = _target_batch(layout)
-    drafts = [_draft_batch(layout, index) for index in range(program.slots.count(Slot.DRAFT))]
+    drafts = _draft_batches(layout, program.slots.count(Slot.DRAFT))
     extend = [_extend_batch(layout, target)] if program.num_drafts else []
     return Scheduled(
         (*drafts, target, *extend), decodes, tuple(chunks), layout.rows, layout.sampled,
@@ -102,7 +102,7 @@ def _target_batch(layout: _Layout) -> LocalBatch:
         token_ids=np.concatenate([tokens, *(c.live.tokens(c.start, c.end) for c in chunks)]),
         token_sources=_padded(sources, len(owner)),
         positions=positions,
-        slot_mapping=_slots(page_table, owner, positions, layout.page_size),
+        slot_mapping=slots_of(page_table, owner, positions, layout.page_size),
         request_ids=table.request_ids[rows],
         query_lens=query_lens.astype(np.int32),
         seq_lens=(starts + query_lens).astype(np.int32),
@@ -127,24 +127,26 @@ def _decode_tokens(layout: _Layout) -> tuple[Int64, Int64]:
     return np.zeros(layout.decode_rows, np.int64), np.arange(layout.decode_rows)
 
 
-def _draft_batch(layout: _Layout, index: int) -> LocalBatch:
-    """One row of every decode, the draft of the slot before it: drafts are all pending tokens."""
+def _draft_batches(layout: _Layout, count: int) -> Iterator[LocalBatch]:
+    """One row of every decode a slot, the draft of the slot before: all tokens are pending."""
     table, decodes = layout.table, layout.decodes
     each = np.arange(len(decodes))
-    positions = table.num_computed[decodes] + index
-    page_table = _page_table(table, decodes)
-    return LocalBatch(
-        token_ids=np.zeros(len(decodes), np.int64),
-        token_sources=each,
-        positions=positions,
-        slot_mapping=_slots(page_table, each, positions, layout.page_size),
-        request_ids=table.request_ids[decodes],
-        query_lens=np.ones(len(decodes), np.int32),
-        seq_lens=(positions + 1).astype(np.int32),
-        page_table=page_table,
-        sample_rows=each,
-        lag_rows=_lag_rows(layout, decodes),
-    )
+    nothing, ones = np.zeros(len(decodes), np.int64), np.ones(len(decodes), np.int32)
+    request_ids, page_table = table.request_ids[decodes], _page_table(table, decodes)
+    lag_rows, first = _lag_rows(layout, decodes), table.num_computed[decodes]
+    for positions in (first + index for index in range(count)):
+        yield LocalBatch(
+            token_ids=nothing,
+            token_sources=each,
+            positions=positions,
+            slot_mapping=slots_of(page_table, each, positions, layout.page_size),
+            request_ids=request_ids,
+            query_lens=ones,
+            seq_lens=(positions + 1).astype(np.int32),
+            page_table=page_table,
+            sample_rows=each,
+            lag_rows=lag_rows,
+        )
 
 
 def _lag_rows(layout: _Layout, rows: Int64) -> Int64:
@@ -196,13 +198,6 @@ def _samples(layout: _Layout) -> SampleRows:
 def _page_table(table: RequestTable, rows: Int64) -> Int32:
     pages: Int32 = table.page_table[rows, : table.num_pages[rows].max(initial=0)]
     return pages
-
-
-def _slots(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
-    """Where in the pool each row goes: page * page_size + offset."""
-    pages = page_table[owner, positions // page_size].astype(np.int64)
-    slots: Int64 = pages * page_size + positions % page_size
-    return slots
 
 
 def _padded(sources: Int64, num_rows: int) -> Int64:

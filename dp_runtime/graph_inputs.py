@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.batch import Int32, LocalBatch
-from dp_runtime.metadata import AttentionMetadata, newest_slots
+from dp_runtime.metadata import AttentionMetadata, move_back
 from dp_runtime.models import SlotInputs
 from dp_runtime.pending import Pending
 
@@ -124,11 +124,9 @@ class GraphInputs:
     def _move_back(self, lag: Tensor) -> None:
         """The first sequences, from the bounds that a batch has to where they really are."""
         count, length = len(lag), self.query_len
-        seq_lens, rows = self.seq_lens[:count], slice(count * length)
-        seq_lens -= lag
-        self.positions[rows].view(count, length).sub_(lag[:, None])
-        own = seq_lens, length, self.page_table[:count], self._page_size
-        self.slot_mapping[rows] = newest_slots(*own)
+        self.positions[: count * length].view(count, length).sub_(lag[:, None])
+        own = self.seq_lens, self.slot_mapping, self.page_table, self._page_size
+        move_back(lag, length, *own)
 
     def write_null(self, own_rows: int, gathered_rows: int) -> None:
         """Null rows only, and no real row on any rank: what graphs are captured over."""

@@ -82,11 +82,9 @@ class AttentionMetadata:
         slots = batch.slot_mapping.astype(np.int32)
         arrays = (cu_seqlens_q, batch.seq_lens, batch.page_table, slots)
         cu_seqlens, seq_lens, page_table, slot_mapping = all_on_device(arrays, device)
-        if lag is not None and len(lag):
-            count, length = len(lag), int(batch.query_lens[0])
-            seq_lens[:count] -= lag
-            own = seq_lens[:count], length, page_table[:count], pages.page_size
-            slot_mapping[: count * length] = newest_slots(*own)
+        if lag is not None:
+            length = int(batch.query_lens[0])
+            move_back(lag, length, seq_lens, slot_mapping, page_table, pages.page_size)
         return cls(
             cu_seqlens_q=cu_seqlens,
             seq_lens=seq_lens,
@@ -99,15 +97,20 @@ class AttentionMetadata:
         )
 
 
-def newest_slots(seq_lens: Tensor, query_len: int, page_table: Tensor, page_size: int) -> Tensor:
-    """Where the last query_len tokens of each sequence lie, [requests * query_len].
+def move_back(
+    lag: Tensor, query_len: int, seq_lens: Tensor, slots: Tensor, page_table: Tensor, page_size: int
+) -> None:
+    """Move the first sequences back, in place, by `lag` [n]: their lengths, and where rows go.
 
-    seq_lens [requests], page_table [requests, pages]; a slot is page * page_size + offset.
+    Each of them has query_len rows. seq_lens [requests], slots [rows], page_table [requests,
+    pages]; a slot is page * page_size + offset.
     """
-    ahead = torch.arange(query_len, device=seq_lens.device)
-    positions = (seq_lens[:, None] - query_len) + ahead
-    pages = page_table.gather(1, positions // page_size)
-    return (pages * page_size + positions % page_size).flatten()
+    count = len(lag)
+    lengths = seq_lens[:count]
+    lengths -= lag
+    positions = (lengths[:, None] - query_len) + torch.arange(query_len, device=lag.device)
+    pages = page_table[:count].gather(1, positions // page_size)
+    slots[: count * query_len] = (pages * page_size + positions % page_size).flatten()
 
 
 # The ufuncs themselves: an array's own min, max and all go through a layer of Python to them.

@@ -60,20 +60,17 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         check_free(plan, free_bytes(plan.device))
     allocated_before = _allocated(device)
     sources = _open_weights(config, plan, on_bytes)
-    weights = sources[0]
     pools = [allocate_pools(layers, plan.pages, spec, device) for layers, spec in plan.kv_layers]
-    scales = [read_kv_scales(weights, plan)]
+    scales = [read_kv_scales(sources[0], plan)]
     if plan.draft is not None:
         scales.append([KvScales()] * plan.draft.config.num_layers)
     backends = [
         make_backend(plan.backend, spec, some, layer_scales)
         for (_, spec), some, layer_scales in zip(plan.kv_layers, pools, scales, strict=True)
     ]
-    place = plan.sharding, backends[0], plan.moe_backend
-    models = ServedModels.build(model, weights, *place)
-    if plan.draft is not None:
-        draft_place = plan.sharding, backends[1], plan.moe_backend
-        models = models.with_draft(plan.draft.config, sources[1], *draft_place)
+    models = ServedModels.build(
+        model, plan.draft_config, sources, backends, plan.sharding, plan.moe_backend
+    )
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
         architecture=model.architecture,

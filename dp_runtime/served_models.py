@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dp_runtime.loader import WeightSource
@@ -28,23 +28,16 @@ class ServedModels:
     def build(
         cls,
         config: ModelConfig,
-        weights: WeightSource,
+        draft: DraftConfig | None,
+        weights: Sequence[WeightSource],
+        attention: Sequence[LayerAttention],
         sharding: RankSharding,
-        attention: LayerAttention,
         moe_backend: str,
     ) -> ServedModels:
-        """A model without a draft."""
-        return cls(build_model(config, weights, sharding, attention, moe_backend), None)
-
-    def with_draft(
-        self,
-        config: DraftConfig,
-        weights: WeightSource,
-        sharding: RankSharding,
-        attention: LayerAttention,
-        moe_backend: str,
-    ) -> ServedModels:
-        """The same model, now with the features that the draft reads, and the draft."""
-        target = self.target.with_features(config.feature_layers)
-        draft = build_draft(config, target, weights, sharding, attention, moe_backend)
-        return ServedModels(target, draft)
+        """Load a model and its draft; weights, attention: the model's first, then its draft's."""
+        target = build_model(config, weights[0], sharding, attention[0], moe_backend)
+        if draft is None:
+            return cls(target, None)
+        target = target.with_features(draft.feature_layers)
+        own = weights[1], sharding, attention[1], moe_backend
+        return cls(target, build_draft(draft, target, *own))

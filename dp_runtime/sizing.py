@@ -69,6 +69,10 @@ class RankPlan:
         return sum(layers * layer_page_bytes(spec) for layers, spec in self.kv_layers)
 
     @property
+    def draft_config(self) -> DraftConfig | None:
+        return None if self.draft is None else self.draft.config
+
+    @property
     def kv_layers(self) -> tuple[tuple[int, AttentionSpec], ...]:
         """How many layers of the model, and of its draft, have pages, and of what kind."""
         own = (self.model.num_layers, self.attention)
@@ -132,12 +136,12 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
 
 def _with_memory(plan: RankPlan, config: EngineConfig) -> RankPlan:
     """The plan with what it takes in memory, and with the pages that the rest is good for."""
-    weights, device, draft = CountedWeights(plan.dtype), plan.device, plan.draft
-    models = ServedModels.build(plan.model, weights, plan.sharding, _NoAttention, plan.moe_backend)
-    if draft is not None:
-        models = models.with_draft(
-            draft.config, weights, plan.sharding, _NoAttention, plan.moe_backend
-        )
+    weights, device = CountedWeights(plan.dtype), plan.device
+    kinds = len(plan.kv_layers)
+    models = ServedModels.build(
+        plan.model, plan.draft_config, [weights] * kinds, [_NoAttention] * kinds, plan.sharding,
+        plan.moe_backend,
+    )  # fmt: skip
     limits, size = plan.limits, config.dp_size
     cublas = 0 if device == "cpu" else CUBLAS_BYTES
     memory = MemoryUse(
