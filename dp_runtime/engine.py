@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from time import monotonic
 from types import TracebackType
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.control import ROUTERS, Admission
-from dp_runtime.errors import EngineClosed, require
+from dp_runtime.errors import EngineClosed, StartError, require
 from dp_runtime.handle import RequestHandle
 from dp_runtime.progress import Progress
 from dp_runtime.prompts import RequestFactory
@@ -251,6 +253,7 @@ class BusyClock:
 
 
 def _start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
+    _check_not_shadowed("workers", "collectives")
     from workers import start  # NOTE: the one import upward; ranks come to the engine this way
 
     return start(config, show_progress)
@@ -258,3 +261,16 @@ def _start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
 
 def _cost(request: RankRequest) -> int:
     return len(request.prompt_token_ids) + request.params.max_tokens
+
+
+def _check_not_shadowed(*packages: str) -> None:
+    """StartError if Python finds packages of another project under the names of our own."""
+    home = Path(__file__).parents[1]
+    for name in packages:
+        spec = find_spec(name)
+        found = Path(spec.origin).parent if spec is not None and spec.origin else None
+        if found is None or found.resolve() != (home / name).resolve():
+            raise StartError(
+                f"the package {name!r} that Python finds first is {found}, not that of dp-runtime "
+                f"({home / name}): rename it, or start the program from another directory"
+            )

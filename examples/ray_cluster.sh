@@ -3,8 +3,11 @@
 #   cluster_address     host:port, for --ray-address
 #   dashboard_address   its URL, for `ray job ...`; empty where ray[default]'s packages are missing
 
-# A local ray.init() leaves a token behind that would turn authentication on for this cluster.
-export RAY_AUTH_MODE=disabled
+# Ray's ports listen on all interfaces, and whoever may talk to a cluster runs code as its user:
+# this cluster asks for a token. It is made in ~/.ray/auth_token where the user has none yet; other
+# shells of the same user find it there.
+export RAY_AUTH_MODE=token
+ray get-auth-token --generate >/dev/null
 unset RAY_ADDRESS
 cluster_port=${RAY_JOB_PORT:-6399}
 cluster_address=127.0.0.1:$cluster_port

@@ -54,7 +54,7 @@ def ray_cluster() -> Iterator[None]:
     """A local cluster that engines of all tests join."""
     import ray
 
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_AUTH_MODE"] = "token"
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -26,6 +26,15 @@ from workers.worker import Worker
 EXIT_S = 1.0
 
 
+def import_path() -> str:
+    """PYTHONPATH with which a rank imports what this process imports.
+
+    An empty entry is the working directory, which the driver then searches too. Without one a rank
+    must not: `python -m` would put it first, hence the -P beside it.
+    """
+    return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+
+
 class ThreadRank:
     """A rank in this process: its Worker, with a thread for each lane of calls."""
 
@@ -53,13 +62,12 @@ class ProcessRank:
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
         self.dp_rank = dp_rank
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join(entry for entry in sys.path if entry)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "workers.local_rank", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "workers.local_rank", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": import_path()},
         )
         theirs.close()
         self._connection = Connection(ours.detach())

@@ -96,9 +96,9 @@ def place(config: EngineConfig) -> Any:
 def _connect(config: EngineConfig) -> bool:
     """Join the cluster that the config or the environment names, else start one here.
 
-    True if this engine connected, so that it disconnects at its end. NOTE: a local start leaves
-    a token that would turn on token authentication in later clusters of this user; it is off
-    unless the environment says.
+    True if this engine connected, so that it disconnects at its end. NOTE: the ports of a cluster
+    listen on all interfaces, and whoever may talk to it runs code as its user. A cluster started
+    here therefore asks for the user's token (Ray makes one in ~/.ray) unless RAY_AUTH_MODE says no.
     """
     import ray
 
@@ -117,7 +117,6 @@ def _connect(config: EngineConfig) -> bool:
             reason = " ".join(str(error).split())
             raise StartError(f"ray_address: no cluster answers at {address!r}: {reason}") from error
         return True
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
     return True
 
