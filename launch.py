@@ -14,14 +14,14 @@ from typing import Any, get_type_hints
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime.cli.jsonl import PromptLine, read_prompts, write_outputs
+from dp_runtime.cli.workload import Workload
 from dp_runtime.config import CHOICES
 from dp_runtime.errors import RankFailed, StartError
-from dp_runtime.inspection import describe
-from dp_runtime.jsonl import PromptLine, read_prompts, write_outputs
-from dp_runtime.memory import memory_table
-from dp_runtime.status import RankHealth
-from dp_runtime.trace import StepTrace, write_chrome_trace
-from dp_runtime.workload import Workload
+from dp_runtime.metrics.memory import memory_table
+from dp_runtime.metrics.status import RankHealth
+from dp_runtime.metrics.trace import StepTrace, write_chrome_trace
+from dp_runtime.startup.inspection import describe
 from workers.devices import resolve_device
 
 TINY_MODEL = Path(__file__).parent / "examples" / "tiny_moe" / "checkpoint"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from collectives.rows import check_gather, check_reduce_scatter, split, sum_in_rank_order
-from dp_runtime.agreement import StepRecord
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
-from dp_runtime.protocols import Counts
+from dp_runtime.parallel.agreement import StepRecord
+from dp_runtime.parallel.collective import Counts
 
 
 class InProcessGroup:
@@ -135,20 +135,20 @@ class InProcessCollective:
         """All ranks' values (equally many on each rank), [rank][value]."""
         return self._meet(tuple(values), "counts")
 
-    def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+    def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
         """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
         check_gather(rows, counts, self.dp_rank, self.dp_size)
         if sum(counts) == 0:
             return rows.clone()
         # A copy, since the caller may write to its rows as soon as this returns.
-        return torch.cat(self._meet(rows.clone(), "gather_rows"))
+        return torch.cat(self._meet(rows.clone(), "all_gather"))
 
-    def reduce_scatter_rows(self, rows: Tensor, counts: Counts) -> Tensor:
+    def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
         """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
         check_reduce_scatter(rows, counts, self.dp_size)
         out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
         if sum(counts):
-            parts = self._meet(rows.clone(), "reduce_scatter_rows")
+            parts = self._meet(rows.clone(), "reduce_scatter")
             sum_in_rank_order([split(part, counts)[self.dp_rank] for part in parts], out)
         return out
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dp_runtime.protocols import Counts
+from dp_runtime.parallel.collective import Counts
 
 
 def check_gather(rows: Tensor, counts: Counts, dp_rank: int, dp_size: int) -> None:

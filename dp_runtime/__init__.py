@@ -1,16 +1,16 @@
 """Data-parallel attention runtime for mixture-of-experts language models."""
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.engine import Engine
-from dp_runtime.handle import RequestHandle
-from dp_runtime.request import (
+from dp_runtime.core.request import (
     FinishReason,
     RequestDelta,
     RequestOutput,
     TokenLogprob,
     TokensPrompt,
 )
-from dp_runtime.sampling_params import SamplingParams
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.engine import Engine
+from dp_runtime.engine.handle import RequestHandle
 
 __all__ = [
     "Engine",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dp_runtime.errors import require
-from dp_runtime.padding import PaddingMode
-from dp_runtime.program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
-from dp_runtime.sampling_params import is_finite, is_int
+from dp_runtime.core.program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
+from dp_runtime.errors import is_finite, is_int, require
+from dp_runtime.parallel.padding import PaddingMode
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
     """Raise a one-line ValueError that names the field, its value and what is allowed."""
@@ -39,3 +42,16 @@ class QueueFull(RuntimeError):
 
 class EngineClosed(RuntimeError):
     """The engine was used after close()."""
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the floats
+        return False

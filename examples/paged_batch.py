@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dp_runtime.batch import Int32, LocalBatch
+from dp_runtime.core.batch import Int32, LocalBatch
 
 
 def paged_batch(
@@ -17,7 +17,7 @@ def paged_batch(
     pages = page_table[owner, positions // page_size].astype(np.int64)
     return LocalBatch(
         token_ids=np.zeros(len(owner), np.int64),
-        token_sources=np.full(len(owner), -1, np.int64),
+        future_token_index=np.full(len(owner), -1, np.int64),
         positions=positions,
         slot_mapping=pages * page_size + positions % page_size,
         request_ids=np.arange(len(query_lens), dtype=np.int64),

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.attention import AttentionSpec, make_backend
-from dp_runtime.batch import LocalBatch
+from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.errors import ContractViolation
-from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
 from examples.paged_batch import paged_batch
 
 TINY_MODEL = Path(__file__).parent / "tiny_moe" / "checkpoint"

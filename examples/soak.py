@@ -31,9 +31,9 @@ import torch
 
 from dp_runtime import Engine, EngineConfig, RequestHandle
 from dp_runtime.config import CHOICES
+from dp_runtime.metrics.progress_bar import ProgressBar
+from dp_runtime.metrics.trace import Report
 from dp_runtime.models.config import read_model_config
-from dp_runtime.progress import Progress
-from dp_runtime.trace import Report
 from examples.nvl4.shape import SHAPES, write_shape
 from examples.soak_checks import (
     POLL_S,
@@ -68,7 +68,7 @@ class ClosedLoop:
     def run(self, timeout_s: float) -> Served:
         """Serve everything; TimeoutError if that takes longer."""
         deadline = monotonic() + timeout_s
-        with Progress("soak", self._shape.num_requests, "request") as progress:
+        with ProgressBar("soak", self._shape.num_requests, "request") as progress:
             while self._waiting or self._live:
                 self._submit()
                 sleep(POLL_S)

@@ -9,9 +9,9 @@ from time import monotonic, sleep
 import numpy as np
 
 from dp_runtime import Engine, FinishReason, RequestOutput
-from dp_runtime.progress import Progress
-from dp_runtime.status import RankHealth
-from dp_runtime.trace import Report, StepTrace
+from dp_runtime.metrics.progress_bar import ProgressBar
+from dp_runtime.metrics.status import RankHealth
+from dp_runtime.metrics.trace import Report, StepTrace
 from examples.soak_load import LoadShape, SoakRequest
 
 QUIET_STEPS, MIN_PREEMPTIONS = 50, 2
@@ -86,7 +86,7 @@ def longest_quiet(steps: Sequence[StepTrace], rank: int) -> int:
     longest = current = 0
     for step in steps:
         if step.dp_rank == rank:
-            real = np.array([slot.real_rows for slot in step.slots])
+            real = np.array([each.real_rows for each in step.passes])
             quiet = not real[:, rank].any() and real.any()
             current = current + 1 if quiet else 0
             longest = max(longest, current)
@@ -102,7 +102,7 @@ def run_again(
     order = np.random.default_rng(shape.seed).permutation(len(greedy))
     chosen = [*with_embeds[:1], *(greedy[at] for at in order)][:count]
     differences = []
-    with Progress("again, alone", len(chosen), "request") as progress:
+    with ProgressBar("again, alone", len(chosen), "request") as progress:
         for request in chosen:
             first = served.outputs[request.index]
             rank = (first.dp_rank + 1) % shape.dp_size

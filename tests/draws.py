@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from dp_runtime import RequestOutput, SamplingParams
-from dp_runtime.random_numbers import uniform
-from dp_runtime.request import FinishReason
+from dp_runtime.core.request import FinishReason
+from dp_runtime.sampling.rng import uniform
 from tests.reference import NearTie, Reference, Tokens
 
 MARGIN = 1e-5

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dp_runtime.request import RequestOutput
+from dp_runtime.core.request import RequestOutput
 from tests.checkpoints import oracle
 
 TOLERANCE = 1e-4

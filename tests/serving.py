@@ -9,9 +9,9 @@ from time import monotonic, sleep
 from torch import Tensor
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
+from dp_runtime.core.request import FinishReason, Prompt, TokensPrompt
 from dp_runtime.models.causal_lm import CausalLM
-from dp_runtime.request import FinishReason, Prompt, TokensPrompt
-from dp_runtime.step import StepLoop
+from dp_runtime.runner.step_loop import StepLoop
 from tests.product_cases import Item
 from tests.reference import Reference, check_greedy
 

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import launch
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.jsonl import read_prompts
-from dp_runtime.request import TokensPrompt
-from dp_runtime.workload import Workload
+from dp_runtime.cli.jsonl import read_prompts
+from dp_runtime.cli.workload import Workload
+from dp_runtime.core.request import TokensPrompt
 from tests.checkpoints import add_mtp, tiny_checkpoint
 
 MAX_MODEL_LEN = 64

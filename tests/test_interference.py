@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from dp_runtime.metadata import PageGeometry
-from dp_runtime.program import SERVING_PROGRAMS, Slot
-from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.sampling_params import SamplingParams
-from dp_runtime.scheduler import Limits, StepTokens
-from dp_runtime.trace import Recorder, SlotTrace, StepTrace, Totals
+from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.program import SERVING_PROGRAMS, Pass
+from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.metrics.trace import PassTrace, Recorder, StepTrace, Totals
+from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.scheduler_output import StepResult
 from examples.benchmarks.interference import (
     Decoder,
     Driver,
@@ -54,10 +55,10 @@ def test_separate_steps_prefill_once_all_know_and_decode_once_nobody_prefills() 
     scheduler.prefill_agreed = True
     first = scheduler.schedule(PROGRAM)
     assert (first.real_rows, scheduler.queued_tokens) == ((4,), 2)
-    scheduler.commit(first, StepTokens([], [], []))
+    scheduler.commit(first, StepResult([], [], []))
     second = scheduler.schedule(PROGRAM)
     assert (second.real_rows, scheduler.queued_tokens) == ((2,), 0)
-    scheduler.commit(second, StepTokens([5], [None], []))
+    scheduler.commit(second, StepResult([5], [None], []))
     assert scheduler.schedule(PROGRAM).real_rows == (0,)  # another rank still prefills
     scheduler.prefill_agreed = False
     assert scheduler.schedule(PROGRAM).real_rows == (1,)
@@ -69,14 +70,14 @@ def recorder() -> Recorder:
 
 
 def step(recorder: Recorder, rows: tuple[int, ...], *driven: tuple[Driver, dict[int, int]]) -> None:
-    slots = (
-        SlotTrace(Slot.DRAFT, (9,) * len(rows), (9,) * len(rows), 0, 0.0, 0.0),
-        SlotTrace(Slot.TARGET, rows, rows, 0, 0.0, 0.0),
+    passes = (
+        PassTrace(Pass.DRAFT, (9,) * len(rows), (9,) * len(rows), 0, 0.0, 0.0),
+        PassTrace(Pass.TARGET, rows, rows, 0, 0.0, 0.0),
     )
     number = recorder.totals.steps
-    recorder.add(StepTrace(1, number, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, slots, 0, 0))
+    recorder.add(StepTrace(1, number, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, passes, 0, 0))
     for driver, tokens in driven:
-        driver.deliver([RequestProgress(i, 0, (1,) * count) for i, count in tokens.items()])
+        driver.deliver([RequestUpdate(i, 0, (1,) * count) for i, count in tokens.items()])
 
 
 def test_prompts_come_after_the_hold_and_one_after_another(recorder: Recorder) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import launch
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.errors import RankFailed, StartError
-from dp_runtime.memory import memory_table
+from dp_runtime.metrics.memory import memory_table
 from tests.checkpoints import tiny_checkpoint
 
 LETTERS = "_abcdefghijklmnopqrstuvwxyz"

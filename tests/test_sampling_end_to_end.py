@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from dp_runtime import Engine, EngineConfig, RequestOutput, SamplingParams
-from dp_runtime.request import FinishReason
+from dp_runtime.core.request import FinishReason
 from tests.draws import check_drawn
 from tests.product_cases import random_prompt
 from tests.reference import Reference, Tokens

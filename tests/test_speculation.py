@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
-from dp_runtime.program import Program
-from dp_runtime.speculative.adaptive import AdaptiveLength
-from dp_runtime.trace import write_chrome_trace
+from dp_runtime.core.program import Program
+from dp_runtime.metrics.trace import write_chrome_trace
+from dp_runtime.parallel.adaptive_drafts import AdaptiveLength
 from tests.dp_runtime.speculative_ranks import Verified, Watch
 from tests.product_cases import covering_rows, every, random_prompt
 from tests.reference import Reference, check_greedy
@@ -133,9 +133,11 @@ def test_report_and_trace_count_what_was_verified(
     assert report.tokens_per_verification == 1 + report.drafts_accepted / report.verifications
     assert report.output_tokens == sum(len(output.token_ids) for output in outputs)
     assert f"tokens per verification {report.tokens_per_verification:.3f}" in str(report)
-    assert {*report.slot_s} == {"draft", "target", "draft_extend"}
+    assert {*report.pass_s} == {"draft", "target", "draft_extend"}
     for step in trace:
-        assert [slot.slot for slot in step.slots] == [*Program.speculative(step.num_drafts).slots]
+        assert [each.pass_kind for each in step.passes] == [
+            *Program.speculative(step.num_drafts).passes
+        ]
         assert len(step.accepted) == step.num_drafts + 1
     assert sum(sum(step.accepted) for step in trace) == report.verifications
     lengths = [

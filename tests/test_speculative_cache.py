@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dp_runtime import SamplingParams
-from dp_runtime.request import RequestProgress
-from dp_runtime.step import Launched, StepLoop
+from dp_runtime.core.request import RequestUpdate
+from dp_runtime.runner.step_loop import InflightStep, StepLoop
 from tests.product_cases import random_prompt
 from tests.serving import check_pages_free, loops_of, pools_of
 from tests.speculative_cases import Drafted, engine_of
@@ -37,7 +37,7 @@ class Spoiler:
         self._commit = loop.commit
         loop.commit = self.commit  # type: ignore[method-assign]
 
-    def commit(self, step: Launched) -> list[RequestProgress]:
+    def commit(self, step: InflightStep) -> list[RequestUpdate]:
         progress = self._commit(step)
         self._scheduler.check()
         dead = self.dead()

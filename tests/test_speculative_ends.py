@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
-from dp_runtime.request import FinishReason
+from dp_runtime.core.request import FinishReason
 from tests.dp_runtime.speculative_ranks import Watch
 from tests.draws import check_drawn
 from tests.product_cases import random_prompt

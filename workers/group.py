@@ -8,15 +8,14 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from time import monotonic
 from typing import Any, Protocol
 
-from collectives.rendezvous import remove_rendezvous
-from collectives.shared_memory import new_rendezvous_path
+from collectives.shared_memory.group import new_rendezvous_path
+from collectives.shared_memory.rendezvous import remove_rendezvous
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import FailureListener, RankRequest, UpdateListener
 from dp_runtime.errors import RankFailed, StartError
-from dp_runtime.progress import Progress
-from dp_runtime.protocols import FailureListener, ProgressListener
-from dp_runtime.request import RankRequest
-from dp_runtime.status import ModelInfo, RankHealth, RankState
-from dp_runtime.trace import StepTrace, Totals
+from dp_runtime.metrics.progress_bar import ProgressBar
+from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
+from dp_runtime.metrics.trace import StepTrace, Totals
 from workers.messages import ONE_HOST, HostInfo, MeetingPoint, Polled
 
 POLL_S = 1.0
@@ -64,16 +63,16 @@ class WorkerGroup:
         try:
             deadline = monotonic() + self._config.start_timeout_s
             hosts = self._all("prepare", deadline=deadline)
-            with Progress("load", 0, "byte", show_progress) as progress:
+            with ProgressBar("load", 0, "byte", show_progress) as progress:
                 self.model = self._all("load", deadline=deadline, progress=progress)[0]
             self._met = _meeting_point(self._config, hosts, self._in_process_group)
-            with Progress("capture", 0, "graph", show_progress) as progress:
+            with ProgressBar("capture", 0, "graph", show_progress) as progress:
                 self._all("serve", self._met, deadline=deadline, progress=progress)
         except BaseException:
             self._end()
             raise
 
-    def listen(self, on_progress: ProgressListener, on_failure: FailureListener) -> None:
+    def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
         """Begin to deliver outputs, from one thread per rank."""
 
         def fail(error: BaseException) -> None:
@@ -129,7 +128,7 @@ class WorkerGroup:
         self._release()
 
     def _poll(
-        self, handle: RankHandle, on_progress: ProgressListener, on_failure: FailureListener
+        self, handle: RankHandle, on_progress: UpdateListener, on_failure: FailureListener
     ) -> None:
         while not self._closing.is_set():
             try:
@@ -147,7 +146,7 @@ class WorkerGroup:
                 return
 
     def _all(
-        self, method: str, *args: Any, deadline: float, progress: Progress | None = None
+        self, method: str, *args: Any, deadline: float, progress: ProgressBar | None = None
     ) -> list[Any]:
         """Call a method on all ranks; the first failures are one error that names the ranks."""
         futures = [handle.call(method, *args) for handle in self._handles]
@@ -194,7 +193,7 @@ def _named(text: str, ranks: list[int], futures: Sequence[Future[Any]]) -> str:
     return f"rank {', '.join(map(str, ranks))}: {text}"
 
 
-def _show(progress: Progress, method: str, states: Sequence[RankHealth]) -> None:
+def _show(progress: ProgressBar, method: str, states: Sequence[RankHealth]) -> None:
     """How far the ranks are: with loading, or with what comes before they serve."""
     if method == "serve":
         captured = min(rank.graphs_captured for rank in states)

@@ -8,11 +8,12 @@ from typing import Protocol
 import torch
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.protocols import RowCollective, StepBoard
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.step_board import StepBoard
 from workers.messages import MeetingPoint
 
 
-class RankLinks(Protocol):
+class Communicator(Protocol):
     """A rank's collective and board, which live and end together."""
 
     @property
@@ -25,7 +26,7 @@ class RankLinks(Protocol):
 
 
 @dataclass(frozen=True)
-class InProcessLinks:
+class InProcessCommunicator:
     """The links of a rank that is a thread beside the others."""
 
     collective: RowCollective
@@ -38,11 +39,11 @@ class InProcessLinks:
 
 def connect(
     point: MeetingPoint, dp_rank: int, config: EngineConfig, device: torch.device
-) -> RankLinks:
+) -> Communicator:
     """Meet the other ranks; every later wait is bounded by the config's step timeout."""
     match point.kind:
         case "shared_memory":
-            from collectives.shared_memory import SharedMemoryGroup
+            from collectives.shared_memory.group import SharedMemoryGroup
 
             return SharedMemoryGroup(
                 point.address,
@@ -52,7 +53,7 @@ def connect(
                 attach_timeout_s=config.start_timeout_s,
             )
         case "peer_to_peer":
-            from collectives.peer_to_peer import PeerToPeerGroup
+            from collectives.peer_to_peer.group import PeerToPeerGroup
 
             return PeerToPeerGroup(
                 point.address,
@@ -63,7 +64,7 @@ def connect(
                 attach_timeout_s=config.start_timeout_s,
             )
         case "torch_distributed":
-            from collectives.torch_distributed import TorchDistributedGroup
+            from collectives.torch_distributed.group import TorchDistributedGroup
 
             backend = "nccl" if device.type == "cuda" else "gloo"
             return TorchDistributedGroup(
@@ -76,6 +77,8 @@ def connect(
                 attach_timeout_s=config.start_timeout_s,
             )
         case "in_process":
-            return InProcessLinks(point.group.collective(dp_rank), point.group.board(dp_rank))
+            return InProcessCommunicator(
+                point.group.collective(dp_rank), point.group.board(dp_rank)
+            )
         case kind:
             raise AssertionError(f"no transport {kind!r}")

@@ -20,7 +20,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed
 from workers.devices import resolve_device
 from workers.group import WorkerGroup
-from workers.messages import LANES, Call, Reply
+from workers.messages import CONCURRENCY_GROUPS, Call, Reply
 from workers.worker import Worker
 
 EXIT_S = 1.0
@@ -41,10 +41,10 @@ class ThreadRank:
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
         self.dp_rank = dp_rank
         self.worker = Worker(dp_rank, config, device)
-        self._lanes = {lane: ThreadPoolExecutor(1) for lane in set(LANES.values())}
+        self._lanes = {lane: ThreadPoolExecutor(1) for lane in set(CONCURRENCY_GROUPS.values())}
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        return self._lanes[LANES[method]].submit(getattr(self.worker, method), *args)
+        return self._lanes[CONCURRENCY_GROUPS[method]].submit(getattr(self.worker, method), *args)
 
     def kill(self) -> None:
         self.worker.abandon("it was ended by the driver")

@@ -9,7 +9,7 @@ import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
-from collectives.rendezvous import remove_rendezvous
+from collectives.shared_memory.rendezvous import remove_rendezvous
 from workers.local_group import ThreadRank
 from workers.messages import Call, MeetingPoint, Reply
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dp_runtime.request import RequestProgress
+from dp_runtime.core.request import RequestUpdate
 
 # Calls of one lane run one after the other, in their order; lanes run beside each other.
-LANES = {
+CONCURRENCY_GROUPS = {
     "prepare": "control",
     "load": "control",
     "serve": "control",
@@ -59,7 +59,7 @@ class MeetingPoint:
 class Polled:
     """What a rank did since the last poll; `error` says why it stopped serving."""
 
-    progress: Sequence[RequestProgress]
+    progress: Sequence[RequestUpdate]
     error: str | None = None
 
 

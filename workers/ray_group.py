@@ -14,7 +14,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from workers.devices import resolve_device
 from workers.group import WorkerGroup
-from workers.messages import LANES
+from workers.messages import CONCURRENCY_GROUPS
 from workers.placement import bundle_of, cpus_for, strategy_of
 from workers.worker import Worker
 
@@ -158,7 +158,7 @@ def _actor_class() -> Any:
         def call(self: Worker, *args: Any) -> Any:
             return getattr(Worker, name)(self, *args)
 
-        return ray.method(concurrency_group=LANES[name])(call)
+        return ray.method(concurrency_group=CONCURRENCY_GROUPS[name])(call)
 
-    rank_class = type("Rank", (Worker,), {name: in_its_lane(name) for name in LANES})
-    return ray.remote(concurrency_groups=dict.fromkeys(LANES.values(), 1))(rank_class)
+    rank_class = type("Rank", (Worker,), {name: in_its_lane(name) for name in CONCURRENCY_GROUPS})
+    return ray.remote(concurrency_groups=dict.fromkeys(CONCURRENCY_GROUPS.values(), 1))(rank_class)

@@ -11,19 +11,19 @@ from time import monotonic, sleep
 
 import torch
 
-from collectives.shared_memory import shared_root
-from dp_runtime.capturing import capture
+from collectives.shared_memory.group import shared_root
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.errors import CollectiveAborted
-from dp_runtime.kernel_builds import KernelBuilds, forbid_compilation
-from dp_runtime.memory import MemoryUse, RankMemory
-from dp_runtime.rank import LoadedRank, assemble, kernels_of, load_rank, profile
-from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.sizing import RankPlan, plan_rank
-from dp_runtime.status import GraphUse, ModelInfo, RankHealth, RankState
-from dp_runtime.step import Commands, StepLoop
-from dp_runtime.trace import StepTrace, Totals
-from workers.links import RankLinks, connect
+from dp_runtime.kernels.builds import KernelBuilds, forbid_compilation
+from dp_runtime.metrics.memory import MemoryUse, RankMemory
+from dp_runtime.metrics.status import GraphUse, ModelInfo, RankHealth, RankState
+from dp_runtime.metrics.trace import StepTrace, Totals
+from dp_runtime.runner.step_loop import Inbox, StepLoop
+from dp_runtime.startup.assembly import LoadedRank, assemble, kernels_of, load_rank, profile
+from dp_runtime.startup.graph_capture import capture
+from dp_runtime.startup.rank_plan import RankPlan, plan_rank
+from workers.links import Communicator, connect
 from workers.messages import HostInfo, MeetingPoint, Polled
 
 LINGER_S = 0.002  # outputs that follow within this time travel together
@@ -48,14 +48,14 @@ class Worker:
         self._builds: KernelBuilds | None = None
         self._loaded: LoadedRank | None = None
         self._measured: MemoryUse | None = None
-        self._links: RankLinks | None = None
+        self._links: Communicator | None = None
         self._loop: StepLoop | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._added: list[RankRequest] = []
         self._aborted: list[int] = []
         self._stopping = False
-        self._outbox: list[RequestProgress] = []
+        self._outbox: list[RequestUpdate] = []
         self._error: str | None = None
         self._bytes_loaded = 0
         self._graphs = (0, 0)  # captured, of how many
@@ -208,13 +208,13 @@ class Worker:
             self._error = error
             self._changed.notify_all()
 
-    def _take(self) -> Commands:
+    def _take(self) -> Inbox:
         with self._changed:
-            commands = Commands(self._added, self._aborted, self._stopping)
+            commands = Inbox(self._added, self._aborted, self._stopping)
             self._added, self._aborted = [], []
             return commands
 
-    def _deliver(self, progress: list[RequestProgress]) -> None:
+    def _deliver(self, progress: list[RequestUpdate]) -> None:
         if progress:
             with self._changed:
                 self._outbox += progress

@@ -1,6 +1,6 @@
 """What every eager attention call must satisfy; kernels themselves check none of it.
 
-Values (page ids, lengths, offsets) are checked once per slot on the host when the metadata is
+Values (page ids, lengths, offsets) are checked once per pass on the host when the metadata is
 built; here shapes, dtypes, strides and devices are compared, without a device synchronisation.
 Metadata and plans are frozen: the layer that first sees one checks it for all, with the devices;
 shapes and dtypes of q, k and v are compared at each call, for what a kernel gets follows from them
@@ -18,21 +18,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dp_runtime.attention.paged import CacheSlots
-from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
-from dp_runtime.batch import Int32, Int64
+from dp_runtime.attention.kv_write import CacheSlots
+from dp_runtime.attention.spec import (
+    AttentionBackend,
+    AttentionSpec,
+    KvScales,
+    LayerBackends,
+    Pools,
+)
+from dp_runtime.core.batch import Int32, Int64
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.rotation import QkNormRope
 from dp_runtime.errors import ContractViolation
-from dp_runtime.layers.rotary import HeadRotation
-from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.protocols import AttentionBackend
 
 Comparison = tuple[str, object, object]  # what, as found, as due
 TENSOR = ("shape", "dtype", "device", "contiguity")
 
 
 @dataclass(eq=False)
-class SlotChecks:
-    """What the layers of a rank have found in order for the slot at hand."""
+class PassChecks:
+    """What the layers of a rank have found in order for the pass at hand."""
 
     metadata: AttentionMetadata | None = None
     call: tuple[object, ...] = ()  # due for q, k and v, or for unrotated rows
@@ -42,30 +47,30 @@ class SlotChecks:
 
 @dataclass(frozen=True)
 class LayerContract:
-    """The calls that fit one layer's pool; the layers of a rank share `slot`."""
+    """The calls that fit one layer's pool; the layers of a rank share `pass_checks`."""
 
     layer: int
     spec: AttentionSpec
     device: torch.device
-    slot: SlotChecks = field(default_factory=SlotChecks)
+    pass_checks: PassChecks = field(default_factory=PassChecks)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> None:
         """Compare a call with its metadata; ContractViolation names place, layer and numbers."""
         found = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype)
-        if metadata is self.slot.metadata and found == self.slot.call:
+        if metadata is self.pass_checks.metadata and found == self.pass_checks.call:
             return
         spec, rows = self.spec, metadata.num_tokens
         kv = (rows, spec.num_kv_heads, spec.head_dim)
         shapes = {"q": (rows, spec.num_heads, spec.head_dim), "k": kv, "v": kv}
         self._check_new((q, k, v), shapes, metadata)
-        self.slot.metadata, self.slot.call = metadata, found
+        self.pass_checks.metadata, self.pass_checks.call = metadata, found
 
-    def check_qkv(self, qkv: Tensor, rotation: HeadRotation, metadata: AttentionMetadata) -> None:
+    def check_qkv(self, qkv: Tensor, rotation: QkNormRope, metadata: AttentionMetadata) -> None:
         """The same for rows that are still to be rotated."""
         given = (qkv, rotation.cos, rotation.sin, rotation.norm_weight)
         tensors = tuple(tensor for tensor in given if tensor is not None)
         found = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if metadata is self.slot.metadata and found == self.slot.call:
+        if metadata is self.pass_checks.metadata and found == self.pass_checks.call:
             return
         spec, rows = self.spec, metadata.num_tokens
         rotated, angles = spec.num_heads + spec.num_kv_heads, (rows, 1, spec.head_dim // 2)
@@ -73,13 +78,13 @@ class LayerContract:
         norm = (rotated, spec.head_dim)
         shapes = {"qkv": qkv_shape, "cos": angles, "sin": angles, "norm_weight": norm}
         self._check_new(tensors, shapes, metadata)
-        self.slot.metadata, self.slot.call = metadata, found
+        self.pass_checks.metadata, self.pass_checks.call = metadata, found
 
     def check_slots(self, plan: object, slots: CacheSlots, metadata: AttentionMetadata) -> None:
         """Compare where a plan's rows are appended, once for all layers."""
-        if plan is not self.slot.plan:
+        if plan is not self.pass_checks.plan:
             self.compare(slots_comparisons(slots, metadata, self.spec, self.device), metadata)
-            self.slot.plan = plan
+            self.pass_checks.plan = plan
 
     def compare(self, comparisons: Iterable[Comparison], metadata: AttentionMetadata) -> None:
         for what, found, due in comparisons:
@@ -110,12 +115,12 @@ def layer_backends(
     scales: Sequence[KvScales],
     attention: Callable[[Tensor, KvScales, LayerContract], AttentionBackend],
 ) -> LayerBackends:
-    """`attention` over each layer's pool; the layers share what is in order for a slot."""
-    slot = SlotChecks()
+    """`attention` over each layer's pool; the layers share what is in order for a pass."""
+    pass_checks = PassChecks()
 
     def layer_backend(layer: int) -> AttentionBackend:
         pool = pools[layer]
-        return attention(pool, scales[layer], LayerContract(layer, spec, pool.device, slot))
+        return attention(pool, scales[layer], LayerContract(layer, spec, pool.device, pass_checks))
 
     return layer_backend
 

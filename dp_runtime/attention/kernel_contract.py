@@ -1,4 +1,4 @@
-"""What a kernel call reads about its group of requests, compared with the slot's metadata."""
+"""What a kernel call reads about its group of requests, compared with the pass's metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dp_runtime.attention.contract import (
 )
 from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlan, causal_mask, mask_words
 from dp_runtime.attention.spec import AttentionSpec
-from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.core.metadata import AttentionMetadata
 
 CPU = torch.device("cpu")
 CALL = tuple(f"a kernel's {name}" for name in (
@@ -31,7 +31,7 @@ def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMet
 
     ContractViolation names place, layer and numbers.
     """
-    if plan is contract.slot.plan:
+    if plan is contract.pass_checks.plan:
         return
     spec, device = contract.spec, contract.device
     contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
@@ -42,7 +42,7 @@ def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMet
         contract.compare([("requests of all groups", *lists)], metadata)
     for group in plan.groups:
         contract.compare(group_comparisons(group, metadata, spec, device), metadata)
-    contract.slot.plan = plan
+    contract.pass_checks.plan = plan
 
 
 def check_kernel(

@@ -1,4 +1,4 @@
-"""KernelPlanner: splits a slot's requests into groups that one GPU kernel call serves each."""
+"""KernelPlanner: splits a pass's requests into groups that one GPU kernel call serves each."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.contract import offsets
-from dp_runtime.attention.paged import CacheSlots
+from dp_runtime.attention.kv_write import CacheSlots
 from dp_runtime.attention.spec import AttentionSpec
-from dp_runtime.batch import Int32, Int64
-from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.transfer import all_on_device, on_device
+from dp_runtime.core.batch import Int32, Int64
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.transfer import all_on_device, on_device
 
 MASK_WORD_BITS = 16
 
@@ -42,7 +42,7 @@ class KernelGroup:
 
 @dataclass(frozen=True, eq=False)
 class KernelPlan:
-    """Where a slot's new keys go, and the groups of its queries."""
+    """Where a pass's new keys go, and the groups of its queries."""
 
     slots: CacheSlots
     groups: tuple[KernelGroup, ...]
@@ -83,7 +83,7 @@ class KernelPlanner:
 
 
 def build_group(metadata: AttentionMetadata, members: Int64, query_len: int | None) -> KernelGroup:
-    """The group of some of a slot's requests; `members` are their numbers, ascending."""
+    """The group of some of a pass's requests; `members` are their numbers, ascending."""
     device = metadata.seq_lens.device
     query_lens, seq_lens = metadata.query_lens_host[members], metadata.seq_lens_host[members]
     starts = offsets(metadata.query_lens_host)[members]

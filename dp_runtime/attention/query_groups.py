@@ -1,4 +1,4 @@
-"""QueryPlanner: splits a slot's queries into groups that one batched product can serve."""
+"""QueryPlanner: splits a pass's queries into groups that one batched product can serve."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.paged import CacheSlots
-from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.attention.kv_write import CacheSlots
+from dp_runtime.core.metadata import AttentionMetadata
 
 QUERY_BLOCK = 256  # most query rows in a piece: bounds masks, and skips keys no row may see
 PAIR_BUDGET = 2**18  # most (query row, key) pairs in a group of several pieces
@@ -42,7 +42,7 @@ class QueryGroup:
 
 @dataclass(frozen=True, eq=False)
 class QueryPlan:
-    """Where a slot's new keys go, and the groups of its queries."""
+    """Where a pass's new keys go, and the groups of its queries."""
 
     slots: CacheSlots
     groups: tuple[QueryGroup, ...]

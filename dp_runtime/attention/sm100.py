@@ -15,7 +15,7 @@ from torch import Tensor
 from dp_runtime.attention.kernel_groups import KernelGroup
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm import WORKSPACE_BYTES
-from dp_runtime.kernel_builds import Kernel
+from dp_runtime.kernels.builds import JitModule
 
 
 class Sm100Kernels:
@@ -69,6 +69,6 @@ def make_kernels(spec: AttentionSpec, device: torch.device) -> Sm100Kernels:
     return Sm100Kernels(spec.head_dim**-0.5, device)
 
 
-def modules(spec: AttentionSpec) -> tuple[Kernel, ...]:
+def modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
     """One launcher; the kernels themselves come precompiled with flashinfer."""
-    return (Kernel("trtllm-gen", lambda: (load_decode(), load_prefill())),)
+    return (JitModule("trtllm-gen", lambda: (load_decode(), load_prefill())),)

@@ -14,10 +14,10 @@ from flashinfer.xqa import get_xqa_module
 from torch import Tensor
 
 from dp_runtime.attention.kernel_groups import KernelGroup
-from dp_runtime.attention.paged import E4M3
+from dp_runtime.attention.kv_write import E4M3
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm import WORKSPACE_BYTES
-from dp_runtime.kernel_builds import Kernel
+from dp_runtime.kernels.builds import JitModule
 
 LAYOUT = "Q_PAGED_KV_HND"
 
@@ -84,7 +84,7 @@ def make_kernels(spec: AttentionSpec, device: torch.device) -> Sm90Kernels:
     return Sm90Kernels(spec.head_dim**-0.5, device)
 
 
-def modules(spec: AttentionSpec) -> tuple[Kernel, ...]:
+def modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
     """FMHAv2 for the cache's dtype, and an XQA module for each decode length.
 
     They are loaded through flashinfer's own cached functions, so that calls find them loaded.
@@ -93,8 +93,8 @@ def modules(spec: AttentionSpec) -> tuple[Kernel, ...]:
     prefill = partial(get_trtllm_fmha_v2_module, LAYOUT, spec.kv_dtype, out_dtype)
     shape = f"page {spec.page_size}, head_dim {spec.head_dim}, {spec.group_size} to 1"
     return (
-        Kernel(f"FMHAv2 ({spec.dtypes})", prefill),
-        *(Kernel(f"XQA ({spec.dtypes}, {shape}, q_len {n})", partial(load_xqa, spec, n))
+        JitModule(f"FMHAv2 ({spec.dtypes})", prefill),
+        *(JitModule(f"XQA ({spec.dtypes}, {shape}, q_len {n})", partial(load_xqa, spec, n))
           for n in sorted(spec.decode_query_lens)),
     )  # fmt: skip
 

@@ -9,8 +9,30 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dp_runtime.kernel_builds import Kernel
-from dp_runtime.protocols import AttentionBackend
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.rotation import QkNormRope
+from dp_runtime.kernels.builds import JitModule
+
+
+class AttentionBackend(Protocol):
+    """Attention of one layer over the paged cache it is bound to.
+
+    It sees rows and metadata, and can reach neither a batch, an agreement nor a config.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Append k and v to the cache, then attend causally.
+
+        q [rows, num_heads, head_dim], k and v [rows, num_kv_heads, head_dim]
+        -> [rows, num_heads, head_dim].
+        """
+
+    def attend_qkv(self, qkv: Tensor, rotation: QkNormRope, metadata: AttentionMetadata) -> Tensor:
+        """The same of unrotated rows, on a GPU: one kernel makes q and appends k and v.
+
+        qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> [rows, num_heads, head_dim].
+        """
+
 
 LayerBackends = Callable[[int], AttentionBackend]  # the backend of a layer
 Pools = Sequence[Tensor]  # [layer], each [num_pages, 2, num_kv_heads, page_size, head_dim]
@@ -23,7 +45,7 @@ class AttentionSpec:
 
     kv_dtype: of the page pools, `dtype` or float8_e4m3fn. decode_query_lens: query lengths that
     a decode kernel serves (1: decode, 2..8: verification); any other is a prefill chunk.
-    check_device_values: for debugging, compare device tensors with host mirrors in every slot.
+    check_device_values: for debugging, compare device tensors with host mirrors in every pass.
     """
 
     num_heads: int
@@ -68,8 +90,8 @@ class Backend(Protocol):
     def workspace_bytes(self, spec: AttentionSpec) -> int:
         """Device memory that `make` allocates."""
 
-    def kernels(self, spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
+    def kernels(self, spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
         """What must be compiled before the spec can be served."""
 
     def make(self, spec: AttentionSpec, pools: Pools, scales: Sequence[KvScales]) -> LayerBackends:
-        """Backends of all layers; they share workspaces and what is planned once a slot."""
+        """Backends of all layers; they share workspaces and what is planned once a pass."""

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dp_runtime.attention.contract import layer_backends
-from dp_runtime.attention.layer import PagedAttention
-from dp_runtime.attention.paged import CacheSlots
+from dp_runtime.attention.kv_write import CacheSlots
+from dp_runtime.attention.paged_attention import PagedAttention
 from dp_runtime.attention.query_groups import QueryGroup, QueryPlanner
 from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
-from dp_runtime.kernel_builds import Kernel
-from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.kernels.builds import JitModule
 
 
 def check(spec: AttentionSpec, device: torch.device) -> None:
@@ -27,7 +27,7 @@ def workspace_bytes(spec: AttentionSpec) -> int:
     return 0
 
 
-def kernels(spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
+def kernels(spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
     """Compiles nothing."""
     return ()
 

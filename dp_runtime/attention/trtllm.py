@@ -17,15 +17,15 @@ from torch import Tensor
 from dp_runtime.attention.contract import layer_backends
 from dp_runtime.attention.kernel_contract import check_kernel, check_plan
 from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner
-from dp_runtime.attention.layer import PagedAttention
-from dp_runtime.attention.paged import CacheSlots, quantize
+from dp_runtime.attention.kv_write import CacheSlots, quantize
+from dp_runtime.attention.paged_attention import PagedAttention
 from dp_runtime.attention.spec import AttentionSpec, KvScales, LayerBackends, Pools
 from dp_runtime.attention.support import check_flashinfer, check_trtllm
-from dp_runtime.kernel_builds import Kernel
-from dp_runtime.metadata import AttentionMetadata
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.kernels.builds import JitModule
 
 WORKSPACE_BYTES = 128 << 20
-GENERATIONS = {9: "dp_runtime.attention.sm90", 10: "dp_runtime.attention.sm100"}
+GPU_ARCHS = {9: "dp_runtime.attention.sm90", 10: "dp_runtime.attention.sm100"}
 
 
 class Kernels(Protocol):
@@ -42,12 +42,12 @@ class Kernels(Protocol):
         """The same short query length for all requests, causal among the new tokens."""
 
 
-class Generation(Protocol):
+class GpuArch(Protocol):
     """A module with the calls of one GPU generation."""
 
     def make_kernels(self, spec: AttentionSpec, device: torch.device) -> Kernels: ...
 
-    def modules(self, spec: AttentionSpec) -> tuple[Kernel, ...]: ...
+    def modules(self, spec: AttentionSpec) -> tuple[JitModule, ...]: ...
 
 
 def check(spec: AttentionSpec, device: torch.device) -> None:
@@ -61,7 +61,7 @@ def workspace_bytes(spec: AttentionSpec) -> int:
     return 2 * WORKSPACE_BYTES
 
 
-def kernels(spec: AttentionSpec, device: torch.device) -> tuple[Kernel, ...]:
+def kernels(spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
     """The modules of the device's generation."""
     return _generation(device).modules(spec)
 
@@ -86,9 +86,9 @@ def make_layers(
     )
 
 
-def _generation(device: torch.device) -> Generation:
+def _generation(device: torch.device) -> GpuArch:
     major = torch.cuda.get_device_capability(device)[0]
-    return cast(Generation, import_module(GENERATIONS[major]))
+    return cast(GpuArch, import_module(GPU_ARCHS[major]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ class TrtllmAttention(PagedAttention):
         return plan.slots
 
     def _attend(self, q: Tensor, metadata: AttentionMetadata) -> Tensor:
-        plan, seen = self.planner.plan(metadata), self.contract.slot
+        plan, seen = self.planner.plan(metadata), self.contract.pass_checks
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in plan.groups:
             in_one_piece = isinstance(group.rows, slice)

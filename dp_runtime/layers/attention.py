@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.rotation import QkNormRope
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import CosSin, HeadRotation, rotate
-from dp_runtime.loader import WeightSource
-from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.protocols import AttentionBackend
+from dp_runtime.layers.rotary import CosSin, rotate
+from dp_runtime.weights.loader import WeightSource
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Attention:
             attended = self.backend(q, k, v, metadata)
         return self.output(attended.flatten(1))
 
-    def _rotation(self, cos_sin: CosSin) -> HeadRotation:
+    def _rotation(self, cos_sin: CosSin) -> QkNormRope:
         norm = self.qk_norm
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return HeadRotation(weight, eps, *cos_sin)
+        return QkNormRope(weight, eps, *cos_sin)
 
     def activation_bytes(self, rows: int) -> int:
         """Most bytes a call allocates at once, its result included.

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.fp8_blocks import FP8, num_blocks
-from dp_runtime.loader import Part, Shape, WeightSource
+from dp_runtime.weights.fp8_blocks import FP8, ExpertScales, num_blocks
+from dp_runtime.weights.loader import Part, Shape, WeightSource
 
 ALIGNMENT = 8  # elements: grouped_mm wants strides of 16 bytes, also in 2-byte dtypes
 PAIRS_AT_ONCE = 16_384  # (row, expert) pairs; bounds what the products need, whatever the routing
@@ -58,14 +58,6 @@ class ExpertNames:
     gate: str
     up: str
     down: str
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertScales:
-    """The scales of experts in e4m3, float32: one for each block of 128 x 128 weights."""
-
-    gate_up: Tensor  # [local_experts, 2 * intermediate / 128, hidden / 128]
-    down: Tensor  # [local_experts, hidden / 128, intermediate / 128]
 
 
 @dataclass(frozen=True, eq=False)

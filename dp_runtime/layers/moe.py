@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dp_runtime.layers.exchange import PaddedExchange, RowExchange
 from dp_runtime.layers.experts import Experts, ExpertShard, fused_experts
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
+from dp_runtime.parallel.exchange import PaddedExchange, RowExchange
 
 __all__ = [
     "ExpertShard",

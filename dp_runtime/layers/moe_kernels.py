@@ -9,12 +9,12 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from dp_runtime.core.transfer import on_device
 from dp_runtime.errors import require
-from dp_runtime.layers.expert_tiles import choose_tiles
+from dp_runtime.kernels.expert_tiles import choose_tiles
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.router import Router
-from dp_runtime.padding import PaddingPlan
-from dp_runtime.transfer import on_device
+from dp_runtime.parallel.padding import PaddingPlan
 
 
 class MoeKernels(Protocol):
@@ -90,7 +90,7 @@ class TorchMoe:
 class TritonMoe:
     """Kernels that skip padded rows where they lie; nothing is read back to the host.
 
-    The layers of a model share one, and with it the layout of a slot.
+    The layers of a model share one, and with it the layout of a pass.
     """
 
     reads_fp8: ClassVar[bool] = True
@@ -106,8 +106,8 @@ class TritonMoe:
         router: Router,
         experts: Experts,
     ) -> Tensor:
-        from dp_runtime.layers.triton_experts import run_experts
-        from dp_runtime.layers.triton_router import route
+        from dp_runtime.kernels.experts import run_experts
+        from dp_runtime.kernels.router import route
 
         if layout is None:
             layout = self._layout(plan, gathered.device)
@@ -137,7 +137,7 @@ class TritonMoe:
 
     def _logits_bytes(self, rows: int, router: Router) -> int:
         """Of the product's parts."""
-        from dp_runtime.layers.triton_router import MOST_SPLIT_ROWS, parts_shape
+        from dp_runtime.kernels.router import MOST_SPLIT_ROWS, parts_shape
 
         num_experts, hidden = router.gate.weight.shape
         size = 4 if rows <= MOST_SPLIT_ROWS else router.dtype.itemsize

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.loader import WeightSource
+from dp_runtime.weights.loader import WeightSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class RMSNorm:
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum; on a GPU `residual` is overwritten with it."""
         if x.is_cuda:
-            from dp_runtime.layers.triton_norm import add_rms_norm
+            from dp_runtime.kernels.norm import add_rms_norm
 
             normed = add_rms_norm(x, residual, self.weight, self.eps)
             return normed, x if residual is None else residual

@@ -11,16 +11,6 @@ from torch import Tensor
 CosSin = tuple[Tensor, Tensor]  # [rows, 1, head_dim / 2] each
 
 
-@dataclass(frozen=True, eq=False)
-class HeadRotation:
-    """What a layer's query and key heads go through: an RMSNorm each, then their rotation."""
-
-    norm_weight: Tensor | None  # [num_heads + num_kv_heads, head_dim]; None: no norm
-    eps: float
-    cos: Tensor  # [rows, 1, head_dim / 2]
-    sin: Tensor  # [rows, 1, head_dim / 2]
-
-
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary embedding; fields beyond `theta` belong to the types that are named beside them."""

@@ -9,17 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
-from dp_runtime.layers.moe import MoeStage, RowExchange
+from dp_runtime.layers.moe import MoeStage
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import CosSin, Rotary
-from dp_runtime.loader import WeightSource
-from dp_runtime.metadata import AttentionMetadata
 from dp_runtime.models.config import ModelConfig
-from dp_runtime.models.headed import HeadedModel
-from dp_runtime.protocols import AttentionBackend
+from dp_runtime.models.lm_head import LmHeadMixin
+from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.weights.loader import WeightSource
 
 
 def _nothing() -> Tensor:
@@ -27,8 +28,8 @@ def _nothing() -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class SlotInputs:
-    """A rank's rows for one slot, on the device; `embeds` replace the embeddings of some rows."""
+class PassInputs:
+    """A rank's rows for one pass, on the device; `embeds` replace the embeddings of some rows."""
 
     token_ids: Tensor  # [rows] int64
     positions: Tensor  # [rows] int64
@@ -108,10 +109,11 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True, eq=False)
-class CausalLM(HeadedModel):
+class CausalLM(LmHeadMixin):
     """Embedding, decoder layers, final norm and LM head.
 
-    feature_layers: the layers at whose input a forward copies the residual stream, for a draft.
+    aux_hidden_state_layers: layers at whose input a forward copies the residual stream, for a
+    draft model.
     """
 
     config: ModelConfig
@@ -120,7 +122,7 @@ class CausalLM(HeadedModel):
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head: Linear
-    feature_layers: tuple[int, ...] = ()
+    aux_hidden_state_layers: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,25 +143,25 @@ class CausalLM(HeadedModel):
     def with_features(self, layers: tuple[int, ...]) -> CausalLM:
         """The same model, whose forwards also return the residual stream entering these layers."""
         assert set(layers) <= set(range(len(self.layers))), f"{layers} of {len(self.layers)} layers"
-        return replace(self, feature_layers=layers)
+        return replace(self, aux_hidden_state_layers=layers)
 
     def forward(
-        self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
+        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
         x = inputs.embedded(self.embedding)
         cos_sin = self.rotary(inputs.positions, x.dtype)
-        features = x.new_empty(len(x), len(self.feature_layers), x.shape[1])
+        features = x.new_empty(len(x), len(self.aux_hidden_state_layers), x.shape[1])
         residual: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            for place, feature_layer in enumerate(self.feature_layers):
+            for place, feature_layer in enumerate(self.aux_hidden_state_layers):
                 if feature_layer == index:
                     _copy_sum(x, residual, features[:, place])
             x, residual = layer(x, residual, cos_sin, metadata, exchange)
         last = self.norm.add(x, residual)[0]
-        return Hidden(last, features.flatten(1) if self.feature_layers else last)
+        return Hidden(last, features.flatten(1) if self.aux_hidden_state_layers else last)
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        inputs = 2 + len(self.feature_layers)  # of a layer, and those that are kept
+        inputs = 2 + len(self.aux_hidden_state_layers)  # of a layer, and those that are kept
         row = inputs * self.config.hidden_size + self.config.head_dim  # and cos and sin
         return own_rows * row * self.embedding.dtype.itemsize + max(
             layer.activation_bytes(own_rows, gathered_rows, padded) for layer in self.layers

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dp_runtime.errors import require
-from dp_runtime.fp8_blocks import BLOCK
 from dp_runtime.layers.attention import AttentionShape
 from dp_runtime.layers.rotary import RopeConfig
-from dp_runtime.models.fields import ConfigFields
+from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.registry import ARCHITECTURES, architecture_module
+from dp_runtime.weights.fp8_blocks import BLOCK
 
 __all__ = ["ModelConfig", "RopeConfig", "read_model_config"]
 

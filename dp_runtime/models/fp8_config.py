@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dp_runtime.fp8_blocks import BLOCK
 from dp_runtime.layers.experts import ExpertNames
-from dp_runtime.models.fields import ConfigFields
+from dp_runtime.models.hf_config import ConfigFields
+from dp_runtime.weights.fp8_blocks import BLOCK
 
 
 def parse_fp8_experts(

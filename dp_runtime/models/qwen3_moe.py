@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dp_runtime.attention.spec import AttentionBackend
 from dp_runtime.layers.experts import ExpertNames, Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
-from dp_runtime.layers.moe import MoeStage, RankSharding, Router
+from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels
-from dp_runtime.loader import WeightSource
+from dp_runtime.layers.router import Router
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig, parse_head_dim
-from dp_runtime.models.fields import ConfigFields
 from dp_runtime.models.fp8_config import parse_fp8_experts
+from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.rope_config import max_context, parse_rope
-from dp_runtime.protocols import AttentionBackend
+from dp_runtime.weights.loader import WeightSource
 
 EXPERT_NAMES = ExpertNames("gate_proj", "up_proj", "down_proj")
 

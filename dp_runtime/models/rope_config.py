@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from dp_runtime.models.config import RopeConfig
-from dp_runtime.models.fields import ConfigFields
+from dp_runtime.layers.rotary import RopeConfig
+from dp_runtime.models.hf_config import ConfigFields
 
 TYPES = ("default", "linear", "yarn", "llama3")
 

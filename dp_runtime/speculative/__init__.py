@@ -1,1 +1,1 @@
-"""Where draft models and verification go; the slots they run in are in `dp_runtime.program`."""
+"""Where draft models and verification go; the passes they run in are in `dp_runtime.program`."""

@@ -15,12 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dp_runtime.attention.spec import AttentionBackend
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.loader import WeightSource
-from dp_runtime.models import Model, ModelConfig, SlotInputs, SlotModel
-from dp_runtime.protocols import AttentionBackend
+from dp_runtime.models.causal_lm import PassInputs
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.model import Model, PassModel
+from dp_runtime.weights.loader import WeightSource
 
 METHODS = {"mtp": "dp_runtime.speculative.mtp", "eagle3": "dp_runtime.speculative.eagle3"}
 
@@ -29,8 +31,9 @@ METHODS = {"mtp": "dp_runtime.speculative.mtp", "eagle3": "dp_runtime.speculativ
 class DraftConfig:
     """What the runtime plans a draft model with; a method adds what its layer needs.
 
-    directory: of the weights. vocab_size: of the draft's logits. feature_layers: the target's
-    layers whose inputs the draft reads; none: it reads the hidden state behind the final norm.
+    directory: of the weights. vocab_size: of the draft's logits. aux_hidden_state_layers: the
+    target's layers whose inputs the draft reads; none: it reads the hidden state after the
+    final norm.
     """
 
     method: str
@@ -41,13 +44,13 @@ class DraftConfig:
     head_dim: int
     vocab_size: int
     hidden_size: int
-    feature_layers: tuple[int, ...]
+    aux_hidden_state_layers: tuple[int, ...]
 
 
-class DraftModel(SlotModel, Protocol):
+class DraftModel(PassModel, Protocol):
     """A draft model as one rank holds it: everything but the experts of other ranks.
 
-    A forward takes the tokens that follow its rows' positions, and in `SlotInputs.hidden` projected
+    A forward takes the tokens that follow its rows' positions, and in `PassInputs.hidden` projected
     features of the target, or the features of the draft's own forward before, as they are.
     """
 
@@ -61,7 +64,7 @@ class DraftModel(SlotModel, Protocol):
 
 
 def beside(
-    inputs: SlotInputs, embedding: Tensor, embedding_norm: RMSNorm, hidden_norm: RMSNorm
+    inputs: PassInputs, embedding: Tensor, embedding_norm: RMSNorm, hidden_norm: RMSNorm
 ) -> Tensor:
     """What a draft reads of each row, [rows, 2 * hidden]: normed embedding and hidden state."""
     embeds = embedding_norm.add(inputs.embedded(embedding), None)[0]

@@ -14,27 +14,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
-from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
+from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import Rotary
-from dp_runtime.loader import WeightSource
-from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.models import Hidden, Model, SlotInputs
-from dp_runtime.models.headed import HeadedModel
-from dp_runtime.protocols import AttentionBackend
+from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.lm_head import LmHeadMixin
+from dp_runtime.models.model import Model
+from dp_runtime.parallel.exchange import RowExchange
 from dp_runtime.speculative.draft import beside
 from dp_runtime.speculative.eagle3_config import EMBEDDING, MAP, Eagle3Config, read_config
+from dp_runtime.weights.loader import WeightSource
 
 __all__ = ["Eagle3", "build", "read_config"]
 
 
 @dataclass(frozen=True, eq=False)
-class Eagle3(HeadedModel):
+class Eagle3(LmHeadMixin):
     """A head; a chained draft takes what is before its norm, as features are before any."""
 
     config: Eagle3Config
@@ -65,7 +67,7 @@ class Eagle3(HeadedModel):
         return self.fc(features)
 
     def forward(
-        self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
+        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
         cos_sin = self.rotary(inputs.positions, self.dtype)
         x = beside(inputs, self.embedding, self.embedding_norm, self.hidden_norm)
@@ -97,7 +99,7 @@ def build(
 ) -> Eagle3:
     """Every rank holds the whole head: it has no experts to shard."""
     hidden, prefix = config.hidden_size, config.layer_prefix
-    features = len(config.feature_layers) * hidden
+    features = len(config.aux_hidden_state_layers) * hidden
 
     def norm(name: str) -> RMSNorm:
         return RMSNorm.load(weights, name, hidden, config.rms_norm_eps)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import AttentionShape
-from dp_runtime.loader import tensor_names
-from dp_runtime.models.config import ModelConfig, RopeConfig, parse_head_dim
-from dp_runtime.models.fields import ConfigFields
+from dp_runtime.layers.rotary import RopeConfig
+from dp_runtime.models.config import ModelConfig, parse_head_dim
+from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.rope_config import parse_rope
 from dp_runtime.speculative.draft import DraftConfig
+from dp_runtime.weights.loader import tensor_names
 
 FIELD = "speculative_draft_model"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -68,7 +69,7 @@ def read_config(directory: str, target: ModelConfig) -> Eagle3Config:
         head_dim=parse_head_dim(fields, hidden, num_heads),
         vocab_size=vocab_size,
         hidden_size=hidden,
-        feature_layers=parse_feature_layers(fields, target.num_layers),
+        aux_hidden_state_layers=parse_feature_layers(fields, target.num_layers),
         target_vocab_size=target.vocab_size,
         intermediate_size=fields.integer("intermediate_size"),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),

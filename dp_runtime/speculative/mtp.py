@@ -13,22 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.errors import require
 from dp_runtime.layers.linear import Linear
-from dp_runtime.layers.moe import MoeStage, RankSharding, RowExchange
+from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import Rotary
-from dp_runtime.loader import WeightSource
-from dp_runtime.metadata import AttentionMetadata
-from dp_runtime.models import Hidden, Model, ModelConfig, SlotInputs
-from dp_runtime.models.causal_lm import DecoderLayer
-from dp_runtime.models.fields import ConfigFields
+from dp_runtime.models.causal_lm import DecoderLayer, Hidden, PassInputs
+from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.fp8_config import parse_fp8_experts
-from dp_runtime.models.headed import HeadedModel
+from dp_runtime.models.hf_config import ConfigFields
+from dp_runtime.models.lm_head import LmHeadMixin
+from dp_runtime.models.model import Model
 from dp_runtime.models.qwen3_moe import EXPERT_NAMES, load_mlp
-from dp_runtime.protocols import AttentionBackend
+from dp_runtime.parallel.exchange import RowExchange
 from dp_runtime.speculative.draft import DraftConfig, beside
+from dp_runtime.weights.loader import WeightSource
 
 LAYER = "mtp.layers.0"
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # what config.json may call them
@@ -60,7 +62,7 @@ def read_config(directory: str, target: ModelConfig) -> MtpConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Mtp(HeadedModel):
+class Mtp(LmHeadMixin):
     """One MTP layer; what it returns is behind its norm, as what it takes is behind the target's.
 
     A checkpoint in which that makes a difference has been trained so (Qwen3-Next, Qwen3.5).
@@ -92,7 +94,7 @@ class Mtp(HeadedModel):
         return features
 
     def forward(
-        self, inputs: SlotInputs, metadata: AttentionMetadata, exchange: RowExchange
+        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
         x = self.fc(beside(inputs, self.embedding, self.embedding_norm, self.hidden_norm))
         cos_sin = self.rotary(inputs.positions, x.dtype)

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.attention import AttentionSpec, KvScales, kernels
 from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner, causal_mask
-from dp_runtime.kernel_builds import KernelBuilds
-from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
+from dp_runtime.attention.registry import kernels
+from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
+from dp_runtime.kernels.builds import KernelBuilds
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import captured, event_us
 from examples.paged_batch import paged_batch

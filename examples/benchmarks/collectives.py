@@ -27,10 +27,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from collectives.peer_to_peer import PeerToPeerGroup
-from collectives.shared_memory import new_rendezvous_path
-from collectives.torch_distributed import TorchDistributedGroup
-from dp_runtime.protocols import CountedCollective, RowCollective
+from collectives.peer_to_peer.group import PeerToPeerGroup
+from collectives.shared_memory.group import new_rendezvous_path
+from collectives.torch_distributed.group import TorchDistributedGroup
+from dp_runtime.parallel.collective import DeviceCountCollective, RowCollective
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import captured, event_us
 from examples.benchmarks.spawned import run_spawned
@@ -83,11 +83,11 @@ class Rows:
         )
 
     def eager(self, collective: RowCollective) -> None:
-        collective.gather_rows(self.own, self.counts)
-        collective.reduce_scatter_rows(self.partial, self.counts)
+        collective.all_gather(self.own, self.counts)
+        collective.reduce_scatter(self.partial, self.counts)
 
     def counted(
-        self, collective: CountedCollective, gathered: int, scattered: int
+        self, collective: DeviceCountCollective, gathered: int, scattered: int
     ) -> Callable[[], None]:
         """So many real rows of every rank."""
         rows, size = self.counts[0], len(self.counts)
@@ -98,8 +98,8 @@ class Rows:
         )
 
         def pair() -> None:
-            collective.gather_counted(self.own, there, rows, False)
-            collective.reduce_scatter_counted(self.partial, back, rows)
+            collective.all_gather_v(self.own, there, rows, False)
+            collective.reduce_scatter_v(self.partial, back, rows)
 
         return pair
 
@@ -119,7 +119,7 @@ def run_rank(
     for count in args.rows:
         rows = Rows.make(count, size, args.hidden, device)
         pairs = {transport: partial(rows.eager, collective)}
-        if isinstance(collective, CountedCollective):
+        if isinstance(collective, DeviceCountCollective):
             quarter = -(-count // 4)
             pairs["counted"] = rows.counted(collective, count, count)
             pairs["a quarter"] = rows.counted(collective, quarter, quarter)

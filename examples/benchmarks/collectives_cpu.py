@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from collectives.shared_memory import SharedMemoryGroup, new_rendezvous_path
-from collectives.torch_distributed import TorchDistributedGroup
+from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path
+from collectives.torch_distributed.group import TorchDistributedGroup
 from examples.benchmarks import machine
 from examples.benchmarks.spawned import run_spawned
 from examples.benchmarks.timing import Times, measure
@@ -94,8 +94,8 @@ def run_rank(
     counts = (rows,) * dp_size
     own, partial = torch.randn(rows, hidden), torch.randn(dp_size * rows, hidden)
     operations: dict[str, Callable[[], Any]] = {
-        "gather": lambda: group.collective.gather_rows(own, counts),
-        "reduce_scatter": lambda: group.collective.reduce_scatter_rows(partial, counts),
+        "gather": lambda: group.collective.all_gather(own, counts),
+        "reduce_scatter": lambda: group.collective.reduce_scatter(partial, counts),
     }
     times = {}
     for name, operation in operations.items():

@@ -3,7 +3,7 @@
     python examples/benchmarks/contract_cost.py
     python examples/benchmarks/contract_cost.py --no-step    # without the model, as on a CPU
 
-Values are checked once a slot, on the host mirrors; the checks of the 48 layers are recorded from
+Values are checked once a pass, on the host mirrors; the checks of the 48 layers are recorded from
 the adapter's own calls and replayed, without the rest of its work. Times are medians.
 With a GPU it also times the shape's eager decode steps, with dummy weights, on --dp-size ranks.
 """
@@ -29,11 +29,12 @@ import numpy as np
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.attention import AttentionSpec, KvScales, trtllm
-from dp_runtime.attention.contract import LayerContract, SlotChecks
+from dp_runtime.attention import trtllm
+from dp_runtime.attention.contract import LayerContract, PassChecks
+from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm import TrtllmAttention, make_layers
-from dp_runtime.batch import LocalBatch
-from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place, check_values
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from examples.benchmarks import machine
 from examples.nvl4.shape import QWEN3_30B_A3B, write_shape
 from examples.paged_batch import paged_batch
@@ -87,7 +88,7 @@ class Call:
 
 
 def recorded_checks(layers: Sequence[TrtllmAttention], tensors: Tensors) -> list[Call]:
-    """Every check that the layers make for a slot they have not seen, in their order."""
+    """Every check that the layers make for a pass they have not seen, in their order."""
     calls: list[Call] = []
 
     def recording(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +108,7 @@ def recorded_checks(layers: Sequence[TrtllmAttention], tensors: Tensors) -> list
 
 
 def measure(decodes: int, chunk: int, repeats: int, device: torch.device) -> Cost:
-    """Median cost of one slot's checks: the adapter's own, replayed without its other work."""
+    """Median cost of one pass's checks: the adapter's own, replayed without its other work."""
     dtype = torch.bfloat16
     spec = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, PAGE, dtype, dtype)
     batch = make_batch(decodes, chunk)
@@ -118,10 +119,10 @@ def measure(decodes: int, chunk: int, repeats: int, device: torch.device) -> Cos
     q = torch.zeros((batch.num_tokens, HEADS, HEAD_DIM), dtype=dtype, device=device)
     metadata = AttentionMetadata.build(batch, pages, PLACE, device)
     calls = recorded_checks(layers, (q, q[:, :KV_HEADS], q[:, :KV_HEADS], metadata))
-    seen = layers[0].contract.slot
+    seen = layers[0].contract.pass_checks
     values, checks = [], []
     for _ in range(repeats):
-        vars(seen).update(vars(SlotChecks()))  # as before the slot's first layer
+        vars(seen).update(vars(PassChecks()))  # as before the pass's first layer
         start = perf_counter()
         check_values(batch, pages, PLACE)
         values.append(perf_counter() - start)
@@ -151,7 +152,7 @@ def _decode_step(engine: Engine, count: int, num_tokens: int) -> float:
     known = len(engine.step_trace())
     engine.generate(prompts, params, [index % dp_size for index in range(len(prompts))])
     steps = engine.step_trace()[known:]
-    full = [s for s in steps if s.dp_rank == 0 and s.slots[0].real_rows == (count,) * dp_size]
+    full = [s for s in steps if s.dp_rank == 0 and s.passes[0].real_rows == (count,) * dp_size]
     return median(step.busy_s + step.wait_s for step in full)
 
 
@@ -166,7 +167,7 @@ def main() -> None:
     steps = step_seconds(options.dp_size, 32) if cuda and options.step else {}
     print(f"{LAYERS} layers; goal: at most {GOAL_US:g} us and {GOAL_SHARE:.0%} of a step")
     print(
-        "slot                         values us   layers us (checks)   total us   of an eager step"
+        "pass                         values us   layers us (checks)   total us   of an eager step"
     )
     for (decodes, chunk), cost in costs.items():
         name = f"{decodes} decodes" + (f", a chunk of {chunk}" if chunk else "")

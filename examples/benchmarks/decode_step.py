@@ -23,8 +23,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.models import read_model_config
-from dp_runtime.trace import StepTrace
+from dp_runtime.metrics.trace import StepTrace
+from dp_runtime.models.config import read_model_config
 from examples.benchmarks import machine
 from examples.benchmarks.floors import DecodeBytes, uniform_active
 from examples.benchmarks.stepping import Load, Profile, Routed, SteppedRank, Window, run_ranks

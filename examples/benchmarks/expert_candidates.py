@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dp_runtime.layers.expert_tiles import FLAT, Tile
-from dp_runtime.layers.triton_experts import down_pairs, gate_up_pairs
-from dp_runtime.layers.triton_router import Routing
+from dp_runtime.kernels.expert_tiles import FLAT, Tile
+from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
+from dp_runtime.kernels.router import Routing
 from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SHAPES, TOP_K
 
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0

@@ -32,7 +32,7 @@ class DecodeBytes:
 
         active_experts: of a layer, over all ranks; None: the mean for uniform routing of the rows
         of all ranks. num_drafts: of each request, by an MTP layer of the model's kind, which runs
-        once for each (draft slots and draft_extend), with the LM head.
+        once for each (draft passes and draft_extend), with the LM head.
         """
         if active_experts is None:
             active_experts = uniform_active(model, rows * dp_size * (1 + num_drafts))

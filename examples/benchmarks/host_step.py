@@ -26,13 +26,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from dp_runtime import SamplingParams, scheduler
-from dp_runtime.metadata import PageGeometry, Place, check_values
-from dp_runtime.program import SERVING_PROGRAMS
-from dp_runtime.request import RankRequest
-from dp_runtime.sampling import Sampled, Sampler
-from dp_runtime.scheduled import Scheduled, StepTokens
-from dp_runtime.scheduler import Limits, Scheduler
+from dp_runtime import SamplingParams
+from dp_runtime.core.metadata import PageGeometry, Place, check_values
+from dp_runtime.core.program import SERVING_PROGRAMS
+from dp_runtime.core.request import RankRequest
+from dp_runtime.sampling.sampler import Sampled, Sampler
+from dp_runtime.scheduler import scheduler
+from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
 from examples.benchmarks import machine
 
 PHASES = ("schedule", "build", "load", "check", "sample", "commit")
@@ -50,7 +52,7 @@ class Rank:
         self.sampler = Sampler(VOCAB, torch.device("cpu"))
         self.depth = depth
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        self._in_flight: deque[tuple[Scheduled, Sampled]] = deque()
+        self._in_flight: deque[tuple[SchedulerOutput, Sampled]] = deque()
         for number in range(num_requests):  # they cross page boundaries in different steps
             params = SamplingParams(max_tokens=longest, temperature=temperature)
             prompt = (1,) * (CONTEXT + number % PAGE)
@@ -75,7 +77,7 @@ class Rank:
             with self._phase("commit"):
                 launched, sampled = self._in_flight.popleft()
                 tokens = sampled.to_host()
-                self.scheduler.commit(launched, StepTokens(tokens.token_ids, tokens.logprobs, ()))
+                self.scheduler.commit(launched, StepResult(tokens.token_ids, tokens.logprobs, ()))
         return scheduled.prefill
 
     @contextmanager

@@ -21,7 +21,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.graph_buckets import GraphBuckets
+from dp_runtime.parallel.buckets import GraphBuckets
 from examples.benchmarks import machine
 from examples.benchmarks.stepping import Load, Profile, SteppedRank, Window, run_ranks
 

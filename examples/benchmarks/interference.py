@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from dp_runtime.agreement import Agreement
-from dp_runtime.metadata import PageGeometry
-from dp_runtime.program import Program, Slot
-from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.scheduler import Limits, Scheduled, Scheduler
-from dp_runtime.step import Commands, StepLoop
-from dp_runtime.trace import Recorder, StepTrace
+from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.program import Pass, Program
+from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.metrics.trace import Recorder, StepTrace
+from dp_runtime.parallel.agreement import Agreement
+from dp_runtime.runner.step_loop import Inbox, StepLoop
+from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from examples.benchmarks.stepping import IDS_A_RANK, Load, SteppedRank
 
 PREFILLING = 0  # the rank that prefills; all others decode
@@ -91,7 +93,7 @@ class SeparateScheduler(Scheduler):
         self.prefill_agreed = False
         self._nobodys = Scheduler(pages, limits)
 
-    def schedule(self, program: Program) -> Scheduled:
+    def schedule(self, program: Program) -> SchedulerOutput:
         has_prefill = self.queued_tokens > 0
         chosen = super() if has_prefill == self.prefill_agreed else self._nobodys
         return chosen.schedule(program)
@@ -110,7 +112,7 @@ class Driver:
     def __post_init__(self) -> None:
         self._recorded = self.recorder.totals.steps
 
-    def deliver(self, progress: list[RequestProgress]) -> None:
+    def deliver(self, progress: list[RequestUpdate]) -> None:
         """What the loop has after every step, and after aborts, which end no step."""
         recorded, self._recorded = self._recorded, self.recorder.totals.steps
         if recorded != self._recorded:
@@ -137,14 +139,14 @@ class Prefiller(Driver):
         super().__post_init__()
         self._ready_at = self.hold
 
-    def take(self) -> Commands:
+    def take(self) -> Inbox:
         if self._given or not self.pending or len(self.seen) < self._ready_at:
-            return Commands()
+            return Inbox()
         added, self.pending = self.pending[: self.at_once], self.pending[self.at_once :]
         self._given = dict.fromkeys((request.request_id for request in added), perf_counter())
-        return Commands(added)
+        return Inbox(added)
 
-    def deliver(self, progress: list[RequestProgress]) -> None:
+    def deliver(self, progress: list[RequestUpdate]) -> None:
         super().deliver(progress)
         for item in progress:
             self.first_token_s.append(self.seen[-1].at_s - self._given.pop(item.request_id))
@@ -166,16 +168,16 @@ class Decoder(Driver):
     _taken: int = 0  # number of steps seen
     _done_at: int | None = None
 
-    def take(self) -> Commands:
+    def take(self) -> Inbox:
         added, self.pending = self.pending, []
         self._running += [request.request_id for request in added]
         before, self._taken = self._taken, len(self.seen)
         if self._over:
-            return Commands(stop=before == self._taken)
+            return Inbox(stop=before == self._taken)
         self._over = self._done_at is not None and self._taken >= self._done_at + self.after
-        return Commands(added, abort=self._running if self._over else ())
+        return Inbox(added, abort=self._running if self._over else ())
 
-    def deliver(self, progress: list[RequestProgress]) -> None:
+    def deliver(self, progress: list[RequestUpdate]) -> None:
         before = len(self.seen)
         super().deliver(progress)
         if len(self.seen) > before:
@@ -255,5 +257,5 @@ def scheduling(loop: StepLoop, chunk: int, separate: bool) -> Iterator[None]:
 
 
 def target_rows(step: StepTrace) -> tuple[int, ...]:
-    """Real rows of the target slot, [rank]."""
-    return next(slot.real_rows for slot in step.slots if slot.slot == Slot.TARGET)
+    """Real rows of the target pass, [rank]."""
+    return next(each.real_rows for each in step.passes if each.pass_kind == Pass.TARGET)

@@ -21,13 +21,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dp_runtime.fp8_blocks import BLOCK, quantize
-from dp_runtime.layers.experts import Experts, ExpertScales
+from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
 from dp_runtime.layers.router import Router
-from dp_runtime.padding import PaddingMode, PaddingPlan
-from dp_runtime.prediction import held_bytes
+from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
+from dp_runtime.startup.memory_estimate import param_bytes
+from dp_runtime.weights.fp8_blocks import BLOCK, ExpertScales, quantize
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import (
     describe_gpu,
@@ -78,7 +78,7 @@ class Stage:
     def floor_us(self, copy_rate: float, product_rate: float) -> float:
         """Of one call, averaged over the weight sets."""
         num_local, _, intermediate = self.experts[0].down.shape
-        weight_bytes = held_bytes(self.stored[0]) / (num_local * 3 * intermediate * HIDDEN)
+        weight_bytes = param_bytes(self.stored[0]) / (num_local * 3 * intermediate * HIDDEN)
         total = 0.0
         for router in self.routers:
             local = router(self.rows)[1].flatten()

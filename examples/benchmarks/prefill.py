@@ -20,8 +20,7 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.models import read_model_config
-from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.config import ModelConfig, read_model_config
 from examples.benchmarks import machine
 from examples.benchmarks.stepping import Load, Profile, SteppedRank, Window, run_ranks
 

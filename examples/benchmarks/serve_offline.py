@@ -23,8 +23,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.handle import RequestHandle
-from dp_runtime.models import read_model_config
+from dp_runtime.engine.handle import RequestHandle
+from dp_runtime.models.config import read_model_config
 from examples.benchmarks import machine
 from examples.benchmarks.floors import DecodeBytes
 

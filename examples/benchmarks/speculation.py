@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tokenizers import Tokenizer
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.trace import Report
+from dp_runtime.metrics.trace import Report
 from examples.benchmarks import machine
 
 TINY_MOE = Path(__file__).parents[1] / "tiny_moe"

@@ -23,11 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from collectives.in_process import InProcessGroup
-from collectives.shared_memory import SharedMemoryGroup, new_rendezvous_path
-from collectives.torch_distributed import TorchDistributedGroup
-from dp_runtime.agreement import StepRecord, agree
-from dp_runtime.program import SERVING_PROGRAMS
-from dp_runtime.protocols import StepBoard
+from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path
+from collectives.torch_distributed.group import TorchDistributedGroup
+from dp_runtime.core.program import SERVING_PROGRAMS
+from dp_runtime.parallel.agreement import StepRecord, agree
+from dp_runtime.parallel.step_board import StepBoard
 from examples.benchmarks import machine
 from examples.benchmarks.spawned import run_spawned
 from examples.benchmarks.timing import Times, measure

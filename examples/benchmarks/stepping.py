@@ -15,23 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.capturing import MakeBuckets, capture
 from dp_runtime.config import EngineConfig
-from dp_runtime.graph_buckets import GraphBuckets
-from dp_runtime.kernel_builds import KernelBuilds
+from dp_runtime.core.program import Pass
+from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.kernels.builds import KernelBuilds
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
-from dp_runtime.padding import PaddingPlan
-from dp_runtime.program import Slot
-from dp_runtime.rank import assemble, kernels_of, load_rank, profile
-from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.sampling_params import SamplingParams
-from dp_runtime.sizing import plan_rank
-from dp_runtime.step import Commands, StepLoop
-from dp_runtime.trace import Recorder, StepTrace
+from dp_runtime.metrics.trace import Recorder, StepTrace
+from dp_runtime.parallel.buckets import GraphBuckets
+from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.runner.step_loop import Inbox, StepLoop
+from dp_runtime.startup.assembly import assemble, kernels_of, load_rank, profile
+from dp_runtime.startup.graph_capture import MakeBuckets, capture
+from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.spawned import run_spawned
-from workers.links import RankLinks, connect
+from workers.links import Communicator, connect
 from workers.messages import MeetingPoint
 
 TOKENS = (100, 150_000)  # keeps clear of special tokens
@@ -83,7 +83,7 @@ class Driver:
     def __post_init__(self) -> None:
         self.unfinished = {request.request_id for request in self.pending}
 
-    def take(self) -> Commands:
+    def take(self) -> Inbox:
         """What the loop asks before every step; a rank that had requests ends it for all.
 
         It does so once its own are done and no rank runs a step any more.
@@ -94,9 +94,9 @@ class Driver:
         before, self._recorded = self._recorded, self.recorder.totals.steps
         self._quiet = self._quiet + 1 if before == self._recorded else 0
         done = bool(self.last_tokens) and not self.unfinished
-        return Commands(added, stop=done and self._quiet >= QUIET)
+        return Inbox(added, stop=done and self._quiet >= QUIET)
 
-    def deliver(self, progress: list[RequestProgress]) -> None:
+    def deliver(self, progress: list[RequestUpdate]) -> None:
         for item in progress:
             self.last_tokens[item.request_id] = item.token_ids[-1]
             if item.finish_reason:
@@ -104,7 +104,7 @@ class Driver:
 
     def _watch(self, window: Window) -> None:
         """Every rank sees the same steps, so all profile at the same time."""
-        if self.recorder.steps[-1].slots[0].real_rows == window.rows:
+        if self.recorder.steps[-1].passes[0].real_rows == window.rows:
             self._seen += 1
             if self._seen == window.after:
                 self._start()
@@ -183,7 +183,9 @@ class LoadResult:
         """Seconds between the starts of consecutive steps that all had these rows."""
         times = []
         for one, other in zip(self.steps, self.steps[1:]):
-            if all(step.slots and step.slots[0].real_rows == tuple(rows) for step in (one, other)):
+            if all(
+                step.passes and step.passes[0].real_rows == tuple(rows) for step in (one, other)
+            ):
                 times.append(other.start_s - one.start_s)
         return times
 
@@ -204,7 +206,7 @@ class SteppedRank:
             builds.wait()
         kind = config.collective
         kind = ("peer_to_peer" if cuda else "shared_memory") if kind == "auto" else kind
-        self.links: RankLinks = connect(MeetingPoint(kind, directory), dp_rank, config, device)
+        self.links: Communicator = connect(MeetingPoint(kind, directory), dp_rank, config, device)
         board, collective = self.links.board, self.links.collective
         self.loop: StepLoop = assemble(config, plan, loaded, board, collective)
         if cuda:
@@ -239,7 +241,7 @@ class SteppedRank:
         Yields [(choices of every expert) of a stage].
         """
         counted: list[Tensor] = []
-        target = self.loop.runner.slots[Slot.TARGET]
+        target = self.loop.runner.passes[Pass.TARGET]
         model, graphs, stages = target.model, target.graphs, target.stages
         with_counts = model.with_stages(
             lambda stage: replace(stage, kernels=_Counting(stage.kernels, rows, counted))

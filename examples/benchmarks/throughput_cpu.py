@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.models import ModelConfig, read_model_config
-from dp_runtime.trace import Report, StepTrace
-from dp_runtime.workload import Workload
+from dp_runtime.cli.workload import Workload
+from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.models.config import ModelConfig, read_model_config
 from examples.benchmarks import machine
 
 TINY_MODEL = Path(__file__).parents[1] / "tiny_moe" / "checkpoint"

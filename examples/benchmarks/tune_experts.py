@@ -25,9 +25,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dp_runtime.layers.expert_tiles import ExpertTiles, Tile
-from dp_runtime.layers.triton_experts import down_pairs, gate_up_pairs, run_experts
-from dp_runtime.layers.triton_router import Routing, route
+from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile
+from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts
+from dp_runtime.kernels.router import Routing, route
 from examples.benchmarks import machine
 from examples.benchmarks.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
 from examples.benchmarks.expert_candidates import Job, candidates, compile_all

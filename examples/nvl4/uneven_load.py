@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from dp_runtime.cli.workload import Workload
 from dp_runtime.models.config import read_model_config
-from dp_runtime.workload import Workload
 
 
 def main() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 
-from dp_runtime.agreement import StepRecord, agree
+from dp_runtime.core.program import SERVING_PROGRAMS
 from dp_runtime.errors import RankDisagreement
-from dp_runtime.program import SERVING_PROGRAMS
-from dp_runtime.protocols import RowCollective, StepBoard
+from dp_runtime.parallel.agreement import StepRecord, agree
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.step_board import StepBoard
 
 
 def record_of(dp_rank: int, step: int) -> StepRecord:

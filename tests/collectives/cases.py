@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dp_runtime.protocols import Counts, RowCollective, StepBoard
+from dp_runtime.parallel.collective import Counts, RowCollective
+from dp_runtime.parallel.step_board import StepBoard
 
 
 def rows_of(dp_rank: int, count: int, hidden: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -23,7 +24,7 @@ def rows_of(dp_rank: int, count: int, hidden: int, dtype: torch.dtype, seed: int
 def check_gather(c: RowCollective, counts: Counts, hidden: int, dtype: torch.dtype) -> None:
     mine = rows_of(c.dp_rank, counts[c.dp_rank], hidden, dtype, 1)
     kept = mine.clone()
-    got = c.gather_rows(mine, counts)
+    got = c.all_gather(mine, counts)
     mine.zero_()  # a caller may reuse its rows as soon as the call returns
     want = torch.cat([rows_of(r, n, hidden, dtype, 1) for r, n in enumerate(counts)])
     assert got.shape == (sum(counts), hidden)
@@ -36,7 +37,7 @@ def check_reduce_scatter(
     c: RowCollective, counts: Counts, hidden: int, dtype: torch.dtype, exact: bool
 ) -> None:
     partials = [rows_of(r, sum(counts), hidden, dtype, 2) for r in range(c.dp_size)]
-    got = c.reduce_scatter_rows(partials[c.dp_rank].clone(), counts)
+    got = c.reduce_scatter(partials[c.dp_rank].clone(), counts)
     half = dtype in (torch.bfloat16, torch.float16)
     total = partials[0].float() if half else partials[0].clone()
     for partial in partials[1:]:
@@ -78,10 +79,10 @@ def strided_case(c: RowCollective, board: StepBoard, exact: bool) -> None:
     """Rows that are a transposed view, and rows of more than two dimensions."""
     counts = tuple(range(1, c.dp_size + 1))
     wide = [rows_of(r, 6, counts[r], torch.float32, 3) for r in range(c.dp_size)]
-    got = c.gather_rows(wide[c.dp_rank].t(), counts)
+    got = c.all_gather(wide[c.dp_rank].t(), counts)
     assert torch.equal(got, torch.cat([each.t() for each in wide]))
     cube = torch.arange(2 * c.dp_size * 12.0).view(2 * c.dp_size, 3, 4)
-    scattered = c.reduce_scatter_rows(cube, (2,) * c.dp_size)
+    scattered = c.reduce_scatter(cube, (2,) * c.dp_size)
     assert torch.equal(scattered, c.dp_size * cube[2 * c.dp_rank : 2 * c.dp_rank + 2])
 
 
@@ -112,7 +113,7 @@ def repeat_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
     sums = []
     for turn in range(4):
         time.sleep(0.01 * ((c.dp_rank + turn) % c.dp_size))
-        sums.append(c.reduce_scatter_rows(partial, (8,) * c.dp_size))
+        sums.append(c.reduce_scatter(partial, (8,) * c.dp_size))
     return sums
 
 
@@ -132,7 +133,7 @@ def waited_case(c: RowCollective, board: StepBoard, late: int) -> float:
     before = c.waited_s
     if c.dp_rank == late:
         time.sleep(0.4)
-    c.gather_rows(torch.ones(2, 3), (2,) * c.dp_size)
+    c.all_gather(torch.ones(2, 3), (2,) * c.dp_size)
     return c.waited_s - before
 
 
@@ -140,6 +141,6 @@ def nobody_waits_case(c: RowCollective, board: StepBoard) -> None:
     """Only rank 0 calls: with no rows anywhere nothing moves."""
     if c.dp_rank == 0:
         zero = (0,) * c.dp_size
-        assert c.gather_rows(torch.empty(0, 5), zero).shape == (0, 5)
-        assert c.reduce_scatter_rows(torch.empty(0, 5), zero).shape == (0, 5)
+        assert c.all_gather(torch.empty(0, 5), zero).shape == (0, 5)
+        assert c.reduce_scatter(torch.empty(0, 5), zero).shape == (0, 5)
     c.barrier()

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from dp_runtime.agreement import StepRecord
-from dp_runtime.protocols import RowCollective, StepBoard
+from dp_runtime.parallel.agreement import StepRecord
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives.ranks import Outcome, outcome
 
 
@@ -32,11 +33,11 @@ def calls(c: RowCollective, board: StepBoard) -> dict[str, Callable[[], Any]]:
     counts = (2,) * c.dp_size
     return {
         "counts": lambda: c.counts((1,)),
-        "gather": lambda: c.gather_rows(rows, counts),
-        "uneven gather": lambda: c.gather_rows(
+        "gather": lambda: c.all_gather(rows, counts),
+        "uneven gather": lambda: c.all_gather(
             torch.ones(c.dp_rank + 1, 3), tuple(range(1, c.dp_size + 1))
         ),
-        "reduce_scatter": lambda: c.reduce_scatter_rows(sums, counts),
+        "reduce_scatter": lambda: c.reduce_scatter(sums, counts),
         "barrier": c.barrier,
         "board": lambda: board.exchange(StepRecord(0, 0, 0, (1,))),
         "idle": lambda: idle_until_aborted(board),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from collectives.in_process import InProcessGroup
-from collectives.shared_memory import SharedMemoryGroup, new_rendezvous_path
+from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path
 
 KINDS = ("in_process", "shared_memory", "torch_distributed")
 PROCESS_KINDS = KINDS[1:]
@@ -185,11 +185,11 @@ def _connect(job: Job) -> Any:
     if job.kind == "shared_memory":
         return SharedMemoryGroup(*place, **job.options)
     if job.kind == "peer_to_peer":
-        from collectives.peer_to_peer import PeerToPeerGroup
+        from collectives.peer_to_peer.group import PeerToPeerGroup
 
         device = torch.device("cuda", job.dp_rank % torch.cuda.device_count())
         return PeerToPeerGroup(*place, device, **job.options)
-    from collectives.torch_distributed import TorchDistributedGroup  # slow to import
+    from collectives.torch_distributed.group import TorchDistributedGroup  # slow to import
 
     if job.kind == "nccl":
         device = torch.device("cuda", job.dp_rank)

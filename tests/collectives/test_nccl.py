@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from collectives import nccl
-from collectives.torch_distributed import TorchDistributedGroup
+from collectives.torch_distributed import nccl
+from collectives.torch_distributed.group import TorchDistributedGroup
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, StartError
 from tests.collectives import cases
 from tests.collectives.ranks import RankThread, outcome
@@ -134,18 +134,18 @@ def test_a_device_that_stands_still_is_aborted(machine: Machine, tmp_path: Path)
     def case(group: TorchDistributedGroup) -> list[Any]:
         c = group.collective
         machine.done = False
-        c.gather_rows(torch.ones(2, 3), (2, 2))
+        c.all_gather(torch.ones(2, 3), (2, 2))
         while not machine.aborts:
             time.sleep(0.01)
         time.sleep(0.2)
         rows = torch.ones(2, 3)
-        calls = (c.check, c.barrier, lambda: c.gather_rows(rows, (2, 2)))
+        calls = (c.check, c.barrier, lambda: c.all_gather(rows, (2, 2)))
         return [outcome(call) for call in calls]
 
     started = time.monotonic()
     for ended in run(tmp_path, 2, case, timeout_s=0.4):
         assert {each.error for each in ended} == {CollectiveTimeout.__name__}
-        assert all("gather_rows: the device did not get past it" in e.message for e in ended)
+        assert all("all_gather: the device did not get past it" in e.message for e in ended)
     assert time.monotonic() - started < 10
     assert sorted(machine.aborts) == [0, 1]
 
@@ -169,7 +169,7 @@ def test_an_abort_does_not_wait_for_a_launch_for_ever(machine: Machine, tmp_path
     def case(group: TorchDistributedGroup) -> None:
         machine.connects = False  # every launch blocks from here
         launch = threading.Thread(
-            target=outcome, args=(lambda: group.collective.gather_rows(torch.ones(2, 3), (2,)),)
+            target=outcome, args=(lambda: group.collective.all_gather(torch.ones(2, 3), (2,)),)
         )
         launch.start()
         time.sleep(0.1)

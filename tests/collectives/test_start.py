@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from collectives import rendezvous
 from collectives.in_process import InProcessGroup
-from collectives.shared_memory import SharedMemoryGroup, new_rendezvous_path
-from collectives.torch_distributed import TorchDistributedGroup
+from collectives.shared_memory import rendezvous
+from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path
+from collectives.torch_distributed.group import TorchDistributedGroup
 from dp_runtime.errors import StartError
-from dp_runtime.protocols import RowCollective, StepBoard
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives import boards, cases
 from tests.collectives.ranks import Ranks
 

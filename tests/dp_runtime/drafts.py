@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from collectives.in_process import InProcessGroup
-from dp_runtime.attention import make_backend
-from dp_runtime.layers.exchange import PaddedExchange
+from dp_runtime.attention.registry import make_backend
+from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.loader import open_weights
-from dp_runtime.models import Hidden, RankSharding, SlotInputs, build_model, read_model_config
-from dp_runtime.padding import PaddingMode, PaddingPlan
-from dp_runtime.protocols import RowCollective
+from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.config import read_model_config
+from dp_runtime.models.model import build_model
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.exchange import PaddedExchange
+from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.speculative.draft import build_draft, read_draft_config
+from dp_runtime.weights.loader import open_weights
 from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table, spec_of
 
 PAGE_SIZE, CAPACITY = 8, 96
@@ -78,7 +81,7 @@ class DraftRank:
         self.target = build_model(
             target, weights(str(path)), sharding,
             backends(target.num_layers, target.num_heads, target.num_kv_heads, target.head_dim),
-        ).with_features(self.config.feature_layers)  # fmt: skip
+        ).with_features(self.config.aux_hidden_state_layers)  # fmt: skip
         own = self.config
         self.draft = build_draft(
             own, self.target, weights(own.directory), sharding,
@@ -104,7 +107,7 @@ class DraftRank:
         batch = paged_batch(lengths, self.table[live], PAGE_SIZE, flat)
         counts = [row[0] for row in self.collective.counts((len(flat),))]
         plan = PaddingPlan.of(PaddingMode.MAX_LEN, self.collective.dp_rank, tuple(counts))
-        inputs = SlotInputs(
+        inputs = PassInputs(
             torch.tensor(flat, dtype=torch.int64),
             torch.from_numpy(batch.positions.copy()),
             torch.zeros(0, dtype=torch.int64),

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dp_runtime.attention import AttentionSpec
-from dp_runtime.batch import LocalBatch
-from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 
 CPU = torch.device("cpu")
 PLACE = Place(0, 0, "target")
@@ -44,7 +44,7 @@ def paged_batch(
     pages = table[owner, positions // page_size].astype(np.int64)
     return LocalBatch(
         token_ids=np.array(tokens if tokens is not None else [0] * rows, np.int64),
-        token_sources=np.full(rows, -1, np.int64),
+        future_token_index=np.full(rows, -1, np.int64),
         positions=positions.astype(np.int64),
         slot_mapping=pages * page_size + positions % page_size,
         request_ids=np.arange(len(lengths), dtype=np.int64),

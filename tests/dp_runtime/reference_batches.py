@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dp_runtime.batch import LocalBatch
-from dp_runtime.program import Program, Slot
-from dp_runtime.request import RankRequest
-from dp_runtime.scheduled import Scheduled
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.program import Pass, Program
+from dp_runtime.core.request import RankRequest
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 
 
 class Row(NamedTuple):
-    """One row of a slot: its token, or the index of the pending token it will be, and where."""
+    """One row of a pass: its token, or the index of the pending token it will be, and where."""
 
     request_id: int
     position: int
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The rows of one request in the target slot."""
+    """The rows of one request in the target pass."""
 
     request_id: int
     positions: range
@@ -34,8 +34,8 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Slots:
-    """What the slots of a step have to be: rows, sample rows, samples."""
+class Passes:
+    """What the passes of a step have to be: rows, sample rows, samples."""
 
     rows: tuple[list[Row], ...]
     sample_rows: tuple[list[int], ...]
@@ -57,9 +57,9 @@ class ReferenceBatches:
         self.known[request.request_id] = list(request.prompt_token_ids)
         self.computed[request.request_id] = self.scored[request.request_id] = 0
 
-    def parts(self, step: Scheduled, program: Program) -> list[Part]:
+    def parts(self, step: SchedulerOutput, program: Program) -> list[Part]:
         """Who is in the step, by the scheduler's choice; how far, by what is known."""
-        target = step.batches[program.slots.index(Slot.TARGET)]
+        target = step.batches[program.passes.index(Pass.TARGET)]
         ids = target.request_ids.tolist()
         ends = target.seq_lens.tolist()
         parts = []
@@ -80,11 +80,11 @@ class ReferenceBatches:
             parts.append(Part(request_id, range(start, end), False, end == known, scores))
         return parts
 
-    def slots(self, parts: list[Part], program: Program, pages: dict[int, list[int]]) -> Slots:
+    def passes(self, parts: list[Part], program: Program, pages: dict[int, list[int]]) -> Passes:
         verified = [part for part in parts if part.verified]
         drafts = [
             list(self.draft_rows(verified, index, pages))
-            for index in range(program.slots.count(Slot.DRAFT))
+            for index in range(program.passes.count(Pass.DRAFT))
         ]
         target, extend, samples, ends, firsts = [], [], [], [], []
         scores: list[int] = []
@@ -97,12 +97,12 @@ class ReferenceBatches:
             firsts.append(first if part.verified else len(target) - 1)
             scores += [first + position - part.positions.start for position in part.scores]
         each = [list(range(len(verified)))] * len(drafts)
-        return Slots((*drafts, target, extend), (*each, ends + scores, firsts), samples)
+        return Passes((*drafts, target, extend), (*each, ends + scores, firsts), samples)
 
     def draft_rows(
         self, verified: list[Part], index: int, pages: dict[int, list[int]]
     ) -> Iterator[Row]:
-        """The draft of the slot before it, of every verified request."""
+        """The draft of the pass before it, of every verified request."""
         for number, part in enumerate(verified):
             yield self.row(part.request_id, part.positions[index], None, number, pages)
 
@@ -156,7 +156,8 @@ def rows_of(batch: LocalBatch) -> list[Row]:
     owners = batch.request_ids.repeat(batch.query_lens).tolist()
     embeds = dict(zip(batch.embed_rows.tolist(), map(tuple, batch.embeds.tolist())))
     columns = zip(
-        owners, batch.positions.tolist(), batch.token_ids.tolist(), batch.token_sources.tolist(),
+        owners, batch.positions.tolist(), batch.token_ids.tolist(), 
+        batch.future_token_index.tolist(),
         batch.slot_mapping.tolist(), strict=True,
     )  # fmt: skip
     return [

@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from collectives.in_process import InProcessGroup
-from dp_runtime.agreement import ProgramPolicy, keep_program
 from dp_runtime.config import EngineConfig
-from dp_runtime.metadata import PageGeometry
-from dp_runtime.rank import LoadedRank, assemble, load_rank
-from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.sizing import RankPlan, plan_rank
-from dp_runtime.speculative.drafting import DraftChains
-from dp_runtime.speculative.verify import Verification
-from dp_runtime.step import Commands, Launched, StepLoop
+from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.parallel.agreement import ProgramPolicy, keep_program
+from dp_runtime.runner.drafting import DraftChains
+from dp_runtime.runner.step_loop import Inbox, InflightStep, StepLoop
+from dp_runtime.sampling.verify import Verification
+from dp_runtime.startup.assembly import LoadedRank, assemble, load_rank
+from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 
 TIMEOUT_S = 60.0
 
@@ -51,7 +51,7 @@ class Watch:
         self._launched.append(chains.drafts)
         return self._verification(chains)
 
-    def commit(self, step: Launched) -> list[RequestProgress]:
+    def commit(self, step: InflightStep) -> list[RequestUpdate]:
         decoding = [self._scheduler.table.request(row) for row in step.scheduled.decodes.tolist()]
         known = [None if live.finish_reason else live.num_tokens for live in decoding]
         drafts = self._launched.popleft().tolist()
@@ -97,7 +97,7 @@ class ScriptedRank:
         """Seen by other ranks' threads at any moment; true once, it stays so."""
         return not (self._unfinished or self._events or self.loop.scheduler.has_work)
 
-    def take(self, stop: bool) -> Commands:
+    def take(self, stop: bool) -> Inbox:
         self.loop.scheduler.check()
         due = []
         while self._events and self._events[0].step <= self._step:
@@ -107,9 +107,9 @@ class ScriptedRank:
             self._wake()  # steps count on while all ranks are idle
         add = [event.request for event in due if not event.abort]
         abort = [event.request.request_id for event in due if event.abort]
-        return Commands(add, abort, stop)
+        return Inbox(add, abort, stop)
 
-    def deliver(self, items: list[RequestProgress]) -> None:
+    def deliver(self, items: list[RequestUpdate]) -> None:
         for item in items:
             before = self.outputs.get(item.request_id, ())
             assert item.first_index == len(before), "progress goes on where the last one ended"
@@ -179,7 +179,7 @@ def _loop(
 
 
 def _run(ranks: Sequence[ScriptedRank]) -> None:
-    def taker(rank: ScriptedRank) -> Callable[[], Commands]:
+    def taker(rank: ScriptedRank) -> Callable[[], Inbox]:
         return lambda: rank.take(stop=all(other.done for other in ranks))
 
     with ThreadPoolExecutor(len(ranks)) as pool:

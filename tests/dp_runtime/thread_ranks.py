@@ -24,12 +24,12 @@ class ThreadCollective:
         self._shelf = shelf
         self._barrier = barrier
 
-    def gather_rows(self, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def all_gather(self, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
         return self._meet(
             "gather", rows, counts[self.dp_rank], lambda all_rows: torch.cat(all_rows)
         )
 
-    def reduce_scatter_rows(self, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def reduce_scatter(self, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
         start = sum(counts[: self.dp_rank])
         stop = start + counts[self.dp_rank]
         return self._meet(

@@ -7,8 +7,9 @@ from time import monotonic
 
 import torch
 
-from dp_runtime.attention import AttentionSpec, kernels
-from dp_runtime.kernel_builds import KernelBuilds
+from dp_runtime.attention.registry import kernels
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.kernels.builds import KernelBuilds
 
 
 def build_all(needs: Iterable[tuple[str, AttentionSpec]], device: torch.device) -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.attention import AttentionSpec, KvScales, make_backend
-from dp_runtime.attention.paged import quantize
-from dp_runtime.batch import LocalBatch
+from dp_runtime.attention.kv_write import quantize
+from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
+from dp_runtime.core.rotation import QkNormRope
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import HeadRotation, rotate
-from dp_runtime.metadata import AttentionMetadata, PageGeometry, Place
+from dp_runtime.layers.rotary import rotate
 from tests.dp_runtime.paged import paged_batch, random_page_table
 
 CUDA = torch.device("cuda", 0)
@@ -87,14 +89,14 @@ class Case:
         backend = make_backend(name, self.spec, pools, scales)(0)
         return backend(self.q, self.k, self.v, metadata or self.metadata)
 
-    def run_unrotated(self, name: str, rotation: HeadRotation) -> tuple[Tensor, Tensor]:
+    def run_unrotated(self, name: str, rotation: QkNormRope) -> tuple[Tensor, Tensor]:
         """With q, k and v in one, still to be normed and rotated: what comes out, and the pool."""
         pool = self.pool.clone()
         backend = make_backend(name, self.spec, [pool], [self.scales])(0)
         qkv = torch.cat([self.q, self.k, self.v], 1)
         return backend.attend_qkv(qkv, rotation, self.metadata), pool
 
-    def rotated(self, rotation: HeadRotation) -> Case:
+    def rotated(self, rotation: QkNormRope) -> Case:
         """The same by the plain layers, its q and k normed and rotated."""
         qk, weight = torch.cat([self.q, self.k], 1), rotation.norm_weight
         qk = qk if weight is None else RMSNorm(weight, rotation.eps)(qk)

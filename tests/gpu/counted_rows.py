@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.layers.exchange import CountedExchange, PaddedExchange, graph_exchange, graph_plan
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
-from dp_runtime.layers.moe import MoeStage, RankSharding, Router
+from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TritonMoe
-from dp_runtime.padding import PaddingPlan
-from dp_runtime.protocols import CountedCollective, Counts, RowCollective, StepBoard
+from dp_runtime.layers.router import Router
+from dp_runtime.parallel.collective import Counts, DeviceCountCollective, RowCollective
+from dp_runtime.parallel.exchange import CountedExchange, PaddedExchange, graph_exchange, graph_plan
+from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.step_board import StepBoard
 
 BUCKET, OWN_ROWS, HIDDEN, TOP_K = 64, 48, 2048, 8
 EXPERTS, INTERMEDIATE = 16, 128
@@ -75,7 +77,7 @@ def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tenso
 
 def padded_sums(c: RowCollective, inputs: Inputs, own: int) -> Tensor:
     """The own rows' sums, by whole buckets."""
-    return c.reduce_scatter_rows(inputs.partial, (BUCKET,) * c.dp_size)[:own]
+    return c.reduce_scatter(inputs.partial, (BUCKET,) * c.dp_size)[:own]
 
 
 @torch.inference_mode()
@@ -91,13 +93,13 @@ def padded_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
 @torch.inference_mode()
 def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor]:
     """Counts change between the replays of one graph; rows have the bits of eager calls."""
-    assert isinstance(c, CountedCollective)
+    assert isinstance(c, DeviceCountCollective)
     inputs, results = Inputs.empty(c), []
     gathered = torch.zeros(c.dp_size * BUCKET, HIDDEN, dtype=torch.bfloat16, device="cuda")
 
     def forward() -> Tensor:
-        gathered.copy_(c.gather_counted(inputs.rows, inputs.layout, BUCKET, poison))
-        return c.reduce_scatter_counted(inputs.partial, inputs.layout, OWN_ROWS)
+        gathered.copy_(c.all_gather_v(inputs.rows, inputs.layout, BUCKET, poison))
+        return c.reduce_scatter_v(inputs.partial, inputs.layout, OWN_ROWS)
 
     graph, out = captured(forward)
     for step, real in enumerate(real_rows(c.dp_size)):
@@ -106,7 +108,7 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor
         graph.replay()
         c.watch("a replay")
         sums, slots = out.clone(), gathered.view(c.dp_size, BUCKET, HIDDEN)
-        due = c.gather_rows(inputs.rows[:own], real).split(real)
+        due = c.all_gather(inputs.rows[:own], real).split(real)
         for slot, rows in zip(slots, due):
             assert torch.equal(slot[: len(rows)], rows)
             assert not poison or slot[len(rows) :].isnan().all()
@@ -115,8 +117,8 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor
         results.append(sums[:own].cpu())
         if step == 1:  # buffers grow, and the graph keeps its own
             many = (500,) * c.dp_size
-            large = c.gather_rows(torch.ones(500, HIDDEN, device="cuda"), many)
-            assert (c.reduce_scatter_rows(large, many) == c.dp_size).all()
+            large = c.all_gather(torch.ones(500, HIDDEN, device="cuda"), many)
+            assert (c.reduce_scatter(large, many) == c.dp_size).all()
     c.check()
     return results
 
@@ -128,7 +130,7 @@ def stage_case(c: RowCollective, board: StepBoard, poison: bool) -> None:
     inputs, stage = Inputs.empty(c), random_stage(rank, size)
     shapes = tuple(OWN_ROWS if peer == rank else BUCKET for peer in range(size))
     exchange = graph_exchange(graph_plan(c, shapes, BUCKET), c, poison, inputs.layout)
-    assert isinstance(exchange, CountedExchange) == isinstance(c, CountedCollective)
+    assert isinstance(exchange, CountedExchange) == isinstance(c, DeviceCountCollective)
     graph, out = captured(lambda: stage(inputs.rows, exchange))
     for step, real in enumerate(real_rows(size)):
         inputs.draw(rank, step, real)

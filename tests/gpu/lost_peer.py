@@ -19,11 +19,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from collectives.torch_distributed import TorchDistributedGroup
-from dp_runtime.agreement import StepRecord
-from dp_runtime.protocols import RowCollective
+from collectives.torch_distributed.group import TorchDistributedGroup
+from dp_runtime.parallel.agreement import StepRecord
+from dp_runtime.parallel.collective import RowCollective
 from tests.collectives.ranks import outcome
-from workers.links import RankLinks
+from workers.links import Communicator
 
 TIMEOUT_S = 3.0
 HIDDEN = 2048
@@ -33,17 +33,17 @@ def move(c: RowCollective, where: str) -> Tensor:
     """One collective; its result is on its way when this returns."""
     match where:
         case "gather":
-            return c.gather_rows(torch.ones(8, HIDDEN, device="cuda"), (8,) * c.dp_size)
+            return c.all_gather(torch.ones(8, HIDDEN, device="cuda"), (8,) * c.dp_size)
         case "uneven gather":
             counts = tuple(range(1, c.dp_size + 1))
-            return c.gather_rows(torch.ones(counts[c.dp_rank], HIDDEN, device="cuda"), counts)
+            return c.all_gather(torch.ones(counts[c.dp_rank], HIDDEN, device="cuda"), counts)
         case "reduce_scatter":
             partial = torch.ones(8 * c.dp_size, HIDDEN, device="cuda")
-            return c.reduce_scatter_rows(partial, (8,) * c.dp_size)
+            return c.reduce_scatter(partial, (8,) * c.dp_size)
         case _:
             counts = tuple(range(1, c.dp_size + 1))
             partial = torch.ones(sum(counts), HIDDEN, device="cuda")
-            return c.reduce_scatter_rows(partial, counts)
+            return c.reduce_scatter(partial, counts)
 
 
 def wait_for(c: RowCollective, launch: Callable[[], Tensor]) -> float:
@@ -63,11 +63,11 @@ def be_lost(how: str) -> None:
             time.sleep(3 * TIMEOUT_S)  # it is late, and the survivor aborts
 
 
-def connect(transport: str, address: str, rank: int, size: int) -> RankLinks:
+def connect(transport: str, address: str, rank: int, size: int) -> Communicator:
     device = torch.device("cuda", rank)
     if transport == "nccl":
         return TorchDistributedGroup(address, rank, size, TIMEOUT_S, "nccl", device)
-    from collectives.peer_to_peer import PeerToPeerGroup  # needs triton
+    from collectives.peer_to_peer.group import PeerToPeerGroup  # needs triton
 
     return PeerToPeerGroup(address, rank, size, TIMEOUT_S, device)
 
@@ -77,7 +77,7 @@ def alone(transport: str, address: str) -> bool:
     device = torch.device("cuda:0")
     group = connect(transport, address + ".alone", 0, 1)
     rows = torch.randn(16, HIDDEN, device=device)
-    right = torch.equal(group.collective.gather_rows(rows, (16,)), rows)
+    right = torch.equal(group.collective.all_gather(rows, (16,)), rows)
     product = rows @ rows.t()
     right &= torch.allclose(product.cpu(), rows.cpu() @ rows.cpu().t(), atol=1.0)
     group.collective.check()

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from dp_runtime.attention import AttentionSpec
+from dp_runtime.attention.spec import AttentionSpec
 from tests.gpu.build import build_all
 from tests.gpu.cases import CUDA, Case, Lengths
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dp_runtime.attention import AttentionSpec, choose_backend, make_backend
 from dp_runtime.attention.kernel_groups import KernelPlanner
-from dp_runtime.attention.paged import quantize
-from dp_runtime.batch import LocalBatch
+from dp_runtime.attention.kv_write import quantize
+from dp_runtime.attention.registry import choose_backend, make_backend
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry
+from dp_runtime.core.rotation import QkNormRope
 from dp_runtime.errors import ContractViolation
-from dp_runtime.layers.rotary import HeadRotation
-from dp_runtime.metadata import AttentionMetadata, PageGeometry
 from tests.gpu.build import build_all
 from tests.gpu.cases import (
     CUDA,
@@ -168,7 +169,7 @@ def test_unrotated_rows_give_what_rotated_ones_give(
     angles = torch.rand(rows, 1, half, device=CUDA) * 6
     heads = spec.num_heads + spec.num_kv_heads
     weight = torch.rand(heads, spec.head_dim, device=CUDA, dtype=spec.dtype) if normed else None
-    rotation = HeadRotation(weight, 1e-6, angles.cos().to(spec.dtype), angles.sin().to(spec.dtype))
+    rotation = QkNormRope(weight, 1e-6, angles.cos().to(spec.dtype), angles.sin().to(spec.dtype))
     out, pool = case.run_unrotated(name, rotation)
     rotated = case.rotated(rotation)
     slots = case.metadata.slot_mapping.long()
@@ -195,7 +196,7 @@ def test_zero_rows_call_no_kernel(name: str, spec: AttentionSpec) -> None:
     assert backend(case.q[:0], case.k[:0], case.v[:0], metadata).shape == (0, 32, 128)
     angles = torch.zeros(0, 1, 64, dtype=spec.dtype, device=CUDA)
     qkv = torch.cat([case.q, case.k, case.v], 1)[:0]
-    rotation = HeadRotation(None, 0.0, angles, angles)
+    rotation = QkNormRope(None, 0.0, angles, angles)
     assert backend.attend_qkv(qkv, rotation, metadata).shape == (0, 32, 128)
 
 

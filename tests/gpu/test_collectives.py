@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from collectives.shared_memory import new_rendezvous_path
-from dp_runtime.protocols import Counts, RowCollective, StepBoard
+from collectives.shared_memory.group import new_rendezvous_path
+from dp_runtime.parallel.collective import Counts, RowCollective
+from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives import boards, cases
 from tests.collectives.ranks import Case, Ranks
 from tests.collectives.test_rows import patterns
@@ -39,11 +40,11 @@ class OnGpu:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def gather_rows(self, rows: Tensor, counts: Counts) -> Tensor:
-        return self._call(self._inner.gather_rows, rows, counts)
+    def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
+        return self._call(self._inner.all_gather, rows, counts)
 
-    def reduce_scatter_rows(self, rows: Tensor, counts: Counts) -> Tensor:
-        return self._call(self._inner.reduce_scatter_rows, rows, counts)
+    def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
+        return self._call(self._inner.reduce_scatter, rows, counts)
 
     def _call(self, move: Any, rows: Tensor, counts: Counts) -> Tensor:
         moved = rows.to(self._device)
@@ -77,12 +78,12 @@ def poisoned_case(c: RowCollective, board: StepBoard) -> None:
     for counts in ((3,) * c.dp_size, tuple(range(2, c.dp_size + 2))):
         mine = torch.ones(counts[c.dp_rank], 2048, dtype=torch.bfloat16)
         mine[-1] = torch.nan
-        got = c.gather_rows(mine, counts).split(counts)
+        got = c.all_gather(mine, counts).split(counts)
         assert all(part[-1].isnan().all() and (part[:-1] == 1).all() for part in got)
         partial = torch.cat([torch.ones(count, 2048, dtype=torch.bfloat16) for count in counts])
         for end in torch.tensor(counts).cumsum(0).tolist():
             partial[end - 1] = torch.nan
-        total = c.reduce_scatter_rows(partial, counts)
+        total = c.reduce_scatter(partial, counts)
         assert total[-1].isnan().all()
         assert (total[:-1] == c.dp_size).all()
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dp_runtime.fp8_blocks import FP8, dequantize
-from dp_runtime.layers.expert_tiles import choose_tiles
-from dp_runtime.layers.experts import ExpertScales, fused_experts
-from dp_runtime.layers.triton_experts import run_experts
-from dp_runtime.layers.triton_router import Routing, route
+from dp_runtime.kernels.expert_tiles import choose_tiles
+from dp_runtime.kernels.experts import run_experts
+from dp_runtime.kernels.router import Routing, route
+from dp_runtime.layers.experts import fused_experts
+from dp_runtime.weights.fp8_blocks import FP8, ExpertScales, dequantize
 
 HIDDEN, EXPERTS, TOP_K = 2048, 128, 8
 SHARDS = {"ep4": (32, 768), "tp4": (128, 192)}

@@ -14,8 +14,8 @@ import torch
 import launch
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.errors import StartError
-from dp_runtime.sizing import plan_rank
-from tests.dp_runtime.test_memory import MIB, QWEN3_30B_A3B
+from dp_runtime.startup.rank_plan import plan_rank
+from tests.dp_runtime.startup.test_memory import MIB, QWEN3_30B_A3B
 from tests.serving import check_pages_free
 
 ROOT = Path(launch.__file__).parent

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dp_runtime import EngineConfig, SamplingParams
-from dp_runtime.request import RankRequest
-from dp_runtime.step import StepLoop
+from dp_runtime.core.request import RankRequest
+from dp_runtime.runner.step_loop import StepLoop
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from workers.messages import MeetingPoint
 from workers.worker import Worker

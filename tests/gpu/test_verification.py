@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from dp_runtime.request import RankRequest
-from dp_runtime.sampling import Sampler, SampleRows
-from dp_runtime.sampling_params import SamplingParams
-from dp_runtime.speculative.verify import Forced, Verification
+from dp_runtime.core.request import RankRequest
+from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.sampling.sampler import Sampler
+from dp_runtime.sampling.verify import ForcedAcceptance, Verification
 
 VOCAB, NUM, NUM_VERIFIED, NUM_DRAFTS, NUM_TABLES = 3_000, 60, 50, 3, 13
 PARAMS = (
@@ -52,12 +53,12 @@ def check(plain: bool) -> None:
     ids = np.arange(NUM)
     tokens, entries = torch.zeros((NUM, 1), dtype=torch.int64, device="cuda"), []
     for index in range(num_outputs):
-        rows = SampleRows(ids, np.full(NUM, index))
+        rows = SamplePositions(ids, np.full(NUM, index))
         sampled = alone.sample(logits_of[tokens[:, -1] % NUM_TABLES], rows)
         tokens = torch.cat([tokens, sampled.token_ids[:, None]], 1)
         entries.append(sampled.to_host().logprobs)
     sampler, each = sampler_of(plain), NUM_DRAFTS + 1
-    sampler.sample(logits_of[[0] * NUM], SampleRows(ids, np.zeros(NUM, np.int64)))
+    sampler.sample(logits_of[[0] * NUM], SamplePositions(ids, np.zeros(NUM, np.int64)))
     hits = torch.arange(NUM_VERIFIED, device="cuda") % each
     drafts = tokens[:NUM_VERIFIED, 2 : 2 + NUM_DRAFTS].clone()
     drafts += torch.arange(NUM_DRAFTS, device="cuda") >= hits[:, None]
@@ -65,7 +66,7 @@ def check(plain: bool) -> None:
     inputs = torch.cat([tokens[:NUM_VERIFIED, 1:2], drafts], 1).flatten()
     inputs = torch.cat([inputs, tokens[NUM_VERIFIED:, 1]])
     logits = logits_of[inputs % NUM_TABLES]
-    rows = SampleRows(
+    rows = SamplePositions(
         np.concatenate([ids[:NUM_VERIFIED].repeat(each), ids[NUM_VERIFIED:]]),
         np.concatenate(
             [np.tile(np.arange(1, 1 + each), NUM_VERIFIED), np.ones(NUM - NUM_VERIFIED, np.int64)]
@@ -83,7 +84,7 @@ def check(plain: bool) -> None:
             assert host.logprobs[row + at] == entries[1 + at][number]
     last = torch.tensor([expected[number][more] for number, more in enumerate(lengths)])
     indices = np.array(lengths) + 2
-    following = sampler.sample(logits_of[last.cuda() % NUM_TABLES], SampleRows(ids, indices))
+    following = sampler.sample(logits_of[last.cuda() % NUM_TABLES], SamplePositions(ids, indices))
     found = following.to_host().token_ids
     assert found == tuple(expected[number][more + 1] for number, more in enumerate(lengths))
 
@@ -98,11 +99,13 @@ def test_verifications_of_every_kind_on_a_gpu() -> None:
 
 def test_forced_acceptance_on_a_gpu() -> None:
     sampler = sampler_of(plain=True)
-    rows = SampleRows(np.arange(NUM).repeat(4), np.tile(np.arange(4), NUM))
+    rows = SamplePositions(np.arange(NUM).repeat(4), np.tile(np.arange(4), NUM))
     logits = target()[torch.arange(4 * NUM, device="cuda") % NUM_TABLES]
     drafts = torch.zeros((NUM, 3), dtype=torch.int64, device="cuda")
     with no_waits():
-        sampled = sampler.sample(logits, rows, Verification(drafts, Forced(3.3)))
+        sampled = sampler.sample(logits, rows, Verification(drafts, ForcedAcceptance(3.3)))
     seeds, indices = 3 * torch.arange(NUM), torch.zeros(NUM, dtype=torch.int64)
     assert sampled.num_accepted is not None
-    assert sampled.num_accepted.tolist() == Forced(3.3).accepted(seeds, indices, 3).tolist()
+    assert (
+        sampled.num_accepted.tolist() == ForcedAcceptance(3.3).accepted(seeds, indices, 3).tolist()
+    )

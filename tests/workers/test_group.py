@@ -15,7 +15,7 @@ import pytest
 
 from dp_runtime import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
-from dp_runtime.status import RankHealth, RankState
+from dp_runtime.metrics.status import RankHealth, RankState
 from workers.devices import resolve_device
 from workers.group import WorkerGroup, _meeting_point
 from workers.messages import HostInfo, MeetingPoint, Polled

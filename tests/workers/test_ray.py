@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import EngineClosed, RankFailed
-from dp_runtime.request import FinishReason
-from dp_runtime.status import RankState
+from dp_runtime.metrics.status import RankState
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, SHORT, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from collectives.in_process import InProcessGroup
-from collectives.shared_memory import new_rendezvous_path
+from collectives.shared_memory.group import new_rendezvous_path
 from dp_runtime import EngineConfig, FinishReason, SamplingParams
-from dp_runtime.kernel_builds import Kernel
-from dp_runtime.request import RankRequest, RequestProgress
-from dp_runtime.status import RankState
+from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.kernels.builds import JitModule
+from dp_runtime.metrics.status import RankState
 from tests.checkpoints import oracle, tiny_checkpoint
 from tests.workers.engines import ENDLESS
 from tests.workers.leftovers import wait_until
@@ -52,9 +52,9 @@ def request_of(request_id: int, prompt: list[int], params: SamplingParams = LONG
     return RankRequest(request_id, tuple(prompt), params, seed=0, stop_token_ids=frozenset())
 
 
-def poll_until_done(worker: Worker, request_id: int) -> list[RequestProgress]:
+def poll_until_done(worker: Worker, request_id: int) -> list[RequestUpdate]:
     """All that the worker tells of a request, up to its end."""
-    told: list[RequestProgress] = []
+    told: list[RequestUpdate] = []
     while not (told and told[-1].finish_reason):
         polled = worker.poll(5.0)
         assert polled.error is None
@@ -99,7 +99,7 @@ def test_tokens_are_those_of_the_oracle(worker: Worker, directory: Path) -> None
         )  # fmt: skip
     assert tokens == expected[0, len(prompt) :].tolist()
     steps = worker.trace()
-    assert [step.slots[0].real_rows for step in steps] == [(5,)] + [(1,)] * 11
+    assert [step.passes[0].real_rows for step in steps] == [(5,)] + [(1,)] * 11
     assert worker.totals().output_tokens == 12
     assert worker.health().last_step >= 11
 
@@ -152,8 +152,8 @@ def test_kernels_are_built_beside_loading_and_shown(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, may_finish = new_worker(directory), threading.Event()
-    built = (Kernel("quick", lambda: None), Kernel("slow", lambda: may_finish.wait(10.0)))
-    monkeypatch.setattr("dp_runtime.rank.kernels", lambda *where: built)
+    built = (JitModule("quick", lambda: None), JitModule("slow", lambda: may_finish.wait(10.0)))
+    monkeypatch.setattr("dp_runtime.startup.assembly.kernels", lambda *where: built)
     worker.prepare()
     loading = threading.Thread(target=worker.load)
     loading.start()
@@ -173,7 +173,9 @@ def test_a_kernel_that_can_not_be_built_is_named(
     def fail() -> None:
         raise OSError("no nvcc")
 
-    monkeypatch.setattr("dp_runtime.rank.kernels", lambda *where: (Kernel("XQA q_len 1", fail),))
+    monkeypatch.setattr(
+        "dp_runtime.startup.assembly.kernels", lambda *where: (JitModule("XQA q_len 1", fail),)
+    )
     worker = new_worker(directory)
     worker.prepare()
     with pytest.raises(RuntimeError, match="kernel XQA q_len 1: no nvcc"):

@@ -1,0 +1,1 @@
+"""GPU ranks of one host that write into each other's memory."""

@@ -1,0 +1,157 @@
+"""Ranks of one host that own GPUs: rows go from GPU to GPU, all else through shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from collectives.peer_to_peer.rows import PeerRows, RowLayout
+from collectives.rows import check_gather, check_reduce_scatter
+from collectives.shared_memory.group import SharedMemoryGroup
+from dp_runtime.parallel.collective import Counts, RowCollective
+from dp_runtime.parallel.step_board import StepBoard
+
+LEAVE_S = 2.0  # for the device to end, where nothing has failed
+
+
+class PeerToPeerGroup:
+    """One rank's end of a group of GPU ranks on one host; several may share a GPU.
+
+    path: the rendezvous directory, the same for all ranks and new for every group. timeout_s
+    bounds every wait of a step, on the host and on the device, attach_timeout_s the start. Raises
+    StartError if the ranks do not come together, or can't reach each other's memory.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dp_rank: int,
+        dp_size: int,
+        timeout_s: float,
+        device: torch.device,
+        attach_timeout_s: float = 60.0,
+    ) -> None:
+        self._failure: RuntimeError | None = None
+        self._host = SharedMemoryGroup(
+            path, dp_rank, dp_size, timeout_s, attach_timeout_s=attach_timeout_s
+        )
+        try:
+            self._rows = PeerRows(self, dp_rank, dp_size, device, timeout_s)
+        except BaseException as error:
+            self._host.abort(f"{type(error).__name__}: {error}")
+            self._host.close()
+            raise
+        self.collective = PeerToPeerCollective(self, self._host.collective, self._rows)
+
+    @property
+    def board(self) -> StepBoard:
+        return self._host.board
+
+    def check(self) -> None:
+        """Raise CollectiveAborted or CollectiveTimeout if this group can not be used any more."""
+        if self._failure is not None:
+            raise type(self._failure)(*self._failure.args)
+        self._host.check()
+
+    def exchange(self, own: bytes) -> Sequence[bytes]:
+        """Equally many bytes of every rank, in rank order."""
+        row = torch.frombuffer(bytearray(own), dtype=torch.uint8)[None]
+        ranks = self._host.collective.dp_size
+        return [bytes(row.tolist()) for row in self._host.collective.all_gather(row, (1,) * ranks)]
+
+    def fail(self, error: RuntimeError) -> None:
+        """Free all waiters with the error; the first one stays."""
+        self._failure = self._failure or error
+        self._host.abort(f"{type(error).__name__}: {error}")
+        self._rows.abort()
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank; peers' devices hear of it within a fraction of a s."""
+        self._host.abort(reason)
+        self._rows.abort()
+
+    def close(self) -> None:
+        """Leave the group; this rank's own waiters are freed, peers are not told."""
+        try:
+            if self._failure is None:
+                self._rows.drain(LEAVE_S)
+            self._rows.close()
+        finally:
+            self._host.close()
+
+
+class PeerToPeerCollective:
+    """DeviceCountCollective whose rows never leave the GPUs; half types are summed in float32."""
+
+    def __init__(self, group: PeerToPeerGroup, host: RowCollective, rows: PeerRows) -> None:
+        self.dp_rank, self.dp_size = host.dp_rank, host.dp_size
+        self._group, self._host, self._rows = group, host, rows
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds the host has waited for peers; for rows it is the device that waits."""
+        return self._host.waited_s
+
+    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+        """All ranks' values (equally many on each rank), [rank][value]."""
+        self._group.check()
+        return self._host.counts(values)
+
+    def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Own rows [counts[dp_rank], hidden] -> all ranks' rows, until the next gather."""
+        check_gather(rows, counts, self.dp_rank, self.dp_size)
+        if self.dp_size == 1 or sum(counts) == 0:
+            return rows.contiguous()
+        return self._rows.gather(rows.contiguous(), self._rows.layout(counts))
+
+    def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
+        check_reduce_scatter(rows, counts, self.dp_size)
+        if self.dp_size == 1 or sum(counts) == 0:
+            return rows.contiguous()
+        layout = self._rows.layout(counts)
+        return self._rows.reduce_scatter(rows.contiguous(), layout, counts[self.dp_rank])
+
+    def all_gather_v(
+        self, rows: Tensor, layout: Tensor, rows_per_rank: int, poison: bool
+    ) -> Tensor:
+        """Own rows, of which the first are real -> [dp_size * rows_per_rank, hidden]."""
+        assert rows.shape[0] <= rows_per_rank, (
+            f"{rows.shape[0]} rows for {rows_per_rank} of each rank"
+        )
+        return self._rows.gather(rows.contiguous(), self._counted(layout, rows_per_rank), poison)
+
+    def reduce_scatter_v(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
+        """Partial sums of all ranks' slots -> own rows, summed; 0 beyond the real ones."""
+        rows_per_rank, rest = divmod(partial.shape[0], self.dp_size)
+        assert rest == 0, f"{partial.shape[0]} rows of partial sums for {self.dp_size} ranks"
+        assert own_rows <= rows_per_rank, f"{own_rows} own rows of {rows_per_rank}"
+        counted = self._counted(layout, rows_per_rank)
+        return self._rows.reduce_scatter(partial.contiguous(), counted, own_rows)
+
+    def _counted(self, layout: Tensor, rows_per_rank: int) -> RowLayout:
+        assert layout.shape == (2, self.dp_size), f"layout {list(layout.shape)} is [2, dp_size]"
+        return RowLayout(layout, self.dp_size * rows_per_rank, rows_per_rank)
+
+    def barrier(self) -> None:
+        """Return once all ranks have called it."""
+        self._group.check()
+        self._host.barrier()
+
+    def watch(self, what: str) -> None:
+        """Bound the device's wait for what was launched so far, as a graph's replay is."""
+        self._rows.watch(what)
+
+    def check(self) -> None:
+        """Raise if the group has failed: what a device did since may be worth nothing."""
+        self._group.check()
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(reason)
+
+    def close(self) -> None:
+        """Close the whole group of this rank; callable more than once."""
+        self._group.close()

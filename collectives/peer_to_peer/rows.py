@@ -1,0 +1,290 @@
+"""Rows between GPUs of one host, by kernels that write into the peers' memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from collectives.peer_to_peer.kernels import (
+    LINE,
+    MAX_PROGRAMS,
+    gather_kernel,
+    reduce_scatter_kernel,
+)
+from collectives.peer_to_peer.memory import PeerMemory, close_address, open_handle
+from collectives.watchdog import Watchdog
+from dp_runtime.core.transfer import on_device
+from dp_runtime.errors import StartError
+from dp_runtime.kernels.launch import overlaps
+from dp_runtime.parallel.collective import Counts
+
+LEAST_BYTES = 1 << 20
+TILE_BYTES = 4096  # of a row, that a program moves at a time: 16 for each of its threads
+NUM_WARPS = 8
+GATHER, SCATTER = range(2)
+WORDS = (torch.int32, torch.int16, torch.uint8)  # rows are moved as the widest that divides them
+SUMS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float64: tl.float64}  # else float32
+MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
+
+
+class PeersOwner(Protocol):
+    """The group that the rows belong to; its ranks meet on the host."""
+
+    def check(self) -> None: ...
+
+    def fail(self, error: RuntimeError) -> None: ...
+
+    def exchange(self, own: bytes) -> Sequence[bytes]:
+        """Equally many bytes of every rank, in rank order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Memory of every rank, mapped here."""
+
+    memory: PeerMemory
+    addresses: tuple[int, ...]  # [rank], this rank's own among them
+    pointers: Tensor  # [dp_size] int64 on the device
+
+    @classmethod
+    def make(
+        cls, num_bytes: int, rank: int, exchange: Callable[[bytes], Sequence[bytes]]
+    ) -> Shared:
+        memory = PeerMemory(num_bytes)
+        addresses = tuple(
+            memory.address if peer == rank else open_handle(handle)
+            for peer, handle in enumerate(exchange(memory.handle))
+        )
+        return cls(memory, addresses, torch.tensor(addresses, dtype=torch.int64, device="cuda"))
+
+    def unmap(self) -> None:
+        """Close the peers' memory; the own one may be freed once all peers have done so."""
+        for address in self.addresses:
+            if address != self.memory.address:
+                close_address(address)
+
+
+@dataclass(frozen=True, eq=False)
+class RowLayout:
+    """Where each rank's rows begin among all ranks' rows, and how many of them are real."""
+
+    table: Tensor  # [2, dp_size] int32 on the device
+    total: int  # rows in all
+    largest: int  # of them, the largest rank's
+
+
+@dataclass(frozen=True, eq=False)
+class Signals:
+    """One operation's flags, and how many of them the device has waited for."""
+
+    flags: Shared  # [MAX_PROGRAMS, LINE] int32 on every rank
+    heard: Tensor  # [MAX_PROGRAMS, LINE] int32
+
+    @classmethod
+    def make(cls, rank: int, exchange: Callable[[bytes], Sequence[bytes]]) -> Signals:
+        flags = Shared.make(MAX_PROGRAMS * LINE.value * 4, rank, exchange)
+        return cls(flags, torch.zeros(MAX_PROGRAMS, LINE.value, dtype=torch.int32, device="cuda"))
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        own = self.flags.memory.view(0, (self.flags.memory.num_bytes // 4,), torch.int32)
+        return self.flags.pointers, own, self.heard
+
+
+class PeerRows:
+    """One rank's end of peer-to-peer collectives; sums in float32, in the order of the ranks.
+
+    Both collectives can be captured in CUDA graphs, whose replays follow the counts on the device.
+    Gathered rows are valid until the next gather. A gather tells the peers that this rank's
+    reduce-scatter buffer may be written again, and the other way round; where the two do not
+    alternate as they do in MoE stages, an empty one of the other kind comes between. Buffers grow
+    with the largest call, all ranks together; a graph is captured over sizes that were used before,
+    and keeps the buffers it was captured over. Partial sums must not lie in the gathered rows, for
+    a peer may write those while they are read. GPUs need native atomics on each other's memory, as
+    over NVLink. Raises StartError if a GPU can't reach its peers' memory.
+    """
+
+    def __init__(
+        self,
+        owner: PeersOwner,
+        dp_rank: int,
+        dp_size: int,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        assert dp_size <= LINE.value, f"{dp_size} ranks, {LINE.value} flags of a program"
+        torch.cuda.set_device(device)
+        self._owner, self._rank, self._size = owner, dp_rank, dp_size
+        self._pdl = overlaps(device)
+        try:
+            self._signals = [Signals.make(dp_rank, owner.exchange) for _ in range(2)]
+        except RuntimeError as error:
+            raise StartError(
+                f"rank {dp_rank}: collective peer_to_peer can't map the other ranks' GPU memory "
+                f"({error}); use collective=torch_distributed"
+            ) from error
+        self._buffers: list[Shared | None] = [None, None]  # of gathers, of reduce-scatters
+        self._stop = torch.zeros(1, dtype=torch.int32, device=device)
+        self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._last: int | None = None  # which of the two ran last
+        self._layouts: dict[Counts, RowLayout] = {}
+        self._captured: dict[Counts, RowLayout] = {}  # live as long as their graphs
+        self._in_graphs = False
+        self._kept: list[Shared] = []  # buffers that were outgrown, but graphs write to
+        self._aborting, self._aborted = threading.Lock(), False
+        self._closed = False
+        self._watch = Watchdog(timeout_s, owner.fail, owner.check)
+
+    def layout(self, counts: Counts) -> RowLayout:
+        """That of ranks whose rows are all real, one after the other."""
+        known = self._captured.get(counts) or self._layouts.get(counts)
+        if known is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            starts = np.cumsum((0, *counts[:-1]))
+            table = on_device(np.array([starts, counts], np.int32), self._stop.device)
+            known = self._layouts[counts] = RowLayout(table, sum(counts), max(counts))
+        if torch.cuda.is_current_stream_capturing():
+            self._captured[counts] = known
+        return known
+
+    def gather(self, rows: Tensor, layout: RowLayout, poison: bool = False) -> Tensor:
+        """All ranks' contiguous real rows where the layout has them, [layout.total, hidden].
+
+        Other rows are NaN with poison, else whatever was there.
+        """
+        self._owner.check()
+        self._alternate(GATHER)
+        buffer = self._gather(rows, layout, poison)
+        self.watch("all_gather")
+        return buffer.memory.view(0, (layout.total, *rows.shape[1:]), rows.dtype)
+
+    def reduce_scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
+        """The sum of all ranks' contiguous partial sums of the own rows, [own_rows, hidden].
+
+        Rows beyond the own real ones are 0.
+        """
+        self._owner.check()
+        self._alternate(SCATTER)
+        out = self._scatter(partial, layout, own_rows)
+        self.watch("reduce_scatter")
+        return out
+
+    def _alternate(self, which: int) -> None:
+        """Keep a rank that is ahead from writing what a peer has not read yet."""
+        if self._last == which:
+            none, empty = self._stop.new_empty(0, 4), self.layout((0,) * self._size)
+            if which == GATHER:
+                self._scatter(none, empty, 0)
+            else:
+                self._gather(none, empty, False)
+        self._last = which
+
+    def _gather(self, rows: Tensor, layout: RowLayout, poison: bool) -> Shared:
+        row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
+        word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
+        buffer = self._grown(GATHER, layout.total * row_bytes)
+        row_words = row_bytes // word.itemsize
+        cols, width, programs = _split(layout.largest, row_words, word.itemsize)
+        gather_kernel[(programs,)](
+            rows.view(-1).view(word), layout.table, layout.largest, row_words, buffer.pointers,
+            *self._signals[GATHER].arguments(), self._stop, self._rank,
+            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, WIDTH=width,
+            POISON=poison, PDL=self._pdl, num_warps=NUM_WARPS, launch_pdl=self._pdl,
+        )  # fmt: skip
+        return buffer
+
+    def _scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
+        row_size, size = partial.shape[1:].numel(), partial.dtype.itemsize
+        buffer = self._grown(SCATTER, self._size * layout.largest * row_size * size)
+        out = partial.new_empty(own_rows, *partial.shape[1:])
+        cols, width, programs = _split(layout.largest, row_size, size)
+        reduce_scatter_kernel[(programs,)](
+            partial, out, layout.table, own_rows, layout.largest, row_size, buffer.pointers,
+            *self._signals[SCATTER].arguments(), self._stop, self._rank,
+            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, WIDTH=width,
+            SUM=SUMS.get(partial.dtype, tl.float32), PDL=self._pdl,
+            num_warps=NUM_WARPS, launch_pdl=self._pdl,
+        )  # fmt: skip
+        return out
+
+    def watch(self, what: str) -> None:
+        """Have the owner fail if the device does not get past what was launched so far."""
+        self._watch.follow(what, self._stop.device)
+
+    def drain(self, timeout_s: float) -> None:
+        """Return once the device has done all collectives, after timeout_s at the latest."""
+        self._watch.drain(timeout_s)
+
+    def abort(self) -> None:
+        """End the kernels that wait for a peer, now and from here on.
+
+        Callable from any thread, more than once.
+        """
+        with self._aborting, torch.cuda.device(self._stop.device):
+            if self._aborted:
+                return
+            self._aborted = True
+            self._watch.close()
+            with torch.cuda.stream(self._side):
+                self._stop.copy_(self._one, non_blocking=True)
+            torch.cuda.synchronize(self._stop.device)
+
+    def close(self) -> None:
+        """Let go of the peers' memory, once nothing is launched any more.
+
+        The own memory stays with the process: a peer may not have let go of it yet.
+        """
+        self.abort()
+        with self._aborting, torch.cuda.device(self._stop.device):
+            if self._closed:
+                return
+            self._closed = True
+            flags = (signals.flags for signals in self._signals)
+            for shared in (*self._buffers, *self._kept, *flags):
+                if shared is not None:
+                    shared.unmap()
+
+    def _grown(self, which: int, num_bytes: int) -> Shared:
+        """Memory of at least num_bytes on every rank; all ranks ask for the same."""
+        num_bytes = max(num_bytes, 1)
+        old = self._buffers[which]
+        capturing = torch.cuda.is_current_stream_capturing()
+        self._in_graphs |= capturing
+        if old is not None and old.memory.num_bytes >= num_bytes:
+            return old
+        assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
+        torch.cuda.synchronize()
+        self._buffers[which] = None
+        if old is not None and self._in_graphs:
+            self._kept.append(old)
+        elif old is not None:
+            old.unmap()
+            self._owner.exchange(b"unmapped")
+            old.memory.free()
+        new = Shared.make(_room(num_bytes), self._rank, self._owner.exchange)
+        self._buffers[which] = new
+        return new
+
+
+def _room(num_bytes: int) -> int:
+    """A power of two, so that buffers grow seldom."""
+    return max(LEAST_BYTES, _power_of_two(num_bytes))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _split(rows: int, row_size: int, item_bytes: int) -> tuple[int, int, int]:
+    """Columns of a tile, tiles of a row, and programs: equal on all ranks, as their flags meet."""
+    cols = min(_power_of_two(max(row_size, 1)), TILE_BYTES // item_bytes)
+    width = -(-row_size // cols)
+    return cols, width, max(1, min(rows * width, MAX_PROGRAMS))

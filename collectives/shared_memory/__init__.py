@@ -1,0 +1,1 @@
+"""Ranks of one host that meet in shared memory."""

@@ -1,0 +1,117 @@
+"""The step board of the ranks of one host: records in memory that all of them map."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from collectives.shared_memory.channel import Channel
+from dp_runtime.parallel.agreement import StepRecord
+
+LOOK_EVERY_S = 0.002
+# A rank that waited for less than SHORT_WAIT_S in the last turn expects to do so again, and looks
+# NUM_YIELDS times before it sleeps: waking up would take longer. Where ranks compute between
+# turns their waits are longer, and a rank that yields would only take time from them.
+SHORT_WAIT_S = 500e-6
+NUM_YIELDS = 20
+
+
+class BoardOwner(Protocol):
+    """The group whose memory and doorbells a board uses."""
+
+    def rouse(self, channel: Channel) -> None: ...
+
+    def newest_record(self, dp_rank: int) -> StepRecord | None: ...
+
+    def abort(self, reason: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SharedMemoryBoard:
+    """StepBoard over the records of a SharedMemoryGroup.
+
+    A record is there when its turn and checksum are, whatever order a CPU stores in. So nobody
+    rings for each record: the rank that finds all records there, being the last, wakes the
+    others. Two ranks may post at once and each miss the other's record; then both sleep, for
+    LOOK_EVERY_S at most, and look again. After `idle`, where peers sleep until somebody posts,
+    the first one rings.
+    """
+
+    def __init__(self, group: BoardOwner, channel: Channel, dp_rank: int, dp_size: int) -> None:
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._group, self._channel = group, channel
+        self._woken = False
+        self._idled = True  # peers may wait for the first record of all
+        self._last_wait_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for peers' records."""
+        return self._channel.waited_s
+
+    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+        """Post this rank's next record and return the records all ranks posted in that turn."""
+        channel = self._channel
+        with channel.in_use:
+            turn = channel.begin()
+            channel.region.write_record(turn, record)
+            found = {self.dp_rank: record}
+            last = not self._missing(turn, found)
+            if last or self._idled:
+                channel.bell.ring(turn)
+            self._idled = False
+            if last:
+                channel.bell.listen(0.0)  # takes in what peers rang, or the FIFO would fill
+            else:
+                what = f"record of step {record.step_id}"
+                yields = NUM_YIELDS if self._last_wait_s < SHORT_WAIT_S else 0
+                waited = channel.waited_s
+                channel.wait(what, lambda: self._missing(turn, found), LOOK_EVERY_S, yields)
+                self._last_wait_s = channel.waited_s - waited
+            return tuple([found[rank] for rank in range(self.dp_size)])
+
+    def newest(self) -> tuple[StepRecord | None, ...]:
+        """The newest record of every rank, without taking part; callable from any thread."""
+        return tuple(self._group.newest_record(rank) for rank in range(self.dp_size))
+
+    def idle(self, timeout_s: float) -> None:
+        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
+        channel = self._channel
+        deadline = time.monotonic() + timeout_s
+        with channel.in_use:
+            channel.check()
+            self._idled = True
+            while not self._woken and channel.bell.newest_turn() <= channel.turn:
+                left = deadline - time.monotonic()
+                channel.bell.listen(left)
+                channel.check()
+                if left <= 0:
+                    break
+            self._woken = False
+
+    def wake(self) -> None:
+        """End this rank's current or next `idle`; callable from any thread."""
+        if not self._woken:
+            self._woken = True
+            self._group.rouse(self._channel)
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(reason)
+
+    def close(self) -> None:
+        """Close the whole group of this rank; callable more than once."""
+        self._group.close()
+
+    def _missing(self, turn: int, found: dict[int, StepRecord]) -> list[int]:
+        """Add the records that are there by now; the ranks that have not posted yet."""
+        missing = []
+        for rank in range(self.dp_size):
+            if rank not in found:
+                record = self._channel.region.read_record(rank, turn)
+                if record is None:
+                    missing.append(rank)
+                else:
+                    found[rank] = record
+        return missing

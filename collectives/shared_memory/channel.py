@@ -1,0 +1,94 @@
+"""A sequence of turns that the ranks of one host take together."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from collectives.shared_memory.doorbell import Doorbell
+from collectives.shared_memory.region import Region
+from collectives.shared_memory.rendezvous import ATTACHED
+from dp_runtime.errors import CollectiveAborted, CollectiveTimeout
+
+CLOSED = "this rank has closed its group"
+
+
+class Channel:
+    """A sequence of turns that all ranks take together, each by publishing and then waiting.
+
+    Two buffers are enough. A rank writes buffer t % 2 in turn t, after it has finished turn
+    t - 1. It finished that because every rank had rung for t - 1, and a rank rings for t - 1
+    only after it has finished turn t - 2, that is, has read all it wanted from buffer t % 2. So
+    no rank is more than one turn ahead of any other, and nobody's buffer is overwritten while it
+    is read. This needs every rank to wait for *all* ranks in every turn, also for those that
+    bring no rows.
+    """
+
+    def __init__(self, region: Region, bell: Doorbell, timeout_s: float) -> None:
+        self.region, self.bell = region, bell
+        self.turn = ATTACHED  # NOTE: a fast peer may have rung for its next turn already
+        self.waited_s = 0.0
+        self.in_use = threading.Lock()  # held by a rank's thread for the length of a call
+        self._timeout_s = timeout_s
+        self._broken: str | None = None
+
+    def check(self) -> None:
+        """Raise CollectiveAborted if this channel can not be used any more."""
+        reason = self._broken or self.region.abort_reason()
+        if reason is not None:
+            raise CollectiveAborted(reason)
+
+    def begin(self) -> int:
+        """Start the next turn; its buffer may be written."""
+        self.check()
+        self.turn += 1
+        return self.turn
+
+    def finish(self, what: str) -> None:
+        """Publish this turn and wait until all ranks have rung for it."""
+        self.bell.ring(self.turn)
+        self.wait(what, lambda: self.bell.missing(self.turn))
+
+    def wait(
+        self,
+        what: str,
+        missing: Callable[[], list[int]],
+        look_every_s: float | None = None,
+        num_yields: int = 0,
+    ) -> None:
+        """Wait until no rank is missing.
+
+        Gives the core away num_yields times between looks, then sleeps; looks again at every ring,
+        and every look_every_s.
+        """
+        start = time.monotonic()
+        deadline = start + self._timeout_s
+        pause = look_every_s or self._timeout_s
+        try:
+            while ranks := missing():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    self._time_out(what, ranks)
+                if num_yields > 0:
+                    num_yields -= 1
+                    os.sched_yield()
+                else:
+                    self.bell.listen(min(left, pause))
+                    self.check()
+        finally:
+            self.waited_s += time.monotonic() - start
+
+    def close(self) -> None:
+        """Free the thread that waits here, then close the FIFOs."""
+        self._broken = CLOSED
+        self.bell.rouse()
+        with self.in_use:
+            self.bell.close()
+
+    def _time_out(self, what: str, missing: list[int]) -> None:
+        names = ", ".join(map(str, missing))
+        message = f"{what}: waited {self._timeout_s:g} s for ranks {names}"
+        self._broken = f"timed out before ({message})"
+        raise CollectiveTimeout(message)

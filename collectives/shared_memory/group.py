@@ -1,0 +1,207 @@
+"""Row collectives and a step board for ranks of one host, over memory that all of them map."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from collectives.rows import check_gather, check_reduce_scatter, cut, split, sum_in_rank_order
+from collectives.shared_memory.board import SharedMemoryBoard
+from collectives.shared_memory.channel import CLOSED, Channel
+from collectives.shared_memory.region import RegionLayout
+from collectives.shared_memory.rendezvous import CHANNELS, Rendezvous
+from dp_runtime.errors import CollectiveAborted, require
+from dp_runtime.parallel.agreement import StepRecord
+from dp_runtime.parallel.collective import Counts
+
+AREA_BYTES = 1 << 20
+
+
+def shared_root() -> str:
+    """Where groups of this host meet: in memory where the system has /dev/shm."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+
+
+def new_rendezvous_path(root: str | None = None) -> str:
+    """A path for one group, below this host's or another host's `root`; nothing is created."""
+    return os.path.join(root or shared_root(), f"dp-runtime-{uuid.uuid4().hex}")
+
+
+class SharedMemoryGroup:
+    """One rank's end of a group of ranks on one host.
+
+    path: the rendezvous directory, the same for all ranks and new for every group.
+    timeout_s bounds every wait of a step, attach_timeout_s the start, where ranks come seconds
+    apart. area_bytes is what a rank can publish at once; larger rows travel in chunks. The file
+    system of `path` must have room for 2 * dp_size * area_bytes. Raises StartError naming the
+    ranks that did not attach, or the space that is missing.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dp_rank: int,
+        dp_size: int,
+        timeout_s: float,
+        area_bytes: int = AREA_BYTES,
+        attach_timeout_s: float = 60.0,
+    ) -> None:
+        require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
+        least = 64 * dp_size
+        ok = area_bytes >= least and area_bytes % 64 == 0
+        require(ok, "area_bytes", area_bytes, f"a multiple of 64, at least {least}")
+        layout = RegionLayout(dp_size, area_bytes)
+        region, bells = Rendezvous(path, dp_rank, layout, attach_timeout_s).attach()
+        self._region, self._lock, self._closed = region, threading.Lock(), False
+        rows, board = (Channel(region, bells[name], timeout_s) for name in CHANNELS)
+        self._channels = (rows, board)
+        self.collective = SharedMemoryCollective(self, rows, dp_rank, dp_size, area_bytes)
+        self.board = SharedMemoryBoard(self, board, dp_rank, dp_size)
+
+    def check(self) -> None:
+        """Raise CollectiveAborted if a rank has aborted, or this one has closed its end."""
+        with self._lock:
+            if self._closed:
+                raise CollectiveAborted(CLOSED)
+            for channel in self._channels:
+                channel.check()
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank; the first reason that a rank gives stays."""
+        with self._lock:
+            if self._closed or self._region.abort_reason() is not None:
+                return
+            self._region.post_abort(reason)
+            for channel in self._channels:
+                channel.bell.alarm()
+
+    def rouse(self, channel: Channel) -> None:
+        """End this rank's own sleep in a channel."""
+        with self._lock:
+            if not self._closed:
+                channel.bell.rouse()
+
+    def newest_record(self, dp_rank: int) -> StepRecord | None:
+        """The newest record that a rank has posted."""
+        with self._lock:
+            if self._closed:
+                raise CollectiveAborted(CLOSED)
+            return self._region.newest_record(dp_rank)
+
+    def close(self) -> None:
+        """Let go of memory and FIFOs; this rank's own waiters are freed, peers are not told."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for channel in self._channels:
+                channel.close()
+            self._region.close()
+
+
+class SharedMemoryCollective:
+    """RowCollective over the areas of a SharedMemoryGroup.
+
+    Sums are taken in rank order, in float32 for half types: the same bits on each run. Rows of a
+    GPU are copied to the host and back, each copy waiting for the device: this lets more ranks
+    than GPUs work together, and is not made for speed.
+    """
+
+    def __init__(
+        self,
+        group: SharedMemoryGroup,
+        channel: Channel,
+        dp_rank: int,
+        dp_size: int,
+        area_bytes: int,
+    ) -> None:
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._group, self._channel, self._area_bytes = group, channel, area_bytes
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds this rank has spent waiting for peers; copying is not counted."""
+        return self._channel.waited_s
+
+    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+        """All ranks' values (equally many on each rank), [rank][value]."""
+        own = torch.tensor([list(values)], dtype=torch.int64)
+        rows = self.all_gather(own, (1,) * self.dp_size)
+        return tuple(tuple(row) for row in rows.tolist())
+
+    def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
+        check_gather(rows, counts, self.dp_rank, self.dp_size)
+        if rows.is_cuda:
+            return self.all_gather(rows.cpu(), counts).to(rows.device)
+        out = rows.new_empty(sum(counts), *rows.shape[1:])
+        sizes = [count * rows.shape[1:].numel() for count in counts]
+        own, parts = rows.reshape(-1), split(out.view(-1), sizes)
+        num_chunks = -(-max(sizes) // self._capacity(rows.dtype))
+        with self._channel.in_use:
+            self._channel.check()
+            for chunk in range(num_chunks):
+                areas = self._channel.region.areas(rows.dtype, self._channel.begin())
+                piece = own[cut(len(own), chunk, num_chunks)]
+                areas[self.dp_rank][: len(piece)] = piece
+                self._channel.finish("all_gather")
+                if num_chunks == 1:  # one call for all ranks: half the time of small copies
+                    torch.cat([area[:size] for area, size in zip(areas, sizes)], out=out.view(-1))
+                    break
+                for part, area in zip(parts, areas):
+                    piece = part[cut(len(part), chunk, num_chunks)]
+                    piece.copy_(area[: len(piece)])
+        return out
+
+    def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
+        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
+        check_reduce_scatter(rows, counts, self.dp_size)
+        if rows.is_cuda:
+            return self.reduce_scatter(rows.cpu(), counts).to(rows.device)
+        out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
+        sizes = [count * rows.shape[1:].numel() for count in counts]
+        parts, own = split(rows.reshape(-1), sizes), out.view(-1)
+        # Cut into n chunks, the parts need sum(ceil(size / n)) < total / n + dp_size elements.
+        num_chunks = -(-rows.numel() // (self._capacity(rows.dtype) - self.dp_size))
+        with self._channel.in_use:
+            self._channel.check()
+            for chunk in range(num_chunks):
+                areas = self._channel.region.areas(rows.dtype, self._channel.begin())
+                pieces = [part[cut(len(part), chunk, num_chunks)] for part in parts]
+                start = sum(map(len, pieces[: self.dp_rank]))
+                torch.cat(pieces, out=areas[self.dp_rank][: sum(map(len, pieces))])
+                self._channel.finish("reduce_scatter")
+                mine = slice(start, start + len(pieces[self.dp_rank]))
+                total = own[cut(len(own), chunk, num_chunks)]
+                sum_in_rank_order([area[mine] for area in areas], total)
+        return out
+
+    def barrier(self) -> None:
+        """Return once all ranks have called it."""
+        with self._channel.in_use:
+            self._channel.begin()
+            self._channel.finish("barrier")
+
+    def watch(self, what: str) -> None:
+        """Nothing to bound: the host waits for every call."""
+
+    def check(self) -> None:
+        """Raise CollectiveAborted if this group can not be used any more."""
+        self._group.check()
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(reason)
+
+    def close(self) -> None:
+        """Close the whole group of this rank; callable more than once."""
+        self._group.close()
+
+    def _capacity(self, dtype: torch.dtype) -> int:
+        return self._area_bytes // dtype.itemsize

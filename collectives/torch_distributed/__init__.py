@@ -1,0 +1,1 @@
+"""Ranks that meet through torch.distributed: Gloo and NCCL."""

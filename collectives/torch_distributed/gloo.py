@@ -1,0 +1,111 @@
+"""Rows and step records over Gloo."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from collectives.rows import split, summing_dtype
+from dp_runtime.parallel.agreement import RECORD_WORDS, StepRecord
+from dp_runtime.parallel.collective import Counts
+
+_IDLE_S = 0.003  # ranks that idle keep meeting, since a peer's post can not wake them
+
+
+class GlooGroup(Protocol):
+    """The group whose Gloo backends are used here."""
+
+    def check(self) -> None: ...
+
+    def run(self, what: str, backend: str, start: Callable[[Any], Any]) -> None: ...
+
+    def abort(self, dp_rank: int, reason: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class GlooRows:
+    """Rows over the Gloo backend that also carries the counts."""
+
+    def __init__(self, group: GlooGroup, dp_rank: int) -> None:
+        self._group, self._rank = group, dp_rank
+
+    def gather(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
+        """Fill out [sum(counts), ...] with all ranks' contiguous rows."""
+        if len(set(counts)) == 1:
+            self._run("all_gather", lambda gloo: gloo._allgather_base(out, rows))
+            return
+        parts = split(out, counts)  # all-gathers take equal sizes only: a broadcast per rank
+        parts[self._rank].copy_(rows)
+        for root, part in enumerate(parts):
+            if len(part):
+                self._run("all_gather", partial(_broadcast, part, root))
+
+    def reduce_scatter(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
+        """Fill out [counts[dp_rank], ...] with the sum of all ranks' partial sums.
+
+        Gloo's own reduce_scatter is an all-reduce inside, and its wait can not be bounded.
+        """
+        total = rows.to(summing_dtype(rows.dtype), copy=True).contiguous()
+        self._run("reduce_scatter", lambda gloo: gloo.allreduce(total))
+        out.copy_(split(total, counts)[self._rank])
+
+    def watch(self, what: str) -> None:
+        """Nothing to bound: the host waits for every operation itself."""
+
+    def _run(self, what: str, start: Callable[[Any], Any]) -> None:
+        self._group.run(what, "control", start)
+
+
+def _broadcast(part: Tensor, root: int, gloo: Any) -> Any:
+    return gloo.broadcast(part, root)
+
+
+class GlooBoard:
+    """StepBoard over a Gloo group of its own."""
+
+    def __init__(self, group: GlooGroup, dp_rank: int, dp_size: int) -> None:
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._group = group
+        self._woken = threading.Event()
+        self._waited_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for peers' records."""
+        return self._waited_s
+
+    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+        """Post this rank's next record and return the records all ranks posted in that turn."""
+        own = torch.tensor([record.to_words()], dtype=torch.int64)
+        out = own.new_empty(self.dp_size, RECORD_WORDS)
+        what = f"record of step {record.step_id}"
+        before = time.monotonic()
+        self._group.run(what, "board", lambda gloo: gloo._allgather_base(out, own))
+        self._waited_s += time.monotonic() - before
+        return tuple(StepRecord.from_words(words) for words in out.tolist())
+
+    def idle(self, timeout_s: float) -> None:
+        """Sleep until `wake`, or for some milliseconds: then the ranks agree again."""
+        self._group.check()
+        self._woken.wait(min(timeout_s, _IDLE_S))
+        self._woken.clear()
+        self._group.check()
+
+    def wake(self) -> None:
+        """End this rank's current or next `idle`; callable from any thread."""
+        self._woken.set()
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        self._group.abort(self.dp_rank, reason)
+
+    def close(self) -> None:
+        """Close the whole group of this rank; callable more than once."""
+        self._group.close()

@@ -1,0 +1,180 @@
+"""Rows over NCCL, on the stream of the thread that calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    BroadcastOptions,
+    ReduceOptions,
+    ReduceScatterOptions,
+    Store,
+)
+
+from collectives.rows import split
+from collectives.watchdog import Watchdog
+from dp_runtime.errors import StartError
+from dp_runtime.parallel.collective import Counts
+
+# Torch's own watchdog ends the whole process when a peer is lost, or keeps quiet about it (all
+# other values of TORCH_NCCL_ASYNC_ERROR_HANDLING), and its monitor asks rank 0's store once a
+# second and complains when that rank has left. Torch starts neither where waits are blocking. No
+# call here waits in that sense: without a watchdog of torch's, a Watchdog has its task. Nobody
+# retires what the flight recorder would keep then, so it is off.
+ENVIRONMENT = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_FR_BUFFER_SIZE": "0"}
+_GRACE_S = 1.0  # for a launch to end before an abort; one that is stuck is ended by it
+
+
+class RowsOwner(Protocol):
+    """The group that the rows belong to."""
+
+    def check(self) -> None: ...
+
+    def lose(self, what: str, error: RuntimeError) -> NoReturn: ...
+
+    def fail(self, error: RuntimeError) -> None: ...
+
+
+def set_environment() -> None:
+    """Set what torch reads when a process makes its first group, unless the user has."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+class NcclRows:
+    """One rank's NCCL communicator, connected when the constructor returns.
+
+    Kernels run on the current stream and the host does not wait for them, so a lost peer shows
+    where the host next waits for its device: a wait that only `abort` can end. A thread calls
+    the owner's `fail` if the device stands still for timeout_s. After an abort the device is as
+    usable as before. Raises StartError if the ranks do not connect within start_timeout_s.
+    """
+
+    def __init__(
+        self,
+        owner: RowsOwner,
+        store: Store,
+        dp_rank: int,
+        dp_size: int,
+        device: torch.device,
+        timeout_s: float,
+        start_timeout_s: float,
+    ) -> None:
+        self._owner, self._rank, self._device = owner, dp_rank, device
+        self._gather, self._broadcast = AllgatherOptions(), BroadcastOptions()
+        self._scatter, self._reduce = ReduceScatterOptions(), ReduceOptions()
+        for each in (self._gather, self._broadcast, self._scatter, self._reduce):
+            each.asyncOp = False  # on the current stream, and nothing to wait for
+        self._launching, self._aborting = threading.Lock(), threading.Lock()
+        self._aborted = False
+        torch.cuda.set_device(device)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)  # of an abort
+        self._backend: Any = dist.ProcessGroupNCCL(store, dp_rank, dp_size, options)
+        try:
+            _bounded(lambda: self._connect(dp_size), start_timeout_s)
+        except (RuntimeError, TimeoutError) as error:
+            raise StartError(
+                f"rank {dp_rank} of {dp_size} could not connect to the others over NCCL "
+                f"within {start_timeout_s:g} s: {error}"
+            ) from error
+        self._watch = Watchdog(timeout_s, owner.fail)
+
+    def gather(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
+        """Fill out [sum(counts), ...] with all ranks' contiguous rows."""
+        if len(set(counts)) == 1:
+            self._launch("all_gather", lambda nccl: nccl._allgather_base(out, rows, self._gather))
+            return
+        parts = split(out, counts)  # all-gathers take equal sizes only: a broadcast per rank
+        parts[self._rank].copy_(rows)
+
+        def broadcast(nccl: Any) -> None:
+            for root, part in enumerate(parts):
+                if len(part):
+                    self._broadcast.rootRank = root
+                    nccl.broadcast([part], self._broadcast)
+
+        self._launch("all_gather", broadcast)
+
+    def reduce_scatter(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
+        """Fill out [counts[dp_rank], ...] with the sum of all ranks' contiguous partial sums."""
+        what = "reduce_scatter"
+        if len(set(counts)) == 1:
+            self._launch(what, lambda nccl: nccl._reduce_scatter_base(out, rows, self._scatter))
+            return
+        parts = list(split(rows, counts))
+        parts[self._rank] = out.copy_(parts[self._rank])  # a root's sum takes the place of its part
+
+        def reduce(nccl: Any) -> None:
+            for root, part in enumerate(parts):
+                if len(part):
+                    self._reduce.rootRank = root
+                    nccl.reduce([part], self._reduce)
+
+        self._launch(what, reduce)
+
+    def drain(self, timeout_s: float) -> None:
+        """Return once the device has done all collectives, after timeout_s at the latest."""
+        self._watch.drain(timeout_s)
+
+    def abort(self) -> None:
+        """End the kernels of this rank, also those that wait for a peer, and the communicator.
+
+        Returns when that has happened; callable from any thread, more than once.
+        """
+        with self._aborting:
+            if self._aborted:
+                return
+            self._aborted = True
+            self._watch.close()
+            free = self._launching.acquire(timeout=_GRACE_S)
+            try:
+                self._backend.abort()
+            finally:
+                if free:
+                    self._launching.release()
+
+    def _connect(self, dp_size: int) -> None:
+        """Make the communicator: its first collective does, and takes seconds."""
+        torch.cuda.set_device(self._device)
+        own = torch.zeros(1, device=self._device)
+        self._backend._allgather_base(own.new_empty(dp_size), own, self._gather)
+        torch.cuda.synchronize(self._device)
+
+    def _launch(self, what: str, start: Callable[[Any], object]) -> None:
+        with self._launching:
+            self._owner.check()
+            try:
+                start(self._backend)
+            except RuntimeError as error:
+                self._owner.lose(what, error)
+        self.watch(what)
+
+    def watch(self, what: str) -> None:
+        """Have the owner fail if the device does not get past what was launched so far."""
+        self._watch.follow(what, self._device)
+
+
+def _bounded(call: Callable[[], None], timeout_s: float) -> None:
+    """Run a call that can not be interrupted; TimeoutError leaves it behind in its thread."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
+
+    threading.Thread(target=run, name="nccl-connect", daemon=True).start()
+    outcome.result(timeout_s)

@@ -1,0 +1,82 @@
+"""Prompt files: one JSON object per line in, one per finished request out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dp_runtime.core.request import Prompt, RequestOutput
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.errors import is_int, require
+
+PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dp_rank")
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """One line of a prompt file."""
+
+    prompt: Prompt
+    params: SamplingParams
+    dp_rank: int | None
+
+
+def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
+    """Read `{"prompt": ...}` or `{"prompt_token_ids": [...]}` lines.
+
+    A line may have `dp_rank` and any field of SamplingParams; `defaults` fills the others.
+    Raises ValueError naming file, line and field; blank lines are skipped.
+    """
+    ok = path.exists() and not path.is_dir()
+    require(ok, "prompts", str(path), "an existing JSONL file")
+    lines = []
+    for number, text in enumerate(_read(path).split("\n"), 1):
+        if text.strip():
+            try:
+                lines.append(_parse(text, defaults))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+    require(bool(lines), "prompts", str(path), "a file with at least one line")
+    return lines
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
+
+
+def _parse(text: str, defaults: SamplingParams) -> PromptLine:
+    try:
+        line: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}: {text[:40]!r}") from None
+    require(isinstance(line, dict), "line", line, "a JSON object")
+    given = [name for name in ("prompt", "prompt_token_ids") if name in line]
+    require(len(given) == 1, "prompt", given, "either prompt or prompt_token_ids")
+    prompt, kind = line[given[0]], str if given[0] == "prompt" else list
+    require(isinstance(prompt, kind), given[0], prompt, f"a {kind.__name__}")
+    known = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
+    sampling = {name: value for name, value in line.items() if name not in PROMPT_FIELDS}
+    rank = line.get("dp_rank")
+    ok = rank is None or (is_int(rank) and rank >= 0)
+    require(ok, "dp_rank", rank, "null or the number of a rank")
+    return PromptLine(prompt, SamplingParams.from_fields(known | sampling), rank)
+
+
+def write_outputs(path: Path, outputs: Iterable[RequestOutput]) -> None:
+    """Write one line per output: index, token_ids, text, finish_reason, dp_rank."""
+    with path.open("w", encoding="utf-8") as file:
+        for index, output in enumerate(outputs):
+            line = {
+                "index": index,
+                "token_ids": output.token_ids,
+                "text": output.text,
+                "finish_reason": output.finish_reason,
+                "dp_rank": output.dp_rank,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

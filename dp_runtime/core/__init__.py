@@ -1,0 +1,1 @@
+"""Values that travel: requests, batches, metadata, programs."""

@@ -1,0 +1,111 @@
+"""What a user submits, what a rank gets, what it reports, and what the user gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dp_runtime.core.sampling_params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # an end-of-text token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, eq=False)
+class PromptEmbeds:
+    """Embeddings that replace those of the prompt's tokens at some positions."""
+
+    positions: NDArray[np.int64]  # [embeds]
+    values: NDArray[np.float32]  # [embeds, hidden]
+
+
+@dataclass(frozen=True, eq=False)
+class TokensPrompt:
+    """A prompt of token ids, some positions of which may have embeddings of their own.
+
+    `prompt_embeds` [embeds, hidden] float32 go to `embed_positions` [embeds]; this is where an
+    image encoder attaches its output.
+    """
+
+    token_ids: Sequence[int]
+    prompt_embeds: NDArray[np.float32] | None = None
+    embed_positions: Sequence[int] = ()
+
+
+Prompt = str | Sequence[int] | TokensPrompt
+
+
+@dataclass(frozen=True, eq=False)
+class RankRequest:
+    """A request as a rank gets it: plain data, complete, replayable."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]  # end-of-text ids included, unless ignored
+    embeds: PromptEmbeds | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The log probability of one token and of the best ones at its position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+class RequestUpdate(NamedTuple):
+    """What a rank did for one request in one step; `first_index` counts output tokens."""
+
+    request_id: int
+    first_index: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token
+
+
+@dataclass(frozen=True)
+class RequestDelta:
+    """What came anew for a streamed request."""
+
+    request_id: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A finished request.
+
+    `logprobs` has one entry per output token, `prompt_logprobs` one per prompt token after the
+    first; None if they were not asked for. `stop_reason` is the stop token or string.
+    """
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    dp_rank: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+UpdateListener = Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did
+FailureListener = Callable[[BaseException], None]

@@ -1,0 +1,24 @@
+"""SamplePositions: which output tokens the sampled rows of a step become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dp_runtime.core.batch import Int64
+
+
+@dataclass(frozen=True, eq=False)
+class SamplePositions:
+    """Rows of logits that yield a new token each.
+
+    A verification's rows lie together, with its request's next output indices in turn.
+    """
+
+    request_ids: Int64  # [n]
+    output_indices: Int64  # [n] which output token of its request this is, from 0
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def __getitem__(self, some: slice) -> SamplePositions:
+        return SamplePositions(self.request_ids[some], self.output_indices[some])

@@ -1,0 +1,1 @@
+"""The driver side: the public Engine, its inputs, admission, and text."""

@@ -1,0 +1,270 @@
+"""Engine: the public API. It routes requests to ranks and turns their tokens into text."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import Prompt, RankRequest, RequestDelta, RequestOutput, RequestUpdate
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.admission import ROUTERS, Admission
+from dp_runtime.engine.handle import RequestHandle
+from dp_runtime.engine.inputs import RequestFactory
+from dp_runtime.engine.rank_group import RankGroup
+from dp_runtime.engine.tokenizer import OutputText, Tokenizer
+from dp_runtime.errors import EngineClosed, StartError, is_int, require
+from dp_runtime.metrics.progress_bar import ProgressBar
+from dp_runtime.metrics.status import ModelInfo, RankHealth
+from dp_runtime.metrics.trace import Report, StepTrace
+
+
+class Engine:
+    """Serves a model over `config.dp_size` ranks; use it as a context manager.
+
+    Raises ValueError for a configuration mistake and StartError if the ranks can't be started;
+    then nothing of them is left. `show_progress` reports loading on stderr.
+    """
+
+    def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
+        self.config = config
+        self._group = _start_ranks(config, show_progress)
+        model = self._group.model
+        try:
+            self.tokenizer = Tokenizer(model.tokenizer_json) if model.tokenizer_json else None
+        except BaseException:
+            self._group.close()
+            raise
+        self._factory = RequestFactory(model, self.tokenizer, config.seed)
+        router = ROUTERS[config.routing]()
+        self._admission = Admission(router, config.dp_size, config.max_queued_requests)
+        self._handles: dict[int, RequestHandle] = {}  # the token log of every live request
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self._closed: BaseException | None = None
+        self._clock = BusyClock()
+        self._num_finished = 0
+        self._group.listen(self._on_progress, self._on_failure)
+
+    @property
+    def model(self) -> ModelInfo:
+        """What the ranks told of the model."""
+        return self._group.model
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        dp_ranks: Sequence[int | None] | None = None,
+        show_progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Finish all prompts and return their outputs in order.
+
+        One SamplingParams for all, or one per prompt; `dp_ranks` pins prompts to ranks. All
+        prompts are checked before any is submitted (ValueError).
+        """
+        requests = self._make_all(prompts, params, dp_ranks)
+        handles: list[RequestHandle] = []
+        try:
+            for request, rank in requests:
+                handles.append(self._start(request, rank))
+            outputs = []
+            with ProgressBar("generate", len(handles), "request", show_progress) as progress:
+                for handle in handles:
+                    outputs.append(handle.result())
+                    progress.update(len(outputs))
+            return outputs
+        except BaseException:
+            for handle in handles:
+                handle.abort()
+            raise
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
+    ) -> Iterator[RequestDelta]:
+        """Yield what comes anew for one prompt; leaving the iteration early aborts it."""
+        handle = self.submit(prompt, params, dp_rank)
+        try:
+            yield from handle
+        finally:
+            handle.abort()
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
+    ) -> RequestHandle:
+        """Start one prompt and return at once.
+
+        Raises ValueError for a mistake, QueueFull above max_queued_requests.
+        """
+        request = self._make(prompt, params or SamplingParams())
+        self._check_rank(dp_rank)
+        return self._start(request, dp_rank, wait=False)
+
+    def step_trace(self) -> tuple[StepTrace, ...]:
+        """The steps that the ranks remember: per step and rank, rows, times by phase and waits."""
+        self._check_open()
+        return self._group.trace()
+
+    def report(self) -> Report:
+        """Totals since the start."""
+        self._check_open()
+        return Report.of(self._group.totals(), self._num_finished, self._clock.elapsed_s)
+
+    def health(self) -> tuple[RankHealth, ...]:
+        """The state of every rank; answers also after a failure, until the engine is closed."""
+        if isinstance(self._closed, EngineClosed):
+            raise self._closed
+        return self._group.health()
+
+    def close(self) -> None:
+        """Stop all ranks; unfinished requests fail with EngineClosed."""
+        self._end(EngineClosed("the engine is closed"))
+        self._group.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _make(self, prompt: Prompt, params: SamplingParams) -> RankRequest:
+        self._check_open()
+        return self._factory.make(next(self._ids), prompt, params)
+
+    def _make_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        dp_ranks: Sequence[int | None] | None,
+    ) -> list[tuple[RankRequest, int | None]]:
+        ok = isinstance(prompts, Sequence) and not isinstance(prompts, str)
+        require(ok, "prompts", prompts, "a list of prompts")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        ranks = [None] * len(prompts) if dp_ranks is None else dp_ranks
+        for name, values in (("params", params), ("dp_ranks", ranks)):
+            ok = isinstance(values, Sequence) and len(values) == len(prompts)
+            require(ok, name, values, f"a list with one entry per prompt ({len(prompts)})")
+        requests = []
+        for index, (prompt, one, rank) in enumerate(zip(prompts, params, ranks)):
+            try:
+                self._check_rank(rank)
+                requests.append((self._make(prompt, one), rank))
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from None
+        return requests
+
+    def _check_rank(self, dp_rank: int | None) -> None:
+        size = self.config.dp_size
+        ok = dp_rank is None or (is_int(dp_rank) and 0 <= dp_rank < size)
+        require(ok, "dp_rank", dp_rank, f"None or a rank in 0..{size - 1}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._closed
+
+    def _start(self, request: RankRequest, dp_rank: int | None, wait: bool = True) -> RequestHandle:
+        rank = self._admission.enter(_cost(request), dp_rank, wait)
+        text = None
+        if self.tokenizer is not None:
+            params = request.params
+            text = OutputText(self.tokenizer, params.stop_strings, params.min_tokens)
+        handle = RequestHandle(request, rank, text, self._abort)
+        with self._lock:
+            self._check_open()
+            self._handles[request.request_id] = handle
+            self._clock.enter()
+        self._group.submit(rank, [request])
+        return handle
+
+    def _abort(self, handle: RequestHandle) -> None:
+        with self._lock:
+            live = handle.request_id in self._handles
+        if live:
+            self._group.abort(handle.dp_rank, [handle.request_id])
+
+    def _on_progress(self, dp_rank: int, items: Sequence[RequestUpdate]) -> None:
+        for item in items:
+            handle = self._handles.get(item.request_id)
+            if handle is None:
+                continue  # NOTE: ended by a stop string; the rank has not heard of it yet
+            if handle.apply(item):
+                self._group.abort(dp_rank, [item.request_id])
+            if handle.done:
+                self._finish(handle)
+
+    def _finish(self, handle: RequestHandle) -> None:
+        with self._lock:
+            if self._handles.pop(handle.request_id, None) is None:
+                return
+            self._clock.leave()
+            self._num_finished += 1
+        self._admission.leave(handle.dp_rank, _cost(handle.request))
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        with self._lock:
+            self._closed = error
+            handles, self._handles = self._handles, {}
+        self._admission.close(error)
+        for handle in handles.values():
+            handle.fail(error)
+
+
+class BusyClock:
+    """Adds up the time during which at least one request was unfinished."""
+
+    def __init__(self) -> None:
+        self._num_inside = 0
+        self._since = 0.0
+        self._elapsed_s = 0.0
+
+    def enter(self) -> None:
+        if self._num_inside == 0:
+            self._since = monotonic()
+        self._num_inside += 1
+
+    def leave(self) -> None:
+        self._num_inside -= 1
+        if self._num_inside == 0:
+            self._elapsed_s += monotonic() - self._since
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._elapsed_s + (monotonic() - self._since if self._num_inside else 0.0)
+
+
+def _start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
+    _check_not_shadowed("workers", "collectives")
+    from workers import start  # NOTE: the one import upward; ranks come to the engine this way
+
+    return start(config, show_progress)
+
+
+def _cost(request: RankRequest) -> int:
+    return len(request.prompt_token_ids) + request.params.max_tokens
+
+
+def _check_not_shadowed(*packages: str) -> None:
+    """StartError if Python finds packages of another project under the names of our own."""
+    home = Path(__file__).parents[1]
+    for name in packages:
+        spec = find_spec(name)
+        found = Path(spec.origin).parent if spec is not None and spec.origin else None
+        if found is None or found.resolve() != (home / name).resolve():
+            raise StartError(
+                f"the package {name!r} that Python finds first is {found}, not that of dp-runtime "
+                f"({home / name}): rename it, or start the program from another directory"
+            )

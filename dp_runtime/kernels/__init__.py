@@ -1,0 +1,1 @@
+"""Triton kernels, and the building of compiled modules."""

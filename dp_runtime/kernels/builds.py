@@ -1,0 +1,80 @@
+"""Compiling and loading a rank's kernels before it is ready, and never after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import TracebackType
+from typing import NoReturn
+
+import torch
+
+
+@dataclass(frozen=True)
+class JitModule:
+    """A module that is compiled on first use; `build` compiles and loads it into this process.
+
+    Its name tells it from any other module.
+    """
+
+    name: str
+    build: Callable[[], object]
+
+
+class KernelBuilds:
+    """Builds kernels in threads from `with` on; other work may go on until `wait`.
+
+    Ranks of one host share what is compiled: flashinfer locks each module's files.
+    """
+
+    def __init__(self, kernels: Sequence[JitModule], device: torch.device) -> None:
+        self.total = len(kernels)
+        self._kernels = kernels
+        self._device = device
+        self._pool = ThreadPoolExecutor(max(1, len(kernels)), initializer=self._use_device)
+        self._builds: dict[Future[object], JitModule] = {}
+
+    @property
+    def num_built(self) -> int:
+        return sum(build.done() for build in tuple(self._builds))
+
+    def wait(self) -> None:
+        """Return once all are loaded; RuntimeError names the first that can not be."""
+        for build in as_completed(self._builds):
+            error = build.exception()
+            if error is not None:
+                raise RuntimeError(f"kernel {self._builds[build].name}: {error}")
+
+    def __enter__(self) -> KernelBuilds:
+        self._builds = {self._pool.submit(kernel.build): kernel for kernel in self._kernels}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _use_device(self) -> None:
+        """NOTE: loading a module sets attributes of its kernels on the thread's current device."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+
+def forbid_compilation() -> None:
+    """From here on a kernel that was not built is an error of this process, not a long pause."""
+    os.environ["FLASHINFER_DISABLE_JIT"] = "1"
+    if find_spec("triton") is not None:
+        from triton import knobs
+
+        knobs.runtime.jit_cache_hook = _refuse
+
+
+def _refuse(*, repr: str, **call: object) -> NoReturn:
+    """What Triton calls before it compiles a kernel, or loads a compiled one."""
+    raise RuntimeError(f"the Triton kernel {repr} was not built before the rank was ready")

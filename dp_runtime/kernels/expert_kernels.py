@@ -1,0 +1,262 @@
+"""The experts' products in Triton: gate-up with SiLU, down with weights, and the sum of pairs.
+
+Where experts have few rows there is a program for each expert and block of columns. Else the tiles
+of a product are counted on the device, from the pairs that each expert has, and a program takes
+every so-manyth. No count is read back to the host: a graph can capture the kernels, and its replays
+follow the counts.
+
+Weights in e4m3 are widened to the dtype of the rows, which is exact, and what a step over one block
+of them adds is scaled in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait
+from dp_runtime.weights.fp8_blocks import BLOCK
+
+SCALE_BLOCK = tl.constexpr(BLOCK)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_up_kernel(
+    x, gate_up, gate_up_blocks, scales, activated, counts, pairs, rows, num_local,
+    x_stride, intermediate,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_EXPERT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    columns = tl.cdiv(intermediate, BLOCK_N)
+    if BY_EXPERT:
+        expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+        count = tl.load(counts + expert)
+        slot = tl.arange(0, BLOCK_M)
+        while tl.min(slot, 0) < count:
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=slot < count, other=0)
+            _gate_up_tile(
+                x, gate_up, gate_up_blocks, scales, activated, expert, column, pair, pair,
+                slot < count, x_stride, intermediate,
+                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            slot += BLOCK_M
+    else:
+        count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
+        tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
+        while tile < num_tiles:
+            expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=ours, other=0)
+            _gate_up_tile(
+                x, gate_up, gate_up_blocks, scales, activated, expert, tile % columns, pair,
+                begin + slot, ours, x_stride, intermediate,
+                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            tile += tl.num_programs(0)
+
+
+@triton.jit
+def _gate_up_tile(
+    x, gate_up, gate_up_blocks, scales, activated, expert, column, pair, target, ours,
+    x_stride, intermediate,
+    HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A block of one expert's pairs, a block of columns: to rows `target` of activated."""
+    k = tl.arange(0, BLOCK_K)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate_row = expert * 2 * intermediate + column * BLOCK_N
+    x_at = x + (pair // TOP_K).to(tl.int64)[:, None] * x_stride
+    inside = tl.where(n < intermediate, n, 0)
+    gate_at = gate_up + (expert.to(tl.int64) * 2 * intermediate + inside)[:, None] * HIDDEN
+    up_at = gate_at + intermediate.to(tl.int64) * HIDDEN
+    of_gate = _scales_of(expert * 2, column * BLOCK_N, intermediate, HIDDEN)
+    of_up = _scales_of(expert * 2 + 1, column * BLOCK_N, intermediate, HIDDEN)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, HIDDEN, BLOCK_K):
+        a = _block(x_at, start + k, HIDDEN, BLOCK_K)
+        if gate_up_blocks is not None:
+            g = gate_up_blocks.load([gate_row, start])
+            u = gate_up_blocks.load([gate_row + intermediate, start])
+        else:
+            g = _block(gate_at, start + k, HIDDEN, BLOCK_K)
+            u = _block(up_at, start + k, HIDDEN, BLOCK_K)
+        gate = _add_product(a, g, gate, scales, of_gate + start // SCALE_BLOCK)
+        up = _add_product(a, u, up, scales, of_up + start // SCALE_BLOCK)
+    # The halves are rounded first, as a product of its own would round them.
+    dtype = activated.dtype.element_ty
+    gate = gate.to(dtype).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    value = silu * up.to(dtype).to(tl.float32)
+    at = activated + target.to(tl.int64)[:, None] * intermediate + n
+    tl.store(at, value.to(dtype), mask=ours[:, None] & (n < intermediate))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def down_kernel(
+    activated, activated_blocks, down, down_blocks, scales, weights, weighted,
+    counts, pairs, rows, num_local, hidden,
+    INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_EXPERT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    columns = tl.cdiv(hidden, BLOCK_N)
+    if BY_EXPERT:
+        expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+        count = tl.load(counts + expert)
+        slot = tl.arange(0, BLOCK_M)
+        while tl.min(slot, 0) < count:
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=slot < count, other=0)
+            _down_tile(
+                activated, activated_blocks, down, down_blocks, scales, weights, weighted,
+                expert, column, pair, pair, slot < count, hidden,
+                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            slot += BLOCK_M
+    else:
+        count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
+        tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
+        while tile < num_tiles:
+            expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=ours, other=0)
+            _down_tile(
+                activated, activated_blocks, down, down_blocks, scales, weights, weighted,
+                expert, tile % columns, pair, begin + slot, ours, hidden,
+                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            tile += tl.num_programs(0)
+
+
+@triton.jit
+def _down_tile(
+    activated, activated_blocks, down, down_blocks, scales, weights, weighted,
+    expert, column, pair, source, ours, hidden,
+    INTERMEDIATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `source` of activated, a block of columns: to rows `pair` of weighted."""
+    k = tl.arange(0, BLOCK_K)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.min(source, 0)
+    down_row = expert * hidden + column * BLOCK_N
+    a_at = activated + tl.where(ours, source, 0).to(tl.int64)[:, None] * INTERMEDIATE
+    inside = tl.where(n < hidden, n, 0)
+    down_at = down + (expert.to(tl.int64) * hidden + inside)[:, None] * INTERMEDIATE
+    weight = tl.load(weights + pair, mask=ours, other=0.0)
+    scale = _scales_of(expert, column * BLOCK_N, hidden, INTERMEDIATE)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, INTERMEDIATE, BLOCK_K):
+        if activated_blocks is not None:
+            a = activated_blocks.load([first, start])
+        else:
+            a = _block(a_at, start + k, INTERMEDIATE, BLOCK_K)
+        if down_blocks is not None:
+            b = down_blocks.load([down_row, start])
+        else:
+            b = _block(down_at, start + k, INTERMEDIATE, BLOCK_K)
+        total = _add_product(a, b, total, scales, scale + start // SCALE_BLOCK)
+    value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
+    at = weighted + pair.to(tl.int64)[:, None] * hidden + n
+    tl.store(at, value.to(weighted.dtype.element_ty), mask=ours[:, None] & (n < hidden))
+
+
+@triton.jit
+def _scales_of(matrix, row, rows, WIDTH: tl.constexpr):
+    """Where the scales of a row's blocks begin, in stacked matrices of `rows` rows."""
+    block_row = matrix * tl.cdiv(rows, SCALE_BLOCK) + row // SCALE_BLOCK
+    return block_row * tl.cdiv(WIDTH, SCALE_BLOCK)
+
+
+@triton.jit
+def _add_product(a, weights, total, scales, at):
+    """total + a @ weights.T, scaled where there are scales."""
+    if scales is None:
+        return tl.dot(a, weights.T, total, input_precision="ieee")
+    else:  # noqa: RET505 - the branch is chosen while compiling
+        scale = tl.load(scales + at)
+        return total + tl.dot(a, _widen(weights, a.dtype).T, input_precision="ieee") * scale
+
+
+@triton.jit
+def _widen(weights, DTYPE: tl.constexpr):
+    """e4m3 in another dtype, exactly, but for NaN, which may become 480.
+
+    To bf16 four at a time in integer operations: the GPU's own conversion takes longer than reading
+    the weights. Bits s eeee mmm are moved to s 0000eeee mmm0000, which is 2^-120 of the value.
+    """
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 high, low, first, second, factor;
+            mov.b32 factor, 0x7b807b80;
+            shr.b32 high, $2, 4;
+            and.b32 high, high, 0x07070707;
+            lop3.b32 high, $2, 0x80808080, high, 0xea;
+            shl.b32 low, $2, 4;
+            and.b32 low, low, 0xf0f0f0f0;
+            prmt.b32 first, low, high, 0x5140;
+            prmt.b32 second, low, high, 0x7362;
+            mul.rn.bf16x2 $0, first, factor;
+            mul.rn.bf16x2 $1, second, factor;
+            }
+            """,
+            "=r,=r,r", [weights], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:  # noqa: RET505 - the branch is chosen while compiling
+        return weights.to(DTYPE)
+
+
+@triton.jit
+def _row_blocks(counts, num_local, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Each expert's pairs, and the blocks of BLOCK_M of them up to the end of each expert."""
+    expert = tl.arange(0, LOCAL)
+    count = tl.load(counts + expert, mask=expert < num_local, other=0)
+    return count, tl.cumsum((count + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@triton.jit
+def _place(block, count, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A block of rows: its expert, where that one's pairs begin, its slots, and which are filled.
+
+    Pairs lie in the order of their experts.
+    """
+    before = ends <= block
+    expert = tl.sum(before.to(tl.int32), 0)
+    begin = tl.sum(tl.where(before, count, 0), 0)
+    slot = (block - tl.max(tl.where(before, ends, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    own = tl.sum(tl.where(tl.arange(0, LOCAL) == expert, count, 0), 0)
+    return expert, begin, slot, slot < own
+
+
+@triton.jit
+def _block(rows_at, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns k of the rows that begin at rows_at, 0 past their end."""
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(rows_at + k)
+    return tl.load(rows_at + k, mask=(k < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def sum_kernel(
+    weighted, local_ids, out, hidden,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = row * TOP_K + j
+        columns = tl.where(tl.load(local_ids + pair) >= 0, hidden, 0)
+        total += tl.load(weighted + pair * hidden + n, mask=n < columns, other=0.0)
+    tl.store(out + row * hidden + n, total.to(out.dtype.element_ty), mask=n < hidden)

@@ -1,0 +1,134 @@
+"""Runs the experts over their pairs: two products in Triton, and the sum of each row's pairs."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from dp_runtime.kernels.expert_kernels import down_kernel, gate_up_kernel, sum_kernel
+from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile
+from dp_runtime.kernels.launch import num_multiprocessors, overlaps
+from dp_runtime.kernels.router import Routing
+from dp_runtime.weights.fp8_blocks import BLOCK, ExpertScales
+
+
+def run_experts(
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    routing: Routing,
+    tiles: ExpertTiles,
+    scales: ExpertScales | None = None,
+) -> Tensor:
+    """Sum over a row's chosen local experts of weight * down(silu(gate(row)) * up(row)).
+
+    rows [n, hidden]; gate_up [local, 2 * intermediate, hidden]; down [local, hidden,
+    intermediate], both contiguous -> [n, hidden]; a row without local experts is 0. Weights are in
+    the dtype of rows, or e4m3 with their scales.
+    """
+    if len(down) == 0:
+        weighted = rows.new_empty(routing.local_ids.numel(), rows.shape[1])
+    else:
+        assert tiles.gate_up.by_expert == tiles.down.by_expert, f"one order of pairs: {tiles}"
+        of_gate_up, of_down = (None, None) if scales is None else (scales.gate_up, scales.down)
+        activated = gate_up_pairs(rows, gate_up, routing, tiles.gate_up, of_gate_up)
+        weighted = down_pairs(activated, down, routing, tiles.down, of_down)
+    return sum_pairs(weighted, routing.local_ids)
+
+
+def gate_up_pairs(
+    rows: Tensor, gate_up: Tensor, routing: Routing, tile: Tile, scales: Tensor | None = None
+) -> Tensor:
+    """silu(gate(row)) * up(row) of every local pair, [n * k, intermediate].
+
+    Shapes as for `run_experts`. A tile by expert writes each at its pair, any other one behind the
+    other in the order of the experts.
+    """
+    num_local, both, hidden = gate_up.shape
+    n, top_k = routing.local_ids.shape
+    intermediate, pairs = both // 2, n * top_k
+    activated = rows.new_empty(pairs, intermediate)
+    pdl = overlaps(rows.device)
+    _check_scales(gate_up, scales, tile)
+    gate_up_kernel[_grid(rows, num_local, pairs, intermediate, tile)](
+        rows, gate_up, _by_tma(gate_up, num_local * both, hidden, tile.block_n, tile), scales,
+        activated, routing.counts, routing.pairs, n, num_local, rows.stride(0), intermediate,
+        HIDDEN=hidden, TOP_K=top_k, LOCAL=triton.next_power_of_2(num_local),
+        PDL=pdl, launch_pdl=pdl, **_options(tile),
+    )  # fmt: skip
+    return activated
+
+
+def down_pairs(
+    activated: Tensor, down: Tensor, routing: Routing, tile: Tile, scales: Tensor | None = None
+) -> Tensor:
+    """weight * down(row) of what `gate_up_pairs` gives, each at its pair: [n * k, hidden]."""
+    num_local, hidden, intermediate = down.shape
+    pairs = len(activated)
+    weighted = activated.new_empty(pairs, hidden)
+    pdl = overlaps(down.device)
+    _check_scales(down, scales, tile)
+    down_kernel[_grid(activated, num_local, pairs, hidden, tile)](
+        activated,
+        None if tile.by_expert else _by_tma(activated, pairs, intermediate, tile.block_m, tile),
+        down, _by_tma(down, num_local * hidden, intermediate, tile.block_n, tile), scales,
+        routing.weights, weighted, routing.counts, routing.pairs, len(routing.local_ids),
+        num_local, hidden, INTERMEDIATE=intermediate,
+        LOCAL=triton.next_power_of_2(num_local), PDL=pdl, launch_pdl=pdl, **_options(tile),
+    )  # fmt: skip
+    return weighted
+
+
+def sum_pairs(weighted: Tensor, local_ids: Tensor) -> Tensor:
+    """The sum of each row's local pairs, in float32 in the order of its experts.
+
+    weighted [n * k, hidden]; local_ids [n, k] int32, -1 where a pair is not local and its part of
+    weighted is not read -> [n, hidden].
+    """
+    rows, top_k = local_ids.shape
+    hidden = weighted.shape[1]
+    out = weighted.new_empty(rows, hidden)
+    block, pdl = 1024, overlaps(weighted.device)
+    sum_kernel[(rows, triton.cdiv(hidden, block))](
+        weighted, local_ids, out, hidden,
+        TOP_K=top_k, BLOCK=block, PDL=pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) -> tuple[int]:
+    """As many programs as there can be tiles, at most `per_multiprocessor` of them."""
+    if tile.per_multiprocessor is None:
+        return (num_local * triton.cdiv(columns, tile.block_n),)
+    row_blocks = min(pairs, num_local + pairs // tile.block_m)
+    most = num_multiprocessors(rows.device) * tile.per_multiprocessor
+    return (min(row_blocks * triton.cdiv(columns, tile.block_n), most),)
+
+
+def _check_scales(weights: Tensor, scales: Tensor | None, tile: Tile) -> None:
+    """A step of a tile reads weights of one scale."""
+    assert (scales is not None) == (weights.dtype.itemsize == 1), "e4m3 weights have scales"
+    if scales is not None:
+        assert BLOCK % tile.block_n == BLOCK % tile.block_k == 0, f"{tile} crosses scales"
+        assert scales.is_contiguous(), "scales are contiguous"
+
+
+def _by_tma(
+    matrix: Tensor, rows: int, columns: int, block: int, tile: Tile
+) -> TensorDescriptor | None:
+    """How the copy engine reads blocks of `block` rows of a contiguous matrix."""
+    if not tile.tma:
+        return None
+    return TensorDescriptor(matrix, [rows, columns], [columns, 1], [block, tile.block_k])
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "BY_EXPERT": tile.by_expert,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }

@@ -1,0 +1,1 @@
+"""What a rank tells about itself: state, steps, memory."""

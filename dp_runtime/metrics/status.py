@@ -1,0 +1,77 @@
+"""What a rank tells about itself and about the model it loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dp_runtime.metrics.memory import RankMemory
+
+
+class RankState(StrEnum):
+    """The phase a rank is in."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    COMPILING = "compiling"  # weights are there, kernels are not all built
+    READY = "ready"
+    CAPTURING = "capturing"  # decode graphs
+    RUNNING = "running"
+    IDLE = "idle"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    UNREACHABLE = "unreachable"  # its process does not answer
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the driver must know of the model; read by rank 0, for the driver may not see it."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    tokenizer_json: str | None  # the content of tokenizer.json
+    cache_tokens: int  # tokens the page pool of one rank can hold
+    bytes_read: int  # from rank 0's checkpoint slices
+
+
+@dataclass(frozen=True)
+class GraphUse:
+    """What a rank's captured graphs cost."""
+
+    count: int
+    capture_s: float  # warm-up included
+    num_bytes: int  # of the device's memory, the driver's part included
+
+    def __str__(self) -> str:
+        return f"{self.count} graphs: {self.capture_s:.1f} s, {self.num_bytes / 2**20:,.1f} MiB"
+
+
+@dataclass(frozen=True)
+class RankHealth:
+    """Progress of one rank; being alive is not progress, so the last finished step counts."""
+
+    dp_rank: int
+    state: RankState
+    pid: int = 0
+    host: str = ""
+    epoch: int = 0
+    last_step: int = -1
+    last_step_age_s: float = 0.0
+    free_pages: int = 0
+    num_pages: int = 0
+    num_running: int = 0
+    num_queued: int = 0
+    bytes_read: int = 0  # from disk, known once the rank has loaded
+    bytes_loaded: int = 0
+    bytes_total: int = 0
+    kernels_built: int = 0  # compiled and loaded
+    kernels_total: int = 0
+    graphs_captured: int = 0
+    graphs_total: int = 0
+    load_s: float = 0.0  # seconds to allocate pages and load weights
+    graphs: GraphUse | None = None  # known once they are captured
+    memory: RankMemory | None = None  # known once the rank has a plan
+    error: str = ""

@@ -1,0 +1,112 @@
+"""Models: what the runtime asks of one, and how one is built from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.moe import MoeStage, RankSharding
+from dp_runtime.layers.moe_kernels import make_moe_kernels
+from dp_runtime.layers.rotary import RopeConfig
+from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.config import ModelConfig, read_model_config
+from dp_runtime.models.registry import ARCHITECTURES, architecture_module
+from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.weights.loader import WeightSource
+
+__all__ = [
+    "ARCHITECTURES",
+    "Hidden",
+    "Model",
+    "ModelConfig",
+    "PassInputs",
+    "PassModel",
+    "RankSharding",
+    "RopeConfig",
+    "build_model",
+    "read_model_config",
+]
+
+
+class PassModel(Protocol):
+    """What runs in a pass: a model, or a draft model, as one rank holds it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Of its logits."""
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE stages, each a gather and a reduce-scatter, that every forward runs."""
+
+    @property
+    def moe_stages(self) -> tuple[MoeStage, ...]:
+        """Those stages, in the order in which a forward runs them."""
+
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> PassModel:
+        """The same model, of which `make` has replaced every MoE stage."""
+
+    def forward(
+        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
+    ) -> Hidden:
+        """What this rank's rows, zero or more, become."""
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """The LM head of [n, hidden] as `forward` returns it in `last` -> [n, vocab], or `out`."""
+
+    def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
+        """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""
+
+    def logits_bytes(self, num_rows: int) -> int:
+        """Bytes of the result of `logits`."""
+
+
+class Model(PassModel, Protocol):
+    """A target model: everything but the experts of other ranks."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def aux_hidden_state_layers(self) -> tuple[int, ...]:
+        """Layers whose inputs are features; none: the hidden state behind the final norm is."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """[vocab, hidden], which a draft model may share."""
+
+    @property
+    def head(self) -> Linear:
+        """The LM head, which a draft model may share."""
+
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model: ...
+
+    def with_features(self, layers: tuple[int, ...]) -> Model:
+        """The same model, whose features are the residual stream that enters these layers."""
+
+
+def build_model(
+    config: ModelConfig,
+    weights: WeightSource,
+    sharding: RankSharding,
+    attention: Callable[[int], AttentionBackend],
+    moe_backend: str = "torch",
+) -> Model:
+    """Load one rank's part of a model; `attention(layer)` is the backend of that layer."""
+    model: Model = architecture_module(config.architecture).build(
+        config, weights, sharding, attention, make_moe_kernels(moe_backend)
+    )
+    return model

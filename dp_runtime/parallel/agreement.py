@@ -1,0 +1,151 @@
+"""What a rank says before a step, and what all ranks then know alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntFlag
+from functools import reduce
+from operator import and_
+from typing import NamedTuple
+
+from dp_runtime.core.program import MAX_PASSES, Program
+from dp_runtime.errors import RankDisagreement
+
+
+class FaultBits(IntFlag):
+    """Why a rank can not go on with the next step."""
+
+    NONE = 0
+    STOP = 1  # asked to stop: all ranks leave the loop after this agreement
+
+
+_STOP = int(FaultBits.STOP)  # plain: an IntFlag's `&` is slow
+
+
+class StepRecord(NamedTuple):
+    """What one rank posts before a step: plain integers, of fixed size on the board.
+
+    NOTE: a tuple, for every rank makes and reads several of them in each step.
+    """
+
+    epoch: int
+    step_id: int
+    program_id: int
+    real_rows: tuple[int, ...]  # one count per pass of the program
+    num_requests: int = 0
+    free_pages: int = 0
+    queued_tokens: int = 0
+    wants_prefill: bool = False
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
+    graph_votes: int = 0  # bit n: this rank's rows of pass n fit a captured graph
+    fault_bits: int = 0  # FaultBits
+
+    def to_words(self) -> tuple[int, ...]:
+        """The record as RECORD_WORDS integers: its fields, with the rows in MAX_PASSES places."""
+        rows = self.real_rows
+        unused = _UNUSED[len(rows) :]
+        return (*self[:3], len(rows), *rows, *unused, *self[4:])
+
+    @classmethod
+    def from_words(cls, words: Sequence[int]) -> StepRecord:
+        """The inverse of `to_words`; the words are plain ints."""
+        assert len(words) == RECORD_WORDS, f"{len(words)} words, a record has {RECORD_WORDS}"
+        rows = tuple(words[4 : 4 + words[3]])
+        return cls._make((*words[:3], rows, *words[4 + MAX_PASSES :]))
+
+
+_UNUSED = (0,) * MAX_PASSES
+RECORD_WORDS = len(StepRecord._fields) + MAX_PASSES
+
+
+class Agreement(NamedTuple):
+    """What all ranks know alike about a step; identical on every rank.
+
+    It is a pure function of the ranks' records. NOTE: never add a per-rank value to it.
+    """
+
+    epoch: int
+    step_id: int
+    program: Program
+    real_rows: tuple[tuple[int, ...], ...]  # [pass][rank]
+    num_requests: tuple[int, ...]  # [rank]
+    queued_tokens: tuple[int, ...]  # [rank]
+    any_prefill: bool
+    stop: bool
+    graphs: tuple[bool, ...]  # [pass] every rank replays a graph
+    next_program_id: int
+
+    @property
+    def dp_size(self) -> int:
+        return len(self.num_requests)
+
+    @property
+    def idle(self) -> bool:
+        """No rank has a row in any pass: no forward runs."""
+        return not any(any(rows) for rows in self.real_rows)
+
+
+class StepTotals(NamedTuple):
+    """Sums over all ranks, from which the next program may be chosen."""
+
+    program_id: int
+    drafts_proposed: int
+    drafts_accepted: int
+
+
+ProgramPolicy = Callable[[StepTotals], int]
+
+
+def keep_program(totals: StepTotals) -> int:
+    """The next step runs the same program."""
+    return totals.program_id
+
+
+def agree(
+    records: Sequence[StepRecord],
+    programs: Sequence[Program],
+    policy: ProgramPolicy = keep_program,
+) -> Agreement:
+    """Fold the records of all ranks into the agreement of the step.
+
+    Raises RankDisagreement, with a table of all ranks, if epoch, step or program differ.
+    """
+    size = len(records)
+    epochs, steps, ids, rows, requests, _, queued, prefill, proposed, accepted, votes, faults = zip(
+        *records, strict=True
+    )
+    epoch, step_id, program_id = epochs[0], steps[0], ids[0]
+    if not epochs.count(epoch) == steps.count(step_id) == ids.count(program_id) == size:
+        raise RankDisagreement(_table("ranks disagree about the step", records))
+    if not 0 <= program_id < len(programs):
+        raise RankDisagreement(_table(f"no program {program_id}", records))
+    program = programs[program_id]
+    num_passes = len(program.passes)
+    if any(len(counts) != num_passes for counts in rows):
+        raise RankDisagreement(
+            _table(f"the program has {num_passes} passes ({program.passes})", records)
+        )
+    real_rows = tuple(zip(*rows, strict=True))
+    common = reduce(and_, votes)
+    return Agreement(
+        epoch=epoch,
+        step_id=step_id,
+        program=program,
+        real_rows=real_rows,
+        num_requests=requests,
+        queued_tokens=queued,
+        any_prefill=any(prefill),
+        stop=any(bits & _STOP for bits in faults),
+        graphs=tuple(common >> n & 1 == 1 and any(real_rows[n]) for n in range(num_passes)),
+        next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
+    )
+
+
+def _table(title: str, records: Sequence[StepRecord]) -> str:
+    lines = [f"{title}:", "rank  epoch  step_id  program_id  real_rows"]
+    lines += [
+        f"{rank:>4}  {r.epoch:>5}  {r.step_id:>7}  {r.program_id:>10}  {r.real_rows}"
+        for rank, r in enumerate(records)
+    ]
+    return "\n".join(lines)

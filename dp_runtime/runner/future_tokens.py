@@ -1,0 +1,16 @@
+"""Pending: what of a pass's rows only the device knows when they are launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FutureTokens:
+    """Tokens that a batch's future_token_index index, and hidden states of its rows."""
+
+    token_ids: Tensor  # [n] int64: what the last step sampled, this step drafted or sampled
+    hidden: Tensor  # [rows, hidden] for a draft model, else [0, 0]
+    lag: Tensor | None = None  # [requests] int64: positions that each is behind its bounds

@@ -1,0 +1,184 @@
+"""GraphInputs: what captured graphs read, written in place by one copy before each replay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.core.batch import Int32, LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, move_back
+from dp_runtime.models.causal_lm import PassInputs
+from dp_runtime.runner.future_tokens import FutureTokens
+
+ALIGNED_WORDS = 32  # 128 bytes: kernels may load fields in wide words
+HOST_BUFFERS = 3  # a copy may still be under way when the next steps are written
+
+
+@dataclass(eq=False)
+class _HostBuffer:
+    """Pinned memory of one step's inputs, and when its copy was done."""
+
+    words: Tensor  # [words] int32, pinned
+    fields: dict[str, Int32]
+    copied: torch.cuda.Event
+    table_width: int = 0  # pages of the widest table so far; what is beyond has stayed null
+
+
+class GraphInputs:
+    """One rank's inputs of the graphs of one kind of pass; they never leave their graphs.
+
+    All integers lie in one int32 tensor on the device, and in one pinned buffer on the host. The
+    page table, by far the largest, is last, so that a copy can end with the requests in use.
+    requests, query_len: at most so many, of so many rows each. hidden [requests * query_len, n]:
+    where a draft model's hidden states go; n is 0 for other models.
+    """
+
+    def __init__(
+        self,
+        requests: int,
+        query_len: int,
+        table_pages: int,
+        dp_size: int,
+        hidden: Tensor,
+        page_size: int,
+    ) -> None:
+        rows, device = requests * query_len, hidden.device
+        assert len(hidden) == rows, f"{len(hidden)} hidden states for {rows} rows"
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_ids": (rows,),
+            "future_token_index": (rows,),
+            "positions": (rows,),
+            "slot_mapping": (rows,),
+            "seq_lens": (requests,),
+            "layout": (2, dp_size),
+            "page_table": (requests, table_pages),
+        }
+        self.query_len = query_len
+        self._page_size = page_size
+        self.hidden = hidden
+        words = sum(_room(shape) for shape in shapes.values())
+        self._table_start = words - _room(shapes["page_table"])
+        self._words = torch.zeros(words, dtype=torch.int32, device=device)
+        fields = _split(self._words, shapes)
+        self.token_ids, self.future_token_index = fields["token_ids"], fields["future_token_index"]
+        self.positions, self.slot_mapping = fields["positions"], fields["slot_mapping"]
+        self.seq_lens, self.layout = fields["seq_lens"], fields["layout"]
+        self.page_table = fields["page_table"]
+        self.cu_seqlens_q = torch.arange(requests + 1, dtype=torch.int32, device=device) * query_len
+        self._pending = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
+        self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._no_embeds = torch.zeros(0, 0, device=device)
+        self._buffers = [_host_buffer(words, shapes) for _ in range(HOST_BUFFERS)]
+        self._turn = 0
+
+    def pass_inputs(self, rows: int) -> PassInputs:
+        """The model's inputs as a graph computes them: pending tokens come from the device."""
+        sources = self.future_token_index[:rows]
+        pending = self._pending[sources.clamp(min=0)]
+        token_ids = torch.where(sources >= 0, pending, self.token_ids[:rows])
+        positions, hidden = self.positions[:rows], self.hidden[:rows]
+        return PassInputs(token_ids, positions, self._no_rows, self._no_embeds, hidden)
+
+    def owns(self, metadata: AttentionMetadata) -> bool:
+        """Whether a graph's metadata still lies in these very buffers."""
+        pairs = (
+            (metadata.cu_seqlens_q, self.cu_seqlens_q),
+            (metadata.seq_lens, self.seq_lens),
+            (metadata.page_table, self.page_table),
+            (metadata.slot_mapping, self.slot_mapping),
+        )
+        return all(one.data_ptr() == other.data_ptr() or not one.numel() for one, other in pairs)
+
+    def write(
+        self,
+        batch: LocalBatch,
+        own_rows: int,
+        real_rows: tuple[int, ...],
+        gathered_rows: int,
+        pending: FutureTokens,
+    ) -> None:
+        """Bring a batch to the device, with null sequences up to own_rows."""
+        buffer = self._next_buffer()
+        (requests, pages), rows = batch.page_table.shape, batch.num_tokens
+        into = buffer.fields
+        for name in ("token_ids", "future_token_index", "positions", "slot_mapping"):
+            into[name][:rows] = getattr(batch, name)
+        into["seq_lens"][:requests] = batch.seq_lens
+        buffer.table_width = max(buffer.table_width, pages)
+        into["page_table"][:requests, :pages] = batch.page_table
+        into["page_table"][:requests, pages : buffer.table_width] = 0
+        self._write_null_rows(buffer, requests, own_rows // self.query_len)
+        _write_layout(into, real_rows, gathered_rows)
+        self._copy(buffer, own_rows)
+        count = min(len(pending.token_ids), len(self._pending))
+        self._pending[:count].copy_(pending.token_ids[:count])
+        if pending.lag is not None:
+            self._move_back(pending.lag)
+        if self.hidden.shape[1]:
+            self.hidden[:rows].copy_(pending.hidden)
+
+    def _move_back(self, lag: Tensor) -> None:
+        """The first sequences, from the bounds that a batch has to where they really are."""
+        count, length = len(lag), self.query_len
+        self.positions[: count * length].view(count, length).sub_(lag[:, None])
+        own = self.seq_lens, self.slot_mapping, self.page_table, self._page_size
+        move_back(lag, length, *own)
+
+    def write_null(self, own_rows: int, gathered_rows: int) -> None:
+        """Null rows only, and no real row on any rank: what graphs are captured over."""
+        buffer = self._next_buffer()
+        self._write_null_rows(buffer, 0, own_rows // self.query_len)
+        _write_layout(buffer.fields, (0,) * self.layout.shape[1], gathered_rows)
+        self._copy(buffer, own_rows)
+
+    def _write_null_rows(self, buffer: _HostBuffer, start: int, stop: int) -> None:
+        """Valid sequences of query_len tokens on the null page, which belongs to no request."""
+        into, length = buffer.fields, self.query_len
+        rows = slice(start * length, stop * length)
+        into["token_ids"][rows] = 0
+        into["future_token_index"][rows] = -1
+        for name in ("positions", "slot_mapping"):
+            into[name][rows].reshape(-1, length)[:] = np.arange(length)
+        into["seq_lens"][start:stop] = length
+        into["page_table"][start:stop, : buffer.table_width] = 0
+
+    def _next_buffer(self) -> _HostBuffer:
+        self._turn = (self._turn + 1) % HOST_BUFFERS
+        buffer = self._buffers[self._turn]
+        buffer.copied.synchronize()
+        return buffer
+
+    def _copy(self, buffer: _HostBuffer, own_rows: int) -> None:
+        requests = own_rows // self.query_len
+        words = self._table_start + requests * self.page_table.shape[1]
+        self._words[:words].copy_(buffer.words[:words], non_blocking=True)
+        buffer.copied.record()
+
+
+def _write_layout(into: dict[str, Int32], real_rows: tuple[int, ...], gathered_rows: int) -> None:
+    """Where each rank's rows begin among the gathered ones, and how many are real."""
+    into["layout"][0] = np.arange(len(real_rows)) * gathered_rows
+    into["layout"][1] = real_rows
+
+
+def _host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> _HostBuffer:
+    pinned = torch.zeros(words, dtype=torch.int32, pin_memory=True)
+    fields = {name: part.numpy() for name, part in _split(pinned, shapes).items()}
+    return _HostBuffer(pinned, fields, torch.cuda.Event())  # type: ignore[no-untyped-call]
+
+
+def _split(words: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    parts = torch.split_with_sizes(words, [_room(shape) for shape in shapes.values()])
+    return {
+        name: part[: math.prod(shape)].view(shape)
+        for part, (name, shape) in zip(parts, shapes.items())
+    }
+
+
+def _room(shape: tuple[int, ...]) -> int:
+    """Words for a field, so that the next one begins aligned."""
+    return -(-math.prod(shape) // ALIGNED_WORDS) * ALIGNED_WORDS

@@ -1,0 +1,161 @@
+"""CUDA graphs of a pass's forward, each captured at the rank's own number of rows.
+
+Attention, projections, norms and LM head run at the rank's own rows; only the MoE stage has the
+gathered rows, and it reads the real counts on the device. Null rows between the real rows and a
+graph's own rows are valid sequences of the graph's query length on the null page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
+from dp_runtime.errors import ContractViolation
+from dp_runtime.models.causal_lm import Hidden
+from dp_runtime.models.model import PassModel
+from dp_runtime.parallel.buckets import GraphBuckets, GraphKey
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.exchange import graph_exchange, graph_plan
+from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.runner.future_tokens import FutureTokens
+from dp_runtime.runner.graph_inputs import GraphInputs
+from dp_runtime.sampling.row_logits import RowLogits
+
+
+@dataclass(frozen=True, eq=False)
+class PassOutput:
+    """What a pass's forward gave; valid until the next forward of the same kind of pass."""
+
+    hidden: Hidden
+    logits: RowLogits | None  # of all rows, where the LM head was part of it
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    output: PassOutput  # of own_rows
+    metadata: AttentionMetadata
+
+
+class PassGraphs:
+    """Captures and replays one model's forward in a kind of pass, all requests of one query length.
+
+    Capturing is an event of all ranks at once, for it warms up with real collectives. reads_hidden:
+    the model takes hidden states beside tokens. with_logits: the LM head of all rows is part of it.
+    poison fills padded rows with NaN.
+    """
+
+    def __init__(
+        self,
+        model: PassModel,
+        pages: PageGeometry,
+        table_pages: int,
+        collective: RowCollective,
+        buckets: GraphBuckets,
+        *,
+        reads_hidden: bool,
+        with_logits: bool,
+        poison: bool,
+        device: torch.device,
+    ) -> None:
+        self.buckets = buckets
+        self._model = model
+        self._pages = pages
+        self._collective = collective
+        self._poison = poison
+        rows, width = buckets.most_rows, model.hidden_size if reads_hidden else 0
+        self._inputs = GraphInputs(
+            buckets.most, buckets.query_len, table_pages, collective.dp_size,
+            torch.zeros(rows, width, dtype=model.dtype, device=device), pages.page_size,
+        )  # fmt: skip
+        sizes = (rows, model.vocab_size if with_logits else 0)
+        self._logits = torch.empty(sizes, dtype=model.dtype, device=device)  # of any graph
+        self._with_logits = with_logits
+        self._graphs: dict[GraphKey, _Captured] = {}
+
+    def covers(self, batch: LocalBatch) -> bool:
+        """Whether a batch can be replayed: all requests have the query length, none embeds."""
+        rows, length = batch.num_tokens, self.buckets.query_len
+        return (
+            rows == batch.num_requests * length
+            and rows <= self.buckets.most_rows
+            and not len(batch.embed_rows)
+            and (length == 1 or bool((batch.query_lens == length).all()))
+        )
+
+    @property
+    def count(self) -> int:
+        return len(self.buckets.graph_keys())
+
+    @torch.inference_mode()
+    def capture(self, on_captured: Callable[[int], None]) -> None:
+        """Capture every key; `on_captured` hears how many are done."""
+        memory = torch.cuda.graph_pool_handle()
+        for done, key in enumerate(self.buckets.graph_keys(), 1):
+            self._graphs[key] = self._capture(key, memory)
+            on_captured(done)
+
+    def replay(
+        self, batch: LocalBatch, plan: PaddingPlan, pending: FutureTokens, place: Place
+    ) -> PassOutput:
+        """Run a covered batch; plan: with the gathered rows of a bucket."""
+        check_values(batch, self._pages, place)
+        rows, own = batch.num_tokens, self.buckets.own(batch.num_tokens)
+        key = GraphKey(own, plan.own_gathered)
+        captured = self._graphs.get(key)
+        if captured is None or not self._inputs.owns(captured.metadata):
+            raise ContractViolation(f"{place}: no graph of {key} over these inputs")
+        self._inputs.write(batch, own, plan.real_rows, key.gathered_rows, pending)
+        captured.graph.replay()
+        self._collective.watch(f"the graph of {key}")
+        (last, features), logits = captured.output.hidden, captured.output.logits
+        shown = None if logits is None else logits[:rows]
+        return PassOutput(Hidden(last[:rows], features[:rows]), shown)
+
+    def _capture(self, key: GraphKey, memory: Any) -> _Captured:
+        inputs = self._inputs
+        real = tuple(
+            key.own_rows if rank == self._collective.dp_rank else key.gathered_rows
+            for rank in range(self._collective.dp_size)
+        )
+        plan = graph_plan(self._collective, real, key.gathered_rows)
+        exchange = graph_exchange(plan, self._collective, self._poison, inputs.layout)
+        metadata = self._metadata(key.own_rows)
+        inputs.write_null(key.own_rows, key.gathered_rows)
+
+        def forward() -> PassOutput:
+            pass_inputs = inputs.pass_inputs(key.own_rows)
+            hidden = self._model.forward(pass_inputs, metadata, exchange)
+            if not self._with_logits:
+                return PassOutput(hidden, None)
+            logits = self._model.logits(hidden.last, self._logits[: key.own_rows])
+            return PassOutput(hidden, RowLogits.of(logits))
+
+        forward()  # compiles, plans and connects: none of it may happen while capturing
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            output = forward()
+        return _Captured(graph, output, metadata)
+
+    def _metadata(self, rows: int) -> AttentionMetadata:
+        """Metadata over the graph's inputs; its mirrors hold the bounds that kernels may assume."""
+        inputs, length = self._inputs, self.buckets.query_len
+        requests, table_pages = rows // length, inputs.page_table.shape[1]
+        longest = table_pages * self._pages.page_size
+        return AttentionMetadata(
+            cu_seqlens_q=inputs.cu_seqlens_q[: requests + 1],
+            seq_lens=inputs.seq_lens[:requests],
+            page_table=inputs.page_table[:requests],
+            slot_mapping=inputs.slot_mapping[:rows],
+            query_lens_host=np.full(requests, length, np.int32),
+            seq_lens_host=np.full(requests, longest, np.int32),
+            page_table_host=np.zeros((requests, table_pages), np.int32),
+            place=Place(self._collective.dp_rank, -1, f"captured at {length} rows a request"),
+        )

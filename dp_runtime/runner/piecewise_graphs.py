@@ -1,0 +1,134 @@
+"""CUDA graphs of the MoE stages alone, for steps that are not captured as a whole.
+
+A step with prefill on any rank has shapes of its own, and launching it kernel by kernel takes the
+host longer than many a GPU. Its MoE stages have few shapes where only real rows cross between
+ranks: they read the counts on the device, so each is captured at some gathered sizes. Attention and
+projections between them stay eager, at the rank's own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.transfer import on_device
+from dp_runtime.layers.moe import MoeStage
+from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.model import PassModel
+from dp_runtime.parallel.buckets import StageBuckets
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.exchange import RowExchange, graph_exchange, graph_plan
+from dp_runtime.parallel.padding import PaddingPlan
+
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """What all captured stages read and write."""
+
+    rows: Tensor  # [most, hidden], a stage's input
+    sums: Tensor  # [most, hidden], its result
+    layout: Tensor  # [2, dp_size] int32: where each rank's rows begin, and how many are real
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedStage(MoeStage):
+    """A stage that is replayed; its result is valid until the next stage's."""
+
+    graphs: Mapping[int, torch.cuda.CUDAGraph]  # by gathered rows of a rank
+    buffers: _Buffers
+    poison: bool
+
+    def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
+        gathered = exchange.plan.own_gathered
+        self.buffers.rows[: len(x)].copy_(x)
+        if self.poison:
+            self.buffers.rows[len(x) : gathered].fill_(float("nan"))
+        self.graphs[gathered].replay()
+        return self.buffers.sums[: len(x)]
+
+
+class PiecewiseGraphs:
+    """Captures a model's MoE stages, and runs its forward with them.
+
+    Capturing is an event of all ranks at once, for it warms up with real collectives. poison: rows
+    that are not real are NaN.
+    """
+
+    def __init__(
+        self,
+        model: PassModel,
+        collective: RowCollective,
+        buckets: StageBuckets,
+        poison: bool,
+        device: torch.device,
+    ) -> None:
+        self.buckets = buckets
+        self._collective = collective
+        self._poison = poison
+        size = (buckets.most, model.hidden_size)
+        rows = torch.zeros(size, dtype=model.dtype, device=device)
+        layout = torch.zeros(2, collective.dp_size, dtype=torch.int32, device=device)
+        self._buffers = _Buffers(rows, torch.zeros_like(rows), layout)
+        self._uncaptured: PassModel = model
+        self._model: PassModel = model
+
+    @property
+    def count(self) -> int:
+        return len(self.buckets.sizes) * self._uncaptured.num_moe_layers
+
+    @torch.inference_mode()
+    def capture(self, on_captured: Callable[[int], None]) -> None:
+        """Capture every stage at every size; `on_captured` hears how many are done."""
+        memory = torch.cuda.graph_pool_handle()
+        graphs: dict[int, dict[int, torch.cuda.CUDAGraph]] = {}  # by stage, by gathered rows
+        done = 0
+        for gathered in self.buckets.sizes:
+            for stage in self._uncaptured.moe_stages:
+                of_stage = graphs.setdefault(id(stage), {})
+                of_stage[gathered] = self._capture(stage, gathered, memory)
+                done += 1
+                on_captured(done)
+        self._model = self._uncaptured.with_stages(
+            lambda stage: CapturedStage(
+                stage.router,
+                stage.experts,
+                stage.kernels,
+                graphs.get(id(stage), {}),
+                self._buffers,
+                self._poison,
+            )
+        )
+
+    def covers(self, plan: PaddingPlan) -> bool:
+        """Whether the stages of this plan can be replayed; all ranks answer alike."""
+        return set(plan.gathered_rows) <= {plan.own_gathered} & set(self.buckets.sizes)
+
+    def forward(
+        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
+    ) -> Hidden:
+        """The model's forward, its stages replayed."""
+        plan = exchange.plan
+        self._buffers.layout.copy_(on_device(plan.layout, self._buffers.layout.device))
+        hidden = self._model.forward(inputs, metadata, exchange)
+        self._collective.watch(f"stages of {plan.own_gathered} gathered rows")
+        return hidden
+
+    def _capture(self, stage: MoeStage, gathered: int, memory: Any) -> torch.cuda.CUDAGraph:
+        size, buffers = self._collective.dp_size, self._buffers
+        plan = graph_plan(self._collective, (gathered,) * size, gathered)
+        exchange = graph_exchange(plan, self._collective, self._poison, buffers.layout)
+
+        def run() -> None:
+            buffers.sums[:gathered].copy_(stage(buffers.rows[:gathered], exchange))
+
+        run()  # compiles and connects: none of it may happen while capturing
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            run()
+        return graph

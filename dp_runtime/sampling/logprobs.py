@@ -1,0 +1,91 @@
+"""Log probabilities of tokens, on the device, and their way to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dp_runtime.core.request import TokenLogprob
+from dp_runtime.core.transfer import HostCopy
+
+ROWS_AT_ONCE = 64  # rows of logits that are looked at together; bounds what that needs
+_LOW_WORD = 0xFFFFFFFF
+
+LogitsOf = Callable[[slice], Tensor]  # logits [n, vocab] float32 of a slice of some rows
+
+
+def row_parts(num_rows: int) -> list[slice]:
+    """All rows in parts of ROWS_AT_ONCE; one empty part if there are none."""
+    return [slice(at, at + ROWS_AT_ONCE) for at in range(0, max(num_rows, 1), ROWS_AT_ONCE)]
+
+
+@dataclass(frozen=True, eq=False)
+class Logprobs:
+    """Log probabilities of n tokens and of the k best ones at their positions."""
+
+    token_ids: Tensor  # [n] int64
+    chosen: Tensor  # [n] float32
+    top_ids: Tensor  # [n, k] int64, best first, ties to the lowest id
+    top: Tensor  # [n, k] float32
+    top_n: tuple[int, ...]  # [n] how many of the k each row reports
+    copy: HostCopy
+
+    def to_host(self) -> tuple[TokenLogprob, ...]:
+        """Wait for the copy to the host: one entry per row."""
+        token_ids, chosen, top_ids, top = (tensor.tolist() for tensor in self.copy.wait())
+        return tuple(
+            TokenLogprob(token, value, tuple(zip(ids[:count], values[:count])))
+            for token, value, ids, values, count in zip(token_ids, chosen, top_ids, top, self.top_n)
+        )
+
+
+def token_logprobs(logits_of: LogitsOf, token_ids: Tensor, top_n: Sequence[int]) -> Logprobs:
+    """Log softmax of logits at the given tokens, and its top_n[i] best tokens in row i.
+
+    token_ids [n] int64; logits_of gives some of the n rows at a time, so that not all of them
+    need be there at once. A row's result depends on that row alone.
+    """
+    assert token_ids.shape == (len(top_n),), "one top_n per token"
+    most = max(top_n, default=0)
+    parts = [
+        _rows_logprobs(logits_of(part), token_ids[part], most) for part in row_parts(len(top_n))
+    ]
+    chosen, top_ids, top = (torch.cat(tensors) for tensors in zip(*parts))
+    copy = HostCopy(token_ids, chosen, top_ids, top)
+    return Logprobs(token_ids, chosen, top_ids, top, tuple(top_n), copy)
+
+
+def logprobs_bytes(num_rows: int, vocab_size: int) -> int:
+    """Most bytes `token_logprobs` allocates at once, besides the logits that it is given.
+
+    Per logit: its log probability, its bits, and its key; topk's own needs are small.
+    """
+    return min(num_rows, ROWS_AT_ONCE) * vocab_size * (4 + 4 + 8)
+
+
+def _rows_logprobs(logits: Tensor, token_ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    assert logits.dtype == torch.float32, f"logits are float32, not {logits.dtype}"
+    assert logits.shape[:1] == token_ids.shape, "one token per row"
+    k = min(most, logits.shape[1])
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
+    top_ids = _top_ids(logprobs, k)
+    return chosen, top_ids, logprobs.gather(1, top_ids)
+
+
+def _top_ids(values: Tensor, k: int) -> Tensor:
+    """Ids [n, k] of the largest float32 values, ties to the lowest id.
+
+    torch.topk leaves the order of ties open, and rounded logits tie often; so it gets distinct
+    integer keys: the float's bits in an order-preserving form above, the inverted id below.
+    """
+    if k == 0:
+        return torch.empty((len(values), 0), dtype=torch.int64, device=values.device)
+    bits = values.view(torch.int32)
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
+    ids = torch.arange(values.shape[1], device=values.device)
+    keys = ordered.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(_LOW_WORD - ids)
+    return _LOW_WORD - (keys.topk(k).values & _LOW_WORD)

@@ -1,0 +1,89 @@
+"""Which tokens a request has seen, and what repetition costs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.core.request import RankRequest
+from dp_runtime.core.transfer import on_device
+from dp_runtime.sampling.filters import Array, change_rows, penalise
+from dp_runtime.sampling.verify import Verification
+
+
+@dataclass(eq=False)
+class Penalties:
+    """Which tokens a request has seen; on the device, since the host learns them a step later.
+
+    The tensors are made when the request first samples: many more may be queued than run.
+    """
+
+    settings: tuple[float, float, float]  # repetition, frequency, presence
+    prompt_ids: Array  # [prompt] int64
+    in_prompt: Tensor  # [vocab] bool, empty until then
+    output_counts: Tensor  # [vocab] float32, empty until then
+    next_index: range = range(1)  # the outputs of which one may be sampled next
+
+    @classmethod
+    def of(cls, request: RankRequest, device: torch.device) -> Penalties:
+        params, nothing = request.params, torch.empty(0, device=device)
+        settings = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        prompt_ids = np.array(request.prompt_token_ids, np.int64)
+        return cls(settings, prompt_ids, nothing.bool(), nothing)
+
+    def begin(self, request_id: int, index: int, num_rows: int, vocab_size: int) -> None:
+        """Outputs from index on are about to be sampled in num_rows rows, some of which count.
+
+        At least the first does. Makes the tensors at the first call.
+        """
+        least, most = self.next_index[0], self.next_index[-1]
+        known = f"{least}" if least == most else f"{least}..{most}"
+        assert least <= index <= most, (
+            f"request {request_id} has penalties and {known} outputs, and samples output {index}"
+        )
+        self.next_index = range(index + 1, index + num_rows + 1)
+        if self.output_counts.numel():
+            return
+        device = self.output_counts.device
+        in_prompt = np.zeros(vocab_size, np.bool_)
+        in_prompt[self.prompt_ids] = True
+        self.in_prompt = on_device(in_prompt, device)
+        self.output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+
+    def count(self, token_ids: Tensor, emitted: Tensor) -> None:
+        """Add those of the tokens [n] int64 that became outputs: emitted [n] float32 is 1 or 0."""
+        self.output_counts.index_add_(0, token_ids, emitted)
+
+
+def penalise_rows(
+    logits: Tensor,
+    states: Sequence[Penalties | None],
+    verification: Verification,
+    first_row: int,
+) -> Tensor:
+    """The logits [n, vocab] of rows from first_row on, with the penalties that each row has.
+
+    A row of a verification also counts the drafts among its inputs: what is sampled there is used
+    only where these become outputs.
+    """
+    rows = np.array([row for row, state in enumerate(states) if state is not None], np.int64)
+    if not len(rows):
+        return logits
+    some, device = [state for state in states if state is not None], logits.device
+    settings = np.array([state.settings for state in some], np.float32)
+    in_prompt = torch.stack([state.in_prompt for state in some])
+    counts = torch.stack([state.output_counts for state in some])
+    places, sources = verification.assumed(rows + first_row)
+    if len(places):
+        drafts = verification.drafts.flatten()[on_device(sources, device)]
+        one = torch.ones((), dtype=torch.float32, device=device)
+        counts.index_put_((on_device(places, device), drafts), one, accumulate=True)
+    return change_rows(
+        logits,
+        rows,
+        lambda picked: penalise(picked, in_prompt, counts, on_device(settings, device)),
+    )

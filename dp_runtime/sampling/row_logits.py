@@ -1,0 +1,33 @@
+"""RowLogits: the logits of some rows, with what every choice of a token begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RowLogits:
+    """Logits as the LM head gives them, and the largest of each row."""
+
+    values: Tensor  # [n, vocab]
+    peaks: Tensor  # [n] float32
+    best: Tensor  # [n] int64, the first of equal maxima
+    valid: Tensor  # [n] bool: no NaN, no +inf, and not all -inf
+
+    @classmethod
+    def of(cls, values: Tensor) -> RowLogits:
+        """In two kernels on a GPU."""
+        if values.is_cuda:
+            from dp_runtime.kernels.argmax import row_maxima
+
+            return cls(values, *row_maxima(values))
+        peaks, best = values.max(dim=-1)
+        return cls(values, peaks.float(), best, peaks.isfinite())
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, some: slice) -> RowLogits:
+        return RowLogits(self.values[some], self.peaks[some], self.best[some], self.valid[some])

@@ -1,0 +1,277 @@
+"""The batched sampler of one rank: logits in, token ids out, nothing waits for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.core.request import RankRequest, TokenLogprob
+from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.core.transfer import HostCopy, on_device
+from dp_runtime.sampling.filters import Array, invert, keep_weights, take_rows
+from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, LogitsOf, Logprobs, row_parts, token_logprobs
+from dp_runtime.sampling.penalties import Penalties, penalise_rows
+from dp_runtime.sampling.request_sampling import RequestSampling
+from dp_runtime.sampling.rng import uniform
+from dp_runtime.sampling.row_logits import RowLogits
+from dp_runtime.sampling.verify import Verification, accepted_drafts, first_positions
+
+
+class SampledTokens(NamedTuple):
+    """What was sampled, on the host; one entry per row.
+
+    Of a verification's rows, the first num_accepted + 1 gave new tokens, the others nothing.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]  # None where none were asked for
+    num_accepted: tuple[int, ...] = ()  # drafts of each verification
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """The tokens of one step, on the device, with their copy to the host under way."""
+
+    rows: SamplePositions
+    token_ids: Tensor  # [n] int64
+    logprobs: Logprobs | None  # of the rows in logprob_rows
+    logprob_rows: tuple[int, ...]
+    num_accepted: Tensor | None  # [verifications] int64 drafts of each, if any were verified
+    copy: HostCopy  # token_ids, whether each row's logits were valid, and num_accepted
+
+    def to_host(self) -> SampledTokens:
+        """Wait for the copy.
+
+        Asserts that no row's logits had a NaN, a +inf or nothing above -inf: this is where the
+        host first looks at what the device computed, so the check costs no wait of its own.
+        """
+        token_ids, valid, *accepted = self.copy.wait()
+        broken = self.rows.request_ids[~valid.numpy()].tolist()
+        assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
+        logprobs: list[TokenLogprob | None] = [None] * len(self.rows)
+        if self.logprobs is not None:
+            for row, entry in zip(self.logprob_rows, self.logprobs.to_host()):
+                logprobs[row] = entry
+        num_accepted = tuple(accepted[0].tolist()) if accepted else ()
+        return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs), num_accepted)
+
+
+CHOICE_BYTES = 38  # per logit, for all filters together
+
+
+def sampling_bytes(num_rows: int, vocab_size: int) -> int:
+    """Most bytes `Sampler.sample` and the penalties of its requests take, besides the logits.
+
+    Not counted: the penalties of requests that were preempted, which keep theirs.
+    """
+    seen = num_rows * vocab_size * (1 + 4)
+    return seen + min(num_rows, ROWS_AT_ONCE) * vocab_size * CHOICE_BYTES
+
+
+class Sampler:
+    """Chooses the next tokens of one rank's requests.
+
+    For every row: (1) log probabilities are taken from the unmodified logits; then the logits go
+    through (2) logit_bias, (3) min_tokens: the request's stop ids are masked while output_index <
+    min_tokens, (4) repetition penalty over prompt and output tokens (Keskar et al., CTRL, 2019),
+    then frequency and presence penalty over output tokens (OpenAI API reference),
+    (5) temperature, 0 being the argmax, ties to the lowest id, (6) top_k, keeping what ties with
+    the k-th, (7) top_p: the smallest set that reaches it, ties to the lowest id, (8) min_p relative
+    to the best token; (9) the inverse of the cumulative distribution in the order of token ids is
+    taken at uniform(seed, output_index). A token of probability 0 is never chosen.
+
+    A row's token depends on its request, output_index and logits alone, not on the batch; in a
+    verification, also on the drafts before it, as if they were outputs.
+    Requests without logit_bias, min_tokens or penalties have no state on the device.
+    NOTE: output tokens are counted inside `sample`, so a request with penalties samples every
+    output_index in order, going on after the last that became an output; its counts outlive
+    preemption and end with `remove`.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._requests: dict[int, RequestSampling] = {}
+        self._num_plain = 0
+
+    @property
+    def all_plain(self) -> bool:
+        """No request asks for more than the most likely token."""
+        return self._num_plain == len(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: RankRequest) -> None:
+        """Take up a request; ValueError if its parameters do not fit the vocabulary."""
+        assert request.request_id not in self._requests, f"request {request.request_id} twice"
+        state = RequestSampling.of(request, self.vocab_size, self.device)
+        self._requests[request.request_id] = state
+        self._num_plain += state.plain
+
+    def remove(self, request_id: int) -> None:
+        """Forget a request and what the device holds for it."""
+        self._num_plain -= self._requests.pop(request_id).plain
+
+    def sample(
+        self, logits: Tensor, rows: SamplePositions, verification: Verification | None = None
+    ) -> Sampled:
+        """Choose a token for each row of logits [n, vocab], which are left as they are.
+
+        verification: drafts of the first requests, to whom the first rows belong; every other row
+        is a request of its own.
+        """
+        return self.choose(RowLogits.of(logits), rows, verification)
+
+    def choose(
+        self, logits: RowLogits, rows: SamplePositions, verification: Verification | None = None
+    ) -> Sampled:
+        """The same where the rows' maxima are known."""
+        assert logits.values.shape == (len(rows), self.vocab_size), (
+            f"logits {tuple(logits.values.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
+        )
+        firsts = rows if verification is None else first_positions(rows, verification)
+        requests = [self._requests[request_id] for request_id in firsts.request_ids.tolist()]
+        if all(request.plain for request in requests):
+            accepted = self._accepted(logits.best, firsts, requests, verification)
+            copy = _copied(logits.best, logits.valid, accepted)
+            return Sampled(rows, logits.best, None, (), accepted, copy)
+        drafted = Verification.none(self.device) if verification is None else verification
+        seen, of_rows = self._begin(rows, requests, drafted), drafted.each_row(requests)
+        parts = [
+            self._choose(logits[part], rows[part], of_rows[part], drafted, part.start)
+            for part in row_parts(len(rows))
+        ]
+        token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
+        accepted = self._accepted(token_ids, firsts, requests, verification)
+        if seen:
+            emitted = drafted.emitted(accepted, len(rows))
+            for some, penalties in seen:
+                penalties.count(token_ids[some], emitted[some])
+        logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
+        copy = _copied(token_ids, valid, accepted)
+        return Sampled(rows, token_ids, logprobs, logprob_rows, accepted, copy)
+
+    def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
+        """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
+
+        logits_of: some of the n prompt rows at a time; target_ids [n] int64: the token after each.
+        """
+        return token_logprobs(logits_of, target_ids, (top_n,) * len(target_ids))
+
+    def _accepted(
+        self,
+        token_ids: Tensor,
+        firsts: SamplePositions,
+        requests: list[RequestSampling],
+        verification: Verification | None,
+    ) -> Tensor | None:
+        if verification is None:
+            return None
+        if verification.forced is None:
+            sampled = token_ids[: verification.num_rows].view(-1, verification.rows_each)
+            return accepted_drafts(sampled, verification.drafts)
+        count = len(verification)
+        counters = [[request.seed for request in requests[:count]], firsts.output_indices[:count]]
+        seeds, indices = on_device(np.array(counters, np.int64), self.device)
+        return verification.forced.accepted(seeds, indices, verification.num_drafts)
+
+    def _choose(
+        self,
+        logits: RowLogits,
+        rows: SamplePositions,
+        requests: list[RequestSampling],
+        verification: Verification,
+        first_row: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids [n], and whether the logits were valid [n]; of rows from first_row on."""
+        values = logits.values.float()
+        adjusted = self._bias(values, rows, requests)
+        adjusted = self._mask_stops(adjusted, rows, requests)
+        states = [request.penalties for request in requests]
+        adjusted = penalise_rows(adjusted, states, verification, first_row)
+        if adjusted is not values:
+            logits = RowLogits.of(adjusted)
+        return self._draw(adjusted, logits.peaks, logits.best, rows, requests), logits.valid
+
+    def _bias(
+        self, logits: Tensor, rows: SamplePositions, requests: list[RequestSampling]
+    ) -> Tensor:
+        biased = [(i, r) for i, r in enumerate(requests) if len(r.bias_ids)]
+        if not biased:
+            return logits
+        cells = self._cells([(i, r.bias_ids) for i, r in biased])
+        values = on_device(np.concatenate([r.biases for _, r in biased]), self.device)
+        return logits.index_put(cells, values, accumulate=True)
+
+    def _mask_stops(
+        self, logits: Tensor, rows: SamplePositions, requests: list[RequestSampling]
+    ) -> Tensor:
+        masked = [
+            (i, request.stop_ids)
+            for i, (index, request) in enumerate(zip(rows.output_indices.tolist(), requests))
+            if index < request.params.min_tokens and len(request.stop_ids)
+        ]
+        if not masked:
+            return logits
+        return logits.index_put(self._cells(masked), torch.full((), -torch.inf, device=self.device))
+
+    def _cells(self, ids_of_rows: list[tuple[int, Array]]) -> tuple[Tensor, Tensor]:
+        rows = np.repeat([i for i, _ in ids_of_rows], [len(ids) for _, ids in ids_of_rows])
+        ids = np.concatenate([ids for _, ids in ids_of_rows])
+        return on_device(rows, self.device), on_device(ids, self.device)
+
+    def _begin(
+        self, rows: SamplePositions, requests: list[RequestSampling], verification: Verification
+    ) -> list[tuple[slice, Penalties]]:
+        """The rows of each request with penalties, which are made ready for them."""
+        seen = [
+            (verification.rows_of(number), request.penalties)
+            for number, request in enumerate(requests)
+            if request.penalties is not None
+        ]
+        for some, penalties in seen:
+            request_id, index = rows.request_ids[some.start], rows.output_indices[some.start]
+            penalties.begin(int(request_id), int(index), some.stop - some.start, self.vocab_size)
+        return seen
+
+    def _draw(
+        self,
+        logits: Tensor,
+        peaks: Tensor,
+        best: Tensor,
+        rows: SamplePositions,
+        requests: list[RequestSampling],
+    ) -> Tensor:
+        draws = np.array([request.draw for request in requests], np.float64).reshape(-1, 4)
+        index = np.flatnonzero(draws[:, 0])
+        if not len(index):
+            return best
+        counters = np.array([[request.seed for request in requests], rows.output_indices], np.int64)
+        device_index = on_device(index, self.device)
+        seeds, outputs = on_device(counters[:, index], self.device)
+        some, fallback = take_rows(logits, index), best[device_index]
+        weights = keep_weights(some, peaks[device_index], draws[index])
+        picked = invert(weights, uniform(seeds, outputs), fallback)
+        return best.index_copy(0, device_index, picked)
+
+    def _logprobs(
+        self, logits: Tensor, token_ids: Tensor, requests: list[RequestSampling]
+    ) -> tuple[tuple[int, ...], Logprobs | None]:
+        asked = [(i, n) for i, r in enumerate(requests) if (n := r.params.logprobs) is not None]
+        if not asked:
+            return (), None
+        rows, top_n = zip(*asked)
+        index = np.array(rows)
+        chosen = token_ids[on_device(index, self.device)]
+        return rows, token_logprobs(
+            lambda part: take_rows(logits, index[part]).float(), chosen, top_n
+        )
+
+
+def _copied(token_ids: Tensor, valid: Tensor, accepted: Tensor | None) -> HostCopy:
+    return HostCopy(token_ids, valid, *([] if accepted is None else [accepted]))

@@ -1,0 +1,1 @@
+"""One rank's requests: their states, their pages, and the batches made of them."""

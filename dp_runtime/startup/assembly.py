@@ -1,0 +1,220 @@
+"""From a plan to a rank that can step: first its weights, then its place among the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from dp_runtime.attention.pools import allocate_pools
+from dp_runtime.attention.registry import kernels, make_backend
+from dp_runtime.attention.spec import KvScales
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import StartError, require
+from dp_runtime.kernels.builds import JitModule
+from dp_runtime.metrics.memory import MemoryUse
+from dp_runtime.metrics.status import ModelInfo
+from dp_runtime.metrics.trace import Recorder, Totals
+from dp_runtime.parallel.adaptive_drafts import AdaptiveLength
+from dp_runtime.parallel.agreement import keep_program
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.coordinator import Padding, StepCoordinator, measure_padding_cost
+from dp_runtime.parallel.padding import PaddingMode
+from dp_runtime.parallel.step_board import StepBoard
+from dp_runtime.runner.drafting import Drafting
+from dp_runtime.runner.step_loop import StepLoop
+from dp_runtime.runner.step_runner import StepRunner
+from dp_runtime.sampling.sampler import Sampler
+from dp_runtime.sampling.verify import ForcedAcceptance
+from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.startup.device_memory import free_bytes
+from dp_runtime.startup.memory_estimate import param_bytes
+from dp_runtime.startup.profiling import run_largest_steps
+from dp_runtime.startup.rank_plan import RankPlan
+from dp_runtime.startup.served_models import ServedModels
+from dp_runtime.weights.loader import WeightSource, open_weights
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedRank:
+    """A rank's share of its models bound to their page pools, and what the driver should know."""
+
+    models: ServedModels
+    pools: Sequence[Tensor]  # [layer], those of a draft behind the model's
+    info: ModelInfo
+    load_s: float
+    allocated_before: int  # bytes of the GPU's memory; 0 on a CPU
+
+
+def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
+    """Allocate the pages and read this rank's weights; `on_bytes` hears of each slice.
+
+    Raises StartError if a GPU's free memory does not hold what was planned.
+    """
+    started = monotonic()
+    device, model = torch.device(plan.device), plan.model
+    if device.type == "cuda":
+        check_free(plan, free_bytes(plan.device))
+    allocated_before = _allocated(device)
+    sources = _open_weights(config, plan, on_bytes)
+    pools = [allocate_pools(layers, plan.pages, spec, device) for layers, spec in plan.kv_layers]
+    scales = [read_kv_scales(sources[0], plan)]
+    if plan.draft is not None:
+        scales.append([KvScales()] * plan.draft.config.num_layers)
+    backends = [
+        make_backend(plan.backend, spec, some, layer_scales)
+        for (_, spec), some, layer_scales in zip(plan.kv_layers, pools, scales, strict=True)
+    ]
+    models = ServedModels.build(
+        model, plan.draft_config, sources, backends, plan.sharding, plan.moe_backend
+    )
+    tokenizer = Path(config.model, "tokenizer.json")
+    info = ModelInfo(
+        architecture=model.architecture,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        max_model_len=plan.limits.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        tokenizer_json=tokenizer.read_text() if tokenizer.exists() else None,
+        cache_tokens=plan.cache_tokens,
+        bytes_read=sum(source.bytes_read for source in sources),
+    )
+    all_pools = tuple(pool for some in pools for pool in some)
+    return LoadedRank(models, all_pools, info, monotonic() - started, allocated_before)
+
+
+def _open_weights(
+    config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]
+) -> list[WeightSource]:
+    """Of the model, and of its draft if there is one."""
+    draft = [] if plan.draft is None else [plan.draft.config.directory]
+    format_, seed, device = config.load_format, config.seed, torch.device(plan.device)
+    return [
+        open_weights(directory, format_, seed, plan.dtype, device, on_bytes)
+        for directory in (config.model, *draft)
+    ]
+
+
+def check_free(plan: RankPlan, free: int) -> None:
+    """StartError if what is planned is more than `free` bytes."""
+    use, gib = plan.memory, 2**30
+    if use.total <= free:
+        return
+    raise StartError(
+        f"rank {plan.sharding.dp_rank}: {plan.device} has {free / gib:.1f} GiB free and "
+        f"{use.total / gib:.1f} GiB are planned: weights {use.weights / gib:.1f}, workspaces "
+        f"{use.workspaces / gib:.1f}, activations {use.activations / gib:.1f}, "
+        f"{plan.pages.num_pages} KV pages {use.kv_cache / gib:.1f}; end other processes on this "
+        "GPU, or lower kv_memory_fraction or num_pages"
+    )
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process has allocated."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
+    """The scales of a quantised KV cache, [layer]; 1.0 where the checkpoint has none.
+
+    Their names are those that vLLM and SGLang read: of the attention module, or of its k_proj and
+    v_proj (ModelOpt). Raises ValueError for a scale that is not a positive number.
+    """
+    if not plan.attention.quantized:
+        return [KvScales()] * plan.model.num_layers
+    scales = []
+    for layer in range(plan.model.num_layers):
+        prefix = f"model.layers.{layer}.self_attn"
+        k, v = (_scale(weights, prefix, part) for part in "kv")
+        scales.append(KvScales(k, v))
+    return scales
+
+
+def _scale(weights: WeightSource, prefix: str, part: str) -> float:
+    for name in (f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale"):
+        value = weights.scalar(name)
+        if value is not None:
+            require(0 < value < math.inf, name, value, "a positive number")
+            return value
+    return 1.0
+
+
+def assemble(
+    config: EngineConfig,
+    plan: RankPlan,
+    loaded: LoadedRank,
+    board: StepBoard,
+    collective: RowCollective,
+) -> StepLoop:
+    """Put the step loop of a loaded rank together; all ranks do so at the same time."""
+    device, model = torch.device(plan.device), plan.model
+    mode = PaddingMode(config.padding)
+    cost = (
+        measure_padding_cost(collective, model.hidden_size, plan.dtype, device)
+        if mode is PaddingMode.AUTO
+        else None
+    )
+    programs = config.programs
+    coordinator = StepCoordinator(
+        board, collective, Padding(mode, cost, config.poison_padding), programs=programs,
+        policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
+    )  # fmt: skip
+    scheduler, sampler = Scheduler(plan.pages, plan.limits), Sampler(model.vocab_size, device)
+    drafting = None
+    if loaded.models.draft is not None:
+        mean_tokens = config.speculative_forced_tokens
+        forced = None if mean_tokens is None else ForcedAcceptance(mean_tokens)
+        drafting = Drafting(loaded.models.draft, forced, scheduler.table.num_rows, device)
+    runner = StepRunner(loaded.models.target, drafting, sampler, coordinator, plan.pages, device)
+    return StepLoop(
+        scheduler, coordinator, runner, Recorder(Totals(plan.sharding.dp_rank)), plan.depth
+    )
+
+
+def kernels_of(plan: RankPlan) -> tuple[JitModule, ...]:
+    """All that is compiled before a plan can be served."""
+    device = torch.device(plan.device)
+    specs = dict.fromkeys(spec for _, spec in plan.kv_layers)
+    attention = [kernel for spec in specs for kernel in kernels(plan.backend, spec, device)]
+    return (*attention, *_moe_kernels(plan))
+
+
+def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
+    if plan.moe_backend != "triton":
+        return ()
+    from dp_runtime.startup.jit_modules import modules
+
+    model = plan.model
+    shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
+    ranks = plan.sharding.dp_size
+    most = plan.limits.max_num_tokens * ranks
+    return modules(model, shard, ranks, most, plan.dtype, torch.device(plan.device))
+
+
+def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
+    """Run the largest steps on a GPU rank, with all others, and return what it uses; see there.
+
+    What is allocated after them, and is neither a weight nor a page, counts as workspace: also
+    cuBLAS's, and what kernels keep.
+    """
+    device = loop.runner.device
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        run_largest_steps(loop, loaded.pools)
+        torch.cuda.synchronize(device)
+    except BaseException as error:
+        loop.coordinator.abort(f"{type(error).__name__}: {error}")
+        raise
+    after, weights = _allocated(device), param_bytes(loaded.models)
+    pages = sum(pool.nbytes for pool in loaded.pools)
+    return MemoryUse(
+        weights=weights,
+        workspaces=after - loaded.allocated_before - weights - pages,
+        activations=torch.cuda.max_memory_allocated(device) - after,
+        kv_cache=pages,
+    )

@@ -1,0 +1,78 @@
+"""What would run: shapes, bytes per rank and backends, without loading a model."""
+
+from __future__ import annotations
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.layers.moe_kernels import make_moe_kernels
+from dp_runtime.metrics.memory import RankMemory, memory_table
+from dp_runtime.startup.assembly import kernels_of
+from dp_runtime.startup.rank_plan import RankPlan, plan_rank
+
+
+def describe(config: EngineConfig, device: str) -> str:
+    """The plan of every rank as text; ValueError if it could not start."""
+    plans = [plan_rank(config, rank, device) for rank in range(config.dp_size)]
+    first = plans[0]
+    return "\n".join([*_model_lines(first), *_choice_lines(config, first), *_rank_lines(plans)])
+
+
+def _model_lines(plan: RankPlan) -> list[str]:
+    model = plan.model
+    return [
+        f"model      {model.architecture}: {model.num_layers} layers ({model.num_moe_layers} MoE), "
+        f"hidden {model.hidden_size}, vocabulary {model.vocab_size}",
+        f"attention  {model.num_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}",
+        *_draft_lines(plan),
+        f"experts    {model.num_experts} of intermediate size {model.moe_intermediate_size}, "
+        f"top {model.num_experts_per_tok}{_fp8_note(plan)}",
+    ]
+
+
+def _draft_lines(plan: RankPlan) -> list[str]:
+    if plan.draft is None:
+        return []
+    draft = plan.draft.config
+    return [
+        f"draft      {draft.method} of {draft.directory}: {draft.num_layers} layer, vocabulary "
+        f"{draft.vocab_size}, up to {plan.limits.max_drafts} tokens a step"
+    ]
+
+
+def _fp8_note(plan: RankPlan) -> str:
+    if not any(plan.model.fp8_experts):
+        return ""
+    kept = make_moe_kernels(plan.moe_backend).reads_fp8
+    return f", e4m3 in the checkpoint and {'in memory' if kept else f'widened to {plan.dtype}'}"
+
+
+def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
+    limits = plan.limits
+    return [
+        f"ranks      {config.dp_size} on {plan.device}, {plan.dtype}, launcher {config.launcher}",
+        f"backend    {plan.backend}: {plan.backend_reason}",
+        f"kernels    {_kernel_names(plan)}",
+        f"moe        {plan.moe_backend}: {plan.moe_reason}",
+        f"graphs     {'yes' if plan.graphs else 'no'}: {plan.graphs_reason}",
+        f"sharding   experts by {config.moe_sharding}, padding {config.padding}, "
+        f"routing {config.routing}",
+        f"limits     {limits.max_num_requests} requests and {limits.max_num_tokens} tokens a step "
+        f"and rank, sequences of {limits.max_model_len} tokens",
+    ]
+
+
+def _kernel_names(plan: RankPlan) -> str:
+    """What is compiled before ready; a device without any compiles nothing."""
+    return ", ".join(kernel.name for kernel in kernels_of(plan)) or "none to compile"
+
+
+def _rank_lines(plans: list[RankPlan]) -> list[str]:
+    lines = ["rank  experts    intermediate  KV pages  cache tokens"]
+    for rank, plan in enumerate(plans):
+        model = plan.model
+        shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
+        experts = f"{shard.experts.start}..{shard.experts.stop - 1}" if shard.experts else "none"
+        lines.append(
+            f"{rank:>4}  {experts:<9}  {len(shard.intermediate):>12}  "
+            f"{plan.pages.num_pages:>8}  {plan.cache_tokens:>12,}"
+        )
+    return [*lines, memory_table([RankMemory(p.sharding.dp_rank, p.memory) for p in plans])]

@@ -1,0 +1,94 @@
+"""What a model's weights and steps will take, from shapes alone; the layers know their own part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from torch import Tensor
+
+from dp_runtime.models.model import PassModel
+from dp_runtime.parallel.buckets import StageBuckets
+from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, logprobs_bytes
+from dp_runtime.sampling.sampler import sampling_bytes
+from dp_runtime.scheduler.limits import Limits
+from dp_runtime.speculative.draft import DraftModel
+from dp_runtime.startup.served_models import ServedModels
+
+
+def param_bytes(models: object) -> int:
+    """Bytes of all tensors of models, which are dataclasses all the way down to their backends."""
+    storages = {}
+    for tensor in _tensors(models):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            if field.name != "backend":  # it is bound to the page pool
+                yield from _tensors(getattr(value, field.name))
+
+
+def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: bool) -> int:
+    """Most bytes that a step within the limits allocates at once.
+
+    padded: ranks may contribute rows that are not real to the MoE collectives. Not counted, since
+    small beside the rest: prompt embeddings, and what kernels allocate for themselves.
+    """
+    model, draft = models.target, models.draft
+    rows, vocab = limits.max_num_tokens, model.vocab_size
+    samples = min(limits.max_decode_rows, rows)
+    forward = model.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
+    row = model.hidden_size * model.dtype.itemsize
+    widened = vocab * 4 if model.dtype.itemsize < 4 else 0  # a row's logits in float32
+    sampling = sampling_bytes(samples, vocab) + min(samples, ROWS_AT_ONCE) * widened
+    some = min(rows, ROWS_AT_ONCE)
+    scoring = max(
+        model.logits_bytes(some) + some * widened, some * vocab * 4 + logprobs_bytes(some, vocab)
+    )
+    kept = rows * row * (1 + len(model.aux_hidden_state_layers))
+    return max(
+        forward,
+        kept + samples * row + model.logits_bytes(samples) + sampling,
+        kept + rows * row + scoring,
+        0 if draft is None else kept + _extend_bytes(draft, limits, dp_size, padded),
+    )
+
+
+def _extend_bytes(draft: DraftModel, limits: Limits, dp_size: int, padded: bool) -> int:
+    """Of a draft_extend pass, beside the target's rows; the draft passes have fewer."""
+    rows, requests = limits.max_num_tokens, limits.max_num_requests
+    row = draft.hidden_size * draft.dtype.itemsize
+    forward = draft.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
+    return rows * row + max(forward, rows * row + requests * row + draft.logits_bytes(requests))
+
+
+def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
+    """What graphs keep: the memory of the largest of each kind, and what they share."""
+    rows, requests = limits.max_decode_rows, limits.max_num_requests
+    kinds: list[tuple[PassModel, int, bool]] = [(models.target, rows, True)]
+    if models.draft is not None:
+        kinds += [(models.draft, requests, True), (models.draft, rows, False)]
+    stages = sum(_captured_stages(model, limits, dp_size) for model in models.all)
+    return stages + sum(
+        model.forward_bytes(most, dp_size * most, dp_size > 1)
+        + (model.logits_bytes(most) if with_logits else 0)
+        for model, most, with_logits in kinds
+    )
+
+
+def _captured_stages(model: PassModel, limits: Limits, dp_size: int) -> int:
+    """Of a model's MoE stages, captured alone."""
+    if not model.num_moe_layers:
+        return 0
+    rows = StageBuckets.of(limits.max_num_tokens).most
+    buffers = 2 * rows * model.hidden_size * model.dtype.itemsize
+    return buffers + model.forward_bytes(rows, dp_size * rows, True)

@@ -1,0 +1,101 @@
+"""The largest step the limits allow, run on all ranks before they serve.
+
+It loads every kernel and connects every collective before the first request, and what it allocates
+at most is the measured activation peak. Nothing of it stays: its requests have a scheduler, a
+sampler and a recorder of their own, no step id is used, and the pages it wrote are zeroed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.request import RankRequest
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.metrics.trace import Recorder, Totals
+from dp_runtime.parallel.agreement import Agreement, StepRecord, agree
+from dp_runtime.runner.step_loop import PhaseTimes, StepLoop
+from dp_runtime.runner.step_runner import StepRunner
+from dp_runtime.sampling.sampler import Sampler
+from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
+
+NUM_STEPS = 2  # all prompts at once, then a decode of all requests
+
+
+def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
+    """A step of max_num_tokens rows and one of decodes, with everything a request can ask for.
+
+    All ranks call it at the same time, while no request is there. All but the first rank have a
+    row less, so that the MoE stage pads as it does in most steps.
+    """
+    pages, runner = loop.scheduler.pages, loop.runner
+    scheduler = Scheduler(pages, loop.scheduler.limits)
+    sampler = Sampler(loop.sampler.vocab_size, runner.device)
+    dp_rank = loop.coordinator.collective.dp_rank
+    trial_runner = StepRunner(
+        runner.model, runner.drafting, sampler, loop.coordinator, pages, runner.device
+    )
+    trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(Totals(dp_rank)))
+    for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):
+        sampler.add(request)
+        scheduler.add(request)
+    last_page = 0
+    for _ in range(NUM_STEPS):
+        scheduled = scheduler.schedule(loop.coordinator.program)
+        tables = [batch.page_table for batch in scheduled.batches]
+        last_page = max(last_page, *(int(table.max(initial=0)) for table in tables))
+        agreement = _agree(loop, scheduled)
+        if not agreement.idle:
+            trial.commit(trial.launch(scheduled, agreement, PhaseTimes(0.0, 0.0, 0.0, 0.0)))
+    for pool in pools:
+        pool[: last_page + 1].zero_()
+
+
+def _agree(loop: StepLoop, scheduled: SchedulerOutput) -> Agreement:
+    """What the step board would agree on, without using up one of its turns."""
+    coordinator = loop.coordinator
+    records = [
+        StepRecord(coordinator.epoch, coordinator.step_id, 0, rows)
+        for rows in coordinator.collective.counts(scheduled.real_rows)
+    ]
+    return agree(records, (coordinator.program,))
+
+
+def largest_load(
+    limits: Limits, pages: PageGeometry, dp_rank: int, vocab_size: int
+) -> Iterator[RankRequest]:
+    """Requests whose prompts fill a step: the first as long as can be, the others of one token."""
+    rows = max(1, limits.max_num_tokens - (dp_rank > 0))
+    free_pages = pages.num_pages - 1
+    count = min(limits.max_num_requests, rows)
+    for number in range(count):
+        longest = min(limits.max_model_len - 1, free_pages * pages.page_size - NUM_STEPS)
+        length = min(rows - (count - number - 1), longest)
+        if length < 1:
+            return
+        rows -= length
+        free_pages -= -(-(length + NUM_STEPS) // pages.page_size)
+        prompt = tuple((number + position) % vocab_size for position in range(length))
+        yield RankRequest(number, prompt, _params(number == 0), number, frozenset({0}))
+
+
+def _params(scored: bool) -> SamplingParams:
+    """Everything that sampling can be asked for."""
+    return SamplingParams(
+        max_tokens=NUM_STEPS,
+        min_tokens=NUM_STEPS,
+        temperature=0.8,
+        top_k=50,
+        top_p=0.95,
+        min_p=0.01,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        repetition_penalty=1.1,
+        logit_bias={0: 1.0},
+        logprobs=1,
+        prompt_logprobs=1 if scored else None,
+    )

@@ -1,0 +1,45 @@
+"""ServedModels: the model of a rank, and the draft model that speculates for it, if any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.layers.moe import RankSharding
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.model import Model, PassModel, build_model
+from dp_runtime.speculative.draft import DraftConfig, DraftModel, build_draft
+from dp_runtime.weights.loader import WeightSource
+
+LayerAttention = Callable[[int], AttentionBackend]
+
+
+@dataclass(frozen=True, eq=False)
+class ServedModels:
+    """One rank's part of all that it runs."""
+
+    target: Model
+    draft: DraftModel | None
+
+    @property
+    def all(self) -> tuple[PassModel, ...]:
+        return (self.target,) if self.draft is None else (self.target, self.draft)
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        draft: DraftConfig | None,
+        weights: Sequence[WeightSource],
+        attention: Sequence[LayerAttention],
+        sharding: RankSharding,
+        moe_backend: str,
+    ) -> ServedModels:
+        """Load a model and its draft; weights, attention: the model's first, then its draft's."""
+        target = build_model(config, weights[0], sharding, attention[0], moe_backend)
+        if draft is None:
+            return cls(target, None)
+        target = target.with_features(draft.aux_hidden_state_layers)
+        own = weights[1], sharding, attention[1], moe_backend
+        return cls(target, build_draft(draft, target, *own))

@@ -1,0 +1,1 @@
+"""Checkpoints: tensors, shards and block scales."""

@@ -1,0 +1,59 @@
+"""e4m3 weights with a scale for each block of 128 x 128, the convention of DeepSeek and Qwen.
+
+A checkpoint has `X.weight` and `X.weight_scale_inv`: a weight is its e4m3 value times the scale of
+its block, whose factors count from the matrix's first row and column; the last ones may be cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+BLOCK = 128
+LARGEST = 448.0  # of e4m3
+SCALE_SUFFIX = "_scale_inv"  # behind the name of the weight
+
+
+def num_blocks(size: int) -> int:
+    return -(-size // BLOCK)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, columns] -> e4m3 values, and scales [blocks of rows, blocks of columns] float32.
+
+    The largest value of a block becomes e4m3's largest; a block of zeros has the scale 1.
+    """
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(num_blocks(rows), BLOCK, num_blocks(columns), BLOCK)
+    scales = blocks.abs().amax((1, 3)) / LARGEST
+    scales = torch.where(scales > 0, scales, 1.0)
+    values = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).to(FP8)
+    return values.flatten(2).flatten(0, 1)[:rows, :columns], scales
+
+
+def dequantize(values: Tensor, scales: Tensor) -> Tensor:
+    """The weights [rows, columns] float32 of what `quantize` gives."""
+    rows, columns = values.shape
+    by_row = scales.float().repeat_interleave(BLOCK, 0)[:rows]
+    return values.float() * by_row.repeat_interleave(BLOCK, 1)[:, :columns]
+
+
+def block_part(part: slice) -> slice:
+    """The blocks of the rows or columns in `part`, which begins with a block."""
+    assert part.step is None, "blocks are contiguous"
+    start, stop = part.start or 0, part.stop
+    assert start % BLOCK == 0, f"{part} begins within a block of {BLOCK}"
+    return slice(start // BLOCK, None if stop is None else num_blocks(stop))
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertScales:
+    """The scales of experts in e4m3, float32: one for each block of 128 x 128 weights."""
+
+    gate_up: Tensor  # [local_experts, 2 * intermediate / 128, hidden / 128]
+    down: Tensor  # [local_experts, hidden / 128, intermediate / 128]

@@ -1,0 +1,81 @@
+"""The line between ranks: alarms, and leaving together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch.distributed import FileStore
+
+from collectives.torch_distributed.abort_channel import AbortChannel
+
+
+@pytest.fixture
+def heard() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def lines(tmp_path: Path, heard: list[str]) -> Iterator[list[AbortChannel]]:
+    """The lines of three ranks, which note alarms."""
+    lines: list[AbortChannel] = []
+
+    def connect(rank: int) -> None:
+        store = FileStore(str(tmp_path / "store"), 3)
+        lines.append(AbortChannel(store, rank, 3, "127.0.0.1", 10.0, heard.append))
+
+    threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    yield lines
+    for line in lines:
+        line.close()
+
+
+def test_ranks_leave_when_the_last_one_does(lines: list[AbortChannel], heard: list[str]) -> None:
+    left: list[float] = []
+
+    def leave(line: AbortChannel) -> None:
+        line.leave(10.0)
+        left.append(time.monotonic())
+
+    early = [threading.Thread(target=leave, args=(line,)) for line in lines[:2]]
+    for thread in early:
+        thread.start()
+    time.sleep(0.3)
+    assert not left
+    lines[2].leave(10.0)
+    for thread in early:
+        thread.join(5)
+    assert len(left) == 2
+    assert heard == []
+
+
+def test_a_rank_that_is_gone_keeps_nobody(lines: list[AbortChannel]) -> None:
+    lines.pop().close()
+    threading.Thread(target=lines[0].leave, args=(10.0,)).start()
+    start = time.monotonic()
+    lines[1].leave(10.0)
+    assert time.monotonic() - start < 5
+
+
+def test_a_rank_that_does_not_leave_is_waited_for_so_long(lines: list[AbortChannel]) -> None:
+    start = time.monotonic()
+    lines[0].leave(0.3)
+    assert 0.3 <= time.monotonic() - start < 5
+
+
+def test_an_alarm_is_heard_after_a_peer_has_left(
+    lines: list[AbortChannel], heard: list[str]
+) -> None:
+    lines[0].leave(0.05)
+    lines[1].sound("rank 1 is lost")
+    deadline = time.monotonic() + 5
+    while len(heard) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert heard == ["rank 1 is lost"] * 2

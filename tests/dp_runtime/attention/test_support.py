@@ -1,0 +1,111 @@
+"""What the GPU backends refuse at start; the rules are read from flashinfer, no GPU is needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dp_runtime.attention.registry import choose_backend, workspace_bytes
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.support import check_native, check_trtllm
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+GOOD = AttentionSpec(32, 4, 128, 64, BF16, BF16, frozenset({1, 4}))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GOOD,
+        *(replace(GOOD, page_size=size) for size in (16, 32, 128)),
+        *(replace(GOOD, head_dim=size) for size in (64, 256)),
+        replace(GOOD, dtype=torch.float16, kv_dtype=torch.float16),
+        replace(GOOD, kv_dtype=E4M3),
+        replace(GOOD, num_heads=16, num_kv_heads=1, decode_query_lens=frozenset(range(1, 9))),
+        replace(GOOD, num_heads=28, kv_dtype=E4M3, decode_query_lens=frozenset({1})),
+    ],
+)
+@pytest.mark.parametrize("major", [9, 10])
+def test_what_the_trtllm_kernels_serve(spec: AttentionSpec, major: int) -> None:
+    check_trtllm(spec, major)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"page_size": 8}, "page_size: 8 .*one of 16, 32, 64, 128.*=flashinfer"),
+        ({"page_size": 256}, "page_size: 256 .*=flashinfer"),
+        ({"head_dim": 96}, "head_dim: 96 .*one of 64, 128, 256.*=torch_ref"),
+        ({"num_heads": 30}, "num_heads: 30 .*num_kv_heads 4.*=flashinfer"),
+        ({"num_heads": 256}, "num_heads: 256 .*at most 32 times.*=flashinfer"),
+        ({"dtype": torch.float32, "kv_dtype": torch.float32}, "dtype: 'float32' .*=torch_ref"),
+        ({"kv_dtype": torch.float16}, "kv_cache_dtype: 'float16' .*=torch_ref"),
+        ({"decode_query_lens": frozenset({1, 9})}, r"decode_query_lens: \[1, 9\] .*=flashinfer"),
+        ({"num_heads": 28, "kv_dtype": E4M3}, "kv_cache_dtype: 'fp8_e4m3' .*here 7.*=flashinfer"),
+    ],
+)
+def test_what_they_do_not_serve_is_named_with_the_alternative(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_trtllm(replace(GOOD, **changes), 9)  # type: ignore[arg-type]
+
+
+def test_devices_that_have_no_kernels() -> None:
+    with pytest.raises(
+        ValueError, match=r"'trtllm' .*has 8\); or use attention_backend=flashinfer"
+    ):
+        check_trtllm(GOOD, 8)
+    with pytest.raises(ValueError, match=r"'flashinfer' .*has 7\); or use attention_backend=torch"):
+        check_native(GOOD, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 80}, "head_dim: 80 .*=torch_ref"),
+        ({"dtype": torch.float32, "kv_dtype": torch.float32}, "dtype: 'float32' .*=torch_ref"),
+    ],
+)
+def test_what_flashinfer_does_not_serve(changes: dict[str, object], message: str) -> None:
+    check_native(replace(GOOD, page_size=3), 8)
+    with pytest.raises(ValueError, match=message):
+        check_native(replace(GOOD, **changes), 9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen", "reasons"),
+    [
+        ({}, "trtllm", []),
+        ({"page_size": 8}, "flashinfer", ["not trtllm: page_size: 8"]),
+        ({"head_dim": 80}, "torch_ref", ["not trtllm: head_dim: 80", "not flashinfer: head_dim"]),
+    ],
+)
+def test_auto_says_why(
+    changes: dict[str, object], chosen: str, reasons: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("dp_runtime.attention.support.find_spec", lambda name: object())
+    spec = replace(GOOD, **changes)  # type: ignore[arg-type]
+    name, why = choose_backend("auto", spec, torch.device("cuda", 0))
+    assert name == chosen
+    assert all(reason in why for reason in reasons)
+    assert choose_backend(chosen, spec, torch.device("cuda", 0))[1] == "chosen in the configuration"
+
+
+def test_without_flashinfer_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("dp_runtime.attention.support.find_spec", lambda name: None)
+    device = torch.device("cuda", 0)
+    name, why = choose_backend("auto", GOOD, device)
+    assert (name, "flashinfer is not installed" in why) == ("torch_ref", True)
+    with pytest.raises(ValueError, match="'trtllm' is not allowed; flashinfer is not installed"):
+        choose_backend("trtllm", GOOD, device)
+
+
+def test_workspaces_are_known_before_anything_is_allocated() -> None:
+    assert workspace_bytes("torch_ref", GOOD) == 0
+    assert workspace_bytes("trtllm", GOOD) == 256 << 20
+    assert workspace_bytes("flashinfer", GOOD) == (272 << 20) + 131072

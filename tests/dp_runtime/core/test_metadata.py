@@ -1,0 +1,157 @@
+"""The attention contract on the host: every value a kernel trusts is checked against the pool."""
+
+import random
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, _explain, check_values
+from dp_runtime.errors import ContractViolation
+from dp_runtime.runner.future_tokens import FutureTokens
+from dp_runtime.runner.pass_runner import PassRunner
+
+PAGES = PageGeometry(num_pages=10, page_size=4)
+PLACE = Place(3, 17, "target")
+
+
+def batch() -> LocalBatch:
+    """A prefill of 5 tokens, a decode at length 6, and a chunk of 2 on 3."""
+    page_table = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
+    positions = np.array([0, 1, 2, 3, 4, 5, 3, 4], np.int64)
+    owner = np.array([0, 0, 0, 0, 0, 1, 2, 2])
+    slots = page_table[owner, positions // 4].astype(np.int64) * 4 + positions % 4
+    return LocalBatch(
+        token_ids=np.arange(8, dtype=np.int64),
+        future_token_index=np.full(8, -1, np.int64),
+        positions=positions,
+        slot_mapping=slots,
+        request_ids=np.arange(3, dtype=np.int64),
+        query_lens=np.array([5, 1, 2], np.int32),
+        seq_lens=np.array([5, 6, 5], np.int32),
+        page_table=page_table,
+        sample_rows=np.array([4, 5, 7], np.int64),
+    )
+
+
+def test_a_good_batch_passes() -> None:
+    check_values(batch(), PAGES, PLACE)
+    check_values(LocalBatch.empty(), PAGES, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("field", "index", "value", "numbers"),
+    [
+        ("page_table", (0, 1), 10, ("page_table is 10", "num_pages 10")),
+        ("page_table", (0, 1), -1, ("page_table is -1", ">= 0")),
+        ("page_table", (1, 1), 0, ("page_table is 0", "not null")),
+        ("seq_lens", 1, 9, ("seq_lens is 9", "8")),
+        ("seq_lens", 2, 1, ("seq_lens - query_lens is -1", ">= 0")),
+        ("seq_lens", 1, 7, ("positions[5] is 5", "6")),
+        ("positions", 5, 4, ("positions[5] is 4", "5")),
+        ("slot_mapping", 0, 39, ("slot_mapping[0] is 39", "4")),
+        ("sample_rows", 2, 8, ("sample_rows is 8", "8")),
+        ("sample_rows", 0, -1, ("sample_rows is -1", ">= 0")),
+    ],
+)
+def test_a_changed_value_names_place_field_and_both_numbers(
+    field: str, index: object, value: int, numbers: tuple[str, str]
+) -> None:
+    good = batch()
+    changed = getattr(good, field).copy()
+    changed[index] = value
+    bad = replace(good, **{field: changed})
+    with pytest.raises(ContractViolation) as error:
+        check_values(bad, PAGES, PLACE)
+    for text in ("rank 3, step 17, pass target", *numbers):
+        assert text in str(error.value)
+
+
+def changed_at_random(draw: random.Random) -> LocalBatch:
+    """A good batch with up to two values that are off by anything."""
+    changed = batch()
+    for _ in range(draw.randint(0, 2)):
+        name = draw.choice(["page_table", "seq_lens", "positions", "slot_mapping", "sample_rows"])
+        array = getattr(changed, name).copy()
+        most = np.iinfo(array.dtype).max - 100
+        array.reshape(-1)[draw.randrange(array.size)] += draw.choice([-50, -4, -1, 1, 2, 4, most])
+        changed = replace(changed, **{name: array})
+    return changed
+
+
+def test_a_batch_is_refused_exactly_when_some_value_can_be_named() -> None:
+    draw, refused = random.Random(0), 0
+    for _ in range(3000):
+        changed = changed_at_random(draw)
+        try:
+            _explain(changed, PAGES, PLACE)
+        except ContractViolation:
+            refused += 1
+            with pytest.raises(ContractViolation):
+                check_values(changed, PAGES, PLACE)
+        else:
+            check_values(changed, PAGES, PLACE)
+    assert 1000 < refused < 2500
+
+
+def test_zero_query_rows_in_a_request_violate_the_contract() -> None:
+    good = batch()
+    query_lens = np.array([6, 0, 2], np.int32)
+    with pytest.raises(ContractViolation, match="query_lens is 0"):
+        check_values(replace(good, query_lens=query_lens), PAGES, PLACE)
+
+
+@pytest.mark.parametrize("field", ["future_token_index", "positions", "slot_mapping"])
+def test_arrays_of_another_length_can_not_be_a_batch(field: str) -> None:
+    good = batch()
+    with pytest.raises(AssertionError, match=field):
+        replace(good, **{field: getattr(good, field)[:-1].copy()})
+
+
+def test_the_arrays_of_a_batch_are_read_only() -> None:
+    good = batch()
+    for item in fields(good):
+        array = getattr(good, item.name)
+        with pytest.raises(ValueError, match="read-only"):
+            array.reshape(-1)[:] = 0
+
+
+def test_metadata_holds_real_sequences_only() -> None:
+    metadata = AttentionMetadata.build(batch(), PAGES, PLACE, torch.device("cpu"))
+    assert metadata.batch_size == 3
+    assert metadata.num_tokens == 8
+    assert metadata.cu_seqlens_q.tolist() == [0, 5, 6, 8]
+    assert metadata.cu_seqlens_q.dtype == metadata.seq_lens.dtype == torch.int32
+    empty = AttentionMetadata.build(LocalBatch.empty(), PAGES, PLACE, torch.device("cpu"))
+    assert (empty.batch_size, empty.num_tokens) == (0, 0)
+
+
+def test_lengths_that_are_bounds_move_back_on_the_device() -> None:
+    """Two verifications of 3 rows, one of them 2 tokens behind, and a chunk that is where it is."""
+    page_table = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0]], np.int32)
+    positions = np.array([6, 7, 8, 7, 8, 9, 3, 4], np.int64)
+    owner = np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    bounds = replace(
+        batch(),
+        positions=positions,
+        slot_mapping=page_table[owner, positions // 4].astype(np.int64) * 4 + positions % 4,
+        query_lens=np.array([3, 3, 2], np.int32),
+        seq_lens=np.array([9, 10, 5], np.int32),
+        page_table=page_table,
+        lag_rows=np.array([5, 9, -1], np.int64),
+    )
+    exact = bounds.behind(np.array([2, 0, 0]), PAGES.page_size)
+    assert not len(exact.lag_rows), "nothing is a bound any more"
+    cpu = torch.device("cpu")
+    lag = torch.tensor([2, 0])
+    moved = AttentionMetadata.build(bounds, PAGES, PLACE, cpu, lag)
+    built = AttentionMetadata.build(exact, PAGES, PLACE, cpu)
+    for name in ("seq_lens", "slot_mapping", "page_table", "cu_seqlens_q"):
+        assert getattr(moved, name).tolist() == getattr(built, name).tolist(), name
+    assert moved.seq_lens_host.tolist() == [9, 10, 5], "mirrors hold the bounds"
+    inputs = PassRunner(None, PAGES, cpu)._inputs(  # type: ignore[arg-type]
+        bounds, FutureTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), lag)
+    )
+    assert inputs.positions.tolist() == exact.positions.tolist()

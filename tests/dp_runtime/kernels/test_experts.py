@@ -1,0 +1,230 @@
+"""The MoE stage's Triton kernels in the interpreter, on CPU tensors, against plain torch layers.
+
+The interpreter has no bfloat16 products; float32 and float16 show the same code paths.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dp_runtime.kernels import router as triton_router
+from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
+from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts, sum_pairs
+from dp_runtime.kernels.router import Routing, route
+from dp_runtime.layers.experts import fused_experts
+from dp_runtime.weights.fp8_blocks import ExpertScales, dequantize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(DEVICE, dtype)
+
+
+def layout(starts: list[int], real: list[int]) -> Tensor:
+    return torch.tensor([starts, real], dtype=torch.int32, device=DEVICE)
+
+
+def routed(
+    logits: Tensor, at: Tensor, top_k: int, renormalize: bool, first: int, num_local: int
+) -> Routing:
+    """Rows that are their own logits: the router is the identity."""
+    router = torch.eye(logits.shape[1], dtype=logits.dtype, device=DEVICE)
+    return route(logits, router, at, top_k, renormalize, first, num_local)
+
+
+LAYOUTS = [
+    ([0], [9], 9, True),
+    ([0, 6], [4, 6], 12, False),
+    ([0, 3, 6, 9], [3, 0, 1, 2], 12, True),
+    ([0, 1, 1], [1, 0, 5], 6, False),
+    ([0, 4], [0, 0], 8, True),
+]
+
+
+@pytest.mark.parametrize(("starts", "real", "rows", "renormalize"), LAYOUTS)
+def test_routing_takes_real_rows_and_local_experts_only(
+    starts: list[int], real: list[int], rows: int, renormalize: bool
+) -> None:
+    torch.manual_seed(0)
+    logits = draw(rows, 12)
+    mine = [r for s, n in zip(starts, real) for r in range(s, s + n)]
+    padded = sorted(set(range(rows)) - set(mine))
+    logits[padded] = float("nan")
+    routing = routed(logits, layout(starts, real), 3, renormalize, 4, 5)
+    weights, ids = logits[mine].softmax(-1).topk(3, -1)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    ours = (ids >= 4) & (ids < 9)
+    assert torch.equal(routing.local_ids[mine], torch.where(ours, ids - 4, -1).int())
+    torch.testing.assert_close(routing.weights[mine], torch.where(ours, weights, 0.0))
+    assert (routing.local_ids[padded] == -1).all()
+    assert (routing.weights[padded] == 0).all()
+    check_pairs(routing)
+
+
+def check_pairs(routing: Routing) -> None:
+    """Counts and pairs say what the local ids say."""
+    ids = routing.local_ids.flatten()
+    for expert, count in enumerate(routing.counts.tolist()):
+        pairs = routing.pairs[expert, :count].sort().values
+        assert torch.equal(pairs, (ids == expert).nonzero().flatten().int())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("hidden", [72, 128, 264])
+@pytest.mark.parametrize(("rows", "split"), [(1, True), (16, True), (37, True), (37, False)])
+def test_the_product_is_the_routers(
+    rows: int, split: bool, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_router, "MOST_SPLIT_ROWS", rows if split else rows - 1)
+    torch.manual_seed(6)
+    router, x = draw(20, hidden, dtype=dtype), draw(rows, hidden, dtype=dtype)
+    routing = route(x, router, layout([0], [rows]), 4, True, 5, 6)
+    logits = (x.double() @ router.double().T).to(dtype)
+    best = logits.float().sort(dim=-1, descending=True)
+    near = (best.values[:, :5].diff(dim=-1).abs() < 0.05).any(-1)  # may be ordered either way
+    assert near.sum() <= rows // 3, "most rows are compared"
+    weights, ids = logits.float().softmax(-1).gather(1, best.indices)[:, :4], best.indices[:, :4]
+    weights = weights / weights.sum(-1, keepdim=True)
+    ours = (ids >= 5) & (ids < 11)
+    due = torch.where(ours, ids - 5, -1).int()
+    assert torch.equal(routing.local_ids[~near], due[~near])
+    weight = torch.where(ours, weights, 0.0)[~near]
+    torch.testing.assert_close(routing.weights[~near], weight, atol=5e-3, rtol=5e-3)
+    check_pairs(routing)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "blocks", "per_multiprocessor"),
+    [
+        (64, 32, (16, 16, 16), 16),
+        (48, 24, (16, 32, 32), 1),
+        (32, 40, (32, 16, 16), 3),
+        (64, 32, (16, 16, 16), None),
+        (48, 24, (16, 32, 32), None),
+        (32, 40, (32, 16, 16), None),
+    ],
+)
+def test_experts_equal_the_torch_loop(
+    hidden: int,
+    intermediate: int,
+    blocks: tuple[int, int, int],
+    per_multiprocessor: int | None,
+    tma: bool,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(1)
+    rows, experts, first, local = draw(20, hidden, dtype=dtype), 8, 2, 5
+    gate_up = draw(local, 2 * intermediate, hidden, dtype=dtype, scale=0.2)
+    down = draw(local, hidden, intermediate, dtype=dtype, scale=0.2)
+    logits = draw(20, experts, dtype=dtype)
+    logits[:, first + 1] = -30.0  # a local expert without rows
+    real = [*range(7), *range(10, 20)]
+    rows[7:10] = float("nan")
+    routing = routed(logits, layout([0, 10], [7, 10]), 2, True, first, local)
+    tile = Tile(*blocks, 4, 2, tma, per_multiprocessor)
+    out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, tile))
+    weights, ids = logits[real].softmax(-1, dtype=torch.float32).topk(2, -1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    due = fused_experts(rows[real].float(), gate_up.float(), down.float(), ids, weights, first)
+    error = (out[real].float() - due).norm() / due.norm()
+    assert error < TOLERANCE[dtype]
+    assert (out[7:10] == 0).all(), "padded rows are zero"
+
+
+@pytest.mark.parametrize(
+    ("block_n", "block_k", "tma", "per_multiprocessor", "dtype"),
+    [
+        (64, 128, False, None, torch.float32),
+        (128, 64, True, None, torch.float16),
+        (128, 128, True, 2, torch.float32),
+        (64, 64, False, 2, torch.float16),
+    ],
+)
+def test_e4m3_experts_equal_widened_ones(
+    block_n: int, block_k: int, tma: bool, per_multiprocessor: int | None, dtype: torch.dtype
+) -> None:
+    """Each block has a scale far from its neighbours'."""
+    torch.manual_seed(2)
+    hidden, intermediate, local, first = 384, 256, 2, 1
+    stacked = [quantized(local * 2, intermediate, hidden), quantized(local, hidden, intermediate)]
+    (gate_up, gate_up_scales, wide_gate_up), (down, down_scales, wide_down) = stacked
+    rows = draw(9, hidden, dtype=dtype)
+    routing = routed(draw(9, 5, dtype=torch.float32), layout([0], [9]), 2, True, first, local)
+    tile = Tile(16, block_n, block_k, 4, 2, tma, per_multiprocessor)
+    out = run_experts(
+        rows,
+        gate_up.view(local, 2 * intermediate, hidden),
+        down,
+        routing,
+        ExpertTiles(tile, tile),
+        ExpertScales(gate_up_scales.view(local, 2 * 2, 3), down_scales),
+    )
+    ids = torch.where(routing.local_ids < 0, 5, routing.local_ids + first).long()
+    due = fused_experts(
+        rows.float(), wide_gate_up.view(local, -1, hidden), wide_down, ids, routing.weights, first
+    )
+    assert due.norm() > 1
+    assert (out.float() - due).norm() / due.norm() < TOLERANCE[dtype]
+
+
+def quantized(count: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked e4m3 matrices, their scales, and what they stand for in float32."""
+    scales = torch.rand(count, outputs // 128, inputs // 128, device=DEVICE) * 0.1 + 0.01
+    values = draw(count, outputs, inputs).to(torch.float8_e4m3fn)
+    wide = [dequantize(*pair) for pair in zip(values, scales)]
+    return values, scales, torch.stack(wide)
+
+
+def test_every_e4m3_value_is_widened_exactly() -> None:
+    """Products of one-hot rows are the weights; the interpreter knows no product in bf16."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+    codes = torch.arange(128 * 128, device=DEVICE).view(1, 128, 128) * 37 % 256
+    codes[codes % 128 == 127] = 0  # NaN
+    values = codes.to(torch.uint8).view(torch.float8_e4m3fn)
+    pairs = torch.arange(128, dtype=torch.int32, device=DEVICE)
+    count = torch.full((1,), 128, dtype=torch.int32, device=DEVICE)
+    routing = Routing(
+        torch.ones(128, 1, device=DEVICE), torch.zeros_like(pairs)[:, None], count, pairs[None]
+    )
+    rows = torch.eye(128, dtype=dtype, device=DEVICE)
+    for tile in (Tile(16, 64, 128, 4, 2, False), Tile(64, 128, 64, 4, 2, True, 2)):
+        found = down_pairs(rows, values, routing, tile, torch.ones(1, 1, 1, device=DEVICE))
+        assert torch.equal(found.T.float(), values[0].float())
+    assert values.float().unique().numel() == 253, "all but NaN, and 0 once"
+
+
+def test_tiles_that_cross_scales_are_refused() -> None:
+    routing = routed(draw(4, 6), layout([0], [4]), 2, True, 0, 1)
+    values, scales, _ = quantized(1, 256, 128)
+    for tile in (Tile(16, 256, 64, 4, 2, False), Tile(16, 64, 256, 4, 2, False)):
+        with pytest.raises(AssertionError, match="crosses scales"):
+            gate_up_pairs(draw(4, 128), values, routing, tile, scales)
+    with pytest.raises(AssertionError, match="e4m3 weights have scales"):
+        gate_up_pairs(draw(4, 128), values, routing, Tile(16, 64, 64, 4, 2, False))
+
+
+def test_pairs_are_summed_in_the_order_of_their_experts() -> None:
+    weighted = draw(3 * 2, 40, dtype=torch.float16)
+    weighted[[1, 4, 5]] = float("nan")  # never written
+    ids = torch.tensor([[0, -1], [1, 0], [-1, -1]], dtype=torch.int32, device=DEVICE)
+    out = sum_pairs(weighted, ids)
+    assert torch.equal(out[0], weighted[0])
+    assert torch.equal(out[1], (weighted[2].float() + weighted[3].float()).half())
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+
+
+def test_a_rank_without_experts_gives_zeros() -> None:
+    routing = routed(draw(4, 6), layout([0], [4]), 2, True, 0, 0)
+    tiles = choose_tiles(4, 2, 6, 16)
+    out = run_experts(draw(4, 32), draw(0, 32, 32), draw(0, 32, 16), routing, tiles)
+    assert out.shape == (4, 32)
+    assert torch.equal(out, torch.zeros_like(out))

@@ -1,0 +1,66 @@
+"""Totals, the report, and the trace file."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dp_runtime.metrics.trace import (
+    PassTrace,
+    Recorder,
+    Report,
+    StepTrace,
+    Totals,
+    write_chrome_trace,
+)
+
+
+def step(rank: int, step_id: int, real: tuple[int, ...], gathered: tuple[int, ...]) -> StepTrace:
+    one = PassTrace("target", real, gathered, sum(gathered) * 2, forward_s=0.5, wait_s=0.2)
+    return StepTrace(
+        rank, step_id, 0, 10.0 + step_id, schedule_s=0.01, agree_s=0.02, agree_wait_s=0.06,
+        prepare_s=0.03,
+        sample_s=0.04, commit_s=0.05, passes=(one,),
+        output_tokens=real[rank], prompt_tokens=1,
+    )  # fmt: skip
+
+
+def recorders(steps: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Recorder]:
+    ranks = [Recorder(Totals(rank)) for rank in range(len(steps[0][0]))]
+    for number, (real, gathered) in enumerate(steps):
+        for rank, recorder in enumerate(ranks):
+            recorder.add(step(rank, number, real, gathered))
+    return ranks
+
+
+def test_the_report_follows_its_definitions() -> None:
+    ranks = recorders([((10, 12, 12, 12), (12,) * 4), ((0, 12, 1, 0), (12,) * 4)])
+    report = Report.of([rank.totals for rank in ranks], requests=7, elapsed_s=2.0)
+    assert report.padding_waste == pytest.approx(1 - 59 / 96)
+    assert report.row_balance == pytest.approx((59 / 4) / 24)
+    assert report.wire_rows == 96 * 2
+    assert report.idle_steps == (1, 0, 0, 1)
+    assert report.output_tokens == 59
+    assert report.tokens_per_s == pytest.approx(29.5)
+    assert report.busy_s[0] == pytest.approx(2 * (0.01 + 0.02 + 0.03 + 0.3 + 0.04 + 0.05))
+    assert report.wait_s[0] == pytest.approx(2 * (0.2 + 0.06))
+    assert "padding_waste 0.385" in str(report)
+
+
+def test_no_step_no_waste() -> None:
+    report = Report.of([Totals(0), Totals(1)], requests=0, elapsed_s=0.0)
+    assert (report.padding_waste, report.row_balance, report.tokens_per_s) == (0.0, 1.0, 0.0)
+
+
+def test_a_chrome_trace_has_a_track_per_rank_and_phases_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    write_chrome_trace([step(1, 3, (2, 4), (4, 4))], path)
+    events = json.loads(path.read_text())["traceEvents"]
+    assert [event["name"] for event in events] == [
+        "schedule", "agree", "prepare", "target", "sample", "commit",
+    ]  # fmt: skip
+    assert {event["tid"] for event in events} == {1}
+    for first, second in pairwise(events):
+        assert second["ts"] == pytest.approx(first["ts"] + first["dur"])
+    assert events[0]["args"]["step"] == 3

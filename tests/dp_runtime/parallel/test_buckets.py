@@ -1,0 +1,57 @@
+"""Which graphs are captured, and which one serves a step."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dp_runtime.parallel.buckets import (
+    GATHERED_FACTOR,
+    LEAST_GATHERED,
+    GraphBuckets,
+    GraphKey,
+    StageBuckets,
+)
+
+MOST = st.integers(1, 512)
+LENGTHS = st.integers(1, 8)
+
+
+@given(MOST, LENGTHS, st.lists(st.integers(0, 512), min_size=1, max_size=8))
+def test_every_step_has_a_graph_that_holds_it(most: int, length: int, counts: list[int]) -> None:
+    buckets = GraphBuckets(most, length)
+    rows = [min(count, most) * length for count in counts]
+    if not any(rows):
+        return
+    gathered = buckets.gathered(max(rows))
+    assert max(rows) <= gathered <= max(buckets.most_rows, LEAST_GATHERED)
+    for count in rows:
+        own = buckets.own(count)
+        assert count <= own <= gathered, "null rows fit what is gathered"
+        assert own % length == 0, "null rows are whole sequences"
+        assert GraphKey(own, gathered) in buckets.graph_keys()
+
+
+@given(MOST, LENGTHS)
+def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int, length: int) -> None:
+    buckets = GraphBuckets(most, length)
+    keys, most = buckets.graph_keys(), buckets.most_rows
+    assert len(set(keys)) == len(keys)
+    sizes = {key.gathered_rows for key in keys}
+    assert len(sizes) <= 2 + max(most // LEAST_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)
+    assert all(GraphKey(0, size) in keys for size in sizes), "a rank without rows"
+    assert max(key.own_rows for key in keys) == most
+    assert keys[0].own_rows == most, "the largest comes first, the others fit its memory"
+
+
+@given(st.integers(1, 10_000), st.integers(0, 10_000))
+def test_a_captured_stage_holds_the_largest_rank(max_num_tokens: int, largest: int) -> None:
+    buckets = StageBuckets.of(max_num_tokens)
+    gathered = buckets.gathered(largest)
+    if 0 < largest <= buckets.most:
+        assert gathered in buckets.sizes
+        assert largest <= gathered < GATHERED_FACTOR * max(largest, LEAST_GATHERED)
+    else:
+        assert gathered is None
+    assert list(buckets.sizes) == sorted(set(buckets.sizes), reverse=True)
+    assert buckets.sizes[0] == buckets.most <= max_num_tokens

@@ -1,0 +1,162 @@
+"""Both exchanges of the MoE stage on threads: rows counted late, and rows padded to a bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from collectives.in_process import InProcessCollective, InProcessGroup
+from collectives.rows import sum_in_rank_order
+from dp_runtime.core.program import SERVING_PROGRAMS, Pass
+from dp_runtime.layers.experts import Experts
+from dp_runtime.layers.moe import MoeStage, RankSharding
+from dp_runtime.layers.router import Router
+from dp_runtime.parallel.agreement import Agreement
+from dp_runtime.parallel.buckets import GraphBuckets
+from dp_runtime.parallel.collective import DeviceCountCollective
+from dp_runtime.parallel.coordinator import Padding, StepCoordinator
+from dp_runtime.parallel.exchange import (
+    CountedExchange,
+    PaddedExchange,
+    RowExchange,
+    graph_exchange,
+    graph_plan,
+)
+from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.step_board import StepBoard
+from tests.collectives.ranks import run_threads
+from tests.dp_runtime.layers.test_moe import HIDDEN, build_stage, dense, rank_rows
+
+BUCKET, EXPERTS, INTERMEDIATE = 6, 5, 11
+
+
+class Counted(InProcessCollective):
+    """Reads the layout as late as a device would; only real rows meet."""
+
+    def __init__(self, inner: InProcessCollective) -> None:
+        self.__dict__.update(inner.__dict__)
+        self.crossed: list[int] = []
+        self.poisoned: list[bool] = []
+
+    def all_gather_v(
+        self, rows: Tensor, layout: Tensor, rows_per_rank: int, poison: bool
+    ) -> Tensor:
+        starts, real = layout.tolist()
+        parts = self._cross(rows[: real[self.dp_rank]].clone())
+        self.poisoned.append(poison)
+        fill = float("nan") if poison else 3.0
+        out = rows.new_full((self.dp_size * rows_per_rank, rows.shape[1]), fill)
+        for start, part in zip(starts, parts):
+            out[start : start + len(part)] = part
+        return out
+
+    def reduce_scatter_v(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
+        starts, real = layout.tolist()
+        parts = self._cross([partial[start : start + n] for start, n in zip(starts, real)])
+        out = partial.new_zeros(own_rows, partial.shape[1])
+        mine = [part[self.dp_rank] for part in parts]
+        sum_in_rank_order(mine, out[: real[self.dp_rank]])
+        return out
+
+    def _cross(self, value: Tensor | list[Tensor]) -> Sequence:
+        self.crossed.append(len(value) if isinstance(value, Tensor) else sum(map(len, value)))
+        return self._meet(value, "counted rows")
+
+
+class LayoutMoe:
+    """As the kernels for graphs: reads from the layout which rows are real."""
+
+    def partial_sums(
+        self, gathered: Tensor, plan: PaddingPlan, layout: Tensor | None, router: Router,
+        experts: Experts,
+    ) -> Tensor:  # fmt: skip
+        assert layout is not None
+        assert len(gathered) == plan.total_gathered
+        sums = torch.zeros_like(gathered)
+        for start, count in layout.T.tolist():
+            weights, ids = router(gathered[start : start + count])
+            sums[start : start + count] = experts(gathered[start : start + count], ids, weights)
+        return sums
+
+
+def run_case(
+    inner: InProcessCollective, board: StepBoard, real: tuple[int, ...], own_rows: tuple[int, ...]
+) -> dict[tuple[str, bool], Tensor]:
+    """The stage's rows by exchange and poison; rows beyond the real ones are not 0 before."""
+    collective, rank, size = Counted(inner), inner.dp_rank, inner.dp_size
+    layout = torch.tensor([[r * BUCKET for r in range(size)], real], dtype=torch.int32)
+    stage = build_stage(RankSharding("ep", rank, size), EXPERTS, INTERMEDIATE)
+    stage = MoeStage(stage.router, stage.experts, LayoutMoe())
+    null = torch.full((own_rows[rank] - real[rank], HIDDEN), 0.7)
+    rows = torch.cat([rank_rows(real)[rank], null])
+    shapes = tuple(own_rows[r] if r == rank else BUCKET for r in range(size))
+    results = {}
+    for poison in (False, True):
+        plan = PaddingPlan(rank, shapes, (BUCKET,) * size)
+        exchanges: dict[str, RowExchange] = {
+            "padded": PaddedExchange(plan, inner, poison, layout),
+            "counted": CountedExchange(plan, collective, poison, layout),
+        }
+        with torch.inference_mode():
+            for name, exchange in exchanges.items():
+                results[name, poison] = stage(rows.clone(), exchange)
+    assert collective.poisoned == [False, True]
+    assert collective.crossed == [real[rank], sum(real)] * 2, "only real rows meet"
+    return results
+
+
+CASES = [
+    ((4,), (6,)),
+    ((3, 5), (4, 6)),
+    ((0, 2), (0, 2)),
+    ((0, 2), (2, 2)),
+    ((0, 0), (0, 3)),
+    ((6, 0, 1), (6, 1, 1)),
+    ((0, 0, 0, 5), (0, 4, 0, 6)),
+]
+
+
+@pytest.mark.parametrize(("real", "own_rows"), CASES)
+def test_rows_counted_on_the_device_have_the_bits_of_padded_ones(
+    real: tuple[int, ...], own_rows: tuple[int, ...]
+) -> None:
+    ranks = run_threads(len(real), 20.0, run_case, (real, own_rows))
+    for rank, results in enumerate(thread.result() for thread in ranks):
+        first = results["padded", False]
+        due = dense(rank_rows(real)[rank], EXPERTS, INTERMEDIATE)
+        assert first.shape == (own_rows[rank], HIDDEN)
+        torch.testing.assert_close(first[: real[rank]].double(), due, atol=2e-5, rtol=2e-5)
+        for result in results.values():
+            assert torch.equal(result, first)
+            assert (result[real[rank] :] == 0).all(), "null rows are finite"
+
+
+def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
+    layout = torch.zeros(2, 2, dtype=torch.int32)
+    plain = InProcessGroup(2, 1.0).collective(0)
+    for collective, counted, kind in (
+        (plain, False, PaddedExchange),
+        (Counted(plain), True, CountedExchange),
+    ):
+        assert isinstance(collective, DeviceCountCollective) == counted
+        plan = graph_plan(collective, (3, 1), BUCKET)
+        assert plan == PaddingPlan(0, (3, 1), (BUCKET, BUCKET), counted)
+        assert plan.wire_rows == (4 if counted else 2 * BUCKET)
+        assert isinstance(graph_exchange(plan, collective, True, layout), kind)
+    alone = Counted(InProcessGroup(1, 1.0).collective(0))
+    assert not graph_plan(alone, (3,), BUCKET).counted, "there is no wire"
+
+
+def test_a_step_of_graphs_reports_the_rows_that_cross() -> None:
+    group = InProcessGroup(2, 1.0)
+    agreement = Agreement(
+        0, 0, SERVING_PROGRAMS[0], ((3, 1),), (3, 1), (0, 0), False, False, (True,), 0
+    )
+    for collective, crossing in ((group.collective(0), 32), (Counted(group.collective(0)), 4)):
+        coordinator = StepCoordinator(group.board(0), collective, Padding())
+        coordinator.buckets = {(Pass.TARGET, 1): GraphBuckets(64)}
+        plan = coordinator.exchange(agreement, 0).plan
+        assert (plan.gathered_rows, plan.wire_rows) == ((16, 16), crossing)

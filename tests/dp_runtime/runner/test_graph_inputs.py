@@ -1,0 +1,150 @@
+"""What graphs read after each write, with plain memory in place of pinned memory."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.runner import graph_inputs
+from dp_runtime.runner.future_tokens import FutureTokens
+from dp_runtime.runner.graph_inputs import HOST_BUFFERS, GraphInputs
+
+REQUESTS, TABLE_PAGES, PAGE, DP_SIZE = 8, 6, 4, 3
+
+
+class Done:
+    """The event of a copy that never takes time."""
+
+    def synchronize(self) -> None: ...
+
+    def record(self) -> None: ...
+
+
+@pytest.fixture
+def make_inputs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphInputs]:
+    def plain(words: int, shapes: dict[str, tuple[int, ...]]) -> Any:
+        memory = torch.zeros(words, dtype=torch.int32)
+        fields = {n: part.numpy() for n, part in graph_inputs._split(memory, shapes).items()}
+        return graph_inputs._HostBuffer(memory, fields, Done())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(graph_inputs, "_host_buffer", plain)
+
+    def make(query_len: int = 1, hidden: int = 0) -> GraphInputs:
+        states = torch.zeros(REQUESTS * query_len, hidden)
+        return GraphInputs(REQUESTS, query_len, TABLE_PAGES, DP_SIZE, states, PAGE)
+
+    return make
+
+
+def batch_of(draw: random.Random, requests: int, query_len: int) -> LocalBatch:
+    """Decodes or verifications of any lengths over any pages."""
+    width = draw.randint(2, TABLE_PAGES)
+    lengths = [draw.randint(query_len, width * PAGE) for _ in range(requests)]
+    seq_lens = np.array(lengths, np.int32)
+    used = -(-seq_lens // PAGE)
+    width = int(used.max(initial=0))
+    table = np.array([[draw.randint(1, 99) for _ in range(width)] for _ in range(requests)])
+    table = table.reshape(requests, width) * (np.arange(width) < used[:, None])
+    owner, rows = np.arange(requests).repeat(query_len), requests * query_len
+    ahead = np.tile(np.arange(query_len), requests)
+    positions = (seq_lens.astype(np.int64) - query_len).repeat(query_len) + ahead
+    pages = table[owner, positions // PAGE].astype(np.int64)
+    return LocalBatch(
+        token_ids=np.array([draw.randint(0, 500) for _ in range(rows)], np.int64),
+        future_token_index=np.array(
+            [draw.randint(-1, REQUESTS - 1) for _ in range(rows)], np.int64
+        ),
+        positions=positions,
+        slot_mapping=pages * PAGE + positions % PAGE,
+        request_ids=np.arange(requests),
+        query_lens=np.full(requests, query_len, np.int32),
+        seq_lens=seq_lens,
+        page_table=table.astype(np.int32),
+        sample_rows=np.arange(rows),
+    )
+
+
+def pending_of(tokens: Tensor, batch: LocalBatch, hidden: int = 0) -> FutureTokens:
+    return FutureTokens(tokens, torch.randn(batch.num_tokens, hidden))
+
+
+@pytest.mark.parametrize(("query_len", "hidden"), [(1, 0), (1, 3), (4, 3)])
+def test_every_write_leaves_the_batch_and_null_rows_whatever_was_there_before(
+    make_inputs: Callable[..., GraphInputs], query_len: int, hidden: int
+) -> None:
+    draw, inputs = random.Random(0), make_inputs(query_len, hidden)
+    for _ in range(40 * HOST_BUFFERS):
+        requests = draw.randint(0, REQUESTS)
+        own = draw.randint(requests, REQUESTS)
+        rows, own_rows, null = requests * query_len, own * query_len, own - requests
+        batch = batch_of(draw, requests, query_len)
+        pending = pending_of(torch.arange(draw.randint(1, REQUESTS)) + 1000, batch, hidden)
+        inputs.write(batch, own_rows, (rows, 0, 5), 8, pending)
+        each = range(query_len)
+        for name, values in (("token_ids", [0] * query_len),
+                             ("future_token_index", [-1] * query_len),
+                             ("positions", each), ("slot_mapping", each)):  # fmt: skip
+            expected = [*getattr(batch, name).tolist(), *[*values] * null]
+            assert getattr(inputs, name)[:own_rows].tolist() == expected, name
+        assert inputs.seq_lens[:own].tolist() == [*batch.seq_lens.tolist(), *[query_len] * null]
+        assert inputs.cu_seqlens_q.tolist() == list(range(0, REQUESTS * query_len + 1, query_len))
+        table = np.zeros((own, TABLE_PAGES), np.int32)
+        table[:requests, : batch.page_table.shape[1]] = batch.page_table
+        assert inputs.page_table[:own].tolist() == table.tolist()
+        assert inputs.layout.tolist() == [[0, 8, 16], [rows, 0, 5]]
+        assert inputs.pass_inputs(own_rows).hidden[:rows].equal(pending.hidden)
+
+
+def test_pending_tokens_come_from_the_device(
+    make_inputs: Callable[..., GraphInputs],
+) -> None:
+    batch, inputs = batch_of(random.Random(1), 3, 1), make_inputs()
+    sources = np.array([1, -1, 0], np.int64)
+    batch = LocalBatch(**{**vars(batch), "future_token_index": sources})
+    inputs.write(batch, 4, (3, 0, 0), 4, pending_of(torch.tensor([70, 71]), batch))
+    expected = [71, int(batch.token_ids[1]), 70, 0]
+    assert inputs.pass_inputs(4).token_ids.tolist() == expected
+
+
+def test_null_rows_alone_are_written_over_a_batch(
+    make_inputs: Callable[..., GraphInputs],
+) -> None:
+    inputs = make_inputs()
+    for _ in range(HOST_BUFFERS):
+        batch = batch_of(random.Random(2), REQUESTS, 1)
+        inputs.write(batch, REQUESTS, (8, 8, 8), 8, pending_of(torch.arange(8), batch))
+    inputs.write_null(5, 8)
+    assert inputs.seq_lens[:5].tolist() == [1] * 5
+    assert not inputs.page_table[:5].any()
+    assert not inputs.positions[:5].any()
+    assert inputs.layout.tolist() == [[0, 8, 16], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_verifications_move_back_to_where_they_are(
+    make_inputs: Callable[..., GraphInputs], query_len: int
+) -> None:
+    draw, inputs = random.Random(3), make_inputs(query_len, 2)
+    for _ in range(30):
+        batch = batch_of(draw, draw.randint(1, REQUESTS - 1), query_len)
+        lags = [draw.randint(0, length - query_len) for length in batch.seq_lens]
+        lag = np.array(lags, np.int64)
+        verified = draw.randint(1, len(lag))  # others are chunks that happen to be as long
+        lag[verified:] = 0
+        own_lag = torch.from_numpy(lag[:verified].copy())
+        pending = replace(pending_of(torch.arange(3), batch, 2), lag=own_lag)
+        rows = batch.num_tokens
+        inputs.write(batch, rows + query_len, (rows, 0, 0), 8, pending)
+        exact = batch.behind(lag, PAGE)
+        for name in ("positions", "slot_mapping"):
+            null = list(range(query_len))
+            due = [*getattr(exact, name).tolist(), *null]
+            assert getattr(inputs, name)[: rows + query_len].tolist() == due, name
+        seq_lens = inputs.seq_lens[: batch.num_requests + 1].tolist()
+        assert seq_lens == [*exact.seq_lens.tolist(), query_len]

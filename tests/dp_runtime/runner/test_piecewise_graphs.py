@@ -1,0 +1,116 @@
+"""What replayed MoE stages read and write; graphs themselves are captured in tests/gpu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from collectives.in_process import InProcessGroup
+from dp_runtime.layers.moe import MoeStage
+from dp_runtime.models.causal_lm import Hidden
+from dp_runtime.parallel.buckets import StageBuckets
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.exchange import PaddedExchange, RowExchange, graph_plan
+from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
+from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
+
+HIDDEN = 4
+
+
+class Scaling(MoeStage):
+    """A stage that multiplies real rows by a factor, and reads which are real from the layout."""
+
+    def __init__(self, factor: float) -> None:
+        object.__setattr__(self, "router", None)
+        object.__setattr__(self, "experts", None)
+        object.__setattr__(self, "kernels", factor)
+
+    def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
+        assert exchange.layout is not None, "a captured stage reads counts on the device"
+        real = int(exchange.layout[1, 0])
+        return torch.cat([x[:real] * float(self.kernels), torch.full_like(x[real:], torch.nan)])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model of nothing but MoE stages."""
+
+    moe_stages: tuple[MoeStage, ...]
+    hidden_size: int = HIDDEN
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_stages)
+
+    def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Stages:
+        return replace(self, moe_stages=tuple(make(stage) for stage in self.moe_stages))
+
+    def forward(self, x: Any, metadata: Any, exchange: RowExchange) -> Hidden:
+        total = x
+        for stage in self.moe_stages:
+            total = total + stage(total, exchange)
+        return Hidden(total, total)
+
+
+class Replay:
+    """Stands for a graph: runs again what was captured."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.replay = run
+
+
+@pytest.fixture
+def collective() -> RowCollective:
+    return InProcessGroup(1, 1.0).collective(0)
+
+
+@pytest.fixture
+def graphs(collective: RowCollective, monkeypatch: pytest.MonkeyPatch) -> PiecewiseGraphs:
+    def capture(self: PiecewiseGraphs, stage: MoeStage, gathered: int, memory: Any) -> Replay:
+        buffers = self._buffers
+        plan = graph_plan(collective, (gathered,), gathered)
+        exchange = PaddedExchange(plan, collective, False, buffers.layout)
+
+        def run() -> None:
+            buffers.sums[:gathered].copy_(stage(buffers.rows[:gathered], exchange))
+
+        return Replay(run)
+
+    monkeypatch.setattr(PiecewiseGraphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    model: Any = Stages((Scaling(2.0), Scaling(3.0)))
+    made = PiecewiseGraphs(model, collective, StageBuckets.of(50), False, torch.device("cpu"))
+    seen: list[int] = []
+    made.capture(seen.append)
+    assert seen == list(range(1, made.count + 1))
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 50])
+def test_replayed_stages_give_the_own_rows(
+    graphs: PiecewiseGraphs, collective: RowCollective, rows: int
+) -> None:
+    bucket = graphs.buckets.gathered(rows)
+    assert bucket is not None
+    assert bucket >= rows
+    plan = graph_plan(collective, (rows,), bucket)
+    assert graphs.covers(plan)
+    x: Any = torch.randn(rows, HIDDEN)
+    for _ in range(2):  # nothing of one forward is left over in the next
+        out = graphs.forward(x, None, PaddedExchange(plan, collective, False))  # type: ignore[arg-type]
+        torch.testing.assert_close(out.last, x * 3 * 4)
+
+
+def test_other_sizes_are_not_covered(graphs: PiecewiseGraphs) -> None:
+    assert graphs.buckets.gathered(51) is None
+    assert graphs.buckets.gathered(0) is None
+    assert not graphs.covers(PaddingPlan.of(PaddingMode.MAX_LEN, 0, (51,)))
+    assert not graphs.covers(PaddingPlan.of(PaddingMode.RAGGED, 1, (16, 8)))
+    assert not graphs.covers(PaddingPlan.of(PaddingMode.RAGGED, 0, (0, 0)))
+    assert graphs.covers(PaddingPlan.of(PaddingMode.MAX_LEN, 0, (16, 8)))

@@ -1,0 +1,165 @@
+"""The step loop over several ranks and any program, with threads as ranks."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from collectives.in_process import InProcessGroup
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.program import Program
+from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.parallel.agreement import StepTotals
+from dp_runtime.parallel.coordinator import measure_padding_cost
+from dp_runtime.runner.step_loop import Inbox, StepLoop
+from dp_runtime.startup.assembly import assemble, load_rank
+from dp_runtime.startup.rank_plan import plan_rank
+from tests.checkpoints import add_mtp, tiny_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("step")))
+
+
+class Rank:
+    """A rank's loop with an inbox and the tokens it delivered."""
+
+    def __init__(self, loop: StepLoop, num_requests: int) -> None:
+        self.loop = loop
+        self.tokens: dict[int, list[int]] = {}
+        self._inbox = [
+            RankRequest(
+                number, tuple(range(3, 8 + number)), SamplingParams(max_tokens=6), 0, frozenset()
+            )
+            for number in range(num_requests)
+        ]
+        self._finished = 0
+        self._due = num_requests
+        self.stop = threading.Event()
+
+    def take(self) -> Inbox:
+        taken, self._inbox = self._inbox, []
+        return Inbox(taken, (), self.stop.is_set())
+
+    def deliver(self, items: list[RequestUpdate]) -> None:
+        for item in items:
+            self.tokens.setdefault(item.request_id, []).extend(item.token_ids)
+            self._finished += item.finish_reason is not None
+
+    @property
+    def done(self) -> bool:
+        return self._finished == self._due
+
+
+def make_loop(config: EngineConfig, group: InProcessGroup, dp_rank: int) -> StepLoop:
+    plan = plan_rank(config, dp_rank, "cpu")
+    loaded = load_rank(config, plan, lambda count: None)
+    return assemble(config, plan, loaded, group.board(dp_rank), group.collective(dp_rank))
+
+
+def run_ranks(
+    checkpoint: Path,
+    loads: Sequence[int],
+    policy: Callable[[StepTotals], int] = lambda totals: totals.program_id,
+    **fields: Any,
+) -> list[Rank]:
+    """Serve loads[rank] requests on every rank until all are done."""
+    size = len(loads)
+    config = EngineConfig(
+        str(checkpoint), dp_size=size, launcher="thread", max_model_len=64, num_pages=40,
+        poison_padding=True, **fields,
+    )  # fmt: skip
+    group = InProcessGroup(size, 20.0)
+
+    def build(dp_rank: int) -> Rank:
+        loop = make_loop(config, group, dp_rank)
+        loop.coordinator._policy = policy
+        return Rank(loop, loads[dp_rank])
+
+    ranks = [build(dp_rank) for dp_rank in range(size)]
+
+    def deliver(rank: Rank, items: list[RequestUpdate]) -> None:
+        rank.deliver(items)
+        if all(other.done for other in ranks):
+            ranks[0].stop.set()
+            ranks[0].loop.coordinator.board.wake()
+
+    with ThreadPoolExecutor(size) as pool:
+        runs = [
+            pool.submit(rank.loop.run, rank.take, lambda items, rank=rank: deliver(rank, items))
+            for rank in ranks
+        ]
+        for run in runs:
+            run.result(60)
+    return ranks
+
+
+@pytest.mark.parametrize("loads", [(3, 0, 1), (0, 0, 2)])
+def test_a_program_of_many_slots_gives_the_same_tokens(
+    checkpoint: Path, loads: tuple[int, ...]
+) -> None:
+    plain = run_ranks(checkpoint, loads)
+    longer = run_ranks(checkpoint, loads, speculative_num_steps=3)
+    assert [rank.tokens for rank in plain] == [rank.tokens for rank in longer]
+    step = longer[0].loop.recorder.steps[0]
+    assert [each.pass_kind for each in step.passes] == list(Program.speculative(3).passes)
+    assert step.passes[0].real_rows == (0,) * len(loads), "nothing is drafted before prefill"
+
+
+def test_the_next_program_is_chosen_by_the_agreement_alike_on_all_ranks(checkpoint: Path) -> None:
+    plain = run_ranks(checkpoint, (2, 1))
+    ranks = run_ranks(
+        checkpoint, (2, 1), policy=lambda totals: (totals.program_id + 1) % 3,
+        speculative_num_steps=3, speculative_adaptive=True,
+    )  # fmt: skip
+    assert [rank.tokens for rank in plain] == [rank.tokens for rank in ranks]
+    shapes = [[len(step.passes) for step in rank.loop.recorder.steps] for rank in ranks]
+    assert set(shapes[0]) == {2, 3, 4}
+    assert shapes[0] == shapes[1]
+
+
+def test_idle_ranks_join_with_zero_rows_and_all_idle_runs_nothing(checkpoint: Path) -> None:
+    ranks = run_ranks(checkpoint, (2, 0))
+    busy, idle = (rank.loop.recorder for rank in ranks)
+    assert idle.totals.idle_steps == idle.totals.steps == busy.totals.steps
+    assert idle.totals.output_tokens == 0
+    assert all(sum(step.passes[0].real_rows) > 0 for step in busy.steps)
+
+
+def test_an_error_on_one_rank_frees_the_others(checkpoint: Path) -> None:
+    group = InProcessGroup(2, 20.0)
+    config = EngineConfig(str(checkpoint), dp_size=2, launcher="thread", max_model_len=64)
+    failing = RuntimeError("the request could not be taken")
+
+    def take(dp_rank: int) -> Inbox:
+        if dp_rank == 1:
+            raise failing
+        return Inbox()
+
+    def run(dp_rank: int) -> None:
+        loop = make_loop(config, group, dp_rank)
+        loop.run(lambda: take(dp_rank), lambda items: None)
+
+    with ThreadPoolExecutor(2) as pool:
+        zero, one = (pool.submit(run, dp_rank) for dp_rank in range(2))
+        assert one.exception(10) is failing
+        assert "rank 1: RuntimeError: the request could not be taken" in str(zero.exception(10))
+
+
+def test_the_padding_cost_is_the_same_on_all_ranks() -> None:
+    group = InProcessGroup(3, 20.0)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [
+            pool.submit(measure_padding_cost, group.collective(rank), 64, torch.float32, CPU)
+            for rank in range(3)
+        ]
+        costs = {run.result(20) for run in runs}
+    assert len(costs) == 1

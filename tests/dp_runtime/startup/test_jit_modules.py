@@ -1,0 +1,101 @@
+"""What is compiled for a rank's MoE stage is what serving launches: no kernel runs here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dp_runtime.kernels import experts as triton_experts
+from dp_runtime.kernels import router as triton_router
+from dp_runtime.layers.experts import Experts, ExpertShard, aligned
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.moe_kernels import TritonMoe
+from dp_runtime.layers.router import Router
+from dp_runtime.models.config import read_model_config
+from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
+from dp_runtime.startup.jit_modules import modules
+from dp_runtime.weights.fp8_blocks import ExpertScales
+
+TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
+CPU, HALF = torch.device("cpu"), torch.float16
+MOST_ROWS = 6000
+
+
+@dataclass
+class Recorder:
+    """Stands in for a kernel: what Triton would compile one for, from each launch."""
+
+    compiled: set[str] = field(default_factory=set)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        return self
+
+    def __call__(self, *args: object, **constants: object) -> None:
+        kinds = [
+            f"{a.dtype} {a.dim()}" if isinstance(a, Tensor) else type(a).__name__ for a in args
+        ]
+        blocks = [getattr(arg, "block_shape", None) for arg in args]
+        self.compiled.add(repr((kinds, blocks, sorted(constants.items()))))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    names = {triton_router: ["_product_kernel", "_route_kernel"]}
+    names[triton_experts] = ["gate_up_kernel", "down_kernel", "sum_kernel"]
+    found = []
+    for module, kernels_of in names.items():
+        for name in kernels_of:
+            found.append(Recorder())
+            monkeypatch.setattr(module, name, found[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sharding", "dp_rank", "dp_size", "fp8"),
+    [
+        ("ep", 0, 1, False),
+        ("ep", 3, 6, False),
+        ("tp", 2, 6, False),
+        ("ep", 0, 20, False),
+        ("ep", 3, 6, True),
+    ],
+)
+def test_every_number_of_rows_finds_its_kernels_built(
+    sharding: str, dp_rank: int, dp_size: int, fp8: bool, kernels: list[Recorder]
+) -> None:
+    model = read_model_config(TINY_MOE)
+    if fp8:
+        sizes = {"hidden_size": 256, "moe_intermediate_size": 128}
+        model = replace(model, **sizes, fp8_experts=(True,) * model.num_layers)
+    shard = ExpertShard.of(
+        sharding, dp_rank, dp_size, model.num_experts, model.moe_intermediate_size
+    )
+    built = modules(model, shard, dp_size, MOST_ROWS, HALF, CPU)
+    assert len(built) == 1
+    built[0].build()
+    before = [set(kernel.compiled) for kernel in kernels]
+    size, inner = len(shard.experts), aligned(len(shard.intermediate))
+    assert [bool(kinds) for kinds in before] == [True, True, size > 0, size > 0, True]
+    router = Router(
+        Linear(torch.zeros(model.num_experts, model.hidden_size, dtype=HALF), None),
+        model.num_experts_per_tok, model.norm_topk_prob,
+    )  # fmt: skip
+    stored = torch.float8_e4m3fn if fp8 else HALF
+    scale = torch.empty(1)
+    experts = Experts(
+        torch.empty(size, 2 * inner, model.hidden_size, dtype=stored),
+        torch.empty(size, model.hidden_size, inner, dtype=stored),
+        shard.experts.start,
+        ExpertScales(scale, scale) if fp8 else None,
+    )
+    moe, gathered = TritonMoe(), torch.empty(MOST_ROWS, model.hidden_size, dtype=HALF)
+    for rows in (*range(1, 700, 3), *range(700, MOST_ROWS, 97), MOST_ROWS):
+        plan = PaddingPlan.of(PaddingMode.RAGGED, 0, (rows, *(0,) * (dp_size - 1)))
+        moe.partial_sums(gathered[:rows], plan, None, router, experts)
+    assert [kernel.compiled for kernel in kernels] == before
