@@ -12,6 +12,8 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.engine import Engine
 from dp_runtime.engine.handle import RequestHandle
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Engine",
     "EngineConfig",

@@ -32,7 +32,8 @@ NATIVE_HEAD_DIMS = (64, 128, 256)
 def check_flashinfer(name: str) -> None:
     """ValueError if the library that `name` calls is not there."""
     found = find_spec("flashinfer") is not None
-    require(found, "attention_backend", name, "flashinfer is not installed; use torch_ref")
+    allowed = "flashinfer is not installed: pip install 'dp-runtime[gpu]', or use torch_ref"
+    require(found, "attention_backend", name, allowed)
 
 
 def check_trtllm(spec: AttentionSpec, major: int) -> None:
