@@ -7,12 +7,13 @@
 # this cluster asks for a token. It is made in ~/.ray/auth_token where the user has none yet; other
 # shells of the same user find it there.
 export RAY_AUTH_MODE=token
-ray get-auth-token --generate >/dev/null
+RAY_AUTH_TOKEN=$(ray get-auth-token --generate)
+export RAY_AUTH_TOKEN
 unset RAY_ADDRESS
 cluster_port=${RAY_JOB_PORT:-6399}
 cluster_address=127.0.0.1:$cluster_port
 dashboard_port=${RAY_JOB_DASHBOARD_PORT:-8299}
-dashboard_address=http://127.0.0.1:$dashboard_port
+export dashboard_address=http://127.0.0.1:$dashboard_port
 cluster_files=$(mktemp -d /tmp/ray-job.XXXXXX)
 python -c "import ray.dashboard.optional_deps" 2>"$cluster_files/why.log" || dashboard_address=
 
@@ -37,7 +38,11 @@ trap 'exit 143' TERM
 
 cluster_answers() {
     if [ -n "$dashboard_address" ]; then
-        python -c "import urllib.request as u; u.urlopen('$dashboard_address/api/version', timeout=5)"
+        python - <<'END'
+import os, urllib.request as web
+headers = {"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]}
+web.urlopen(web.Request(os.environ["dashboard_address"] + "/api/version", headers=headers), timeout=5)
+END
     else
         ray health-check --address "$cluster_address"
     fi >/dev/null 2>&1

@@ -259,7 +259,7 @@ def _cost(request: RankRequest) -> int:
 
 def _check_not_shadowed(*packages: str) -> None:
     """StartError if Python finds packages of another project under the names of our own."""
-    home = Path(__file__).parents[1]
+    home = Path(__file__).parents[2]  # the directory that holds dp_runtime
     for name in packages:
         spec = find_spec(name)
         found = Path(spec.origin).parent if spec is not None and spec.origin else None
