@@ -58,7 +58,7 @@ class _Meeting:
     def meet(self, dp_rank: int, value: Any, what: str) -> tuple[tuple[Any, ...], float]:
         """All ranks' values of this rank's next turn, and the seconds spent waiting."""
         with self._changed:
-            self.check(dp_rank)
+            self.raise_if_failed(dp_rank)
             turn = self._turns[dp_rank]
             self._turns[dp_rank] = turn + 1
             self._brought[dp_rank].append(value)
@@ -78,7 +78,7 @@ class _Meeting:
     def sleep(self, dp_rank: int, woken: Callable[[], bool], timeout_s: float) -> None:
         """Wait until woken() or until any rank has begun a turn that this rank has not."""
         with self._changed:
-            self.check(dp_rank)
+            self.raise_if_failed(dp_rank)
             own = self._turns[dp_rank]
             self._wait(dp_rank, lambda: woken() or max(self._turns) > own, timeout_s)
 
@@ -100,7 +100,7 @@ class _Meeting:
             self._broken[dp_rank] = "this rank has closed its group"
             self._changed.notify_all()
 
-    def check(self, dp_rank: int) -> None:
+    def raise_if_failed(self, dp_rank: int) -> None:
         """Raise CollectiveAborted if this rank can not meet any more."""
         if dp_rank in self._broken:
             raise CollectiveAborted(self._broken[dp_rank])
@@ -108,7 +108,7 @@ class _Meeting:
     def _wait(self, dp_rank: int, done: Callable[[], bool], timeout_s: float) -> float:
         start = time.monotonic()
         self._changed.wait_for(lambda: done() or dp_rank in self._broken, timeout_s)
-        self.check(dp_rank)
+        self.raise_if_failed(dp_rank)
         return time.monotonic() - start
 
     def _drop_taken(self) -> None:
@@ -131,9 +131,9 @@ class InProcessCollective:
         """Seconds this rank has spent waiting for peers."""
         return self._waited_s
 
-    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+    def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
-        return self._meet(tuple(values), "counts")
+        return self._meet(tuple(values), "all_gather_ints")
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
         """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
@@ -156,12 +156,12 @@ class InProcessCollective:
         """Return once all ranks have called it."""
         self._meet(None, "barrier")
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Nothing to bound: the host waits for every call."""
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise CollectiveAborted if this rank can not meet any more."""
-        self._meeting.check(self.dp_rank)
+        self._meeting.raise_if_failed(self.dp_rank)
 
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
@@ -191,7 +191,7 @@ class InProcessBoard:
         """Seconds spent waiting for peers' records."""
         return self._waited_s
 
-    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+    def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn."""
         what = f"record of step {record.step_id}"
         records, waited = self._meeting.meet(self.dp_rank, record, what)

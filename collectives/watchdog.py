@@ -54,7 +54,7 @@ class Watchdog:
         """Watch an operation that was launched just now, after all those added before."""
         self._flights.append(_Flight(what, time.monotonic(), done))
 
-    def follow(self, what: str, device: torch.device) -> None:
+    def arm(self, what: str, device: torch.device) -> None:
         """Watch what the device's current stream was given so far; a capture only records it."""
         if not torch.cuda.is_current_stream_capturing():
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -49,13 +49,13 @@ class PeerToPeerGroup:
     def board(self) -> StepBoard:
         return self._host.board
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise CollectiveAborted or CollectiveTimeout if this group can not be used any more."""
         if self._failure is not None:
             raise type(self._failure)(*self._failure.args)
-        self._host.check()
+        self._host.raise_if_failed()
 
-    def exchange(self, own: bytes) -> Sequence[bytes]:
+    def all_gather_bytes(self, own: bytes) -> Sequence[bytes]:
         """Equally many bytes of every rank, in rank order."""
         row = torch.frombuffer(bytearray(own), dtype=torch.uint8)[None]
         ranks = self._host.collective.dp_size
@@ -94,10 +94,10 @@ class PeerToPeerCollective:
         """Seconds the host has waited for peers; for rows it is the device that waits."""
         return self._host.waited_s
 
-    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+    def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
-        self._group.check()
-        return self._host.counts(values)
+        self._group.raise_if_failed()
+        return self._host.all_gather_ints(values)
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
         """Own rows [counts[dp_rank], hidden] -> all ranks' rows, until the next gather."""
@@ -115,38 +115,42 @@ class PeerToPeerCollective:
         return self._rows.reduce_scatter(rows.contiguous(), layout, counts[self.dp_rank])
 
     def all_gather_v(
-        self, rows: Tensor, layout: Tensor, rows_per_rank: int, poison: bool
+        self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
     ) -> Tensor:
         """Own rows, of which the first are real -> [dp_size * rows_per_rank, hidden]."""
         assert rows.shape[0] <= rows_per_rank, (
             f"{rows.shape[0]} rows for {rows_per_rank} of each rank"
         )
-        return self._rows.gather(rows.contiguous(), self._counted(layout, rows_per_rank), poison)
+        return self._rows.gather(
+            rows.contiguous(), self._counted(row_ranges, rows_per_rank), poison
+        )
 
-    def reduce_scatter_v(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
+    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, own_rows: int) -> Tensor:
         """Partial sums of all ranks' slots -> own rows, summed; 0 beyond the real ones."""
         rows_per_rank, rest = divmod(partial.shape[0], self.dp_size)
         assert rest == 0, f"{partial.shape[0]} rows of partial sums for {self.dp_size} ranks"
         assert own_rows <= rows_per_rank, f"{own_rows} own rows of {rows_per_rank}"
-        counted = self._counted(layout, rows_per_rank)
+        counted = self._counted(row_ranges, rows_per_rank)
         return self._rows.reduce_scatter(partial.contiguous(), counted, own_rows)
 
-    def _counted(self, layout: Tensor, rows_per_rank: int) -> RowLayout:
-        assert layout.shape == (2, self.dp_size), f"layout {list(layout.shape)} is [2, dp_size]"
-        return RowLayout(layout, self.dp_size * rows_per_rank, rows_per_rank)
+    def _counted(self, row_ranges: Tensor, rows_per_rank: int) -> RowLayout:
+        assert row_ranges.shape == (2, self.dp_size), (
+            f"row_ranges {list(row_ranges.shape)} is [2, dp_size]"
+        )
+        return RowLayout(row_ranges, self.dp_size * rows_per_rank, rows_per_rank)
 
     def barrier(self) -> None:
         """Return once all ranks have called it."""
-        self._group.check()
+        self._group.raise_if_failed()
         self._host.barrier()
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Bound the device's wait for what was launched so far, as a graph's replay is."""
-        self._rows.watch(what)
+        self._rows.arm_watchdog(what)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise if the group has failed: what a device did since may be worth nothing."""
-        self._group.check()
+        self._group.raise_if_failed()
 
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""

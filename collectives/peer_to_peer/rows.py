@@ -37,11 +37,11 @@ MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
 class PeersOwner(Protocol):
     """The group that the rows belong to; its ranks meet on the host."""
 
-    def check(self) -> None: ...
+    def raise_if_failed(self) -> None: ...
 
     def fail(self, error: RuntimeError) -> None: ...
 
-    def exchange(self, own: bytes) -> Sequence[bytes]:
+    def all_gather_bytes(self, own: bytes) -> Sequence[bytes]:
         """Equally many bytes of every rank, in rank order."""
 
 
@@ -123,7 +123,7 @@ class PeerRows:
         self._owner, self._rank, self._size = owner, dp_rank, dp_size
         self._pdl = overlaps(device)
         try:
-            self._signals = [Signals.make(dp_rank, owner.exchange) for _ in range(2)]
+            self._signals = [Signals.make(dp_rank, owner.all_gather_bytes) for _ in range(2)]
         except RuntimeError as error:
             raise StartError(
                 f"rank {dp_rank}: collective peer_to_peer can't map the other ranks' GPU memory "
@@ -140,7 +140,7 @@ class PeerRows:
         self._kept: list[Shared] = []  # buffers that were outgrown, but graphs write to
         self._aborting, self._aborted = threading.Lock(), False
         self._closed = False
-        self._watch = Watchdog(timeout_s, owner.fail, owner.check)
+        self._watch = Watchdog(timeout_s, owner.fail, owner.raise_if_failed)
 
     def layout(self, counts: Counts) -> RowLayout:
         """That of ranks whose rows are all real, one after the other."""
@@ -160,10 +160,10 @@ class PeerRows:
 
         Other rows are NaN with poison, else whatever was there.
         """
-        self._owner.check()
+        self._owner.raise_if_failed()
         self._alternate(GATHER)
         buffer = self._gather(rows, layout, poison)
-        self.watch("all_gather")
+        self.arm_watchdog("all_gather")
         return buffer.memory.view(0, (layout.total, *rows.shape[1:]), rows.dtype)
 
     def reduce_scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
@@ -171,10 +171,10 @@ class PeerRows:
 
         Rows beyond the own real ones are 0.
         """
-        self._owner.check()
+        self._owner.raise_if_failed()
         self._alternate(SCATTER)
         out = self._scatter(partial, layout, own_rows)
-        self.watch("reduce_scatter")
+        self.arm_watchdog("reduce_scatter")
         return out
 
     def _alternate(self, which: int) -> None:
@@ -215,9 +215,9 @@ class PeerRows:
         )  # fmt: skip
         return out
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Have the owner fail if the device does not get past what was launched so far."""
-        self._watch.follow(what, self._stop.device)
+        self._watch.arm(what, self._stop.device)
 
     def drain(self, timeout_s: float) -> None:
         """Return once the device has done all collectives, after timeout_s at the latest."""
@@ -267,9 +267,9 @@ class PeerRows:
             self._kept.append(old)
         elif old is not None:
             old.unmap()
-            self._owner.exchange(b"unmapped")
+            self._owner.all_gather_bytes(b"unmapped")
             old.memory.free()
-        new = Shared.make(_room(num_bytes), self._rank, self._owner.exchange)
+        new = Shared.make(_room(num_bytes), self._rank, self._owner.all_gather_bytes)
         self._buffers[which] = new
         return new
 

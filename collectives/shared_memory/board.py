@@ -50,7 +50,7 @@ class SharedMemoryBoard:
         """Seconds spent waiting for peers' records."""
         return self._channel.waited_s
 
-    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+    def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn."""
         channel = self._channel
         with channel.in_use:
@@ -80,12 +80,12 @@ class SharedMemoryBoard:
         channel = self._channel
         deadline = time.monotonic() + timeout_s
         with channel.in_use:
-            channel.check()
+            channel.raise_if_failed()
             self._idled = True
             while not self._woken and channel.bell.newest_turn() <= channel.turn:
                 left = deadline - time.monotonic()
                 channel.bell.listen(left)
-                channel.check()
+                channel.raise_if_failed()
                 if left <= 0:
                     break
             self._woken = False

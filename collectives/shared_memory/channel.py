@@ -34,7 +34,7 @@ class Channel:
         self._timeout_s = timeout_s
         self._broken: str | None = None
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise CollectiveAborted if this channel can not be used any more."""
         reason = self._broken or self.region.abort_reason()
         if reason is not None:
@@ -42,7 +42,7 @@ class Channel:
 
     def begin(self) -> int:
         """Start the next turn; its buffer may be written."""
-        self.check()
+        self.raise_if_failed()
         self.turn += 1
         return self.turn
 
@@ -76,7 +76,7 @@ class Channel:
                     os.sched_yield()
                 else:
                     self.bell.listen(min(left, pause))
-                    self.check()
+                    self.raise_if_failed()
         finally:
             self.waited_s += time.monotonic() - start
 

@@ -64,13 +64,13 @@ class SharedMemoryGroup:
         self.collective = SharedMemoryCollective(self, rows, dp_rank, dp_size, area_bytes)
         self.board = SharedMemoryBoard(self, board, dp_rank, dp_size)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise CollectiveAborted if a rank has aborted, or this one has closed its end."""
         with self._lock:
             if self._closed:
                 raise CollectiveAborted(CLOSED)
             for channel in self._channels:
-                channel.check()
+                channel.raise_if_failed()
 
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank; the first reason that a rank gives stays."""
@@ -129,7 +129,7 @@ class SharedMemoryCollective:
         """Seconds this rank has spent waiting for peers; copying is not counted."""
         return self._channel.waited_s
 
-    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+    def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
         own = torch.tensor([list(values)], dtype=torch.int64)
         rows = self.all_gather(own, (1,) * self.dp_size)
@@ -145,7 +145,7 @@ class SharedMemoryCollective:
         own, parts = rows.reshape(-1), split(out.view(-1), sizes)
         num_chunks = -(-max(sizes) // self._capacity(rows.dtype))
         with self._channel.in_use:
-            self._channel.check()
+            self._channel.raise_if_failed()
             for chunk in range(num_chunks):
                 areas = self._channel.region.areas(rows.dtype, self._channel.begin())
                 piece = own[cut(len(own), chunk, num_chunks)]
@@ -170,7 +170,7 @@ class SharedMemoryCollective:
         # Cut into n chunks, the parts need sum(ceil(size / n)) < total / n + dp_size elements.
         num_chunks = -(-rows.numel() // (self._capacity(rows.dtype) - self.dp_size))
         with self._channel.in_use:
-            self._channel.check()
+            self._channel.raise_if_failed()
             for chunk in range(num_chunks):
                 areas = self._channel.region.areas(rows.dtype, self._channel.begin())
                 pieces = [part[cut(len(part), chunk, num_chunks)] for part in parts]
@@ -188,12 +188,12 @@ class SharedMemoryCollective:
             self._channel.begin()
             self._channel.finish("barrier")
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Nothing to bound: the host waits for every call."""
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise CollectiveAborted if this group can not be used any more."""
-        self._group.check()
+        self._group.raise_if_failed()
 
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""

@@ -21,7 +21,7 @@ _IDLE_S = 0.003  # ranks that idle keep meeting, since a peer's post can not wak
 class GlooGroup(Protocol):
     """The group whose Gloo backends are used here."""
 
-    def check(self) -> None: ...
+    def raise_if_failed(self) -> None: ...
 
     def run(self, what: str, backend: str, start: Callable[[Any], Any]) -> None: ...
 
@@ -56,7 +56,7 @@ class GlooRows:
         self._run("reduce_scatter", lambda gloo: gloo.allreduce(total))
         out.copy_(split(total, counts)[self._rank])
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Nothing to bound: the host waits for every operation itself."""
 
     def _run(self, what: str, start: Callable[[Any], Any]) -> None:
@@ -81,7 +81,7 @@ class GlooBoard:
         """Seconds spent waiting for peers' records."""
         return self._waited_s
 
-    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+    def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn."""
         own = torch.tensor([record.to_words()], dtype=torch.int64)
         out = own.new_empty(self.dp_size, RECORD_WORDS)
@@ -93,10 +93,10 @@ class GlooBoard:
 
     def idle(self, timeout_s: float) -> None:
         """Sleep until `wake`, or for some milliseconds: then the ranks agree again."""
-        self._group.check()
+        self._group.raise_if_failed()
         self._woken.wait(min(timeout_s, _IDLE_S))
         self._woken.clear()
-        self._group.check()
+        self._group.raise_if_failed()
 
     def wake(self) -> None:
         """End this rank's current or next `idle`; callable from any thread."""

@@ -77,7 +77,7 @@ class TorchDistributedGroup:
         self.collective = TorchDistributedCollective(self, rows, dp_rank, dp_size)
         self.board = GlooBoard(self, dp_rank, dp_size)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise CollectiveAborted or CollectiveTimeout if this group can not be used any more."""
         if self._failure is not None:
             raise type(self._failure)(*self._failure.args)
@@ -88,7 +88,7 @@ class TorchDistributedGroup:
         # Under the lock, so that the backend's last reference is never dropped here: its
         # destructor waits for its operations.
         with self._lock:
-            self.check()
+            self.raise_if_failed()
             work = start(self._backends[backend])
         while True:
             left, ended = deadline - time.monotonic(), work.is_completed()
@@ -96,7 +96,7 @@ class TorchDistributedGroup:
                 work.wait(timedelta(seconds=min(_LOOK_EVERY_S, max(left, 0.001))))
                 return
             except RuntimeError as error:  # the backend's, or only that this look has ended
-                self.check()
+                self.raise_if_failed()
                 if ended:
                     self.lose(what, error)
                 if left <= 0:
@@ -183,7 +183,7 @@ class Rows(Protocol):
 
     def reduce_scatter(self, out: Tensor, rows: Tensor, counts: Counts) -> None: ...
 
-    def watch(self, what: str) -> None: ...
+    def arm_watchdog(self, what: str) -> None: ...
 
 
 class TorchDistributedCollective:
@@ -204,12 +204,14 @@ class TorchDistributedCollective:
         """Seconds spent in calls of the backend: it does not tell waiting from moving."""
         return self._waited_s
 
-    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+    def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
         own = torch.tensor([list(values)], dtype=torch.int64)
         out = own.new_empty(self.dp_size, own.shape[1])
         with self._counted():
-            self._group.run("counts", "control", lambda gloo: gloo._allgather_base(out, own))
+            self._group.run(
+                "all_gather_ints", "control", lambda gloo: gloo._allgather_base(out, own)
+            )
         return tuple(tuple(row) for row in out.tolist())
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
@@ -232,15 +234,15 @@ class TorchDistributedCollective:
 
     def barrier(self) -> None:
         """Return once all ranks have called it."""
-        self.counts((0,))
+        self.all_gather_ints((0,))
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Bound the device's wait for what was launched so far, as a graph's replay is."""
-        self._rows.watch(what)
+        self._rows.arm_watchdog(what)
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise if the group has failed: what a device did since may be worth nothing."""
-        self._group.check()
+        self._group.raise_if_failed()
 
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""

@@ -37,7 +37,7 @@ _GRACE_S = 1.0  # for a launch to end before an abort; one that is stuck is ende
 class RowsOwner(Protocol):
     """The group that the rows belong to."""
 
-    def check(self) -> None: ...
+    def raise_if_failed(self) -> None: ...
 
     def lose(self, what: str, error: RuntimeError) -> NoReturn: ...
 
@@ -152,16 +152,16 @@ class NcclRows:
 
     def _launch(self, what: str, start: Callable[[Any], object]) -> None:
         with self._launching:
-            self._owner.check()
+            self._owner.raise_if_failed()
             try:
                 start(self._backend)
             except RuntimeError as error:
                 self._owner.lose(what, error)
-        self.watch(what)
+        self.arm_watchdog(what)
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Have the owner fail if the device does not get past what was launched so far."""
-        self._watch.follow(what, self._device)
+        self._watch.arm(what, self._device)
 
 
 def _bounded(call: Callable[[], None], timeout_s: float) -> None:

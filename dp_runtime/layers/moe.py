@@ -64,6 +64,6 @@ class MoeStage:
             return x
         gathered = exchange.gather(x)
         partial = self.kernels.partial_sums(
-            gathered, exchange.plan, exchange.layout, self.router, self.experts
+            gathered, exchange.plan, exchange.row_ranges, self.router, self.experts
         )
         return exchange.reduce_scatter(partial)

@@ -145,7 +145,7 @@ class TritonMoe:
 
     def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
         if self._last is None or self._last[0] is not plan:
-            self._last = (plan, on_device(plan.layout, device))
+            self._last = (plan, on_device(plan.row_ranges, device))
         return self._last[1]
 
 

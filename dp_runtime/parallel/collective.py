@@ -25,7 +25,7 @@ class RowCollective(Protocol):
     def waited_s(self) -> float:
         """Seconds this rank has spent waiting for peers, since the start."""
 
-    def counts(self, values: Sequence[int]) -> tuple[Counts, ...]:
+    def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
@@ -37,13 +37,13 @@ class RowCollective(Protocol):
     def barrier(self) -> None:
         """Return once all ranks have called it."""
 
-    def watch(self, what: str) -> None:
+    def arm_watchdog(self, what: str) -> None:
         """Bound the device's wait for what was launched so far without this object's doing.
 
         A graph's replay is such a launch. Nothing to do where the host waits for every call.
         """
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise CollectiveTimeout or CollectiveAborted if the collective has failed.
 
         Rows may still move after a call has returned (on a GPU): once the host has waited for
@@ -61,20 +61,19 @@ class RowCollective(Protocol):
 class DeviceCountCollective(RowCollective, Protocol):
     """A RowCollective that also moves rows by counts which only the device knows, for graphs.
 
-    layout [2, dp_size] int32 on the device: where each rank's rows begin among all ranks' rows,
-    which are rows_per_rank for each rank, and how many of them are real: the first ones. Only these
-    cross.
+    row_ranges [2, dp_size] int32 on the device: each rank's first row among all ranks' rows, of
+    which there are rows_per_rank for each rank, and how many are real. Only these cross.
     """
 
     def all_gather_v(
-        self, rows: Tensor, layout: Tensor, rows_per_rank: int, poison: bool
+        self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
     ) -> Tensor:
         """Own rows [own <= rows_per_rank, hidden] -> [dp_size * rows_per_rank, hidden], all ranks'.
 
         Those that are not real are undefined, or NaN with poison.
         """
 
-    def reduce_scatter_v(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
+    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, own_rows: int) -> Tensor:
         """Partial sums [dp_size * rows_per_rank, hidden] -> own rows [own_rows, hidden], summed.
 
         Those that are not real are 0.

@@ -104,7 +104,7 @@ class StepCoordinator:
             graph_votes=load.graph_votes,
             fault_bits=faults,
         )
-        agreement = agree(self.board.exchange(record), self.programs, self._policy)
+        agreement = agree(self.board.all_gather_records(record), self.programs, self._policy)
         self.step_id += 1
         self._program_id = agreement.next_program_id
         return agreement
@@ -145,7 +145,9 @@ def measure_padding_cost(
         else times
         for rows, times in zip(PROBE_ROWS, even, strict=True)
     ]
-    worst = [max(times) for times in zip(*collective.counts([*even, *uneven]), strict=True)]
+    worst = [
+        max(times) for times in zip(*collective.all_gather_ints([*even, *uneven]), strict=True)
+    ]
     span = (PROBE_ROWS[1] - PROBE_ROWS[0]) * size
     even_slope = max(0, worst[1] - worst[0]) // span
     uneven_slope = max(0, worst[3] - worst[2]) // span

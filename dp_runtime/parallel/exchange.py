@@ -21,7 +21,7 @@ class RowExchange(Protocol):
     def plan(self) -> PaddingPlan: ...
 
     @property
-    def layout(self) -> Tensor | None:
+    def row_ranges(self) -> Tensor | None:
         """[2, dp_size] int32: where each rank's rows begin among the gathered ones, and how many
         are real, if only the device knows it; else the plan does."""
 
@@ -39,7 +39,7 @@ class PaddedExchange:
     plan: PaddingPlan
     collective: RowCollective
     poison: bool  # fill padded rows with NaN
-    layout: Tensor | None = None
+    row_ranges: Tensor | None = None
 
     def gather(self, rows: Tensor) -> Tensor:
         padded = pad(rows, self.plan, self.poison)
@@ -60,14 +60,14 @@ class CountedExchange:
     plan: PaddingPlan  # the shapes: equally many gathered rows of every rank
     collective: DeviceCountCollective
     poison: bool  # fill gathered rows that are not real with NaN
-    layout: Tensor
+    row_ranges: Tensor
 
     def gather(self, rows: Tensor) -> Tensor:
         rows_per_rank = self.plan.own_gathered
-        return self.collective.all_gather_v(rows, self.layout, rows_per_rank, self.poison)
+        return self.collective.all_gather_v(rows, self.row_ranges, rows_per_rank, self.poison)
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
-        return self.collective.reduce_scatter_v(partial, self.layout, self.plan.own_real)
+        return self.collective.reduce_scatter_v(partial, self.row_ranges, self.plan.own_real)
 
 
 def counts_on_device(collective: RowCollective) -> bool:
@@ -85,10 +85,10 @@ def graph_plan(
 
 
 def graph_exchange(
-    plan: PaddingPlan, collective: RowCollective, poison: bool, layout: Tensor
+    plan: PaddingPlan, collective: RowCollective, poison: bool, row_ranges: Tensor
 ) -> RowExchange:
-    """The exchange of a graph, whose replays find their real rows in the layout."""
+    """The exchange of a graph, whose replays read from row_ranges which rows are real."""
     if plan.counted:
         assert isinstance(collective, DeviceCountCollective), f"{collective} can't count rows"
-        return CountedExchange(plan, collective, poison, layout)
-    return PaddedExchange(plan, collective, poison, layout)
+        return CountedExchange(plan, collective, poison, row_ranges)
+    return PaddedExchange(plan, collective, poison, row_ranges)

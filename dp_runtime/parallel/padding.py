@@ -95,7 +95,7 @@ class PaddingPlan:
         return tuple(accumulate(self.gathered_rows[:-1], initial=0))
 
     @cached_property
-    def layout(self) -> NDArray[np.int32]:
+    def row_ranges(self) -> NDArray[np.int32]:
         """[2, ranks]: where each rank's rows begin, and how many of them are real."""
         return np.array([self.starts, self.real_rows], np.int32)
 

@@ -17,7 +17,7 @@ class StepBoard(Protocol):
     def waited_s(self) -> float:
         """Seconds this rank has spent waiting for peers' records, since the start."""
 
-    def exchange(self, record: StepRecord) -> tuple[StepRecord, ...]:
+    def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
         """Post this rank's next record and return the records all ranks posted in that turn.
 
         Turns are counted by the board, so that records which differ in epoch, step or program

@@ -54,7 +54,7 @@ class GraphInputs:
             "positions": (rows,),
             "slot_mapping": (rows,),
             "seq_lens": (requests,),
-            "layout": (2, dp_size),
+            "row_ranges": (2, dp_size),
             "page_table": (requests, table_pages),
         }
         self.query_len = query_len
@@ -66,7 +66,7 @@ class GraphInputs:
         fields = _split(self._words, shapes)
         self.token_ids, self.future_token_index = fields["token_ids"], fields["future_token_index"]
         self.positions, self.slot_mapping = fields["positions"], fields["slot_mapping"]
-        self.seq_lens, self.layout = fields["seq_lens"], fields["layout"]
+        self.seq_lens, self.row_ranges = fields["seq_lens"], fields["row_ranges"]
         self.page_table = fields["page_table"]
         self.cu_seqlens_q = torch.arange(requests + 1, dtype=torch.int32, device=device) * query_len
         self._pending = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
@@ -112,7 +112,7 @@ class GraphInputs:
         into["page_table"][:requests, :pages] = batch.page_table
         into["page_table"][:requests, pages : buffer.table_width] = 0
         self._write_null_rows(buffer, requests, own_rows // self.query_len)
-        _write_layout(into, real_rows, gathered_rows)
+        _write_row_ranges(into, real_rows, gathered_rows)
         self._copy(buffer, own_rows)
         count = min(len(pending.token_ids), len(self._pending))
         self._pending[:count].copy_(pending.token_ids[:count])
@@ -132,7 +132,7 @@ class GraphInputs:
         """Null rows only, and no real row on any rank: what graphs are captured over."""
         buffer = self._next_buffer()
         self._write_null_rows(buffer, 0, own_rows // self.query_len)
-        _write_layout(buffer.fields, (0,) * self.layout.shape[1], gathered_rows)
+        _write_row_ranges(buffer.fields, (0,) * self.row_ranges.shape[1], gathered_rows)
         self._copy(buffer, own_rows)
 
     def _write_null_rows(self, buffer: _HostBuffer, start: int, stop: int) -> None:
@@ -159,10 +159,12 @@ class GraphInputs:
         buffer.copied.record()
 
 
-def _write_layout(into: dict[str, Int32], real_rows: tuple[int, ...], gathered_rows: int) -> None:
+def _write_row_ranges(
+    into: dict[str, Int32], real_rows: tuple[int, ...], gathered_rows: int
+) -> None:
     """Where each rank's rows begin among the gathered ones, and how many are real."""
-    into["layout"][0] = np.arange(len(real_rows)) * gathered_rows
-    into["layout"][1] = real_rows
+    into["row_ranges"][0] = np.arange(len(real_rows)) * gathered_rows
+    into["row_ranges"][1] = real_rows
 
 
 def _host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> _HostBuffer:

@@ -113,7 +113,7 @@ class PassGraphs:
             raise ContractViolation(f"{place}: no graph of {key} over these inputs")
         self._inputs.write(batch, own, plan.real_rows, key.gathered_rows, pending)
         captured.graph.replay()
-        self._collective.watch(f"the graph of {key}")
+        self._collective.arm_watchdog(f"the graph of {key}")
         (last, features), logits = captured.output.hidden, captured.output.logits
         shown = None if logits is None else logits[:rows]
         return PassOutput(Hidden(last[:rows], features[:rows]), shown)
@@ -125,7 +125,7 @@ class PassGraphs:
             for rank in range(self._collective.dp_size)
         )
         plan = graph_plan(self._collective, real, key.gathered_rows)
-        exchange = graph_exchange(plan, self._collective, self._poison, inputs.layout)
+        exchange = graph_exchange(plan, self._collective, self._poison, inputs.row_ranges)
         metadata = self._metadata(key.own_rows)
         inputs.write_null(key.own_rows, key.gathered_rows)
 

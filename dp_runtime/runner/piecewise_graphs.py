@@ -32,7 +32,7 @@ class _Buffers:
 
     rows: Tensor  # [most, hidden], a stage's input
     sums: Tensor  # [most, hidden], its result
-    layout: Tensor  # [2, dp_size] int32: where each rank's rows begin, and how many are real
+    row_ranges: Tensor  # [2, dp_size] int32: where each rank's rows begin, and how many are real
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +72,8 @@ class PiecewiseGraphs:
         self._poison = poison
         size = (buckets.most, model.hidden_size)
         rows = torch.zeros(size, dtype=model.dtype, device=device)
-        layout = torch.zeros(2, collective.dp_size, dtype=torch.int32, device=device)
-        self._buffers = _Buffers(rows, torch.zeros_like(rows), layout)
+        row_ranges = torch.zeros(2, collective.dp_size, dtype=torch.int32, device=device)
+        self._buffers = _Buffers(rows, torch.zeros_like(rows), row_ranges)
         self._uncaptured: PassModel = model
         self._model: PassModel = model
 
@@ -113,15 +113,15 @@ class PiecewiseGraphs:
     ) -> Hidden:
         """The model's forward, its stages replayed."""
         plan = exchange.plan
-        self._buffers.layout.copy_(on_device(plan.layout, self._buffers.layout.device))
+        self._buffers.row_ranges.copy_(on_device(plan.row_ranges, self._buffers.row_ranges.device))
         hidden = self._model.forward(inputs, metadata, exchange)
-        self._collective.watch(f"stages of {plan.own_gathered} gathered rows")
+        self._collective.arm_watchdog(f"stages of {plan.own_gathered} gathered rows")
         return hidden
 
     def _capture(self, stage: MoeStage, gathered: int, memory: Any) -> torch.cuda.CUDAGraph:
         size, buffers = self._collective.dp_size, self._buffers
         plan = graph_plan(self._collective, (gathered,) * size, gathered)
-        exchange = graph_exchange(plan, self._collective, self._poison, buffers.layout)
+        exchange = graph_exchange(plan, self._collective, self._poison, buffers.row_ranges)
 
         def run() -> None:
             buffers.sums[:gathered].copy_(stage(buffers.rows[:gathered], exchange))

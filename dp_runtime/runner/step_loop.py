@@ -160,7 +160,7 @@ class StepLoop:
         """Look at what the step sampled, and move its requests on."""
         at, output = perf_counter(), step.output
         output.sampled.copy.wait()
-        self.coordinator.collective.check()  # an abort may have ended the step's kernels
+        self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels
         token_ids, logprobs, num_accepted = output.sampled.to_host()
         scores = [score.to_host() for score in output.scores]
         tokens = StepResult(token_ids, logprobs, scores, num_accepted)

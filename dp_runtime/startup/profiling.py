@@ -60,7 +60,7 @@ def _agree(loop: StepLoop, scheduled: SchedulerOutput) -> Agreement:
     coordinator = loop.coordinator
     records = [
         StepRecord(coordinator.epoch, coordinator.step_id, 0, rows)
-        for rows in coordinator.collective.counts(scheduled.real_rows)
+        for rows in coordinator.collective.all_gather_ints(scheduled.real_rows)
     ]
     return agree(records, (coordinator.program,))
 

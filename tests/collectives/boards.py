@@ -24,18 +24,18 @@ def record_of(dp_rank: int, step: int) -> StepRecord:
 
 def exchange_case(c: RowCollective, board: StepBoard, steps: int) -> None:
     for step in range(steps):
-        got = board.exchange(record_of(board.dp_rank, step))
+        got = board.all_gather_records(record_of(board.dp_rank, step))
         assert got == tuple(record_of(rank, step) for rank in range(board.dp_size))
 
 
 def disagreement_case(c: RowCollective, board: StepBoard, field: str) -> tuple[str, float]:
     """The last rank posts another epoch, step or program; all meet, and all see it."""
-    board.exchange(StepRecord(0, 0, 0, (1,)))
+    board.all_gather_records(StepRecord(0, 0, 0, (1,)))
     values = {"epoch": 0, "step_id": 1, "program_id": 0}
     if board.dp_rank == board.dp_size - 1:
         values[field] += 5
     start = time.monotonic()
-    records = board.exchange(StepRecord(**values, real_rows=(1,)))
+    records = board.all_gather_records(StepRecord(**values, real_rows=(1,)))
     try:
         agree(records, SERVING_PROGRAMS)
     except RankDisagreement as error:
@@ -56,7 +56,7 @@ def interleaved_case(c: RowCollective, board: StepBoard) -> None:
     thread = threading.Thread(target=post)
     thread.start()
     for turn in range(50):
-        assert c.counts((turn,)) == ((turn,),) * c.dp_size
+        assert c.all_gather_ints((turn,)) == ((turn,),) * c.dp_size
     thread.join()
     assert not errors, errors
 

@@ -49,10 +49,10 @@ def check_reduce_scatter(
     torch.testing.assert_close(got, want, rtol=0, atol=0 if exact else loose)
 
 
-def counts_case(c: RowCollective, board: StepBoard) -> None:
-    values = c.counts((c.dp_rank, 10 * c.dp_rank, -1))
+def all_gather_ints_case(c: RowCollective, board: StepBoard) -> None:
+    values = c.all_gather_ints((c.dp_rank, 10 * c.dp_rank, -1))
     assert values == tuple((r, 10 * r, -1) for r in range(c.dp_size))
-    assert c.counts((2**60 + c.dp_rank,)) == tuple((2**60 + r,) for r in range(c.dp_size))
+    assert c.all_gather_ints((2**60 + c.dp_rank,)) == tuple((2**60 + r,) for r in range(c.dp_size))
 
 
 def gather_case(
@@ -100,10 +100,10 @@ def mixed_case(c: RowCollective, board: StepBoard, operations: int, exact: bool)
             case 1:
                 check_reduce_scatter(c, counts, hidden, dtype, exact)
             case 2:
-                counts_case(c, board)
+                all_gather_ints_case(c, board)
             case _:
                 c.barrier()
-        c.check()
+        c.raise_if_failed()
     return c.waited_s
 
 

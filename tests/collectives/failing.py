@@ -32,14 +32,14 @@ def calls(c: RowCollective, board: StepBoard) -> dict[str, Callable[[], Any]]:
     rows, sums = torch.ones(2, 3), torch.ones(2 * c.dp_size, 3)
     counts = (2,) * c.dp_size
     return {
-        "counts": lambda: c.counts((1,)),
+        "counts": lambda: c.all_gather_ints((1,)),
         "gather": lambda: c.all_gather(rows, counts),
         "uneven gather": lambda: c.all_gather(
             torch.ones(c.dp_rank + 1, 3), tuple(range(1, c.dp_size + 1))
         ),
         "reduce_scatter": lambda: c.reduce_scatter(sums, counts),
         "barrier": c.barrier,
-        "board": lambda: board.exchange(StepRecord(0, 0, 0, (1,))),
+        "board": lambda: board.all_gather_records(StepRecord(0, 0, 0, (1,))),
         "idle": lambda: idle_until_aborted(board),
     }  # fmt: skip
 
@@ -62,7 +62,7 @@ def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str,
     else:
         outcome(c.barrier)
     ended = {name: outcome(call) for name, call in calls(c, board).items()}
-    ended["check"] = outcome(c.check)
+    ended["check"] = outcome(c.raise_if_failed)
     board.wake()
     c.abort("again")
     board.abort("again")

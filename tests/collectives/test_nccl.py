@@ -139,7 +139,7 @@ def test_a_device_that_stands_still_is_aborted(machine: Machine, tmp_path: Path)
             time.sleep(0.01)
         time.sleep(0.2)
         rows = torch.ones(2, 3)
-        calls = (c.check, c.barrier, lambda: c.all_gather(rows, (2, 2)))
+        calls = (c.raise_if_failed, c.barrier, lambda: c.all_gather(rows, (2, 2)))
         return [outcome(call) for call in calls]
 
     started = time.monotonic()
@@ -158,7 +158,7 @@ def test_an_abort_reaches_the_devices_of_all_ranks(machine: Machine, tmp_path: P
             c.abort("for a test")
         while len(machine.aborts) < 2:
             time.sleep(0.01)
-        ended = outcome(c.check)
+        ended = outcome(c.raise_if_failed)
         assert ended.error == CollectiveAborted.__name__
         return ended.message
 

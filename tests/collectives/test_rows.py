@@ -35,7 +35,7 @@ def is_exact(kind: str) -> bool:
 
 
 def test_counts(ranks: Ranks, kind: str, dp_size: int) -> None:
-    ranks.run(kind, dp_size, cases.counts_case)
+    ranks.run(kind, dp_size, cases.all_gather_ints_case)
 
 
 def test_gather(ranks: Ranks, kind: str, dp_size: int) -> None:

@@ -133,7 +133,7 @@ def test_an_observer_reads_the_newest_records() -> None:
     group = SharedMemoryGroup(new_rendezvous_path(), 0, 1, 1.0)
     assert group.board.newest() == (None,)
     for step in range(5):
-        group.board.exchange(boards.record_of(0, step))
+        group.board.all_gather_records(boards.record_of(0, step))
         assert group.board.newest() == (boards.record_of(0, step),)
     group.close()
 

@@ -105,7 +105,7 @@ class DraftRank:
         lengths = [(len(tokens[i]), before[i] + len(tokens[i])) for i in live]
         flat = [token for i in live for token in tokens[i]]
         batch = paged_batch(lengths, self.table[live], PAGE_SIZE, flat)
-        counts = [row[0] for row in self.collective.counts((len(flat),))]
+        counts = [row[0] for row in self.collective.all_gather_ints((len(flat),))]
         plan = PaddingPlan.of(PaddingMode.MAX_LEN, self.collective.dp_rank, tuple(counts))
         inputs = PassInputs(
             torch.tensor(flat, dtype=torch.int64),

@@ -106,7 +106,7 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor
         own = real[c.dp_rank]
         inputs.draw(c.dp_rank, step, real)
         graph.replay()
-        c.watch("a replay")
+        c.arm_watchdog("a replay")
         sums, slots = out.clone(), gathered.view(c.dp_size, BUCKET, HIDDEN)
         due = c.all_gather(inputs.rows[:own], real).split(real)
         for slot, rows in zip(slots, due):
@@ -119,7 +119,7 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor
             many = (500,) * c.dp_size
             large = c.all_gather(torch.ones(500, HIDDEN, device="cuda"), many)
             assert (c.reduce_scatter(large, many) == c.dp_size).all()
-    c.check()
+    c.raise_if_failed()
     return results
 
 
@@ -135,14 +135,14 @@ def stage_case(c: RowCollective, board: StepBoard, poison: bool) -> None:
     for step, real in enumerate(real_rows(size)):
         inputs.draw(rank, step, real)
         graph.replay()
-        c.watch("a replay")
+        c.arm_watchdog("a replay")
         fast = out.clone()
         plan = PaddingPlan(rank, real, (BUCKET,) * size)
         slow = stage(inputs.rows[: real[rank]], PaddedExchange(plan, c, poison))
         assert slow.isfinite().all()
         assert torch.equal(fast[: real[rank]], slow)
         assert (fast[real[rank] :] == 0).all(), "null rows are 0"
-    c.check()
+    c.raise_if_failed()
 
 
 def random_stage(dp_rank: int, dp_size: int) -> MoeStage:

@@ -49,7 +49,7 @@ def move(c: RowCollective, where: str) -> Tensor:
 def wait_for(c: RowCollective, launch: Callable[[], Tensor]) -> float:
     """What a step does: launch, wait for the device, then ask whether the result counts."""
     total = float(launch().sum().item())
-    c.check()
+    c.raise_if_failed()
     return total
 
 
@@ -80,7 +80,7 @@ def alone(transport: str, address: str) -> bool:
     right = torch.equal(group.collective.all_gather(rows, (16,)), rows)
     product = rows @ rows.t()
     right &= torch.allclose(product.cpu(), rows.cpu() @ rows.cpu().t(), atol=1.0)
-    group.collective.check()
+    group.collective.raise_if_failed()
     group.close()
     return right
 
@@ -93,7 +93,7 @@ def main(rank: int, transport: str, address: str, how: str, where: str) -> None:
         wait_for(c, lambda name=name: move(c, name))
     c.barrier()
     if how == "orderly":
-        group.board.exchange(StepRecord(0, 0, 0, (1,)))
+        group.board.all_gather_records(StepRecord(0, 0, 0, (1,)))
         move(c, where)
         group.close()
         time.sleep(2.5 * rank)  # the owner of the store leaves first
@@ -105,7 +105,7 @@ def main(rank: int, transport: str, address: str, how: str, where: str) -> None:
     if how == "aborted":
         threading.Timer(0.5, c.abort, ("for a test",)).start()
     ended = outcome(lambda: wait_for(c, lambda: move(c, where)))
-    after = [outcome(call) for call in (c.check, c.barrier, lambda: move(c, where))]
+    after = [outcome(call) for call in (c.raise_if_failed, c.barrier, lambda: move(c, where))]
     started = time.monotonic()
     group.close()
     closed_s = time.monotonic() - started

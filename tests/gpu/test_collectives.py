@@ -127,7 +127,7 @@ def test_sums_have_the_same_bits_on_every_run(ranks: Ranks, place: tuple[str, in
 
 
 def test_counts_barrier_and_board(ranks: Ranks, place: tuple[str, int]) -> None:
-    ranks.run(*place, cases.counts_case)
+    ranks.run(*place, cases.all_gather_ints_case)
     ranks.run(*place, boards.exchange_case, 50)
     ranks.run(*place, boards.interleaved_case)
     times = ranks.run(*place, cases.barrier_case, place[1] - 1)

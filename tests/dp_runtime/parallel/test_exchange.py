@@ -34,7 +34,7 @@ BUCKET, EXPERTS, INTERMEDIATE = 6, 5, 11
 
 
 class Counted(InProcessCollective):
-    """Reads the layout as late as a device would; only real rows meet."""
+    """Reads the row_ranges as late as a device would; only real rows meet."""
 
     def __init__(self, inner: InProcessCollective) -> None:
         self.__dict__.update(inner.__dict__)
@@ -42,9 +42,9 @@ class Counted(InProcessCollective):
         self.poisoned: list[bool] = []
 
     def all_gather_v(
-        self, rows: Tensor, layout: Tensor, rows_per_rank: int, poison: bool
+        self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
     ) -> Tensor:
-        starts, real = layout.tolist()
+        starts, real = row_ranges.tolist()
         parts = self._cross(rows[: real[self.dp_rank]].clone())
         self.poisoned.append(poison)
         fill = float("nan") if poison else 3.0
@@ -53,8 +53,8 @@ class Counted(InProcessCollective):
             out[start : start + len(part)] = part
         return out
 
-    def reduce_scatter_v(self, partial: Tensor, layout: Tensor, own_rows: int) -> Tensor:
-        starts, real = layout.tolist()
+    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, own_rows: int) -> Tensor:
+        starts, real = row_ranges.tolist()
         parts = self._cross([partial[start : start + n] for start, n in zip(starts, real)])
         out = partial.new_zeros(own_rows, partial.shape[1])
         mine = [part[self.dp_rank] for part in parts]
@@ -67,16 +67,16 @@ class Counted(InProcessCollective):
 
 
 class LayoutMoe:
-    """As the kernels for graphs: reads from the layout which rows are real."""
+    """As the kernels for graphs: reads from the row_ranges which rows are real."""
 
     def partial_sums(
-        self, gathered: Tensor, plan: PaddingPlan, layout: Tensor | None, router: Router,
+        self, gathered: Tensor, plan: PaddingPlan, row_ranges: Tensor | None, router: Router,
         experts: Experts,
     ) -> Tensor:  # fmt: skip
-        assert layout is not None
+        assert row_ranges is not None
         assert len(gathered) == plan.total_gathered
         sums = torch.zeros_like(gathered)
-        for start, count in layout.T.tolist():
+        for start, count in row_ranges.T.tolist():
             weights, ids = router(gathered[start : start + count])
             sums[start : start + count] = experts(gathered[start : start + count], ids, weights)
         return sums
@@ -87,7 +87,7 @@ def run_case(
 ) -> dict[tuple[str, bool], Tensor]:
     """The stage's rows by exchange and poison; rows beyond the real ones are not 0 before."""
     collective, rank, size = Counted(inner), inner.dp_rank, inner.dp_size
-    layout = torch.tensor([[r * BUCKET for r in range(size)], real], dtype=torch.int32)
+    row_ranges = torch.tensor([[r * BUCKET for r in range(size)], real], dtype=torch.int32)
     stage = build_stage(RankSharding("ep", rank, size), EXPERTS, INTERMEDIATE)
     stage = MoeStage(stage.router, stage.experts, LayoutMoe())
     null = torch.full((own_rows[rank] - real[rank], HIDDEN), 0.7)
@@ -97,8 +97,8 @@ def run_case(
     for poison in (False, True):
         plan = PaddingPlan(rank, shapes, (BUCKET,) * size)
         exchanges: dict[str, RowExchange] = {
-            "padded": PaddedExchange(plan, inner, poison, layout),
-            "counted": CountedExchange(plan, collective, poison, layout),
+            "padded": PaddedExchange(plan, inner, poison, row_ranges),
+            "counted": CountedExchange(plan, collective, poison, row_ranges),
         }
         with torch.inference_mode():
             for name, exchange in exchanges.items():
@@ -135,7 +135,7 @@ def test_rows_counted_on_the_device_have_the_bits_of_padded_ones(
 
 
 def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
-    layout = torch.zeros(2, 2, dtype=torch.int32)
+    row_ranges = torch.zeros(2, 2, dtype=torch.int32)
     plain = InProcessGroup(2, 1.0).collective(0)
     for collective, counted, kind in (
         (plain, False, PaddedExchange),
@@ -145,7 +145,7 @@ def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
         plan = graph_plan(collective, (3, 1), BUCKET)
         assert plan == PaddingPlan(0, (3, 1), (BUCKET, BUCKET), counted)
         assert plan.wire_rows == (4 if counted else 2 * BUCKET)
-        assert isinstance(graph_exchange(plan, collective, True, layout), kind)
+        assert isinstance(graph_exchange(plan, collective, True, row_ranges), kind)
     alone = Counted(InProcessGroup(1, 1.0).collective(0))
     assert not graph_plan(alone, (3,), BUCKET).counted, "there is no wire"
 

@@ -97,7 +97,7 @@ def test_every_write_leaves_the_batch_and_null_rows_whatever_was_there_before(
         table = np.zeros((own, TABLE_PAGES), np.int32)
         table[:requests, : batch.page_table.shape[1]] = batch.page_table
         assert inputs.page_table[:own].tolist() == table.tolist()
-        assert inputs.layout.tolist() == [[0, 8, 16], [rows, 0, 5]]
+        assert inputs.row_ranges.tolist() == [[0, 8, 16], [rows, 0, 5]]
         assert inputs.pass_inputs(own_rows).hidden[:rows].equal(pending.hidden)
 
 
@@ -123,7 +123,7 @@ def test_null_rows_alone_are_written_over_a_batch(
     assert inputs.seq_lens[:5].tolist() == [1] * 5
     assert not inputs.page_table[:5].any()
     assert not inputs.positions[:5].any()
-    assert inputs.layout.tolist() == [[0, 8, 16], [0, 0, 0]]
+    assert inputs.row_ranges.tolist() == [[0, 8, 16], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("query_len", [1, 4])

@@ -31,8 +31,8 @@ class Scaling(MoeStage):
         object.__setattr__(self, "kernels", factor)
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
-        assert exchange.layout is not None, "a captured stage reads counts on the device"
-        real = int(exchange.layout[1, 0])
+        assert exchange.row_ranges is not None, "a captured stage reads counts on the device"
+        real = int(exchange.row_ranges[1, 0])
         return torch.cat([x[:real] * float(self.kernels), torch.full_like(x[real:], torch.nan)])  # type: ignore[arg-type]
 
 
@@ -75,7 +75,7 @@ def graphs(collective: RowCollective, monkeypatch: pytest.MonkeyPatch) -> Piecew
     def capture(self: PiecewiseGraphs, stage: MoeStage, gathered: int, memory: Any) -> Replay:
         buffers = self._buffers
         plan = graph_plan(collective, (gathered,), gathered)
-        exchange = PaddedExchange(plan, collective, False, buffers.layout)
+        exchange = PaddedExchange(plan, collective, False, buffers.row_ranges)
 
         def run() -> None:
             buffers.sums[:gathered].copy_(stage(buffers.rows[:gathered], exchange))
