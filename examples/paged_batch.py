@@ -20,7 +20,6 @@ def paged_batch(
         future_token_index=np.full(len(owner), -1, np.int64),
         positions=positions,
         slot_mapping=pages * page_size + positions % page_size,
-        request_ids=np.arange(len(query_lens), dtype=np.int64),
         query_lens=query_lens,
         seq_lens=seq_lens,
         page_table=page_table,

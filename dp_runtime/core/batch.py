@@ -10,12 +10,17 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
 
 NULL_PAGE = 0
 
 
 def _empty_ids() -> Int64:
     return np.zeros(0, np.int64)
+
+
+def _all_exact() -> Bool:
+    return np.zeros(0, np.bool_)
 
 
 def _no_embeds() -> Float32:
@@ -38,23 +43,19 @@ class LocalBatch:
 
     Sizes are derived from the data they count; there is no padded size here.
 
-    Where a verification was launched and not yet committed, its request's lengths, positions and
-    slots are upper bounds: how far behind them it really is lies on the device, in the row of
-    the request table that lag_rows names (-1: nowhere, the bounds are exact).
+    While a verification is in flight, the host knows only upper bounds of its request's lengths,
+    positions and slots. The true ones are `num_rejected` lower, which only the device knows.
     """
 
     token_ids: Int64  # [rows]
-    future_token_index: (
-        Int64  # [rows] index into what only the device knows (Pending); -1: token_ids
-    )
+    future_token_index: Int64  # [rows] index into FutureTokens.token_ids; -1: token_ids holds it
     positions: Int64  # [rows]
     slot_mapping: Int64  # [rows] page * page_size + offset
-    request_ids: Int64  # [requests]
     query_lens: Int32  # [requests]
     seq_lens: Int32  # [requests] tokens in the cache after this step
     page_table: Int32  # [requests, pages], rows end in the null page
     sample_rows: Int64  # [samples] rows whose logits are needed
-    lag_rows: Int64 = field(default_factory=_empty_ids)  # [requests], or empty: all are exact
+    lengths_are_bounds: Bool = field(default_factory=_all_exact)  # [requests]; empty: all exact
     embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
     embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
 
@@ -62,11 +63,10 @@ class LocalBatch:
         rows, requests = self.num_tokens, self.num_requests
         for name in ("future_token_index", "positions", "slot_mapping"):
             assert getattr(self, name).shape == (rows,), f"{name} has one entry per row"
-        for name in ("request_ids", "seq_lens"):
-            assert getattr(self, name).shape == (requests,), f"{name} has one entry per request"
+        assert self.seq_lens.shape == (requests,), "seq_lens has one entry per request"
         assert self.page_table.shape[0] == requests, "page_table has one row per request"
         assert np.add.reduce(self.query_lens) == rows, "query_lens sum to the rows"
-        assert len(self.lag_rows) in (0, requests), "lag_rows has one entry per request, or none"
+        assert len(self.lengths_are_bounds) in (0, requests), "one entry per request, or none"
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
         for array in vars(self).values():
             array.setflags(write=False)
@@ -79,16 +79,16 @@ class LocalBatch:
     def num_requests(self) -> int:
         return len(self.query_lens)
 
-    def behind(self, lag: Int64, page_size: int) -> LocalBatch:
-        """The same rows so many positions earlier, by request [requests]: where they really are."""
+    def rewound(self, num_rejected: Int64, page_size: int) -> LocalBatch:
+        """Move each request's rows num_rejected [requests] positions back, to their true ones."""
         owner = np.arange(self.num_requests).repeat(self.query_lens)
-        positions = self.positions - lag[owner]
+        positions = self.positions - num_rejected[owner]
         return replace(
             self,
             positions=positions,
             slot_mapping=slots_of(self.page_table, owner, positions, page_size),
-            seq_lens=(self.seq_lens - lag).astype(np.int32),
-            lag_rows=_empty_ids(),
+            seq_lens=(self.seq_lens - num_rejected).astype(np.int32),
+            lengths_are_bounds=_all_exact(),
         )
 
     @classmethod
@@ -100,7 +100,6 @@ class LocalBatch:
             future_token_index=long,
             positions=long,
             slot_mapping=long,
-            request_ids=long,
             query_lens=short,
             seq_lens=short,
             page_table=np.zeros((0, 0), np.int32),

@@ -67,13 +67,13 @@ class AttentionMetadata:
         pages: PageGeometry,
         place: Place,
         device: torch.device,
-        lag: Tensor | None = None,
+        num_rejected: Tensor | None = None,
     ) -> AttentionMetadata:
         """Check the batch's values once on the host and copy them to the device.
 
-        lag [n] int64, on the device: how far the first n sequences, which have equally many rows,
-        are behind the batch's lengths; these and the mirrors are then upper bounds, and what lies
-        before them belongs to the same sequences.
+        num_rejected [n] int64, on the device, if the batch's lengths are upper bounds: how much
+        shorter the first n sequences, which have equally many rows, really are. The host mirrors
+        keep the bounds.
         Raises ContractViolation if a page id, a length or an offset does not fit the pool.
         """
         check_values(batch, pages, place)
@@ -82,9 +82,10 @@ class AttentionMetadata:
         slots = batch.slot_mapping.astype(np.int32)
         arrays = (cu_seqlens_q, batch.seq_lens, batch.page_table, slots)
         cu_seqlens, seq_lens, page_table, slot_mapping = all_on_device(arrays, device)
-        if lag is not None:
+        if num_rejected is not None:
             length = int(batch.query_lens[0])
-            move_back(lag, length, seq_lens, slot_mapping, page_table, pages.page_size)
+            size = pages.page_size
+            rewind_sequences(num_rejected, length, seq_lens, slot_mapping, page_table, size)
         return cls(
             cu_seqlens_q=cu_seqlens,
             seq_lens=seq_lens,
@@ -97,18 +98,24 @@ class AttentionMetadata:
         )
 
 
-def move_back(
-    lag: Tensor, query_len: int, seq_lens: Tensor, slots: Tensor, page_table: Tensor, page_size: int
+def rewind_sequences(
+    num_rejected: Tensor,
+    query_len: int,
+    seq_lens: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    page_size: int,
 ) -> None:
-    """Move the first sequences back, in place, by `lag` [n]: their lengths, and where rows go.
+    """Shorten the first sequences, in place, by `num_rejected` [n], and move their rows' slots.
 
     Each of them has query_len rows. seq_lens [requests], slots [rows], page_table [requests,
     pages]; a slot is page * page_size + offset.
     """
-    count = len(lag)
+    count = len(num_rejected)
     lengths = seq_lens[:count]
-    lengths -= lag
-    positions = (lengths[:, None] - query_len) + torch.arange(query_len, device=lag.device)
+    lengths -= num_rejected
+    offsets = torch.arange(query_len, device=num_rejected.device)
+    positions = (lengths[:, None] - query_len) + offsets
     pages = page_table[:count].gather(1, positions // page_size)
     slots[: count * query_len] = (pages * page_size + positions % page_size).flatten()
 

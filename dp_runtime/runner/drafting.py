@@ -25,12 +25,12 @@ class DraftChains:
 
     tokens: tuple[Tensor, ...]  # the last token, then each draft: [requests] int64
     hidden: Tensor  # [requests, hidden], which the draft model gave with the last of them
-    lag: Tensor | None  # [requests] int64: how far each is behind its bounds; None: not at all
+    num_rejected: Tensor | None  # [requests] int64: bounds minus true lengths; None: no bounds
 
     @property
     def pending(self) -> FutureTokens:
         """What the next draft pass reads."""
-        return FutureTokens(self.tokens[-1], self.hidden, self.lag)
+        return FutureTokens(self.tokens[-1], self.hidden, self.num_rejected)
 
     @property
     def drafts(self) -> Tensor:
@@ -64,15 +64,16 @@ class Drafting:
 
         self.model = model
         self._forced = forced
-        self._last, self._first_draft, self._lag = column(), column(), column()
+        self._last, self._first_draft, self._num_rejected = column(), column(), column()
         self._hidden = torch.zeros(num_rows, model.hidden_size, dtype=model.dtype, device=device)
 
     def begin(self, decodes: Int64, target: LocalBatch) -> DraftChains:
         """Chains of one draft, of the requests in these rows of the table, the target's first."""
-        lagging = target.lag_rows[: len(decodes)] >= 0
-        rows, may_lag = all_on_device([decodes, lagging.astype(np.int64)], self._last.device)
-        lag = self._lag[rows] * may_lag if lagging.any() else None
-        return DraftChains((self._last[rows], self._first_draft[rows]), self._hidden[rows], lag)
+        bounds = target.lengths_are_bounds[: len(decodes)]
+        rows, are_bounds = all_on_device([decodes, bounds.astype(np.int64)], self._last.device)
+        num_rejected = self._num_rejected[rows] * are_bounds if bounds.any() else None
+        tokens = self._last[rows], self._first_draft[rows]
+        return DraftChains(tokens, self._hidden[rows], num_rejected)
 
     def extend(self, chains: DraftChains, output: PassOutput) -> DraftChains:
         """One more token of each, from a draft pass."""
@@ -89,7 +90,8 @@ class Drafting:
 
     def features(self, target: PassOutput, token_ids: Tensor, chains: DraftChains) -> FutureTokens:
         """What the draft_extend pass reads: the target's rows, and the tokens it chose."""
-        return FutureTokens(token_ids, self.model.project(target.hidden.features), chains.lag)
+        features = self.model.project(target.hidden.features)
+        return FutureTokens(token_ids, features, chains.num_rejected)
 
     def keep(
         self, scheduled: SchedulerOutput, batch: LocalBatch, sampled: Sampled, output: PassOutput
@@ -108,10 +110,10 @@ class Drafting:
         sources[: len(accepted)] += accepted
         if len(sampled.token_ids):
             known = torch.where(sources < 0, known, sampled.token_ids[sources.clamp(min=0)])
-        lag = torch.zeros_like(rows)
-        lag[: len(accepted)] = scheduled.num_drafts - accepted
+        num_rejected = torch.zeros_like(rows)
+        num_rejected[: len(accepted)] = scheduled.num_drafts - accepted
         last, hidden = output.hidden
         best = RowLogits.of(self.model.logits(last[rows])).best
-        self._last[table_rows], self._lag[table_rows] = known, lag
+        self._last[table_rows], self._num_rejected[table_rows] = known, num_rejected
         self._first_draft[table_rows] = self.model.token_ids(best)
         self._hidden[table_rows] = hidden[rows]

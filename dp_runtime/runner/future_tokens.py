@@ -1,4 +1,4 @@
-"""Pending: what of a pass's rows only the device knows when they are launched."""
+"""FutureTokens: what only the device knows of a pass's rows when they are launched."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class FutureTokens:
 
     token_ids: Tensor  # [n] int64: what the last step sampled, this step drafted or sampled
     hidden: Tensor  # [rows, hidden] for a draft model, else [0, 0]
-    lag: Tensor | None = None  # [requests] int64: positions that each is behind its bounds
+    num_rejected: Tensor | None = None  # [requests] int64: bounds minus true lengths

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.batch import Int32, LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata, move_back
+from dp_runtime.core.metadata import AttentionMetadata, rewind_sequences
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.runner.future_tokens import FutureTokens
 
@@ -116,17 +116,17 @@ class GraphInputs:
         self._copy(buffer, own_rows)
         count = min(len(pending.token_ids), len(self._pending))
         self._pending[:count].copy_(pending.token_ids[:count])
-        if pending.lag is not None:
-            self._move_back(pending.lag)
+        if pending.num_rejected is not None:
+            self._rewind(pending.num_rejected)
         if self.hidden.shape[1]:
             self.hidden[:rows].copy_(pending.hidden)
 
-    def _move_back(self, lag: Tensor) -> None:
-        """The first sequences, from the bounds that a batch has to where they really are."""
-        count, length = len(lag), self.query_len
-        self.positions[: count * length].view(count, length).sub_(lag[:, None])
+    def _rewind(self, num_rejected: Tensor) -> None:
+        """Move the first sequences from a batch's upper bounds to their true lengths."""
+        count, length = len(num_rejected), self.query_len
+        self.positions[: count * length].view(count, length).sub_(num_rejected[:, None])
         own = self.seq_lens, self.slot_mapping, self.page_table, self._page_size
-        move_back(lag, length, *own)
+        rewind_sequences(num_rejected, length, *own)
 
     def write_null(self, own_rows: int, gathered_rows: int) -> None:
         """Null rows only, and no real row on any rank: what graphs are captured over."""

@@ -37,11 +37,14 @@ class PassRunner:
         self, batch: LocalBatch, exchange: RowExchange, pending: FutureTokens, place: Place
     ) -> Callable[[], PassOutput]:
         """An eager forward, its inputs on the device; MoE stages perhaps from graphs."""
-        if pending.lag is not None and self._device.type == "cpu":
-            lag = np.zeros(batch.num_requests, np.int64)
-            lag[: len(pending.lag)] = pending.lag.numpy()  # nothing here has to be waited for
-            batch, pending = batch.behind(lag, self._pages.page_size), replace(pending, lag=None)
-        metadata = AttentionMetadata.build(batch, self._pages, place, self._device, pending.lag)
+        if pending.num_rejected is not None and self._device.type == "cpu":
+            num_rejected = np.zeros(batch.num_requests, np.int64)
+            num_rejected[: len(pending.num_rejected)] = pending.num_rejected.numpy()
+            batch = batch.rewound(num_rejected, self._pages.page_size)
+            pending = replace(pending, num_rejected=None)
+        metadata = AttentionMetadata.build(
+            batch, self._pages, place, self._device, pending.num_rejected
+        )
         inputs = self._inputs(batch, pending)
         if self.stages is not None and self.stages.covers(exchange.plan):
             forward = self.stages.forward
@@ -71,9 +74,10 @@ class PassRunner:
         arrays = (batch.token_ids, batch.positions, batch.embed_rows, batch.embeds, rows, sources)
         inputs = all_on_device(arrays, self._device)
         token_ids, positions, embed_rows, embeds, device_rows, device_sources = inputs
-        if pending.lag is not None:
-            count = len(pending.lag)
-            positions[: count * batch.query_lens[0]].view(count, -1).sub_(pending.lag[:, None])
+        if pending.num_rejected is not None:
+            count = len(pending.num_rejected)
+            verified = positions[: count * batch.query_lens[0]]
+            verified.view(count, -1).sub_(pending.num_rejected[:, None])
         if len(rows):
             token_ids[device_rows] = pending.token_ids[device_sources]
         return PassInputs(token_ids, positions, embed_rows, embeds, pending.hidden)

@@ -125,7 +125,7 @@ class StepRunner:
                 case Pass.TARGET, _, _:
                     pending = FutureTokens(self._last_sampled, self._no_hidden)
                     if chains is not None:
-                        pending = FutureTokens(chains.rows, self._no_hidden, chains.lag)
+                        pending = FutureTokens(chains.rows, self._no_hidden, chains.num_rejected)
                     output = forwards.run(index, pending)
                     at_sample = perf_counter()
                     sampled, scores = self._sample(output, scheduled, index, chains)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dp_runtime.core.batch import Float32, Int32, Int64, LocalBatch, slots_of
+from dp_runtime.core.batch import Bool, Float32, Int32, Int64, LocalBatch, slots_of
 from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.scheduler.request_table import RequestTable
@@ -103,14 +103,13 @@ def _target_batch(layout: _Layout) -> LocalBatch:
         future_token_index=_padded(sources, len(owner)),
         positions=positions,
         slot_mapping=slots_of(page_table, owner, positions, layout.page_size),
-        request_ids=table.request_ids[rows],
         query_lens=query_lens.astype(np.int32),
         seq_lens=(starts + query_lens).astype(np.int32),
         page_table=page_table,
         sample_rows=np.concatenate(
             [np.arange(layout.decode_rows), layout.chunk_ends[sampling], *score_rows]
         ),
-        lag_rows=_lag_rows(layout, rows),
+        lengths_are_bounds=_are_bounds(layout, rows),
         embed_rows=embed_rows,
         embeds=embeds,
     )
@@ -132,28 +131,27 @@ def _draft_batches(layout: _Layout, count: int) -> Iterator[LocalBatch]:
     table, decodes = layout.table, layout.decodes
     each = np.arange(len(decodes))
     nothing, ones = np.zeros(len(decodes), np.int64), np.ones(len(decodes), np.int32)
-    request_ids, page_table = table.request_ids[decodes], _page_table(table, decodes)
-    lag_rows, first = _lag_rows(layout, decodes), table.num_computed[decodes]
+    page_table, first = _page_table(table, decodes), table.num_computed[decodes]
+    are_bounds = _are_bounds(layout, decodes)
     for positions in (first + index for index in range(count)):
         yield LocalBatch(
             token_ids=nothing,
             future_token_index=each,
             positions=positions,
             slot_mapping=slots_of(page_table, each, positions, layout.page_size),
-            request_ids=request_ids,
             query_lens=ones,
             seq_lens=(positions + 1).astype(np.int32),
             page_table=page_table,
             sample_rows=each,
-            lag_rows=lag_rows,
+            lengths_are_bounds=are_bounds,
         )
 
 
-def _lag_rows(layout: _Layout, rows: Int64) -> Int64:
-    """The rows of the table whose last step is not committed, others -1; none without drafts."""
+def _are_bounds(layout: _Layout, rows: Int64) -> Bool:
+    """Whose last step is not committed; empty without drafts, where the projection is exact."""
     if not layout.num_drafts:
-        return np.zeros(0, np.int64)
-    return np.where(layout.table.num_launched[rows] > 0, rows, -1)
+        return np.zeros(0, np.bool_)
+    return np.asarray(layout.table.num_launched[rows] > 0)
 
 
 def _extend_batch(layout: _Layout, target: LocalBatch) -> LocalBatch:

@@ -47,7 +47,6 @@ def paged_batch(
         future_token_index=np.full(rows, -1, np.int64),
         positions=positions.astype(np.int64),
         slot_mapping=pages * page_size + positions % page_size,
-        request_ids=np.arange(len(lengths), dtype=np.int64),
         query_lens=query_lens,
         seq_lens=seq_lens,
         page_table=table.copy(),

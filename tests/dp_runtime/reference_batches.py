@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.request import RankRequest
@@ -57,10 +59,9 @@ class ReferenceBatches:
         self.known[request.request_id] = list(request.prompt_token_ids)
         self.computed[request.request_id] = self.scored[request.request_id] = 0
 
-    def parts(self, step: SchedulerOutput, program: Program) -> list[Part]:
-        """Who is in the step, by the scheduler's choice; how far, by what is known."""
+    def parts(self, step: SchedulerOutput, program: Program, ids: list[int]) -> list[Part]:
+        """The requests `ids` of a step, by the scheduler's choice; how far, by what is known."""
         target = step.batches[program.passes.index(Pass.TARGET)]
-        ids = target.request_ids.tolist()
         ends = target.seq_lens.tolist()
         parts = []
         for number, (request_id, end) in enumerate(zip(ids, ends)):
@@ -151,9 +152,9 @@ class ReferenceBatches:
         return len(self.requests[request_id].prompt_token_ids)
 
 
-def rows_of(batch: LocalBatch) -> list[Row]:
-    """What a batch says, in the reference's words."""
-    owners = batch.request_ids.repeat(batch.query_lens).tolist()
+def rows_of(batch: LocalBatch, request_ids: list[int]) -> list[Row]:
+    """What a batch of these requests says, in the reference's words."""
+    owners = np.repeat(request_ids, batch.query_lens).tolist()
     embeds = dict(zip(batch.embed_rows.tolist(), map(tuple, batch.embeds.tolist())))
     columns = zip(
         owners, batch.positions.tolist(), batch.token_ids.tolist(), 

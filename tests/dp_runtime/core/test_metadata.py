@@ -28,7 +28,6 @@ def batch() -> LocalBatch:
         future_token_index=np.full(8, -1, np.int64),
         positions=positions,
         slot_mapping=slots,
-        request_ids=np.arange(3, dtype=np.int64),
         query_lens=np.array([5, 1, 2], np.int32),
         seq_lens=np.array([5, 6, 5], np.int32),
         page_table=page_table,
@@ -140,18 +139,18 @@ def test_lengths_that_are_bounds_move_back_on_the_device() -> None:
         query_lens=np.array([3, 3, 2], np.int32),
         seq_lens=np.array([9, 10, 5], np.int32),
         page_table=page_table,
-        lag_rows=np.array([5, 9, -1], np.int64),
+        lengths_are_bounds=np.array([True, True, False]),
     )
-    exact = bounds.behind(np.array([2, 0, 0]), PAGES.page_size)
-    assert not len(exact.lag_rows), "nothing is a bound any more"
+    exact = bounds.rewound(np.array([2, 0, 0]), PAGES.page_size)
+    assert not len(exact.lengths_are_bounds), "nothing is a bound any more"
     cpu = torch.device("cpu")
-    lag = torch.tensor([2, 0])
-    moved = AttentionMetadata.build(bounds, PAGES, PLACE, cpu, lag)
+    num_rejected = torch.tensor([2, 0])
+    moved = AttentionMetadata.build(bounds, PAGES, PLACE, cpu, num_rejected)
     built = AttentionMetadata.build(exact, PAGES, PLACE, cpu)
     for name in ("seq_lens", "slot_mapping", "page_table", "cu_seqlens_q"):
         assert getattr(moved, name).tolist() == getattr(built, name).tolist(), name
     assert moved.seq_lens_host.tolist() == [9, 10, 5], "mirrors hold the bounds"
     inputs = PassRunner(None, PAGES, cpu)._inputs(  # type: ignore[arg-type]
-        bounds, FutureTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), lag)
+        bounds, FutureTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), num_rejected)
     )
     assert inputs.positions.tolist() == exact.positions.tolist()

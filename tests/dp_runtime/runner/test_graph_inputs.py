@@ -62,7 +62,6 @@ def batch_of(draw: random.Random, requests: int, query_len: int) -> LocalBatch:
         ),
         positions=positions,
         slot_mapping=pages * PAGE + positions % PAGE,
-        request_ids=np.arange(requests),
         query_lens=np.full(requests, query_len, np.int32),
         seq_lens=seq_lens,
         page_table=table.astype(np.int32),
@@ -134,14 +133,14 @@ def test_verifications_move_back_to_where_they_are(
     for _ in range(30):
         batch = batch_of(draw, draw.randint(1, REQUESTS - 1), query_len)
         lags = [draw.randint(0, length - query_len) for length in batch.seq_lens]
-        lag = np.array(lags, np.int64)
-        verified = draw.randint(1, len(lag))  # others are chunks that happen to be as long
-        lag[verified:] = 0
-        own_lag = torch.from_numpy(lag[:verified].copy())
-        pending = replace(pending_of(torch.arange(3), batch, 2), lag=own_lag)
+        num_rejected = np.array(lags, np.int64)
+        verified = draw.randint(1, len(num_rejected))  # others are chunks that happen to be as long
+        num_rejected[verified:] = 0
+        own_rejected = torch.from_numpy(num_rejected[:verified].copy())
+        pending = replace(pending_of(torch.arange(3), batch, 2), num_rejected=own_rejected)
         rows = batch.num_tokens
         inputs.write(batch, rows + query_len, (rows, 0, 0), 8, pending)
-        exact = batch.behind(lag, PAGE)
+        exact = batch.rewound(num_rejected, PAGE)
         for name in ("positions", "slot_mapping"):
             null = list(range(query_len))
             due = [*getattr(exact, name).tolist(), *null]

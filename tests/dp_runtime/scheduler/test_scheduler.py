@@ -87,7 +87,8 @@ class Driver:
         (batch,) = scheduled.batches
         ends = batch.seq_lens.tolist()
         starts = (batch.seq_lens - batch.query_lens).tolist()
-        assert list(zip(batch.request_ids.tolist(), starts, ends, strict=True)) == rows
+        request_ids = self.scheduler.table.request_ids[scheduled.rows].tolist()
+        assert list(zip(request_ids, starts, ends, strict=True)) == rows
         places = [(number, at) for number, start, end in rows for at in range(start, end)]
         assert batch.positions.tolist() == [at for _, at in places]
         sources = batch.future_token_index.tolist()
@@ -225,7 +226,8 @@ def test_nobody_is_admitted_while_an_older_request_lacks_pages() -> None:
     driver = Driver(scheduler(num_pages=11, tokens=16), 0)
     for number, prompt in ((1, 8), (2, 30), (3, 1)):
         driver.add(request(number, prompt, 9))
-    served = [driver.step().batches[0].request_ids.tolist() for _ in range(3)]
+    table = driver.scheduler.table
+    served = [table.request_ids[driver.step().rows].tolist() for _ in range(3)]
     assert driver.scheduler.allocator.num_free == 1, "enough for the third, not for the second"
     assert served == [[1, 2], [1, 2], [1]]
     driver.drain()

@@ -70,8 +70,8 @@ class Driver:
         program = Program.speculative(num_drafts)
         step = self.scheduler.schedule(program)
         self.scheduler.check()
-        parts = self.reference.parts(step, program)
         table = self.scheduler.table
+        parts = self.reference.parts(step, program, table.request_ids[step.rows].tolist())
         pages = {int(table.request_ids[row]): table.pages(row) for row in step.rows.tolist()}
         due = self.reference.passes(parts, program, pages)
         self.check(step, program, parts, due)
@@ -87,15 +87,16 @@ class Driver:
     ) -> None:
         assert len(step.batches) == len(program.passes)
         lags = self.in_flight[-1].lags if self.in_flight else {}
+        request_ids = self.scheduler.table.request_ids[step.rows].tolist()
         for pass_kind, bounds, rows, sample_rows in zip(
             program.passes, step.batches, due.rows, due.sample_rows, strict=True
         ):
             check_values(bounds, self.scheduler.pages, Place(0, 0, pass_kind))
-            ids = bounds.request_ids.tolist()
-            assert (bounds.lag_rows >= 0).tolist() == [one in lags for one in ids]
+            ids = request_ids[: bounds.num_requests]  # those of a draft pass come first
+            assert bounds.lengths_are_bounds.tolist() == [one in lags for one in ids]
             behind = np.array([lags.get(one, 0) for one in ids], np.int64)
-            batch = bounds.behind(behind, self.scheduler.pages.page_size)
-            assert rows_of(batch) == rows, pass_kind
+            batch = bounds.rewound(behind, self.scheduler.pages.page_size)
+            assert rows_of(batch, ids) == rows, pass_kind
             assert batch.sample_rows.tolist() == sample_rows, pass_kind
             starts = batch.seq_lens - batch.query_lens
             assert starts.tolist() == batch.positions[first_rows(batch)].tolist(), pass_kind
