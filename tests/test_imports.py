@@ -36,7 +36,10 @@ def test_the_runtime_imports_neither_ray_nor_torch_distributed() -> None:
 
 def test_imports_go_down_only_but_for_the_engine_s_ranks() -> None:
     upward = offenders("dp_runtime", ("workers", "collectives"))
-    assert set(upward) <= {"dp_runtime/engine.py: workers", "dp_runtime/engine.py: workers.start"}
+    assert set(upward) <= {
+        "dp_runtime/engine/engine.py: workers",
+        "dp_runtime/engine/engine.py: workers.start",
+    }
     assert offenders("collectives", ("workers", "ray")) == []
 
 

@@ -268,7 +268,7 @@ def test_auto_prefers_the_trtllm_kernels_and_says_what_it_can_not(
 def test_a_module_that_was_not_built_is_an_error_after_ready() -> None:
     code = (
         "import torch; from dp_runtime.attention import AttentionSpec, kernels;"
-        "from dp_runtime.kernel_builds import forbid_compilation; forbid_compilation();"
+        "from dp_runtime.kernels.builds import forbid_compilation; forbid_compilation();"
         "b = torch.bfloat16; spec = AttentionSpec(12, 4, 128, 64, b, b);"
         "kernels('trtllm', spec, torch.device('cuda', 0))[1].build()"
     )

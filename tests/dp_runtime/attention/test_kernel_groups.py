@@ -70,7 +70,7 @@ def test_the_packed_mask_lets_a_row_see_the_new_tokens_up_to_itself(query_len: i
         assert bits == (1 << (row + 1)) - 1
 
 
-ADAPTERS = ("sm90", "sm100", "native_wrappers")
+ADAPTERS = ("sm90", "sm100", "flashinfer_wrappers")
 
 
 def tree_of(module: str) -> ast.Module:

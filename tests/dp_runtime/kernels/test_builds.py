@@ -4,7 +4,7 @@ import sys
 import pytest
 
 TRY = """
-from dp_runtime.kernel_builds import forbid_compilation
+from dp_runtime.kernels.builds import forbid_compilation
 forbid_compilation()
 import os
 assert os.environ["FLASHINFER_DISABLE_JIT"] == "1"

@@ -24,7 +24,7 @@ from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.dp_runtime.drafts import DraftRank, add_in_place, on_ranks
 from tests.dp_runtime.paged import CPU
 
-TINY = Path(__file__).parents[2] / "examples/tiny_moe"
+TINY = Path(__file__).parents[3] / "examples/tiny_moe"
 CHECKPOINT = TINY / "checkpoint"
 STEPS = 3  # chained drafts, behind the one of the target's own features
 LENGTHS = (40, 61, 23)

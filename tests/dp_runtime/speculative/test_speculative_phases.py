@@ -236,7 +236,7 @@ class Unrolled:
 
 
 MARGIN = 1e-3
-TINY = Path(__file__).parents[2] / "examples/tiny_moe"
+TINY = Path(__file__).parents[3] / "examples/tiny_moe"
 
 
 def test_drafts_of_the_trained_model_are_those_of_its_module() -> None:

@@ -22,7 +22,7 @@ from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.startup.jit_modules import modules
 from dp_runtime.weights.fp8_blocks import ExpertScales
 
-TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
+TINY_MOE = Path(__file__).parents[3] / "examples" / "tiny_moe" / "checkpoint"
 CPU, HALF = torch.device("cpu"), torch.float16
 MOST_ROWS = 6000
 

@@ -278,7 +278,7 @@ def test_the_table_has_both_where_both_are_known() -> None:
 
 LOADING = """
 import psutil, sys, torch
-from dp_runtime import loader
+from dp_runtime.weights import loader
 loader.MAPPED_BYTES = 8 << 20
 source = loader.Checkpoint(sys.argv[1], torch.device("cpu"), torch.float32)
 resident = lambda: psutil.Process().memory_info().rss
