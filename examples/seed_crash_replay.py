@@ -1,6 +1,6 @@
 """The crash this project comes from (SGLang PR #21649), and why it can not happen here.
 
-    python examples/seed_crash_replay.py [--runs 10] [--dp-size 4] [--model DIR]
+    python -m examples.seed_crash_replay [--runs 10] [--dp-size 4] [--model DIR]
 
 On a GPU, a child process makes the decode call as the buggy code did: 12 query rows, metadata of
 10, and behind row 10 of the same allocations rows whose pages lie outside the pool. The kernel
@@ -17,8 +17,6 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -62,7 +60,7 @@ def show_the_crash(runs: int) -> bool:
 
 def child_dies(kind: str) -> bool:
     """Run the call in a process of its own, for the CUDA context does not survive it."""
-    command = [sys.executable, __file__, "--child", kind]
+    command = [sys.executable, "-m", "examples.seed_crash_replay", "--child", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if "CUDA error" in line]
     print(f"  {kind}: exit {done.returncode}; {done.stdout.strip()} {said[0] if said else ''}")

@@ -1,8 +1,8 @@
 """A soak: 1,730 heavy-tailed requests, 512 in flight, on four ranks that are never alike.
 
-    python examples/soak.py                                         # the tiny model
-    python examples/soak.py --shape qwen3-30b-a3b --padding ragged  # dummy weights, for GPUs
-    python examples/soak.py --ranks-per-gpu 2                       # four ranks on two GPUs
+    python -m examples.soak                                         # the tiny model
+    python -m examples.soak --shape qwen3-30b-a3b --padding ragged  # dummy weights, for GPUs
+    python -m examples.soak --ranks-per-gpu 2                       # four ranks on two GPUs
 
 Half of the requests are pinned, most of them to the first ranks; the last rank gets nothing for
 the first 50 steps; pages are scarce, so that requests are preempted; one request is aborted in
@@ -23,8 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 from typing import get_type_hints
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Verification of drafts of different lengths: by length, by the ragged XQA entry, or by FMHAv2.
 
-    python examples/benchmarks/attention_ragged.py
+    python -m examples.benchmarks.attention_ragged
 
 64 requests with up to 2048 tokens in the cache, each with 2..8 query rows; one layer of the
 Qwen3-30B-A3B shape, bf16, page 64. Eager, as the runtime calls it, and replayed in a CUDA graph.
@@ -10,13 +10,9 @@ Floor: the bytes of K and V that must be read, at 3.0 TB/s. Needs a GPU with XQA
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Shared memory against Gloo: an all-gather and a reduce-scatter between CPU ranks of one host.
 
-    python examples/benchmarks/collectives_cpu.py
+    python -m examples.benchmarks.collectives_cpu
 
 Prints median and p99 of rank 0 for both, their ratio, and the distance from the floor: the time
 one process needs to copy the bytes once that a rank must at least touch (the gathered rows).
@@ -12,16 +12,12 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path
 from collectives.torch_distributed.group import TorchDistributedGroup

@@ -1,7 +1,7 @@
 """What the attention contract costs a step of the Qwen3-30B-A3B shape, on the host.
 
-    python examples/benchmarks/contract_cost.py
-    python examples/benchmarks/contract_cost.py --no-step    # without the model, as on a CPU
+    python -m examples.benchmarks.contract_cost
+    python -m examples.benchmarks.contract_cost --no-step    # without the model, as on a CPU
 
 Values are checked once a pass, on the host mirrors; the checks of the 48 layers are recorded from
 the adapter's own calls and replayed, without the rest of its work. Times are medians.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """A decode step: its time, its floor, and where each microsecond goes, kernel by kernel.
 
-    python examples/benchmarks/decode_step.py --model DIR --dp-size 4 --requests 16 64 128
+    python -m examples.benchmarks.decode_step --model DIR --dp-size 4 --requests 16 64 128
 
 DIR may hold a config.json only (examples/nvl4/shape.py): weights are dummies. Every rank decodes
 so many requests, prompts of 1024 and outputs of 256 tokens, in the runtime's own step loop. A step
@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.metrics.trace import StepTrace

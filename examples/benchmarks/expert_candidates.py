@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.kernels.expert_tiles import FLAT, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs

@@ -1,7 +1,7 @@
 """What a step of decodes costs a rank on the host, phase by phase, without a model.
 
-    python examples/benchmarks/host_step.py
-    python examples/benchmarks/host_step.py --requests 128 --steps 2000 --depth 0
+    python -m examples.benchmarks.host_step
+    python -m examples.benchmarks.host_step --requests 128 --steps 2000 --depth 0
 
 One rank schedules steps as its loop does; the tokens are what the real sampler finds in logits over
 a vocabulary of 8. "load" is what the rank posts about itself. Prints medians in microseconds.
@@ -12,17 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 

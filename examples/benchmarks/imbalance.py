@@ -1,6 +1,6 @@
 """Uneven ranks: what a rank's GPU does depends on its own rows, and what padding would cost.
 
-    python examples/benchmarks/imbalance.py --model DIR --requests 1 128 1 1 --requests 0 64 64 64
+    python -m examples.benchmarks.imbalance --model DIR --requests 1 128 1 1 --requests 0 64 64 64
 
 One number of requests for each rank, all decoding, in graphs. Every load runs three times: as the
 runtime does it, each rank's graph at its own rows; even, every rank with the largest rank's
@@ -13,12 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.parallel.buckets import GraphBuckets

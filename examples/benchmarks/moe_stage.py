@@ -1,6 +1,6 @@
 """One layer's experts on one GPU: Triton kernels against grouped products, and the floor.
 
-    python examples/benchmarks/moe_stage.py [--tokens 4 16 64 ...] [--shapes ep4 tp4 ep2] [--fp8]
+    python -m examples.benchmarks.moe_stage [--tokens 4 16 64 ...] [--shapes ep4 tp4 ep2] [--fp8]
 
 The Qwen3-30B-A3B shape split over ranks, bf16 (--fp8: Triton's weights are e4m3 in blocks of 128 x
 128), uniform random routing, four weight sets in turn, inside a CUDA graph, routing included.
@@ -11,15 +11,11 @@ matrix rate in bf16, whichever is larger.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear

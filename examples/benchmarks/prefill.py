@@ -1,6 +1,6 @@
 """Prefill: tokens a second, beside the floor of the operations, and where the time goes.
 
-    python examples/benchmarks/prefill.py --model DIR --dp-size 4 --rows 8192 2048
+    python -m examples.benchmarks.prefill --model DIR --dp-size 4 --rows 8192 2048
 
 Every rank has prompts of 1024 tokens enough for some full steps of so many rows. The floor is the
 matrix operations of the rank's rows and of its share of the experts at the measured rate of a large
@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.models.config import ModelConfig, read_model_config

@@ -1,7 +1,7 @@
 """One rank prefills long prompts in chunks: what the requests that others decode notice of it.
 
-    python examples/benchmarks/prefill_interference.py --model DIR --device cuda --dp-size 2
-    python examples/benchmarks/prefill_interference.py --device cpu --dp-size 2 --plot FILE.png
+    python -m examples.benchmarks.prefill_interference --model DIR --device cuda --dp-size 2
+    python -m examples.benchmarks.prefill_interference --device cpu --dp-size 2 --plot FILE.png
 
 Rank 0 gets prompts one after another, every other rank decodes --decoders requests. `together` is
 how the runtime does it: a chunk and the others' decodes are rows of one step. `idling` is what
@@ -32,8 +32,6 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.config import EngineConfig
 from examples.benchmarks import machine

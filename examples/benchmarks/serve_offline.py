@@ -1,6 +1,6 @@
 """All requests at once: output tokens a second, inter-token time and time to first token.
 
-    python examples/benchmarks/serve_offline.py --model DIR --dp-size 4 --load fixed --requests 256
+    python -m examples.benchmarks.serve_offline --model DIR --dp-size 4 --load fixed --requests 256
 
 Loads: `fixed`, prompts of 1024 and outputs of 256 tokens; `imbalanced`, prompts log-uniform
 128..4096 and outputs log-uniform 32..512. Request i goes to rank i mod dp_size, or where the
@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.engine.handle import RequestHandle

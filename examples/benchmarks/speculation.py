@@ -1,6 +1,6 @@
 """Speculation on held-out text: tokens a second and tokens a verification, with and without it.
 
-    python examples/benchmarks/speculation.py --device cpu --dp-size 1 --num-steps 0 3
+    python -m examples.benchmarks.speculation --device cpu --dp-size 1 --num-steps 0 3
 
 Prompts are cut from text that the tiny model was not trained on (examples/tiny_moe/held_out.txt):
 the first --prompt-tokens of consecutive pieces of its documents. They get --new-tokens greedy
@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tokenizers import Tokenizer
 

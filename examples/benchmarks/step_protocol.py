@@ -1,7 +1,7 @@
 """What agreeing on a step costs by itself: post a record, read all ranks' records, fold them.
 
-    python examples/benchmarks/step_protocol.py
-    python examples/benchmarks/step_protocol.py --board gloo --steps 2000
+    python -m examples.benchmarks.step_protocol
+    python -m examples.benchmarks.step_protocol --board gloo --steps 2000
 
 Prints median and p99 of rank 0, in microseconds.
 """
@@ -11,16 +11,12 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from collectives.in_process import InProcessGroup
 from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path

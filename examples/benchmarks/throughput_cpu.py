@@ -1,6 +1,6 @@
 """Output tokens per second on CPU ranks, beside transformers' batched `generate`.
 
-    python examples/benchmarks/throughput_cpu.py [--model DIR] [--rounds 3]
+    python -m examples.benchmarks.throughput_cpu [--model DIR] [--rounds 3]
 
 One load for all: 64 prompts of random tokens, lengths log-uniform 16..512, outputs log-uniform
 16..128, greedy, seed 0. transformers gets the prompts sorted by length, in its best of the batch
@@ -14,12 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 

@@ -1,6 +1,6 @@
 """Which tiles of the expert kernels are fastest on this GPU, for each shape and number of tokens.
 
-    python examples/benchmarks/tune_experts.py [--shapes ep4 ep2 tp4 tp2] [--tokens 16 64 ...]
+    python -m examples.benchmarks.tune_experts [--shapes ep4 ep2 tp4 tp2] [--tokens 16 64 ...]
 
 The Qwen3-30B-A3B shape in bf16, uniform random routing. Candidates are compiled beforehand in
 processes, checked against plain torch, and timed in CUDA graphs with four weight sets in turn. For
@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts

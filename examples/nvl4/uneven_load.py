@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from itertools import cycle, islice
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dp_runtime.cli.workload import Workload
 from dp_runtime.models.config import read_model_config

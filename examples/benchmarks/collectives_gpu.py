@@ -1,6 +1,6 @@
 """Peer-to-peer kernels against NCCL: all-gather and reduce-scatter between the GPUs of a host.
 
-    python examples/benchmarks/collectives.py [--rows 8 64 256 ...] [--hidden 2048]
+    python -m examples.benchmarks.collectives_gpu [--rows 8 64 256 ...] [--hidden 2048]
 
 A rank per GPU, each seeing only its own, bf16, inside CUDA graphs of 50 pairs (the kernels need
 that a gather and a reduce-scatter alternate). A pair is timed as eager steps move rows, over both
@@ -19,13 +19,10 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from collectives.peer_to_peer.group import PeerToPeerGroup
 from collectives.shared_memory.group import new_rendezvous_path
