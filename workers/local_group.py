@@ -11,28 +11,22 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from collectives.in_process import InProcessGroup
+from collectives.session import session_token
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed
 from workers.devices import resolve_device
+from workers.forkserver import ForkServer, rank_environment
 from workers.group import WorkerGroup
 from workers.messages import CONCURRENCY_GROUPS, Call, Reply
 from workers.worker import Worker
 
 EXIT_S = 1.0
-
-
-def import_path() -> str:
-    """PYTHONPATH with which a rank imports what this process imports.
-
-    An empty entry is the working directory, which the driver then searches too. Without one a rank
-    must not: `python -m` would put it first, hence the -P beside it.
-    """
-    return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+_STARTING = threading.Lock()
 
 
 class ThreadRank:
@@ -52,25 +46,22 @@ class ThreadRank:
             lane.shutdown(wait=False)
 
 
-class ProcessRank:
-    """A rank in a process of its own, reached over a pair of sockets.
+class ChildProcess(Protocol):
+    """A process of this host, as subprocess.Popen shows it."""
 
-    The process is started from an executable module, not by re-importing the caller's script,
-    and in a session of its own: Ctrl-C reaches the driver only. It ends when its socket closes.
-    """
+    def kill(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its exit status, negative for a signal; subprocess.TimeoutExpired if it runs."""
+
+
+class ProcessRank:
+    """A rank in a process of its own, reached over a pair of sockets; it ends when they close."""
 
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
         self.dp_rank = dp_rank
-        ours, theirs = socket.socketpair()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "workers.local_rank", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": import_path()},
-        )
-        theirs.close()
-        self._connection = Connection(ours.detach())
+        start = _fork if device == "cpu" and sys.platform == "linux" else _spawn
+        self._process, self._connection = start(dp_rank, config.start_timeout_s)
         self._calls: dict[int, Future[Any]] = {}
         self._ids = count()
         self._lock = threading.Lock()
@@ -123,6 +114,40 @@ class ProcessRank:
             return RankFailed(f"rank {self.dp_rank} closed its connection")
         how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
         return RankFailed(f"the process of rank {self.dp_rank} ended ({how})")
+
+
+def _fork(dp_rank: int, timeout_s: float) -> tuple[ChildProcess, Connection]:
+    """Start a rank from the process that has imported all it needs."""
+    return _fork_server().fork("workers.local_rank:serve", f"dp-rank-{dp_rank}", timeout_s)
+
+
+def _spawn(dp_rank: int, timeout_s: float) -> tuple[ChildProcess, Connection]:
+    """Start a rank in a fresh interpreter, as GPUs need: what CUDA sets up does not survive a fork.
+
+    It runs a module of ours and does not import the caller's script again.
+    """
+    ours, theirs = socket.socketpair()
+    fds = (theirs.fileno(), os.pidfd_open(os.getpid()))
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "workers.local_rank", session_token(), *map(str, fds)],
+        pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True, env=rank_environment(),
+    )  # fmt: skip
+    theirs.close()
+    os.close(fds[1])
+    return process, Connection(ours.detach())
+
+
+_servers: list[ForkServer] = []  # the one in use, started with the first rank
+
+
+def _fork_server() -> ForkServer:
+    """The server of this process, which later engines find warm."""
+    with _STARTING:
+        if not (_servers and _servers[-1].usable):
+            for outdated in _servers:
+                outdated.close()
+            _servers[:] = [ForkServer("workers.local_rank")]
+        return _servers[0]
 
 
 def start_local(config: EngineConfig) -> WorkerGroup:

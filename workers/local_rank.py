@@ -1,4 +1,4 @@
-"""The process of one local rank: `python -m workers.local_rank FD` serves calls from a socket."""
+"""The process of one local rank, forked by a ForkServer or started as a module of its own."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import pickle
 import sys
 import threading
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 from collectives.shared_memory.rendezvous import remove_rendezvous
 from workers.local_group import ThreadRank
 from workers.messages import Call, MeetingPoint, Reply
 
 
-def serve(connection: Connection) -> None:
-    """Run calls in their lanes until the driver closes its end; then the process ends."""
+def serve(connection: Connection, driver: int) -> None:
+    """Run the driver's calls until it closes its end, or its pidfd says that it has ended.
+
+    A child that the driver's program has forked may hold the other end open for longer.
+    """
     dp_rank, config, device = connection.recv()
     rank = ThreadRank(dp_rank, config, device)
     lock = threading.Lock()
@@ -34,6 +37,8 @@ def serve(connection: Connection) -> None:
 
     while True:
         try:
+            if driver in wait([connection, driver]):
+                raise EOFError
             call: Call = connection.recv()
         except (EOFError, OSError):
             for point in met:
@@ -54,4 +59,4 @@ def _portable(error: BaseException | None) -> BaseException | None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[2])), int(sys.argv[3]))  # after the session token

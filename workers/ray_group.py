@@ -10,6 +10,7 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any
 
+from collectives.session import session_token
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from workers.devices import resolve_device
@@ -160,5 +161,6 @@ def _actor_class() -> Any:
 
         return ray.method(concurrency_group=CONCURRENCY_GROUPS[name])(call)
 
-    rank_class = type("Rank", (Worker,), {name: in_its_lane(name) for name in CONCURRENCY_GROUPS})
+    title = f"Rank_{session_token()}"  # how `ps` shows the actor's process
+    rank_class = type(title, (Worker,), {name: in_its_lane(name) for name in CONCURRENCY_GROUPS})
     return ray.remote(concurrency_groups=dict.fromkeys(CONCURRENCY_GROUPS.values(), 1))(rank_class)

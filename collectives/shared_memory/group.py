@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from collectives.rows import check_gather, check_reduce_scatter, cut, split, sum_in_rank_order
+from collectives.session import session_token
 from collectives.shared_memory.board import SharedMemoryBoard
 from collectives.shared_memory.channel import CLOSED, Channel
 from collectives.shared_memory.region import RegionLayout
@@ -30,7 +31,7 @@ def shared_root() -> str:
 
 def new_rendezvous_path(root: str | None = None) -> str:
     """A path for one group, below this host's or another host's `root`; nothing is created."""
-    return os.path.join(root or shared_root(), f"dp-runtime-{uuid.uuid4().hex}")
+    return os.path.join(root or shared_root(), f"dp-runtime-{session_token()}-{uuid.uuid4().hex}")
 
 
 class SharedMemoryGroup:

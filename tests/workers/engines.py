@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from collectives.session import VARIABLE, session_token
 from dp_runtime import Engine, EngineConfig, SamplingParams
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,6 +41,7 @@ class Driver:
                 *("--max-num-requests", "4", *flags),
             ],
             cwd=REPOSITORY,
+            env=os.environ | {VARIABLE: session_token()},
             start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

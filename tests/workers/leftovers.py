@@ -9,13 +9,16 @@ from pathlib import Path
 
 import psutil
 
+from collectives.session import session_token
+
 
 def rank_processes() -> dict[int, str]:
-    """Processes of this machine that run a rank, by pid: local ones and Ray actors."""
-    found = {}
-    for process in psutil.process_iter(["pid", "cmdline"]):
+    """Processes that run a rank of this session, by pid: forked, fresh, and Ray actors."""
+    token, found = session_token(), {}
+    for process in psutil.process_iter(["pid", "name", "cmdline"]):
         words = process.info["cmdline"] or []
-        if "workers.local_rank" in words or (words and words[0].startswith("ray::Rank")):
+        ours = process.info["name"].startswith("dp-rank-") or "workers.local_rank" in words
+        if (ours and token in words) or (words and words[0].startswith(f"ray::Rank_{token}")):
             found[process.info["pid"]] = " ".join(words)
     return found
 
@@ -28,7 +31,11 @@ def serving_processes() -> set[int]:
 def left_overs() -> tuple[set[int], list[str], set[Path]]:
     """Processes of ranks, threads of ranks in this process, and names of shared memory."""
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("dp-rank"))
-    return set(rank_processes()), threads, set(Path("/dev/shm").glob("dp-runtime-*"))
+    return (
+        set(rank_processes()),
+        threads,
+        set(Path("/dev/shm").glob(f"dp-runtime-{session_token()}-*")),
+    )
 
 
 def wait_until(ok: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:

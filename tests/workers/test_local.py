@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from collectives.session import session_token
 from dp_runtime import Engine, EngineConfig
 from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import EngineClosed, QueueFull, RankFailed, StartError
@@ -223,11 +224,13 @@ def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal
 def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path: Path) -> None:
     """It removes the names of a meeting that never takes place."""
     ours, theirs = socket.socketpair()
+    fds = (theirs.fileno(), os.pidfd_open(os.getpid()))
     process = subprocess.Popen(
-        [sys.executable, "-m", "workers.local_rank", str(theirs.fileno())],
-        pass_fds=[theirs.fileno()], cwd=REPOSITORY,
+        [sys.executable, "-m", "workers.local_rank", session_token(), *map(str, fds)],
+        pass_fds=fds, cwd=REPOSITORY,
     )  # fmt: skip
     theirs.close()
+    os.close(fds[1])
     meeting = tmp_path / "meeting"
     with Connection(ours.detach()) as driver:  # closing it ends the rank, also if the test fails
         driver.send((0, EngineConfig(str(model), dp_size=2, num_pages=1100), "cpu"))

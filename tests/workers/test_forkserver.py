@@ -1,0 +1,113 @@
+"""The process that forks ranks: what children see, how their ends are told, and its own end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dp_runtime.errors import StartError
+from tests.workers.engines import REPOSITORY
+from tests.workers.leftovers import wait_until
+from workers import forkserver
+from workers.forkserver import ForkServer
+
+TELL = "tests.workers.forked:tell"
+DRIVER = """
+import json, os, signal, sys, time
+from workers.forkserver import ForkServer
+server = ForkServer("tests.workers.forked")
+children = [server.fork("tests.workers.forked:tell", f"dp-rank-{i}", 60.0) for i in range(2)]
+told = [channel.recv() for process, channel in children]
+if os.fork() == 0:  # holds the driver's ends of all channels
+    time.sleep(60)
+os.kill(told[1]["pid"], signal.SIGSTOP)
+print(json.dumps(told), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    one = ForkServer("tests.workers.forked", "torch")
+    yield one
+    one.close()
+
+
+def test_a_child_sees_what_the_driver_has_now(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("one", "two"):
+        monkeypatch.setenv("DP_RUNTIME_TEST", value)
+        monkeypatch.chdir(tmp_path if value == "two" else REPOSITORY)
+        process, channel = server.fork(TELL, "dp-rank-7", 60.0)
+        told: dict[str, Any] = channel.recv()
+        assert (told["variable"], told["directory"]) == (value, os.getcwd())
+        assert told["blas_threads"] == os.environ.get("OPENBLAS_NUM_THREADS")
+        assert told["pid"] == process.pid
+        assert told["leads_session"]
+        assert told["torch"], "it need not import what the server has"
+        assert told["threads"] == 1
+        assert told["main"] == forkserver.__file__, "not the caller's script"
+        assert psutil.Process(process.pid).name() == "dp-rank-7"
+        channel.send(0)
+        assert process.wait(10) == 0
+
+
+def test_how_a_child_ended(server: ForkServer) -> None:
+    first, second = (server.fork(TELL, f"dp-rank-{rank}", 60.0) for rank in range(2))
+    with pytest.raises(subprocess.TimeoutExpired):
+        first[0].wait(0.01)
+    first[0].kill()
+    assert first[0].wait(10) == -signal.SIGKILL
+    first[0].kill()
+    assert first[0].wait() == -signal.SIGKILL
+    second[1].recv()
+    second[1].send(3)
+    assert second[0].wait(10) == 3
+
+
+def test_a_server_that_can_not_import_is_a_start_error() -> None:
+    server = ForkServer("tests.no_such_module")
+    with pytest.raises(StartError, match=r"dp-rank-0: the process that starts ranks ended \(exit"):
+        server.fork(TELL, "dp-rank-0", 60.0)
+    assert not server.usable
+    server.close()
+
+
+def test_a_server_of_another_import_path_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ForkServer("tests.workers.forked")
+    assert server.usable
+    monkeypatch.syspath_prepend("/elsewhere")
+    assert not server.usable
+    server.close()
+
+
+def test_all_end_with_the_driver(tmp_path: Path) -> None:
+    """Also where a child of its program holds its sockets, and where a rank is stopped."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert driver.stdout is not None
+        told = json.loads(driver.stdout.readline())
+        processes = [psutil.Process(one["pid"]) for one in told]
+        processes.append(psutil.Process(told[0]["server"]))
+        driver.kill()
+        driver.wait()
+        wait_until(lambda: not any(map(alive, processes)), "children and server end", 20)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)  # the forked child
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
