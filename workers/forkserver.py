@@ -248,6 +248,7 @@ def main(_token: str, control: str, driver: str, *preload: str) -> None:
         import_module(module)
     gc.freeze()  # children share these pages as long as no collection writes to them
     _Server(socket.socket(fileno=int(control)), int(driver)).run()
+    os._exit(0)  # else libraries that the server only holds for its children take leave at length
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from workers.messages import CONCURRENCY_GROUPS, Call, Reply
 from workers.worker import Worker
 
 EXIT_S = 1.0
+# torch imports its compiler, for a second, at the first torch.cat of meta tensors: see rank_plan.
+PRELOAD = ("workers.local_rank", "torch._dynamo")
 _STARTING = threading.Lock()
 
 
@@ -146,7 +148,7 @@ def _fork_server() -> ForkServer:
         if not (_servers and _servers[-1].usable):
             for outdated in _servers:
                 outdated.close()
-            _servers[:] = [ForkServer("workers.local_rank")]
+            _servers[:] = [ForkServer(*PRELOAD)]
         return _servers[0]
 
 
