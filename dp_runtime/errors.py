@@ -36,6 +36,10 @@ class RankFailed(RuntimeError):
     """A rank died or stopped while it served."""
 
 
+class RequestFailed(RuntimeError):
+    """One request could not be processed; its engine serves on."""
+
+
 class QueueFull(RuntimeError):
     """The engine holds as many unfinished requests as it may."""
 

@@ -147,12 +147,12 @@ def test_stop_strings(overlap: bool, with_text: Path, greedy: list[RequestOutput
     params = [replace(GREEDY, stop=["nowhere", stop]), *[GREEDY] * 5]
     with threads(with_text, 3, overlap=overlap) as engine:
         outputs = engine.generate(PROMPTS[:6], params)
-        text = " ".join(f"w{token:03}" for token in ids)
+        text = "".join(f" w{token:03}" for token in ids)  # it continues a prompt
         assert outputs[0].text == text[: text.index(stop)]
         assert outputs[0].token_ids == ids[: first + 1]
         assert (outputs[0].finish_reason, outputs[0].stop_reason) == (FinishReason.STOP, stop)
         assert [o.token_ids for o in outputs[1:]] == [o.token_ids for o in greedy[1:]]
-        streamed = list(engine.stream(text, replace(GREEDY, max_tokens=5)))
+        streamed = list(engine.stream(text[1:], replace(GREEDY, max_tokens=5)))
         check_pages_free(engine)
     assert [len(delta.token_ids) for delta in streamed if delta.token_ids] == [1] * 5
     assert streamed[-1].finish_reason is FinishReason.LENGTH

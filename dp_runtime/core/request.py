@@ -86,6 +86,7 @@ class RequestDelta:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one for each token, if asked for
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class SamplingParams:
     stop: Sequence[str] | str = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -135,4 +136,5 @@ class SamplingParams:
         ok = isinstance(self.stop_token_ids, Sequence) and not isinstance(self.stop_token_ids, str)
         ok = ok and all(is_int(token) and token >= 0 for token in self.stop_token_ids)
         require(ok, "stop_token_ids", self.stop_token_ids, "a list of token ids")
-        require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "a bool")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Sequence
 from time import monotonic
 from types import TracebackType
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import Prompt, RankRequest, RequestDelta, RequestOutput, RequestUpdate
+from dp_runtime.core.request import Prompt, RankRequest, RequestOutput, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.admission import ROUTERS, Admission
-from dp_runtime.engine.handle import RequestHandle
+from dp_runtime.engine.handle import RequestHandle, RequestStream
 from dp_runtime.engine.inputs import RequestFactory
-from dp_runtime.engine.rank_group import RankGroup
-from dp_runtime.engine.tokenizer import OutputText, Tokenizer
-from dp_runtime.errors import EngineClosed, StartError, is_int, require
+from dp_runtime.engine.output_processor import OutputProcessor
+from dp_runtime.engine.rank_group import start_ranks
+from dp_runtime.engine.request_log import RequestLog
+from dp_runtime.engine.tokenizer import Tokenizer
+from dp_runtime.errors import EngineClosed, is_int, require
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import Report, StepTrace
@@ -33,7 +33,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
         self.config = config
-        self._group = _start_ranks(config, show_progress)
+        self._group = start_ranks(config, show_progress)
         model = self._group.model
         try:
             self.tokenizer = Tokenizer(model.tokenizer_json) if model.tokenizer_json else None
@@ -43,13 +43,13 @@ class Engine:
         self._factory = RequestFactory(model, self.tokenizer, config.seed)
         router = ROUTERS[config.routing]()
         self._admission = Admission(router, config.dp_size, config.max_queued_requests)
-        self._handles: dict[int, RequestHandle] = {}  # the token log of every live request
+        self._outputs = OutputProcessor()
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._closed: BaseException | None = None
         self._clock = BusyClock()
         self._num_finished = 0
-        self._group.listen(self._on_progress, self._on_failure)
+        self._group.listen(self._on_updates, self._end)
 
     @property
     def model(self) -> ModelInfo:
@@ -86,13 +86,12 @@ class Engine:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
-    ) -> Iterator[RequestDelta]:
-        """Yield what comes anew for one prompt; leaving the iteration early aborts it."""
-        handle = self.submit(prompt, params, dp_rank)
-        try:
-            yield from handle
-        finally:
-            handle.abort()
+    ) -> RequestStream:
+        """Start one prompt and iterate over what comes anew; leaving it early aborts it.
+
+        Raises as `submit` does.
+        """
+        return RequestStream(self.submit(prompt, params, dp_rank))
 
     def submit(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
@@ -174,53 +173,42 @@ class Engine:
             raise self._closed
 
     def _start(self, request: RankRequest, dp_rank: int | None, wait: bool = True) -> RequestHandle:
-        rank = self._admission.enter(_cost(request), dp_rank, wait)
-        text = None
-        if self.tokenizer is not None:
-            params = request.params
-            text = OutputText(self.tokenizer, params.stop_strings, params.min_tokens)
-        handle = RequestHandle(request, rank, text, self._abort)
+        tokens = len(request.prompt_token_ids) + request.params.max_tokens
+        rank = self._admission.enter(tokens, dp_rank, wait)
+        log = RequestLog(request, rank, self.tokenizer)
+        handle = RequestHandle(log, self._abort)
         with self._lock:
             self._check_open()
-            self._handles[request.request_id] = handle
+            self._outputs.add(log, handle)
             self._clock.enter()
         self._group.submit(rank, [request])
         return handle
 
-    def _abort(self, handle: RequestHandle) -> None:
-        with self._lock:
-            live = handle.request_id in self._handles
-        if live:
-            self._group.abort(handle.dp_rank, [handle.request_id])
+    def _abort(self, dp_rank: int, request_id: int) -> None:
+        if request_id in self._outputs:
+            self._group.abort(dp_rank, [request_id])
 
-    def _on_progress(self, dp_rank: int, items: Sequence[RequestUpdate]) -> None:
-        for item in items:
-            handle = self._handles.get(item.request_id)
-            if handle is None:
-                continue  # NOTE: ended by a stop string; the rank has not heard of it yet
-            if handle.apply(item):
-                self._group.abort(dp_rank, [item.request_id])
-            if handle.done:
-                self._finish(handle)
+    def _on_updates(self, dp_rank: int, updates: Sequence[RequestUpdate]) -> None:
+        deliveries = self._outputs.process(updates)
+        if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
+            self._group.abort(dp_rank, running)
+        for delivery in deliveries:
+            if delivery.ends:
+                self._count_finished(delivery.log)
+        for delivery in deliveries:
+            delivery.deliver()
 
-    def _finish(self, handle: RequestHandle) -> None:
+    def _count_finished(self, log: RequestLog) -> None:
         with self._lock:
-            if self._handles.pop(handle.request_id, None) is None:
-                return
             self._clock.leave()
             self._num_finished += 1
-        self._admission.leave(handle.dp_rank, _cost(handle.request))
-
-    def _on_failure(self, error: BaseException) -> None:
-        self._end(error)
+        self._admission.leave(log.dp_rank, log.num_reserved_tokens)
 
     def _end(self, error: BaseException) -> None:
         with self._lock:
             self._closed = error
-            handles, self._handles = self._handles, {}
         self._admission.close(error)
-        for handle in handles.values():
-            handle.fail(error)
+        self._outputs.fail_all(error)
 
 
 class BusyClock:
@@ -244,27 +232,3 @@ class BusyClock:
     @property
     def elapsed_s(self) -> float:
         return self._elapsed_s + (monotonic() - self._since if self._num_inside else 0.0)
-
-
-def _start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
-    _check_not_shadowed("workers", "collectives")
-    from workers import start  # NOTE: the one import upward; ranks come to the engine this way
-
-    return start(config, show_progress)
-
-
-def _cost(request: RankRequest) -> int:
-    return len(request.prompt_token_ids) + request.params.max_tokens
-
-
-def _check_not_shadowed(*packages: str) -> None:
-    """StartError if Python finds packages of another project under the names of our own."""
-    home = Path(__file__).parents[2]  # the directory that holds dp_runtime
-    for name in packages:
-        spec = find_spec(name)
-        found = Path(spec.origin).parent if spec is not None and spec.origin else None
-        if found is None or found.resolve() != (home / name).resolve():
-            raise StartError(
-                f"the package {name!r} that Python finds first is {found}, not that of dp-runtime "
-                f"({home / name}): rename it, or start the program from another directory"
-            )

@@ -1,54 +1,47 @@
-"""RequestHandle: the driver's side of one request, and its entry in the token log."""
+"""RequestHandle and RequestStream: what a user holds of a running request."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from time import monotonic
+from collections.abc import Callable, Iterator, Sequence
 
-from dp_runtime.core.request import (
-    FinishReason,
-    RankRequest,
-    RequestDelta,
-    RequestOutput,
-    RequestUpdate,
-    TokenLogprob,
-)
-from dp_runtime.engine.tokenizer import OutputText, TextStep
+from dp_runtime.core.request import RankRequest, RequestDelta, RequestOutput
+from dp_runtime.engine.delta_queue import DeltaQueue
+from dp_runtime.engine.request_log import RequestLog
 
 
 class RequestHandle:
-    """A submitted request: wait for it, iterate over its deltas, or abort it.
+    """A submitted request: wait for it, iterate over its deltas, or abort it."""
 
-    It holds the request and every token delivered so far, which is all that a replay on another
-    rank would need.
-    """
-
-    def __init__(
-        self,
-        request: RankRequest,
-        dp_rank: int,
-        text: OutputText | None,
-        on_abort: Callable[[RequestHandle], None],
-    ) -> None:
-        self.request = request
-        self.dp_rank = dp_rank
-        self.token_ids: list[int] = []
-        self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
-        self._text = text
+    def __init__(self, log: RequestLog, on_abort: Callable[[int, int], None]) -> None:
+        self._log = log
         self._on_abort = on_abort
-        self._shown: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._prompt_logprobs: list[TokenLogprob] = []
-        self._deltas: deque[RequestDelta] = deque()
+        self._deltas = DeltaQueue()
         self._changed = threading.Condition()
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
 
     @property
+    def request(self) -> RankRequest:
+        return self._log.request
+
+    @property
     def request_id(self) -> int:
-        return self.request.request_id
+        return self._log.request_id
+
+    @property
+    def dp_rank(self) -> int:
+        return self._log.dp_rank
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The output tokens so far."""
+        return self._log.token_ids
+
+    @property
+    def arrivals(self) -> Sequence[tuple[float, int]]:
+        """When output tokens came (time.monotonic()), and how many at that time."""
+        return self._log.arrivals
 
     @property
     def done(self) -> bool:
@@ -67,7 +60,7 @@ class RequestHandle:
 
     def abort(self) -> None:
         """End the request where it is; its result says `abort` unless it was already done."""
-        self._on_abort(self)
+        self._on_abort(self.dp_rank, self.request_id)
 
     def __iter__(self) -> Iterator[RequestDelta]:
         """What comes in, as it comes in; the last delta has the finish reason."""
@@ -78,63 +71,40 @@ class RequestHandle:
                     if self._error:
                         raise self._error
                     return
-                delta = self._deltas.popleft()
+                delta = self._deltas.get()
             yield delta
 
-    def apply(self, progress: RequestUpdate) -> bool:
-        """Take over what the rank did; True if a stop string ended the request just now."""
+    def put(self, delta: RequestDelta, output: RequestOutput | None) -> None:
+        """Take what is new from the ranks (an OutputSink)."""
         with self._changed:
-            if self.done:
-                return False  # the rank had not heard yet that a stop string ended it
-            assert progress.first_index == len(self.token_ids), (
-                f"request {self.request_id}: token {progress.first_index} came, "
-                f"{len(self.token_ids)} is next"
-            )
-            self._prompt_logprobs += progress.prompt_logprobs
-            text = self._read(progress)
-            token_ids = progress.token_ids[: text.num_kept]
-            self.token_ids += token_ids
-            if token_ids:
-                self.arrivals.append((monotonic(), len(token_ids)))
-            self._logprobs += progress.logprobs[: text.num_kept]
-            reason = FinishReason.STOP if text.stop else progress.finish_reason
-            if text.text or token_ids or reason:
-                self._shown.append(text.text)
-                self._deltas.append(RequestDelta(self.request_id, text.text, token_ids, reason))
-            if reason:
-                self._finish(reason, text.stop or progress.stop_reason)
-            self._changed.notify_all()
-            return text.stop is not None and progress.finish_reason is None
+            if self._error is None:
+                self._deltas.put(delta)
+                self._output = output
+                self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """The engine can not finish the request."""
+        """The request will not be finished (an OutputSink)."""
         with self._changed:
             if not self.done:
                 self._error = error
                 self._changed.notify_all()
 
-    def _read(self, progress: RequestUpdate) -> TextStep:
-        """The text of new tokens, with what was held back if they are the last ones."""
-        if self._text is None:
-            return TextStep("", None, len(progress.token_ids))
-        step = self._text.push(progress.token_ids)
-        if progress.finish_reason is None or step.stop is not None:
-            return step
-        rest = self._text.finish()
-        return TextStep(step.text + rest.text, rest.stop, step.num_kept)
 
-    def _finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
-        params = self.request.params
-        self._output = RequestOutput(
-            request_id=self.request_id,
-            prompt_token_ids=self.request.prompt_token_ids,
-            text="".join(self._shown),
-            token_ids=tuple(self.token_ids),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            dp_rank=self.dp_rank,
-            logprobs=None if params.logprobs is None else tuple(self._logprobs),
-            prompt_logprobs=(
-                None if params.prompt_logprobs is None else tuple(self._prompt_logprobs)
-            ),
-        )
+class RequestStream:
+    """Iterates over the deltas of a request, and aborts it when it is left early."""
+
+    def __init__(self, handle: RequestHandle) -> None:
+        self._handle = handle
+        self._deltas = iter(handle)
+
+    def __iter__(self) -> RequestStream:
+        return self
+
+    def __next__(self) -> RequestDelta:
+        return next(self._deltas)
+
+    def close(self) -> None:
+        self._handle.abort()
+
+    def __del__(self) -> None:
+        self.close()

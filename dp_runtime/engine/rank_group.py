@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
+from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FailureListener, RankRequest, UpdateListener
+from dp_runtime.errors import StartError
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import StepTrace, Totals
 
@@ -35,3 +39,24 @@ class RankGroup(Protocol):
 
     def close(self) -> None:
         """Stop all ranks and release their processes; callable more than once."""
+
+
+def start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
+    """Start all ranks of a config; StartError names the cause if they can't be."""
+    _check_not_shadowed("workers", "collectives")
+    from workers import start  # NOTE: the one import upward; ranks come to the engine this way
+
+    return start(config, show_progress)
+
+
+def _check_not_shadowed(*packages: str) -> None:
+    """StartError if Python finds packages of another project under the names of our own."""
+    home = Path(__file__).parents[2]  # the directory that holds dp_runtime
+    for name in packages:
+        spec = find_spec(name)
+        found = Path(spec.origin).parent if spec is not None and spec.origin else None
+        if found is None or found.resolve() != (home / name).resolve():
+            raise StartError(
+                f"the package {name!r} that Python finds first is {found}, not that of dp-runtime "
+                f"({home / name}): rename it, or start the program from another directory"
+            )

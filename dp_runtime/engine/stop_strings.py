@@ -2,57 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+_FIRST_MARK = 0xD800  # a surrogate stands for a special token: no decoded text has one
+_MARK = re.compile("[\ud800-\udfff]")
 
 
 class StopStrings:
     """Passes text on up to the first stop string, and holds back what may begin one.
 
-    Each stop string is followed by its own automaton (Knuth, Morris and Pratt, 1977): constant
-    time per character. Its state, how much of the string the text ends with, is what must be held.
+    Special tokens that a stop string names are fed as their mark, a character that is never shown.
+    Such a stop string is looked for twice: with marks, and as plain text, where marks are skipped.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], special_tokens: Collection[str] = ()) -> None:
         self.matched: str | None = None
-        self._stops = tuple(dict.fromkeys(stops))
-        self._borders = [_borders(stop) for stop in self._stops]
-        self._states = [0] * len(self._stops)
+        named = [token for token in special_tokens if any(token in stop for stop in stops)]
+        self.marks = {token: chr(_FIRST_MARK + i) for i, token in enumerate(named)}
+        stop_of = {stop: stop for stop in stops}
+        stop_of |= {_with_marks(stop, self.marks): stop for stop in stops if self.marks}
+        self._automata = [_Automaton(pattern, stop) for pattern, stop in stop_of.items()]
         self._held = ""
 
     def feed(self, text: str, may_match: bool) -> str:
-        """Text that may be shown; stop strings count if they end here and may_match is set."""
+        """Return the text that may be shown; a stop string that ends here counts if may_match."""
         assert self.matched is None, "no text after a stop string"
-        if not self._stops:
+        if not self._automata:
             return text
         text = self._held + text
         for end in range(len(self._held) + 1, len(text) + 1):
-            complete = self._advance(text[end - 1])
+            complete = [each for each in self._automata if each.advance(text[end - 1])]
             if complete and may_match:
-                self.matched = max(complete, key=len)
-                return text[: end - len(self.matched)]
-        shown = len(text) - max(self._states)
-        self._held = text[shown:]
-        return text[:shown]
+                start, index = min(
+                    (each.start(text[:end], len(each.pattern)), i)
+                    for i, each in enumerate(complete)
+                )
+                self.matched = complete[index].stop
+                return _without_marks(text[:start])
+        start = min(each.start(text, each.num_followed) for each in self._automata)
+        self._held = text[start:]
+        return _without_marks(text[:start])
 
     def flush(self) -> str:
-        """What is held, now that nothing comes after."""
+        """Return what is held, because nothing comes after it."""
         text, self._held = self._held, ""
-        return text
+        return _without_marks(text)
 
-    def _advance(self, char: str) -> list[str]:
-        """Follow one character; returns the stop strings that are complete with it."""
-        complete = []
-        for i, (stop, borders) in enumerate(zip(self._stops, self._borders)):
-            state = self._states[i]
-            while state and stop[state] != char:
-                state = borders[state]
-            if stop[state] == char:
-                state += 1
-            if state == len(stop):
-                complete.append(stop)
-                state = borders[state]
-            self._states[i] = state
+
+class _Automaton:
+    """Follows one pattern in constant time per character (Knuth, Morris and Pratt, 1977)."""
+
+    def __init__(self, pattern: str, stop: str) -> None:
+        self.pattern = pattern
+        self.stop = stop
+        self.num_followed = 0  # this much of the pattern the text ends with
+        self._borders = _borders(pattern)
+        self._skips_marks = not _MARK.search(pattern)
+
+    def advance(self, char: str) -> bool:
+        """Follow one character; True if the pattern is complete with it."""
+        if self._skips_marks and _MARK.match(char):
+            return False
+        state = self.num_followed
+        while state and self.pattern[state] != char:
+            state = self._borders[state]
+        if self.pattern[state] == char:
+            state += 1
+        complete = state == len(self.pattern)
+        self.num_followed = self._borders[state] if complete else state
         return complete
+
+    def start(self, text: str, length: int) -> int:
+        """The index at which the last `length` characters begin, skipped ones not counted."""
+        if not self._skips_marks or not _MARK.search(text):
+            return len(text) - length
+        followed = [index for index, char in enumerate(text) if not _MARK.match(char)]
+        return followed[-length] if length else len(text)
+
+
+def _with_marks(stop: str, marks: Mapping[str, str]) -> str:
+    longest_first = sorted(marks, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: marks[found[0]], stop)
+
+
+def _without_marks(text: str) -> str:
+    return _MARK.sub("", text)
 
 
 def _borders(pattern: str) -> list[int]:

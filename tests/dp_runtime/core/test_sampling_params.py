@@ -27,6 +27,7 @@ BAD: dict[str, list[Any]] = {
     "stop": [5, None, "", ["a", ""], ["a", 1], b"a", [b"a"], {"a"}],
     "stop_token_ids": [5, None, "", "12", ["1"], [1.0], [-1], [True], [NAN], {1}],
     "ignore_eos": [0, 1, "no", None],
+    "skip_special_tokens": [0, 1, "no", None],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", True, NAN],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", False, INF],
 }  # fmt: skip

@@ -1,0 +1,105 @@
+"""OutputProcessor: turns what ranks report into what the users of requests get."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dp_runtime.core.request import RequestDelta, RequestOutput, RequestUpdate
+from dp_runtime.engine.request_log import RequestLog
+from dp_runtime.errors import RequestFailed
+
+logger = logging.getLogger(__name__)
+
+
+class OutputSink(Protocol):
+    """Where the outputs of one request go. Threads of ranks call it, so it must not block."""
+
+    def put(self, delta: RequestDelta, output: RequestOutput | None) -> None:
+        """Take what is new, and with the last of it the whole output."""
+
+    def fail(self, error: BaseException) -> None:
+        """The request will not be finished."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What is new for one request."""
+
+    log: RequestLog
+    sink: OutputSink
+    news: RequestDelta | RequestFailed
+    output: RequestOutput | None = None  # with the last delta
+    rank_goes_on: bool = False  # although the request has ended
+
+    @property
+    def ends(self) -> bool:
+        return self.output is not None or isinstance(self.news, RequestFailed)
+
+    def deliver(self) -> None:
+        if isinstance(self.news, RequestFailed):
+            self.sink.fail(self.news)
+        else:
+            self.sink.put(self.news, self.output)
+
+
+class OutputProcessor:
+    """Applies ranks' updates to the logs of live requests: text, stop strings, deltas.
+
+    The updates of one rank must come one after the other. No lock is held while text is made.
+    """
+
+    def __init__(self) -> None:
+        self._live: dict[int, tuple[RequestLog, OutputSink]] = {}
+        self._lock = threading.Lock()  # of adding and removing
+
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._live
+
+    def add(self, log: RequestLog, sink: OutputSink) -> None:
+        """Begin to follow a request."""
+        with self._lock:
+            self._live[log.request_id] = (log, sink)
+
+    def remove(self, request_id: int) -> bool:
+        """Stop following a request; False if it is not live any more."""
+        with self._lock:
+            return self._live.pop(request_id, None) is not None
+
+    def process(self, updates: Sequence[RequestUpdate]) -> list[Delivery]:
+        """Apply what a rank reports; requests that end with it are not live afterwards.
+
+        An error while one request is processed ends that request, and no other.
+        """
+        deliveries = []
+        for update in updates:
+            live = self._live.get(update.request_id)
+            if live is None:
+                continue  # NOTE: ended by a stop string; the rank has not heard of it yet
+            delivery = _apply(*live, update)
+            if delivery is not None and (not delivery.ends or self.remove(update.request_id)):
+                deliveries.append(delivery)
+        return deliveries
+
+    def fail_all(self, error: BaseException) -> None:
+        """End every live request with an error."""
+        with self._lock:
+            live, self._live = self._live, {}
+        for _, sink in live.values():
+            sink.fail(error)
+
+
+def _apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery | None:
+    rank_goes_on = update.finish_reason is None
+    try:
+        delta = log.apply(update)
+    except Exception as error:
+        logger.exception("request %d failed on the driver", log.request_id)
+        failed = RequestFailed(f"request {log.request_id}: {type(error).__name__}: {error}")
+        return Delivery(log, sink, failed, None, rank_goes_on)
+    if delta is None:
+        return None
+    return Delivery(log, sink, delta, log.output, rank_goes_on and log.output is not None)

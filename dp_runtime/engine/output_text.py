@@ -1,0 +1,77 @@
+"""The text of one request's output tokens, as they come, up to a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dp_runtime.engine.stop_strings import StopStrings
+from dp_runtime.engine.text_stream import text_stream
+from dp_runtime.engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextStep:
+    """What some output tokens added to a request's text."""
+
+    text: str  # may be shown now
+    stop: str | None  # the stop string that ended the text; it is not part of it
+    num_kept: int  # tokens of this push up to the one that completed the stop string, or all
+
+
+class OutputText:
+    """The text of one request's output tokens, as they come.
+
+    Held back are characters whose bytes are incomplete and text that may begin a stop string. The
+    first stop string that is complete ends the text (of several ending at one character, the
+    longest), unless it ends within the text of the first min_tokens tokens. The texts of all
+    steps concatenate to the decoding of all kept tokens, cut before the stop string.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        prompt_token_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._stream = text_stream(tokenizer, prompt_token_ids, skip_special_tokens)
+        hidden = tokenizer.special_tokens if stop and skip_special_tokens else {}
+        self._stops = StopStrings(stop, hidden.values())
+        self._mark_of = {
+            token_id: self._stops.marks[token]
+            for token_id, token in hidden.items()
+            if token in self._stops.marks
+        }
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self._ended = False
+
+    def push(self, token_ids: Sequence[int]) -> TextStep:
+        """Add output tokens; none may follow a stop string or `finish`."""
+        assert not self._ended, "the text has ended"
+        parts = []
+        for kept, token_id in enumerate(token_ids, 1):
+            self._num_tokens += 1
+            parts.append(self._show(self._next(token_id)))
+            if self._stops.matched is not None:
+                self._ended = True
+                return TextStep("".join(parts), self._stops.matched, kept)
+        return TextStep("".join(parts), None, len(token_ids))
+
+    def finish(self) -> TextStep:
+        """No more tokens: what was held back, which may still complete a stop string."""
+        assert not self._ended, "the text has ended"
+        self._ended = True
+        text = self._show(self._stream.flush())
+        if self._stops.matched is None:
+            text += self._stops.flush()
+        return TextStep(text, self._stops.matched, 0)
+
+    def _next(self, token_id: int) -> str:
+        mark = self._mark_of.get(token_id)
+        return self._stream.step(token_id) if mark is None else self._stream.flush() + mark
+
+    def _show(self, text: str) -> str:
+        return self._stops.feed(text, may_match=self._num_tokens > self._min_tokens)

@@ -1,0 +1,97 @@
+"""RequestLog: one live request on the driver, and all that was delivered of it."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from dp_runtime.core.request import (
+    FinishReason,
+    RankRequest,
+    RequestDelta,
+    RequestOutput,
+    RequestUpdate,
+    TokenLogprob,
+)
+from dp_runtime.engine.output_text import OutputText, TextStep
+from dp_runtime.engine.tokenizer import Tokenizer
+
+
+class RequestLog:
+    """The request and every token delivered so far, which is all that a replay would need."""
+
+    def __init__(self, request: RankRequest, dp_rank: int, tokenizer: Tokenizer | None) -> None:
+        self.request = request
+        self.dp_rank = dp_rank
+        self.token_ids: list[int] = []
+        self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
+        self.output: RequestOutput | None = None  # once it has ended
+        self._text = _output_text(request, tokenizer) if tokenizer is not None else None
+        self._shown: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []
+
+    @property
+    def request_id(self) -> int:
+        return self.request.request_id
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """The tokens that it may take at most, prompt included."""
+        return len(self.request.prompt_token_ids) + self.request.params.max_tokens
+
+    def apply(self, update: RequestUpdate) -> RequestDelta | None:
+        """Take over what the rank did; returns what is new for the user."""
+        assert update.first_index == len(self.token_ids), (
+            f"request {self.request_id}: token {update.first_index} came, "
+            f"{len(self.token_ids)} is next"
+        )
+        self._prompt_logprobs += update.prompt_logprobs
+        text = self._read(update)
+        token_ids = update.token_ids[: text.num_kept]
+        logprobs = update.logprobs[: text.num_kept]
+        self.token_ids += token_ids
+        self._logprobs += logprobs
+        if token_ids:
+            self.arrivals.append((monotonic(), len(token_ids)))
+        reason = FinishReason.STOP if text.stop else update.finish_reason
+        if not (text.text or token_ids or reason):
+            return None
+        self._shown.append(text.text)
+        if reason:
+            self.output = self._finished(reason, text.stop or update.stop_reason)
+        shown_logprobs = None if self.request.params.logprobs is None else logprobs
+        return RequestDelta(self.request_id, text.text, token_ids, reason, shown_logprobs)
+
+    def _read(self, update: RequestUpdate) -> TextStep:
+        """The text of new tokens, with what was held back if they are the last ones."""
+        if self._text is None:
+            return TextStep("", None, len(update.token_ids))
+        step = self._text.push(update.token_ids)
+        if update.finish_reason is None or step.stop is not None:
+            return step
+        rest = self._text.finish()
+        return TextStep(step.text + rest.text, rest.stop, step.num_kept)
+
+    def _finished(self, reason: FinishReason, stop_reason: int | str | None) -> RequestOutput:
+        params = self.request.params
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=self.request.prompt_token_ids,
+            text="".join(self._shown),
+            token_ids=tuple(self.token_ids),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            dp_rank=self.dp_rank,
+            logprobs=None if params.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=(
+                None if params.prompt_logprobs is None else tuple(self._prompt_logprobs)
+            ),
+        )
+
+
+def _output_text(request: RankRequest, tokenizer: Tokenizer) -> OutputText:
+    params = request.params
+    return OutputText(
+        tokenizer, params.stop_strings, params.min_tokens, request.prompt_token_ids,
+        params.skip_special_tokens,
+    )  # fmt: skip
