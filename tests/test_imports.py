@@ -37,8 +37,8 @@ def test_the_runtime_imports_neither_ray_nor_torch_distributed() -> None:
 def test_imports_go_down_only_but_for_the_engine_s_ranks() -> None:
     upward = offenders("dp_runtime", ("workers", "collectives"))
     assert set(upward) <= {
-        "dp_runtime/engine/engine.py: workers",
-        "dp_runtime/engine/engine.py: workers.start",
+        "dp_runtime/engine/rank_group.py: workers",
+        "dp_runtime/engine/rank_group.py: workers.start",
     }
     assert offenders("collectives", ("workers", "ray")) == []
 
