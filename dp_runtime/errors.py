@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
+MAX_SHOWN = 200  # characters of a value in a message
+
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
     """Raise a one-line ValueError that names the field, its value and what is allowed."""
     if not ok:
-        raise ValueError(f"{field}: {value!r} is not allowed; {allowed}")
+        text = repr(value)
+        text = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+        raise ValueError(f"{field}: {text} is not allowed; {allowed}")
 
 
 class RankDisagreement(RuntimeError):

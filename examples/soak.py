@@ -31,7 +31,7 @@ from dp_runtime import Engine, EngineConfig, RequestHandle
 from dp_runtime.config import CHOICES
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.trace import Report
-from dp_runtime.models.config import read_model_config
+from dp_runtime.models.registry import read_model_config
 from examples.nvl4.shape import SHAPES, write_shape
 from examples.soak_checks import (
     POLL_S,

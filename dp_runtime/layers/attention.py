@@ -13,7 +13,7 @@ from dp_runtime.core.rotation import QkNormRope
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import CosSin, rotate
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
 
 
 @dataclass(frozen=True)

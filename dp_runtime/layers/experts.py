@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.weights.fp8_blocks import FP8, ExpertScales, num_blocks
-from dp_runtime.weights.loader import Part, Shape, WeightSource
+from dp_runtime.layers.expert_layouts import ExpertNames, ExpertShape, StoredMatrix, locate_experts
+from dp_runtime.weights.fp8_blocks import FP8, ExpertScales, scale_shape
+from dp_runtime.weights.source import Shape, WeightSource
 
 ALIGNMENT = 8  # elements: grouped_mm wants strides of 16 bytes, also in 2-byte dtypes
 PAIRS_AT_ONCE = 16_384  # (row, expert) pairs; bounds what the products need, whatever the routing
@@ -51,15 +52,6 @@ def balanced_part(whole: range, index: int, parts: int) -> range:
     return whole[len(whole) * index // parts : len(whole) * (index + 1) // parts]
 
 
-@dataclass(frozen=True)
-class ExpertNames:
-    """How a checkpoint names one expert's matrices, behind `<prefix>.<expert>.`."""
-
-    gate: str
-    up: str
-    down: str
-
-
 @dataclass(frozen=True, eq=False)
 class Experts:
     """A rank's slices of the experts' matrices, stacked; intermediate sizes end in zeros.
@@ -97,30 +89,26 @@ class Experts:
         weights: WeightSource,
         prefix: str,
         names: ExpertNames,
+        shape: ExpertShape,
         shard: ExpertShard,
-        hidden: int,
-        intermediate: int,
         fp8: bool = False,
     ) -> Experts:
         """Read this shard's slices, each straight into its place: the peak is one slice.
 
         fp8: they are e4m3 in the checkpoint, and stay so.
         """
-        part = slice(shard.intermediate.start, shard.intermediate.stop)
+        stored, hidden = locate_experts(weights, prefix, names, shape), shape.hidden
+        weights.leave({n for expert in range(shape.num_experts) for n in stored(expert).names})
+        part, whole = slice(shard.intermediate.start, shard.intermediate.stop), slice(0, hidden)
         inner = aligned(len(shard.intermediate))
         count = 0 if shard.is_empty else len(shard.experts)
         gate_up = _Stack.zeros(weights, (count, 2, inner, hidden), fp8)
         down = _Stack.zeros(weights, (count, hidden, inner), fp8)
         for local, expert in enumerate(shard.experts[:count]):
-            for half, name in enumerate((names.gate, names.up)):
-                gate_up.fill(
-                    (local, half), weights, f"{prefix}.{expert}.{name}.weight",
-                    (intermediate, hidden), (part, slice(None)),
-                )  # fmt: skip
-            down.fill(
-                (local,), weights, f"{prefix}.{expert}.{names.down}.weight",
-                (hidden, intermediate), (slice(None), part),
-            )  # fmt: skip
+            matrices = stored(expert)
+            gate_up.fill((local, 0), weights, matrices.gate, part, whole)
+            gate_up.fill((local, 1), weights, matrices.up, part, whole)
+            down.fill((local,), weights, matrices.down, whole, part)
         scales = None
         if gate_up.scales is not None and down.scales is not None:
             scales = ExpertScales(gate_up.scales.flatten(1, 2), down.scales)
@@ -138,20 +126,27 @@ class _Stack:
     def zeros(cls, weights: WeightSource, shape: Shape, fp8: bool) -> _Stack:
         if not fp8:
             return cls(torch.zeros(shape, dtype=weights.dtype, device=weights.device), None)
-        blocks = (*shape[:-2], num_blocks(shape[-2]), num_blocks(shape[-1]))
         return cls(
             torch.zeros(shape, dtype=FP8, device=weights.device),
-            torch.zeros(blocks, dtype=torch.float32, device=weights.device),
+            torch.zeros(scale_shape(shape), dtype=torch.float32, device=weights.device),
         )
 
     def fill(
-        self, at: tuple[int, ...], weights: WeightSource, name: str, shape: Shape, part: Part
+        self,
+        at: tuple[int, ...],
+        weights: WeightSource,
+        stored: StoredMatrix,
+        rows: slice,
+        columns: slice,
     ) -> None:
-        """Read the matrix at `at`; what it does not fill stays zero."""
+        """Read a part of a matrix to `at`; what it does not fill stays zero."""
+        name, shape, part = stored.name, stored.shape, stored.part(rows, columns)
         if self.scales is None:
             matrix = weights.load(name, shape, part)
         else:
-            matrix, self.scales[at] = weights.load_fp8(name, shape, part)
+            matrix, scales = weights.load_fp8(name, shape, part)
+            self.scales[at] = scales.flatten(0, -2)
+        matrix = matrix.flatten(0, -2)
         self.values[at][: matrix.shape[0], : matrix.shape[1]] = matrix
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
 
 
 @dataclass(frozen=True, eq=False)

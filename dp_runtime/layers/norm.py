@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
 
 
 @dataclass(frozen=True, eq=False)

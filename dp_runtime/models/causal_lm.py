@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dp_runtime.attention.spec import AttentionBackend
 from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
@@ -20,7 +21,9 @@ from dp_runtime.layers.rotary import CosSin, Rotary
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.parallel.exchange import RowExchange
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
+
+HEAD = "lm_head.weight"
 
 
 def _nothing() -> Tensor:
@@ -183,15 +186,29 @@ class CausalLM(LmHeadMixin):
             prefix = f"model.layers.{layer}"
             stage = mlp(layer, prefix)
             layers.append(DecoderLayer.load(config, weights, prefix, attention(layer), stage))
-        tied = config.tie_word_embeddings
         return cls(
             config,
             embedding,
             Rotary.of(config.rope, config.head_dim, weights.device),
             tuple(layers),
             RMSNorm.load(weights, "model.norm", config.hidden_size, config.rms_norm_eps),
-            Linear(embedding if tied else weights.load("lm_head.weight", sizes), None),
+            Linear(load_head(config, weights, embedding), None),
         )
+
+
+def load_head(config: ModelConfig, weights: WeightSource, embedding: Tensor) -> Tensor:
+    """The LM head [vocab, hidden]; ValueError if one in the checkpoint differs from a tied one.
+
+    Many checkpoints of tied models have an equal copy.
+    """
+    if not config.tie_word_embeddings:
+        return weights.load(HEAD, (config.vocab_size, config.hidden_size))
+    require(
+        not weights.has(HEAD) or weights.equals(HEAD, embedding),
+        "config.json: tie_word_embeddings", True,
+        f"the checkpoint's {HEAD} differs from its embedding; set tie_word_embeddings to false",
+    )  # fmt: skip
+    return embedding
 
 
 def _copy_sum(x: Tensor, residual: Tensor | None, out: Tensor) -> None:

@@ -1,28 +1,27 @@
-"""ModelConfig: the architecture-independent facts of a model, parsed and checked at start."""
+"""ModelConfig: the architecture-independent facts of a model, checked at start."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import AttentionShape
 from dp_runtime.layers.rotary import RopeConfig
-from dp_runtime.models.hf_config import ConfigFields
-from dp_runtime.models.registry import ARCHITECTURES, architecture_module
 from dp_runtime.weights.fp8_blocks import BLOCK
 
-__all__ = ["ModelConfig", "RopeConfig", "read_model_config"]
+logger = logging.getLogger(__name__)
+
+MAX_EXPERTS = 2**18  # of all layers together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What the layers need to know of a model; sizes are those of the whole model.
 
-    moe_layers says for each layer whether it is an MoE stage; the others have a dense MLP of
-    `intermediate_size`. fp8_experts says for each layer whether its experts, if it has any, are
-    e4m3 in the checkpoint, with a scale for each block of 128 x 128. eos_token_ids are those of
-    generation_config.json where it names any.
+    fp8_experts: the experts are e4m3 in the checkpoint, with a scale for each block of 128 x 128.
+    sliding_window: beyond so many tokens the model would attend to the last of them only, which
+    is not supported. eos_token_ids: those of generation_config.json where it names any.
     """
 
     architecture: str
@@ -37,14 +36,15 @@ class ModelConfig:
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    intermediate_size: int
-    moe_layers: tuple[bool, ...]  # [layer]
+    intermediate_size: int  # of layers without experts
+    moe_layers: tuple[bool, ...]  # [layer]; the others have a dense MLP
     fp8_experts: tuple[bool, ...]  # [layer]
     norm_topk_prob: bool
     tie_word_embeddings: bool
     attention_bias: bool
     qk_norm: bool
     max_position_embeddings: int
+    sliding_window: int | None
     eos_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -64,6 +64,11 @@ class ModelConfig:
         require(
             self.hidden_size % 8 == 0, f"{where}hidden_size", self.hidden_size, "a multiple of 8"
         )
+        require(
+            self.num_experts * self.num_layers <= MAX_EXPERTS,
+            f"{where}num_hidden_layers", self.num_layers,
+            f"at most {MAX_EXPERTS:,} experts in all layers of {self.num_experts}",
+        )  # fmt: skip
         assert len(self.moe_layers) == self.num_layers, "moe_layers has one entry per layer"
         assert len(self.fp8_experts) == self.num_layers, "fp8_experts has one entry per layer"
         if any(self.fp8_experts):
@@ -83,47 +88,17 @@ class ModelConfig:
             self.attention_bias, self.rms_norm_eps if self.qk_norm else None,
         )  # fmt: skip
 
-
-def read_model_config(directory: str) -> ModelConfig:
-    """Parse `config.json` and `generation_config.json` of a Hugging Face directory.
-
-    Raises ValueError, in one line, for whatever is missing, malformed or not supported.
-    """
-    root = Path(directory)
-    require(root.is_dir(), "model", directory, "an existing directory")
-    path = root / "config.json"
-    require(path.is_file(), "model", directory, "a directory with a config.json")
-    fields = ConfigFields.read(path)
-    name = check_architecture(fields)
-    eos = fields.integers("eos_token_id")
-    generation = root / "generation_config.json"
-    if generation.is_file():
-        eos = ConfigFields.read(generation).integers("eos_token_id") or eos
-    config: ModelConfig = architecture_module(name).parse_config(fields, eos)
-    fields.finish()
-    return config
-
-
-def check_architecture(fields: ConfigFields) -> str:
-    """The supported architecture that config.json names; ValueError listing those there are."""
-    supported = ", ".join(ARCHITECTURES)
-    names = fields.get("architectures")
-    ok = isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES
-    fields.require(ok, "architectures", names, f"one of {supported}")
-    name = str(names[0])
-    model_type = ARCHITECTURES[name].model_type
-    fields.require(
-        fields.get("model_type") == model_type, "model_type", fields.get("model_type"),
-        f"{name} has model_type {model_type!r}",
-    )  # fmt: skip
-    return name
-
-
-def parse_head_dim(fields: ConfigFields, hidden_size: int, num_heads: int) -> int:
-    """`head_dim`, or hidden_size / num_attention_heads where it is absent."""
-    if fields.get("head_dim") is None:
-        fields.require(
-            hidden_size % num_heads == 0, "num_attention_heads", num_heads,
-            f"without head_dim, a divisor of hidden_size {hidden_size}",
-        )  # fmt: skip
-    return fields.integer("head_dim", hidden_size // num_heads)
+    def resolve_max_model_len(self, requested: int | None) -> int:
+        """The longest sequence to serve: as requested, or as long as the model allows."""
+        positions, window = self.max_position_embeddings, self.sliding_window
+        if window is not None and window < positions:
+            allowed = f"at most the model's sliding_window {window}, which is not supported beyond"
+            require(requested is None or requested <= window, "max_model_len", requested, allowed)
+            if requested is None:
+                logger.info("max_model_len is %d: the model's sliding_window", window)
+            return requested or window
+        length = requested or positions
+        require(
+            length <= positions, "max_model_len", length, f"the model has {positions} positions"
+        )
+        return length

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dp_runtime.layers.experts import ExpertNames
+from dp_runtime.layers.expert_layouts import ExpertNames
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.weights.fp8_blocks import BLOCK
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dp_runtime.errors import require
+from dp_runtime.errors import is_finite, require
+from dp_runtime.models.known_fields import ALIASES, FIXED, is_irrelevant
+from dp_runtime.weights.files import read_json, shown
 
-# For training, generation defaults or other libraries; inference does not change with them.
-IRRELEVANT = frozenset(
-    [
-        *("architectures", "model_type", "_name_or_path", "transformers_version"),
-        *("torch_dtype", "dtype", "use_cache", "tokenizer_class", "pretraining_tp"),
-        *("bos_token_id", "pad_token_id", "sep_token_id", "eos_token_id"),
-        *("decoder_start_token_id", "num_nextn_predict_layers"),
-        *("attention_dropout", "hidden_dropout", "embd_pdrop", "resid_pdrop", "initializer_range"),
-        *("router_aux_loss_coef", "router_jitter_noise", "output_router_logits"),
-        *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
-        *("id2label", "label2id", "problem_type", "task_specific_params", "finetuning_task"),
-        *("_attn_implementation", "_attn_implementation_autoset", "_experts_implementation"),
-    ]
-)
-IRRELEVANT_PREFIXES = ("mtp_",)
+MAX_INTEGER = 2**31 - 1
+MAX_INTEGERS: Mapping[str, int] = {
+    # Far beyond any model: a larger number is a mistake that would cost hours or all memory.
+    "num_hidden_layers": 1024, "num_experts": 4096, "num_local_experts": 4096,
+    "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096,
+    "hidden_size": 2**17, "intermediate_size": 2**20, "moe_intermediate_size": 2**20,
+    "vocab_size": 2**24, "draft_vocab_size": 2**24, "max_position_embeddings": 2**27,
+    "original_max_position_embeddings": 2**27,
+}  # fmt: skip
 
 
 class ConfigFields:
@@ -33,34 +28,43 @@ class ConfigFields:
     def __init__(self, where: str, values: dict[str, Any]) -> None:
         self.where = where
         self._values = values
-        self._known: set[str] = set()
+        self._known: dict[str, Any] = {}  # what readers took each field for
 
     @classmethod
     def read(cls, path: Path, where: str = "") -> ConfigFields:
         """The JSON object in `path`, in messages `where`; ValueError if there is none."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
+        values = read_json(path)
         require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
         return cls(where or path.name, values)
 
+    def __contains__(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no field has a value."""
+        return all(value is None for value in self._values.values())
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there, and null; for readers, null counts as absent."""
+        return name in self._values and self._values[name] is None
+
     def get(self, name: str, default: Any = None) -> Any:
         """The value as it is; null counts as absent."""
-        self._known.add(name)
         value = self._values.get(name)
-        return default if value is None else value
+        self._known[name] = default if value is None else value
+        return self._known[name]
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        value = self.get(name, default)
-        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        value, most = self.get(name, default), MAX_INTEGERS.get(name, MAX_INTEGER)
+        ok = isinstance(value, int) and not isinstance(value, bool) and least <= value
         self.require(ok, name, value, f"an integer >= {least}")
+        self.require(value <= most, name, value, f"an integer <= {most:,}")
         return int(value)
 
     def number(self, name: str, default: float | None = None, least: float = 0.0) -> float:
         value = self.get(name, default)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        ok = ok and math.isfinite(value) and value > least
+        ok = is_finite(value) and value > least
         self.require(ok, name, value, f"a number above {least:g}")
         return float(value)
 
@@ -73,7 +77,9 @@ class ConfigFields:
         """An integer, a list of them, or absent; all >= 0."""
         value = self.get(name, [])
         items = value if isinstance(value, list) else [value]
-        ok = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in items)
+        ok = all(
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= MAX_INTEGER for i in items
+        )
         self.require(ok, name, value, "an integer >= 0 or a list of them")
         return tuple(items)
 
@@ -85,6 +91,13 @@ class ConfigFields:
         self.require(isinstance(value, dict), name, value, "an object or null")
         return ConfigFields(f"{self.where}: {name}", value)
 
+    def one_of(self, *names: str) -> str:
+        """The first of several spellings of a field that is there; ValueError if two differ."""
+        present = [name for name in names if name in self] or [names[0]]
+        for other in present[1:]:
+            self.require_equal(other, present[0])
+        return present[0]
+
     def only(self, name: str, allowed: Any) -> None:
         """A field for which one value is supported; absent is fine."""
         value = self.get(name, allowed)
@@ -92,14 +105,41 @@ class ConfigFields:
 
     def skip(self, names: Iterable[str]) -> None:
         """Fields that can't change a result of this architecture."""
-        self._known.update(names)
+        self._known.update(dict.fromkeys(names))
 
     def finish(self) -> None:
         """ValueError if a field is left that nobody read: it might change results."""
-        for name, value in self._values.items():
-            known = name in self._known or name in IRRELEVANT
-            known = known or name.startswith(IRRELEVANT_PREFIXES) or value is None
-            self.require(known, name, value, "this field is not supported")
+        for name in self._left():
+            self.require(False, name, self._values[name], "this field is not supported")
+
+    def finish_known(self, fixed: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
+        """Judge the fields that nobody read by `known_fields`; the names of those not in it.
+
+        fixed: what the architecture has instead of `FIXED`. Raises ValueError for a value that
+        changes the mathematics, or contradicts another spelling of the field.
+        """
+        unknown, allowed = [], {**FIXED, **fixed}
+        for name in self._left():
+            if ALIASES.get(name) in self._known:
+                self.require_equal(name, ALIASES[name])
+            elif name in allowed:
+                ok = any(self._values[name] == value for value in allowed[name])
+                values = " or ".join(map(json.dumps, allowed[name]))
+                text = f"only {values} is supported" if values else "this field is not supported"
+                self.require(ok, name, self._values[name], text)
+            elif not is_irrelevant(name):
+                unknown.append(shown(name, 60))
+        return tuple(unknown)
+
+    def _left(self) -> list[str]:
+        """Fields with a value that nobody read."""
+        return [name for name in self._values if name in self and name not in self._known]
+
+    def require_equal(self, name: str, other: str) -> None:
+        """ValueError, which names both, if two spellings of a field say different things."""
+        value, expected = self._values.get(name), self._known.get(other, self._values.get(other))
+        self._known[name] = value
+        self.require(value == expected, name, value, f"{other} is {shown(expected)}")
 
     def require(self, ok: bool, name: str, value: object, allowed: str) -> None:
-        require(ok, f"{self.where}: {name}", value, allowed)
+        require(ok, f"{self.where}: {shown(name, 60)}", value, allowed)

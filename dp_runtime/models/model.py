@@ -8,30 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.spec import AttentionBackend
 from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.layers.linear import Linear
-from dp_runtime.layers.moe import MoeStage, RankSharding
-from dp_runtime.layers.moe_kernels import make_moe_kernels
-from dp_runtime.layers.rotary import RopeConfig
+from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs
-from dp_runtime.models.config import ModelConfig, read_model_config
-from dp_runtime.models.registry import ARCHITECTURES, architecture_module
+from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.exchange import RowExchange
-from dp_runtime.weights.loader import WeightSource
-
-__all__ = [
-    "ARCHITECTURES",
-    "Hidden",
-    "Model",
-    "ModelConfig",
-    "PassInputs",
-    "PassModel",
-    "RankSharding",
-    "RopeConfig",
-    "build_model",
-    "read_model_config",
-]
 
 
 class PassModel(Protocol):
@@ -96,17 +78,3 @@ class Model(PassModel, Protocol):
 
     def with_features(self, layers: tuple[int, ...]) -> Model:
         """The same model, whose features are the residual stream that enters these layers."""
-
-
-def build_model(
-    config: ModelConfig,
-    weights: WeightSource,
-    sharding: RankSharding,
-    attention: Callable[[int], AttentionBackend],
-    moe_backend: str = "torch",
-) -> Model:
-    """Load one rank's part of a model; `attention(layer)` is the backend of that layer."""
-    model: Model = architecture_module(config.architecture).build(
-        config, weights, sharding, attention, make_moe_kernels(moe_backend)
-    )
-    return model

@@ -1,29 +1,97 @@
-"""Supported architectures and the modules that implement them, imported when first used."""
+"""The model families: found by the name in config.json, each in a module imported when used."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Protocol
 
+from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.errors import require
+from dp_runtime.layers.moe import RankSharding
+from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.hf_config import ConfigFields
+from dp_runtime.models.known_tensors import HINTS, SKIPPABLE
+from dp_runtime.models.model import Model
+from dp_runtime.weights.files import is_present
+from dp_runtime.weights.source import WeightSource
 
-@dataclass(frozen=True)
-class Architecture:
-    """How config.json names a model family, and the module that parses and builds it.
-
-    The module has `parse_config(fields, eos_token_ids) -> ModelConfig` and
-    `build(config, weights, sharding, attention) -> Model`.
-    """
-
-    model_type: str
-    module: str
-
-
-ARCHITECTURES = {
-    "Qwen3MoeForCausalLM": Architecture("qwen3_moe", "dp_runtime.models.qwen3_moe"),
-    "MixtralForCausalLM": Architecture("mixtral", "dp_runtime.models.mixtral"),
+ARCHITECTURES = {  # the module of each has an `Architecture` of this name
+    "Qwen3MoeForCausalLM": "dp_runtime.models.qwen3_moe",
+    "MixtralForCausalLM": "dp_runtime.models.mixtral",
 }
 
 
-def architecture_module(name: str) -> Any:
-    return import_module(ARCHITECTURES[name].module)
+class Architecture(Protocol):
+    """A model family; its module has one, named ARCHITECTURE."""
+
+    @property
+    def model_type(self) -> str:
+        """How config.json names the family, beside `architectures`."""
+
+    def parse_config(self, fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
+        """Read every field on which a result depends; ValueError for what is not supported."""
+
+    def build(
+        self,
+        config: ModelConfig,
+        weights: WeightSource,
+        sharding: RankSharding,
+        attention: Callable[[int], AttentionBackend],
+        moe: MoeKernels,
+    ) -> Model:
+        """Load one rank's part of a model; `attention(layer)` is the backend of that layer."""
+
+
+def find_architecture(name: str) -> Architecture:
+    architecture: Architecture = import_module(ARCHITECTURES[name]).ARCHITECTURE
+    return architecture
+
+
+def read_model_config(directory: str) -> ModelConfig:
+    """Parse `config.json` and `generation_config.json` of a Hugging Face directory.
+
+    Raises ValueError, in one line, for whatever is missing, malformed or not supported.
+    """
+    root = Path(directory)
+    require(root.is_dir(), "model", directory, "an existing directory")
+    path = root / "config.json"
+    require(is_present(path), "model", directory, "a directory with a config.json")
+    fields = ConfigFields.read(path)
+    architecture = find_architecture(check_architecture(fields))
+    eos = fields.integers("eos_token_id")
+    generation = root / "generation_config.json"
+    if is_present(generation):
+        eos = ConfigFields.read(generation).integers("eos_token_id") or eos
+    return architecture.parse_config(fields, eos)
+
+
+def check_architecture(fields: ConfigFields) -> str:
+    """The supported architecture that config.json names; ValueError listing those there are."""
+    names = fields.get("architectures")
+    ok = isinstance(names, list) and len(names) == 1 and names[0] in list(ARCHITECTURES)
+    fields.require(ok, "architectures", names, f"one of {', '.join(ARCHITECTURES)}")
+    name = str(names[0])
+    model_type = find_architecture(name).model_type
+    fields.require(
+        fields.get("model_type") == model_type, "model_type", fields.get("model_type"),
+        f"{name} has model_type {model_type!r}",
+    )  # fmt: skip
+    return name
+
+
+def build_model(
+    config: ModelConfig,
+    weights: WeightSource,
+    sharding: RankSharding,
+    attention: Callable[[int], AttentionBackend],
+    moe_backend: str = "torch",
+) -> Model:
+    """Load one rank's part of a model, and check that its checkpoint has nothing else to say."""
+    architecture = find_architecture(config.architecture)
+    moe = make_moe_kernels(moe_backend)
+    model = architecture.build(config, weights, sharding, attention, moe)
+    weights.require_all_read(SKIPPABLE, HINTS)
+    return model

@@ -1,4 +1,8 @@
-"""Rotary embedding fields of config.json, in the layouts of transformers 4 and 5."""
+"""Rotary embedding fields of config.json, in the layouts of transformers 4 and 5.
+
+`rope_scaling` (4) is taken before `rope_parameters` (5) where both say something, and a theta
+inside the section before the one beside it, as transformers 5 does.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +12,37 @@ from dp_runtime.layers.rotary import RopeConfig
 from dp_runtime.models.hf_config import ConfigFields
 
 TYPES = ("default", "linear", "yarn", "llama3")
+ORIGINAL = "original_max_position_embeddings"
 
 
 def parse_rope(fields: ConfigFields, default_theta: float, max_positions: int) -> RopeConfig:
-    """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4).
+    """Read whichever layout is there.
 
     default_theta: of the architecture, where neither layout names one. Raises ValueError for a
-    type or a field that is not supported.
+    type or a field that is not supported, and for two places that contradict each other.
     """
-    theta = fields.number("rope_theta", default_theta)
-    parameters = fields.section("rope_parameters")
-    scaling = fields.section("rope_scaling")
     fields.only("partial_rotary_factor", 1.0)
-    section = parameters or scaling
-    if section is None:
-        return RopeConfig(theta=theta)
-    kind = section.get("rope_type", section.get("type", "default"))
-    section.skip(["type"])  # the older name stays beside rope_type in converted files
+    sections = [fields.section(name) for name in ("rope_scaling", "rope_parameters")]
+    stated = [section for section in sections if section is not None and not section.is_empty]
+    theta = fields.number("rope_theta", default_theta)
+    found = [_parse_section(section, theta, max_positions) for section in stated]
+    rope = found[0] if found else RopeConfig(theta=theta)
+    if len(found) == 2:
+        _require_same(stated[0], stated[1], rope, found[1])
+    if ORIGINAL in fields:
+        _require_original(fields, rope, max_positions)
+    return rope
+
+
+def _parse_section(section: ConfigFields, theta: float, max_positions: int) -> RopeConfig:
+    kind = section.get(section.one_of("rope_type", "type"), "default")
     section.require(kind in TYPES, "rope_type", kind, f"one of {', '.join(TYPES)}")
     section.only("partial_rotary_factor", 1.0)
+    section.only("extrapolation_factor", 1.0)  # vLLM reads both; transformers neither
+    section.only("attn_factor", 1.0)
+    section.skip(["finetuned"])
     theta = section.number("rope_theta", theta)
-    original = section.integer("original_max_position_embeddings", max_positions)
+    original = section.integer(ORIGINAL, max_positions)
     match kind:
         case "linear":
             rope = RopeConfig("linear", theta, section.number("factor"))
@@ -57,7 +71,7 @@ def _parse_yarn(
         attention_factor=section.number("attention_factor", attention),
         beta_fast=section.number("beta_fast", 32.0),
         beta_slow=section.number("beta_slow", 1.0),
-        truncate=section.boolean("truncate", True),
+        truncate=section.boolean("truncate", not section.is_null("truncate")),
     )  # fmt: skip
 
 
@@ -67,6 +81,28 @@ def _parse_llama3(section: ConfigFields, theta: float, original: int) -> RopeCon
     return RopeConfig(
         "llama3", theta, section.number("factor"), original,
         low_freq_factor=low, high_freq_factor=high,
+    )  # fmt: skip
+
+
+def _require_same(
+    old: ConfigFields, new: ConfigFields, taken: RopeConfig, other: RopeConfig
+) -> None:
+    """ValueError if `rope_parameters` says what `rope_scaling` overrides."""
+    partial = other.type == "default" and ("rope_theta" not in new or other.theta == taken.theta)
+    old.require(
+        partial or other == taken, "rope_type", taken.type,
+        f"rope_parameters, which it replaces, has rope_type {other.type!r} with rope_theta "
+        f"{other.theta:g}, where rope_scaling comes to {taken.theta:g}: leave one of both sections",
+    )  # fmt: skip
+
+
+def _require_original(fields: ConfigFields, rope: RopeConfig, max_positions: int) -> None:
+    """ValueError if the length beside the sections is another than the one that is used."""
+    value, used = fields.integer(ORIGINAL), rope.original_max_position_embeddings or max_positions
+    unused = rope.type in ("default", "linear")
+    fields.require(
+        unused or value == used, ORIGINAL, value,
+        f"rope_parameters or rope_scaling comes to {used} with max_position_embeddings",
     )  # fmt: skip
 
 

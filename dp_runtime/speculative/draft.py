@@ -21,8 +21,9 @@ from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.known_tensors import HINTS
 from dp_runtime.models.model import Model, PassModel
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
 
 METHODS = {"mtp": "dp_runtime.speculative.mtp", "eagle3": "dp_runtime.speculative.eagle3"}
 
@@ -103,4 +104,5 @@ def build_draft(
     module: Any = import_module(METHODS[config.method])
     moe = make_moe_kernels(moe_backend)
     model: DraftModel = module.build(config, target, weights, sharding, attention, moe)
+    weights.require_all_read(module.SKIPPABLE, HINTS)
     return model

@@ -30,9 +30,11 @@ from dp_runtime.models.model import Model
 from dp_runtime.parallel.exchange import RowExchange
 from dp_runtime.speculative.draft import beside
 from dp_runtime.speculative.eagle3_config import EMBEDDING, MAP, Eagle3Config, read_config
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
 
-__all__ = ["Eagle3", "build", "read_config"]
+__all__ = ["SKIPPABLE", "Eagle3", "build", "read_config"]
+
+SKIPPABLE = ("^t2d$", r"\brotary_emb\.inv_freq$")  # both follow from what is read
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from pathlib import Path
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import AttentionShape
 from dp_runtime.layers.rotary import RopeConfig
-from dp_runtime.models.config import ModelConfig, parse_head_dim
+from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.hf_config import ConfigFields
+from dp_runtime.models.moe_decoder import parse_head_dim, warn_of_unknown
 from dp_runtime.models.rope_config import parse_rope
 from dp_runtime.speculative.draft import DraftConfig
 from dp_runtime.weights.loader import tensor_names
@@ -80,7 +81,7 @@ def read_config(directory: str, target: ModelConfig) -> Eagle3Config:
         own_embedding=EMBEDDING in tensors,
         reduced=vocab_size < target.vocab_size or MAP in tensors,
     )
-    fields.finish()
+    warn_of_unknown(fields.finish_known({}))
     check_sizes(fields, config)
     return config
 

@@ -25,14 +25,16 @@ from dp_runtime.models.causal_lm import DecoderLayer, Hidden, PassInputs
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.fp8_config import parse_fp8_experts
 from dp_runtime.models.hf_config import ConfigFields
+from dp_runtime.models.known_tensors import SKIPPABLE_WHILE_DRAFTING
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.models.model import Model
-from dp_runtime.models.qwen3_moe import EXPERT_NAMES, load_mlp
+from dp_runtime.models.qwen3_moe import ARCHITECTURE
 from dp_runtime.parallel.exchange import RowExchange
 from dp_runtime.speculative.draft import DraftConfig, beside
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
 
 LAYER = "mtp.layers.0"
+SKIPPABLE = SKIPPABLE_WHILE_DRAFTING
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # what config.json may call them
 
 
@@ -48,12 +50,12 @@ def read_config(directory: str, target: ModelConfig) -> MtpConfig:
     fields = ConfigFields.read(Path(directory) / "config.json")
     count = max(fields.integer(name, 0, least=0) for name in COUNTS)
     require(
-        count >= 1 and target.architecture == "Qwen3MoeForCausalLM",
+        count >= 1 and target.architecture == ARCHITECTURE.name,
         "speculative_draft_model", None,
         f"name the directory of an EAGLE-3 head: {directory} is no Qwen3MoeForCausalLM with "
         f"{COUNTS[0]} or {COUNTS[1]} >= 1, which would have a draft layer of its own",
     )  # fmt: skip
-    fp8 = parse_fp8_experts(fields, [f"{LAYER}.mlp.experts"], EXPERT_NAMES)
+    fp8 = parse_fp8_experts(fields, [f"{LAYER}.mlp.experts"], ARCHITECTURE.expert_names)
     layer = replace(target, num_layers=1, moe_layers=(True,), fp8_experts=fp8)
     return MtpConfig(
         "mtp", directory, 1, target.num_heads, target.num_kv_heads, target.head_dim,
@@ -123,7 +125,7 @@ def build(
     moe: MoeKernels,
 ) -> Mtp:
     hidden, eps = config.hidden_size, config.layer.rms_norm_eps
-    mlp = load_mlp(config.layer, 0, f"{LAYER}.mlp", weights, sharding, moe)
+    mlp = ARCHITECTURE.load_mlp(config.layer, 0, LAYER, weights, sharding, moe)
     return Mtp(
         config,
         target.embedding,

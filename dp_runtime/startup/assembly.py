@@ -37,7 +37,8 @@ from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.profiling import run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.startup.served_models import ServedModels
-from dp_runtime.weights.loader import WeightSource, open_weights
+from dp_runtime.weights.loader import open_weights
+from dp_runtime.weights.source import WeightSource
 
 
 @dataclass(frozen=True, eq=False)

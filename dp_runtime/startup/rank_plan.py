@@ -19,14 +19,15 @@ from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import choose_moe_backend
 from dp_runtime.metrics.memory import MemoryUse
-from dp_runtime.models.config import ModelConfig, read_model_config
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.registry import read_model_config
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.speculative.draft import DraftConfig, read_draft_config
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, rank_memory
 from dp_runtime.startup.memory_estimate import activation_peak, captured_bytes, param_bytes
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.weights.fp8_blocks import BLOCK
-from dp_runtime.weights.loader import MetaWeights
+from dp_runtime.weights.generated import MetaWeights
 
 KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config has none
 
@@ -106,11 +107,6 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     moe_backend, moe_reason = choose_moe_backend(
         config.moe_backend, dtype, torch.device(device), fp8
     )
-    length = config.max_model_len or model.max_position_embeddings
-    require(
-        length <= model.max_position_embeddings, "max_model_len", length,
-        f"the model has {model.max_position_embeddings} positions",
-    )  # fmt: skip
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     plan = RankPlan(
         model=model,
@@ -127,7 +123,10 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         depth=choose_depth(config, device, backend),
         sharding=sharding,
         limits=Limits(
-            config.max_num_requests, config.max_num_tokens, length, config.speculative_num_steps
+            config.max_num_requests,
+            config.max_num_tokens,
+            model.resolve_max_model_len(config.max_model_len),
+            config.speculative_num_steps,
         ),
         pages=PageGeometry(0, config.page_size),
         load_bytes=0,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from dp_runtime.attention.spec import AttentionBackend
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.config import ModelConfig
-from dp_runtime.models.model import Model, PassModel, build_model
+from dp_runtime.models.model import Model, PassModel
+from dp_runtime.models.registry import build_model
 from dp_runtime.speculative.draft import DraftConfig, DraftModel, build_draft
-from dp_runtime.weights.loader import WeightSource
+from dp_runtime.weights.source import WeightSource
 
 LayerAttention = Callable[[int], AttentionBackend]
 

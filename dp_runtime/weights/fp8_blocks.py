@@ -37,10 +37,20 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:
-    """The weights [rows, columns] float32 of what `quantize` gives."""
-    rows, columns = values.shape
-    by_row = scales.float().repeat_interleave(BLOCK, 0)[:rows]
-    return values.float() * by_row.repeat_interleave(BLOCK, 1)[:, :columns]
+    """The weights [..., rows, columns] float32 of matrices as `quantize` gives them."""
+    rows, columns = values.shape[-2:]
+    by_row = scales.float().repeat_interleave(BLOCK, -2)[..., :rows, :]
+    return values.float() * by_row.repeat_interleave(BLOCK, -1)[..., :columns]
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of matrices [..., rows, columns]."""
+    return *shape[:-2], num_blocks(shape[-2]), num_blocks(shape[-1])
+
+
+def scale_part(part: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The scales of a part of such matrices."""
+    return *part[:-2], block_part(part[-2]), block_part(part[-1])
 
 
 def block_part(part: slice) -> slice:

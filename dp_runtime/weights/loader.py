@@ -1,67 +1,36 @@
-"""Where weights come from: a safetensors checkpoint, random numbers, or nowhere (counted)."""
+"""Checkpoint: the safetensors of a model directory."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dp_runtime.errors import require
+from dp_runtime.weights.files import is_present, read_json, shown
 from dp_runtime.weights.fp8_blocks import (
     FP8,
     SCALE_SUFFIX,
-    block_part,
     dequantize,
-    num_blocks,
-    quantize,
+    scale_part,
+    scale_shape,
 )
-
-Shape = tuple[int, ...]
-Part = tuple[slice, ...]
+from dp_runtime.weights.generated import DummyWeights
+from dp_runtime.weights.source import Part, Shape, WeightSource, ignore_bytes
 
 INTEGERS = ("I64",)
 DTYPES = ("F64", "F32", "F16", "BF16")  # names as in the safetensors format
 FP8_DTYPE = "F8_E4M3"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ROWS_COMPARED = 8192
 MAPPED_BYTES = 256 << 20  # of files that may be mapped before they are opened anew
-
-
-class WeightSource(Protocol):
-    """Gives tensors by their name in a Hugging Face checkpoint, on `device` and in `dtype`."""
-
-    device: torch.device
-    dtype: torch.dtype
-    bytes_read: int
-
-    def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
-        """The tensor `name` whose full shape is `shape`, or only the `part` this rank needs.
-
-        What is stored in e4m3 with scales is widened.
-        """
-
-    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        """e4m3 values of a matrix stored so, and their scales; see `fp8_blocks`.
-
-        Parts begin with a block.
-        """
-
-    def integers(self, name: str, shape: Shape) -> Tensor:
-        """A tensor of int64, which stays so."""
-
-    def scalar(self, name: str) -> float | None:
-        """The number that a tensor of one element holds; None if there is no such tensor."""
-
-
-def ignore_bytes(num_bytes: int) -> None:
-    """The progress callback of a load nobody watches."""
 
 
 class Checkpoint:
@@ -86,12 +55,15 @@ class Checkpoint:
         self._root = Path(directory)
         self._open_files: dict[str, Any] = {}
         self._mapped = 0
+        self._known: set[str] = set()  # tensors that were read, or left to other ranks
         self._file_of = self._read_index()
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         tensor = self._read(name, shape, part, (*DTYPES, FP8_DTYPE))
         self._on_bytes(tensor.numel() * self.dtype.itemsize)
         if tensor.dtype != FP8:
+            scale = f"{name}{SCALE_SUFFIX}"
+            require(not self.has(scale), scale, "in the checkpoint", f"{name} is not e4m3")
             return tensor.to(device=self.device, dtype=self.dtype, copy=True)
         scales = self._read_scales(name, shape, part)
         return dequantize(tensor.to(self.device), scales.to(self.device)).to(self.dtype)
@@ -109,10 +81,9 @@ class Checkpoint:
 
     def _read_scales(self, name: str, shape: Shape, part: Part | None) -> Tensor:
         """Of an e4m3 matrix or a part of it, float32 on the host."""
-        blocks = tuple(num_blocks(size) for size in shape)
-        block_parts = None if part is None else tuple(block_part(one) for one in part)
+        part = None if part is None else scale_part(part)
         name = f"{name}{SCALE_SUFFIX}"
-        scales = self._read(name, blocks, block_parts, DTYPES).to(torch.float32, copy=True)
+        scales = self._read(name, scale_shape(shape), part, DTYPES).to(torch.float32, copy=True)
         require(bool(scales.isfinite().all()), name, "not finite", "finite scales")
         return scales
 
@@ -121,6 +92,7 @@ class Checkpoint:
         file = self._file_of.get(name)
         if file is None:
             raise ValueError(f"{self._root}: tensor {name} is missing")
+        self._known.add(name)
         if self._mapped > MAPPED_BYTES:
             self._open_files.clear()  # NOTE: pages of a mapped file stay in memory once read
             self._mapped = 0
@@ -128,43 +100,75 @@ class Checkpoint:
         try:
             view = self._open(file).get_slice(name)
         except SafetensorError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{where}: {shown(error)}") from None
         found = tuple(view.get_shape())
         require(found == shape, f"{where}: shape", found, f"config.json asks for {shape}")
         dtype = view.get_dtype()
         require(dtype in dtypes, f"{where}: dtype", dtype, f"one of {', '.join(dtypes)}")
         mapped: Tensor = view[part if part is not None else ...]
         self.bytes_read += mapped.nbytes
-        self._mapped += math.prod(shape) * mapped.dtype.itemsize
+        stacked = len(mapped) if mapped.dim() == 3 else shape[0]
+        self._mapped += stacked * math.prod(shape[1:]) * mapped.dtype.itemsize
         return mapped
 
     def scalar(self, name: str) -> float | None:
         file = self._file_of.get(name)
         if file is None:
             return None
+        self._known.add(name)
         tensor: Tensor = self._open(file).get_tensor(name)
         where = f"{self._root / file}: {name}: shape"
         require(tensor.numel() == 1, where, tuple(tensor.shape), "one element")
         self.bytes_read += tensor.element_size()
         return float(tensor)
 
+    def has(self, name: str) -> bool:
+        return name in self._file_of
+
+    def equals(self, name: str, tensor: Tensor) -> bool:
+        shape = tuple(tensor.shape)
+        for start in range(0, shape[0], ROWS_COMPARED):
+            rows = slice(start, min(start + ROWS_COMPARED, shape[0]))
+            found = self._read(name, shape, (rows, slice(None)), DTYPES)
+            if not torch.equal(found.to(self.device, self.dtype), tensor[rows]):
+                return False
+        return True
+
+    def leave(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._known |= {name, f"{name}{SCALE_SUFFIX}"}
+
+    def require_all_read(self, skippable: Iterable[str], hints: Mapping[str, str]) -> None:
+        skip = re.compile("|".join(skippable))
+        left = sorted(n for n in self._file_of.keys() - self._known if not skip.search(n))
+        if not left:
+            return
+        fields = next((text for pattern, text in hints.items() if re.search(pattern, left[0])), "")
+        hint = f"; see {fields} in config.json" if fields else ""
+        more = f"; {len(left) - 1:,} more like it" if len(left) > 1 else ""
+        raise ValueError(
+            f"{self._root / self._file_of[left[0]]}: {shown(left[0])}: the model that config.json "
+            f"describes has no such tensor{hint}{more}"
+        )
+
     def _read_index(self) -> dict[str, str]:
         """The file of every tensor."""
         path = self._root / INDEX
-        if not path.is_file():
+        if not is_present(path):
             require(
-                (self._root / SINGLE).is_file(), "model", str(self._root),
+                is_present(self._root / SINGLE), "model", str(self._root),
                 f"a directory with {SINGLE} or {INDEX}",
             )  # fmt: skip
             return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        try:
-            files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            names = {str(name): str(file) for name, file in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not an index of safetensors: {error!r}") from None
-        for file in sorted(set(names.values())):
-            require((self._root / file).is_file(), str(path), file, "a file beside the index")
-        return names
+        index = read_json(path, "an index of safetensors")
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict):
+            raise ValueError(f"{path}: not an index of safetensors: it has no weight_map object")
+        for file in dict.fromkeys(map(str, files.values())):
+            inside = not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
+            ok = inside and is_present(self._root / file)
+            require(ok, str(path), shown(file), "a file beside the index")
+        return {str(name): str(file) for name, file in files.items()}
 
     @property
     def names(self) -> frozenset[str]:
@@ -176,95 +180,15 @@ class Checkpoint:
             path = self._root / file
             try:
                 self._open_files[file] = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+            except (SafetensorError, OSError) as error:
+                text = f"{path}: not a readable safetensors file: {shown(error)}"
+                raise ValueError(text) from None
         return self._open_files[file]
-
-
-class DummyWeights:
-    """Random weights: matrices N(0, 0.02) (in e4m3 rounded to that), norms 1, the rest 0.
-
-    A tensor's values are a pure function of seed and name, so a rank's part is the same slice
-    whatever the number of ranks.
-    """
-
-    def __init__(
-        self,
-        seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        on_bytes: Callable[[int], None] = ignore_bytes,
-    ) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.bytes_read = 0
-        self._seed = seed
-        self._on_bytes = on_bytes
-
-    def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
-        tensor = self._draw(name, shape)[part if part is not None else ...]
-        self._on_bytes(tensor.numel() * self.dtype.itemsize)
-        return tensor.to(self.dtype)
-
-    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        values, scales = quantize(self._draw(name, shape))
-        if part is not None:
-            values, scales = values[part], scales[tuple(block_part(one) for one in part)]
-        self._on_bytes(values.nbytes + scales.nbytes)
-        return values, scales
-
-    def integers(self, name: str, shape: Shape) -> Tensor:
-        tensor = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self._on_bytes(tensor.nbytes)
-        return tensor
-
-    def _draw(self, name: str, shape: Shape) -> Tensor:
-        """A whole tensor in float32."""
-        if len(shape) == 1:
-            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=self.device)
-        digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(self.device)
-        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        return torch.randn(shape, generator=generator, device=self.device).mul_(0.02)
-
-    def scalar(self, name: str) -> float | None:
-        return None
-
-
-class MetaWeights:
-    """Loads nothing: tensors on the meta device, counted in `bytes_read` as `dtype`."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.device = torch.device("meta")
-        self.dtype = dtype
-        self.bytes_read = 0
-
-    def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
-        tensor = tensor[part if part is not None else ...]
-        self.bytes_read += tensor.nbytes
-        return tensor
-
-    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        values = torch.empty(shape, dtype=FP8, device=self.device)
-        scales = torch.empty([num_blocks(size) for size in shape], device=self.device)
-        if part is not None:
-            values, scales = values[part], scales[tuple(block_part(one) for one in part)]
-        self.bytes_read += values.nbytes + scales.nbytes
-        return values, scales
-
-    def integers(self, name: str, shape: Shape) -> Tensor:
-        tensor = torch.empty(shape, dtype=torch.int64, device=self.device)
-        self.bytes_read += tensor.nbytes
-        return tensor
-
-    def scalar(self, name: str) -> float | None:
-        return None
 
 
 def tensor_names(directory: str) -> frozenset[str]:
     """What a directory's safetensors have; nothing where there are none."""
-    if not any((Path(directory) / name).is_file() for name in (INDEX, SINGLE)):
+    if not any(is_present(Path(directory) / name) for name in (INDEX, SINGLE)):
         return frozenset()
     return Checkpoint(directory, torch.device("cpu"), torch.float32).names
 

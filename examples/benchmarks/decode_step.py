@@ -21,7 +21,7 @@ import numpy as np
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.metrics.trace import StepTrace
-from dp_runtime.models.config import read_model_config
+from dp_runtime.models.registry import read_model_config
 from examples.benchmarks import machine
 from examples.benchmarks.floors import DecodeBytes, uniform_active
 from examples.benchmarks.stepping import Load, Profile, Routed, SteppedRank, Window, run_ranks

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.models.config import ModelConfig, read_model_config
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.registry import read_model_config
 from examples.benchmarks import machine
 from examples.benchmarks.stepping import Load, Profile, SteppedRank, Window, run_ranks
 

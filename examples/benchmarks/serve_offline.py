@@ -21,7 +21,7 @@ import numpy as np
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.engine.handle import RequestHandle
-from dp_runtime.models.config import read_model_config
+from dp_runtime.models.registry import read_model_config
 from examples.benchmarks import machine
 from examples.benchmarks.floors import DecodeBytes
 

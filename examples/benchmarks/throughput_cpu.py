@@ -23,7 +23,8 @@ import torch
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.cli.workload import Workload
 from dp_runtime.metrics.trace import Report, StepTrace
-from dp_runtime.models.config import ModelConfig, read_model_config
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.registry import read_model_config
 from examples.benchmarks import machine
 
 TINY_MODEL = Path(__file__).parents[1] / "tiny_moe" / "checkpoint"

@@ -13,7 +13,7 @@ import json
 from itertools import cycle, islice
 
 from dp_runtime.cli.workload import Workload
-from dp_runtime.models.config import read_model_config
+from dp_runtime.models.registry import read_model_config
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ from dp_runtime.attention.registry import make_backend
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.causal_lm import Hidden, PassInputs
-from dp_runtime.models.config import read_model_config
-from dp_runtime.models.model import build_model
+from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.exchange import PaddedExchange
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.layers.experts import ExpertNames, Experts, ExpertShard
+from dp_runtime.layers.expert_layouts import ExpertNames, ExpertShape
+from dp_runtime.layers.experts import Experts, ExpertShard
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.layers.router import Router
 from dp_runtime.parallel.exchange import PaddedExchange
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.weights.loader import DummyWeights
+from dp_runtime.weights.generated import DummyWeights
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 
 HIDDEN, TOP_K = 32, 2
@@ -42,7 +43,9 @@ def build_stage(
     weights = source()
     shard = sharding.shard(num_experts, intermediate)
     gate = Linear.load(weights, {"gate": num_experts}, HIDDEN)
-    experts = Experts.load(weights, "experts", NAMES, shard, HIDDEN, intermediate)
+    experts = Experts.load(
+        weights, "experts", NAMES, ExpertShape(num_experts, HIDDEN, intermediate), shard
+    )
     return MoeStage(Router(gate, TOP_K, renormalize), experts, TorchMoe())
 
 
@@ -160,7 +163,9 @@ def test_without_renormalisation() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_experts_in_other_dtypes(dtype: torch.dtype) -> None:
     weights = LargeWeights(0, torch.device("cpu"), dtype)
-    experts = Experts.load(weights, "experts", NAMES, ExpertShard.of("ep", 0, 1, 5, 11), HIDDEN, 11)
+    experts = Experts.load(
+        weights, "experts", NAMES, ExpertShape(5, HIDDEN, 11), ExpertShard.of("ep", 0, 1, 5, 11)
+    )
     rows = rank_rows((9,))[0].to(dtype)
     ids = torch.tensor([[0, 4]] * 9)
     out = experts(rows, ids, torch.full((9, 2), 0.5))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dp_runtime.models.config import ModelConfig, read_model_config
+from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.registry import read_model_config
 
 QWEN3_30B_A3B: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -258,9 +259,24 @@ def test_missing_fields(tmp_path: Path, name: str) -> None:
         parse(tmp_path, without(name))
 
 
-def test_mixtral_with_a_sliding_window(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sliding_window: 4096 is not allowed; only null"):
-        parse(tmp_path, MIXTRAL_8X7B | {"sliding_window": 4096})
+def test_mixtral_serves_its_sliding_window_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = parse(tmp_path, MIXTRAL_8X7B | {"sliding_window": 4096})
+    with caplog.at_level("INFO", "dp_runtime"):
+        assert config.resolve_max_model_len(None) == 4096
+    assert "max_model_len is 4096: the model's sliding_window" in caplog.text
+    assert config.resolve_max_model_len(4096) == 4096
+    assert config.resolve_max_model_len(100) == 100
+    with pytest.raises(ValueError, match="max_model_len: 4097 .*sliding_window 4096"):
+        config.resolve_max_model_len(4097)
+
+
+def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
+    config = parse(tmp_path, MIXTRAL_8X7B | {"sliding_window": 32768})
+    assert config.resolve_max_model_len(None) == 32768
+    with pytest.raises(ValueError, match="max_model_len: 32769 .*the model has 32768 positions"):
+        config.resolve_max_model_len(32769)
 
 
 def test_missing_directory_and_file(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.models.config import read_model_config
-from dp_runtime.models.model import build_model
+from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
-from dp_runtime.weights.loader import MetaWeights, open_weights
+from dp_runtime.weights.generated import MetaWeights
+from dp_runtime.weights.loader import open_weights
 from examples.tiny_moe.model import TinyMoe, load_model
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.dp_runtime.drafts import DraftRank, add_in_place, on_ranks

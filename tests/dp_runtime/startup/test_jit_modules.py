@@ -17,7 +17,7 @@ from dp_runtime.layers.experts import Experts, ExpertShard, aligned
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.router import Router
-from dp_runtime.models.config import read_model_config
+from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.startup.jit_modules import modules
 from dp_runtime.weights.fp8_blocks import ExpertScales

@@ -16,18 +16,20 @@ from torch import Tensor
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.layers import moe_kernels
+from dp_runtime.layers.expert_layouts import ExpertShape
 from dp_runtime.layers.experts import Experts, ExpertShard
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import choose_moe_backend
-from dp_runtime.models.config import read_model_config
-from dp_runtime.models.model import build_model
-from dp_runtime.models.qwen3_moe import EXPERT_NAMES
+from dp_runtime.models.qwen3_moe import ARCHITECTURE
+from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.startup import rank_plan as sizing
 from dp_runtime.startup.inspection import describe
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.rank_plan import plan_rank
 from dp_runtime.weights.fp8_blocks import FP8, dequantize, quantize
-from dp_runtime.weights.loader import Checkpoint, DummyWeights, MetaWeights, WeightSource
+from dp_runtime.weights.generated import DummyWeights, MetaWeights
+from dp_runtime.weights.loader import Checkpoint
+from dp_runtime.weights.source import WeightSource
 from tests.checkpoints import tiny_checkpoint
 from tests.reference import Reference, check_greedy
 
@@ -120,8 +122,8 @@ def test_served_tokens_are_those_of_the_widened_weights(
 
 
 def load(weights: WeightSource, shard: ExpertShard) -> Experts:
-    prefix = "model.layers.0.mlp.experts"
-    return Experts.load(weights, prefix, EXPERT_NAMES, shard, HIDDEN, INTERMEDIATE, fp8=True)
+    prefix, shape = "model.layers.0.mlp.experts", ExpertShape(EXPERTS, HIDDEN, INTERMEDIATE)
+    return Experts.load(weights, prefix, ARCHITECTURE.expert_names, shape, shard, fp8=True)
 
 
 @pytest.mark.parametrize("sharding", ["ep", "tp"])

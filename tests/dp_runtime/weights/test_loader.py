@@ -14,15 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from dp_runtime.attention.registry import make_backend
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.models.config import read_model_config
-from dp_runtime.models.model import Model, build_model
-from dp_runtime.weights.loader import (
-    Checkpoint,
-    DummyWeights,
-    MetaWeights,
-    WeightSource,
-    open_weights,
-)
+from dp_runtime.models.model import Model
+from dp_runtime.models.registry import build_model, read_model_config
+from dp_runtime.weights.generated import DummyWeights, MetaWeights
+from dp_runtime.weights.loader import Checkpoint, open_weights
+from dp_runtime.weights.source import WeightSource
 from tests.checkpoints import tiny_checkpoint
 from tests.dp_runtime.paged import spec_of
 

@@ -1,0 +1,58 @@
+"""Text files of a checkpoint: regular, of bounded size, UTF-8 whatever the locale is."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from dp_runtime.errors import require
+
+MAX_BYTES = 256 << 20
+
+
+def is_present(path: Path) -> bool:
+    """Whether there is a regular file; ValueError for anything else that has the name.
+
+    A FIFO or a device would block its reader, or never end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}") from None
+    require(stat.S_ISREG(mode), shown(path), stat.filemode(mode), "a regular file")
+    return True
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular UTF-8 file; ValueError in one line for any other."""
+    require(is_present(path), shown(path), "missing", "an existing file")
+    size = path.stat().st_size
+    require(size <= MAX_BYTES, shown(path), f"{size:,} bytes", f"at most {MAX_BYTES:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(path)}: not valid UTF-8: {error.reason}") from None
+
+
+def read_json(path: Path, expected: str = "valid JSON") -> Any:
+    """The value of a JSON file; ValueError in one line, "not `expected`", where it is none."""
+    reason = "nested too deeply"
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        pass
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{shown(path)}: ")
+    raise ValueError(f"{shown(path)}: not {expected}: {reason}")
+
+
+def shown(value: object, length: int = 200) -> str:
+    """A path or a name in a message: escaped, and cut where it is long."""
+    text = str(value).encode("unicode_escape").decode("ascii")
+    return text if len(text) <= length else f"{text[: length - 3]}..."

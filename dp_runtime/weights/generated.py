@@ -1,0 +1,87 @@
+"""Weights without a checkpoint: random ones, and none at all, which are only counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dp_runtime.weights.fp8_blocks import FP8, quantize, scale_part, scale_shape
+from dp_runtime.weights.source import NoCheckpoint, Part, Shape, ignore_bytes
+
+
+class DummyWeights(NoCheckpoint):
+    """Random weights: matrices N(0, 0.02) (in e4m3 rounded to that), norms 1, the rest 0.
+
+    A tensor's values are a pure function of seed and name, so a rank's part is the same slice
+    whatever the number of ranks.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_bytes: Callable[[int], None] = ignore_bytes,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.bytes_read = 0
+        self._seed = seed
+        self._on_bytes = on_bytes
+
+    def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
+        tensor = self._draw(name, shape)[part if part is not None else ...]
+        self._on_bytes(tensor.numel() * self.dtype.itemsize)
+        return tensor.to(self.dtype)
+
+    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        values, scales = quantize(self._draw(name, shape))
+        if part is not None:
+            values, scales = values[part], scales[scale_part(part)]
+        self._on_bytes(values.nbytes + scales.nbytes)
+        return values, scales
+
+    def integers(self, name: str, shape: Shape) -> Tensor:
+        tensor = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self._on_bytes(tensor.nbytes)
+        return tensor
+
+    def _draw(self, name: str, shape: Shape) -> Tensor:
+        """A whole tensor in float32."""
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=self.device)
+        digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn(shape, generator=generator, device=self.device).mul_(0.02)
+
+
+class MetaWeights(NoCheckpoint):
+    """Loads nothing: tensors on the meta device, counted in `bytes_read` as `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.device = torch.device("meta")
+        self.dtype = dtype
+        self.bytes_read = 0
+
+    def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        tensor = tensor[part if part is not None else ...]
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        values = torch.empty(shape, dtype=FP8, device=self.device)
+        scales = torch.empty(scale_shape(shape), device=self.device)
+        if part is not None:
+            values, scales = values[part], scales[scale_part(part)]
+        self.bytes_read += values.nbytes + scales.nbytes
+        return values, scales
+
+    def integers(self, name: str, shape: Shape) -> Tensor:
+        tensor = torch.empty(shape, dtype=torch.int64, device=self.device)
+        self.bytes_read += tensor.nbytes
+        return tensor
