@@ -37,6 +37,7 @@ from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.profiling import run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.startup.served_models import ServedModels
+from dp_runtime.weights.files import is_present, read_text
 from dp_runtime.weights.loader import open_weights
 from dp_runtime.weights.source import WeightSource
 
@@ -81,7 +82,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         hidden_size=model.hidden_size,
         max_model_len=plan.limits.max_model_len,
         eos_token_ids=model.eos_token_ids,
-        tokenizer_json=tokenizer.read_text() if tokenizer.exists() else None,
+        tokenizer_json=read_text(tokenizer) if is_present(tokenizer) else None,
         cache_tokens=plan.cache_tokens,
         bytes_read=sum(source.bytes_read for source in sources),
     )

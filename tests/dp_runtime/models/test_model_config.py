@@ -268,14 +268,14 @@ def test_mixtral_serves_its_sliding_window_and_no_more(
     assert "max_model_len is 4096: the model's sliding_window" in caplog.text
     assert config.resolve_max_model_len(4096) == 4096
     assert config.resolve_max_model_len(100) == 100
-    with pytest.raises(ValueError, match="max_model_len: 4097 .*sliding_window 4096"):
+    with pytest.raises(ValueError, match=r"max_model_len: 4097 .*sliding_window 4096"):
         config.resolve_max_model_len(4097)
 
 
 def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
     config = parse(tmp_path, MIXTRAL_8X7B | {"sliding_window": 32768})
     assert config.resolve_max_model_len(None) == 32768
-    with pytest.raises(ValueError, match="max_model_len: 32769 .*the model has 32768 positions"):
+    with pytest.raises(ValueError, match=r"max_model_len: 32769 .*the model has 32768 positions"):
         config.resolve_max_model_len(32769)
 
 
