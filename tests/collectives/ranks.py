@@ -1,4 +1,7 @@
-"""Ranks to run test cases in: threads, or spawned processes that are kept from case to case."""
+"""Ranks to run test cases in: threads, or processes that are kept from case to case.
+
+Processes are forked from a server that has loaded torch once; importing it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_pa
 
 KINDS = ("in_process", "shared_memory", "torch_distributed")
 PROCESS_KINDS = KINDS[1:]
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([__name__, "collectives.torch_distributed.group"])
 Case = Callable[..., Any]  # (collective, board, *arguments) -> result; a module-level function
 
 
@@ -146,12 +151,11 @@ def run_threads(
 
 
 class _Worker:
-    """A spawned process that runs jobs until its pipe closes."""
+    """A process that runs jobs until its pipe closes."""
 
     def __init__(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, end = spawn.Pipe()
-        self.process = spawn.Process(target=_work, args=(end,), daemon=True)
+        self.pipe, end = FORKSERVER.Pipe()
+        self.process = FORKSERVER.Process(target=_work, args=(end,), daemon=True)
         self.process.start()
         end.close()
 
