@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from dp_runtime.cli.jsonl import read_prompts
 from dp_runtime.cli.workload import Workload
 from dp_runtime.core.request import TokensPrompt
 from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.workers.leftovers import shared_memory_names, wait_until
 
 MAX_MODEL_LEN = 64
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -423,7 +423,7 @@ def left_overs() -> tuple[set[int], list[str], set[Path]]:
     """Child processes, threads of ranks, and shared memory."""
     ranks = sorted(t.name for t in threading.enumerate() if t.name.startswith("dp-rank"))
     children = {child.pid for child in psutil.Process().children(recursive=True)}
-    return children, ranks, set(Path("/dev/shm").glob("dp-runtime-*"))
+    return children, ranks, shared_memory_names()
 
 
 def no_page_in_use(engine: Engine) -> bool:
@@ -431,13 +431,6 @@ def no_page_in_use(engine: Engine) -> bool:
         rank.free_pages == rank.num_pages - 1 and not rank.num_running and not rank.num_queued
         for rank in engine.health()
     )
-
-
-def wait_until(ok: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 5.0
-    while not ok():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.collectives import failing
 from tests.collectives.ranks import KINDS, PROCESS_KINDS, Outcome, Ranks
+from tests.workers.leftovers import shared_memory_names
 
 WAITS = ("gather", "uneven gather", "reduce_scatter", "barrier", "board", "idle")
 NAMES_THE_RANK = ("in_process", "shared_memory")
@@ -69,16 +69,11 @@ def test_abort_with_a_stopped_peer(ranks: Ranks, kind: str, where: str, lost: in
     assert_late(ranks.result(lost)[1:])
 
 
-def shared_memory_traces() -> set[str]:
-    root = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path("/tmp")
-    return {path.name for path in root.glob("dp-runtime-*")}
-
-
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    before = shared_memory_traces()
+    before = shared_memory_names()
     yield
-    assert shared_memory_traces() <= before
+    assert shared_memory_names() <= before
 
 
 @pytest.mark.parametrize("kind", PROCESS_KINDS)

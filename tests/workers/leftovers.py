@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from collectives.session import session_token
+from collectives.shared_memory.group import shared_root
 
 
 def rank_processes() -> dict[int, str]:
@@ -31,11 +32,11 @@ def serving_processes() -> set[int]:
 def left_overs() -> tuple[set[int], list[str], set[Path]]:
     """Processes of ranks, threads of ranks in this process, and names of shared memory."""
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("dp-rank"))
-    return (
-        set(rank_processes()),
-        threads,
-        set(Path("/dev/shm").glob(f"dp-runtime-{session_token()}-*")),
-    )
+    return set(rank_processes()), threads, shared_memory_names()
+
+
+def shared_memory_names() -> set[Path]:
+    return set(Path(shared_root()).glob(f"dp-runtime-{session_token()}-*"))
 
 
 def wait_until(ok: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
