@@ -96,8 +96,7 @@ class Worker:
             self._measured = profile(self._loop, self._loaded)
         if self._plan.graphs:
             self._state = RankState.CAPTURING
-            poison = self.config.poison_padding
-            self._graph_use = capture(self._plan, self._loop, poison, self._count_graphs)
+            self._graph_use = capture(self._plan, self._loop, self._count_graphs)
         if self.config.launcher != "thread":
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it

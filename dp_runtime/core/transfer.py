@@ -21,10 +21,14 @@ def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
 ALIGNMENT = 128  # bytes, between arrays that travel together: kernels load wide words
 
 
+def aligned_offsets(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Where each array of so many bytes begins in one buffer, and last the buffer's size."""
+    return tuple(accumulate((-(-n // ALIGNMENT) * ALIGNMENT for n in sizes), initial=0))
+
+
 def all_on_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
     """The arrays as tensors there, in one copy, without waiting for the device."""
-    rooms = [-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]
-    starts = tuple(accumulate(rooms, initial=0))
+    starts = aligned_offsets([array.nbytes for array in arrays])
     packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     words = packed.numpy()
     for array, start in zip(arrays, starts):

@@ -47,6 +47,7 @@ class StepTrace:
     passes: tuple[PassTrace, ...]
     output_tokens: int
     prompt_tokens: int
+    num_preemptions: int = 0  # of the rank since its start
     num_drafts: int = 0  # of each verification
     accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
 
@@ -97,6 +98,7 @@ class Recorder:
         totals.steps += 1
         totals.output_tokens += step.output_tokens
         totals.prompt_tokens += step.prompt_tokens
+        totals.preemptions = step.num_preemptions
         totals.busy_s += step.busy_s
         totals.wait_s += step.wait_s
         totals.idle_steps += all(each.real_rows[step.dp_rank] == 0 for each in step.passes)

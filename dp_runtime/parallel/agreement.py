@@ -1,4 +1,4 @@
-"""What a rank says before a step, and what all ranks then know alike."""
+"""The records that ranks post before a step, and the agreement that follows from them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dp_runtime.core.program import MAX_PASSES, Program
 from dp_runtime.errors import RankDisagreement
+from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan, ExecutionPolicy
 
 
 class FaultBits(IntFlag):
@@ -23,7 +24,7 @@ _STOP = int(FaultBits.STOP)  # plain: an IntFlag's `&` is slow
 
 
 class StepRecord(NamedTuple):
-    """What one rank posts before a step: plain integers, of fixed size on the board.
+    """One rank posts this before a step: plain integers, of fixed size on the board.
 
     NOTE: a tuple, for every rank makes and reads several of them in each step.
     """
@@ -32,11 +33,8 @@ class StepRecord(NamedTuple):
     step_id: int
     program_id: int
     real_rows: tuple[int, ...]  # one count per pass of the program
-    num_requests: int = 0
-    free_pages: int = 0
     queued_tokens: int = 0
-    wants_prefill: bool = False
-    drafts_proposed: int = 0
+    drafts_proposed: int = 0  # in steps committed since the last record
     drafts_accepted: int = 0
     graph_votes: int = 0  # bit n: this rank's rows of pass n fit a captured graph
     fault_bits: int = 0  # FaultBits
@@ -49,7 +47,6 @@ class StepRecord(NamedTuple):
 
     @classmethod
     def from_words(cls, words: Sequence[int]) -> StepRecord:
-        """The inverse of `to_words`; the words are plain ints."""
         assert len(words) == RECORD_WORDS, f"{len(words)} words, a record has {RECORD_WORDS}"
         rows = tuple(words[4 : 4 + words[3]])
         return cls._make((*words[:3], rows, *words[4 + MAX_PASSES :]))
@@ -62,28 +59,31 @@ RECORD_WORDS = len(StepRecord._fields) + MAX_PASSES
 class Agreement(NamedTuple):
     """What all ranks know alike about a step; identical on every rank.
 
-    It is a pure function of the ranks' records. NOTE: never add a per-rank value to it.
+    It is a pure function of the ranks' records and of policies that every rank holds alike. NOTE:
+    never add a per-rank value to it.
     """
 
     epoch: int
     step_id: int
     program: Program
-    real_rows: tuple[tuple[int, ...], ...]  # [pass][rank]
-    num_requests: tuple[int, ...]  # [rank]
+    plans: tuple[ExecutionPlan, ...]  # [pass]
     queued_tokens: tuple[int, ...]  # [rank]
-    any_prefill: bool
     stop: bool
-    graphs: tuple[bool, ...]  # [pass] every rank replays a graph
     next_program_id: int
 
     @property
+    def real_rows(self) -> tuple[tuple[int, ...], ...]:
+        """[pass][rank]"""
+        return tuple(plan.padding.real_rows for plan in self.plans)
+
+    @property
     def dp_size(self) -> int:
-        return len(self.num_requests)
+        return len(self.queued_tokens)
 
     @property
     def idle(self) -> bool:
         """No rank has a row in any pass: no forward runs."""
-        return not any(any(rows) for rows in self.real_rows)
+        return all(plan.mode is ExecutionMode.EMPTY for plan in self.plans)
 
 
 class StepTotals(NamedTuple):
@@ -93,6 +93,8 @@ class StepTotals(NamedTuple):
     drafts_proposed: int
     drafts_accepted: int
 
+
+EAGER = ExecutionPolicy()
 
 ProgramPolicy = Callable[[StepTotals], int]
 
@@ -106,15 +108,14 @@ def agree(
     records: Sequence[StepRecord],
     programs: Sequence[Program],
     policy: ProgramPolicy = keep_program,
+    execution: ExecutionPolicy = EAGER,
 ) -> Agreement:
     """Fold the records of all ranks into the agreement of the step.
 
     Raises RankDisagreement, with a table of all ranks, if epoch, step or program differ.
     """
     size = len(records)
-    epochs, steps, ids, rows, requests, _, queued, prefill, proposed, accepted, votes, faults = zip(
-        *records, strict=True
-    )
+    epochs, steps, ids, rows, queued, proposed, accepted, votes, faults = zip(*records, strict=True)
     epoch, step_id, program_id = epochs[0], steps[0], ids[0]
     if not epochs.count(epoch) == steps.count(step_id) == ids.count(program_id) == size:
         raise RankDisagreement(_table("ranks disagree about the step", records))
@@ -126,18 +127,20 @@ def agree(
         raise RankDisagreement(
             _table(f"the program has {num_passes} passes ({program.passes})", records)
         )
-    real_rows = tuple(zip(*rows, strict=True))
-    common = reduce(and_, votes)
+    all_fit_graphs = reduce(and_, votes)
+    plans = tuple(
+        execution.plan(
+            pass_kind, program.query_len(pass_kind), counts, all_fit_graphs >> n & 1 == 1
+        )
+        for n, (pass_kind, counts) in enumerate(zip(program.passes, zip(*rows, strict=True)))
+    )
     return Agreement(
         epoch=epoch,
         step_id=step_id,
         program=program,
-        real_rows=real_rows,
-        num_requests=requests,
+        plans=plans,
         queued_tokens=queued,
-        any_prefill=any(prefill),
         stop=any(bits & _STOP for bits in faults),
-        graphs=tuple(common >> n & 1 == 1 and any(real_rows[n]) for n in range(num_passes)),
         next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
     )
 

@@ -4,89 +4,88 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OWN_STEP = 16  # above it, own rows are captured in multiples of it
-LEAST_GATHERED = 16
-GATHERED_FACTOR = 4  # between gathered sizes: few of them, for kernels read the real counts
-MOST_STAGE_ROWS = 2048  # of a rank; a GPU takes longer for more than a host that launches them
+LOCAL_STEP = 16  # requests; above it, local rows are captured in multiples of it
+MIN_GATHERED = 16
+GATHERED_FACTOR = 4  # between gathered sizes: few are needed, since kernels read the real counts
+# Above so many rows a rank, the GPU is slower than the host's kernel launches: capturing its MoE
+# stages would gain nothing.
+MAX_PIECEWISE_ROWS = 2048
 
 
-def _gathered(largest: int, most: int) -> int:
-    bucket = LEAST_GATHERED
-    while bucket < largest:
+def _gathered(rows: int, max_rows: int) -> int:
+    bucket = MIN_GATHERED
+    while bucket < rows:
         bucket *= GATHERED_FACTOR
-    return min(bucket, most)
+    return min(bucket, max_rows)
 
 
 @dataclass(frozen=True)
 class GraphKey:
     """The sizes a graph is captured at."""
 
-    own_rows: int
+    local_rows: int
     gathered_rows: int  # of every rank
 
 
 @dataclass(frozen=True)
 class GraphBuckets:
-    """Sizes for which there are graphs of one kind of pass, up to `most` requests of a rank.
+    """Sizes of one kind of pass's graphs, for up to max_requests of query_len rows each."""
 
-    query_len: rows of each request.
-    """
-
-    most: int
+    max_requests: int
     query_len: int = 1
 
     @property
-    def most_rows(self) -> int:
-        return self.most * self.query_len
+    def max_rows(self) -> int:
+        return self.max_requests * self.query_len
 
     def gathered(self, largest: int) -> int:
         """The gathered rows of every rank where the largest rank has so many."""
-        assert 0 < largest <= self.most_rows, f"{largest} rows, graphs go to {self.most_rows}"
-        return _gathered(self.own(largest), self.most_rows)
+        assert 0 < largest <= self.max_rows, f"{largest} rows, graphs go to {self.max_rows}"
+        return _gathered(self.local(largest), self.max_rows)
 
-    def own(self, rows: int) -> int:
-        """The own rows of the graph that serves so many."""
-        assert 0 <= rows <= self.most_rows, f"{rows} rows, graphs go to {self.most_rows}"
+    def local(self, rows: int) -> int:
+        """The rank's own rows in the graph that serves so many."""
+        assert 0 <= rows <= self.max_rows, f"{rows} rows, graphs go to {self.max_rows}"
         return self._requests(-(-rows // self.query_len)) * self.query_len
 
     def _requests(self, count: int) -> int:
         if count <= 2:
             return count
-        if count <= OWN_STEP:
-            return min(1 << (count - 1).bit_length(), self.most)
-        return min(-(-count // OWN_STEP) * OWN_STEP, self.most)
+        if count <= LOCAL_STEP:
+            return min(1 << (count - 1).bit_length(), self.max_requests)
+        return min(-(-count // LOCAL_STEP) * LOCAL_STEP, self.max_requests)
 
     def graph_keys(self) -> tuple[GraphKey, ...]:
         """Every key a step may need, the largest first: the others fit into its memory."""
-        owns = {self.own(count * self.query_len) for count in range(self.most + 1)}
-        sizes = {self.gathered(own) for own in owns if own}
-        keys = {GraphKey(own, size) for size in sizes for own in owns if own <= size}
-        return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.own_rows)))
+        locals_ = {self.local(count * self.query_len) for count in range(self.max_requests + 1)}
+        sizes = {self.gathered(rows) for rows in locals_ if rows}
+        keys = {GraphKey(rows, size) for size in sizes for rows in locals_ if rows <= size}
+        return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.local_rows)))
 
 
 @dataclass(frozen=True)
-class StageBuckets:
-    """Gathered sizes for which MoE stages are captured alone, up to `most` rows of a rank."""
+class PiecewiseBuckets:
+    """Gathered sizes for which MoE stages are captured alone; none if max_rows is 0."""
 
-    most: int
+    max_rows: int = 0  # of a rank
 
     @classmethod
-    def of(cls, max_num_tokens: int) -> StageBuckets:
+    def for_steps(cls, max_num_tokens: int) -> PiecewiseBuckets:
         """For ranks whose steps have so many rows at most."""
-        return cls(min(max_num_tokens, MOST_STAGE_ROWS))
-
-    @classmethod
-    def none(cls) -> StageBuckets:
-        """No stage is captured."""
-        return cls(0)
+        return cls(min(max_num_tokens, MAX_PIECEWISE_ROWS))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """The largest first: the others fit into its memory."""
         return tuple(
-            sorted({_gathered(n, self.most) for n in range(1, self.most + 1)}, reverse=True)
+            sorted({_gathered(n, self.max_rows) for n in range(1, self.max_rows + 1)}, reverse=True)
         )
 
-    def gathered(self, largest: int) -> int | None:
-        """The gathered rows of every rank where the largest has so many; None: no stage is."""
-        return _gathered(largest, self.most) if 0 < largest <= self.most else None
+    def cover(self, largest: int) -> bool:
+        """Whether stages are captured at a size that holds the largest rank's rows."""
+        return 0 < largest <= self.max_rows
+
+    def gathered(self, largest: int) -> int:
+        """The gathered rows of every rank where the largest rank has so many."""
+        assert self.cover(largest), f"{largest} rows, stages go to {self.max_rows}"
+        return _gathered(largest, self.max_rows)

@@ -12,10 +12,7 @@ from dp_runtime.parallel.padding import PaddingPlan, pad, strip
 
 
 class RowExchange(Protocol):
-    """What a MoE stage needs to exchange rows; handed down through forward.
-
-    Gathered rows that are not real are undefined, or NaN where a test poisons them.
-    """
+    """A MoE stage exchanges rows through this; gathered rows that are not real are undefined."""
 
     @property
     def plan(self) -> PaddingPlan: ...
@@ -26,10 +23,10 @@ class RowExchange(Protocol):
         are real, if only the device knows it; else the plan does."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Own rows [own, hidden] -> all ranks' rows [total gathered, hidden]."""
+        """Own rows [local, hidden] -> all ranks' rows [total gathered, hidden]."""
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
-        """Partial sums [total gathered, hidden] -> the sum of the own rows [own, hidden]."""
+        """Partial sums [total gathered, hidden] -> the sum of the own rows [local, hidden]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,46 +39,47 @@ class PaddedExchange:
     row_ranges: Tensor | None = None
 
     def gather(self, rows: Tensor) -> Tensor:
-        padded = pad(rows, self.plan, self.poison)
+        padded = pad(rows, self.plan, self.collective.dp_rank, self.poison)
         return self.collective.all_gather(padded, self.plan.gathered_rows)
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         sums = self.collective.reduce_scatter(partial, self.plan.gathered_rows)
-        return strip(sums, self.plan)
+        return strip(sums, self.plan, self.collective.dp_rank)
 
 
 @dataclass(frozen=True, eq=False)
 class CountedExchange:
-    """Rows that are real when the device comes to them cross the wire; shapes are the plan's.
+    """Only rows that row_ranges calls real cross the wire; other own rows come back as 0.
 
-    Own rows beyond them, a graph's null rows, come back as 0.
+    The plan has the shapes of a graph: its real rows are this rank's null rows too.
     """
 
-    plan: PaddingPlan  # the shapes: equally many gathered rows of every rank
+    plan: PaddingPlan
     collective: DeviceCountCollective
     poison: bool  # fill gathered rows that are not real with NaN
     row_ranges: Tensor
 
     def gather(self, rows: Tensor) -> Tensor:
-        rows_per_rank = self.plan.own_gathered
-        return self.collective.all_gather_v(rows, self.row_ranges, rows_per_rank, self.poison)
+        return self.collective.all_gather_v(
+            rows, self.row_ranges, self.plan.rows_per_rank, self.poison
+        )
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
-        return self.collective.reduce_scatter_v(partial, self.row_ranges, self.plan.own_real)
+        local_rows = self.plan.real_rows[self.collective.dp_rank]
+        return self.collective.reduce_scatter_v(partial, self.row_ranges, local_rows)
 
 
-def counts_on_device(collective: RowCollective) -> bool:
-    """Whether a graph's exchange costs what the real rows cost, whatever its shapes are."""
-    return collective.dp_size == 1 or isinstance(collective, DeviceCountCollective)
+def counts_real_rows(collective: RowCollective) -> bool:
+    """Whether only real rows cross the wire in graphs, whatever their shapes are."""
+    return collective.dp_size > 1 and isinstance(collective, DeviceCountCollective)
 
 
 def graph_plan(
-    collective: RowCollective, real_rows: tuple[int, ...], gathered_rows: int
+    collective: RowCollective, real_rows: tuple[int, ...], rows_per_rank: int
 ) -> PaddingPlan:
-    """The plan of a step whose ranks replay graphs of so many gathered rows each."""
-    size = collective.dp_size
-    counted = size > 1 and counts_on_device(collective)
-    return PaddingPlan(collective.dp_rank, real_rows, (gathered_rows,) * size, counted)
+    """The plan of a pass from graphs, in which every rank gathers rows_per_rank rows."""
+    gathered_rows = (rows_per_rank,) * collective.dp_size
+    return PaddingPlan(real_rows, gathered_rows, counts_real_rows(collective))
 
 
 def graph_exchange(

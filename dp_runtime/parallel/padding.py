@@ -1,7 +1,4 @@
-"""Padding for the MoE collectives: the modes, the plan of one stage, `pad` and `strip`.
-
-Only the MoE stage's `PaddedExchange` calls `pad` and `strip`; a batch never learns a padded size.
-"""
+"""Padding for the MoE collectives; a batch never learns a padded size."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from torch import Tensor
 
 
 class PaddingMode(StrEnum):
-    """How the ranks' rows are laid out for a collective."""
+    """How many rows each rank contributes to a collective."""
 
-    MAX_LEN = "max_len"  # every rank contributes the largest rank's rows
-    RAGGED = "ragged"  # every rank contributes its own rows
+    MAX_LEN = "max_len"  # those of the largest rank
+    RAGGED = "ragged"  # its own
     AUTO = "auto"  # the cheaper of the two for the counts at hand
 
 
@@ -42,11 +39,13 @@ class PaddingCost:
 
 @dataclass(frozen=True)
 class PaddingPlan:
-    """Rows of every rank in one MoE stage: what is real, and what enters the collective."""
+    """Rows of every rank in one MoE stage, real ones and those that enter the collective.
 
-    dp_rank: int
-    real_rows: tuple[int, ...]
-    gathered_rows: tuple[int, ...]
+    NOTE: identical on all ranks; what one rank pads is found with its dp_rank.
+    """
+
+    real_rows: tuple[int, ...]  # [rank]
+    gathered_rows: tuple[int, ...]  # [rank]
     counted: bool = False  # the device counts the real rows, and only they cross the wire
 
     def __post_init__(self) -> None:
@@ -56,24 +55,19 @@ class PaddingPlan:
         )
 
     @classmethod
-    def of(cls, mode: PaddingMode, dp_rank: int, real_rows: tuple[int, ...]) -> PaddingPlan:
-        """The plan of `max_len` or `ragged` for these counts."""
+    def for_mode(cls, mode: PaddingMode, real_rows: tuple[int, ...]) -> PaddingPlan:
         match mode:
             case PaddingMode.MAX_LEN:
-                gathered = (max(real_rows),) * len(real_rows)
+                return cls(real_rows, (max(real_rows),) * len(real_rows))
             case PaddingMode.RAGGED:
-                gathered = real_rows
+                return cls(real_rows, real_rows)
             case _:
                 raise AssertionError(f"{mode} is resolved before a plan is made")
-        return cls(dp_rank, real_rows, gathered)
 
     @property
-    def own_real(self) -> int:
-        return self.real_rows[self.dp_rank]
-
-    @property
-    def own_gathered(self) -> int:
-        return self.gathered_rows[self.dp_rank]
+    def rows_per_rank(self) -> int:
+        """Gathered rows of each rank, where a graph's bucket makes them equal."""
+        return self.gathered_rows[0]
 
     @property
     def total_real(self) -> int:
@@ -90,14 +84,14 @@ class PaddingPlan:
         return crossing * (len(self.real_rows) - 1)
 
     @cached_property
-    def starts(self) -> tuple[int, ...]:
+    def offsets(self) -> tuple[int, ...]:
         """Where each rank's rows begin among the gathered ones."""
         return tuple(accumulate(self.gathered_rows[:-1], initial=0))
 
     @cached_property
     def row_ranges(self) -> NDArray[np.int32]:
-        """[2, ranks]: where each rank's rows begin, and how many of them are real."""
-        return np.array([self.starts, self.real_rows], np.int32)
+        """[2, dp_size]: where each rank's rows begin, and how many of them are real."""
+        return np.array([self.offsets, self.real_rows], np.int32)
 
     @cached_property
     def real_index(self) -> Tensor | None:
@@ -105,23 +99,37 @@ class PaddingPlan:
         if self.total_real == self.total_gathered:
             return None
         return torch.cat(
-            [torch.arange(start, start + real) for start, real in zip(self.starts, self.real_rows)]
+            [torch.arange(start, start + real) for start, real in zip(self.offsets, self.real_rows)]
         )
 
 
-def pad(rows: Tensor, plan: PaddingPlan, poison: bool = False) -> Tensor:
-    """This rank's real rows [own_real, hidden] -> [own_gathered, hidden]; the tail is 0, or NaN."""
-    assert rows.shape[0] == plan.own_real, f"{rows.shape[0]} rows, the plan says {plan.own_real}"
-    tail = plan.own_gathered - plan.own_real
-    if tail == 0:
+@dataclass(frozen=True)
+class PaddingPolicy:
+    """How eager passes are padded; `cost` decides where the mode is `auto`."""
+
+    mode: PaddingMode = PaddingMode.MAX_LEN
+    cost: PaddingCost | None = None
+
+    def plan(self, real_rows: tuple[int, ...]) -> PaddingPlan:
+        mode = self.mode
+        if mode is PaddingMode.AUTO:
+            assert self.cost is not None, "padding auto needs the cost measured at start"
+            mode = self.cost.choose(real_rows)
+        return PaddingPlan.for_mode(mode, real_rows)
+
+
+def pad(rows: Tensor, plan: PaddingPlan, dp_rank: int, poison: bool = False) -> Tensor:
+    """A rank's real rows [real, hidden] -> [gathered, hidden]; the tail is 0, or NaN."""
+    real, gathered = plan.real_rows[dp_rank], plan.gathered_rows[dp_rank]
+    assert rows.shape[0] == real, f"{rows.shape[0]} rows, the plan says {real}"
+    if gathered == real:
         return rows
-    fill = rows.new_full((tail, *rows.shape[1:]), float("nan") if poison else 0.0)
+    fill = rows.new_full((gathered - real, *rows.shape[1:]), float("nan") if poison else 0.0)
     return torch.cat([rows, fill])
 
 
-def strip(rows: Tensor, plan: PaddingPlan) -> Tensor:
-    """This rank's gathered rows [own_gathered, hidden] -> its real rows [own_real, hidden]."""
-    assert rows.shape[0] == plan.own_gathered, (
-        f"{rows.shape[0]} rows, the plan says {plan.own_gathered}"
-    )
-    return rows[: plan.own_real]
+def strip(rows: Tensor, plan: PaddingPlan, dp_rank: int) -> Tensor:
+    """A rank's gathered rows [gathered, hidden] -> its real rows [real, hidden]."""
+    gathered = plan.gathered_rows[dp_rank]
+    assert rows.shape[0] == gathered, f"{rows.shape[0]} rows, the plan says {gathered}"
+    return rows[: plan.real_rows[dp_rank]]

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from dp_runtime.core.batch import Int32, LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, rewind_sequences
+from dp_runtime.core.transfer import aligned_offsets
 from dp_runtime.models.causal_lm import PassInputs
+from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.future_tokens import FutureTokens
 
-ALIGNED_WORDS = 32  # 128 bytes: kernels may load fields in wide words
+WORD = 4  # bytes of an int32
 HOST_BUFFERS = 3  # a copy may still be under way when the next steps are written
 
 
@@ -60,8 +62,7 @@ class GraphInputs:
         self.query_len = query_len
         self._page_size = page_size
         self.hidden = hidden
-        words = sum(_room(shape) for shape in shapes.values())
-        self._table_start = words - _room(shapes["page_table"])
+        *_, self._table_start, words = _offsets(shapes)
         self._words = torch.zeros(words, dtype=torch.int32, device=device)
         fields = _split(self._words, shapes)
         self.token_ids, self.future_token_index = fields["token_ids"], fields["future_token_index"]
@@ -69,17 +70,17 @@ class GraphInputs:
         self.seq_lens, self.row_ranges = fields["seq_lens"], fields["row_ranges"]
         self.page_table = fields["page_table"]
         self.cu_seqlens_q = torch.arange(requests + 1, dtype=torch.int32, device=device) * query_len
-        self._pending = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
+        self._future_tokens = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
         self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
         self._no_embeds = torch.zeros(0, 0, device=device)
         self._buffers = [_host_buffer(words, shapes) for _ in range(HOST_BUFFERS)]
         self._turn = 0
 
     def pass_inputs(self, rows: int) -> PassInputs:
-        """The model's inputs as a graph computes them: pending tokens come from the device."""
+        """The model's inputs as a graph computes them: future tokens come from the device."""
         sources = self.future_token_index[:rows]
-        pending = self._pending[sources.clamp(min=0)]
-        token_ids = torch.where(sources >= 0, pending, self.token_ids[:rows])
+        future = self._future_tokens[sources.clamp(min=0)]
+        token_ids = torch.where(sources >= 0, future, self.token_ids[:rows])
         positions, hidden = self.positions[:rows], self.hidden[:rows]
         return PassInputs(token_ids, positions, self._no_rows, self._no_embeds, hidden)
 
@@ -94,14 +95,9 @@ class GraphInputs:
         return all(one.data_ptr() == other.data_ptr() or not one.numel() for one, other in pairs)
 
     def write(
-        self,
-        batch: LocalBatch,
-        own_rows: int,
-        real_rows: tuple[int, ...],
-        gathered_rows: int,
-        pending: FutureTokens,
+        self, batch: LocalBatch, local_rows: int, plan: PaddingPlan, future: FutureTokens
     ) -> None:
-        """Bring a batch to the device, with null sequences up to own_rows."""
+        """Bring a batch to the device, with null sequences up to local_rows."""
         buffer = self._next_buffer()
         (requests, pages), rows = batch.page_table.shape, batch.num_tokens
         into = buffer.fields
@@ -111,15 +107,15 @@ class GraphInputs:
         buffer.table_width = max(buffer.table_width, pages)
         into["page_table"][:requests, :pages] = batch.page_table
         into["page_table"][:requests, pages : buffer.table_width] = 0
-        self._write_null_rows(buffer, requests, own_rows // self.query_len)
-        _write_row_ranges(into, real_rows, gathered_rows)
-        self._copy(buffer, own_rows)
-        count = min(len(pending.token_ids), len(self._pending))
-        self._pending[:count].copy_(pending.token_ids[:count])
-        if pending.num_rejected is not None:
-            self._rewind(pending.num_rejected)
+        self._write_null_rows(buffer, requests, local_rows // self.query_len)
+        into["row_ranges"][:] = plan.row_ranges
+        self._copy(buffer, local_rows)
+        count = min(len(future.token_ids), len(self._future_tokens))
+        self._future_tokens[:count].copy_(future.token_ids[:count])
+        if future.num_rejected is not None:
+            self._rewind(future.num_rejected)
         if self.hidden.shape[1]:
-            self.hidden[:rows].copy_(pending.hidden)
+            self.hidden[:rows].copy_(future.hidden)
 
     def _rewind(self, num_rejected: Tensor) -> None:
         """Move the first sequences from a batch's upper bounds to their true lengths."""
@@ -128,12 +124,12 @@ class GraphInputs:
         own = self.seq_lens, self.slot_mapping, self.page_table, self._page_size
         rewind_sequences(num_rejected, length, *own)
 
-    def write_null(self, own_rows: int, gathered_rows: int) -> None:
-        """Null rows only, and no real row on any rank: what graphs are captured over."""
+    def write_null(self, local_rows: int, plan: PaddingPlan) -> None:
+        """Null rows only, by a plan without real rows: graphs are captured over them."""
         buffer = self._next_buffer()
-        self._write_null_rows(buffer, 0, own_rows // self.query_len)
-        _write_row_ranges(buffer.fields, (0,) * self.row_ranges.shape[1], gathered_rows)
-        self._copy(buffer, own_rows)
+        self._write_null_rows(buffer, 0, local_rows // self.query_len)
+        buffer.fields["row_ranges"][:] = plan.row_ranges
+        self._copy(buffer, local_rows)
 
     def _write_null_rows(self, buffer: _HostBuffer, start: int, stop: int) -> None:
         """Valid sequences of query_len tokens on the null page, which belongs to no request."""
@@ -152,19 +148,11 @@ class GraphInputs:
         buffer.copied.synchronize()
         return buffer
 
-    def _copy(self, buffer: _HostBuffer, own_rows: int) -> None:
-        requests = own_rows // self.query_len
+    def _copy(self, buffer: _HostBuffer, local_rows: int) -> None:
+        requests = local_rows // self.query_len
         words = self._table_start + requests * self.page_table.shape[1]
         self._words[:words].copy_(buffer.words[:words], non_blocking=True)
         buffer.copied.record()
-
-
-def _write_row_ranges(
-    into: dict[str, Int32], real_rows: tuple[int, ...], gathered_rows: int
-) -> None:
-    """Where each rank's rows begin among the gathered ones, and how many are real."""
-    into["row_ranges"][0] = np.arange(len(real_rows)) * gathered_rows
-    into["row_ranges"][1] = real_rows
 
 
 def _host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> _HostBuffer:
@@ -173,14 +161,14 @@ def _host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> _HostBuffer:
     return _HostBuffer(pinned, fields, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
 
+def _offsets(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Where each field begins, in words, and after them the words of all."""
+    sizes = [math.prod(shape) * WORD for shape in shapes.values()]
+    return tuple(offset // WORD for offset in aligned_offsets(sizes))
+
+
 def _split(words: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    parts = torch.split_with_sizes(words, [_room(shape) for shape in shapes.values()])
     return {
-        name: part[: math.prod(shape)].view(shape)
-        for part, (name, shape) in zip(parts, shapes.items())
+        name: words[start : start + math.prod(shape)].view(shape)
+        for start, (name, shape) in zip(_offsets(shapes), shapes.items())
     }
-
-
-def _room(shape: tuple[int, ...]) -> int:
-    """Words for a field, so that the next one begins aligned."""
-    return -(-math.prod(shape) // ALIGNED_WORDS) * ALIGNED_WORDS

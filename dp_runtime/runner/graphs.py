@@ -1,13 +1,12 @@
 """CUDA graphs of a pass's forward, each captured at the rank's own number of rows.
 
-Attention, projections, norms and LM head run at the rank's own rows; only the MoE stage has the
-gathered rows, and it reads the real counts on the device. Null rows between the real rows and a
-graph's own rows are valid sequences of the graph's query length on the null page.
+Only the MoE stage has the gathered rows, and it reads the real counts on the device. Null rows
+between the real rows and a graph's are valid sequences of its query length on the null page.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from dp_runtime.parallel.buckets import GraphBuckets, GraphKey
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.exchange import graph_exchange, graph_plan
 from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.runner.cuda_graph import capture_graph
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graph_inputs import GraphInputs
 from dp_runtime.sampling.row_logits import RowLogits
@@ -39,16 +39,15 @@ class PassOutput:
 @dataclass(frozen=True, eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    output: PassOutput  # of own_rows
+    output: PassOutput  # of local_rows
     metadata: AttentionMetadata
 
 
 class PassGraphs:
     """Captures and replays one model's forward in a kind of pass, all requests of one query length.
 
-    Capturing is an event of all ranks at once, for it warms up with real collectives. reads_hidden:
-    the model takes hidden states beside tokens. with_logits: the LM head of all rows is part of it.
-    poison fills padded rows with NaN.
+    reads_hidden: the model takes hidden states beside tokens. with_logits: the LM head of all rows
+    is part of the graphs. poison fills padded rows with NaN.
     """
 
     def __init__(
@@ -69,9 +68,9 @@ class PassGraphs:
         self._pages = pages
         self._collective = collective
         self._poison = poison
-        rows, width = buckets.most_rows, model.hidden_size if reads_hidden else 0
+        rows, width = buckets.max_rows, model.hidden_size if reads_hidden else 0
         self._inputs = GraphInputs(
-            buckets.most, buckets.query_len, table_pages, collective.dp_size,
+            buckets.max_requests, buckets.query_len, table_pages, collective.dp_size,
             torch.zeros(rows, width, dtype=model.dtype, device=device), pages.page_size,
         )  # fmt: skip
         sizes = (rows, model.vocab_size if with_logits else 0)
@@ -84,7 +83,7 @@ class PassGraphs:
         rows, length = batch.num_tokens, self.buckets.query_len
         return (
             rows == batch.num_requests * length
-            and rows <= self.buckets.most_rows
+            and rows <= self.buckets.max_rows
             and not len(batch.embed_rows)
             and (length == 1 or bool((batch.query_lens == length).all()))
         )
@@ -93,55 +92,55 @@ class PassGraphs:
     def count(self) -> int:
         return len(self.buckets.graph_keys())
 
-    @torch.inference_mode()
-    def capture(self, on_captured: Callable[[int], None]) -> None:
-        """Capture every key; `on_captured` hears how many are done."""
-        memory = torch.cuda.graph_pool_handle()
-        for done, key in enumerate(self.buckets.graph_keys(), 1):
-            self._graphs[key] = self._capture(key, memory)
-            on_captured(done)
+    def capture(self) -> Iterator[None]:
+        """Capture every key, and yield after each; all ranks do so together.
+
+        NOTE: warming up enters real collectives, so the order of keys is the same everywhere.
+        """
+        pool = torch.cuda.graph_pool_handle()
+        for key in self.buckets.graph_keys():
+            self._graphs[key] = self._capture(key, pool)
+            yield
 
     def replay(
-        self, batch: LocalBatch, plan: PaddingPlan, pending: FutureTokens, place: Place
+        self, batch: LocalBatch, plan: PaddingPlan, future: FutureTokens, place: Place
     ) -> PassOutput:
         """Run a covered batch; plan: with the gathered rows of a bucket."""
         check_values(batch, self._pages, place)
-        rows, own = batch.num_tokens, self.buckets.own(batch.num_tokens)
-        key = GraphKey(own, plan.own_gathered)
+        rows, local_rows = batch.num_tokens, self.buckets.local(batch.num_tokens)
+        key = GraphKey(local_rows, plan.rows_per_rank)
         captured = self._graphs.get(key)
         if captured is None or not self._inputs.owns(captured.metadata):
             raise ContractViolation(f"{place}: no graph of {key} over these inputs")
-        self._inputs.write(batch, own, plan.real_rows, key.gathered_rows, pending)
+        self._inputs.write(batch, local_rows, plan, future)
         captured.graph.replay()
         self._collective.arm_watchdog(f"the graph of {key}")
         (last, features), logits = captured.output.hidden, captured.output.logits
-        shown = None if logits is None else logits[:rows]
-        return PassOutput(Hidden(last[:rows], features[:rows]), shown)
+        batch_logits = None if logits is None else logits[:rows]
+        return PassOutput(Hidden(last[:rows], features[:rows]), batch_logits)
 
-    def _capture(self, key: GraphKey, memory: Any) -> _Captured:
-        inputs = self._inputs
-        real = tuple(
-            key.own_rows if rank == self._collective.dp_rank else key.gathered_rows
-            for rank in range(self._collective.dp_size)
+    def _capture(self, key: GraphKey, pool: Any) -> _Captured:
+        inputs, size = self._inputs, self._collective.dp_size
+        shapes = tuple(
+            key.local_rows if rank == self._collective.dp_rank else key.gathered_rows
+            for rank in range(size)
         )
-        plan = graph_plan(self._collective, real, key.gathered_rows)
+        plan = graph_plan(self._collective, shapes, key.gathered_rows)
         exchange = graph_exchange(plan, self._collective, self._poison, inputs.row_ranges)
-        metadata = self._metadata(key.own_rows)
-        inputs.write_null(key.own_rows, key.gathered_rows)
+        metadata = self._metadata(key.local_rows)
+        inputs.write_null(
+            key.local_rows, graph_plan(self._collective, (0,) * size, key.gathered_rows)
+        )
 
         def forward() -> PassOutput:
-            pass_inputs = inputs.pass_inputs(key.own_rows)
+            pass_inputs = inputs.pass_inputs(key.local_rows)
             hidden = self._model.forward(pass_inputs, metadata, exchange)
             if not self._with_logits:
                 return PassOutput(hidden, None)
-            logits = self._model.logits(hidden.last, self._logits[: key.own_rows])
+            logits = self._model.logits(hidden.last, self._logits[: key.local_rows])
             return PassOutput(hidden, RowLogits.of(logits))
 
-        forward()  # compiles, plans and connects: none of it may happen while capturing
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            output = forward()
+        graph, output = capture_graph(forward, pool)
         return _Captured(graph, output, metadata)
 
     def _metadata(self, rows: int) -> AttentionMetadata:

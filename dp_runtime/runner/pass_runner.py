@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,73 +11,82 @@ import torch
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.transfer import all_on_device
-from dp_runtime.models.causal_lm import PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.exchange import RowExchange
-from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.exchange import PaddedExchange
+from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graphs import PassGraphs, PassOutput
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
+from dp_runtime.runner.step_timer import PassTimer
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PassRunner:
-    """Prepares and runs the forwards of one kind of pass.
+    """Runs one kind of pass as the agreed plan says; it decides nothing."""
 
-    graphs: by query length, once they are captured; stages: the model's MoE stages alone.
-    """
+    model: PassModel
+    pages: PageGeometry
+    collective: RowCollective
+    poison: bool  # fill padded rows with NaN
+    device: torch.device
+    graphs: Mapping[int, PassGraphs] = field(default_factory=dict)  # by query length
+    piecewise: PiecewiseGraphs | None = None
 
-    def __init__(self, model: PassModel, pages: PageGeometry, device: torch.device) -> None:
-        self.model = model
-        self.graphs: Mapping[int, PassGraphs] = {}
-        self.stages: PiecewiseGraphs | None = None
-        self._pages = pages
-        self._device = device
-
-    def prepare(
-        self, batch: LocalBatch, exchange: RowExchange, pending: FutureTokens, place: Place
-    ) -> Callable[[], PassOutput]:
-        """An eager forward, its inputs on the device; MoE stages perhaps from graphs."""
-        if pending.num_rejected is not None and self._device.type == "cpu":
-            num_rejected = np.zeros(batch.num_requests, np.int64)
-            num_rejected[: len(pending.num_rejected)] = pending.num_rejected.numpy()
-            batch = batch.rewound(num_rejected, self._pages.page_size)
-            pending = replace(pending, num_rejected=None)
-        metadata = AttentionMetadata.build(
-            batch, self._pages, place, self._device, pending.num_rejected
-        )
-        inputs = self._inputs(batch, pending)
-        if self.stages is not None and self.stages.covers(exchange.plan):
-            forward = self.stages.forward
-        else:
-            forward = self.model.forward
-        return lambda: PassOutput(forward(inputs, metadata, exchange), None)
-
-    def prepare_graph(
+    def run(
         self,
-        query_len: int,
+        plan: ExecutionPlan,
         batch: LocalBatch,
-        plan: PaddingPlan,
-        pending: FutureTokens,
+        future: FutureTokens,
         place: Place,
-    ) -> Callable[[], PassOutput]:
-        """The same from a captured graph."""
-        return lambda: self.graphs[query_len].replay(batch, plan, pending, place)
+        timer: PassTimer,
+    ) -> PassOutput:
+        match plan.mode:
+            case ExecutionMode.EMPTY:
+                return PassOutput(Hidden(future.hidden, future.hidden), None)
+            case ExecutionMode.GRAPH:
+                return self.graphs[plan.query_len].replay(batch, plan.padding, future, place)
+            case ExecutionMode.PIECEWISE:
+                assert self.piecewise is not None, "agreed on stages that are not captured"
+                forward = self.piecewise.forward
+            case ExecutionMode.EAGER:
+                forward = self.model.forward
+        inputs, metadata = self._prepare(batch, future, place)
+        exchange = PaddedExchange(plan.padding, self.collective, self.poison)
+        timer.end_prepare()
+        return PassOutput(forward(inputs, metadata, exchange), None)
 
     def fits_graph(self, query_len: int, batch: LocalBatch) -> bool:
         """Whether there is a graph for these rows, on this rank."""
         graphs = self.graphs.get(query_len)
         return graphs is not None and graphs.covers(batch)
 
-    def _inputs(self, batch: LocalBatch, pending: FutureTokens) -> PassInputs:
-        from_pending = batch.future_token_index >= 0
-        rows, sources = from_pending.nonzero()[0], batch.future_token_index[from_pending]
-        arrays = (batch.token_ids, batch.positions, batch.embed_rows, batch.embeds, rows, sources)
-        inputs = all_on_device(arrays, self._device)
-        token_ids, positions, embed_rows, embeds, device_rows, device_sources = inputs
-        if pending.num_rejected is not None:
-            count = len(pending.num_rejected)
-            verified = positions[: count * batch.query_lens[0]]
-            verified.view(count, -1).sub_(pending.num_rejected[:, None])
-        if len(rows):
-            token_ids[device_rows] = pending.token_ids[device_sources]
-        return PassInputs(token_ids, positions, embed_rows, embeds, pending.hidden)
+    def _prepare(
+        self, batch: LocalBatch, future: FutureTokens, place: Place
+    ) -> tuple[PassInputs, AttentionMetadata]:
+        if future.num_rejected is not None and self.device.type == "cpu":
+            num_rejected = np.zeros(batch.num_requests, np.int64)
+            num_rejected[: len(future.num_rejected)] = future.num_rejected.numpy()
+            batch = batch.rewound(num_rejected, self.pages.page_size)
+            future = replace(future, num_rejected=None)
+        metadata = AttentionMetadata.build(
+            batch, self.pages, place, self.device, future.num_rejected
+        )
+        return pass_inputs(batch, future, self.device), metadata
+
+
+def pass_inputs(batch: LocalBatch, future: FutureTokens, device: torch.device) -> PassInputs:
+    """Bring a batch's tokens and positions to the device, and fill in what only it knows."""
+    from_future = batch.future_token_index >= 0
+    rows, sources = from_future.nonzero()[0], batch.future_token_index[from_future]
+    arrays = (batch.token_ids, batch.positions, batch.embed_rows, batch.embeds, rows, sources)
+    inputs = all_on_device(arrays, device)
+    token_ids, positions, embed_rows, embeds, device_rows, device_sources = inputs
+    if future.num_rejected is not None:
+        count = len(future.num_rejected)
+        verified = positions[: count * batch.query_lens[0]]
+        verified.view(count, -1).sub_(future.num_rejected[:, None])
+    if len(rows):
+        token_ids[device_rows] = future.token_ids[device_sources]
+    return PassInputs(token_ids, positions, embed_rows, embeds, future.hidden)

@@ -1,14 +1,13 @@
 """CUDA graphs of the MoE stages alone, for steps that are not captured as a whole.
 
-A step with prefill on any rank has shapes of its own, and launching it kernel by kernel takes the
-host longer than many a GPU. Its MoE stages have few shapes where only real rows cross between
-ranks: they read the counts on the device, so each is captured at some gathered sizes. Attention and
-projections between them stay eager, at the rank's own rows.
+A step with prefill on any rank has shapes of its own, and launching it kernel by kernel can take
+the host longer than the GPU runs it. Its MoE stages have few shapes: they read the real counts on
+the device, so each is captured at some gathered sizes. All else stays eager.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +19,18 @@ from dp_runtime.core.transfer import on_device
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import StageBuckets
+from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.exchange import RowExchange, graph_exchange, graph_plan
-from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.runner.cuda_graph import capture_graph
 
 
 @dataclass(frozen=True, eq=False)
 class _Buffers:
     """What all captured stages read and write."""
 
-    rows: Tensor  # [most, hidden], a stage's input
-    sums: Tensor  # [most, hidden], its result
+    rows: Tensor  # [max_rows, hidden], a stage's input
+    sums: Tensor  # [max_rows, hidden], its result
     row_ranges: Tensor  # [2, dp_size] int32: where each rank's rows begin, and how many are real
 
 
@@ -44,7 +43,7 @@ class CapturedStage(MoeStage):
     poison: bool
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
-        gathered = exchange.plan.own_gathered
+        gathered = exchange.plan.rows_per_rank
         self.buffers.rows[: len(x)].copy_(x)
         if self.poison:
             self.buffers.rows[len(x) : gathered].fill_(float("nan"))
@@ -53,24 +52,20 @@ class CapturedStage(MoeStage):
 
 
 class PiecewiseGraphs:
-    """Captures a model's MoE stages, and runs its forward with them.
-
-    Capturing is an event of all ranks at once, for it warms up with real collectives. poison: rows
-    that are not real are NaN.
-    """
+    """Captures a model's MoE stages, and runs its forward with them; poison: padding is NaN."""
 
     def __init__(
         self,
         model: PassModel,
         collective: RowCollective,
-        buckets: StageBuckets,
+        buckets: PiecewiseBuckets,
         poison: bool,
         device: torch.device,
     ) -> None:
         self.buckets = buckets
         self._collective = collective
         self._poison = poison
-        size = (buckets.most, model.hidden_size)
+        size = (buckets.max_rows, model.hidden_size)
         rows = torch.zeros(size, dtype=model.dtype, device=device)
         row_ranges = torch.zeros(2, collective.dp_size, dtype=torch.int32, device=device)
         self._buffers = _Buffers(rows, torch.zeros_like(rows), row_ranges)
@@ -81,18 +76,15 @@ class PiecewiseGraphs:
     def count(self) -> int:
         return len(self.buckets.sizes) * self._uncaptured.num_moe_layers
 
-    @torch.inference_mode()
-    def capture(self, on_captured: Callable[[int], None]) -> None:
-        """Capture every stage at every size; `on_captured` hears how many are done."""
-        memory = torch.cuda.graph_pool_handle()
+    def capture(self) -> Iterator[None]:
+        """Capture every stage at every size, and yield after each; all ranks do so together."""
+        pool = torch.cuda.graph_pool_handle()
         graphs: dict[int, dict[int, torch.cuda.CUDAGraph]] = {}  # by stage, by gathered rows
-        done = 0
         for gathered in self.buckets.sizes:
             for stage in self._uncaptured.moe_stages:
                 of_stage = graphs.setdefault(id(stage), {})
-                of_stage[gathered] = self._capture(stage, gathered, memory)
-                done += 1
-                on_captured(done)
+                of_stage[gathered] = self._capture(stage, gathered, pool)
+                yield
         self._model = self._uncaptured.with_stages(
             lambda stage: CapturedStage(
                 stage.router,
@@ -104,10 +96,6 @@ class PiecewiseGraphs:
             )
         )
 
-    def covers(self, plan: PaddingPlan) -> bool:
-        """Whether the stages of this plan can be replayed; all ranks answer alike."""
-        return set(plan.gathered_rows) <= {plan.own_gathered} & set(self.buckets.sizes)
-
     def forward(
         self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
@@ -115,10 +103,10 @@ class PiecewiseGraphs:
         plan = exchange.plan
         self._buffers.row_ranges.copy_(on_device(plan.row_ranges, self._buffers.row_ranges.device))
         hidden = self._model.forward(inputs, metadata, exchange)
-        self._collective.arm_watchdog(f"stages of {plan.own_gathered} gathered rows")
+        self._collective.arm_watchdog(f"stages of {plan.rows_per_rank} gathered rows")
         return hidden
 
-    def _capture(self, stage: MoeStage, gathered: int, memory: Any) -> torch.cuda.CUDAGraph:
+    def _capture(self, stage: MoeStage, gathered: int, pool: Any) -> torch.cuda.CUDAGraph:
         size, buffers = self._collective.dp_size, self._buffers
         plan = graph_plan(self._collective, (gathered,) * size, gathered)
         exchange = graph_exchange(plan, self._collective, self._poison, buffers.row_ranges)
@@ -126,9 +114,4 @@ class PiecewiseGraphs:
         def run() -> None:
             buffers.sums[:gathered].copy_(stage(buffers.rows[:gathered], exchange))
 
-        run()  # compiles and connects: none of it may happen while capturing
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            run()
-        return graph
+        return capture_graph(run, pool)[0]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
 
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.metrics.trace import Recorder, StepTrace
-from dp_runtime.parallel.agreement import Agreement, FaultBits
-from dp_runtime.parallel.coordinator import RankStats, StepCoordinator
-from dp_runtime.runner.step_runner import StepOutput, StepRunner
+from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
+from dp_runtime.parallel.coordinator import StepCoordinator
+from dp_runtime.parallel.exchange import counts_real_rows
+from dp_runtime.runner.step_runner import CapturedGraphs, StepOutput, StepRunner
+from dp_runtime.runner.step_timer import StepTimer
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
 
 IDLE_S = 1.0
+
+Deliver = Callable[[list[RequestUpdate]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +32,6 @@ class Inbox:
     stop: bool = False
 
 
-@dataclass(frozen=True)
-class PhaseTimes:
-    """When a step began, and the seconds its first phases took."""
-
-    started: float
-    schedule_s: float
-    agree_s: float
-    agree_wait_s: float
-
-
 @dataclass(frozen=True, eq=False)
 class InflightStep:
     """A step whose results the host has not looked at yet."""
@@ -45,15 +39,11 @@ class InflightStep:
     scheduled: SchedulerOutput
     agreement: Agreement
     output: StepOutput
-    times: PhaseTimes
+    timer: StepTimer
 
 
 class StepLoop:
-    """Runs the steps of one rank: schedule, post, agree, build metadata, run, sample, commit.
-
-    With `depth` 1 a step is scheduled and agreed on before the one before it is committed; with
-    depth 0 the same code commits each step first.
-    """
+    """Repeats the steps of one rank; see `step`."""
 
     def __init__(
         self,
@@ -61,69 +51,84 @@ class StepLoop:
         coordinator: StepCoordinator,
         runner: StepRunner,
         recorder: Recorder,
-        depth: int = 0,
+        max_inflight_steps: int = 0,
     ) -> None:
         self.scheduler = scheduler
         self.coordinator = coordinator
         self.runner = runner
         self.sampler = runner.sampler
         self.recorder = recorder
-        self.depth = depth
         self.last_finished = (-1, monotonic())  # step id, when
         self.idle = threading.Event()
-        self._verified = (0, 0)  # drafts proposed and accepted since the last record
+        self._max_inflight_steps = max_inflight_steps
+        self._inflight: deque[InflightStep] = deque()
+        self._num_drafts = (0, 0)  # proposed and accepted since the last record
         self._dp_rank = coordinator.collective.dp_rank
 
-    def run(
-        self,
-        take: Callable[[], Inbox],
-        deliver: Callable[[list[RequestUpdate]], None],
-    ) -> None:
+    def use_graphs(self, captured: CapturedGraphs) -> None:
+        """Agree on these graphs from the next step on; all ranks have just captured the same."""
+        self.runner.use_graphs(captured)
+        collective = self.coordinator.collective
+        self.coordinator.execute_by(
+            replace(
+                self.coordinator.execution,
+                graphs={
+                    (pass_kind, query_len): graphs.buckets
+                    for pass_kind, by_query_len in captured.passes.items()
+                    for query_len, graphs in by_query_len.items()
+                },
+                piecewise=captured.piecewise[self.runner.model].buckets,
+                counted=counts_real_rows(collective),
+            )
+        )
+
+    def run(self, take: Callable[[], Inbox], deliver: Deliver) -> None:
         """Step until all ranks agree to stop; an exception frees the other ranks first."""
+        self._inflight.clear()
         try:
-            self._run(take, deliver)
+            while self.step(take(), deliver):
+                pass
         except BaseException as error:
             self.coordinator.abort(f"{type(error).__name__}: {error}")
             raise
 
-    def _run(
-        self,
-        take: Callable[[], Inbox],
-        deliver: Callable[[list[RequestUpdate]], None],
-    ) -> None:
-        in_flight: deque[InflightStep] = deque()
-        while True:
-            commands = take()
-            deliver(self._apply(commands))
-            while in_flight and not self.runner.may_run_ahead:
-                deliver(self.commit(in_flight.popleft()))
-            scheduled, agreement, times = self._agree(commands.stop)
-            if agreement.stop:
-                return
-            if not agreement.idle:
-                in_flight.append(self.launch(scheduled, agreement, times))
-            depth = 0 if agreement.idle else self.depth
-            settled = not in_flight
-            while len(in_flight) > depth:
-                deliver(self.commit(in_flight.popleft()))
-            if settled and agreement.idle:
-                self._sleep()
+    def step(self, inbox: Inbox, deliver: Deliver) -> bool:
+        """Schedule, post a record, agree, build metadata, run passes, sample, commit.
 
-    def _agree(self, stop: bool) -> tuple[SchedulerOutput, Agreement, PhaseTimes]:
-        """Schedule this rank's rows and agree with the others on the step."""
-        board = self.coordinator.board
-        started, waited = perf_counter(), board.waited_s
+        Ranks agree before any of them builds metadata: sizes are final when they are first used,
+        and nothing is padded or resized later. With one step in flight, the step committed here is
+        the one before, so the host schedules and agrees while the device computes. With none, the
+        same lines commit this step. False once all ranks have agreed to stop.
+        """
+        deliver(self._apply(inbox))
+        if not self.runner.may_run_ahead:
+            self._commit_down_to(0, deliver)
+        timer = StepTimer(self.coordinator.board)
         scheduled = self.scheduler.schedule(self.coordinator.program)
-        load = self._load(scheduled)
-        at_agree = perf_counter()
-        faults = FaultBits.STOP if stop else FaultBits.NONE
-        agreement = self.coordinator.agree(scheduled.real_rows, load, faults)
-        waited = board.waited_s - waited
-        agree_s = perf_counter() - at_agree - waited
-        return scheduled, agreement, PhaseTimes(started, at_agree - started, agree_s, waited)
+        record = self._record(scheduled, inbox.stop)
+        timer.end_schedule()
+        records = self.coordinator.board.all_gather_records(record)
+        agreement = self.coordinator.agree(records)
+        timer.end_agree()
+        if agreement.stop:
+            return False
+        if agreement.idle:
+            self._rest(deliver)
+            return True
+        output = self.runner.run(scheduled, agreement)
+        self._inflight.append(InflightStep(scheduled, agreement, output, timer))
+        self._commit_down_to(self._max_inflight_steps, deliver)
+        return True
 
-    def _sleep(self) -> None:
-        """All ranks are empty: no step until a request arrives at one of them."""
+    def _commit_down_to(self, max_inflight_steps: int, deliver: Deliver) -> None:
+        while len(self._inflight) > max_inflight_steps:
+            deliver(self.commit(self._inflight.popleft()))
+
+    def _rest(self, deliver: Deliver) -> None:
+        """No rank has rows: commit what is left, else sleep until a request arrives anywhere."""
+        if self._inflight:
+            self._commit_down_to(0, deliver)
+            return
         self.idle.set()
         self.coordinator.board.idle(0.0 if self.scheduler.has_work else IDLE_S)
         self.idle.clear()
@@ -138,26 +143,20 @@ class StepLoop:
             self.sampler.remove(item.request_id)
         return progress
 
-    def _load(self, scheduled: SchedulerOutput) -> RankStats:
-        (proposed, accepted), self._verified = self._verified, (0, 0)
-        return RankStats(
-            num_requests=len(self.scheduler.running),
-            free_pages=self.scheduler.allocator.num_free,
+    def _record(self, scheduled: SchedulerOutput, stop: bool) -> StepRecord:
+        (proposed, accepted), self._num_drafts = self._num_drafts, (0, 0)
+        return StepRecord(
+            *self.coordinator.step_key,
+            scheduled.real_rows,
             queued_tokens=self.scheduler.queued_tokens,
-            wants_prefill=scheduled.prefill,
-            graph_votes=self.runner.graph_votes(scheduled),
             drafts_proposed=proposed,
             drafts_accepted=accepted,
+            graph_votes=self.runner.graph_votes(scheduled, self.coordinator.program),
+            fault_bits=FaultBits.STOP if stop else FaultBits.NONE,
         )
 
-    def launch(
-        self, scheduled: SchedulerOutput, agreement: Agreement, times: PhaseTimes
-    ) -> InflightStep:
-        """Build metadata, run the passes of the program and sample, all without waiting for it."""
-        return InflightStep(scheduled, agreement, self.runner.launch(scheduled, agreement), times)
-
     def commit(self, step: InflightStep) -> list[RequestUpdate]:
-        """Look at what the step sampled, and move its requests on."""
+        """Wait for the step's tokens, and move its requests on."""
         at, output = perf_counter(), step.output
         output.sampled.copy.wait()
         self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels
@@ -169,35 +168,35 @@ class StepLoop:
             if item.finish_reason:
                 self.sampler.remove(item.request_id)
         proposed, accepted = len(num_accepted) * step.scheduled.num_drafts, sum(num_accepted)
-        self._verified = (self._verified[0] + proposed, self._verified[1] + accepted)
-        self._record(step, progress, num_accepted, perf_counter() - at)
+        self._num_drafts = (self._num_drafts[0] + proposed, self._num_drafts[1] + accepted)
+        self._trace(step, progress, num_accepted, perf_counter() - at)
         return progress
 
-    def _record(
+    def _trace(
         self,
         step: InflightStep,
         progress: list[RequestUpdate],
         num_accepted: Sequence[int],
         commit_s: float,
     ) -> None:
-        times, output = step.times, step.output
+        timer, output = step.timer, step.output
         histogram = Counter(num_accepted)
-        self.recorder.totals.preemptions = self.scheduler.num_preemptions
         self.recorder.add(
             StepTrace(
                 dp_rank=self._dp_rank,
                 step_id=step.agreement.step_id,
                 epoch=step.agreement.epoch,
-                start_s=times.started,
-                schedule_s=times.schedule_s,
-                agree_s=times.agree_s,
-                agree_wait_s=times.agree_wait_s,
+                start_s=timer.started,
+                schedule_s=timer.schedule_s,
+                agree_s=timer.agree_s,
+                agree_wait_s=timer.agree_wait_s,
                 prepare_s=output.prepare_s,
                 sample_s=output.sample_s,
                 commit_s=commit_s,
                 passes=output.passes,
                 output_tokens=sum(len(item.token_ids) for item in progress),
                 prompt_tokens=sum(chunk.prompt_tokens for chunk in step.scheduled.chunks),
+                num_preemptions=self.scheduler.num_preemptions,
                 num_drafts=step.scheduled.num_drafts,
                 accepted=tuple(histogram[n] for n in range(step.scheduled.num_drafts + 1)),
             )

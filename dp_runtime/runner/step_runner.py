@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import numpy as np
@@ -12,27 +11,36 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.metadata import PageGeometry, Place
-from dp_runtime.core.program import Pass
+from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.transfer import all_on_device, on_device
 from dp_runtime.metrics.trace import PassTrace
-from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.models.model import Model, PassModel
 from dp_runtime.parallel.agreement import Agreement
-from dp_runtime.parallel.coordinator import StepCoordinator
-from dp_runtime.runner.drafting import DraftChains, Drafting
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.runner.drafting import Drafting
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
+from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.logprobs import Logprobs
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler
+from dp_runtime.sampling.verify import Verification
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
 
 
 @dataclass(frozen=True, eq=False)
+class CapturedGraphs:
+    """A rank's graphs: of whole passes by query length, and of models' MoE stages alone."""
+
+    passes: Mapping[Pass, Mapping[int, PassGraphs]]
+    piecewise: Mapping[PassModel, PiecewiseGraphs]
+
+
+@dataclass(frozen=True, eq=False)
 class StepOutput:
-    """What a launched step will give, and the seconds that launching it took."""
+    """A launched step's results, still on the device, and the seconds that launching it took."""
 
     sampled: Sampled
     scores: tuple[Logprobs, ...]
@@ -42,9 +50,9 @@ class StepOutput:
 
 
 class StepRunner:
-    """Launches the forwards of a step's passes, in each of which this rank has any rows or none.
+    """Launches a step's passes and samples; in each pass this rank has any rows or none.
 
-    What one pass gives the next stays on the device: drafts are verified, and what is accepted is
+    Results of one pass reach the next on the device: drafts are verified, and what is accepted is
     drafted from, before the host knows either.
     """
 
@@ -53,46 +61,46 @@ class StepRunner:
         model: Model,
         drafting: Drafting | None,
         sampler: Sampler,
-        coordinator: StepCoordinator,
+        collective: RowCollective,
         pages: PageGeometry,
         device: torch.device,
+        poison: bool,
     ) -> None:
+        def pass_runner(of: PassModel) -> PassRunner:
+            return PassRunner(
+                model=of, pages=pages, collective=collective, poison=poison, device=device
+            )
+
         self.model = model
         self.drafting = drafting
         self.sampler = sampler
-        self.coordinator = coordinator
         self.device = device
-        self.passes = {Pass.TARGET: PassRunner(model, pages, device)}
+        self.collective = collective
+        self.poison = poison
+        self.passes = {Pass.TARGET: pass_runner(model)}
         if drafting is not None:
-            self.passes[Pass.DRAFT] = PassRunner(drafting.model, pages, device)
-            self.passes[Pass.DRAFT_EXTEND] = PassRunner(drafting.model, pages, device)
+            self.passes[Pass.DRAFT] = pass_runner(drafting.model)
+            self.passes[Pass.DRAFT_EXTEND] = pass_runner(drafting.model)
         self._last_sampled = torch.zeros(0, dtype=torch.int64, device=device)
         self._no_hidden = torch.zeros(0, 0, device=device)
 
-    def use_graphs(
-        self,
-        graphs: Mapping[Pass, Mapping[int, PassGraphs]],
-        stages: Mapping[PassModel, PiecewiseGraphs],
-    ) -> None:
-        """Replay captured graphs from now on, by query length, wherever all ranks' rows fit them.
-
-        In other steps a pass's MoE stages are replayed, if all ranks' rows fit those.
-        """
-        for pass_kind, runner in self.passes.items():
-            runner.graphs, runner.stages = graphs[pass_kind], stages[runner.model]
-        self.coordinator.buckets = {
-            (pass_kind, length): some.buckets
-            for pass_kind, by_length in graphs.items()
-            for length, some in by_length.items()
+    def use_graphs(self, captured: CapturedGraphs) -> None:
+        """Replay these from now on, where agreements say so."""
+        self.passes = {
+            pass_kind: replace(
+                runner,
+                graphs=captured.passes[pass_kind],
+                piecewise=captured.piecewise[runner.model],
+            )
+            for pass_kind, runner in self.passes.items()
         }
-        self.coordinator.stages = stages[self.model].buckets
 
-    def graph_votes(self, scheduled: SchedulerOutput) -> int:
-        """Bit n: this rank's rows of the next step's pass n can be replayed.
+    def graph_votes(self, scheduled: SchedulerOutput, program: Program) -> int:
+        """Bit n: this rank's rows of the program's pass n can be replayed.
 
         A target's graph ends with the logits of all its rows.
         """
-        program, votes = self.coordinator.program, 0
+        votes = 0
         for index, (pass_kind, batch) in enumerate(zip(program.passes, scheduled.batches)):
             all_sample = pass_kind is not Pass.TARGET or len(scheduled.samples) == batch.num_tokens
             if all_sample and self.passes[pass_kind].fits_graph(
@@ -105,61 +113,59 @@ class StepRunner:
     def may_run_ahead(self) -> bool:
         """Whether a step can be scheduled before the one before it is committed.
 
-        What is drawn, penalised or scored goes by output indices, which the host does not know
-        while it knows bounds only.
+        Tokens that are drawn, penalised or scored depend on output indices, of which the host has
+        only upper bounds until then.
         """
         return self.drafting is None or self.sampler.all_plain
 
     @torch.inference_mode()
-    def launch(self, scheduled: SchedulerOutput, agreement: Agreement) -> StepOutput:
-        """Run every pass of the program, and sample where the target ran."""
-        forwards, drafting = _Forwards(self, scheduled, agreement), self.drafting
-        chains = None
-        if drafting is not None and scheduled.num_drafts:
-            target = agreement.program.passes.index(Pass.TARGET)
-            chains = drafting.begin(scheduled.decodes, scheduled.batches[target])
-        for index, pass_kind in enumerate(agreement.program.passes):
-            match pass_kind, drafting, chains:
-                case Pass.DRAFT, Drafting(), DraftChains():
-                    chains = drafting.extend(chains, forwards.run(index, chains.pending))
-                case Pass.TARGET, _, _:
-                    pending = FutureTokens(self._last_sampled, self._no_hidden)
-                    if chains is not None:
-                        pending = FutureTokens(chains.rows, self._no_hidden, chains.num_rejected)
-                    output = forwards.run(index, pending)
-                    at_sample = perf_counter()
-                    sampled, scores = self._sample(output, scheduled, index, chains)
-                    sample_s = perf_counter() - at_sample
-                case Pass.DRAFT_EXTEND, Drafting(), DraftChains():
-                    pending = drafting.features(output, sampled.token_ids, chains)
-                    output = forwards.run(index, pending)
-                    drafting.keep(scheduled, scheduled.batches[index], sampled, output)
-                case _:
-                    raise AssertionError(f"{agreement.program} on a rank without a draft model")
-        self._last_sampled = sampled.token_ids
-        traces, prepare_s = tuple(forwards.traces), forwards.prepare_s
-        return StepOutput(sampled, scores, traces, prepare_s, sample_s)
+    def run(self, scheduled: SchedulerOutput, agreement: Agreement) -> StepOutput:
+        """Build metadata, run every pass of the program and sample, without waiting for any."""
+        step = _LaunchedStep(self.passes, self.collective, scheduled, agreement)
+        if agreement.program.num_drafts:
+            return self.run_speculative(step)
+        return self.run_plain(step)
+
+    def run_plain(self, step: _LaunchedStep) -> StepOutput:
+        future = FutureTokens(self._last_sampled, self._no_hidden)
+        output = step.run_pass(0, future)
+        return step.output(*self._sample(step, 0, output, None))
+
+    def run_speculative(self, step: _LaunchedStep) -> StepOutput:
+        """Draft, verify all drafts in the target pass, and begin the drafts of the next step."""
+        drafting, batches = self.drafting, step.scheduled.batches
+        assert drafting is not None, f"{step.agreement.program} on a rank without a draft model"
+        target, extend = len(batches) - 2, len(batches) - 1
+        chains = drafting.begin(step.scheduled.decodes, batches[target])
+        for index in range(target):
+            chains = drafting.extend(chains, step.run_pass(index, chains.pending))
+        future = FutureTokens(chains.rows, self._no_hidden, chains.num_rejected)
+        verified = step.run_pass(target, future)
+        sampled, scores = self._sample(step, target, verified, drafting.verification(chains))
+        future = drafting.features(verified, sampled.token_ids, chains)
+        extended = step.run_pass(extend, future)
+        drafting.keep(step.scheduled, batches[extend], sampled, extended)
+        return step.output(sampled, scores)
 
     def _sample(
-        self, output: PassOutput, scheduled: SchedulerOutput, index: int, chains: DraftChains | None
-    ) -> tuple[Sampled, tuple[Logprobs, ...]]:
+        self, step: _LaunchedStep, index: int, output: PassOutput, verification: Verification | None
+    ) -> tuple[Sampled, list[Logprobs]]:
         """From hidden states, or from the logits of a batch that is all samples."""
-        verification = None
-        if self.drafting is not None and chains is not None:
-            verification = self.drafting.verification(chains)
-        samples = scheduled.samples
-        if output.logits is not None:
-            return self.sampler.choose(output.logits, samples, verification), ()
-        hidden = output.hidden.last
-        (rows,) = all_on_device([scheduled.batches[index].sample_rows], self.device)
-        first = len(samples)
-        scores = []
-        for chunk in scheduled.scored:
-            count = chunk.score_end - chunk.score_start
-            scores.append(self._score(hidden[rows[first : first + count]], chunk))
-            first += count
-        logits = RowLogits.of(self.model.logits(hidden[rows[: len(samples)]]))
-        return self.sampler.choose(logits, samples, verification), tuple(scores)
+        started = perf_counter()
+        logits, scores = output.logits, list[Logprobs]()
+        scheduled = step.scheduled
+        if logits is None:
+            hidden, first = output.hidden.last, len(scheduled.samples)
+            (rows,) = all_on_device([scheduled.batches[index].sample_rows], self.device)
+            for chunk in scheduled.scored:
+                count = chunk.score_end - chunk.score_start
+                scores.append(self._score(hidden[rows[first : first + count]], chunk))
+                first += count
+            logits = RowLogits.of(self.model.logits(hidden[rows[: len(scheduled.samples)]]))
+        sampled = self.sampler.choose(logits, scheduled.samples, verification)
+        self._last_sampled = sampled.token_ids
+        step.sample_s = perf_counter() - started
+        return sampled, scores
 
     def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs:
         """Log probabilities of the tokens that follow a prompt's rows [n, hidden]."""
@@ -172,49 +178,27 @@ class StepRunner:
         )
 
 
-def _nothing(pending: FutureTokens) -> PassOutput:
-    """No rank has a row in a draft pass: no forward runs."""
-    return PassOutput(Hidden(pending.hidden, pending.hidden), None)
-
-
 @dataclass(eq=False)
-class _Forwards:
-    """The forwards of one step as they are launched, pass by pass."""
+class _LaunchedStep:
+    """One step while its passes are launched, and what that took so far."""
 
-    runner: StepRunner
+    passes: Mapping[Pass, PassRunner]
+    collective: RowCollective
     scheduled: SchedulerOutput
     agreement: Agreement
     traces: list[PassTrace] = field(default_factory=list)
     prepare_s: float = 0.0
+    sample_s: float = 0.0
 
-    def run(self, index: int, pending: FutureTokens) -> PassOutput:
-        """The forward of the program's pass number `index`."""
-        at_prepare = perf_counter()
-        agreement, coordinator = self.agreement, self.runner.coordinator
-        pass_kind, batch = agreement.program.passes[index], self.scheduled.batches[index]
-        place = Place(coordinator.collective.dp_rank, agreement.step_id, pass_kind)
-        exchange = coordinator.exchange(agreement, index)
-        runner = self.runner.passes[pass_kind]
-        forward: Callable[[], PassOutput]
-        if not any(agreement.real_rows[index]):
-            forward = partial(_nothing, pending)
-        elif agreement.graphs[index]:
-            length = agreement.program.query_len(pass_kind)
-            forward = runner.prepare_graph(length, batch, exchange.plan, pending, place)
-        else:
-            forward = runner.prepare(batch, exchange, pending, place)
-        start, waited = perf_counter(), coordinator.collective.waited_s
-        output = forward()
-        plan = exchange.plan
-        self.traces.append(
-            PassTrace(
-                pass_kind=pass_kind,
-                real_rows=plan.real_rows,
-                gathered_rows=plan.gathered_rows,
-                wire_rows=plan.wire_rows * 2 * runner.model.num_moe_layers,
-                forward_s=perf_counter() - start,
-                wait_s=coordinator.collective.waited_s - waited,
-            )
-        )
-        self.prepare_s += start - at_prepare
+    def run_pass(self, index: int, future: FutureTokens) -> PassOutput:
+        timer = PassTimer(self.collective)
+        pass_kind, plan = self.agreement.program.passes[index], self.agreement.plans[index]
+        place = Place(self.collective.dp_rank, self.agreement.step_id, pass_kind)
+        runner = self.passes[pass_kind]
+        output = runner.run(plan, self.scheduled.batches[index], future, place, timer)
+        self.traces.append(timer.trace(pass_kind, plan.padding, runner.model.num_moe_layers))
+        self.prepare_s += timer.prepare_s
         return output
+
+    def output(self, sampled: Sampled, scores: Sequence[Logprobs]) -> StepOutput:
+        return StepOutput(sampled, tuple(scores), tuple(self.traces), self.prepare_s, self.sample_s)

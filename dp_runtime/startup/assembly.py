@@ -23,8 +23,10 @@ from dp_runtime.metrics.trace import Recorder, Totals
 from dp_runtime.parallel.adaptive_drafts import AdaptiveLength
 from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.coordinator import Padding, StepCoordinator, measure_padding_cost
-from dp_runtime.parallel.padding import PaddingMode
+from dp_runtime.parallel.coordinator import StepCoordinator
+from dp_runtime.parallel.execution import ExecutionPolicy
+from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
+from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.runner.drafting import Drafting
 from dp_runtime.runner.step_loop import StepLoop
@@ -163,7 +165,7 @@ def assemble(
     )
     programs = config.programs
     coordinator = StepCoordinator(
-        board, collective, Padding(mode, cost, config.poison_padding), programs=programs,
+        board, collective, ExecutionPolicy(PaddingPolicy(mode, cost)), programs=programs,
         policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
     )  # fmt: skip
     scheduler, sampler = Scheduler(plan.pages, plan.limits), Sampler(model.vocab_size, device)
@@ -172,7 +174,10 @@ def assemble(
         mean_tokens = config.speculative_forced_tokens
         forced = None if mean_tokens is None else ForcedAcceptance(mean_tokens)
         drafting = Drafting(loaded.models.draft, forced, scheduler.table.num_rows, device)
-    runner = StepRunner(loaded.models.target, drafting, sampler, coordinator, plan.pages, device)
+    runner = StepRunner(
+        loaded.models.target, drafting, sampler, collective, plan.pages, device,
+        config.poison_padding,
+    )  # fmt: skip
     return StepLoop(
         scheduler, coordinator, runner, Recorder(Totals(plan.sharding.dp_rank)), plan.depth
     )

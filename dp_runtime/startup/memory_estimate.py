@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from torch import Tensor
 
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import StageBuckets
+from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, logprobs_bytes
 from dp_runtime.sampling.sampler import sampling_bytes
 from dp_runtime.scheduler.limits import Limits
@@ -89,6 +89,6 @@ def _captured_stages(model: PassModel, limits: Limits, dp_size: int) -> int:
     """Of a model's MoE stages, captured alone."""
     if not model.num_moe_layers:
         return 0
-    rows = StageBuckets.of(limits.max_num_tokens).most
+    rows = PiecewiseBuckets.for_steps(limits.max_num_tokens).max_rows
     buffers = 2 * rows * model.hidden_size * model.dtype.itemsize
     return buffers + model.forward_bytes(rows, dp_size * rows, True)

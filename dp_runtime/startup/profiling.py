@@ -16,8 +16,9 @@ from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.metrics.trace import Recorder, Totals
 from dp_runtime.parallel.agreement import Agreement, StepRecord, agree
-from dp_runtime.runner.step_loop import PhaseTimes, StepLoop
+from dp_runtime.runner.step_loop import InflightStep, StepLoop
 from dp_runtime.runner.step_runner import StepRunner
+from dp_runtime.runner.step_timer import StepTimer
 from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
@@ -37,7 +38,13 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
     sampler = Sampler(loop.sampler.vocab_size, runner.device)
     dp_rank = loop.coordinator.collective.dp_rank
     trial_runner = StepRunner(
-        runner.model, runner.drafting, sampler, loop.coordinator, pages, runner.device
+        runner.model,
+        runner.drafting,
+        sampler,
+        runner.collective,
+        pages,
+        runner.device,
+        runner.poison,
     )
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(Totals(dp_rank)))
     for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):
@@ -50,7 +57,11 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
         last_page = max(last_page, *(int(table.max(initial=0)) for table in tables))
         agreement = _agree(loop, scheduled)
         if not agreement.idle:
-            trial.commit(trial.launch(scheduled, agreement, PhaseTimes(0.0, 0.0, 0.0, 0.0)))
+            output, timer = (
+                trial_runner.run(scheduled, agreement),
+                StepTimer(loop.coordinator.board),
+            )
+            trial.commit(InflightStep(scheduled, agreement, output, timer))
     for pool in pools:
         pool[: last_page + 1].zero_()
 
@@ -62,7 +73,7 @@ def _agree(loop: StepLoop, scheduled: SchedulerOutput) -> Agreement:
         StepRecord(coordinator.epoch, coordinator.step_id, 0, rows)
         for rows in coordinator.collective.all_gather_ints(scheduled.real_rows)
     ]
-    return agree(records, (coordinator.program,))
+    return agree(records, (coordinator.program,), execution=coordinator.execution)
 
 
 def largest_load(

@@ -63,7 +63,7 @@ class Rank:
             scheduled = self.scheduler.schedule(SERVING_PROGRAMS[0])
         self.seconds["schedule"][-1] -= self.seconds["build"][-1]
         with self._phase("load"):
-            _ = scheduled.real_rows, scheduled.prefill, self.scheduler.queued_tokens
+            _ = scheduled.real_rows, self.scheduler.queued_tokens
         with self._phase("check"):
             check_values(scheduled.batches[0], self.scheduler.pages, PLACE)
         logits = torch.randn(len(scheduled.samples), VOCAB)

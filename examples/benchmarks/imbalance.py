@@ -28,11 +28,11 @@ COLLECTIVES = ("gather_kernel", "reduce_scatter", "ncclDevKernel")
 class PaddedBuckets(GraphBuckets):
     """Every rank's graph has the rows of the largest rank."""
 
-    def own(self, rows: int) -> int:
-        return self.most_rows
+    def local(self, rows: int) -> int:
+        return self.max_rows
 
     def gathered(self, largest: int) -> int:
-        return self.most_rows
+        return self.max_rows
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Stage:
         return cls(rows, routers, experts, [to_fp8(e) for e in experts] if fp8 else experts)
 
     def run(self, kernels: MoeKernels) -> Callable[[int], Tensor]:
-        plan = PaddingPlan.of(PaddingMode.RAGGED, 0, (len(self.rows),))
+        plan = PaddingPlan.for_mode(PaddingMode.RAGGED, (len(self.rows),))
         experts = self.stored if kernels.reads_fp8 else self.experts
         return lambda i: kernels.partial_sums(self.rows, plan, None, self.routers[i], experts[i])
 

@@ -102,7 +102,7 @@ def take_steps(board: StepBoard, steps: int) -> Times:
     def one() -> None:
         nonlocal step
         step += 1
-        record = StepRecord(0, step, 0, (board.dp_rank,), free_pages=1000, queued_tokens=step)
+        record = StepRecord(0, step, 0, (board.dp_rank,), queued_tokens=step)
         agree(board.all_gather_records(record), SERVING_PROGRAMS)
 
     return measure(one, steps)

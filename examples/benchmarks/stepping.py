@@ -24,7 +24,7 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
 from dp_runtime.metrics.trace import Recorder, StepTrace
-from dp_runtime.parallel.buckets import GraphBuckets
+from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.startup.assembly import assemble, kernels_of, load_rank, profile
@@ -219,8 +219,7 @@ class SteppedRank:
 
     def capture(self, buckets: MakeBuckets) -> None:
         """Capture graphs of these sizes, with all other ranks, in place of those there are."""
-        poison = self.config.poison_padding
-        capture(self._plan, self.loop, poison, lambda done, total: None, buckets)
+        capture(self._plan, self.loop, lambda done, total: None, buckets)
 
     def run(self, load: Load, window: Window | None = None) -> LoadResult:
         """Serve a load; all ranks call it at the same time, and end it together."""
@@ -241,14 +240,16 @@ class SteppedRank:
         Yields [(choices of every expert) of a stage].
         """
         counted: list[Tensor] = []
-        target = self.loop.runner.passes[Pass.TARGET]
-        model, graphs, stages = target.model, target.graphs, target.stages
-        with_counts = model.with_stages(
+        coordinator, passes = self.loop.coordinator, self.loop.runner.passes
+        target, execution = passes[Pass.TARGET], coordinator.execution
+        with_counts = target.model.with_stages(
             lambda stage: replace(stage, kernels=_Counting(stage.kernels, rows, counted))
         )
-        target.model, target.graphs, target.stages = with_counts, {}, None
+        passes[Pass.TARGET] = replace(target, model=with_counts, graphs={})
+        coordinator.execute_by(replace(execution, piecewise=PiecewiseBuckets()))
         yield counted
-        target.model, target.graphs, target.stages = model, graphs, stages
+        passes[Pass.TARGET] = target
+        coordinator.execute_by(execution)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,9 @@ from dp_runtime.parallel.step_board import StepBoard
 def record_of(dp_rank: int, step: int) -> StepRecord:
     """A record whose every field differs between ranks or steps."""
     return StepRecord(
-        epoch=3, step_id=step, program_id=0, real_rows=(dp_rank * 7 + step,), num_requests=dp_rank,
-        free_pages=10**12 + step, queued_tokens=step * dp_rank, wants_prefill=step % 2 == 0,
-        drafts_proposed=4, drafts_accepted=dp_rank, graph_votes=dp_rank % 2,
-        fault_bits=step % 2,
+        epoch=3, step_id=step, program_id=0, real_rows=(dp_rank * 7 + step,),
+        queued_tokens=10**12 + step * dp_rank, drafts_proposed=4, drafts_accepted=dp_rank,
+        graph_votes=dp_rank % 2, fault_bits=step % 2,
     )  # fmt: skip
 
 

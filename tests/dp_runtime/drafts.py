@@ -105,7 +105,7 @@ class DraftRank:
         flat = [token for i in live for token in tokens[i]]
         batch = paged_batch(lengths, self.table[live], PAGE_SIZE, flat)
         counts = [row[0] for row in self.collective.all_gather_ints((len(flat),))]
-        plan = PaddingPlan.of(PaddingMode.MAX_LEN, self.collective.dp_rank, tuple(counts))
+        plan = PaddingPlan.for_mode(PaddingMode.MAX_LEN, tuple(counts))
         inputs = PassInputs(
             torch.tensor(flat, dtype=torch.int64),
             torch.from_numpy(batch.positions.copy()),

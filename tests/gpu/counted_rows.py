@@ -137,7 +137,7 @@ def stage_case(c: RowCollective, board: StepBoard, poison: bool) -> None:
         graph.replay()
         c.arm_watchdog("a replay")
         fast = out.clone()
-        plan = PaddingPlan(rank, real, (BUCKET,) * size)
+        plan = PaddingPlan(real, (BUCKET,) * size)
         slow = stage(inputs.rows[: real[rank]], PaddedExchange(plan, c, poison))
         assert slow.isfinite().all()
         assert torch.equal(fast[: real[rank]], slow)

@@ -11,7 +11,7 @@ from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, _explain, check_values
 from dp_runtime.errors import ContractViolation
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.pass_runner import PassRunner
+from dp_runtime.runner.pass_runner import pass_inputs
 
 PAGES = PageGeometry(num_pages=10, page_size=4)
 PLACE = Place(3, 17, "target")
@@ -150,7 +150,9 @@ def test_lengths_that_are_bounds_move_back_on_the_device() -> None:
     for name in ("seq_lens", "slot_mapping", "page_table", "cu_seqlens_q"):
         assert getattr(moved, name).tolist() == getattr(built, name).tolist(), name
     assert moved.seq_lens_host.tolist() == [9, 10, 5], "mirrors hold the bounds"
-    inputs = PassRunner(None, PAGES, cpu)._inputs(  # type: ignore[arg-type]
-        bounds, FutureTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), num_rejected)
+    inputs = pass_inputs(
+        bounds,
+        FutureTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), num_rejected),
+        cpu,
     )
     assert inputs.positions.tolist() == exact.positions.tolist()

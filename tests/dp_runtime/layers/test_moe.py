@@ -89,7 +89,7 @@ def run_stage(
         rank = collective.dp_rank
         sharding = RankSharding(moe_sharding, rank, len(counts))
         stage = build_stage(sharding, num_experts, intermediate)
-        exchange = PaddedExchange(PaddingPlan.of(mode, rank, counts), collective, poison)
+        exchange = PaddedExchange(PaddingPlan.for_mode(mode, counts), collective, poison)
         return stage(rank_rows(counts)[rank], exchange), collective.calls
 
     return run_ranks(len(counts), run)
@@ -142,7 +142,7 @@ def test_rows_without_real_content_are_zero_where_a_bucket_is_larger() -> None:
 
     def run(collective: ThreadCollective, real: int) -> Tensor:
         stage = build_stage(RankSharding("ep", 0, 1), 5, 11)
-        exchange = PaddedExchange(PaddingPlan(0, (real,), (8,)), collective, True)
+        exchange = PaddedExchange(PaddingPlan((real,), (8,)), collective, True)
         return stage(rows[:real], exchange)
 
     out = run_ranks(1, lambda c: run(c, 3))[0]

@@ -91,7 +91,7 @@ class Rank:
         tokens = [token for i in live for token in new[i]]
         batch = paged_batch(lengths, self.table[live], PAGE_SIZE, tokens)
         rows, replaced = embeds or ([], torch.zeros(0, 0))
-        plan = PaddingPlan.of(mode, self.collective.dp_rank, real_rows or (len(tokens),))
+        plan = PaddingPlan.for_mode(mode, real_rows or (len(tokens),))
         hidden = self.model.forward(
             PassInputs(
                 torch.tensor(tokens, dtype=torch.int64),

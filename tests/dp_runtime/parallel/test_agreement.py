@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from dp_runtime.core.program import MAX_DRAFTS, MAX_PASSES, SERVING_PROGRAMS, Pass, Program
 from dp_runtime.errors import RankDisagreement
 from dp_runtime.parallel.agreement import RECORD_WORDS, FaultBits, StepRecord, StepTotals, agree
+from dp_runtime.parallel.buckets import GraphBuckets
+from dp_runtime.parallel.execution import ExecutionMode, ExecutionPolicy
 
 SPECULATIVE = Program((Pass.DRAFT, Pass.DRAFT, Pass.TARGET, Pass.DRAFT_EXTEND))
 PROGRAMS = (*SERVING_PROGRAMS, SPECULATIVE)
+GRAPHS = ExecutionPolicy(
+    graphs={
+        (pass_kind, program.query_len(pass_kind)): GraphBuckets(5000, program.query_len(pass_kind))
+        for program in PROGRAMS
+        for pass_kind in program.passes
+    }
+)
 count = st.integers(0, 2**40)
 
 
@@ -24,7 +33,7 @@ def step_records(draw: st.DrawFn) -> list[StepRecord]:
     return [
         StepRecord(
             epoch, step_id, program_id, draw(rows), draw(count), draw(count), draw(count),
-            draw(st.booleans()), draw(count), draw(count), draw(st.integers(0, 2**passes - 1)),
+            draw(st.integers(0, 2**passes - 1)),
             draw(st.sampled_from([FaultBits.NONE, FaultBits.STOP])),
         )
         for _ in range(draw(st.integers(1, 8)))
@@ -41,7 +50,7 @@ def test_a_record_survives_its_words(records: list[StepRecord]) -> None:
 
 @given(step_records())
 def test_the_agreement_is_the_same_pure_value_on_all_ranks(records: list[StepRecord]) -> None:
-    agreements = [agree(list(records), PROGRAMS) for _ in records]
+    agreements = [agree(list(records), PROGRAMS, execution=GRAPHS) for _ in records]
     assert all(agreement == agreements[0] for agreement in agreements)
     first = agreements[0]
     assert hash(first) == hash(agreements[-1])
@@ -50,9 +59,12 @@ def test_the_agreement_is_the_same_pure_value_on_all_ranks(records: list[StepRec
         assert rows == tuple(record.real_rows[index] for record in records)
     assert first.idle == (sum(map(sum, first.real_rows)) == 0)
     assert first.stop == any(record.fault_bits for record in records)
-    for index, replayed in enumerate(first.graphs):
+    assert first.queued_tokens == tuple(record.queued_tokens for record in records)
+    for index, plan in enumerate(first.plans):
         votes = [record.graph_votes & 1 << index for record in records]
+        replayed = plan.mode is ExecutionMode.GRAPH
         assert replayed == (all(votes) and any(first.real_rows[index])), "no rows: no graph"
+        assert plan.query_len == first.program.query_len(first.program.passes[index])
 
 
 @given(step_records(), st.randoms(use_true_random=False))
@@ -65,9 +77,9 @@ def test_totals_do_not_depend_on_the_order_of_ranks(
     def policy(totals: StepTotals) -> int:
         return (totals.drafts_accepted + totals.drafts_proposed) % len(PROGRAMS)
 
-    one, other = agree(records, PROGRAMS, policy), agree(shuffled, PROGRAMS, policy)
+    one = agree(records, PROGRAMS, policy, GRAPHS)
+    other = agree(shuffled, PROGRAMS, policy, GRAPHS)
     assert one.next_program_id == other.next_program_id
-    assert one.any_prefill == other.any_prefill
 
 
 @pytest.mark.parametrize("field", ["epoch", "step_id", "program_id"])

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from dp_runtime.parallel.buckets import (
     GATHERED_FACTOR,
-    LEAST_GATHERED,
+    MIN_GATHERED,
     GraphBuckets,
     GraphKey,
-    StageBuckets,
+    PiecewiseBuckets,
 )
 
 MOST = st.integers(1, 512)
@@ -24,9 +24,9 @@ def test_every_step_has_a_graph_that_holds_it(most: int, length: int, counts: li
     if not any(rows):
         return
     gathered = buckets.gathered(max(rows))
-    assert max(rows) <= gathered <= max(buckets.most_rows, LEAST_GATHERED)
+    assert max(rows) <= gathered <= max(buckets.max_rows, MIN_GATHERED)
     for count in rows:
-        own = buckets.own(count)
+        own = buckets.local(count)
         assert count <= own <= gathered, "null rows fit what is gathered"
         assert own % length == 0, "null rows are whole sequences"
         assert GraphKey(own, gathered) in buckets.graph_keys()
@@ -35,23 +35,22 @@ def test_every_step_has_a_graph_that_holds_it(most: int, length: int, counts: li
 @given(MOST, LENGTHS)
 def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int, length: int) -> None:
     buckets = GraphBuckets(most, length)
-    keys, most = buckets.graph_keys(), buckets.most_rows
+    keys, most = buckets.graph_keys(), buckets.max_rows
     assert len(set(keys)) == len(keys)
     sizes = {key.gathered_rows for key in keys}
-    assert len(sizes) <= 2 + max(most // LEAST_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)
+    assert len(sizes) <= 2 + max(most // MIN_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)
     assert all(GraphKey(0, size) in keys for size in sizes), "a rank without rows"
-    assert max(key.own_rows for key in keys) == most
-    assert keys[0].own_rows == most, "the largest comes first, the others fit its memory"
+    assert max(key.local_rows for key in keys) == most
+    assert keys[0].local_rows == most, "the largest comes first, the others fit its memory"
 
 
 @given(st.integers(1, 10_000), st.integers(0, 10_000))
 def test_a_captured_stage_holds_the_largest_rank(max_num_tokens: int, largest: int) -> None:
-    buckets = StageBuckets.of(max_num_tokens)
-    gathered = buckets.gathered(largest)
-    if 0 < largest <= buckets.most:
+    buckets = PiecewiseBuckets.for_steps(max_num_tokens)
+    assert buckets.cover(largest) == (0 < largest <= buckets.max_rows)
+    if buckets.cover(largest):
+        gathered = buckets.gathered(largest)
         assert gathered in buckets.sizes
-        assert largest <= gathered < GATHERED_FACTOR * max(largest, LEAST_GATHERED)
-    else:
-        assert gathered is None
+        assert largest <= gathered < GATHERED_FACTOR * max(largest, MIN_GATHERED)
     assert list(buckets.sizes) == sorted(set(buckets.sizes), reverse=True)
-    assert buckets.sizes[0] == buckets.most <= max_num_tokens
+    assert buckets.sizes[0] == buckets.max_rows <= max_num_tokens

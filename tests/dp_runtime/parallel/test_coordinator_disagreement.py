@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from dp_runtime.core.program import Pass, Program
+from dp_runtime.parallel.agreement import Agreement, StepRecord
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.coordinator import Padding, RankStats, StepCoordinator
+from dp_runtime.parallel.coordinator import StepCoordinator
 from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives.ranks import Outcome, Ranks, outcome
 
@@ -33,9 +34,14 @@ class Watched:
 def differ(collective: RowCollective, board: StepBoard, field: str) -> tuple[Outcome, list[str]]:
     """Two steps alike, then one for which a rank differs; runs on every rank."""
     watched = Watched(collective)
-    coordinator = StepCoordinator(board, watched, Padding(), epoch=3, programs=PROGRAMS)
+    coordinator = StepCoordinator(board, watched, epoch=3, programs=PROGRAMS)
+
+    def agree(real_rows: tuple[int, ...]) -> Agreement:
+        record = StepRecord(*coordinator.step_key, real_rows)
+        return coordinator.agree(board.all_gather_records(record))
+
     for rows in (range(DP_SIZE), (0,) * DP_SIZE):
-        agreement = coordinator.agree((rows[collective.dp_rank],), RankStats())
+        agreement = agree((rows[collective.dp_rank],))
         assert agreement.real_rows == (tuple(rows),)
     real_rows: tuple[int, ...] = (1,)
     if collective.dp_rank == ODD_RANK:
@@ -48,7 +54,7 @@ def differ(collective: RowCollective, board: StepBoard, field: str) -> tuple[Out
                 coordinator._program_id, real_rows = 1, (1, 1)
             case "passes":
                 real_rows = (1, 1)
-    return outcome(lambda: coordinator.agree(real_rows, RankStats())), watched.entered
+    return outcome(lambda: agree(real_rows)), watched.entered
 
 
 @pytest.fixture(scope="module")

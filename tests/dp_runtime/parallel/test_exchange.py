@@ -14,17 +14,18 @@ from dp_runtime.core.program import SERVING_PROGRAMS, Pass
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.router import Router
-from dp_runtime.parallel.agreement import Agreement
+from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.buckets import GraphBuckets
 from dp_runtime.parallel.collective import DeviceCountCollective
-from dp_runtime.parallel.coordinator import Padding, StepCoordinator
 from dp_runtime.parallel.exchange import (
     CountedExchange,
     PaddedExchange,
     RowExchange,
+    counts_real_rows,
     graph_exchange,
     graph_plan,
 )
+from dp_runtime.parallel.execution import ExecutionMode, ExecutionPolicy
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives.ranks import run_threads
@@ -95,7 +96,7 @@ def run_case(
     shapes = tuple(own_rows[r] if r == rank else BUCKET for r in range(size))
     results = {}
     for poison in (False, True):
-        plan = PaddingPlan(rank, shapes, (BUCKET,) * size)
+        plan = PaddingPlan(shapes, (BUCKET,) * size)
         exchanges: dict[str, RowExchange] = {
             "padded": PaddedExchange(plan, inner, poison, row_ranges),
             "counted": CountedExchange(plan, collective, poison, row_ranges),
@@ -143,7 +144,7 @@ def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
     ):
         assert isinstance(collective, DeviceCountCollective) == counted
         plan = graph_plan(collective, (3, 1), BUCKET)
-        assert plan == PaddingPlan(0, (3, 1), (BUCKET, BUCKET), counted)
+        assert plan == PaddingPlan((3, 1), (BUCKET, BUCKET), counted)
         assert plan.wire_rows == (4 if counted else 2 * BUCKET)
         assert isinstance(graph_exchange(plan, collective, True, row_ranges), kind)
     alone = Counted(InProcessGroup(1, 1.0).collective(0))
@@ -151,12 +152,13 @@ def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
 
 
 def test_a_step_of_graphs_reports_the_rows_that_cross() -> None:
-    group = InProcessGroup(2, 1.0)
-    agreement = Agreement(
-        0, 0, SERVING_PROGRAMS[0], ((3, 1),), (3, 1), (0, 0), False, False, (True,), 0
-    )
-    for collective, crossing in ((group.collective(0), 32), (Counted(group.collective(0)), 4)):
-        coordinator = StepCoordinator(group.board(0), collective, Padding())
-        coordinator.buckets = {(Pass.TARGET, 1): GraphBuckets(64)}
-        plan = coordinator.exchange(agreement, 0).plan
-        assert (plan.gathered_rows, plan.wire_rows) == ((16, 16), crossing)
+    collective = InProcessGroup(2, 1.0).collective(0)
+    records = [StepRecord(0, 0, 0, (rows,), graph_votes=1) for rows in (3, 1)]
+    for kind, crossing in ((collective, 32), (Counted(collective), 4)):
+        execution = ExecutionPolicy(
+            graphs={(Pass.TARGET, 1): GraphBuckets(64)}, counted=counts_real_rows(kind)
+        )
+        (plan,) = agree(records, SERVING_PROGRAMS, execution=execution).plans
+        assert plan.mode is ExecutionMode.GRAPH
+        assert (plan.padding.gathered_rows, plan.padding.wire_rows) == ((16, 16), crossing)
+        assert plan.padding == graph_plan(kind, (3, 1), 16)

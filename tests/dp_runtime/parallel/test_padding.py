@@ -15,7 +15,7 @@ modes = st.sampled_from([PaddingMode.MAX_LEN, PaddingMode.RAGGED])
 def test_a_plan_counts_real_and_gathered_rows(
     mode: PaddingMode, real_rows: tuple[int, ...]
 ) -> None:
-    plan = PaddingPlan.of(mode, 0, real_rows)
+    plan = PaddingPlan.for_mode(mode, real_rows)
     if mode is PaddingMode.MAX_LEN:
         assert set(plan.gathered_rows) == {max(real_rows)}
     else:
@@ -30,11 +30,11 @@ def test_the_real_index_finds_every_real_row_and_no_other(
 ) -> None:
     gathered, expected = [], []
     for rank, count in enumerate(real_rows):
-        plan = PaddingPlan.of(mode, rank, real_rows)
+        plan = PaddingPlan.for_mode(mode, real_rows)
         rows = torch.full((count, 3), float(rank + 1))
-        padded = pad(rows, plan, poison)
-        assert padded.shape == (plan.own_gathered, 3)
-        assert torch.equal(strip(padded, plan), rows)
+        padded = pad(rows, plan, rank, poison)
+        assert padded.shape == (plan.gathered_rows[rank], 3)
+        assert torch.equal(strip(padded, plan, rank), rows)
         tail = padded[count:]
         assert tail.isnan().all() if poison else (tail == 0).all()
         gathered.append(padded)
@@ -45,16 +45,16 @@ def test_the_real_index_finds_every_real_row_and_no_other(
 
 
 def test_pad_and_strip_refuse_rows_that_are_not_the_plan_s() -> None:
-    plan = PaddingPlan.of(PaddingMode.MAX_LEN, 0, (10, 12, 12, 12))
+    plan = PaddingPlan.for_mode(PaddingMode.MAX_LEN, (10, 12, 12, 12))
     with pytest.raises(AssertionError, match="12 rows, the plan says 10"):
-        pad(torch.zeros(12, 4), plan)
+        pad(torch.zeros(12, 4), plan, 0)
     with pytest.raises(AssertionError, match="10 rows, the plan says 12"):
-        strip(torch.zeros(10, 4), plan)
+        strip(torch.zeros(10, 4), plan, 0)
 
 
 def test_a_rank_can_not_gather_less_than_its_real_rows() -> None:
     with pytest.raises(AssertionError, match="at least its real rows"):
-        PaddingPlan(0, (3, 4), (3, 3))
+        PaddingPlan((3, 4), (3, 3))
 
 
 @given(rank_rows)

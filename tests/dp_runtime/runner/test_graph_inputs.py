@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner import graph_inputs
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graph_inputs import HOST_BUFFERS, GraphInputs
 
 REQUESTS, TABLE_PAGES, PAGE, DP_SIZE = 8, 6, 4, 3
+GATHERED = 40  # rows of each rank
 
 
 class Done:
@@ -69,6 +71,10 @@ def batch_of(draw: random.Random, requests: int, query_len: int) -> LocalBatch:
     )
 
 
+def plan_of(*real_rows: int) -> PaddingPlan:
+    return PaddingPlan(real_rows, (GATHERED,) * DP_SIZE)
+
+
 def pending_of(tokens: Tensor, batch: LocalBatch, hidden: int = 0) -> FutureTokens:
     return FutureTokens(tokens, torch.randn(batch.num_tokens, hidden))
 
@@ -84,7 +90,7 @@ def test_every_write_leaves_the_batch_and_null_rows_whatever_was_there_before(
         rows, own_rows, null = requests * query_len, own * query_len, own - requests
         batch = batch_of(draw, requests, query_len)
         pending = pending_of(torch.arange(draw.randint(1, REQUESTS)) + 1000, batch, hidden)
-        inputs.write(batch, own_rows, (rows, 0, 5), 8, pending)
+        inputs.write(batch, own_rows, plan_of(rows, 0, 5), pending)
         each = range(query_len)
         for name, values in (("token_ids", [0] * query_len),
                              ("future_token_index", [-1] * query_len),
@@ -96,7 +102,7 @@ def test_every_write_leaves_the_batch_and_null_rows_whatever_was_there_before(
         table = np.zeros((own, TABLE_PAGES), np.int32)
         table[:requests, : batch.page_table.shape[1]] = batch.page_table
         assert inputs.page_table[:own].tolist() == table.tolist()
-        assert inputs.row_ranges.tolist() == [[0, 8, 16], [rows, 0, 5]]
+        assert inputs.row_ranges.tolist() == [[0, GATHERED, 2 * GATHERED], [rows, 0, 5]]
         assert inputs.pass_inputs(own_rows).hidden[:rows].equal(pending.hidden)
 
 
@@ -106,7 +112,7 @@ def test_pending_tokens_come_from_the_device(
     batch, inputs = batch_of(random.Random(1), 3, 1), make_inputs()
     sources = np.array([1, -1, 0], np.int64)
     batch = LocalBatch(**{**vars(batch), "future_token_index": sources})
-    inputs.write(batch, 4, (3, 0, 0), 4, pending_of(torch.tensor([70, 71]), batch))
+    inputs.write(batch, 4, plan_of(3, 0, 0), pending_of(torch.tensor([70, 71]), batch))
     expected = [71, int(batch.token_ids[1]), 70, 0]
     assert inputs.pass_inputs(4).token_ids.tolist() == expected
 
@@ -117,12 +123,12 @@ def test_null_rows_alone_are_written_over_a_batch(
     inputs = make_inputs()
     for _ in range(HOST_BUFFERS):
         batch = batch_of(random.Random(2), REQUESTS, 1)
-        inputs.write(batch, REQUESTS, (8, 8, 8), 8, pending_of(torch.arange(8), batch))
-    inputs.write_null(5, 8)
+        inputs.write(batch, REQUESTS, plan_of(8, 8, 8), pending_of(torch.arange(8), batch))
+    inputs.write_null(5, plan_of(0, 0, 0))
     assert inputs.seq_lens[:5].tolist() == [1] * 5
     assert not inputs.page_table[:5].any()
     assert not inputs.positions[:5].any()
-    assert inputs.row_ranges.tolist() == [[0, 8, 16], [0, 0, 0]]
+    assert inputs.row_ranges.tolist() == [[0, GATHERED, 2 * GATHERED], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("query_len", [1, 4])
@@ -139,7 +145,7 @@ def test_verifications_move_back_to_where_they_are(
         own_rejected = torch.from_numpy(num_rejected[:verified].copy())
         pending = replace(pending_of(torch.arange(3), batch, 2), num_rejected=own_rejected)
         rows = batch.num_tokens
-        inputs.write(batch, rows + query_len, (rows, 0, 0), 8, pending)
+        inputs.write(batch, rows + query_len, plan_of(rows, 0, 0), pending)
         exact = batch.rewound(num_rejected, PAGE)
         for name in ("positions", "slot_mapping"):
             null = list(range(query_len))

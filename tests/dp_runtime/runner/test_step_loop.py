@@ -15,7 +15,7 @@ from dp_runtime.core.program import Program
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.parallel.agreement import StepTotals
-from dp_runtime.parallel.coordinator import measure_padding_cost
+from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.startup.assembly import assemble, load_rank
 from dp_runtime.startup.rank_plan import plan_rank

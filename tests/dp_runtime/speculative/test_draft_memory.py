@@ -49,7 +49,7 @@ def test_a_draft_s_forward_is_predicted(name: str, dtype: torch.dtype, tmp_path:
     )  # fmt: skip
     ids, none = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     inputs = PassInputs(ids, ids, none, torch.zeros(0, 0), torch.randn(ROWS, 64).to(dtype))
-    plan = PaddingPlan.of(PaddingMode.MAX_LEN, 0, (ROWS,))
+    plan = PaddingPlan.for_mode(PaddingMode.MAX_LEN, (ROWS,))
     exchange = PaddedExchange(plan, InProcessGroup(1, 1.0).collective(0), False)
     with torch.inference_mode(), LiveBytes() as live:
         out = draft.forward(inputs, None, exchange)  # type: ignore[arg-type]

@@ -96,6 +96,6 @@ def test_every_number_of_rows_finds_its_kernels_built(
     )
     moe, gathered = TritonMoe(), torch.empty(MOST_ROWS, model.hidden_size, dtype=HALF)
     for rows in (*range(1, 700, 3), *range(700, MOST_ROWS, 97), MOST_ROWS):
-        plan = PaddingPlan.of(PaddingMode.RAGGED, 0, (rows, *(0,) * (dp_size - 1)))
+        plan = PaddingPlan.for_mode(PaddingMode.RAGGED, (rows, *(0,) * (dp_size - 1)))
         moe.partial_sums(gathered[:rows], plan, None, router, experts)
     assert [kernel.compiled for kernel in kernels] == before

@@ -1,0 +1,59 @@
+"""ExecutionPlan: how every rank runs a pass, decided once, in the agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
+
+from dp_runtime.core.program import Pass
+from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
+from dp_runtime.parallel.padding import PaddingPlan, PaddingPolicy
+
+
+class ExecutionMode(Enum):
+    """All ranks run a pass in the same mode."""
+
+    GRAPH = auto()  # the whole forward is replayed
+    PIECEWISE = auto()  # the MoE stages are replayed, all else is launched kernel by kernel
+    EAGER = auto()
+    EMPTY = auto()  # no rank has a row: no forward runs
+
+
+class ExecutionPlan(NamedTuple):
+    """How a pass runs. NOTE: identical on every rank; never add a per-rank value to it."""
+
+    mode: ExecutionMode
+    query_len: int  # rows of each request that decodes; a graph is captured for one
+    padding: PaddingPlan  # in GRAPH and PIECEWISE, every rank gathers the bucket's rows
+
+
+@dataclass(frozen=True)
+class ExecutionPolicy:
+    """What an ExecutionPlan depends on besides the ranks' records; equal on all ranks."""
+
+    padding: PaddingPolicy = field(default_factory=PaddingPolicy)  # of eager passes
+    graphs: Mapping[tuple[Pass, int], GraphBuckets] = field(default_factory=dict)  # by query_len
+    piecewise: PiecewiseBuckets = field(default_factory=PiecewiseBuckets)
+    counted: bool = False  # in passes from graphs only real rows cross the wire
+
+    def plan(
+        self, pass_kind: Pass, query_len: int, real_rows: tuple[int, ...], all_fit_graphs: bool
+    ) -> ExecutionPlan:
+        """all_fit_graphs: every rank has a graph for its rows of the pass."""
+        largest = max(real_rows)
+        if largest == 0:
+            mode, padding = ExecutionMode.EMPTY, self.padding.plan(real_rows)
+        elif all_fit_graphs:
+            bucket = self.graphs[pass_kind, query_len].gathered(largest)
+            mode, padding = ExecutionMode.GRAPH, self._bucketed(real_rows, bucket)
+        elif self.piecewise.cover(largest):
+            bucket = self.piecewise.gathered(largest)
+            mode, padding = ExecutionMode.PIECEWISE, self._bucketed(real_rows, bucket)
+        else:
+            mode, padding = ExecutionMode.EAGER, self.padding.plan(real_rows)
+        return ExecutionPlan(mode, query_len, padding)
+
+    def _bucketed(self, real_rows: tuple[int, ...], rows_per_rank: int) -> PaddingPlan:
+        return PaddingPlan(real_rows, (rows_per_rank,) * len(real_rows), self.counted)

@@ -1,0 +1,55 @@
+"""Timers of the host's phases; waits for other ranks are counted apart."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+from dp_runtime.core.program import Pass
+from dp_runtime.metrics.trace import PassTrace
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.step_board import StepBoard
+
+
+class StepTimer:
+    """Seconds of a step's first phases, from its making on."""
+
+    schedule_s = agree_s = agree_wait_s = 0.0
+
+    def __init__(self, board: StepBoard) -> None:
+        self._board, self._waited = board, board.waited_s
+        self.started = perf_counter()
+
+    def end_schedule(self) -> None:
+        self.schedule_s = perf_counter() - self.started
+
+    def end_agree(self) -> None:
+        self.agree_wait_s = self._board.waited_s - self._waited
+        self.agree_s = perf_counter() - self.started - self.schedule_s - self.agree_wait_s
+
+
+class PassTimer:
+    """Seconds of one pass, from its making on."""
+
+    def __init__(self, collective: RowCollective) -> None:
+        self._collective, self._waited = collective, collective.waited_s
+        self._started = self._forward_start = perf_counter()
+
+    def end_prepare(self) -> None:
+        """Metadata and inputs are on the device; never called where a graph takes them in."""
+        self._forward_start = perf_counter()
+
+    @property
+    def prepare_s(self) -> float:
+        return self._forward_start - self._started
+
+    def trace(self, pass_kind: Pass, plan: PaddingPlan, num_moe_layers: int) -> PassTrace:
+        """What the pass took; it has been launched."""
+        return PassTrace(
+            pass_kind=pass_kind,
+            real_rows=plan.real_rows,
+            gathered_rows=plan.gathered_rows,
+            wire_rows=plan.wire_rows * 2 * num_moe_layers,
+            forward_s=perf_counter() - self._forward_start,
+            wait_s=self._collective.waited_s - self._waited,
+        )
