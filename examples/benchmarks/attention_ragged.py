@@ -23,8 +23,9 @@ from dp_runtime.attention.registry import kernels
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.kernels.builds import KernelBuilds
-from examples.benchmarks import machine
-from examples.benchmarks.device_timing import captured, event_us
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.device_timing import captured, event_us
 from examples.paged_batch import paged_batch
 
 BF16 = torch.bfloat16
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--longest", type=int, default=2048)
     parser.add_argument("--calls", type=int, default=200)

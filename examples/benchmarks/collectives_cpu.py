@@ -21,9 +21,10 @@ import torch
 
 from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path
 from collectives.torch_distributed.group import TorchDistributedGroup
-from examples.benchmarks import machine
-from examples.benchmarks.spawned import run_spawned
-from examples.benchmarks.timing import Times, measure
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.spawned import run_spawned
+from examples.benchmarks.harness.timing import Times, measure
 
 GOAL = 5.0  # times faster than Gloo, at the median
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rows", type=int, default=64, help="rows per rank")
     parser.add_argument("--hidden", type=int, default=256)

@@ -28,9 +28,10 @@ from collectives.peer_to_peer.group import PeerToPeerGroup
 from collectives.shared_memory.group import new_rendezvous_path
 from collectives.torch_distributed.group import TorchDistributedGroup
 from dp_runtime.parallel.collective import DeviceCountCollective, RowCollective
-from examples.benchmarks import machine
-from examples.benchmarks.device_timing import captured, event_us
-from examples.benchmarks.spawned import run_spawned
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.device_timing import captured, event_us
+from examples.benchmarks.harness.spawned import run_spawned
 
 PAIRS = 50
 TIMEOUT_S = 20.0
@@ -39,7 +40,7 @@ COLUMNS = ("nccl", "peer_to_peer", "counted", "a quarter", *ALONE)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256, 1024, 4096])
     parser.add_argument("--hidden", type=int, default=2048)
     args = parser.parse_args()

@@ -32,7 +32,8 @@ from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm import TrtllmAttention, make_layers
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
-from examples.benchmarks import machine
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
 from examples.nvl4.shape import QWEN3_30B_A3B, write_shape
 from examples.paged_batch import paged_batch
 
@@ -177,7 +178,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--dp-size", type=int, default=1, help="ranks of the timed steps")
     parser.add_argument("--step", action=argparse.BooleanOptionalAction, default=True)

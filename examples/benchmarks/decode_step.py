@@ -12,19 +12,24 @@ routing of these steps really used (`active`), at --read-rate or at the measured
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from dp_runtime.config import EngineConfig
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.models.registry import read_model_config
-from examples.benchmarks import machine
-from examples.benchmarks.floors import DecodeBytes, uniform_active
-from examples.benchmarks.stepping import Load, Profile, Routed, SteppedRank, Window, run_ranks
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser, write_figures
+from examples.benchmarks.harness.floors import DecodeBytes, uniform_active
+from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.harness.stepping import (
+    Load,
+    Routed,
+    SteppedRank,
+    Window,
+    run_ranks,
+)
 
 PROMPT, OUTPUT = 1024, 256
 COUNTED_STEPS = 4
@@ -44,14 +49,10 @@ class Measured:
 
 def main() -> None:
     args = parse_args()
-    config = EngineConfig(
-        args.model, dp_size=args.dp_size, load_format="dummy", launcher="local", device=args.device,
-        moe_sharding=args.moe_sharding, moe_backend=args.moe_backend, collective=args.collective,
-        cuda_graphs=args.cuda_graphs, max_num_requests=max(args.requests),
-        overlap=args.overlap,
-        speculative_num_steps=args.speculative_num_steps,
-        speculative_forced_tokens=args.forced_tokens, max_num_tokens=8192,
-        max_model_len=args.prompt + args.output + 64,
+    config = config_from(
+        args, load_format="dummy", launcher="local", max_num_requests=max(args.requests),
+        max_num_tokens=8192, max_model_len=args.prompt + args.output + 64,
+        speculative_forced_tokens=args.forced_tokens,
     )  # fmt: skip
     print(machine.describe("torch"), config, sep="\n", flush=True)
     profiled = args.profile_steps if args.device == "cuda" else 0
@@ -63,23 +64,15 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dp-size", type=int, default=4)
+    parser = new_parser(__doc__)
+    add_flags(
+        parser, "model", "dp_size", "device", "moe_sharding", "moe_backend", "collective",
+        "cuda_graphs", "overlap", "speculative_num_steps", "forced_tokens", "read_rate", "json",
+    )  # fmt: skip
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--output", type=int, default=OUTPUT)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--moe-sharding", default="ep")
-    parser.add_argument("--moe-backend", default="auto")
-    parser.add_argument("--collective", default="auto")
-    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--speculative-num-steps", type=int, default=0)
-    parser.add_argument("--forced-tokens", type=float, help="that a verification emits, forced")
     parser.add_argument("--profile-steps", type=int, default=20)
-    parser.add_argument("--read-rate", type=float, help="TB/s, for the floor")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -116,7 +109,7 @@ def measured_rate(device: str) -> float:
     """TB/s that a large copy reads and writes."""
     if device == "cpu":
         return 0.02
-    from examples.benchmarks.device_timing import describe_gpu, read_rate
+    from examples.benchmarks.harness.device_timing import describe_gpu, read_rate
 
     print(describe_gpu())
     return read_rate() / 1e12
@@ -152,10 +145,7 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
     if measured.profile is not None:
         figures["gpu_idle"] = round(measured.profile.idle_us / measured.profile.span_us, 4)
         print(f"\n{measured.requests} requests a rank:\n{measured.profile}")
-    print(json.dumps(figures), flush=True)
-    if args.json is not None:
-        with args.json.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+    write_figures(figures, args.json)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from dp_runtime.scheduler import scheduler
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
-from examples.benchmarks import machine
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
 
 PHASES = ("schedule", "build", "load", "check", "sample", "commit")
 PAGE, CONTEXT, VOCAB, WARMUP = 64, 1024, 8, 50
@@ -114,7 +115,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--depth", type=int, choices=(0, 1), default=1)

@@ -16,10 +16,11 @@ import json
 from dataclasses import dataclass
 from statistics import median
 
-from dp_runtime.config import EngineConfig
 from dp_runtime.parallel.buckets import GraphBuckets
-from examples.benchmarks import machine
-from examples.benchmarks.stepping import Load, Profile, SteppedRank, Window, run_ranks
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser
+from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.harness.stepping import Load, SteppedRank, Window, run_ranks
 
 PROMPT, OUTPUT = 1024, 96
 COLLECTIVES = ("gather_kernel", "reduce_scatter", "ncclDevKernel")
@@ -57,10 +58,9 @@ def main() -> None:
     print(machine.describe("torch"), flush=True)
     for counts in args.requests:
         largest, size = max(counts), len(counts)
-        config = EngineConfig(
-            args.model, dp_size=size, load_format="dummy", launcher="local", device="cuda",
-            moe_sharding=args.moe_sharding, collective=args.collective, cuda_graphs=True,
-            overlap=True, max_num_requests=largest, max_num_tokens=8192,
+        config = config_from(
+            args, dp_size=size, load_format="dummy", launcher="local", device="cuda",
+            cuda_graphs=True, overlap=True, max_num_requests=largest, max_num_tokens=8192,
             max_model_len=args.prompt + args.output + 64,
         )  # fmt: skip
         even = [largest] * size
@@ -82,13 +82,11 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser = new_parser(__doc__)
+    add_flags(parser, "model", "moe_sharding", "collective")
     parser.add_argument("--requests", type=int, nargs="+", action="append", required=True)
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--output", type=int, default=OUTPUT)
-    parser.add_argument("--moe-sharding", default="ep")
-    parser.add_argument("--collective", default="auto")
     return parser.parse_args()
 
 

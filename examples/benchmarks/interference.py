@@ -19,7 +19,7 @@ from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
-from examples.benchmarks.stepping import IDS_A_RANK, Load, SteppedRank
+from examples.benchmarks.harness.stepping import IDS_A_RANK, Load, SteppedRank
 
 PREFILLING = 0  # the rank that prefills; all others decode
 PAUSE = 4  # steps

@@ -10,7 +10,6 @@ matrix rate in bf16, whichever is larger.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,8 +23,9 @@ from dp_runtime.layers.router import Router
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.weights.fp8_blocks import BLOCK, ExpertScales, quantize
-from examples.benchmarks import machine
-from examples.benchmarks.device_timing import (
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.device_timing import (
     describe_gpu,
     event_us,
     graph_us,
@@ -95,7 +95,7 @@ def to_fp8(experts: Experts) -> Experts:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+",
                         default=[4, 16, 64, 128, 256, 512, 1024, 4096])  # fmt: skip
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["ep4", "tp4", "ep2"])

@@ -15,11 +15,12 @@ import json
 from dataclasses import dataclass
 from statistics import median
 
-from dp_runtime.config import EngineConfig
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.registry import read_model_config
-from examples.benchmarks import machine
-from examples.benchmarks.stepping import Load, Profile, SteppedRank, Window, run_ranks
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser
+from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.harness.stepping import Load, SteppedRank, Window, run_ranks
 
 FULL_STEPS = 6
 
@@ -39,10 +40,8 @@ def main() -> None:
     model = read_model_config(args.model)
     for rows in args.rows:
         count = max(FULL_STEPS * rows // args.prompt, 1)
-        config = EngineConfig(
-            args.model, dp_size=args.dp_size, load_format="dummy", launcher="local",
-            device=args.device, moe_sharding=args.moe_sharding, moe_backend=args.moe_backend,
-            collective=args.collective, overlap=True, cuda_graphs=args.cuda_graphs,
+        config = config_from(
+            args, load_format="dummy", launcher="local", overlap=True,
             max_num_requests=min(count, rows), max_num_tokens=rows, max_model_len=args.prompt + 8,
         )  # fmt: skip
         window = Window((rows,) * args.dp_size, 1, 3) if args.device == "cuda" else None
@@ -62,16 +61,13 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dp-size", type=int, default=4)
+    parser = new_parser(__doc__)
+    add_flags(
+        parser, "model", "dp_size", "device", "moe_sharding", "moe_backend", "collective",
+        "cuda_graphs",
+    )  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[8192])
     parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--moe-sharding", default="ep")
-    parser.add_argument("--moe-backend", default="auto")
-    parser.add_argument("--collective", default="auto")
-    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=None)
     return parser.parse_args()
 
 
@@ -88,7 +84,7 @@ def matmul_rate(device: str) -> float:
     """Operations a second."""
     if device == "cpu":
         return 5e10
-    from examples.benchmarks import device_timing
+    from examples.benchmarks.harness import device_timing
 
     print(device_timing.describe_gpu(), flush=True)
     return device_timing.matmul_rate()

@@ -33,10 +33,10 @@ from statistics import fmean
 
 import numpy as np
 
-from dp_runtime.config import EngineConfig
-from examples.benchmarks import machine
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser
+from examples.benchmarks.harness.stepping import SteppedRank, run_ranks
 from examples.benchmarks.interference import PREFILLING, Experiment, Gap, View
-from examples.benchmarks.stepping import SteppedRank, run_ranks
 from examples.nvl4.shape import QWEN3_30B_A3B
 
 SMALL = QWEN3_30B_A3B | {
@@ -58,7 +58,7 @@ def main() -> None:
             Path(directory, "config.json").write_text(json.dumps(SMALL))
         runs = measure_all(args, args.model or directory)
     if args.device == "cuda":
-        from examples.benchmarks.device_timing import describe_gpu
+        from examples.benchmarks.harness.device_timing import describe_gpu
 
         print(describe_gpu())
     for chunk, views in runs.items():
@@ -72,21 +72,17 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--model")
-    parser.add_argument("--dp-size", type=int, default=2)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    add_flags(
+        parser, "device", "moe_sharding", "moe_backend", "collective", "cuda_graphs",
+        "speculative_num_steps", dp_size=2, overlap=None,
+    )  # fmt: skip
     parser.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 4096])
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--decoders", type=int, default=32, help="requests of every other rank")
     parser.add_argument("--context", type=int, default=1024, help="their prompts")
-    parser.add_argument("--speculative-num-steps", type=int, default=0)
-    parser.add_argument("--moe-sharding", default="ep")
-    parser.add_argument("--moe-backend", default="auto")
-    parser.add_argument("--collective", default="auto")
-    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--plot", type=Path, help="an image, by matplotlib")
     args = parser.parse_args()
     if args.dp_size < 2:
@@ -103,13 +99,10 @@ def measure_all(args: argparse.Namespace, model: str) -> dict[int, dict[str, Vie
     steps = args.speculative_num_steps
     experiment = Experiment(args.prompt, args.prompts, args.decoders, args.context, steps + 1)
     longest = max(experiment.output_len(chunk) for chunk in args.chunks)
-    config = EngineConfig(
-        model, dp_size=args.dp_size, load_format="dummy", launcher="local", device=args.device,
-        moe_sharding=args.moe_sharding, moe_backend=args.moe_backend, collective=args.collective,
-        cuda_graphs=args.cuda_graphs, overlap=args.overlap, max_num_requests=args.decoders,
-        max_num_tokens=max(args.chunks),
+    config = config_from(
+        args, model=model, load_format="dummy", launcher="local",
+        max_num_requests=args.decoders, max_num_tokens=max(args.chunks),
         max_model_len=max(args.prompt + 1, args.context + longest),
-        **({"speculative_num_steps": steps} if steps else {}),
     )  # fmt: skip
     print(config, flush=True)
     ranks = run_ranks(config, measure, experiment, args.chunks)

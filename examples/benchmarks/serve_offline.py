@@ -12,18 +12,17 @@ KV of its requests, at --read-rate.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime import Engine, SamplingParams
 from dp_runtime.engine.handle import RequestHandle
 from dp_runtime.models.registry import read_model_config
-from examples.benchmarks import machine
-from examples.benchmarks.floors import DecodeBytes
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser, write_figures
+from examples.benchmarks.harness.floors import DecodeBytes
 
 SEED = 20261122
 TOKENS = (100, 150_000)  # keeps clear of special tokens
@@ -60,16 +59,11 @@ def make_load(kind: str, count: int) -> list[Request]:
 def main() -> None:
     args = parse_args()
     largest = max(args.requests)
-    config = EngineConfig(
-        args.model, dp_size=args.dp_size, load_format=args.load_format, launcher=args.launcher,
-        device=args.device, moe_sharding=args.moe_sharding,
-        overlap=args.overlap,
-        speculative_num_steps=args.speculative_num_steps,
-        speculative_forced_tokens=args.forced_tokens, cuda_graphs=args.cuda_graphs,
-        collective=args.collective, padding=args.padding,
-        max_num_requests=-(-largest // args.dp_size), max_num_tokens=args.max_num_tokens,
-        max_model_len=args.max_model_len, ray_address=args.ray_address,
-    )  # fmt: skip
+    config = config_from(
+        args,
+        max_num_requests=-(-largest // args.dp_size),
+        speculative_forced_tokens=args.forced_tokens,
+    )
     print(machine.describe("torch"), config, sep="\n", flush=True)
     started = time.monotonic()
     with Engine(config, show_progress=True) as engine:
@@ -80,17 +74,16 @@ def main() -> None:
             for count in args.requests:
                 figures = serve(engine, make_load(kind, count), args.route)
                 figures |= {"load": kind, "requests": count, "floor_ms": floor_ms(args, count)}
-                print(json.dumps(figures), flush=True)
-                if args.json is not None:
-                    with args.json.open("a") as file:
-                        file.write(json.dumps(figures | {"config": str(config)}) + "\n")
+                write_figures(figures, args.json, config=str(config))
         print(engine.report())
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dp-size", type=int, default=4)
+    parser = new_parser(__doc__)
+    add_flags(
+        parser, "model", "dp_size", "moe_sharding", "collective", "overlap",
+        "speculative_num_steps", "forced_tokens", "json", cuda_graphs=True, read_rate=3.0,
+    )  # fmt: skip
     parser.add_argument("--load", nargs="+", choices=["fixed", "imbalanced"], default=["fixed"])
     parser.add_argument("--requests", type=int, nargs="+", default=[256])
     parser.add_argument("--route", action="store_true", help="let the router choose the ranks")
@@ -98,17 +91,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--launcher", default="ray")
     parser.add_argument("--ray-address")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--moe-sharding", default="ep")
-    parser.add_argument("--collective", default="auto")
     parser.add_argument("--padding", default="max_len")
-    parser.add_argument("--overlap", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--speculative-num-steps", type=int, default=0)
-    parser.add_argument("--forced-tokens", type=float, help="that a verification emits, forced")
     parser.add_argument("--max-num-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=5120)
-    parser.add_argument("--read-rate", type=float, default=3.0, help="TB/s, for the floor")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 

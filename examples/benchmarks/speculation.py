@@ -22,9 +22,10 @@ from time import perf_counter
 
 from tokenizers import Tokenizer
 
-from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime import Engine, SamplingParams
 from dp_runtime.metrics.trace import Report
-from examples.benchmarks import machine
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser
 
 TINY_MOE = Path(__file__).parents[1] / "tiny_moe"
 END_OF_TEXT = "<|endoftext|>"
@@ -49,7 +50,7 @@ def main() -> None:
         measured[num_steps] = serve(args, num_steps, prompts)
         print(json.dumps(figures(args, num_steps, measured)), flush=True)
     if args.device == "cuda":
-        from examples.benchmarks.device_timing import describe_gpu
+        from examples.benchmarks.harness.device_timing import describe_gpu
 
         print(describe_gpu())
     for num_steps, served in measured.items():
@@ -58,11 +59,10 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, default=TINY_MOE / "checkpoint")
     parser.add_argument("--text", type=Path, default=TINY_MOE / "held_out.txt")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dp-size", type=int, default=1)
+    add_flags(parser, device="cpu", dp_size=1)
     parser.add_argument("--num-steps", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--prompts", type=int, default=384)
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -90,11 +90,9 @@ def cut_prompts(args: argparse.Namespace) -> list[list[int]]:
 
 def serve(args: argparse.Namespace, num_steps: int, prompts: list[list[int]]) -> Served:
     """Serve the load with so many steps; the ranks start anew."""
-    config = EngineConfig(
-        str(args.model), dp_size=args.dp_size, device=args.device, launcher="local",
-        max_num_requests=args.max_num_requests,
-        **({"speculative_num_steps": num_steps} if num_steps else {}),
-    )  # fmt: skip
+    config = config_from(
+        args, model=str(args.model), launcher="local", speculative_num_steps=num_steps
+    )
     params = SamplingParams(max_tokens=args.new_tokens, temperature=0.0, ignore_eos=True)
     rates = []
     with Engine(config) as engine:

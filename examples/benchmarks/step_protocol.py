@@ -24,9 +24,10 @@ from collectives.torch_distributed.group import TorchDistributedGroup
 from dp_runtime.core.program import SERVING_PROGRAMS
 from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.step_board import StepBoard
-from examples.benchmarks import machine
-from examples.benchmarks.spawned import run_spawned
-from examples.benchmarks.timing import Times, measure
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.spawned import run_spawned
+from examples.benchmarks.harness.timing import Times, measure
 
 GOAL_US = 150.0
 
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10_000)
     boards = ("shared_memory", "gloo", "in_process")

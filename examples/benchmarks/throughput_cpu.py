@@ -25,7 +25,8 @@ from dp_runtime.cli.workload import Workload
 from dp_runtime.metrics.trace import Report, StepTrace
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.registry import read_model_config
-from examples.benchmarks import machine
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
 
 TINY_MODEL = Path(__file__).parents[1] / "tiny_moe" / "checkpoint"
 Load = tuple[list[list[int]], list[SamplingParams]]
@@ -130,7 +131,7 @@ def matmul_flops() -> float:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, default=TINY_MODEL)
     parser.add_argument("--launcher", default="local", choices=("local", "ray"))
     parser.add_argument("--padding", default="max_len", choices=("max_len", "ragged", "auto"))

@@ -11,7 +11,6 @@ compile or fit is named and skipped; a shape ends after --seconds, with what it 
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +23,10 @@ from torch import Tensor
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts
 from dp_runtime.kernels.router import Routing, route
-from examples.benchmarks import machine
-from examples.benchmarks.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
 from examples.benchmarks.expert_candidates import Job, candidates, compile_all
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
 from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SETS, SHAPES, TOP_K
 
 TOKENS = (16, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768)
@@ -34,7 +34,7 @@ ALLOWED_ERROR = 1e-2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--seconds", type=float, default=90.0, help="for each shape")

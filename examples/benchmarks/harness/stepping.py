@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,13 +29,13 @@ from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.startup.assembly import assemble, kernels_of, load_rank, profile
 from dp_runtime.startup.graph_capture import MakeBuckets, capture
 from dp_runtime.startup.rank_plan import plan_rank
-from examples.benchmarks.spawned import run_spawned
+from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.harness.spawned import run_spawned
 from workers.links import Communicator, connect
 from workers.messages import MeetingPoint
 
 TOKENS = (100, 150_000)  # keeps clear of special tokens
 IDS_A_RANK = 1_000_000
-SHORT_US = 10.0
 QUIET = 2  # a rank asks twice at most while a step runs that is not recorded yet
 
 
@@ -121,53 +120,6 @@ class Driver:
         torch.cuda.synchronize()
         self._profiler.stop()
         self.kernels = Profile.of(self._profiler, steps)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Kernels of some steps of one rank, in microseconds a step.
-
-    A kernel that starts while the one before it still runs counts from that one's end on, so that
-    all of them and the idle time add up to the span.
-    """
-
-    kernels: tuple[tuple[str, float, float], ...]  # name, calls, microseconds; longest first
-    span_us: float
-    idle_us: float  # nothing ran on the device
-    short_us: float  # of that, in gaps shorter than SHORT_US: between kernels of one graph
-
-    @classmethod
-    def of(cls, profiler: Any, steps: int) -> Profile:
-        spans = sorted(
-            (event.time_range.start, event.time_range.end, event.name)
-            for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        )
-        calls, time = Counter[str](), defaultdict[str, float](float)
-        idle, short, reached = 0.0, 0.0, spans[0][0]
-        for start, end, name in spans:
-            calls[name] += 1
-            time[name] += max(0.0, end - max(start, reached))
-            gap = max(0.0, start - reached)
-            idle += gap
-            short += gap if gap < SHORT_US else 0.0
-            reached = max(reached, end)
-        span = reached - spans[0][0]
-        order = sorted(time, key=lambda name: -time[name])
-        rows = tuple((name, calls[name] / steps, time[name] / steps) for name in order)
-        return cls(rows, span / steps, idle / steps, short / steps)
-
-    def __str__(self) -> str:
-        lines = [f"{'us a step':>10} {'calls':>7} {'us each':>8}  kernel"]
-        for name, calls, time in self.kernels:
-            if time >= 0.5:
-                lines.append(f"{time:>10.1f} {calls:>7.1f} {time / calls:>8.2f}  {name[:90]}")
-        total = sum(time for _, _, time in self.kernels)
-        lines.append(
-            f"{total:>10.1f} in all; span {self.span_us:.1f}, idle {self.idle_us:.1f}, of it "
-            f"{self.short_us:.1f} in gaps under {SHORT_US:.0f} us"
-        )
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

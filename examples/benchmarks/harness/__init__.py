@@ -1,0 +1,1 @@
+"""What benchmarks share: flags, the machine in words, timing, floors, ranks that they drive."""
