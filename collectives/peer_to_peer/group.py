@@ -125,13 +125,13 @@ class PeerToPeerCollective:
             rows.contiguous(), self._counted(row_ranges, rows_per_rank), poison
         )
 
-    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, own_rows: int) -> Tensor:
+    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, local_rows: int) -> Tensor:
         """Partial sums of all ranks' slots -> own rows, summed; 0 beyond the real ones."""
         rows_per_rank, rest = divmod(partial.shape[0], self.dp_size)
         assert rest == 0, f"{partial.shape[0]} rows of partial sums for {self.dp_size} ranks"
-        assert own_rows <= rows_per_rank, f"{own_rows} own rows of {rows_per_rank}"
+        assert local_rows <= rows_per_rank, f"{local_rows} own rows of {rows_per_rank}"
         counted = self._counted(row_ranges, rows_per_rank)
-        return self._rows.reduce_scatter(partial.contiguous(), counted, own_rows)
+        return self._rows.reduce_scatter(partial.contiguous(), counted, local_rows)
 
     def _counted(self, row_ranges: Tensor, rows_per_rank: int) -> RowLayout:
         assert row_ranges.shape == (2, self.dp_size), (

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dp_runtime.errors import require
 from dp_runtime.parallel.agreement import StepTotals
 
-DECAY = 0.98  # of the sums, per step: they look back some 50 steps
-REVIEW_STEPS = 16  # steps with drafts between two looks at the sums
-MARGIN = 0.03  # by which another length must promise more tokens per time, to be taken
-LATE_STEPS = 2  # agreements after a change whose sums may be of steps before it
+DECAY = 0.98  # per step: the sums look back some 50 steps
+REVIEW_STEPS = 16  # steps with drafts between two choices
+MARGIN = 0.03  # another length is taken if it promises so much more output per time
+LATE_STEPS = 2  # after a change, sums of so many agreements may be of the length before
+# One more draft with its row to verify, in steps without drafts, on H200s with a Qwen3-30B-A3B
+# shape: 0.13 at 16 requests a rank, 0.22 at 128 (examples/benchmarks/RESULTS.md).
 DRAFT_COST = 0.15
 
 
 def mean_accepted(p: float, num_drafts: int) -> float:
-    """p + p^2 + ... + p^num_drafts: drafts accepted on average if each one is with chance p."""
+    """p + p^2 + ... + p^num_drafts."""
     total = 0.0
     for _ in range(num_drafts):
         total = p * (1.0 + total)
@@ -21,7 +23,7 @@ def mean_accepted(p: float, num_drafts: int) -> float:
 
 
 def acceptance(mean: float, num_drafts: int) -> float:
-    """The p at which that many of num_drafts are accepted on average; by bisection."""
+    """Find the p at which `mean` of num_drafts are accepted, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
@@ -33,22 +35,16 @@ def acceptance(mean: float, num_drafts: int) -> float:
 
 
 class AdaptiveLength:
-    """A ProgramPolicy that drafts as many tokens as promise most output per time.
+    """A ProgramPolicy that chooses the draft length with the most output per time.
 
     Program id i drafts i + 1 tokens. With p the chance that a draft is accepted if all before it
-    were, a step with s drafts emits 1 + p + ... + p^s tokens a request (Leviathan et al., 2023,
-    equation 1) and takes 1 + s * cost, in units of a step without drafts. p follows from smoothed
-    sums of drafts proposed and accepted: it solves accepted / verifications = p + ... + p^s.
+    were, s drafts emit 1 + p + ... + p^s tokens a request (Leviathan et al., 2023, equation 1) and
+    take 1 + s * cost, in units of a step without drafts. p solves accepted / verifications =
+    p + ... + p^s for smoothed sums.
 
-    cost: of one more draft with its row to verify. The default is that of a Qwen3-30B-A3B shape on
-    H200s at 64 requests a rank: 12.9 ms with three drafts, 8.9 without (0.13 at 16 requests, 0.22
-    at 128; examples/benchmarks/RESULTS.md).
-
-    Its state is a function of the agreed sums since the epoch began, in order, by additions,
-    multiplications and divisions, which round alike everywhere; so all ranks choose alike. A new
-    epoch begins with a new one. Steps in which nothing was proposed change nothing; neither do the
-    LATE_STEPS after a change of length, whose sums may be of steps before it. ValueError for a
-    cost that is no positive number.
+    NOTE: all ranks must choose alike. Its state depends on the agreed sums since the epoch began,
+    by operations that round alike everywhere, and on nothing else. ValueError for a cost that is
+    no positive number.
     """
 
     def __init__(self, num_programs: int, cost: float = DRAFT_COST) -> None:
@@ -62,7 +58,6 @@ class AdaptiveLength:
         self._num_steps = 0  # counted since the last review
 
     def __call__(self, totals: StepTotals) -> int:
-        """The program of the next step."""
         current = totals.program_id
         assert 0 <= current < self._num_programs, f"program {current} of {self._num_programs}"
         if self._num_late:

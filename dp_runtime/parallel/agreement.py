@@ -14,8 +14,6 @@ from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan, Executio
 
 
 class FaultBits(IntFlag):
-    """Why a rank can not go on with the next step."""
-
     NONE = 0
     STOP = 1  # asked to stop: all ranks leave the loop after this agreement
 
@@ -24,10 +22,7 @@ _STOP = int(FaultBits.STOP)  # plain: an IntFlag's `&` is slow
 
 
 class StepRecord(NamedTuple):
-    """One rank posts this before a step: plain integers, of fixed size on the board.
-
-    NOTE: a tuple, for every rank makes and reads several of them in each step.
-    """
+    """One rank posts this before a step; a tuple, since each step makes and reads several."""
 
     epoch: int
     step_id: int
@@ -40,7 +35,7 @@ class StepRecord(NamedTuple):
     fault_bits: int = 0  # FaultBits
 
     def to_words(self) -> tuple[int, ...]:
-        """The record as RECORD_WORDS integers: its fields, with the rows in MAX_PASSES places."""
+        """RECORD_WORDS integers: the fields, with the rows in MAX_PASSES places."""
         rows = self.real_rows
         unused = _UNUSED[len(rows) :]
         return (*self[:3], len(rows), *rows, *unused, *self[4:])
@@ -57,10 +52,9 @@ RECORD_WORDS = len(StepRecord._fields) + MAX_PASSES
 
 
 class Agreement(NamedTuple):
-    """What all ranks know alike about a step; identical on every rank.
+    """All ranks know this alike about a step: a pure function of their records and policies.
 
-    It is a pure function of the ranks' records and of policies that every rank holds alike. NOTE:
-    never add a per-rank value to it.
+    NOTE: never add a per-rank value to it.
     """
 
     epoch: int
@@ -72,8 +66,7 @@ class Agreement(NamedTuple):
     next_program_id: int
 
     @property
-    def real_rows(self) -> tuple[tuple[int, ...], ...]:
-        """[pass][rank]"""
+    def real_rows(self) -> tuple[tuple[int, ...], ...]:  # [pass][rank]
         return tuple(plan.padding.real_rows for plan in self.plans)
 
     @property
@@ -82,7 +75,6 @@ class Agreement(NamedTuple):
 
     @property
     def idle(self) -> bool:
-        """No rank has a row in any pass: no forward runs."""
         return all(plan.mode is ExecutionMode.EMPTY for plan in self.plans)
 
 
@@ -100,7 +92,6 @@ ProgramPolicy = Callable[[StepTotals], int]
 
 
 def keep_program(totals: StepTotals) -> int:
-    """The next step runs the same program."""
     return totals.program_id
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 LOCAL_STEP = 16  # requests; above it, local rows are captured in multiples of it
 MIN_GATHERED = 16
 GATHERED_FACTOR = 4  # between gathered sizes: few are needed, since kernels read the real counts
-# Above so many rows a rank, the GPU is slower than the host's kernel launches: capturing its MoE
-# stages would gain nothing.
+# Above it, the GPU is slower than the host's kernel launches: capturing stages gains nothing.
 MAX_PIECEWISE_ROWS = 2048
 
 
@@ -21,8 +20,6 @@ def _gathered(rows: int, max_rows: int) -> int:
 
 @dataclass(frozen=True)
 class GraphKey:
-    """The sizes a graph is captured at."""
-
     local_rows: int
     gathered_rows: int  # of every rank
 
@@ -44,7 +41,6 @@ class GraphBuckets:
         return _gathered(self.local(largest), self.max_rows)
 
     def local(self, rows: int) -> int:
-        """The rank's own rows in the graph that serves so many."""
         assert 0 <= rows <= self.max_rows, f"{rows} rows, graphs go to {self.max_rows}"
         return self._requests(-(-rows // self.query_len)) * self.query_len
 
@@ -71,18 +67,15 @@ class PiecewiseBuckets:
 
     @classmethod
     def for_steps(cls, max_num_tokens: int) -> PiecewiseBuckets:
-        """For ranks whose steps have so many rows at most."""
         return cls(min(max_num_tokens, MAX_PIECEWISE_ROWS))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The largest first: the others fit into its memory."""
-        return tuple(
+        return tuple(  # the largest first: the others fit into its memory
             sorted({_gathered(n, self.max_rows) for n in range(1, self.max_rows + 1)}, reverse=True)
         )
 
     def cover(self, largest: int) -> bool:
-        """Whether stages are captured at a size that holds the largest rank's rows."""
         return 0 < largest <= self.max_rows
 
     def gathered(self, largest: int) -> int:

@@ -13,68 +13,54 @@ Counts = tuple[int, ...]
 class RowCollective(Protocol):
     """Moves rows of a matrix between ranks; all ranks call the same methods in the same order.
 
-    `counts` are known to every rank alike. Every wait ends within the implementation's timeout
-    with CollectiveTimeout, or with CollectiveAborted after an abort. Nothing moves, and nobody
-    waits, where the counts sum to 0.
+    All ranks pass the same `counts`, [rank]; where they sum to 0, nothing moves and nobody waits.
+    Every wait ends with CollectiveTimeout, or with CollectiveAborted after an abort.
     """
 
     dp_rank: int
     dp_size: int
 
     @property
-    def waited_s(self) -> float:
-        """Seconds this rank has spent waiting for peers, since the start."""
+    def waited_s(self) -> float: ...  # for peers, since the start
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
-        """All ranks' values (equally many on each rank), [rank][value]."""
+        """All ranks' values, equally many of each: [rank][value]."""
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
+        """Local rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
 
     def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
+        """Partial sums [sum(counts), hidden] -> local rows [counts[dp_rank], hidden], summed."""
 
-    def barrier(self) -> None:
-        """Return once all ranks have called it."""
+    def barrier(self) -> None: ...
 
     def arm_watchdog(self, what: str) -> None:
-        """Bound the device's wait for what was launched so far without this object's doing.
-
-        A graph's replay is such a launch. Nothing to do where the host waits for every call.
-        """
+        """Bound the device's time for work that others launched so far, as a graph's replay."""
 
     def raise_if_failed(self) -> None:
         """Raise CollectiveTimeout or CollectiveAborted if the collective has failed.
 
-        Rows may still move after a call has returned (on a GPU): once the host has waited for
-        what was computed from them, this tells whether it is worth anything.
+        On a GPU, call it once the host has waited for a result: calls return before rows move.
         """
 
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
 
-    def close(self) -> None:
-        """Release what this rank holds; callable more than once."""
+    def close(self) -> None: ...  # callable more than once
 
 
 @runtime_checkable
 class DeviceCountCollective(RowCollective, Protocol):
-    """A RowCollective that also moves rows by counts which only the device knows, for graphs.
+    """Also moves rows by counts that only the device knows, for graphs.
 
-    row_ranges [2, dp_size] int32 on the device: each rank's first row among all ranks' rows, of
-    which there are rows_per_rank for each rank, and how many are real. Only these cross.
+    row_ranges [2, dp_size] int32 on the device: each rank's first row among dp_size *
+    rows_per_rank, and how many of its rows are real. Only real rows cross.
     """
 
     def all_gather_v(
         self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
     ) -> Tensor:
-        """Own rows [own <= rows_per_rank, hidden] -> [dp_size * rows_per_rank, hidden], all ranks'.
+        """Local rows -> [dp_size * rows_per_rank, hidden]; not real: undefined, or poison's NaN."""
 
-        Those that are not real are undefined, or NaN with poison.
-        """
-
-    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, own_rows: int) -> Tensor:
-        """Partial sums [dp_size * rows_per_rank, hidden] -> own rows [own_rows, hidden], summed.
-
-        Those that are not real are 0.
-        """
+    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, local_rows: int) -> Tensor:
+        """[dp_size * rows_per_rank, hidden] -> [local_rows, hidden], summed; not real: 0."""

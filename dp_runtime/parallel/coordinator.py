@@ -50,19 +50,15 @@ class StepCoordinator:
 
     @property
     def program(self) -> Program:
-        """The program of the next step, which the last agreement chose."""
         return self.programs[self._program_id]
 
     @property
     def step_key(self) -> tuple[int, int, int]:
-        """The first fields of the next record, in which all ranks must be alike."""
+        """The first fields of the next record; all ranks must have the same."""
         return self.epoch, self.step_id, self._program_id
 
     def agree(self, records: Sequence[StepRecord]) -> Agreement:
-        """Fold all ranks' records of the next step.
-
-        Raises RankDisagreement before any collective of the step is entered.
-        """
+        """Fold the next step's records; RankDisagreement comes before any of its collectives."""
         agreement = agree(records, self.programs, self._policy, self._execution)
         self.step_id += 1
         self._program_id = agreement.next_program_id

@@ -19,19 +19,18 @@ class RowExchange(Protocol):
 
     @property
     def row_ranges(self) -> Tensor | None:
-        """[2, dp_size] int32: where each rank's rows begin among the gathered ones, and how many
-        are real, if only the device knows it; else the plan does."""
+        """As DeviceCountCollective has them, where only the device knows which rows are real."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Own rows [local, hidden] -> all ranks' rows [total gathered, hidden]."""
+        """Local rows [local, hidden] -> all ranks' rows [total gathered, hidden]."""
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
-        """Partial sums [total gathered, hidden] -> the sum of the own rows [local, hidden]."""
+        """Partial sums [total gathered, hidden] -> local rows [local, hidden], summed."""
 
 
 @dataclass(frozen=True, eq=False)
 class PaddedExchange:
-    """Own rows are padded to the plan's, which all cross the wire."""
+    """Pads local rows to the plan's, which all cross the wire."""
 
     plan: PaddingPlan
     collective: RowCollective
@@ -49,12 +48,9 @@ class PaddedExchange:
 
 @dataclass(frozen=True, eq=False)
 class CountedExchange:
-    """Only rows that row_ranges calls real cross the wire; other own rows come back as 0.
+    """Only rows that row_ranges calls real cross the wire; other local rows come back as 0."""
 
-    The plan has the shapes of a graph: its real rows are this rank's null rows too.
-    """
-
-    plan: PaddingPlan
+    plan: PaddingPlan  # a graph's shapes: here null rows count as real
     collective: DeviceCountCollective
     poison: bool  # fill gathered rows that are not real with NaN
     row_ranges: Tensor
@@ -77,7 +73,6 @@ def counts_real_rows(collective: RowCollective) -> bool:
 def graph_plan(
     collective: RowCollective, real_rows: tuple[int, ...], rows_per_rank: int
 ) -> PaddingPlan:
-    """The plan of a pass from graphs, in which every rank gathers rows_per_rank rows."""
     gathered_rows = (rows_per_rank,) * collective.dp_size
     return PaddingPlan(real_rows, gathered_rows, counts_real_rows(collective))
 
@@ -85,7 +80,6 @@ def graph_plan(
 def graph_exchange(
     plan: PaddingPlan, collective: RowCollective, poison: bool, row_ranges: Tensor
 ) -> RowExchange:
-    """The exchange of a graph, whose replays read from row_ranges which rows are real."""
     if plan.counted:
         assert isinstance(collective, DeviceCountCollective), f"{collective} can't count rows"
         return CountedExchange(plan, collective, poison, row_ranges)

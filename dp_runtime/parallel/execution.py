@@ -13,8 +13,6 @@ from dp_runtime.parallel.padding import PaddingPlan, PaddingPolicy
 
 
 class ExecutionMode(Enum):
-    """All ranks run a pass in the same mode."""
-
     GRAPH = auto()  # the whole forward is replayed
     PIECEWISE = auto()  # the MoE stages are replayed, all else is launched kernel by kernel
     EAGER = auto()

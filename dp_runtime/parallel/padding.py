@@ -14,8 +14,6 @@ from torch import Tensor
 
 
 class PaddingMode(StrEnum):
-    """How many rows each rank contributes to a collective."""
-
     MAX_LEN = "max_len"  # those of the largest rank
     RAGGED = "ragged"  # its own
     AUTO = "auto"  # the cheaper of the two for the counts at hand
@@ -31,7 +29,6 @@ class PaddingCost:
     ragged_per_row: int
 
     def choose(self, real_rows: tuple[int, ...]) -> PaddingMode:
-        """The cheaper mode for these counts; a pure function, so that all ranks choose alike."""
         padded = self.max_len_base + self.max_len_per_row * max(real_rows) * len(real_rows)
         ragged = self.ragged_base + self.ragged_per_row * sum(real_rows)
         return PaddingMode.RAGGED if ragged < padded else PaddingMode.MAX_LEN
@@ -39,10 +36,7 @@ class PaddingCost:
 
 @dataclass(frozen=True)
 class PaddingPlan:
-    """Rows of every rank in one MoE stage, real ones and those that enter the collective.
-
-    NOTE: identical on all ranks; what one rank pads is found with its dp_rank.
-    """
+    """Rows of every rank in one MoE stage, real and gathered; identical on all ranks."""
 
     real_rows: tuple[int, ...]  # [rank]
     gathered_rows: tuple[int, ...]  # [rank]
@@ -84,18 +78,17 @@ class PaddingPlan:
         return crossing * (len(self.real_rows) - 1)
 
     @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each rank's rows begin among the gathered ones."""
+    def offsets(self) -> tuple[int, ...]:  # of each rank's first gathered row
         return tuple(accumulate(self.gathered_rows[:-1], initial=0))
 
     @cached_property
     def row_ranges(self) -> NDArray[np.int32]:
-        """[2, dp_size]: where each rank's rows begin, and how many of them are real."""
+        """[2, dp_size]: each rank's first row, and how many are real."""
         return np.array([self.offsets, self.real_rows], np.int32)
 
     @cached_property
     def real_index(self) -> Tensor | None:
-        """Where the real rows lie among the gathered ones, [total_real] int64; None if all are."""
+        """[total_real] int64: the real rows among the gathered ones; None if all are real."""
         if self.total_real == self.total_gathered:
             return None
         return torch.cat(
@@ -105,10 +98,8 @@ class PaddingPlan:
 
 @dataclass(frozen=True)
 class PaddingPolicy:
-    """How eager passes are padded; `cost` decides where the mode is `auto`."""
-
     mode: PaddingMode = PaddingMode.MAX_LEN
-    cost: PaddingCost | None = None
+    cost: PaddingCost | None = None  # decides where the mode is `auto`; the same on all ranks
 
     def plan(self, real_rows: tuple[int, ...]) -> PaddingPlan:
         mode = self.mode

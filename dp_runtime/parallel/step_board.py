@@ -14,21 +14,19 @@ class StepBoard(Protocol):
     dp_size: int
 
     @property
-    def waited_s(self) -> float:
-        """Seconds this rank has spent waiting for peers' records, since the start."""
+    def waited_s(self) -> float: ...  # for peers' records, since the start
 
     def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
-        """Post this rank's next record and return the records all ranks posted in that turn.
+        """Post a record, and return what all ranks posted in the same turn, [rank].
 
-        Turns are counted by the board, so that records which differ in epoch, step or program
-        still meet. Raises CollectiveTimeout naming the ranks that are missing.
+        The board counts turns, so that records which differ in epoch, step or program still meet.
+        Raises CollectiveTimeout naming the ranks that are missing.
         """
 
     def idle(self, timeout_s: float) -> None:
-        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most.
+        """Sleep until `wake`, a peer's next record, or the timeout.
 
-        All ranks call it after the same exchanges, if only for 0 seconds: the first rank to post
-        again then knows that others sleep.
+        All ranks call it after the same records: the next to post then knows that others sleep.
         """
 
     def wake(self) -> None:
@@ -37,5 +35,4 @@ class StepBoard(Protocol):
     def abort(self, reason: str) -> None:
         """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
 
-    def close(self) -> None:
-        """Release what this rank holds; callable more than once."""
+    def close(self) -> None: ...  # callable more than once

@@ -11,11 +11,7 @@ Output = TypeVar("Output")
 
 
 def capture_graph(run: Callable[[], Output], pool: Any) -> tuple[torch.cuda.CUDAGraph, Output]:
-    """Call `run` twice: to warm up, and into a graph over the memory pool.
-
-    The first call compiles, plans and connects: none of it may happen while capturing.
-    """
-    run()
+    run()  # compiles, plans and connects: none of it may happen while capturing
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

@@ -22,42 +22,38 @@ HOST_BUFFERS = 3  # a copy may still be under way when the next steps are writte
 
 @dataclass(eq=False)
 class _HostBuffer:
-    """Pinned memory of one step's inputs, and when its copy was done."""
-
     words: Tensor  # [words] int32, pinned
-    fields: dict[str, Int32]
+    fields: dict[str, Int32]  # views of words
     copied: torch.cuda.Event
-    table_width: int = 0  # pages of the widest table so far; what is beyond has stayed null
+    table_width: int = 0  # pages of the widest table so far; columns beyond it are null
 
 
 class GraphInputs:
-    """One rank's inputs of the graphs of one kind of pass; they never leave their graphs.
+    """Holds the inputs of one kind of pass's graphs, for up to max_requests of query_len rows.
 
     All integers lie in one int32 tensor on the device, and in one pinned buffer on the host. The
     page table, by far the largest, is last, so that a copy can end with the requests in use.
-    requests, query_len: at most so many, of so many rows each. hidden [requests * query_len, n]:
-    where a draft model's hidden states go; n is 0 for other models.
     """
 
     def __init__(
         self,
-        requests: int,
+        max_requests: int,
         query_len: int,
         table_pages: int,
         dp_size: int,
-        hidden: Tensor,
+        hidden: Tensor,  # [max_requests * query_len, n], read by draft models; n is 0 for others
         page_size: int,
     ) -> None:
-        rows, device = requests * query_len, hidden.device
+        rows, device = max_requests * query_len, hidden.device
         assert len(hidden) == rows, f"{len(hidden)} hidden states for {rows} rows"
         shapes: dict[str, tuple[int, ...]] = {
             "token_ids": (rows,),
             "future_token_index": (rows,),
             "positions": (rows,),
             "slot_mapping": (rows,),
-            "seq_lens": (requests,),
+            "seq_lens": (max_requests,),
             "row_ranges": (2, dp_size),
-            "page_table": (requests, table_pages),
+            "page_table": (max_requests, table_pages),
         }
         self.query_len = query_len
         self._page_size = page_size
@@ -69,7 +65,9 @@ class GraphInputs:
         self.positions, self.slot_mapping = fields["positions"], fields["slot_mapping"]
         self.seq_lens, self.row_ranges = fields["seq_lens"], fields["row_ranges"]
         self.page_table = fields["page_table"]
-        self.cu_seqlens_q = torch.arange(requests + 1, dtype=torch.int32, device=device) * query_len
+        self.cu_seqlens_q = query_len * torch.arange(
+            max_requests + 1, dtype=torch.int32, device=device
+        )
         self._future_tokens = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
         self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
         self._no_embeds = torch.zeros(0, 0, device=device)
@@ -77,7 +75,6 @@ class GraphInputs:
         self._turn = 0
 
     def pass_inputs(self, rows: int) -> PassInputs:
-        """The model's inputs as a graph computes them: future tokens come from the device."""
         sources = self.future_token_index[:rows]
         future = self._future_tokens[sources.clamp(min=0)]
         token_ids = torch.where(sources >= 0, future, self.token_ids[:rows])
@@ -85,7 +82,6 @@ class GraphInputs:
         return PassInputs(token_ids, positions, self._no_rows, self._no_embeds, hidden)
 
     def owns(self, metadata: AttentionMetadata) -> bool:
-        """Whether a graph's metadata still lies in these very buffers."""
         pairs = (
             (metadata.cu_seqlens_q, self.cu_seqlens_q),
             (metadata.seq_lens, self.seq_lens),
@@ -97,7 +93,7 @@ class GraphInputs:
     def write(
         self, batch: LocalBatch, local_rows: int, plan: PaddingPlan, future: FutureTokens
     ) -> None:
-        """Bring a batch to the device, with null sequences up to local_rows."""
+        """Bring a batch to the device, followed by null sequences up to local_rows."""
         buffer = self._next_buffer()
         (requests, pages), rows = batch.page_table.shape, batch.num_tokens
         into = buffer.fields
@@ -125,14 +121,12 @@ class GraphInputs:
         rewind_sequences(num_rejected, length, *own)
 
     def write_null(self, local_rows: int, plan: PaddingPlan) -> None:
-        """Null rows only, by a plan without real rows: graphs are captured over them."""
         buffer = self._next_buffer()
         self._write_null_rows(buffer, 0, local_rows // self.query_len)
         buffer.fields["row_ranges"][:] = plan.row_ranges
         self._copy(buffer, local_rows)
 
     def _write_null_rows(self, buffer: _HostBuffer, start: int, stop: int) -> None:
-        """Valid sequences of query_len tokens on the null page, which belongs to no request."""
         into, length = buffer.fields, self.query_len
         rows = slice(start * length, stop * length)
         into["token_ids"][rows] = 0
@@ -162,7 +156,7 @@ def _host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> _HostBuffer:
 
 
 def _offsets(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Where each field begins, in words, and after them the words of all."""
+    """Each field's first word, and last the number of words."""
     sizes = [math.prod(shape) * WORD for shape in shapes.values()]
     return tuple(offset // WORD for offset in aligned_offsets(sizes))
 

@@ -1,7 +1,6 @@
-"""CUDA graphs of a pass's forward, each captured at the rank's own number of rows.
+"""CUDA graphs of whole passes, captured at a rank's own rows; MoE stages at the gathered ones.
 
-Only the MoE stage has the gathered rows, and it reads the real counts on the device. Null rows
-between the real rows and a graph's are valid sequences of its query length on the null page.
+Null rows between the real rows and a graph's are valid sequences on the null page.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dp_runtime.sampling.row_logits import RowLogits
 
 @dataclass(frozen=True, eq=False)
 class PassOutput:
-    """What a pass's forward gave; valid until the next forward of the same kind of pass."""
+    """A forward's results; valid until the next forward of the same kind of pass."""
 
     hidden: Hidden
     logits: RowLogits | None  # of all rows, where the LM head was part of it
@@ -44,10 +43,10 @@ class _Captured:
 
 
 class PassGraphs:
-    """Captures and replays one model's forward in a kind of pass, all requests of one query length.
+    """Captures and replays one model's forward in a kind of pass, at one query length.
 
-    reads_hidden: the model takes hidden states beside tokens. with_logits: the LM head of all rows
-    is part of the graphs. poison fills padded rows with NaN.
+    reads_hidden: the model takes hidden states beside tokens. with_logits: graphs end with the LM
+    head of all rows.
     """
 
     def __init__(
@@ -79,7 +78,6 @@ class PassGraphs:
         self._graphs: dict[GraphKey, _Captured] = {}
 
     def covers(self, batch: LocalBatch) -> bool:
-        """Whether a batch can be replayed: all requests have the query length, none embeds."""
         rows, length = batch.num_tokens, self.buckets.query_len
         return (
             rows == batch.num_requests * length
@@ -93,10 +91,7 @@ class PassGraphs:
         return len(self.buckets.graph_keys())
 
     def capture(self) -> Iterator[None]:
-        """Capture every key, and yield after each; all ranks do so together.
-
-        NOTE: warming up enters real collectives, so the order of keys is the same everywhere.
-        """
+        """Capture every key, and yield after each; warming up enters collectives of all ranks."""
         pool = torch.cuda.graph_pool_handle()
         for key in self.buckets.graph_keys():
             self._graphs[key] = self._capture(key, pool)
@@ -105,7 +100,6 @@ class PassGraphs:
     def replay(
         self, batch: LocalBatch, plan: PaddingPlan, future: FutureTokens, place: Place
     ) -> PassOutput:
-        """Run a covered batch; plan: with the gathered rows of a bucket."""
         check_values(batch, self._pages, place)
         rows, local_rows = batch.num_tokens, self.buckets.local(batch.num_tokens)
         key = GraphKey(local_rows, plan.rows_per_rank)
@@ -144,7 +138,7 @@ class PassGraphs:
         return _Captured(graph, output, metadata)
 
     def _metadata(self, rows: int) -> AttentionMetadata:
-        """Metadata over the graph's inputs; its mirrors hold the bounds that kernels may assume."""
+        """Metadata over the graph's inputs; its host mirrors are bounds, for kernels to plan by."""
         inputs, length = self._inputs, self.buckets.query_len
         requests, table_pages = rows // length, inputs.page_table.shape[1]
         longest = table_pages * self._pages.page_size

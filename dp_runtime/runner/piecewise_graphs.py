@@ -1,8 +1,6 @@
-"""CUDA graphs of the MoE stages alone, for steps that are not captured as a whole.
+"""CUDA graphs of the MoE stages alone, for steps with prefill, whose other shapes are too many.
 
-A step with prefill on any rank has shapes of its own, and launching it kernel by kernel can take
-the host longer than the GPU runs it. Its MoE stages have few shapes: they read the real counts on
-the device, so each is captured at some gathered sizes. All else stays eager.
+Launching them kernel by kernel can take the host longer than the GPU runs them.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from dp_runtime.runner.cuda_graph import capture_graph
 
 @dataclass(frozen=True, eq=False)
 class _Buffers:
-    """What all captured stages read and write."""
+    """All captured stages read and write these."""
 
     rows: Tensor  # [max_rows, hidden], a stage's input
     sums: Tensor  # [max_rows, hidden], its result
@@ -77,7 +75,7 @@ class PiecewiseGraphs:
         return len(self.buckets.sizes) * self._uncaptured.num_moe_layers
 
     def capture(self) -> Iterator[None]:
-        """Capture every stage at every size, and yield after each; all ranks do so together."""
+        """Capture every stage at every size, and yield after each, as PassGraphs does."""
         pool = torch.cuda.graph_pool_handle()
         graphs: dict[int, dict[int, torch.cuda.CUDAGraph]] = {}  # by stage, by gathered rows
         for gathered in self.buckets.sizes:
@@ -99,7 +97,6 @@ class PiecewiseGraphs:
     def forward(
         self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
-        """The model's forward, its stages replayed."""
         plan = exchange.plan
         self._buffers.row_ranges.copy_(on_device(plan.row_ranges, self._buffers.row_ranges.device))
         hidden = self._model.forward(inputs, metadata, exchange)

@@ -25,8 +25,6 @@ Deliver = Callable[[list[RequestUpdate]], None]
 
 @dataclass(frozen=True, eq=False)
 class Inbox:
-    """What came in for a rank since its last step."""
-
     add: Sequence[RankRequest] = ()
     abort: Sequence[int] = ()
     stop: bool = False
@@ -34,8 +32,6 @@ class Inbox:
 
 @dataclass(frozen=True, eq=False)
 class InflightStep:
-    """A step whose results the host has not looked at yet."""
-
     scheduled: SchedulerOutput
     agreement: Agreement
     output: StepOutput
@@ -43,8 +39,6 @@ class InflightStep:
 
 
 class StepLoop:
-    """Repeats the steps of one rank; see `step`."""
-
     def __init__(
         self,
         scheduler: Scheduler,
@@ -66,7 +60,7 @@ class StepLoop:
         self._dp_rank = coordinator.collective.dp_rank
 
     def use_graphs(self, captured: CapturedGraphs) -> None:
-        """Agree on these graphs from the next step on; all ranks have just captured the same."""
+        """Choose among these graphs from the next step on; all ranks have captured the same."""
         self.runner.use_graphs(captured)
         collective = self.coordinator.collective
         self.coordinator.execute_by(
@@ -156,7 +150,6 @@ class StepLoop:
         )
 
     def commit(self, step: InflightStep) -> list[RequestUpdate]:
-        """Wait for the step's tokens, and move its requests on."""
         at, output = perf_counter(), step.output
         output.sampled.copy.wait()
         self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels

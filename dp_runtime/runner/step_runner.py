@@ -1,4 +1,4 @@
-"""StepRunner: runs the passes of an agreed step on the device, one after the other."""
+"""StepRunner: launches the passes of an agreed step, and samples."""
 
 from __future__ import annotations
 
@@ -32,17 +32,13 @@ from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
 
 @dataclass(frozen=True, eq=False)
 class CapturedGraphs:
-    """A rank's graphs: of whole passes by query length, and of models' MoE stages alone."""
-
-    passes: Mapping[Pass, Mapping[int, PassGraphs]]
+    passes: Mapping[Pass, Mapping[int, PassGraphs]]  # by query length
     piecewise: Mapping[PassModel, PiecewiseGraphs]
 
 
 @dataclass(frozen=True, eq=False)
 class StepOutput:
-    """A launched step's results, still on the device, and the seconds that launching it took."""
-
-    sampled: Sampled
+    sampled: Sampled  # on its way to the host
     scores: tuple[Logprobs, ...]
     passes: tuple[PassTrace, ...]
     prepare_s: float
@@ -50,11 +46,7 @@ class StepOutput:
 
 
 class StepRunner:
-    """Launches a step's passes and samples; in each pass this rank has any rows or none.
-
-    Results of one pass reach the next on the device: drafts are verified, and what is accepted is
-    drafted from, before the host knows either.
-    """
+    """Launches whole steps: one pass's results reach the next before the host knows them."""
 
     def __init__(
         self,
@@ -85,7 +77,6 @@ class StepRunner:
         self._no_hidden = torch.zeros(0, 0, device=device)
 
     def use_graphs(self, captured: CapturedGraphs) -> None:
-        """Replay these from now on, where agreements say so."""
         self.passes = {
             pass_kind: replace(
                 runner,
@@ -96,12 +87,10 @@ class StepRunner:
         }
 
     def graph_votes(self, scheduled: SchedulerOutput, program: Program) -> int:
-        """Bit n: this rank's rows of the program's pass n can be replayed.
-
-        A target's graph ends with the logits of all its rows.
-        """
+        """Bit n: this rank's rows of the program's pass n can be replayed."""
         votes = 0
         for index, (pass_kind, batch) in enumerate(zip(program.passes, scheduled.batches)):
+            # A target's graph ends with the logits of all its rows.
             all_sample = pass_kind is not Pass.TARGET or len(scheduled.samples) == batch.num_tokens
             if all_sample and self.passes[pass_kind].fits_graph(
                 program.query_len(pass_kind), batch
@@ -111,11 +100,9 @@ class StepRunner:
 
     @property
     def may_run_ahead(self) -> bool:
-        """Whether a step can be scheduled before the one before it is committed.
-
-        Tokens that are drawn, penalised or scored depend on output indices, of which the host has
-        only upper bounds until then.
-        """
+        """Whether a step can be scheduled before the one before it is committed."""
+        # Tokens that are drawn, penalised or scored depend on output indices, of which the host has
+        # only upper bounds while a verification is in flight.
         return self.drafting is None or self.sampler.all_plain
 
     @torch.inference_mode()
@@ -150,7 +137,6 @@ class StepRunner:
     def _sample(
         self, step: _LaunchedStep, index: int, output: PassOutput, verification: Verification | None
     ) -> tuple[Sampled, list[Logprobs]]:
-        """From hidden states, or from the logits of a batch that is all samples."""
         started = perf_counter()
         logits, scores = output.logits, list[Logprobs]()
         scheduled = step.scheduled
@@ -168,7 +154,6 @@ class StepRunner:
         return sampled, scores
 
     def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs:
-        """Log probabilities of the tokens that follow a prompt's rows [n, hidden]."""
         request = chunk.live.request
         following = request.prompt_token_ids[chunk.score_start + 1 : chunk.score_end + 1]
         return self.sampler.prompt_logprobs(
@@ -180,8 +165,6 @@ class StepRunner:
 
 @dataclass(eq=False)
 class _LaunchedStep:
-    """One step while its passes are launched, and what that took so far."""
-
     passes: Mapping[Pass, PassRunner]
     collective: RowCollective
     scheduled: SchedulerOutput

@@ -36,7 +36,7 @@ class PassTimer:
         self._started = self._forward_start = perf_counter()
 
     def end_prepare(self) -> None:
-        """Metadata and inputs are on the device; never called where a graph takes them in."""
+        """Never called where a graph takes its inputs in: replaying is all forward."""
         self._forward_start = perf_counter()
 
     @property
@@ -44,7 +44,6 @@ class PassTimer:
         return self._forward_start - self._started
 
     def trace(self, pass_kind: Pass, plan: PaddingPlan, num_moe_layers: int) -> PassTrace:
-        """What the pass took; it has been launched."""
         return PassTrace(
             pass_kind=pass_kind,
             real_rows=plan.real_rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from time import monotonic
 
@@ -19,19 +20,18 @@ from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
 from dp_runtime.startup.device_memory import free_bytes
 from dp_runtime.startup.rank_plan import RankPlan
 
+logger = logging.getLogger(__name__)
+
 MakeBuckets = Callable[[int, int], GraphBuckets]  # of max_requests and query_len
 
 
 def capture(
     plan: RankPlan,
     loop: StepLoop,
-    on_captured: Callable[[int, int], None],
+    on_captured: Callable[[int, int], None],  # hears how many are done, of how many
     make_buckets: MakeBuckets = GraphBuckets,
 ) -> GraphUse:
-    """Capture all graphs of a rank, with all others; the loop then replays them.
-
-    on_captured hears how many are done, of how many.
-    """
+    """Capture all graphs together with all other ranks; the loop then replays them."""
     started, free = monotonic(), free_bytes(plan.device)
     captured = CapturedGraphs(
         passes={
@@ -53,13 +53,19 @@ def capture(
         loop.coordinator.abort(f"{type(error).__name__}: {error}")
         raise
     loop.use_graphs(captured)
-    return GraphUse(total, monotonic() - started, free - free_bytes(plan.device))
+    use = GraphUse(total, monotonic() - started, free - free_bytes(plan.device))
+    stages = captured.piecewise[loop.runner.model].buckets
+    logger.info(
+        "captured %s; steps with prefill replay their MoE stages up to %d rows of a rank",
+        use,
+        stages.max_rows,
+    )
+    return use
 
 
 def _pass_graphs(
     pass_kind: Pass, plan: RankPlan, loop: StepLoop, make_buckets: MakeBuckets
 ) -> dict[int, PassGraphs]:
-    """One kind of pass, for every query length that a program has in it."""
     programs, runner = loop.coordinator.programs, loop.runner.passes[pass_kind]
     lengths = sorted(
         {program.query_len(pass_kind) for program in programs if pass_kind in program.passes}
@@ -82,8 +88,8 @@ def _pass_graphs(
 
 
 def _piecewise_graphs(runner: StepRunner, max_num_tokens: int) -> dict[PassModel, PiecewiseGraphs]:
-    """Every model that runs in some pass, where MoE stages cost what their real rows cost."""
     collective, buckets = runner.collective, PiecewiseBuckets()
+    # Where padding crosses the wire, a stage at a bucket's size would cost more than an eager one.
     if collective.dp_size == 1 or counts_real_rows(collective):
         buckets = PiecewiseBuckets.for_steps(max_num_tokens)
     models = {each.model: None for each in runner.passes.values()}

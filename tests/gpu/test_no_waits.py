@@ -11,7 +11,7 @@ import torch
 
 from dp_runtime import EngineConfig, SamplingParams
 from dp_runtime.core.request import RankRequest
-from dp_runtime.runner.step_loop import StepLoop
+from dp_runtime.runner.step_runner import StepRunner
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from workers.messages import MeetingPoint
 from workers.worker import Worker
@@ -30,16 +30,16 @@ def serve(model: str, graphs: bool, num_steps: int) -> None:
         model, device="cuda", launcher="local", max_model_len=256, num_pages=50,
         cuda_graphs=graphs, speculative_num_steps=num_steps,
     )  # fmt: skip
-    launch, guarded = StepLoop.launch, {"on": False}
+    run, guarded = StepRunner.run, {"on": False}
 
-    def launch_guarded(loop: StepLoop, *args: Any) -> Any:
+    def run_guarded(runner: StepRunner, *args: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error" if guarded["on"] else "default")
         try:
-            return launch(loop, *args)
+            return run(runner, *args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    with mock.patch.object(StepLoop, "launch", launch_guarded), tempfile.TemporaryDirectory() as at:
+    with mock.patch.object(StepRunner, "run", run_guarded), tempfile.TemporaryDirectory() as at:
         worker = Worker(0, config, "cuda:0")
         worker.prepare()
         worker.load()

@@ -101,12 +101,12 @@ def test_an_unknown_program_is_a_disagreement() -> None:
         agree([StepRecord(0, 0, 9, (1,))] * 2, PROGRAMS)
 
 
-def test_a_record_with_the_wrong_number_of_slots_is_a_disagreement() -> None:
+def test_a_record_with_the_wrong_number_of_passes_is_a_disagreement() -> None:
     with pytest.raises(RankDisagreement, match="4 passes"):
         agree([StepRecord(0, 0, 1, (1, 2, 3, 4)), StepRecord(0, 0, 1, (1,))], PROGRAMS)
 
 
-def test_a_program_has_one_target_and_few_slots() -> None:
+def test_a_program_has_one_target_and_few_passes() -> None:
     with pytest.raises(AssertionError, match="one target"):
         Program((Pass.DRAFT,))
     with pytest.raises(AssertionError, match="at most"):

@@ -54,10 +54,10 @@ class Counted(InProcessCollective):
             out[start : start + len(part)] = part
         return out
 
-    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, own_rows: int) -> Tensor:
+    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, local_rows: int) -> Tensor:
         starts, real = row_ranges.tolist()
         parts = self._cross([partial[start : start + n] for start, n in zip(starts, real)])
-        out = partial.new_zeros(own_rows, partial.shape[1])
+        out = partial.new_zeros(local_rows, partial.shape[1])
         mine = [part[self.dp_rank] for part in parts]
         sum_in_rank_order(mine, out[: real[self.dp_rank]])
         return out

@@ -11,12 +11,26 @@ import torch
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.program import Program
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import Place
+from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.models.causal_lm import Hidden
+from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.agreement import StepTotals
+from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
+from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan
+from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.padding_cost import measure_padding_cost
+from dp_runtime.runner.future_tokens import FutureTokens
+from dp_runtime.runner.graphs import PassGraphs, PassOutput
+from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.step_loop import Inbox, StepLoop
+from dp_runtime.runner.step_runner import CapturedGraphs
+from dp_runtime.runner.step_timer import PassTimer
+from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.startup.assembly import assemble, load_rank
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import add_mtp, tiny_checkpoint
@@ -69,6 +83,7 @@ def run_ranks(
     checkpoint: Path,
     loads: Sequence[int],
     policy: Callable[[StepTotals], int] = lambda totals: totals.program_id,
+    prepare: Callable[[StepLoop], None] = lambda loop: None,
     **fields: Any,
 ) -> list[Rank]:
     """Serve loads[rank] requests on every rank until all are done."""
@@ -82,6 +97,7 @@ def run_ranks(
     def build(dp_rank: int) -> Rank:
         loop = make_loop(config, group, dp_rank)
         loop.coordinator._policy = policy
+        prepare(loop)
         return Rank(loop, loads[dp_rank])
 
     ranks = [build(dp_rank) for dp_rank in range(size)]
@@ -103,7 +119,7 @@ def run_ranks(
 
 
 @pytest.mark.parametrize("loads", [(3, 0, 1), (0, 0, 2)])
-def test_a_program_of_many_slots_gives_the_same_tokens(
+def test_a_program_of_many_passes_gives_the_same_tokens(
     checkpoint: Path, loads: tuple[int, ...]
 ) -> None:
     plain = run_ranks(checkpoint, loads)
@@ -163,3 +179,84 @@ def test_the_padding_cost_is_the_same_on_all_ranks() -> None:
         ]
         costs = {run.result(20) for run in runs}
     assert len(costs) == 1
+
+
+class EagerGraphs:
+    """Stands for a pass's captured graphs: launches again what they would replay."""
+
+    def __init__(self, runner: PassRunner, buckets: GraphBuckets, with_logits: bool) -> None:
+        self.buckets = buckets
+        self.replays: list[PaddingPlan] = []
+        self._runner, self._with_logits = runner, with_logits
+
+    def covers(self, batch: LocalBatch) -> bool:
+        return PassGraphs.covers(self, batch)  # type: ignore[arg-type]
+
+    def replay(
+        self, batch: LocalBatch, plan: PaddingPlan, future: FutureTokens, place: Place
+    ) -> PassOutput:
+        self.replays.append(plan)
+        eager = ExecutionPlan(ExecutionMode.EAGER, self.buckets.query_len, plan)
+        timer = PassTimer(self._runner.collective)
+        hidden = self._runner.run(eager, batch, future, place, timer).hidden
+        if not self._with_logits:
+            return PassOutput(hidden, None)
+        return PassOutput(hidden, RowLogits.of(self._runner.model.logits(hidden.last)))
+
+
+class EagerStages:
+    """Stands for a model's captured stages."""
+
+    def __init__(self, model: PassModel, buckets: PiecewiseBuckets) -> None:
+        self.buckets = buckets
+        self.plans: list[PaddingPlan] = []
+        self._model = model
+
+    def forward(self, inputs: Any, metadata: Any, exchange: RowExchange) -> Hidden:
+        self.plans.append(exchange.plan)
+        return self._model.forward(inputs, metadata, exchange)
+
+
+def captured_of(loop: StepLoop) -> CapturedGraphs:
+    """Graphs of up to 2 requests a rank, and stages of up to 16 rows."""
+    program, passes = loop.coordinator.program, loop.runner.passes
+    graphs: Any = {}
+    for pass_kind, runner in passes.items():
+        length = program.query_len(pass_kind)
+        with_logits = pass_kind is not Pass.DRAFT_EXTEND
+        graphs[pass_kind] = {length: EagerGraphs(runner, GraphBuckets(2, length), with_logits)}
+    models = {runner.model for runner in passes.values()}
+    stages: Any = {model: EagerStages(model, PiecewiseBuckets(16)) for model in models}
+    return CapturedGraphs(graphs, stages)
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
+    checkpoint: Path, num_steps: int
+) -> None:
+    replays: list[list[PaddingPlan]] = []
+    launches: list[list[PaddingPlan]] = []
+
+    def prepare(loop: StepLoop) -> None:
+        captured = captured_of(loop)
+        (graphs,) = captured.passes[Pass.TARGET].values()
+        replays.append(graphs.replays)  # type: ignore[attr-defined]
+        launches.append(captured.piecewise[loop.runner.model].plans)  # type: ignore[attr-defined]
+        loop.use_graphs(captured)
+
+    fields = {"speculative_num_steps": num_steps, "overlap": True}
+    plain = run_ranks(checkpoint, (2, 1), **fields)
+    ranks = run_ranks(checkpoint, (2, 1), prepare=prepare, **fields)
+    assert [rank.tokens for rank in plain] == [rank.tokens for rank in ranks]
+    assert replays[0] == replays[1], "all ranks replay alike"
+    assert launches[0] == launches[1]
+    rows = 2 * (1 + num_steps)
+    assert {plan.gathered_rows for plan in replays[0]} == {(rows, rows)}, "decodes"
+    assert [plan.gathered_rows for plan in launches[0]] == [(16, 16)], "prompts"
+    traced = [
+        each.gathered_rows
+        for step in ranks[0].loop.recorder.steps
+        for each in step.passes
+        if each.pass_kind == Pass.TARGET
+    ]
+    assert traced == [(16, 16)] + [plan.gathered_rows for plan in replays[0]]
