@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -217,8 +217,9 @@ def _options() -> argparse.Namespace:
             default = OTHER_DEFAULTS.get(item.name, item.default)
             members = getattr(hints[item.name], "__args__", (hints[item.name],))
             kind = next(kind for kind in (bool, int, float, str) if kind in members)
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-            how["default"] = default
+            how: dict[str, Any] = {"type": kind, "default": default}
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction, "default": default}
             if item.name in CHOICES:
                 how["choices"] = CHOICES[item.name]
             parser.add_argument("--" + item.name.replace("_", "-"), **how)

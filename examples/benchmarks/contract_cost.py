@@ -113,7 +113,7 @@ def measure(decodes: int, chunk: int, repeats: int, device: torch.device) -> Cos
     pages = PageGeometry(int(batch.page_table.max()) + 1, PAGE)
     pool = torch.zeros((pages.num_pages, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=dtype, device=device)
     make_layer = make_layers(spec, [pool] * LAYERS, [KvScales()] * LAYERS, NoKernels())
-    layers = [make_layer(layer) for layer in range(LAYERS)]
+    layers: list[Any] = [make_layer(layer) for layer in range(LAYERS)]
     q = torch.zeros((batch.num_tokens, HEADS, HEAD_DIM), dtype=dtype, device=device)
     metadata = AttentionMetadata.build(batch, pages, PLACE, device)
     calls = recorded_checks(layers, (q, q[:, :KV_HEADS], q[:, :KV_HEADS], metadata))

@@ -83,7 +83,7 @@ def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int
     for count, load in loads:
         timed = rank.run(load)
         times = np.array(timed.steps_of((count,) * size)) * 1e3
-        quantiles = tuple(float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
+        p10, p50, p99 = (float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
         window = Window((count,) * size, 10, profile_steps)
         profile = rank.run(load, window).profile if profile_steps else None
         query_len = 1 + rank.config.speculative_num_steps
@@ -94,7 +94,7 @@ def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int
         distinct = len(set(last)) / len(last)
         routed = Routed.of(counted, size) if counted else None
         emitted = tokens_per_verification(timed.steps)
-        results.append(Measured(count, quantiles, routed, distinct, emitted, profile))
+        results.append(Measured(count, (p10, p50, p99), routed, distinct, emitted, profile))
     return results
 
 

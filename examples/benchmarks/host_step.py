@@ -28,6 +28,7 @@ from dp_runtime.core.program import SERVING_PROGRAMS
 from dp_runtime.core.request import RankRequest
 from dp_runtime.sampling.sampler import Sampled, Sampler
 from dp_runtime.scheduler import scheduler
+from dp_runtime.scheduler.batch_builder import build_batches
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
@@ -59,7 +60,7 @@ class Rank:
 
     def step(self) -> bool:
         """One step; whether it had a prefill."""
-        build = self._timed("build", scheduler.build_batches)
+        build = self._timed("build", build_batches)
         with patch.object(scheduler, "build_batches", build), self._phase("schedule"):
             scheduled = self.scheduler.schedule(SERVING_PROGRAMS[0])
         self.seconds["schedule"][-1] -= self.seconds["build"][-1]

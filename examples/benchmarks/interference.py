@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -95,8 +96,9 @@ class SeparateScheduler(Scheduler):
 
     def schedule(self, program: Program) -> SchedulerOutput:
         has_prefill = self.queued_tokens > 0
-        chosen = super() if has_prefill == self.prefill_agreed else self._nobodys
-        return chosen.schedule(program)
+        if has_prefill == self.prefill_agreed:
+            return super().schedule(program)
+        return self._nobodys.schedule(program)
 
 
 @dataclass(eq=False)
@@ -224,6 +226,7 @@ class Experiment:
             load = Load((self.context,) * (0 if alone else self.decoders), self.output_len(chunk))
         requests = list(load.requests(first_id, vocab_size))
         ids = tuple(request.request_id for request in requests)
+        driver: Driver
         if prefills:
             hold, at_once = (0, len(requests)) if alone else (self.hold(chunk), 1)
             driver = Prefiller(requests, recorder, hold=hold, pause=PAUSE, at_once=at_once)
@@ -240,20 +243,21 @@ class Experiment:
 def scheduling(loop: StepLoop, chunk: int, separate: bool) -> Iterator[None]:
     """Meanwhile the rank has a new scheduler, whose steps have `chunk` rows at most."""
     before, agree = loop.scheduler, loop.coordinator.agree
-    kind = SeparateScheduler if separate else Scheduler
-    scheduler = kind(before.pages, replace(before.limits, max_num_tokens=chunk))
+    limits = replace(before.limits, max_num_tokens=chunk)
+    scheduler = (SeparateScheduler if separate else Scheduler)(before.pages, limits)
 
     def agree_and_tell(*args: Any) -> Agreement:
         agreement = agree(*args)
+        assert isinstance(scheduler, SeparateScheduler), "only it is told"
         scheduler.prefill_agreed = any(agreement.queued_tokens)
         return agreement
 
     loop.scheduler = scheduler
-    if separate:
-        loop.coordinator.agree = agree_and_tell
-    yield
+    told = patch.object(loop.coordinator, "agree", agree_and_tell)
+    with told if separate else nullcontext():
+        yield
     scheduler.check()
-    loop.scheduler, loop.coordinator.agree = before, agree
+    loop.scheduler = before
 
 
 def target_rows(step: StepTrace) -> tuple[int, ...]:

@@ -90,8 +90,8 @@ def to_fp8(experts: Experts) -> Experts:
     gate_up = [quantize(matrix) for matrix in experts.gate_up]
     down = [quantize(matrix) for matrix in experts.down]
     scales = ExpertScales(*(torch.stack([s for _, s in pairs]) for pairs in (gate_up, down)))
-    values = (torch.stack([v for v, _ in pairs]) for pairs in (gate_up, down))
-    return Experts(*values, experts.first_expert, scales)
+    values = [torch.stack([v for v, _ in pairs]) for pairs in (gate_up, down)]
+    return Experts(values[0], values[1], experts.first_expert, scales)
 
 
 def main() -> None:

@@ -154,11 +154,16 @@ def rank(
             if not error < ALLOWED_ERROR:
                 say(f"  WRONG by {error:.3g}: {tile}")
                 continue
-            found.append((graph_us(lambda i, tile=tile: part.run(i, tile), SETS, 3), tile))
+            found.append((time_of(part, tile), tile))
         except Exception as error:
             say(f"  failed: {tile}: {type(error).__name__}: {str(error)[:160]}")
             torch.cuda.synchronize()  # a device that is lost says so here, and ends the run
     return sorted(found, key=lambda x: x[0])
+
+
+def time_of(part: Product, tile: Tile) -> float:
+    """Microseconds of a product with a tile."""
+    return graph_us(lambda i: part.run(i, tile), SETS, 3)
 
 
 def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Product]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from model import TinyMoe, load_model
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from examples.tiny_moe.model import TinyMoe, load_model
 
 HERE = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"

@@ -229,6 +229,7 @@ class Mtp(nn.Module):
         As in serving, step j attends to the first step's rows up to t and to its own chain.
         """
         layer = self.layers[0]
+        assert isinstance(layer, DecoderLayer), "an MTP layer is a decoder layer"
         length, device = hidden.shape[1], hidden.device
         own = torch.eye(length, dtype=torch.bool, device=device)
         masks = [torch.ones_like(own).tril()]

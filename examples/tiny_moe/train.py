@@ -1,6 +1,6 @@
 """Trains the tokenizer, the trunk and then the MTP layer, and writes a Hugging Face checkpoint.
 
-python train.py --corpus CORPUS --out checkpoint --trunk-minutes 5.5 --mtp-minutes 1.5
+python -m examples.tiny_moe.train --corpus CORPUS --trunk-minutes 5.5 --mtp-minutes 1.5
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import TinyMoe, TinyMoeConfig, save_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+
+from examples.tiny_moe.model import TinyMoe, TinyMoeConfig, save_weights
 
 END_OF_TEXT = "<|endoftext|>"
 VAL_LENGTH = 512
@@ -137,7 +138,7 @@ def prepare(corpus: Path, vocab_size: int) -> Path:
         tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         ids = {n: encode(tokenizer, corpus / f"{n}.txt") for n in ("train", "focus", "val")}
         val_bytes = np.array((corpus / "val.txt").stat().st_size)
-        np.savez_compressed(folder / "tokens.npz", val_bytes=val_bytes, **ids)
+        np.savez_compressed(folder / "tokens.npz", val_bytes=val_bytes, **ids)  # type: ignore[arg-type]
     return folder
 
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 SHORT_US = 10.0
 
@@ -29,7 +29,7 @@ class Profile:
         spans = sorted(
             (event.time_range.start, event.time_range.end, event.name)
             for event in profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
+            if event.device_type == DeviceType.CUDA
         )
         calls, time = Counter[str](), defaultdict[str, float](float)
         idle, short, reached = 0.0, 0.0, spans[0][0]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.kernels.builds import KernelBuilds
 from dp_runtime.layers.experts import Experts
+from dp_runtime.layers.moe import MoeStage
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
 from dp_runtime.metrics.trace import Recorder, StepTrace
@@ -194,9 +195,12 @@ class SteppedRank:
         counted: list[Tensor] = []
         coordinator, passes = self.loop.coordinator, self.loop.runner.passes
         target, execution = passes[Pass.TARGET], coordinator.execution
-        with_counts = target.model.with_stages(
-            lambda stage: replace(stage, kernels=_Counting(stage.kernels, rows, counted))
-        )
+
+        def counts(stage: MoeStage) -> MoeStage:
+            kernels = cast(MoeKernels, _Counting(stage.kernels, rows, counted))
+            return replace(stage, kernels=kernels)
+
+        with_counts = target.model.with_stages(counts)
         passes[Pass.TARGET] = replace(target, model=with_counts, graphs={})
         coordinator.execute_by(replace(execution, piecewise=PiecewiseBuckets()))
         yield counted
