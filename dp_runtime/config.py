@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dp_runtime.core.program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.errors import is_finite, is_int, require
 from dp_runtime.parallel.padding import PaddingMode
+from dp_runtime.parallel.transports import TRANSPORTS, Transport
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
@@ -18,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "padding": tuple(mode.value for mode in PaddingMode),
     "routing": ("round_robin", "least_tokens", "least_padded_cost"),
     "load_format": ("safetensors", "dummy"),
-    "collective": ("auto", "shared_memory", "peer_to_peer", "torch_distributed", "in_process"),
+    "collective": ("auto", *TRANSPORTS),
     "moe_backend": ("auto", "triton", "torch"),
 }
 
@@ -105,23 +106,9 @@ class EngineConfig:
         for name in ("overlap", "cuda_graphs"):
             value = getattr(self, name)
             require(value is None or isinstance(value, bool), name, value, "None or a bool")
-        require(
-            self.device != "cpu" or self.collective != "peer_to_peer",
-            "collective", self.collective, "peer_to_peer is for GPUs, not for device cpu",
-        )  # fmt: skip
-        threads = self.launcher == "thread"
-        in_process = self.collective in ("in_process", "auto" if threads else "in_process")
-        require(
-            in_process == threads, "collective", self.collective,
-            "in_process goes with launcher 'thread', and with no other",
-        )  # fmt: skip
-        require(
-            self.device != "cuda" or self.ranks_per_gpu == 1
-            or self.collective != "torch_distributed",
-            "collective", self.collective,
-            f"with ranks_per_gpu {self.ranks_per_gpu} use auto, shared_memory or peer_to_peer: "
-            "NCCL refuses two ranks on one GPU",
-        )  # fmt: skip
+        transport = TRANSPORTS.get(self.collective)
+        if transport is not None:  # else auto
+            self._check_transport(transport)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -134,6 +121,20 @@ class EngineConfig:
         """Steps that may be launched and not yet committed when the next one is scheduled."""
         overlap = self.device == "cuda" if self.overlap is None else self.overlap
         return 1 if overlap else 0
+
+    def _check_transport(self, transport: Transport) -> None:
+        """ValueError if it does not go with the device, the launcher or ranks that share GPUs."""
+        field, name = "collective", transport.name
+        fits = self.device in ("auto", *transport.device_types)
+        require(fits, field, name, f"{name} is for GPUs, not for device cpu")
+        fits = transport.in_process == (self.launcher == "thread")
+        require(fits, field, name, "in_process goes with launcher 'thread', and with no other")
+        shares = self.device == "cuda" and self.ranks_per_gpu > 1
+        require(
+            transport.shares_gpus or not shares, field, name,
+            f"with ranks_per_gpu {self.ranks_per_gpu} use auto, shared_memory or peer_to_peer: "
+            "NCCL refuses two ranks on one GPU",
+        )  # fmt: skip
 
     def _check_speculation(self) -> None:
         steps, model = self.speculative_num_steps, self.speculative_draft_model

@@ -71,14 +71,14 @@ import sys
 sys.modules["flashinfer"] = sys.modules["triton"] = None  # an import of them fails from here on
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from tests.checkpoints import tiny_checkpoint
-from workers.messages import MeetingPoint
+from workers.messages import Rendezvous
 from workers.worker import Worker
 model, meeting = str(tiny_checkpoint(sys.argv[1])), sys.argv[2]
 config = dict(device="cpu", max_model_len=64, torch_threads=1)
 worker = Worker(0, EngineConfig(model, launcher="local", **config), "cpu")  # a rank's own process
 worker.prepare()
 worker.load()
-worker.serve(MeetingPoint("shared_memory", meeting))
+worker.join(Rendezvous("shared_memory", meeting))
 worker.stop()
 with Engine(EngineConfig(model, dp_size=2, launcher="thread", **config)) as engine:
     out, = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=4))

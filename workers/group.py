@@ -1,59 +1,99 @@
-"""WorkerGroup: the ranks of an engine, behind one small handle per rank."""
+"""WorkerGroup: the ranks of an engine, through one small handle per rank."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
-from collectives.shared_memory.group import new_rendezvous_path
 from collectives.shared_memory.rendezvous import remove_rendezvous
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FailureListener, RankRequest, UpdateListener
-from dp_runtime.errors import RankFailed, StartError
+from dp_runtime.errors import RankFailed
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.trace import StepTrace, Totals
-from workers.messages import ONE_HOST, HostInfo, MeetingPoint, Polled
+from dp_runtime.parallel.transports import Transport, choose_transport
+from workers.messages import (
+    Abandon,
+    Abort,
+    AnyRendezvous,
+    HostInfo,
+    Join,
+    Load,
+    Message,
+    OpenRendezvous,
+    Poll,
+    Prepare,
+    ReadHealth,
+    ReadTotals,
+    ReadTrace,
+    Rendezvous,
+    Stop,
+    Submit,
+)
+from workers.start_errors import raise_failures
 
 POLL_S = 1.0
 STATUS_S = 5.0
 STOP_S = 12.0
 
+Answer = TypeVar("Answer")
+
 
 class RankHandle(Protocol):
-    """A rank's process: calls methods of its Worker, and ends it."""
+    """A rank, wherever it runs."""
 
     dp_rank: int
 
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        """Start a method of the Worker; RankFailed if its process ends first."""
+    def call(self, message: Message[Answer]) -> Future[Answer]:
+        """Send a message; its answer, or RankFailed if the rank's process ends first."""
 
     def kill(self) -> None:
-        """End the process at once; callable more than once."""
+        """End the rank at once; callable more than once."""
+
+
+class Phase(IntEnum):
+    """How far a group is; it never goes back."""
+
+    STARTING = 0
+    SERVING = 1
+    FAILED = 2
+    CLOSED = 3
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """What a group of ranks is in, as one value."""
+
+    phase: Phase = Phase.STARTING
+    epoch: int = 0
+    rendezvous: AnyRendezvous | None = None  # of the epoch
 
 
 class WorkerGroup:
-    """Starts ranks behind handles, passes requests and outputs, watches them, ends them."""
+    """Starts ranks through handles, passes requests and outputs, watches them, ends them."""
+
+    model: ModelInfo
 
     def __init__(
         self,
         config: EngineConfig,
         handles: Sequence[RankHandle],
         release: Callable[[], None],
-        in_process_group: object = None,
+        rendezvous: AnyRendezvous | None = None,
     ) -> None:
+        """Take over the handles; `rendezvous` is for ranks that can not open one themselves."""
         self._config = config
         self._handles = handles
         self._release = release
-        self._in_process_group = in_process_group
-        self._closing = threading.Event()
-        self._failed = threading.Lock()  # taken by the first failure, for good
+        self._lock = threading.Lock()
+        self._state = GroupState(rendezvous=rendezvous)
         self._pollers: list[threading.Thread] = []
-        self._met: MeetingPoint | None = None
-        self.model: ModelInfo
 
     def start(self, show_progress: bool) -> None:
         """Bring all ranks to ready; on any failure none of them is left.
@@ -62,12 +102,16 @@ class WorkerGroup:
         """
         try:
             deadline = monotonic() + self._config.start_timeout_s
-            hosts = self._all("prepare", deadline=deadline)
-            with ProgressBar("load", 0, "byte", show_progress) as progress:
-                self.model = self._all("load", deadline=deadline, progress=progress)[0]
-            self._met = _meeting_point(self._config, hosts, self._in_process_group)
-            with ProgressBar("capture", 0, "graph", show_progress) as progress:
-                self._all("serve", self._met, deadline=deadline, progress=progress)
+            hosts = self._all(Prepare(), deadline)
+            with ProgressBar("load", 0, "byte", show_progress) as bar:
+                self.model = self._all(Load(), deadline, lambda: show_loading(bar, self.health()))[
+                    0
+                ]
+            rendezvous = self._meet(hosts, deadline)
+            with ProgressBar("capture", 0, "graph", show_progress) as bar:
+                join = Join(rendezvous, self._state.epoch)
+                self._all(join, deadline, lambda: show_capture(bar, self.health()))
+            self._advance(Phase.SERVING)
         except BaseException:
             self._end()
             raise
@@ -76,10 +120,10 @@ class WorkerGroup:
         """Begin to deliver outputs, from one thread per rank."""
 
         def fail(error: BaseException) -> None:
-            if not self._closing.is_set() and self._failed.acquire(blocking=False):
+            if self._advance(Phase.FAILED):
                 on_failure(error)
                 for handle in self._handles:
-                    handle.call("abandon", str(error))
+                    handle.call(Abandon(str(error)))
 
         for handle in self._handles:
             thread = threading.Thread(
@@ -89,50 +133,69 @@ class WorkerGroup:
             self._pollers.append(thread)
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
-        self._handles[dp_rank].call("submit", requests)
+        self._handles[dp_rank].call(Submit(requests))
 
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
-        self._handles[dp_rank].call("abort", request_ids)
+        self._handles[dp_rank].call(Abort(request_ids))
 
     def health(self) -> tuple[RankHealth, ...]:
-        futures = [handle.call("health") for handle in self._handles]
+        futures = [handle.call(ReadHealth()) for handle in self._handles]
         wait(futures, STATUS_S)
         return tuple(_health_of(rank, future) for rank, future in enumerate(futures))
 
     def trace(self) -> tuple[StepTrace, ...]:
-        ranks = self._all("trace", deadline=monotonic() + STATUS_S)
+        ranks = self._all(ReadTrace(), monotonic() + STATUS_S)
         steps = [step for rank in ranks for step in rank]
         return tuple(sorted(steps, key=lambda step: (step.step_id, step.dp_rank)))
 
     def totals(self) -> tuple[Totals, ...]:
-        return tuple(self._all("totals", deadline=monotonic() + STATUS_S))
+        return tuple(self._all(ReadTotals(), monotonic() + STATUS_S))
 
     def close(self) -> None:
-        if self._closing.is_set():
+        before = self._state.phase
+        if not self._advance(Phase.CLOSED):
             return
-        self._closing.set()
         try:
-            if not self._failed.locked():  # else there is no step that they could end together
-                wait([handle.call("stop") for handle in self._handles], STOP_S)
+            if before < Phase.FAILED:  # else there is no step that they could end together
+                wait([handle.call(Stop()) for handle in self._handles], STOP_S)
         finally:
             self._end()
 
+    def _advance(self, phase: Phase) -> bool:
+        """Enter a later phase; False if the group is in that phase, or a later one, already."""
+        with self._lock:
+            later = phase > self._state.phase
+            if later:
+                self._state = replace(self._state, phase=phase)
+            return later
+
+    def _meet(self, hosts: Sequence[HostInfo], deadline: float) -> AnyRendezvous:
+        """Have rank 0 open a rendezvous, unless the ranks were given one."""
+        if self._state.rendezvous is None:
+            one_host = len({host.host for host in hosts}) == 1
+            opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
+            rendezvous = self._all(opening, deadline, handles=self._handles[:1])[0]
+            self._state = replace(self._state, rendezvous=rendezvous)
+        assert self._state.rendezvous is not None, "it was given, or opened just now"
+        return self._state.rendezvous
+
     def _end(self) -> None:
-        self._closing.set()
+        self._advance(Phase.CLOSED)
         for handle in self._handles:
             handle.kill()
         for poller in self._pollers:  # else the last user of the engine may be a daemon at exit
             poller.join(POLL_S)
-        if self._met is not None and self._met.in_host_memory:
-            remove_rendezvous(self._met.address)  # a rank that was killed as it attached could not
+        met = self._state.rendezvous
+        if isinstance(met, Rendezvous) and met.in_host_memory:
+            remove_rendezvous(met.address)  # a rank that was killed as it attached could not
         self._release()
 
     def _poll(
         self, handle: RankHandle, on_progress: UpdateListener, on_failure: FailureListener
     ) -> None:
-        while not self._closing.is_set():
+        while self._state.phase is not Phase.CLOSED:
             try:
-                polled: Polled = handle.call("poll", POLL_S).result()
+                polled = handle.call(Poll(POLL_S)).result()
                 if polled.progress:
                     on_progress(handle.dp_rank, polled.progress)
                 if polled.error:
@@ -146,97 +209,57 @@ class WorkerGroup:
                 return
 
     def _all(
-        self, method: str, *args: Any, deadline: float, progress: ProgressBar | None = None
-    ) -> list[Any]:
-        """Call a method on all ranks; the first failures are one error that names the ranks."""
-        futures = [handle.call(method, *args) for handle in self._handles]
-        while not all(future.done() for future in futures):
+        self,
+        message: Message[Answer],
+        deadline: float,
+        show: Callable[[], None] = lambda: None,
+        handles: Sequence[RankHandle] = (),
+    ) -> list[Answer]:
+        """Send a message to all ranks; the first failures are one error that names the ranks."""
+        futures = [handle.call(message) for handle in handles or self._handles]
+        while not all(future.done() for future in futures) and monotonic() <= deadline:
             done, _ = wait(futures, 0.2, FIRST_EXCEPTION)
             if any(future.exception() for future in done):
                 wait(futures, 1.0)  # ranks with the same trouble are named together
                 break
-            if monotonic() > deadline:
-                break
-            if progress is not None:
-                _show(progress, method, self.health())
-        _raise_failures(method, futures)
+            show()
+        raise_failures(message.name, futures)
         return [future.result() for future in futures]
 
 
-def _raise_failures(method: str, futures: Sequence[Future[Any]]) -> None:
-    ranks: dict[tuple[type[BaseException], str], list[int]] = {}
-    for rank, future in enumerate(futures):
-        error = future.exception() if future.done() else None
-        if error is not None:
-            ranks.setdefault((type(error), str(error)), []).append(rank)
-    if not ranks and all(future.done() for future in futures):
-        return
-    if not ranks:
-        late = [rank for rank, future in enumerate(futures) if not future.done()]
-        raise StartError(f"ranks {late} did not finish {method!r} in time")
-    mistakes = {text: who for (kind, text), who in ranks.items() if issubclass(kind, ValueError)}
-    if mistakes:
-        raise ValueError("; ".join(_named(text, who, futures) for text, who in mistakes.items()))
-    if any(kind in (StartError, RankFailed) for kind, _ in ranks):
-        raise StartError("; ".join(text for _, text in ranks))  # such texts name their rank
-    raise StartError(
-        "; ".join(
-            _named(f"{kind.__name__}: {text}", who, futures) for (kind, text), who in ranks.items()
-        )
+def transport_of(config: EngineConfig, hosts: Sequence[HostInfo]) -> Transport:
+    """Choose how ranks on these hosts meet; ValueError if the config's way needs one host."""
+    names = sorted({host.host for host in hosts})
+    transport = choose_transport(
+        config.collective,
+        config.device,
+        threads=config.launcher == "thread",
+        shared_gpus=config.device == "cuda" and config.ranks_per_gpu > 1,
+        one_host=len(names) == 1,
     )
+    if len(names) > 1 and not transport.spans_hosts:
+        raise ValueError(f"collective: {transport.name!r} is not allowed; ranks are on {names}")
+    return transport
 
 
-def _named(text: str, ranks: list[int], futures: Sequence[Future[Any]]) -> str:
-    """The error of some ranks; one that all of them have is no rank's own."""
-    if len(ranks) == len(futures):
-        return text
-    return f"rank {', '.join(map(str, ranks))}: {text}"
+def show_loading(bar: ProgressBar, ranks: Sequence[RankHealth]) -> None:
+    """Show how much is read, and the kernels: ranks build the same ones and share the files."""
+    total = max(rank.kernels_total for rank in ranks)
+    built = min(rank.kernels_built for rank in ranks)
+    loaded = sum(rank.bytes_loaded for rank in ranks)
+    kernels = f"kernels {built}/{total}" if total else ""
+    bar.update(loaded, sum(rank.bytes_total for rank in ranks), kernels)
 
 
-def _show(progress: ProgressBar, method: str, states: Sequence[RankHealth]) -> None:
-    """How far the ranks are: with loading, or with what comes before they serve."""
-    if method == "serve":
-        captured = min(rank.graphs_captured for rank in states)
-        progress.update(captured, max(rank.graphs_total for rank in states))
-        return
-    loaded = sum(rank.bytes_loaded for rank in states)
-    progress.update(loaded, sum(rank.bytes_total for rank in states), _kernels(states))
+def show_capture(bar: ProgressBar, ranks: Sequence[RankHealth]) -> None:
+    captured = min(rank.graphs_captured for rank in ranks)
+    bar.update(captured, max(rank.graphs_total for rank in ranks))
 
 
-def _kernels(states: Sequence[RankHealth]) -> str:
-    """How far the ranks are with their kernels; they build the same ones and share the files."""
-    total = max(rank.kernels_total for rank in states)
-    built = min(rank.kernels_built for rank in states)
-    return f"kernels {built}/{total}" if total else ""
-
-
-def _health_of(dp_rank: int, future: Future[Any]) -> RankHealth:
+def _health_of(dp_rank: int, future: Future[RankHealth]) -> RankHealth:
     if not future.done():
         return RankHealth(dp_rank, RankState.UNREACHABLE, error="does not answer")
     error = future.exception()
     if error is not None:
         return RankHealth(dp_rank, RankState.UNREACHABLE, error=str(error))
-    health: RankHealth = future.result()
-    return health
-
-
-def _meeting_point(
-    config: EngineConfig, hosts: Sequence[HostInfo], in_process_group: object
-) -> MeetingPoint:
-    """Where the ranks meet: shared memory on one host where no rank has a GPU of its own."""
-    if in_process_group is not None:
-        return MeetingPoint("in_process", "", in_process_group)
-    one_host = len({host.host for host in hosts}) == 1
-    share_gpus = config.device == "cuda" and config.ranks_per_gpu > 1  # NCCL would refuse
-    kind = config.collective
-    if kind == "auto":
-        near = "peer_to_peer" if config.device == "cuda" else "shared_memory"
-        kind = near if one_host else "torch_distributed"
-        kind = "shared_memory" if share_gpus else kind
-    first = hosts[0]
-    if kind in ONE_HOST:
-        if not one_host:
-            names = sorted({host.host for host in hosts})
-            raise ValueError(f"collective: {kind!r} is not allowed; ranks are on {names}")
-        return MeetingPoint(kind, new_rendezvous_path(first.shared_directory))
-    return MeetingPoint(kind, f"tcp://{first.address}:{first.free_port}")
+    return future.result()

@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -22,30 +22,37 @@ from dp_runtime.errors import RankFailed
 from workers.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
 from workers.group import WorkerGroup
-from workers.messages import CONCURRENCY_GROUPS, Call, Reply
+from workers.messages import (
+    Call,
+    ConcurrencyGroup,
+    InProcessRendezvous,
+    Message,
+    Reply,
+)
 from workers.worker import Worker
 
 EXIT_S = 1.0
+Answer = TypeVar("Answer")
 # torch imports its compiler, for a second, at the first torch.cat of meta tensors: see rank_plan.
 PRELOAD = ("workers.local_rank", "torch._dynamo")
 _STARTING = threading.Lock()
 
 
 class ThreadRank:
-    """A rank in this process: its Worker, with a thread for each lane of calls."""
+    """A rank in this process: its Worker, with a thread for each group of messages."""
 
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
         self.dp_rank = dp_rank
         self.worker = Worker(dp_rank, config, device)
-        self._lanes = {lane: ThreadPoolExecutor(1) for lane in set(CONCURRENCY_GROUPS.values())}
+        self._threads = {group: ThreadPoolExecutor(1) for group in ConcurrencyGroup}
 
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        return self._lanes[CONCURRENCY_GROUPS[method]].submit(getattr(self.worker, method), *args)
+    def call(self, message: Message[Answer]) -> Future[Answer]:
+        return self._threads[message.group].submit(self.worker.answer, message)
 
     def kill(self) -> None:
         self.worker.abandon("it was ended by the driver")
-        for lane in self._lanes.values():
-            lane.shutdown(wait=False)
+        for thread in self._threads.values():
+            thread.shutdown(wait=False)
 
 
 class ChildProcess(Protocol):
@@ -71,13 +78,13 @@ class ProcessRank:
         self._connection.send((dp_rank, config, device))
         threading.Thread(target=self._receive, daemon=True).start()
 
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+    def call(self, message: Message[Answer]) -> Future[Answer]:
+        future: Future[Answer] = Future()
         with self._lock:
             if self._ended:
                 future.set_exception(self._gone())
                 return future
-            call = Call(next(self._ids), method, args)
+            call = Call(next(self._ids), message)
             self._calls[call.call_id] = future
             try:
                 self._connection.send(call)
@@ -157,7 +164,9 @@ def start_local(config: EngineConfig) -> WorkerGroup:
     config = resolve_device(config, torch.cuda.device_count(), "this host")
     threads = config.launcher == "thread"
     rank_class = ThreadRank if threads else ProcessRank
-    group = InProcessGroup(config.dp_size, config.step_timeout_s) if threads else None
+    rendezvous = None
+    if threads:
+        rendezvous = InProcessRendezvous(InProcessGroup(config.dp_size, config.step_timeout_s))
     handles: list[ThreadRank | ProcessRank] = []
     try:
         for rank in range(config.dp_size):
@@ -168,4 +177,4 @@ def start_local(config: EngineConfig) -> WorkerGroup:
         for handle in handles:
             handle.kill()
         raise
-    return WorkerGroup(config, handles, lambda: None, group)
+    return WorkerGroup(config, handles, lambda: None, rendezvous)

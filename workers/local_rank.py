@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 
 from collectives.shared_memory.rendezvous import remove_rendezvous
 from workers.local_group import ThreadRank
-from workers.messages import Call, MeetingPoint, Reply
+from workers.messages import Call, Join, Rendezvous, Reply
 
 
 def serve(connection: Connection, driver: int) -> None:
@@ -22,10 +22,10 @@ def serve(connection: Connection, driver: int) -> None:
     dp_rank, config, device = connection.recv()
     rank = ThreadRank(dp_rank, config, device)
     lock = threading.Lock()
-    met: list[MeetingPoint] = []
+    meetings: list[str] = []  # directories that the rank may be about to attach to
 
     def run(call: Call) -> None:
-        future = rank.call(call.method, *call.args)
+        future = rank.call(call.message)
         future.add_done_callback(
             lambda done: reply(call.call_id, None if done.exception() else done.result(),
                                done.exception())
@@ -41,11 +41,12 @@ def serve(connection: Connection, driver: int) -> None:
                 raise EOFError
             call: Call = connection.recv()
         except (EOFError, OSError):
-            for point in met:
-                if point.in_host_memory:
-                    remove_rendezvous(point.address)  # the rank may be about to attach
+            for directory in meetings:
+                remove_rendezvous(directory)
             os._exit(0)  # NOTE: the step loop may be blocked in a collective for good
-        met += [argument for argument in call.args if isinstance(argument, MeetingPoint)]
+        match call.message:
+            case Join(Rendezvous(in_host_memory=True, address=directory)):
+                meetings.append(directory)
         run(call)
 
 

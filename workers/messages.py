@@ -3,56 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Generic, TypeVar
 
-from dp_runtime.core.request import RequestUpdate
+from collectives.in_process import InProcessGroup
+from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.metrics.status import ModelInfo, RankHealth
+from dp_runtime.metrics.trace import StepTrace, Totals
+from dp_runtime.parallel.transports import TRANSPORTS
 
-# Calls of one lane run one after the other, in their order; lanes run beside each other.
-CONCURRENCY_GROUPS = {
-    "prepare": "control",
-    "load": "control",
-    "serve": "control",
-    "submit": "control",
-    "abort": "control",
-    "abandon": "control",
-    "stop": "control",
-    "poll": "outputs",
-    "health": "status",
-    "trace": "status",
-    "totals": "status",
-}
+Answer = TypeVar("Answer", covariant=True)
+
+
+class ConcurrencyGroup(StrEnum):
+    """Messages of one group are answered one after the other, groups beside each other."""
+
+    CONTROL = "control"
+    OUTPUTS = "outputs"
+    STATUS = "status"
 
 
 @dataclass(frozen=True)
 class HostInfo:
-    """Where a rank's process runs; sent by the rank before it joins the others."""
+    """Where a rank's process runs."""
 
     dp_rank: int
     host: str
-    address: str
-    free_port: int
-    shared_directory: str  # for files that ranks of one host map
-
-
-ONE_HOST = ("shared_memory", "peer_to_peer")  # collectives whose ranks share a host's memory
 
 
 @dataclass(frozen=True)
-class MeetingPoint:
-    """Where the ranks meet: a directory, an URL (torch_distributed), or an object (in_process).
+class Rendezvous:
+    """Where the ranks of one epoch meet."""
 
-    `group` is the in-process group of the thread launcher; it never leaves the process.
-    """
-
-    kind: str
-    address: str
-    group: Any = None
+    transport: str
+    address: str  # a directory of their host, or tcp://host:port (torch_distributed)
+    secret: str = field(default="", repr=False)  # hex; opens the ranks' connections
 
     @property
     def in_host_memory(self) -> bool:
         """The address is a directory that the last rank removes."""
-        return self.kind in ONE_HOST
+        return not TRANSPORTS[self.transport].spans_hosts
+
+
+@dataclass(frozen=True, eq=False)
+class InProcessRendezvous:
+    """The group of ranks that are threads of this process; it never leaves the process."""
+
+    group: InProcessGroup
+
+
+AnyRendezvous = Rendezvous | InProcessRendezvous
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,105 @@ class Polled:
     error: str | None = None
 
 
+# Messages to a rank; Worker.answer says what each does.
+
+
+class Message(Generic[Answer]):
+    """A message to a rank, which answers with an Answer or an exception."""
+
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.CONTROL
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Prepare(Message[HostInfo]):
+    """Check the model against the config, before anything is loaded."""
+
+
+@dataclass(frozen=True)
+class Load(Message[ModelInfo]):
+    """Read the weights and build the kernels."""
+
+
+@dataclass(frozen=True)
+class OpenRendezvous(Message[Rendezvous]):
+    """Make a place on this rank's host where all ranks can meet."""
+
+    transport: str
+    one_host: bool
+
+
+@dataclass(frozen=True)
+class Join(Message[None]):
+    """Meet the other ranks and begin to step."""
+
+    rendezvous: AnyRendezvous
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Leave(Message[None]):
+    """End the steps of this epoch together with the other ranks; the weights stay."""
+
+
+@dataclass(frozen=True)
+class Submit(Message[None]):
+    requests: Sequence[RankRequest]
+
+
+@dataclass(frozen=True)
+class Abort(Message[None]):
+    request_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Abandon(Message[None]):
+    """Leave the step at once and free the ranks that wait in it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stop(Message[None]):
+    """Leave for good."""
+
+
+@dataclass(frozen=True)
+class Poll(Message[Polled]):
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.OUTPUTS
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class ReadHealth(Message[RankHealth]):
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
+
+
+@dataclass(frozen=True)
+class ReadTrace(Message[tuple[StepTrace, ...]]):
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
+
+
+@dataclass(frozen=True)
+class ReadTotals(Message[Totals]):
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
+
+
+# Frames between the driver and a rank that is a plain process.
+
+
 @dataclass(frozen=True)
 class Call:
-    """A method call, for a rank that is a plain process."""
-
     call_id: int
-    method: str
-    args: tuple[Any, ...]
+    message: Message[Any]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The result of a call, or the exception it raised."""
+    """The answer to a call, or the exception it raised."""
 
     call_id: int
     value: Any

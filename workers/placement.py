@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dp_runtime.config import EngineConfig
-from workers.messages import ONE_HOST
+from dp_runtime.parallel.transports import TRANSPORTS
 
 GPU_DOMAIN = "ray.io/gpu-domain"  # the label of the nodes whose GPUs one NVLink network joins
 _SHARES = 10_000  # Ray counts resources in ten-thousandths
@@ -34,7 +34,9 @@ def strategy_of(config: EngineConfig, nodes: Sequence[Mapping[str, Any]]) -> dic
     for all of them when it is empty; else few hosts.
     """
     gpus = config.device == "cuda"
-    if config.collective in ONE_HOST or (gpus and config.ranks_per_gpu > 1):
+    transport = TRANSPORTS.get(config.collective)  # None for auto, which goes by the hosts
+    one_host = transport is not None and not transport.spans_hosts
+    if one_host or (gpus and config.ranks_per_gpu > 1):
         return {"strategy": "STRICT_PACK"}
     rooms: dict[str, int] = {}
     for node in nodes:

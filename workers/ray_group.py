@@ -8,18 +8,19 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from logging import WARNING
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from collectives.session import session_token
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from workers.devices import resolve_device
 from workers.group import WorkerGroup
-from workers.messages import CONCURRENCY_GROUPS
+from workers.messages import ConcurrencyGroup, Message
 from workers.placement import bundle_of, cpus_for, strategy_of
 from workers.worker import Worker
 
 PLACEMENT_S = 60.0
+Answer = TypeVar("Answer")
 # What the driver's environment says about GPUs and their network holds for the ranks too.
 PASSED_ON = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "FLASHINFER_", "CUDA_MODULE_")
 
@@ -31,9 +32,9 @@ class RayRank:
         self.dp_rank = dp_rank
         self._actor = actor
 
-    def call(self, method: str, *args: Any) -> Future[Any]:
-        outer: Future[Any] = Future()
-        answer = getattr(self._actor, method).remote(*args)
+    def call(self, message: Message[Answer]) -> Future[Answer]:
+        outer: Future[Answer] = Future()
+        answer = getattr(self._actor, message.group).remote(message)
         answer.future().add_done_callback(lambda done: self._pass_on(done, outer))
         return outer
 
@@ -152,15 +153,18 @@ def _actor(config: EngineConfig, dp_rank: int, placement: Any) -> RayRank:
 
 
 def _actor_class() -> Any:
-    """The Worker with a lane for each method; Ray Client has no options of single calls."""
+    """Make the Worker an actor with a method, and a thread, for each group of messages.
+
+    A method's group is part of its class: Ray Client has no options of single calls.
+    """
     import ray
 
-    def in_its_lane(name: str) -> Any:
-        def call(self: Worker, *args: Any) -> Any:
-            return getattr(Worker, name)(self, *args)
+    def method(group: ConcurrencyGroup) -> Any:
+        def answer(self: Worker, message: Message[Any]) -> Any:
+            return self.answer(message)
 
-        return ray.method(concurrency_group=CONCURRENCY_GROUPS[name])(call)
+        return ray.method(concurrency_group=group.value)(answer)
 
     title = f"Rank_{session_token()}"  # how `ps` shows the actor's process
-    rank_class = type(title, (Worker,), {name: in_its_lane(name) for name in CONCURRENCY_GROUPS})
-    return ray.remote(concurrency_groups=dict.fromkeys(CONCURRENCY_GROUPS.values(), 1))(rank_class)
+    methods = {group.value: method(group) for group in ConcurrencyGroup}
+    return ray.remote(concurrency_groups=dict.fromkeys(methods, 1))(type(title, (Worker,), methods))

@@ -6,7 +6,8 @@ that rank stopped, nobody could read the alarm.
 
 from __future__ import annotations
 
-import secrets
+import hashlib
+import hmac
 import selectors
 import socket
 import threading
@@ -39,7 +40,8 @@ class AbortChannel:
     """Connects to all ranks through `store`, then calls on_alarm(reason) if a peer sounds.
 
     Raises TimeoutError or a store error if a rank does not come within timeout_s. Connections
-    that do not know the token of the group are dropped.
+    that do not know the group's secret are dropped; it comes through the launcher, never through
+    the store, which whoever reaches its port can read.
     """
 
     def __init__(
@@ -49,11 +51,12 @@ class AbortChannel:
         dp_size: int,
         address: str,
         timeout_s: float,
+        secret: bytes,
         on_alarm: Callable[[str], None],
     ) -> None:
         self._on_alarm = on_alarm
         self._all_left = threading.Event()
-        self._peers = _connect_all(store, dp_rank, dp_size, address, timeout_s)
+        self._peers = _connect_all(store, dp_rank, dp_size, address, timeout_s, secret)
         self._quit, self._quit_seen = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="alarm-line", daemon=True)
         self._thread.start()
@@ -104,16 +107,14 @@ class AbortChannel:
 
 
 def _connect_all(
-    store: Store, dp_rank: int, dp_size: int, address: str, timeout_s: float
+    store: Store, dp_rank: int, dp_size: int, address: str, timeout_s: float, secret: bytes
 ) -> list[socket.socket]:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=dp_size) as listener:
         listener.settimeout(timeout_s)
         store.set_timeout(timedelta(seconds=timeout_s))
-        if dp_rank == 0:
-            store.set("alarm/token", secrets.token_hex(_TOKEN_BYTES // 2))
         store.set(f"alarm/{dp_rank}", str(listener.getsockname()[1]) + " " + address)
-        token = store.get("alarm/token")
+        token = hashlib.sha256(secret).digest()[:_TOKEN_BYTES]
         peers = []
         for rank in range(dp_rank):
             port, host = store.get(f"alarm/{rank}").decode().split()
@@ -123,7 +124,7 @@ def _connect_all(
         while len(peers) < dp_size - 1:
             peer, _ = listener.accept()
             peer.settimeout(timeout_s)
-            if _receive(peer, _TOKEN_BYTES) == token:
+            if hmac.compare_digest(_receive(peer, _TOKEN_BYTES), token):
                 peers.append(peer)
             else:
                 peer.close()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from collectives.rows import split, summing_dtype
 from dp_runtime.parallel.agreement import RECORD_WORDS, StepRecord
@@ -28,6 +32,18 @@ class GlooGroup(Protocol):
     def abort(self, dp_rank: int, reason: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+def make_gloo(store: Store, dp_rank: int, dp_size: int, address: str, timeout_s: float) -> Any:
+    """Connect a Gloo group that listens on one address, or where GLOO_SOCKET_IFNAME says."""
+    gloo: Any = dist.ProcessGroupGloo
+    timeout = timedelta(seconds=timeout_s)
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return gloo(store, dp_rank, dp_size, timeout)
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
+    options._timeout = timeout
+    return gloo(store, dp_rank, dp_size, options)
 
 
 class GlooRows:

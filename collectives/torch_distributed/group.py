@@ -12,18 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from socket import socket
 from typing import Any, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from collectives.rows import check_gather, check_reduce_scatter
 from collectives.torch_distributed.abort_channel import AbortChannel, own_address
-from collectives.torch_distributed.gloo import GlooBoard, GlooRows
+from collectives.torch_distributed.gloo import GlooBoard, GlooRows, make_gloo
 from collectives.torch_distributed.nccl import NcclRows, set_environment
+from collectives.torch_distributed.store import empty_store, open_store
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, StartError, require
 from dp_runtime.parallel.collective import Counts
 
@@ -39,6 +39,7 @@ class TorchDistributedGroup:
     init_method: file:///path (one host) or tcp://host:port, the same for all ranks and new for
     every group. backend "nccl" moves rows of `device` over NCCL; counts, barriers and records
     always go over Gloo. timeout_s bounds every wait of a step, attach_timeout_s the start.
+    secret lets ranks in; with tcp, rank 0 hosts the store, on `listener` if it listens already.
     Raises StartError if the ranks do not come together.
     """
 
@@ -51,6 +52,8 @@ class TorchDistributedGroup:
         backend: str = "gloo",
         device: torch.device = _CPU,
         attach_timeout_s: float = 60.0,
+        secret: str = "",
+        listener: socket | None = None,
     ) -> None:
         require(backend in ("gloo", "nccl"), "backend", backend, "gloo or nccl")
         require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
@@ -62,10 +65,10 @@ class TorchDistributedGroup:
         self._undertaker: threading.Thread | None = None
         if backend == "nccl":
             set_environment()
-        store = self._meet(init_method, dp_rank, dp_size, attach_timeout_s)
-        place = (dp_rank, dp_size, timedelta(seconds=timeout_s + _SLACK_S))
+        store = self._meet(init_method, dp_rank, dp_size, attach_timeout_s, secret, listener)
+        place = (dp_rank, dp_size, own_address(init_method), timeout_s + _SLACK_S)
         for name in ("control", "board"):
-            self._backends[name] = dist.ProcessGroupGloo(PrefixStore(name, store), *place)
+            self._backends[name] = make_gloo(PrefixStore(name, store), *place)
         if backend == "nccl":
             rows_store, timeouts = PrefixStore("rows", store), (timeout_s, attach_timeout_s)
             try:
@@ -76,6 +79,10 @@ class TorchDistributedGroup:
         rows = self._nccl or GlooRows(self, dp_rank)
         self.collective = TorchDistributedCollective(self, rows, dp_rank, dp_size)
         self.board = GlooBoard(self, dp_rank, dp_size)
+        if init_method.startswith("tcp:"):
+            self.collective.barrier()  # all have met: NCCL's communicators are made as well
+            if dp_rank == 0:
+                empty_store(store)
 
     def raise_if_failed(self) -> None:
         """Raise CollectiveAborted or CollectiveTimeout if this group can not be used any more."""
@@ -150,12 +157,19 @@ class TorchDistributedGroup:
         self._undertaker.join(_SLACK_S)
         self._alarm.close()
 
-    def _meet(self, init_method: str, dp_rank: int, dp_size: int, timeout_s: float) -> Store:
+    def _meet(
+        self,
+        init_method: str,
+        dp_rank: int,
+        dp_size: int,
+        timeout_s: float,
+        secret: str,
+        listener: socket | None,
+    ) -> Store:
         try:
-            wait = timedelta(seconds=timeout_s)
-            store: Store = next(rendezvous(init_method, dp_rank, dp_size, timeout=wait))[0]
-            address = own_address(init_method)
-            self._alarm = AbortChannel(store, dp_rank, dp_size, address, timeout_s, self._hear)
+            store = open_store(init_method, dp_rank, dp_size, timeout_s, listener)
+            place = (dp_rank, dp_size, own_address(init_method), timeout_s)
+            self._alarm = AbortChannel(store, *place, secret.encode(), self._hear)
         except (OSError, RuntimeError) as error:
             raise StartError(
                 f"rank {dp_rank} of {dp_size} could not meet the others at {init_method} "

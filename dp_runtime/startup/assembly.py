@@ -154,6 +154,7 @@ def assemble(
     loaded: LoadedRank,
     board: StepBoard,
     collective: RowCollective,
+    epoch: int = 0,
 ) -> StepLoop:
     """Put the step loop of a loaded rank together; all ranks do so at the same time."""
     device, model = torch.device(plan.device), plan.model
@@ -165,7 +166,8 @@ def assemble(
     )
     programs = config.programs
     coordinator = StepCoordinator(
-        board, collective, ExecutionPolicy(PaddingPolicy(mode, cost)), programs=programs,
+        board, collective, ExecutionPolicy(PaddingPolicy(mode, cost)), epoch=epoch,
+        programs=programs,
         policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
     )  # fmt: skip
     scheduler, sampler = Scheduler(plan.pages, plan.limits), Sampler(model.vocab_size, device)

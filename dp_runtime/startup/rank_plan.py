@@ -21,6 +21,7 @@ from dp_runtime.layers.moe_kernels import choose_moe_backend
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.registry import read_model_config
+from dp_runtime.parallel.transports import choose_transport
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.speculative.draft import DraftConfig, read_draft_config
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, rank_memory
@@ -197,13 +198,19 @@ def choose_graphs(
 
     Raises ValueError if the config asks for graphs that can't be captured.
     """
-    shares = config.collective == "auto" and config.ranks_per_gpu > 1
+    transport = choose_transport(  # on several hosts auto takes another one that can be captured
+        config.collective,
+        "cuda",
+        threads=config.launcher == "thread",
+        shared_gpus=config.ranks_per_gpu > 1,
+        one_host=True,
+    )
     hindrances = {
         "device cpu has none": device == "cpu",
-        "ranks that are threads meet on the host": config.launcher == "thread",
+        "ranks that are threads meet on the host": transport.in_process,
         f"attention_backend {backend} plans each pass on the host": backend != "trtllm",
         f"moe_backend {moe_backend} reads sizes back to the host": moe_backend != "triton",
-        "rows go through host memory": shares or config.collective == "shared_memory",
+        "rows go through host memory": not (transport.capturable or transport.in_process),
         "check_device_values reads inputs back": config.check_device_values,
     }
     reasons = [reason for reason, holds in hindrances.items() if holds]

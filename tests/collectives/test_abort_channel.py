@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ import pytest
 from torch.distributed import FileStore
 
 from collectives.torch_distributed.abort_channel import AbortChannel
+
+SECRET = b"of these three"
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def lines(tmp_path: Path, heard: list[str]) -> Iterator[list[AbortChannel]]:
 
     def connect(rank: int) -> None:
         store = FileStore(str(tmp_path / "store"), 3)
-        lines.append(AbortChannel(store, rank, 3, "127.0.0.1", 10.0, heard.append))
+        lines.append(AbortChannel(store, rank, 3, "127.0.0.1", 10.0, SECRET, heard.append))
 
     threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -79,3 +83,28 @@ def test_an_alarm_is_heard_after_a_peer_has_left(
     while len(heard) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert heard == ["rank 1 is lost"] * 2
+
+
+def test_a_connection_without_the_secret_is_dropped_and_the_store_does_not_tell_it(
+    tmp_path: Path, heard: list[str]
+) -> None:
+    path, lines = str(tmp_path / "store"), []
+
+    def connect(rank: int) -> None:
+        place = (rank, 2, "127.0.0.1", 10.0)
+        lines.append(AbortChannel(FileStore(path, 2), *place, SECRET, heard.append))
+
+    first = threading.Thread(target=connect, args=(0,))
+    first.start()
+    store = FileStore(path, 2)
+    port, host = store.get("alarm/0").decode().split()
+    assert not store.check(["alarm/token"])
+    with socket.create_connection((host, int(port)), 10.0) as stranger:
+        stranger.sendall(hashlib.sha256(b"a guess").digest()[:16])
+        assert stranger.recv(1) == b"", "the rank hangs up"
+    assert first.is_alive()
+    connect(1)
+    first.join(10)
+    assert len(lines) == 2
+    for line in lines:
+        line.close()

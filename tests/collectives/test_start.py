@@ -6,10 +6,14 @@ import os
 import socket
 import stat
 import time
+from datetime import timedelta
 from pathlib import Path
+from urllib.parse import urlparse
 
+import psutil
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from collectives.in_process import InProcessGroup
 from collectives.shared_memory import rendezvous
@@ -142,6 +146,27 @@ def test_ranks_meet_over_tcp(ranks: Ranks) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     ranks.run("torch_distributed", 3, boards.exchange_case, 5, address=address)
+
+
+def store_case(c: RowCollective, board: StepBoard, address: str) -> tuple[list[str], list[str]]:
+    """The keys in the ranks' store once all have met, and where this process listens."""
+    c.barrier()
+    url = urlparse(address)
+    store = TCPStore(str(url.hostname), url.port or 0, None, False, timedelta(seconds=5))
+    listening = psutil.Process().net_connections("tcp")
+    hosts = {line.laddr.ip for line in listening if line.status == psutil.CONN_LISTEN}
+    keys = [key for key in store.list_keys() if not key.startswith("init/")]
+    c.barrier()
+    return keys, sorted(hosts)
+
+
+def test_the_store_of_one_host_is_local_and_left_empty(ranks: Ranks) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    told = ranks.run("torch_distributed", 3, store_case, address, address=address)
+    assert [keys for keys, _ in told] == [[]] * 3
+    assert told[0][1] == ["127.0.0.1"]
+    assert all(set(hosts) <= {"127.0.0.1"} for _, hosts in told)
 
 
 def test_torch_distributed_says_who_could_not_meet(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from collectives.torch_distributed.group import TorchDistributedGroup
 from dp_runtime.parallel.agreement import StepRecord
 from dp_runtime.parallel.collective import RowCollective
 from tests.collectives.ranks import outcome
-from workers.links import Communicator
+from workers.communicators import Communicator
 
 TIMEOUT_S = 3.0
 HIDDEN = 2048

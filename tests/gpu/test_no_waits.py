@@ -13,7 +13,7 @@ from dp_runtime import EngineConfig, SamplingParams
 from dp_runtime.core.request import RankRequest
 from dp_runtime.runner.step_runner import StepRunner
 from tests.checkpoints import add_mtp, tiny_checkpoint
-from workers.messages import MeetingPoint
+from workers.messages import Rendezvous
 from workers.worker import Worker
 
 PROMPTS = ((1, 2, 3), (4,) * 40, (5, 6) * 70)
@@ -43,7 +43,7 @@ def serve(model: str, graphs: bool, num_steps: int) -> None:
         worker = Worker(0, config, "cuda:0")
         worker.prepare()
         worker.load()
-        worker.serve(MeetingPoint("peer_to_peer", f"{at}/meeting"))
+        worker.join(Rendezvous("peer_to_peer", f"{at}/meeting"))
         guarded["on"] = True
         worker.submit(
             [

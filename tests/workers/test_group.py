@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from collectives.session import session_token
 from dp_runtime import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.status import RankHealth, RankState
+from workers.communicators import cluster_address, open_rendezvous
 from workers.devices import resolve_device
-from workers.group import WorkerGroup, _meeting_point
-from workers.messages import HostInfo, MeetingPoint, Polled
+from workers.group import WorkerGroup, transport_of
+from workers.messages import HostInfo, Join, Message, OpenRendezvous, Polled, Rendezvous
 
 HUNG = "never answers"
 
@@ -30,13 +32,16 @@ class FakeRank:
     dp_rank: int
     answers: dict[str, Any] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    messages: list[Message[Any]] = field(default_factory=list)
     killed: int = 0
-    on_serve: Callable[[MeetingPoint], Any] = lambda point: None
+    on_join: Callable[[Any], Any] = lambda point: None
 
-    def call(self, method: str, *args: Any) -> Future[Any]:
+    def call(self, message: Message[Any]) -> Future[Any]:
+        method = message.name
         self.calls.append(method)
-        if method == "serve":
-            self.on_serve(*args)
+        self.messages.append(message)
+        if isinstance(message, Join):
+            self.on_join(message.rendezvous)
         future: Future[Any] = Future()
         match self.answers.get(method):
             case "never answers":
@@ -52,9 +57,9 @@ class FakeRank:
 
 
 def group_of(*answers: dict[str, Any], **fields: Any) -> tuple[WorkerGroup, list[FakeRank]]:
-    host = HostInfo(0, "a", "10.0.0.1", 5000, "/dev/shm")
+    host = HostInfo(0, "a")
     ranks = [
-        FakeRank(rank, {"prepare": host, "health": RankHealth(rank, RankState.LOADING)} | one)
+        FakeRank(rank, {"prepare": host, "readhealth": RankHealth(rank, RankState.LOADING)} | one)
         for rank, one in enumerate(answers)
     ]
     config = EngineConfig("x", dp_size=len(ranks), **fields)
@@ -90,7 +95,7 @@ def test_errors_of_a_start_are_one_message(answers: Any, kind: Any, message: str
     assert time.monotonic() - started < 2.5
     assert [rank.killed for rank in ranks] == [1] * len(ranks)
     assert released == [True]
-    assert all("serve" not in rank.calls for rank in ranks)
+    assert all("join" not in rank.calls for rank in ranks)
 
 
 def test_the_first_failure_counts_and_the_others_are_told() -> None:
@@ -118,26 +123,22 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
 
 def test_health_of_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.group.STATUS_S", 0.2)
-    group, _ = group_of({"health": HUNG}, {"health": RankFailed("rank 1 ended")})
+    group, _ = group_of({"readhealth": HUNG}, {"readhealth": RankFailed("rank 1 ended")})
     hung, dead = group.health()
     assert (hung.state, hung.error) == (RankState.UNREACHABLE, "does not answer")
     assert (dead.state, dead.error) == (RankState.UNREACHABLE, "rank 1 ended")
     with pytest.raises(StartError, match=r"ranks \[0\] did not finish"):
-        group_of({"totals": HUNG})[0].totals()
+        group_of({"readtotals": HUNG})[0].totals()
 
 
-def host(rank: int, name: str) -> HostInfo:
-    return HostInfo(rank, name, f"10.0.0.{rank}", 5000 + rank, "/dev/shm")
+def hosts_of(names: str) -> list[HostInfo]:
+    return [HostInfo(rank, name) for rank, name in enumerate(names)]
 
 
 @pytest.mark.parametrize("fields", [{"device": "cpu"}, {"device": "cuda", "ranks_per_gpu": 2}])
 def test_ranks_of_one_host_meet_in_shared_memory(fields: dict[str, Any]) -> None:
     config = EngineConfig("x", dp_size=2, **fields)
-    point = _meeting_point(config, [host(0, "a"), host(1, "a")], None)
-    assert point.kind == "shared_memory"
-    assert point.address.startswith("/dev/shm/dp-runtime-")
-    again = _meeting_point(config, [host(0, "a"), host(1, "a")], None)
-    assert again.address != point.address
+    assert transport_of(config, hosts_of("aa")).name == "shared_memory"
 
 
 @pytest.mark.parametrize(
@@ -150,16 +151,44 @@ def test_ranks_of_one_host_meet_in_shared_memory(fields: dict[str, Any]) -> None
     ],
 )
 def test_other_ranks_meet_at_the_first_one(hosts: str, fields: dict[str, Any]) -> None:
+    """Rank 0 opens the rendezvous, and on one host nobody else's can reach it."""
     config = EngineConfig("x", dp_size=2, **fields)
-    point = _meeting_point(config, [host(rank, name) for rank, name in enumerate(hosts)], None)
-    assert point == MeetingPoint("torch_distributed", "tcp://10.0.0.0:5000")
+    assert transport_of(config, hosts_of(hosts)).name == "torch_distributed"
+    group, ranks = group_of({}, {}, start_timeout_s=5.0, **fields)
+    met = Rendezvous("torch_distributed", "tcp://10.0.0.0:5000", "secret")
+    for rank, name in zip(ranks, hosts):
+        rank.answers |= {"prepare": HostInfo(rank.dp_rank, name), "openrendezvous": met}
+    group.start(show_progress=False)
+    opened = [call for rank in ranks for call in rank.messages if isinstance(call, OpenRendezvous)]
+    assert opened == [OpenRendezvous("torch_distributed", one_host=hosts == "aa")]
+    joined = [call for rank in ranks for call in rank.messages if isinstance(call, Join)]
+    assert joined == [Join(met, epoch=0)] * 2
+    assert "secret" not in repr(joined)
+
+
+def test_shared_memory_is_a_new_directory_each_time() -> None:
+    first, second = (open_rendezvous("shared_memory", True).rendezvous for _ in range(2))
+    assert first.address.startswith(f"/dev/shm/dp-runtime-{session_token()}-")
+    assert first.address != second.address
+
+
+@pytest.mark.parametrize("one_host", [True, False])
+def test_a_store_is_reachable_from_where_the_ranks_are(one_host: bool) -> None:
+    opened = open_rendezvous("torch_distributed", one_host)
+    assert opened.listener is not None
+    with opened.listener as listener:
+        host, port = listener.getsockname()
+    assert opened.rendezvous.address == f"tcp://{host}:{port}"
+    assert host == ("127.0.0.1" if one_host else cluster_address())
+    assert len(opened.rendezvous.secret) == 32
 
 
 def test_a_rendezvous_that_was_not_left_is_removed(tmp_path: Path) -> None:
     """Ranks that are killed while they attach leave names behind."""
-    host = HostInfo(0, "a", "10.0.0.1", 5000, str(tmp_path))
-    group, ranks = group_of({"prepare": host, "serve": HUNG}, device="cpu", start_timeout_s=0.3)
-    ranks[0].on_serve = lambda point: Path(point.address).mkdir()
+    met = Rendezvous("shared_memory", str(tmp_path / "meet"))
+    answers = {"openrendezvous": met, "join": HUNG}
+    group, ranks = group_of(answers, device="cpu", start_timeout_s=0.3)
+    ranks[0].on_join = lambda point: Path(point.address).mkdir()
     with pytest.raises(StartError):
         group.start(show_progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -167,15 +196,15 @@ def test_a_rendezvous_that_was_not_left_is_removed(tmp_path: Path) -> None:
 
 def test_gpu_ranks_of_one_host_meet_there_too() -> None:
     config = EngineConfig("x", dp_size=2, device="cuda")
-    point = _meeting_point(config, [host(0, "a"), host(1, "a")], None)
-    assert point.kind == "peer_to_peer"
-    assert point.in_host_memory
+    transport = transport_of(config, hosts_of("aa"))
+    assert transport.name == "peer_to_peer"
+    assert Rendezvous(transport.name, "").in_host_memory
 
 
 def test_shared_memory_of_several_hosts_is_refused() -> None:
     config = EngineConfig("x", dp_size=2, collective="shared_memory")
     with pytest.raises(ValueError, match=r"collective: 'shared_memory' .* on \['a', 'b'\]"):
-        _meeting_point(config, [host(0, "a"), host(1, "b")], None)
+        transport_of(config, hosts_of("ab"))
 
 
 @pytest.mark.parametrize(

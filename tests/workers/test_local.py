@@ -24,7 +24,7 @@ from dp_runtime.metrics.status import RankState
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
-from workers.messages import Call, MeetingPoint
+from workers.messages import Call, Join, Load, Prepare, Rendezvous
 
 
 @pytest.fixture(scope="module", params=["thread", "local"])
@@ -234,10 +234,10 @@ def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path
     meeting = tmp_path / "meeting"
     with Connection(ours.detach()) as driver:  # closing it ends the rank, also if the test fails
         driver.send((0, EngineConfig(str(model), dp_size=2, num_pages=1100), "cpu"))
-        for call_id, method in enumerate(("prepare", "load")):
-            driver.send(Call(call_id, method, ()))
+        for call_id, message in enumerate((Prepare(), Load())):
+            driver.send(Call(call_id, message))
             assert driver.recv().error is None
-        driver.send(Call(2, "serve", (MeetingPoint("shared_memory", str(meeting)),)))
+        driver.send(Call(2, Join(Rendezvous("shared_memory", str(meeting)), epoch=0)))
         wait_until(lambda: (meeting / "region").exists(), "the rank waits")
     assert process.wait(2) == 0
     assert not meeting.exists()

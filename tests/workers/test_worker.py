@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,13 @@ from collectives.in_process import InProcessGroup
 from collectives.shared_memory.group import new_rendezvous_path
 from dp_runtime import EngineConfig, FinishReason, SamplingParams
 from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.errors import StartError
 from dp_runtime.kernels.builds import JitModule
 from dp_runtime.metrics.status import RankState
 from tests.checkpoints import oracle, tiny_checkpoint
 from tests.workers.engines import ENDLESS
 from tests.workers.leftovers import wait_until
-from workers.messages import MeetingPoint
+from workers.messages import AnyRendezvous, InProcessRendezvous, Rendezvous
 from workers.worker import Worker
 
 LONG = SamplingParams(max_tokens=1500, temperature=0.0, ignore_eos=True)
@@ -33,12 +35,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["in_process", "shared_memory"])
 def worker(request: pytest.FixtureRequest, directory: Path) -> Iterator[Worker]:
-    worker, point = new_worker(directory), MeetingPoint("in_process", "", InProcessGroup(1, 10.0))
+    worker = new_worker(directory)
+    point: AnyRendezvous = InProcessRendezvous(InProcessGroup(1, 10.0))
     if request.param == "shared_memory":
-        point = MeetingPoint("shared_memory", new_rendezvous_path())
+        point = Rendezvous("shared_memory", new_rendezvous_path())
     worker.prepare()
     worker.load()
-    worker.serve(point)
+    worker.join(point)
     yield worker
     worker.stop()
 
@@ -69,14 +72,14 @@ def test_from_start_to_stop(directory: Path) -> None:
     assert worker.trace() == ()
     host = worker.prepare()
     assert host.dp_rank == 0
-    assert 0 < host.free_port < 65536
+    assert host.host == socket.gethostname()
     assert worker.health().bytes_total > 0
     info = worker.load()
     health = worker.health()
     assert health.state is RankState.READY
     assert health.bytes_read == health.bytes_total == info.bytes_read
     assert (info.vocab_size, info.hidden_size, info.eos_token_ids) == (199, 64, (0,))
-    worker.serve(MeetingPoint("in_process", "", InProcessGroup(1, 10.0)))
+    worker.join(InProcessRendezvous(InProcessGroup(1, 10.0)))
     wait_until(lambda: worker.health().state is RankState.IDLE, "idle")
     assert worker.health().pid == os.getpid()
     assert worker.poll(0.0).progress == []
@@ -102,6 +105,53 @@ def test_tokens_are_those_of_the_oracle(worker: Worker, directory: Path) -> None
     assert [step.passes[0].real_rows for step in steps] == [(5,)] + [(1,)] * 11
     assert worker.totals().output_tokens == 12
     assert worker.health().last_step >= 11
+
+
+def test_a_rank_that_left_joins_again_without_loading(worker: Worker) -> None:
+    """Two epochs of one rank give the same tokens; each step's record has its epoch."""
+    loaded = worker.health()
+    tokens: list[list[int]] = []
+    for epoch in (0, 7):
+        if epoch:
+            rendezvous = worker.open_rendezvous("shared_memory", one_host=True)
+            worker.join(rendezvous, epoch)
+        request = request_of(1, [5, 17, 100], SamplingParams(max_tokens=8, temperature=0.0))
+        worker.submit([request])
+        told = poll_until_done(worker, 1)
+        tokens.append([token for item in told for token in item.token_ids])
+        assert [step.epoch for step in worker.trace()] == [epoch] * 8
+        assert worker.health().epoch == epoch
+        wait_until(lambda: worker.health().state is RankState.IDLE, "idle")
+        worker.leave()
+        health = worker.health()
+        assert (health.state, health.last_step) == (RankState.READY, -1)
+        assert (health.bytes_read, health.load_s) == (loaded.bytes_read, loaded.load_s)
+        assert worker.trace() == ()
+        with pytest.raises(AssertionError, match="rank 0 has not joined"):
+            worker.submit([request])
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 8
+    worker.leave()  # once more changes nothing
+
+
+def test_a_rank_that_could_not_join_joins_elsewhere(directory: Path, tmp_path: Path) -> None:
+    worker = new_worker(directory, start_timeout_s=0.3, dp_size=2)
+    worker.prepare()
+    worker.load()
+    with pytest.raises(StartError, match="for ranks 1"):
+        worker.join(Rendezvous("shared_memory", str(tmp_path / "meet")), 1)
+    assert worker.health().state is RankState.READY
+    group = InProcessGroup(2, 5.0)
+    worker.join(InProcessRendezvous(group), 2)
+    assert worker.health().epoch == 2
+    worker.abandon("the test is over")
+    wait_until(lambda: worker.health().state is RankState.FAILED, "failed")
+    worker.stop()
+
+
+def test_an_unknown_message_is_refused(directory: Path) -> None:
+    with pytest.raises(AssertionError, match="no message to a rank: 'prepare'"):
+        new_worker(directory).answer("prepare")  # type: ignore[arg-type]
 
 
 def test_abort_ends_a_request_and_no_other(worker: Worker) -> None:
@@ -143,8 +193,8 @@ def test_calls_in_a_wrong_order(directory: Path) -> None:
         new_worker(directory).load()
     worker = new_worker(directory)
     worker.prepare()
-    with pytest.raises(AssertionError, match="load comes before serve"):
-        worker.serve(MeetingPoint("in_process", "", InProcessGroup(1, 1.0)))
+    with pytest.raises(AssertionError, match="load comes before join"):
+        worker.join(InProcessRendezvous(InProcessGroup(1, 1.0)))
     worker.stop()  # never served: there is nothing to wait for
 
 

@@ -32,8 +32,8 @@ from dp_runtime.startup.graph_capture import MakeBuckets, capture
 from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.harness.kernel_profile import Profile
 from examples.benchmarks.harness.spawned import run_spawned
-from workers.links import Communicator, connect
-from workers.messages import MeetingPoint
+from workers.communicators import Communicator, connect
+from workers.messages import Rendezvous
 
 TOKENS = (100, 150_000)  # keeps clear of special tokens
 IDS_A_RANK = 1_000_000
@@ -159,7 +159,7 @@ class SteppedRank:
             builds.wait()
         kind = config.collective
         kind = ("peer_to_peer" if cuda else "shared_memory") if kind == "auto" else kind
-        self.links: Communicator = connect(MeetingPoint(kind, directory), dp_rank, config, device)
+        self.links: Communicator = connect(Rendezvous(kind, directory), dp_rank, config, device)
         board, collective = self.links.board, self.links.collective
         self.loop: StepLoop = assemble(config, plan, loaded, board, collective)
         if cuda:

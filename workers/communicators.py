@@ -1,0 +1,104 @@
+"""A rank's connection to the other ranks, whichever transport carries it."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from collectives.shared_memory.group import new_rendezvous_path
+from dp_runtime.config import EngineConfig
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.step_board import StepBoard
+from dp_runtime.parallel.transports import TRANSPORTS
+from workers.messages import AnyRendezvous, InProcessRendezvous, Rendezvous
+
+LOOPBACK = "127.0.0.1"
+
+
+class Communicator(Protocol):
+    """A rank's collective and board, which live and end together."""
+
+    @property
+    def collective(self) -> RowCollective: ...
+
+    @property
+    def board(self) -> StepBoard: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class InProcessCommunicator:
+    """The collective and board of a rank that is a thread beside the others."""
+
+    collective: RowCollective
+    board: StepBoard
+
+    def close(self) -> None:
+        self.collective.close()
+        self.board.close()
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedRendezvous:
+    """A rendezvous on the host of the rank that opened it, and what the rank listens on there."""
+
+    rendezvous: Rendezvous
+    listener: socket.socket | None = None
+
+
+def open_rendezvous(transport: str, one_host: bool) -> OpenedRendezvous:
+    """Make a new place to meet; only ranks of this host can reach it if all of them are here."""
+    if not TRANSPORTS[transport].spans_hosts:
+        return OpenedRendezvous(Rendezvous(transport, new_rendezvous_path()))
+    host = LOOPBACK if one_host else cluster_address()
+    listener = socket.create_server((host, 0))
+    address = f"tcp://{host}:{listener.getsockname()[1]}"
+    return OpenedRendezvous(Rendezvous(transport, address, secrets.token_hex(16)), listener)
+
+
+def connect(
+    rendezvous: AnyRendezvous,
+    dp_rank: int,
+    config: EngineConfig,
+    device: torch.device,
+    listener: socket.socket | None = None,
+) -> Communicator:
+    """Meet the other ranks; every later wait is bounded by the config's step timeout."""
+    if isinstance(rendezvous, InProcessRendezvous):
+        group = rendezvous.group
+        return InProcessCommunicator(group.collective(dp_rank), group.board(dp_rank))
+    place = (rendezvous.address, dp_rank, config.dp_size, config.step_timeout_s)
+    attach_timeout_s = config.start_timeout_s
+    match rendezvous.transport:
+        case "shared_memory":
+            from collectives.shared_memory.group import SharedMemoryGroup
+
+            return SharedMemoryGroup(*place, attach_timeout_s=attach_timeout_s)
+        case "peer_to_peer":
+            from collectives.peer_to_peer.group import PeerToPeerGroup
+
+            return PeerToPeerGroup(*place, device, attach_timeout_s=attach_timeout_s)
+        case "torch_distributed":
+            from collectives.torch_distributed.group import TorchDistributedGroup
+
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            return TorchDistributedGroup(
+                *place, backend, device, attach_timeout_s, rendezvous.secret, listener
+            )
+        case transport:
+            raise AssertionError(f"no transport {transport!r}")
+
+
+def cluster_address() -> str:
+    """Return the address other hosts reach this one by; loopback on a host without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # NOTE: sends nothing; it only picks the interface
+        except OSError:
+            return LOOPBACK
+        return str(probe.getsockname()[0])

@@ -1,0 +1,227 @@
+"""The life of a rank as values: Prepared -> Loaded -> Connected -> Joined, and back to Loaded."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from dataclasses import dataclass, replace
+from socket import socket
+from time import monotonic
+
+import torch
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import CollectiveAborted
+from dp_runtime.kernels.builds import KernelBuilds, forbid_compilation
+from dp_runtime.metrics.memory import MemoryUse, RankMemory
+from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
+from dp_runtime.runner.step_loop import StepLoop
+from dp_runtime.startup.assembly import LoadedRank, assemble, kernels_of, load_rank, profile
+from dp_runtime.startup.graph_capture import capture
+from dp_runtime.startup.rank_plan import RankPlan, plan_rank
+from workers.communicators import Communicator, connect
+from workers.mailbox import Mailbox
+from workers.messages import AnyRendezvous
+
+STOP_S = 5.0
+
+
+@dataclass(eq=False)
+class StartProgress:
+    """How far a rank is before it serves; written by its start, read by `health` meanwhile."""
+
+    state: RankState = RankState.STARTING
+    bytes_loaded: int = 0
+    builds: KernelBuilds | None = None
+    graphs_captured: int = 0
+    graphs_total: int = 0
+
+    def add_bytes(self, count: int) -> None:
+        self.bytes_loaded += count
+
+    def count_graphs(self, captured: int, total: int) -> None:
+        self.graphs_captured, self.graphs_total = captured, total
+
+    def describe(self, health: RankHealth) -> RankHealth:
+        return replace(
+            health,
+            state=self.state,
+            bytes_loaded=self.bytes_loaded,
+            kernels_built=self.builds.num_built if self.builds else 0,
+            kernels_total=self.builds.total if self.builds else 0,
+            graphs_captured=self.graphs_captured,
+            graphs_total=self.graphs_total,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A rank whose model fits its config."""
+
+    config: EngineConfig
+    dp_rank: int
+    plan: RankPlan
+
+    @classmethod
+    def for_rank(cls, dp_rank: int, config: EngineConfig, device: str) -> Prepared:
+        """Check the model against the config (ValueError) and plan the rank's memory."""
+        return cls(config, dp_rank, plan_rank(config, dp_rank, device))
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.plan.device)
+
+    @property
+    def owns_process(self) -> bool:
+        return self.config.launcher != "thread"
+
+    def load(self, progress: StartProgress) -> Loaded:
+        """Read this rank's weights while its kernels are built."""
+        progress.state = RankState.LOADING
+        progress.builds = KernelBuilds(kernels_of(self.plan), self.device)
+        with progress.builds as builds:
+            rank = load_rank(self.config, self.plan, progress.add_bytes)
+            progress.state = RankState.COMPILING
+            builds.wait()
+        progress.state = RankState.READY
+        return Loaded(self, rank)
+
+    def describe(self, health: RankHealth) -> RankHealth:
+        return replace(
+            health,
+            num_pages=self.plan.pages.num_pages,
+            bytes_total=self.plan.load_bytes,
+            memory=RankMemory(self.dp_rank, self.plan.memory, None),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A rank with weights, pages and kernels, which can join the others any number of times."""
+
+    prepared: Prepared
+    rank: LoadedRank
+
+    def connect(self, rendezvous: AnyRendezvous, epoch: int, listener: socket | None) -> Connected:
+        """Meet the other ranks of an epoch."""
+        prepared = self.prepared
+        communicator = connect(
+            rendezvous, prepared.dp_rank, prepared.config, prepared.device, listener
+        )
+        return Connected(self, communicator, epoch)
+
+    def describe(self, health: RankHealth) -> RankHealth:
+        health = self.prepared.describe(health)
+        return replace(health, bytes_read=self.rank.info.bytes_read, load_s=self.rank.load_s)
+
+
+@dataclass(frozen=True, eq=False)
+class Connected:
+    """A loaded rank that has met the others; it does not step yet."""
+
+    loaded: Loaded
+    communicator: Communicator
+    epoch: int
+
+    def begin(self, progress: StartProgress) -> Joined:
+        """Begin to step, once the device's memory is measured and graphs are captured.
+
+        Both happen at every join: they are events of all ranks, of which some may be new, and the
+        graphs read the communicator's buffers.
+        """
+        prepared, rank = self.loaded.prepared, self.loaded.rank
+        config, plan = prepared.config, prepared.plan
+        loop = assemble(
+            config, plan, rank, self.communicator.board, self.communicator.collective, self.epoch
+        )
+        measured = profile(loop, rank) if prepared.device.type != "cpu" else None
+        graphs = None
+        if plan.graphs:
+            progress.state = RankState.CAPTURING
+            graphs = capture(plan, loop, progress.count_graphs)
+        if prepared.owns_process:
+            gc.collect()
+            gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
+            if prepared.device.type != "cpu":
+                forbid_compilation()
+        return Joined(self, loop, measured, graphs)
+
+    def abandon(self, reason: str) -> None:
+        """Free every rank that waits in a step; does not wait."""
+        self.communicator.board.abort(reason)
+        self.communicator.collective.abort(reason)
+
+    def describe(self, health: RankHealth) -> RankHealth:
+        return replace(self.loaded.describe(health), epoch=self.epoch)
+
+
+class Joined:
+    """A rank that steps with the others, in a thread of its own."""
+
+    def __init__(
+        self,
+        connected: Connected,
+        loop: StepLoop,
+        measured: MemoryUse | None,
+        graphs: GraphUse | None,
+    ) -> None:
+        self.connected, self.loop = connected, loop
+        self.mailbox = Mailbox()
+        self._measured, self._graphs = measured, graphs
+        self._dp_rank = connected.loaded.prepared.dp_rank
+        self._thread = threading.Thread(
+            target=self._run, name=f"dp-rank-{self._dp_rank}", daemon=True
+        )
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Let an idle rank see what is in its mailbox."""
+        self.connected.communicator.board.wake()
+
+    def leave(self) -> Loaded:
+        """Leave the step loop together with the other ranks, or without them after STOP_S."""
+        self.mailbox.stop()
+        self.wake()
+        self._thread.join(STOP_S)
+        if self._thread.is_alive():
+            self.loop.coordinator.abort("it was told to stop")
+            self._thread.join(STOP_S)
+        self.connected.communicator.close()
+        if self.connected.loaded.prepared.owns_process:
+            gc.unfreeze()  # the loop and its graphs are garbage now
+        return self.connected.loaded
+
+    def describe(self, health: RankHealth) -> RankHealth:
+        health, loop = self.connected.describe(health), self.loop
+        step, since = loop.last_finished
+        scheduler = loop.scheduler
+        assert health.memory is not None, "a rank that has joined has a plan"
+        return replace(
+            health,
+            state=self._state,
+            last_step=step,
+            last_step_age_s=monotonic() - since,
+            free_pages=scheduler.allocator.num_free,
+            num_running=len(scheduler.running),
+            num_queued=len(scheduler.waiting) + self.mailbox.num_added,
+            graphs=self._graphs,
+            memory=replace(health.memory, measured=self._measured),
+            error=self.mailbox.error or "",
+        )
+
+    @property
+    def _state(self) -> RankState:
+        if self.mailbox.error is not None:
+            return RankState.FAILED
+        return RankState.IDLE if self.loop.idle.is_set() else RankState.RUNNING
+
+    def _run(self) -> None:
+        device = self.connected.loaded.prepared.device
+        if device.type != "cpu":
+            torch.cuda.set_device(device)
+        try:
+            self.loop.run(self.mailbox.take, self.mailbox.deliver)
+        except CollectiveAborted as error:
+            self.mailbox.fail(str(error))  # it says which rank ended the step, and why
+        except Exception as error:
+            self.mailbox.fail(f"rank {self._dp_rank}: {type(error).__name__}: {error}")
