@@ -9,8 +9,8 @@ from dp_runtime.core.program import SERVING_PROGRAMS, Pass
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.metrics.trace import PassTrace, Recorder, StepTrace, Totals
+from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
-from dp_runtime.scheduler.scheduler_output import StepResult
 from examples.benchmarks.interference import (
     Decoder,
     Driver,
@@ -55,10 +55,10 @@ def test_separate_steps_prefill_once_all_know_and_decode_once_nobody_prefills() 
     scheduler.prefill_agreed = True
     first = scheduler.schedule(PROGRAM)
     assert (first.real_rows, scheduler.queued_tokens) == ((4,), 2)
-    scheduler.commit(first, StepResult([], [], []))
+    scheduler.commit(first, SampledTokens((), ()))
     second = scheduler.schedule(PROGRAM)
     assert (second.real_rows, scheduler.queued_tokens) == ((2,), 0)
-    scheduler.commit(second, StepResult([5], [None], []))
+    scheduler.commit(second, SampledTokens((5,), (None,)))
     assert scheduler.schedule(PROGRAM).real_rows == (0,)  # another rank still prefills
     scheduler.prefill_agreed = False
     assert scheduler.schedule(PROGRAM).real_rows == (1,)

@@ -51,9 +51,9 @@ class Spoiler:
         table, pages = self._scheduler.table, self._scheduler.pages
         dead = torch.ones(pages.num_pages, pages.page_size, dtype=torch.bool)
         for row in self._scheduler.running.tolist():
-            held = table.pages(row)
+            held = self._scheduler.page_table.pages(row)
             positions = torch.arange(len(held) * pages.page_size).view(-1, pages.page_size)
-            dead[held] = positions >= int(table.num_computed[row]) + self._kept
+            dead[held] = positions >= int(table.num_computed_tokens[row]) + self._kept
             for page in held:
                 self.owners[page].add(int(table.request_ids[row]))
         return dead

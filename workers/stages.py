@@ -201,7 +201,7 @@ class Joined:
             state=self._state,
             last_step=step,
             last_step_age_s=monotonic() - since,
-            free_pages=scheduler.allocator.num_free,
+            free_pages=scheduler.num_free_pages,
             num_running=len(scheduler.running),
             num_queued=len(scheduler.waiting) + self.mailbox.num_added,
             graphs=self._graphs,

@@ -14,11 +14,11 @@ class SamplePositions:
     A verification's rows lie together, with its request's next output indices in turn.
     """
 
-    request_ids: Int64  # [n]
+    req_indices: Int64  # [n] rows of the request table
     output_indices: Int64  # [n] which output token of its request this is, from 0
 
     def __len__(self) -> int:
-        return len(self.request_ids)
+        return len(self.req_indices)
 
     def __getitem__(self, some: slice) -> SamplePositions:
-        return SamplePositions(self.request_ids[some], self.output_indices[some])
+        return SamplePositions(self.req_indices[some], self.output_indices[some])

@@ -1,7 +1,8 @@
-"""Drafting: a draft model, and what it keeps on the device between passes and between steps."""
+"""Drafting: a draft model's chains of tokens, and what each request's next chain begins with."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.batch import Int64, LocalBatch
+from dp_runtime.core.request import RankRequest
 from dp_runtime.core.transfer import all_on_device
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graphs import PassOutput
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled
-from dp_runtime.sampling.verify import ForcedAcceptance, Verification
+from dp_runtime.sampling.verify import ForcedAcceptance, LastAccepted, Verification
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from dp_runtime.speculative.draft import DraftModel
 
@@ -28,7 +30,7 @@ class DraftChains:
     num_rejected: Tensor | None  # [requests] int64: bounds minus true lengths; None: no bounds
 
     @property
-    def pending(self) -> FutureTokens:
+    def next_inputs(self) -> FutureTokens:
         """What the next draft pass reads."""
         return FutureTokens(self.tokens[-1], self.hidden, self.num_rejected)
 
@@ -43,44 +45,80 @@ class DraftChains:
         return torch.stack(self.tokens, 1).flatten()
 
 
-class Drafting:
-    """Begins each step's chains, extends them, and keeps what the next step's begin with.
+class DraftState:
+    """What each request's next chain begins with, by row of the request table; a PerRequestState.
 
-    By each request's row of the request table, num_rows in all, it keeps the request's last token,
-    the first draft of its next step, the hidden state that draft came with, and how many tokens
-    the last step's verification fell short of its bound. A request has them once any of its rows
-    went through a draft_extend pass, as those of every prefill chunk and every verification do.
+    It is on the device, where the host learns of it a step later. The draft_extend pass writes it:
+    of every prefill chunk first, so `add` has nothing to prepare.
     """
 
-    def __init__(
-        self,
-        model: DraftModel,
-        forced: ForcedAcceptance | None,
-        num_rows: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, model: DraftModel, num_table_rows: int, device: torch.device) -> None:
         def column() -> Tensor:
-            return torch.zeros(num_rows, dtype=torch.int64, device=device)
+            return torch.zeros(num_table_rows, dtype=torch.int64, device=device)
 
+        self.last_token, self.first_draft, self.num_rejected = column(), column(), column()
+        self.hidden = torch.zeros(
+            num_table_rows, model.hidden_size, dtype=model.dtype, device=device
+        )
+        self._written = np.zeros(num_table_rows, np.bool_)
+
+    @property
+    def device(self) -> torch.device:
+        return self.last_token.device
+
+    def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None:
+        assert not self._written[req_index], f"row {req_index} has the draft state of another"
+
+    def remove(self, req_index: int) -> None:
+        self._written[req_index] = False
+
+    def check(self, req_indices: Sequence[int]) -> None:
+        others = sorted({*self._written.nonzero()[0].tolist()} - {*req_indices})
+        assert not others, f"draft state of rows {others}, which nobody has"
+
+    def read(self, req_indices: Int64, are_bounds: np.ndarray) -> DraftChains:
+        """Chains of one draft; are_bounds [requests] bool: whose last verification is in flight."""
+        assert self._written[req_indices].all(), "a request decodes that drafted nothing yet"
+        rows, mask = all_on_device([req_indices, are_bounds.astype(np.int64)], self.device)
+        num_rejected = self.num_rejected[rows] * mask if are_bounds.any() else None
+        tokens = self.last_token[rows], self.first_draft[rows]
+        return DraftChains(tokens, self.hidden[rows], num_rejected)
+
+    def write(
+        self,
+        req_indices: Int64,
+        rows: Tensor,
+        last: LastAccepted,
+        first_draft: Tensor,
+        hidden: Tensor,
+    ) -> None:
+        """rows: req_indices on the device; first_draft [requests], hidden [requests, hidden]."""
+        self._written[req_indices] = True
+        self.last_token[rows], self.num_rejected[rows] = last.token_ids, last.num_rejected
+        self.first_draft[rows] = first_draft
+        self.hidden[rows] = hidden
+
+
+class Drafting:
+    """Begins each step's chains, extends them, and keeps what the next step's begin with."""
+
+    def __init__(
+        self, model: DraftModel, forced: ForcedAcceptance | None, state: DraftState
+    ) -> None:
         self.model = model
+        self.state = state
         self._forced = forced
-        self._last, self._first_draft, self._num_rejected = column(), column(), column()
-        self._hidden = torch.zeros(num_rows, model.hidden_size, dtype=model.dtype, device=device)
 
     def begin(self, decodes: Int64, target: LocalBatch) -> DraftChains:
         """Chains of one draft, of the requests in these rows of the table, the target's first."""
-        bounds = target.lengths_are_bounds[: len(decodes)]
-        rows, are_bounds = all_on_device([decodes, bounds.astype(np.int64)], self._last.device)
-        num_rejected = self._num_rejected[rows] * are_bounds if bounds.any() else None
-        tokens = self._last[rows], self._first_draft[rows]
-        return DraftChains(tokens, self._hidden[rows], num_rejected)
+        return self.state.read(decodes, target.lengths_are_bounds[: len(decodes)])
 
     def extend(self, chains: DraftChains, output: PassOutput) -> DraftChains:
         """One more token of each, from a draft pass."""
         last, hidden = output.hidden
         logits = output.logits
         if logits is None:
-            logits = RowLogits.of(self.model.logits(last))
+            logits = RowLogits.from_logits(self.model.logits(last))
         tokens = self.model.token_ids(logits.best).clone()  # a graph's output is written again
         return replace(chains, tokens=(*chains.tokens, tokens), hidden=hidden)
 
@@ -90,30 +128,30 @@ class Drafting:
 
     def features(self, target: PassOutput, token_ids: Tensor, chains: DraftChains) -> FutureTokens:
         """What the draft_extend pass reads: the target's rows, and the tokens it chose."""
-        features = self.model.project(target.hidden.features)
-        return FutureTokens(token_ids, features, chains.num_rejected)
+        hidden = self.model.project(target.hidden.features)
+        return FutureTokens(token_ids, hidden, chains.num_rejected)
 
     def keep(
         self, scheduled: SchedulerOutput, batch: LocalBatch, sampled: Sampled, output: PassOutput
     ) -> None:
         """Keep what every request of a draft_extend pass needs in its next step.
 
-        batch: of that pass; its sample_rows are each request's first, and the last accepted row of
-        a verification lies so far behind as drafts were accepted. That row has read the last token.
+        batch: of that pass; batch_builder draws its indices.
         """
-        first = batch.sample_rows
-        arrays = scheduled.rows, first, batch.future_token_index[first], batch.token_ids[first]
-        table_rows, rows, sources, known = all_on_device(arrays, self._last.device)
-        accepted = sampled.num_accepted
-        assert accepted is not None, "a step that drafts verifies"
-        rows[: len(accepted)] += accepted
-        sources[: len(accepted)] += accepted
-        if len(sampled.token_ids):
-            known = torch.where(sources < 0, known, sampled.token_ids[sources.clamp(min=0)])
-        num_rejected = torch.zeros_like(rows)
-        num_rejected[: len(accepted)] = scheduled.num_drafts - accepted
+        first_rows = batch.sample_rows
+        max_accepted = np.zeros(len(first_rows), np.int64)
+        max_accepted[: len(scheduled.decodes)] = scheduled.num_drafts
+        arrays = (
+            scheduled.req_indices, first_rows, batch.future_token_index[first_rows],
+            batch.token_ids[first_rows], max_accepted,
+        )  # fmt: skip
+        rows, first, samples, known, most = all_on_device(arrays, self.state.device)
+        assert sampled.num_accepted is not None, "a step that drafts verifies"
+        accepted = LastAccepted.after_verification(
+            first_rows=first, first_samples=samples, known_tokens=known, max_accepted=most,
+            sampled_tokens=sampled.token_ids, num_accepted=sampled.num_accepted,
+        )  # fmt: skip
         last, hidden = output.hidden
-        best = RowLogits.of(self.model.logits(last[rows])).best
-        self._last[table_rows], self._num_rejected[table_rows] = known, num_rejected
-        self._first_draft[table_rows] = self.model.token_ids(best)
-        self._hidden[table_rows] = hidden[rows]
+        best = RowLogits.from_logits(self.model.logits(last[accepted.rows])).best
+        first_draft = self.model.token_ids(best)
+        self.state.write(scheduled.req_indices, rows, accepted, first_draft, hidden[accepted.rows])

@@ -132,7 +132,7 @@ class PassGraphs:
             if not self._with_logits:
                 return PassOutput(hidden, None)
             logits = self._model.logits(hidden.last, self._logits[: key.local_rows])
-            return PassOutput(hidden, RowLogits.of(logits))
+            return PassOutput(hidden, RowLogits.from_logits(logits))
 
         graph, output = capture_graph(forward, pool)
         return _Captured(graph, output, metadata)

@@ -16,7 +16,7 @@ from dp_runtime.parallel.exchange import counts_real_rows
 from dp_runtime.runner.step_runner import CapturedGraphs, StepOutput, StepRunner
 from dp_runtime.runner.step_timer import StepTimer
 from dp_runtime.scheduler.scheduler import Scheduler
-from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 
 IDLE_S = 1.0
 
@@ -129,13 +129,9 @@ class StepLoop:
 
     def _apply(self, commands: Inbox) -> list[RequestUpdate]:
         for request in commands.add:
-            self.sampler.add(request)
             self.scheduler.add(request)
         ended = [self.scheduler.abort(request_id) for request_id in commands.abort]
-        progress = [item for item in ended if item]
-        for item in progress:
-            self.sampler.remove(item.request_id)
-        return progress
+        return [item for item in ended if item]
 
     def _record(self, scheduled: SchedulerOutput, stop: bool) -> StepRecord:
         (proposed, accepted), self._num_drafts = self._num_drafts, (0, 0)
@@ -153,13 +149,10 @@ class StepLoop:
         at, output = perf_counter(), step.output
         output.sampled.copy.wait()
         self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels
-        token_ids, logprobs, num_accepted = output.sampled.to_host()
-        scores = [score.to_host() for score in output.scores]
-        tokens = StepResult(token_ids, logprobs, scores, num_accepted)
-        progress = self.scheduler.commit(step.scheduled, tokens)
-        for item in progress:
-            if item.finish_reason:
-                self.sampler.remove(item.request_id)
+        tokens = output.sampled.to_host()
+        num_accepted = tokens.num_accepted
+        prompt_logprobs = [score.to_host() for score in output.scores]
+        progress = self.scheduler.commit(step.scheduled, tokens, prompt_logprobs)
         proposed, accepted = len(num_accepted) * step.scheduled.num_drafts, sum(num_accepted)
         self._num_drafts = (self._num_drafts[0] + proposed, self._num_drafts[1] + accepted)
         self._trace(step, progress, num_accepted, perf_counter() - at)

@@ -125,7 +125,7 @@ class StepRunner:
         target, extend = len(batches) - 2, len(batches) - 1
         chains = drafting.begin(step.scheduled.decodes, batches[target])
         for index in range(target):
-            chains = drafting.extend(chains, step.run_pass(index, chains.pending))
+            chains = drafting.extend(chains, step.run_pass(index, chains.next_inputs))
         future = FutureTokens(chains.rows, self._no_hidden, chains.num_rejected)
         verified = step.run_pass(target, future)
         sampled, scores = self._sample(step, target, verified, drafting.verification(chains))
@@ -147,14 +147,16 @@ class StepRunner:
                 count = chunk.score_end - chunk.score_start
                 scores.append(self._score(hidden[rows[first : first + count]], chunk))
                 first += count
-            logits = RowLogits.of(self.model.logits(hidden[rows[: len(scheduled.samples)]]))
-        sampled = self.sampler.choose(logits, scheduled.samples, verification)
+            logits = RowLogits.from_logits(
+                self.model.logits(hidden[rows[: len(scheduled.samples)]])
+            )
+        sampled = self.sampler.sample(logits, scheduled.samples, verification)
         self._last_sampled = sampled.token_ids
         step.sample_s = perf_counter() - started
         return sampled, scores
 
     def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs:
-        request = chunk.live.request
+        request = chunk.state.request
         following = request.prompt_token_ids[chunk.score_start + 1 : chunk.score_end + 1]
         return self.sampler.prompt_logprobs(
             lambda some: self.model.logits(hidden[some]).float(),

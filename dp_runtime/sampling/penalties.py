@@ -1,4 +1,4 @@
-"""Which tokens a request has seen, and what repetition costs them."""
+"""Penalties for tokens that a request has seen."""
 
 from __future__ import annotations
 
@@ -15,34 +15,44 @@ from dp_runtime.sampling.filters import Array, change_rows, penalise
 from dp_runtime.sampling.verify import Verification
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Penalties:
-    """Which tokens a request has seen; on the device, since the host learns them a step later.
+    """The tokens that a request has seen; on the device, since the host learns them a step later.
 
-    The tensors are made when the request first samples: many more may be queued than run.
+    The tensors are made when the request first samples, not while its prompt is computed.
     """
 
     settings: tuple[float, float, float]  # repetition, frequency, presence
     prompt_ids: Array  # [prompt] int64
+    output_ids: Array  # [outputs] int64, those that were there before this state
     in_prompt: Tensor  # [vocab] bool, empty until then
     output_counts: Tensor  # [vocab] float32, empty until then
-    next_index: range = range(1)  # the outputs of which one may be sampled next
+    next_index: range  # the outputs of which one may be sampled next
 
     @classmethod
-    def of(cls, request: RankRequest, device: torch.device) -> Penalties:
+    def after_outputs(
+        cls, request: RankRequest, outputs: Sequence[int], device: torch.device
+    ) -> Penalties:
         params, nothing = request.params, torch.empty(0, device=device)
-        settings = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        prompt_ids = np.array(request.prompt_token_ids, np.int64)
-        return cls(settings, prompt_ids, nothing.bool(), nothing)
+        return cls(
+            settings=(
+                params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+            ),
+            prompt_ids=np.array(request.prompt_token_ids, np.int64),
+            output_ids=np.array(outputs, np.int64),
+            in_prompt=nothing.bool(),
+            output_counts=nothing,
+            next_index=range(len(outputs), len(outputs) + 1),
+        )  # fmt: skip
 
     def begin(self, request_id: int, index: int, num_rows: int, vocab_size: int) -> None:
-        """Outputs from index on are about to be sampled in num_rows rows, some of which count.
+        """Expect output `index` and, in num_rows - 1 further rows, drafted ones after it.
 
-        At least the first does. Makes the tensors at the first call.
+        Makes the tensors at the first call.
         """
-        least, most = self.next_index[0], self.next_index[-1]
-        known = f"{least}" if least == most else f"{least}..{most}"
-        assert least <= index <= most, (
+        low, high = self.next_index[0], self.next_index[-1]
+        known = f"{low}" if low == high else f"{low}..{high}"
+        assert low <= index <= high, (
             f"request {request_id} has penalties and {known} outputs, and samples output {index}"
         )
         self.next_index = range(index + 1, index + num_rows + 1)
@@ -52,7 +62,11 @@ class Penalties:
         in_prompt = np.zeros(vocab_size, np.bool_)
         in_prompt[self.prompt_ids] = True
         self.in_prompt = on_device(in_prompt, device)
-        self.output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        if len(self.output_ids):
+            counts = np.bincount(self.output_ids, minlength=vocab_size)
+            self.output_counts = on_device(counts.astype(np.float32), device)
+        else:
+            self.output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
 
     def count(self, token_ids: Tensor, emitted: Tensor) -> None:
         """Add those of the tokens [n] int64 that became outputs: emitted [n] float32 is 1 or 0."""
@@ -65,10 +79,10 @@ def penalise_rows(
     verification: Verification,
     first_row: int,
 ) -> Tensor:
-    """The logits [n, vocab] of rows from first_row on, with the penalties that each row has.
+    """Penalise logits [n, vocab], the batch's rows from first_row on, by each row's state.
 
-    A row of a verification also counts the drafts among its inputs: what is sampled there is used
-    only where these become outputs.
+    A row of a verification also counts the drafts among its inputs: its sample is used only if
+    they become outputs.
     """
     rows = np.array([row for row, state in enumerate(states) if state is not None], np.int64)
     if not len(rows):

@@ -1,4 +1,4 @@
-"""RowLogits: the logits of some rows, with what every choice of a token begins with."""
+"""RowLogits: the logits of some rows, and the largest of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowLogits:
-    """Logits as the LM head gives them, and the largest of each row."""
+    """Logits as the LM head gives them, and their maxima."""
 
     values: Tensor  # [n, vocab]
     peaks: Tensor  # [n] float32
@@ -17,8 +17,7 @@ class RowLogits:
     valid: Tensor  # [n] bool: no NaN, no +inf, and not all -inf
 
     @classmethod
-    def of(cls, values: Tensor) -> RowLogits:
-        """In two kernels on a GPU."""
+    def from_logits(cls, values: Tensor) -> RowLogits:
         if values.is_cuda:
             from dp_runtime.kernels.argmax import row_maxima
 

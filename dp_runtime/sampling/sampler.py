@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +23,9 @@ from dp_runtime.sampling.verify import Verification, accepted_drafts, first_posi
 
 
 class SampledTokens(NamedTuple):
-    """What was sampled, on the host; one entry per row.
+    """What a step sampled, on the host; one entry per row.
 
-    Of a verification's rows, the first num_accepted + 1 gave new tokens, the others nothing.
+    Only the first num_accepted + 1 rows of a verification gave new tokens.
     """
 
     token_ids: tuple[int, ...]
@@ -36,7 +37,7 @@ class SampledTokens(NamedTuple):
 class Sampled:
     """The tokens of one step, on the device, with their copy to the host under way."""
 
-    rows: SamplePositions
+    request_ids: Array  # [n] int64
     token_ids: Tensor  # [n] int64
     logprobs: Logprobs | None  # of the rows in logprob_rows
     logprob_rows: tuple[int, ...]
@@ -44,15 +45,14 @@ class Sampled:
     copy: HostCopy  # token_ids, whether each row's logits were valid, and num_accepted
 
     def to_host(self) -> SampledTokens:
-        """Wait for the copy.
+        """Wait for the copy, and assert that no row's logits had a NaN, a +inf or only -inf.
 
-        Asserts that no row's logits had a NaN, a +inf or nothing above -inf: this is where the
-        host first looks at what the device computed, so the check costs no wait of its own.
+        The host first looks at the device's results here: the check costs no wait of its own.
         """
         token_ids, valid, *accepted = self.copy.wait()
-        broken = self.rows.request_ids[~valid.numpy()].tolist()
+        broken = self.request_ids[~valid.numpy()].tolist()
         assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
-        logprobs: list[TokenLogprob | None] = [None] * len(self.rows)
+        logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
         if self.logprobs is not None:
             for row, entry in zip(self.logprob_rows, self.logprobs.to_host()):
                 logprobs[row] = entry
@@ -64,9 +64,9 @@ CHOICE_BYTES = 38  # per logit, for all filters together
 
 
 def sampling_bytes(num_rows: int, vocab_size: int) -> int:
-    """Most bytes `Sampler.sample` and the penalties of its requests take, besides the logits.
+    """Most bytes that `Sampler.sample` and the penalties of its requests take, without the logits.
 
-    Not counted: the penalties of requests that were preempted, which keep theirs.
+    Not counted: penalties of requests that have stopped while a step with them is in flight.
     """
     seen = num_rows * vocab_size * (1 + 4)
     return seen + min(num_rows, ROWS_AT_ONCE) * vocab_size * CHOICE_BYTES
@@ -86,60 +86,66 @@ class Sampler:
 
     A row's token depends on its request, output_index and logits alone, not on the batch; in a
     verification, also on the drafts before it, as if they were outputs.
-    Requests without logit_bias, min_tokens or penalties have no state on the device.
-    NOTE: output tokens are counted inside `sample`, so a request with penalties samples every
-    output_index in order, going on after the last that became an output; its counts outlive
-    preemption and end with `remove`.
+    It is a PerRequestState. NOTE: `sample` counts output tokens for penalties, so a request with
+    penalties samples every output_index in order, going on after the last that became an output.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, num_table_rows: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
         self.device = device
-        self._requests: dict[int, RequestSampling] = {}
+        self._requests: dict[int, RequestSampling] = {}  # by row of the request table
+        # columns of the rows, for what every step needs
+        self._request_ids = np.zeros(num_table_rows, np.int64)
+        self._seeds = np.zeros(num_table_rows, np.int64)
+        self._draws = np.zeros((num_table_rows, 4), np.float64)
+        self._plain = np.zeros(num_table_rows, np.bool_)
         self._num_plain = 0
 
     @property
     def all_plain(self) -> bool:
-        """No request asks for more than the most likely token."""
+        """Whether no request asks for more than the most likely token."""
         return self._num_plain == len(self._requests)
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request: RankRequest) -> None:
+    def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None:
         """Take up a request; ValueError if its parameters do not fit the vocabulary."""
-        assert request.request_id not in self._requests, f"request {request.request_id} twice"
-        state = RequestSampling.of(request, self.vocab_size, self.device)
-        self._requests[request.request_id] = state
+        assert req_index not in self._requests, f"row {req_index} is taken"
+        state = RequestSampling.from_request(request, outputs, self.vocab_size, self.device)
+        self._requests[req_index] = state
+        self._request_ids[req_index] = request.request_id
+        self._seeds[req_index] = request.seed
+        self._draws[req_index] = state.draw
+        self._plain[req_index] = state.plain
         self._num_plain += state.plain
 
-    def remove(self, request_id: int) -> None:
-        """Forget a request and what the device holds for it."""
-        self._num_plain -= self._requests.pop(request_id).plain
+    def remove(self, req_index: int) -> None:
+        self._num_plain -= self._requests.pop(req_index).plain
+        self._plain[req_index] = False
+
+    def check(self, req_indices: Sequence[int]) -> None:
+        held = sorted(self._requests)
+        assert held == sorted(req_indices), f"sampler state of rows {held}, not {req_indices}"
 
     def sample(
-        self, logits: Tensor, rows: SamplePositions, verification: Verification | None = None
+        self, logits: RowLogits, rows: SamplePositions, verification: Verification | None = None
     ) -> Sampled:
         """Choose a token for each row of logits [n, vocab], which are left as they are.
 
         verification: drafts of the first requests, to whom the first rows belong; every other row
         is a request of its own.
         """
-        return self.choose(RowLogits.of(logits), rows, verification)
-
-    def choose(
-        self, logits: RowLogits, rows: SamplePositions, verification: Verification | None = None
-    ) -> Sampled:
-        """The same where the rows' maxima are known."""
         assert logits.values.shape == (len(rows), self.vocab_size), (
             f"logits {tuple(logits.values.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
         )
         firsts = rows if verification is None else first_positions(rows, verification)
-        requests = [self._requests[request_id] for request_id in firsts.request_ids.tolist()]
-        if all(request.plain for request in requests):
-            accepted = self._accepted(logits.best, firsts, requests, verification)
+        request_ids = self._request_ids[rows.req_indices]
+        if self._plain[firsts.req_indices].all():
+            accepted = self._accepted(logits.best, firsts, verification)
             copy = _copied(logits.best, logits.valid, accepted)
-            return Sampled(rows, logits.best, None, (), accepted, copy)
+            return Sampled(request_ids, logits.best, None, (), accepted, copy)
+        requests = [self._requests[index] for index in firsts.req_indices.tolist()]
         drafted = Verification.none(self.device) if verification is None else verification
         seen, of_rows = self._begin(rows, requests, drafted), drafted.each_row(requests)
         parts = [
@@ -147,14 +153,14 @@ class Sampler:
             for part in row_parts(len(rows))
         ]
         token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
-        accepted = self._accepted(token_ids, firsts, requests, verification)
+        accepted = self._accepted(token_ids, firsts, verification)
         if seen:
             emitted = drafted.emitted(accepted, len(rows))
             for some, penalties in seen:
                 penalties.count(token_ids[some], emitted[some])
         logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
         copy = _copied(token_ids, valid, accepted)
-        return Sampled(rows, token_ids, logprobs, logprob_rows, accepted, copy)
+        return Sampled(request_ids, token_ids, logprobs, logprob_rows, accepted, copy)
 
     def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
         """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
@@ -167,7 +173,6 @@ class Sampler:
         self,
         token_ids: Tensor,
         firsts: SamplePositions,
-        requests: list[RequestSampling],
         verification: Verification | None,
     ) -> Tensor | None:
         if verification is None:
@@ -175,9 +180,9 @@ class Sampler:
         if verification.forced is None:
             sampled = token_ids[: verification.num_rows].view(-1, verification.rows_each)
             return accepted_drafts(sampled, verification.drafts)
-        count = len(verification)
-        counters = [[request.seed for request in requests[:count]], firsts.output_indices[:count]]
-        seeds, indices = on_device(np.array(counters, np.int64), self.device)
+        verified = firsts[: len(verification)]
+        counters = np.stack([self._seeds[verified.req_indices], verified.output_indices])
+        seeds, indices = on_device(counters, self.device)
         return verification.forced.accepted(seeds, indices, verification.num_drafts)
 
     def _choose(
@@ -195,8 +200,8 @@ class Sampler:
         states = [request.penalties for request in requests]
         adjusted = penalise_rows(adjusted, states, verification, first_row)
         if adjusted is not values:
-            logits = RowLogits.of(adjusted)
-        return self._draw(adjusted, logits.peaks, logits.best, rows, requests), logits.valid
+            logits = RowLogits.from_logits(adjusted)
+        return self._draw(adjusted, logits.peaks, logits.best, rows), logits.valid
 
     def _bias(
         self, logits: Tensor, rows: SamplePositions, requests: list[RequestSampling]
@@ -235,8 +240,9 @@ class Sampler:
             if request.penalties is not None
         ]
         for some, penalties in seen:
-            request_id, index = rows.request_ids[some.start], rows.output_indices[some.start]
-            penalties.begin(int(request_id), int(index), some.stop - some.start, self.vocab_size)
+            request_id = int(self._request_ids[rows.req_indices[some.start]])
+            index = int(rows.output_indices[some.start])
+            penalties.begin(request_id, index, some.stop - some.start, self.vocab_size)
         return seen
 
     def _draw(
@@ -245,13 +251,12 @@ class Sampler:
         peaks: Tensor,
         best: Tensor,
         rows: SamplePositions,
-        requests: list[RequestSampling],
     ) -> Tensor:
-        draws = np.array([request.draw for request in requests], np.float64).reshape(-1, 4)
+        draws = self._draws[rows.req_indices]
         index = np.flatnonzero(draws[:, 0])
         if not len(index):
             return best
-        counters = np.array([[request.seed for request in requests], rows.output_indices], np.int64)
+        counters = np.stack([self._seeds[rows.req_indices], rows.output_indices])
         device_index = on_device(index, self.device)
         seeds, outputs = on_device(counters[:, index], self.device)
         some, fallback = take_rows(logits, index), best[device_index]

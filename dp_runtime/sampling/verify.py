@@ -135,12 +135,46 @@ def first_positions(positions: SamplePositions, verification: Verification) -> S
     """The position of each request's first row; a verification has several rows a request."""
     shape = len(verification), verification.rows_each
     end = verification.num_rows
-    ids = positions.request_ids[:end].reshape(shape)
+    requests = positions.req_indices[:end].reshape(shape)
     indices = positions.output_indices[:end].reshape(shape)
     in_turn = indices[:, :1] + np.arange(verification.rows_each)
-    together = (ids == ids[:, :1]) & (indices == in_turn)
+    together = (requests == requests[:, :1]) & (indices == in_turn)
     assert together.all(), f"the first {end} rows are {len(verification)} verifications"
     return SamplePositions(
-        np.concatenate([ids[:, 0], positions.request_ids[end:]]),
+        np.concatenate([requests[:, 0], positions.req_indices[end:]]),
         np.concatenate([indices[:, 0], positions.output_indices[end:]]),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class LastAccepted:
+    """The last emitted token of each request of a draft_extend pass, and the row that read it."""
+
+    rows: Tensor  # [requests] int64, of the pass
+    token_ids: Tensor  # [requests] int64
+    num_rejected: Tensor  # [requests] int64 drafts; 0 for chunks
+
+    @classmethod
+    def after_verification(
+        cls,
+        *,
+        first_rows: Tensor,
+        first_samples: Tensor,
+        known_tokens: Tensor,
+        max_accepted: Tensor,
+        sampled_tokens: Tensor,
+        num_accepted: Tensor,
+    ) -> LastAccepted:
+        """Move on from each request's first row by as many drafts as were accepted.
+
+        All but the last two are [requests] int64, verifications first, then chunks, of which the
+        first row is the only one that matters. first_samples: the index of the row's token among
+        sampled_tokens [n] int64; -1: it is in known_tokens. num_accepted [verifications] int64.
+        """
+        num_chunks = len(first_rows) - len(num_accepted)
+        accepted = torch.nn.functional.pad(num_accepted, (0, num_chunks))
+        rows, samples, token_ids = first_rows + accepted, first_samples + accepted, known_tokens
+        if len(sampled_tokens):
+            chosen = sampled_tokens[samples.clamp(min=0)]
+            token_ids = torch.where(samples < 0, known_tokens, chosen)
+        return cls(rows, token_ids, max_accepted - accepted)

@@ -1,4 +1,16 @@
-"""From scheduled decodes and prefill chunks to the LocalBatch of every pass of a program."""
+"""From scheduled decodes and prefill chunks to the LocalBatch of every pass of a program.
+
+Two requests are verified with 2 drafts each, a third prefills 3 tokens and samples. Five indices
+lead through such a step:
+
+    request of the step         0         1         2
+    req_indices                 4         7         0           its row of the request table
+    row of target, draft_extend 0  1  2   3  4  5   6  7  8
+    row's future token: target  0  1  2   3  4  5   -  -  -     in DraftChains.rows
+                 draft_extend   0  1  2   3  4  5   -  -  6     in the samples
+    sample (SamplePositions)    0  1  2   3  4  5         6     of the target
+    sample_rows of draft_extend 0         3               8     a decode's first, a chunk's last
+"""
 
 from __future__ import annotations
 
@@ -7,72 +19,75 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dp_runtime.core.batch import Bool, Float32, Int32, Int64, LocalBatch, slots_of
+from dp_runtime.core.batch import Bool, Float32, Int64, LocalBatch, slots_of
 from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
 
 
 def build_batches(
     table: RequestTable,
+    pages: PageTable,
     decodes: Int64,
     chunks: Sequence[Chunk],
-    page_size: int,
     program: Program,
 ) -> SchedulerOutput:
-    """The table's rows in `decodes` decode, or are verified; the chunks follow them."""
-    layout = _Layout.of(table, decodes, chunks, page_size, program.query_len(Pass.TARGET))
-    target = _target_batch(layout)
-    drafts = _draft_batches(layout, program.passes.count(Pass.DRAFT))
-    extend = [_extend_batch(layout, target)] if program.num_drafts else []
+    """Build the batches of a step: `decodes`, which are verified if it drafts, then the chunks."""
+    step = _Layout.for_step(table, pages, decodes, chunks, program.query_len(Pass.TARGET))
+    target = _target_batch(step)
+    drafts = _draft_batches(step, program.passes.count(Pass.DRAFT))
+    extend = [_extend_batch(step, target)] if program.num_drafts else []
     return SchedulerOutput(
-        (*drafts, target, *extend), decodes, tuple(chunks), layout.rows, layout.sampled,
-        _samples(layout), program.num_drafts,
-    )  # fmt: skip
+        batches=(*drafts, target, *extend),
+        decodes=decodes,
+        chunks=tuple(chunks),
+        req_indices=step.req_indices,
+        sampled=step.req_indices[step.samples],
+        samples=_sample_positions(step),
+        num_drafts=program.num_drafts,
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """Where the rows of the target pass lie; those of draft_extend lie alike."""
+    """Where the rows of the target and the draft_extend pass lie."""
 
     table: RequestTable
+    pages: PageTable
     decodes: Int64
     chunks: Sequence[Chunk]
-    page_size: int
     query_len: int  # of a decode: 1, or more for a verification
-    rows: Int64  # [requests] in the request table
+    req_indices: Int64  # [requests]
     query_lens: Int64  # [requests]
-    row_ends: Int64  # [requests]
-    samples: np.ndarray[tuple[int], np.dtype[np.bool_]]  # [requests] which of them sample
+    row_ends: Int64  # [requests] one after each request's last row
+    samples: Bool  # [requests]
 
     @classmethod
-    def of(
+    def for_step(
         cls,
         table: RequestTable,
+        pages: PageTable,
         decodes: Int64,
         chunks: Sequence[Chunk],
-        page_size: int,
         query_len: int,
     ) -> _Layout:
-        rows = np.concatenate([decodes, np.array([c.live.row for c in chunks], np.int64)])
-        query_lens = np.full(len(rows), query_len, np.int64)
+        of_chunks = np.array([chunk.state.req_index for chunk in chunks], np.int64)
+        req_indices = np.concatenate([decodes, of_chunks])
+        query_lens = np.full(len(req_indices), query_len, np.int64)
         query_lens[len(decodes) :] = [chunk.length for chunk in chunks]
-        samples = np.ones(len(rows), np.bool_)
+        samples = np.ones(len(req_indices), np.bool_)
         samples[len(decodes) :] = [chunk.samples for chunk in chunks]
         ends = query_lens.cumsum()
-        return cls(table, decodes, chunks, page_size, query_len, rows, query_lens, ends, samples)
+        return cls(table, pages, decodes, chunks, query_len, req_indices, query_lens, ends, samples)
 
     @property
-    def sampled(self) -> Int64:
-        return self.rows[self.samples]
+    def drafts(self) -> bool:
+        return self.query_len > 1
 
     @property
-    def num_drafts(self) -> int:
-        return self.query_len - 1
-
-    @property
-    def decode_rows(self) -> int:
+    def num_decode_rows(self) -> int:
         return len(self.decodes) * self.query_len
 
     @property
@@ -87,58 +102,59 @@ class _Layout:
         return self.row_ends[len(self.decodes) :] - 1
 
 
-def _target_batch(layout: _Layout) -> LocalBatch:
-    table, decodes, chunks = layout.table, layout.decodes, layout.chunks
-    rows, query_lens, row_ends = layout.rows, layout.query_lens, layout.row_ends
-    starts = table.num_computed[rows]
-    owner = np.arange(len(rows)).repeat(query_lens)
-    positions = np.arange(len(owner)) + (starts - (row_ends - query_lens))[owner]
-    page_table = _page_table(table, rows)
-    sampling = layout.samples[len(decodes) :]
-    score_rows = _score_rows(chunks, layout.chunk_starts)
-    embed_rows, embeds = _embeds(chunks, layout.chunk_starts, 0)
-    tokens, sources = _decode_tokens(layout)
+def _target_batch(step: _Layout) -> LocalBatch:
+    query_lens, row_ends = step.query_lens, step.row_ends
+    first_positions = step.table.num_computed_tokens[step.req_indices]
+    owner = np.arange(len(query_lens)).repeat(query_lens)
+    positions = np.arange(len(owner)) + (first_positions - (row_ends - query_lens))[owner]
+    page_table = step.pages.rows(step.req_indices)
+    chunk_samples = step.chunk_ends[step.samples[len(step.decodes) :]]
+    embed_rows, embeds = _embeds(step, token_offset=0)
+    tokens, future_indices = _decode_tokens(step)
+    future_token_index = np.full(len(owner), -1, np.int64)
+    future_token_index[: len(future_indices)] = future_indices
     return LocalBatch(
-        token_ids=np.concatenate([tokens, *(c.live.tokens(c.start, c.end) for c in chunks)]),
-        future_token_index=_padded(sources, len(owner)),
+        token_ids=np.concatenate([tokens, *(c.state.tokens(c.start, c.end) for c in step.chunks)]),
+        future_token_index=future_token_index,
         positions=positions,
-        slot_mapping=slots_of(page_table, owner, positions, layout.page_size),
+        slot_mapping=slots_of(page_table, owner, positions, step.pages.page_size),
         query_lens=query_lens.astype(np.int32),
-        seq_lens=(starts + query_lens).astype(np.int32),
+        seq_lens=(first_positions + query_lens).astype(np.int32),
         page_table=page_table,
         sample_rows=np.concatenate(
-            [np.arange(layout.decode_rows), layout.chunk_ends[sampling], *score_rows]
+            [np.arange(step.num_decode_rows), chunk_samples, *_score_rows(step)]
         ),
-        lengths_are_bounds=_are_bounds(layout, rows),
+        lengths_are_bounds=_are_bounds(step, step.req_indices),
         embed_rows=embed_rows,
         embeds=embeds,
     )
 
 
-def _decode_tokens(layout: _Layout) -> tuple[Int64, Int64]:
-    """Tokens of the decodes' rows, and where they come from.
+def _decode_tokens(step: _Layout) -> tuple[Int64, Int64]:
+    """The tokens of the decodes' rows and their future_token_index.
 
-    That is what the last step sampled; or this step's chains, which begin with the last token.
+    Plain decodes read what the last step sampled, verifications this step's chains, each of which
+    begins with the request's last token.
     """
-    table, decodes = layout.table, layout.decodes
-    if not layout.num_drafts:
+    table, decodes = step.table, step.decodes
+    if not step.drafts:
         return table.last_token[decodes], table.future_token_index(decodes)
-    return np.zeros(layout.decode_rows, np.int64), np.arange(layout.decode_rows)
+    return np.zeros(step.num_decode_rows, np.int64), np.arange(step.num_decode_rows)
 
 
-def _draft_batches(layout: _Layout, count: int) -> Iterator[LocalBatch]:
-    """One row of every decode a pass, the draft of the pass before: all tokens are pending."""
-    table, decodes = layout.table, layout.decodes
+def _draft_batches(step: _Layout, count: int) -> Iterator[LocalBatch]:
+    """One row of every decode in each of `count` passes, which reads what the last one drafted."""
+    decodes = step.decodes
     each = np.arange(len(decodes))
     nothing, ones = np.zeros(len(decodes), np.int64), np.ones(len(decodes), np.int32)
-    page_table, first = _page_table(table, decodes), table.num_computed[decodes]
-    are_bounds = _are_bounds(layout, decodes)
+    page_table, first = step.pages.rows(decodes), step.table.num_computed_tokens[decodes]
+    are_bounds = _are_bounds(step, decodes)
     for positions in (first + index for index in range(count)):
         yield LocalBatch(
             token_ids=nothing,
             future_token_index=each,
             positions=positions,
-            slot_mapping=slots_of(page_table, each, positions, layout.page_size),
+            slot_mapping=slots_of(page_table, each, positions, step.pages.page_size),
             query_lens=ones,
             seq_lens=(positions + 1).astype(np.int32),
             page_table=page_table,
@@ -147,84 +163,74 @@ def _draft_batches(layout: _Layout, count: int) -> Iterator[LocalBatch]:
         )
 
 
-def _are_bounds(layout: _Layout, rows: Int64) -> Bool:
-    """Whose last step is not committed; empty without drafts, where the projection is exact."""
-    if not layout.num_drafts:
+def _are_bounds(step: _Layout, req_indices: Int64) -> Bool:
+    """Whose last step is in flight; empty without drafts, where projected lengths are exact."""
+    if not step.drafts:
         return np.zeros(0, np.bool_)
-    return np.asarray(layout.table.num_launched[rows] > 0)
+    return np.asarray(step.table.num_inflight_steps[req_indices] > 0)
 
 
-def _extend_batch(layout: _Layout, target: LocalBatch) -> LocalBatch:
-    """The target's rows, each with the token that follows its own; samples are pending tokens.
-
-    sample_rows: of each request in turn, a verification's first row or a chunk's last.
-    """
-    chunks, decode_rows = layout.chunks, layout.decode_rows
-    tokens, sources = np.zeros(target.num_tokens, np.int64), np.full(target.num_tokens, -1)
-    sources[:decode_rows] = np.arange(decode_rows)
-    pending = decode_rows
-    for chunk, start, end in zip(chunks, layout.chunk_starts, layout.chunk_ends, strict=True):
-        known = chunk.end - chunk.samples  # what the chunk itself samples is not known yet
-        tokens[start : start + known - chunk.start] = chunk.live.tokens(chunk.start + 1, known + 1)
+def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
+    """The target's rows, each with the token that follows its own."""
+    num_decode_rows = step.num_decode_rows
+    tokens = np.zeros(target.num_tokens, np.int64)
+    future_token_index = np.full(target.num_tokens, -1)
+    future_token_index[:num_decode_rows] = np.arange(num_decode_rows)
+    sample = num_decode_rows
+    for chunk, first_row, last_row in zip(
+        step.chunks, step.chunk_starts, step.chunk_ends, strict=True
+    ):
+        known_end = chunk.end - chunk.samples  # what the chunk itself samples is not known yet
+        known = chunk.state.tokens(chunk.start + 1, known_end + 1)
+        tokens[first_row : first_row + len(known)] = known
         if chunk.samples:
-            sources[end] = pending
-            pending += 1
-    embed_rows, embeds = _embeds(chunks, layout.chunk_starts, 1)
-    first_rows = np.arange(0, decode_rows, layout.query_len)
+            future_token_index[last_row] = sample
+            sample += 1
+    embed_rows, embeds = _embeds(step, token_offset=1)
+    first_rows = np.arange(0, num_decode_rows, step.query_len)
     return replace(
         target,
         token_ids=tokens,
-        future_token_index=sources,
-        sample_rows=np.concatenate([first_rows, layout.chunk_ends]),
+        future_token_index=future_token_index,
+        sample_rows=np.concatenate([first_rows, step.chunk_ends]),
         embed_rows=embed_rows,
         embeds=embeds,
     )
 
 
-def _samples(layout: _Layout) -> SamplePositions:
-    table, sampled = layout.table, layout.sampled
-    if not layout.num_drafts:
-        indices = table.num_known[sampled] - table.num_prompt[sampled]
-        return SamplePositions(table.request_ids[sampled], indices)
-    counts = np.ones(len(sampled), np.int64)
-    counts[: len(layout.decodes)] = layout.query_len
+def _sample_positions(step: _Layout) -> SamplePositions:
+    req_indices = step.req_indices[step.samples]
+    table = step.table
+    first = table.num_tokens[req_indices] - table.num_prompt_tokens[req_indices]
+    if not step.drafts:
+        return SamplePositions(req_indices, first)
+    counts = np.ones(len(req_indices), np.int64)
+    counts[: len(step.decodes)] = step.query_len
     within = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
-    first = table.num_known[sampled] - table.num_prompt[sampled]
-    return SamplePositions(table.request_ids[sampled].repeat(counts), first.repeat(counts) + within)
+    return SamplePositions(req_indices.repeat(counts), first.repeat(counts) + within)
 
 
-def _page_table(table: RequestTable, rows: Int64) -> Int32:
-    pages: Int32 = table.page_table[rows, : table.num_pages[rows].max(initial=0)]
-    return pages
-
-
-def _padded(sources: Int64, num_rows: int) -> Int64:
-    padded = np.full(num_rows, -1, np.int64)
-    padded[: len(sources)] = sources
-    return padded
-
-
-def _score_rows(chunks: Sequence[Chunk], row_starts: Int64) -> list[Int64]:
-    """The rows that score, chunk by chunk."""
+def _score_rows(step: _Layout) -> list[Int64]:
+    """The rows whose prompt positions get log probabilities, chunk by chunk."""
     return [
-        np.arange(chunk.score_start, chunk.score_end) - chunk.start + row_start
-        for chunk, row_start in zip(chunks, row_starts, strict=True)
+        np.arange(chunk.score_start, chunk.score_end) - chunk.start + first_row
+        for chunk, first_row in zip(step.chunks, step.chunk_starts, strict=True)
         if chunk.scores
     ]
 
 
-def _embeds(chunks: Sequence[Chunk], row_starts: Int64, ahead: int) -> tuple[Int64, Float32]:
+def _embeds(step: _Layout, token_offset: int) -> tuple[Int64, Float32]:
     """Rows whose token's embedding the request brought along, and those embeddings.
 
-    ahead: how many positions behind a row's own its token has.
+    token_offset: the token that a row reads sits so many positions after the row's own.
     """
     rows, values = [], []
-    for chunk, row_start in zip(chunks, row_starts, strict=True):
-        embeds = chunk.live.request.embeds
+    for chunk, first_row in zip(step.chunks, step.chunk_starts, strict=True):
+        embeds = chunk.state.request.embeds
         if embeds is not None:
-            positions = embeds.positions - ahead
+            positions = embeds.positions - token_offset
             inside = (positions >= chunk.start) & (positions < chunk.end)
-            rows.append(positions[inside] - chunk.start + row_start)
+            rows.append(positions[inside] - chunk.start + first_row)
             values.append(embeds.values[inside])
     if not rows:
         return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)

@@ -7,23 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step and a sequence of one rank may hold.
-
-    max_drafts: the most tokens of a request that a step drafts. The last of them may lie behind
-    max_model_len, which no accepted one does: pages are reserved for all.
-    """
+    """What a step and a sequence of one rank may hold."""
 
     max_num_requests: int
     max_num_tokens: int
     max_model_len: int
-    max_drafts: int = 0
+    max_drafts: int = 0  # of a request in a step
 
     @property
     def max_cached_len(self) -> int:
-        """Positions that a sequence may need pages for."""
+        """Positions that a sequence needs pages for; drafts may lie beyond max_model_len."""
         return self.max_model_len + self.max_drafts
 
     @property
     def max_decode_rows(self) -> int:
-        """Rows of a pass that all requests of a rank have while none prefills."""
+        """Rows of a pass in which all requests of a rank decode."""
         return self.max_num_requests * (1 + self.max_drafts)
+
+    @property
+    def num_table_rows(self) -> int:
+        """Running requests, and as many that stopped while a step with them is in flight."""
+        return 2 * self.max_num_requests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 import numpy as np
 
@@ -12,19 +13,48 @@ from dp_runtime.core.request import FinishReason, RankRequest
 NO_ROW = -1
 
 
+class RequestStatus(Enum):
+    """Where a request of a rank stands.
+
+    WAITING ──> RUNNING ──> STOPPING ──> ENDED
+       ^           v           ^
+       └────── PREEMPTED ──────┘        (WAITING ──> STOPPING: aborted in the queue)
+    """
+
+    WAITING = "waiting"  # queued, without a row in the request table
+    RUNNING = "running"  # has a row, and steps are scheduled for it
+    PREEMPTED = "preempted"  # queued, but keeps its row until its launched step is committed
+    STOPPING = "stopping"  # has its finish reason, and keeps its row likewise
+    ENDED = "ended"
+
+    @property
+    def successors(self) -> frozenset[RequestStatus]:
+        return _SUCCESSORS[self]
+
+    @property
+    def is_queued(self) -> bool:
+        return self in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+_SUCCESSORS = {
+    RequestStatus.WAITING: frozenset({RequestStatus.RUNNING, RequestStatus.STOPPING}),
+    RequestStatus.RUNNING: frozenset({RequestStatus.PREEMPTED, RequestStatus.STOPPING}),
+    RequestStatus.PREEMPTED: frozenset({RequestStatus.WAITING, RequestStatus.STOPPING}),
+    RequestStatus.STOPPING: frozenset({RequestStatus.ENDED}),
+    RequestStatus.ENDED: frozenset(),
+}
+
+
 @dataclass(eq=False, slots=True)
 class RequestState:
-    """One request on its rank: its committed tokens, and where it stands.
-
-    What every step changes lies in the RequestTable, in `row`, while the request holds pages.
-    """
+    """One request on its rank: its committed tokens, and where it stands."""
 
     request: RankRequest
     max_outputs: int
     prompt: Int64 = field(init=False)
     outputs: list[int] = field(default_factory=list)  # committed
-    row: int = NO_ROW
-    running: bool = False  # else it waits, or has ended
+    status: RequestStatus = RequestStatus.WAITING  # changed by RequestLifecycle.transition alone
+    req_index: int = NO_ROW  # its row in the request table
     num_scored: int = 0  # prompt positions whose log probabilities were asked for
     finish_reason: FinishReason | None = None
 
@@ -36,7 +66,7 @@ class RequestState:
         return self.request.request_id
 
     @property
-    def num_prompt(self) -> int:
+    def num_prompt_tokens(self) -> int:
         return len(self.prompt)
 
     @property
@@ -45,6 +75,6 @@ class RequestState:
 
     def tokens(self, start: int, end: int) -> Int64:
         """Tokens [start, end) of prompt and committed outputs."""
-        if end <= self.num_prompt:
+        if end <= self.num_prompt_tokens:
             return self.prompt[start:end]
         return np.concatenate([self.prompt, np.array(self.outputs, np.int64)])[start:end]

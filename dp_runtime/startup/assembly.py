@@ -15,6 +15,7 @@ from dp_runtime.attention.pools import allocate_pools
 from dp_runtime.attention.registry import kernels, make_backend
 from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.errors import StartError, require
 from dp_runtime.kernels.builds import JitModule
 from dp_runtime.metrics.memory import MemoryUse
@@ -28,7 +29,7 @@ from dp_runtime.parallel.execution import ExecutionPolicy
 from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
 from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.parallel.step_board import StepBoard
-from dp_runtime.runner.drafting import Drafting
+from dp_runtime.runner.drafting import Drafting, DraftState
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import StepRunner
 from dp_runtime.sampling.sampler import Sampler
@@ -170,12 +171,16 @@ def assemble(
         programs=programs,
         policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
     )  # fmt: skip
-    scheduler, sampler = Scheduler(plan.pages, plan.limits), Sampler(model.vocab_size, device)
+    sampler = Sampler(model.vocab_size, plan.limits.num_table_rows, device)
+    states: list[PerRequestState] = [sampler]
     drafting = None
     if loaded.models.draft is not None:
         mean_tokens = config.speculative_forced_tokens
         forced = None if mean_tokens is None else ForcedAcceptance(mean_tokens)
-        drafting = Drafting(loaded.models.draft, forced, scheduler.table.num_rows, device)
+        draft_state = DraftState(loaded.models.draft, plan.limits.num_table_rows, device)
+        drafting = Drafting(loaded.models.draft, forced, draft_state)
+        states.append(draft_state)
+    scheduler = Scheduler(plan.pages, plan.limits, states)
     runner = StepRunner(
         loaded.models.target, drafting, sampler, collective, plan.pages, device,
         config.poison_padding,

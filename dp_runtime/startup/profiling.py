@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.metrics.trace import Recorder, Totals
@@ -34,12 +35,16 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
     row less, so that the MoE stage pads as it does in most steps.
     """
     pages, runner = loop.scheduler.pages, loop.runner
-    scheduler = Scheduler(pages, loop.scheduler.limits)
-    sampler = Sampler(loop.sampler.vocab_size, runner.device)
+    limits, drafting = loop.scheduler.limits, runner.drafting
+    sampler = Sampler(loop.sampler.vocab_size, limits.num_table_rows, runner.device)
+    states: list[PerRequestState] = [sampler]
+    if drafting is not None:
+        states.append(drafting.state)
+    scheduler = Scheduler(pages, limits, states)
     dp_rank = loop.coordinator.collective.dp_rank
     trial_runner = StepRunner(
         runner.model,
-        runner.drafting,
+        drafting,
         sampler,
         runner.collective,
         pages,
@@ -48,7 +53,6 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
     )
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(Totals(dp_rank)))
     for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):
-        sampler.add(request)
         scheduler.add(request)
     last_page = 0
     for _ in range(NUM_STEPS):

@@ -26,12 +26,13 @@ from dp_runtime import SamplingParams
 from dp_runtime.core.metadata import PageGeometry, Place, check_values
 from dp_runtime.core.program import SERVING_PROGRAMS
 from dp_runtime.core.request import RankRequest
+from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler
 from dp_runtime.scheduler import scheduler
 from dp_runtime.scheduler.batch_builder import build_batches
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
-from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 
@@ -46,8 +47,9 @@ class Rank:
     def __init__(self, num_requests: int, steps: int, depth: int, temperature: float) -> None:
         longest = CONTEXT + PAGE + WARMUP + steps + 2
         pages = PageGeometry(1 + num_requests * -(-longest // PAGE), PAGE)
-        self.scheduler = Scheduler(pages, Limits(num_requests, 8192, longest))
-        self.sampler = Sampler(VOCAB, torch.device("cpu"))
+        limits = Limits(num_requests, 8192, longest)
+        self.sampler = Sampler(VOCAB, limits.num_table_rows, torch.device("cpu"))
+        self.scheduler = Scheduler(pages, limits, [self.sampler])
         self.depth = depth
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self._in_flight: deque[tuple[SchedulerOutput, Sampled]] = deque()
@@ -56,7 +58,6 @@ class Rank:
             prompt = (1,) * (CONTEXT + number % PAGE)
             request = RankRequest(number, prompt, params, number, frozenset({VOCAB}))
             self.scheduler.add(request)
-            self.sampler.add(request)
 
     def step(self) -> bool:
         """One step; whether it had a prefill."""
@@ -70,12 +71,12 @@ class Rank:
             check_values(scheduled.batches[0], self.scheduler.pages, PLACE)
         logits = torch.randn(len(scheduled.samples), VOCAB)
         with self._phase("sample"):
-            self._in_flight.append((scheduled, self.sampler.sample(logits, scheduled.samples)))
+            sampled = self.sampler.sample(RowLogits.from_logits(logits), scheduled.samples)
+            self._in_flight.append((scheduled, sampled))
         if len(self._in_flight) > self.depth:
             with self._phase("commit"):
                 launched, sampled = self._in_flight.popleft()
-                tokens = sampled.to_host()
-                self.scheduler.commit(launched, StepResult(tokens.token_ids, tokens.logprobs, ()))
+                self.scheduler.commit(launched, sampled.to_host())
         return scheduled.prefill
 
     @contextmanager

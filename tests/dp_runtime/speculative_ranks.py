@@ -168,7 +168,7 @@ class SpeculativeRanks:
             served.outputs |= one.outputs
             served.verified |= one.watch.verified
             served.preemptions += one.loop.scheduler.num_preemptions
-            assert one.loop.scheduler.allocator.num_free == one.loop.scheduler.pages.num_pages - 1
+            assert one.loop.scheduler.num_free_pages == one.loop.scheduler.pages.num_pages - 1
         return served
 
 

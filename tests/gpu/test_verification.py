@@ -13,6 +13,8 @@ from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.sampling.verify import ForcedAcceptance, Verification
+from tests.dp_runtime.samplers import sample
+from tests.dp_runtime.samplers import sampler_of as rank_sampler
 
 VOCAB, NUM, NUM_VERIFIED, NUM_DRAFTS, NUM_TABLES = 3_000, 60, 50, 3, 13
 PARAMS = (
@@ -25,11 +27,11 @@ PARAMS = (
 
 
 def sampler_of(plain: bool) -> Sampler:
-    sampler = Sampler(VOCAB, torch.device("cuda"))
+    requests = []
     for number in range(NUM):
         params = PARAMS[0] if plain else PARAMS[number % len(PARAMS)]
-        sampler.add(RankRequest(number, (number, 5), params, 3 * number, frozenset({1, 2})))
-    return sampler
+        requests.append(RankRequest(number, (number, 5), params, 3 * number, frozenset({1, 2})))
+    return rank_sampler(*requests, vocab=VOCAB, device="cuda")
 
 
 def target() -> torch.Tensor:
@@ -54,11 +56,11 @@ def check(plain: bool) -> None:
     tokens, entries = torch.zeros((NUM, 1), dtype=torch.int64, device="cuda"), []
     for index in range(num_outputs):
         rows = SamplePositions(ids, np.full(NUM, index))
-        sampled = alone.sample(logits_of[tokens[:, -1] % NUM_TABLES], rows)
+        sampled = sample(alone, logits_of[tokens[:, -1] % NUM_TABLES], rows)
         tokens = torch.cat([tokens, sampled.token_ids[:, None]], 1)
         entries.append(sampled.to_host().logprobs)
     sampler, each = sampler_of(plain), NUM_DRAFTS + 1
-    sampler.sample(logits_of[[0] * NUM], SamplePositions(ids, np.zeros(NUM, np.int64)))
+    sample(sampler, logits_of[[0] * NUM], SamplePositions(ids, np.zeros(NUM, np.int64)))
     hits = torch.arange(NUM_VERIFIED, device="cuda") % each
     drafts = tokens[:NUM_VERIFIED, 2 : 2 + NUM_DRAFTS].clone()
     drafts += torch.arange(NUM_DRAFTS, device="cuda") >= hits[:, None]
@@ -73,7 +75,7 @@ def check(plain: bool) -> None:
         ),
     )
     with no_waits():
-        sampled = sampler.sample(logits, rows, Verification(drafts))
+        sampled = sample(sampler, logits, rows, Verification(drafts))
     host = sampled.to_host()
     assert host.num_accepted == tuple(hits.tolist())
     expected, lengths = tokens[:, 2:].tolist(), [*host.num_accepted, *[0] * (NUM - NUM_VERIFIED)]
@@ -84,7 +86,7 @@ def check(plain: bool) -> None:
             assert host.logprobs[row + at] == entries[1 + at][number]
     last = torch.tensor([expected[number][more] for number, more in enumerate(lengths)])
     indices = np.array(lengths) + 2
-    following = sampler.sample(logits_of[last.cuda() % NUM_TABLES], SamplePositions(ids, indices))
+    following = sample(sampler, logits_of[last.cuda() % NUM_TABLES], SamplePositions(ids, indices))
     found = following.to_host().token_ids
     assert found == tuple(expected[number][more + 1] for number, more in enumerate(lengths))
 
@@ -103,7 +105,7 @@ def test_forced_acceptance_on_a_gpu() -> None:
     logits = target()[torch.arange(4 * NUM, device="cuda") % NUM_TABLES]
     drafts = torch.zeros((NUM, 3), dtype=torch.int64, device="cuda")
     with no_waits():
-        sampled = sampler.sample(logits, rows, Verification(drafts, ForcedAcceptance(3.3)))
+        sampled = sample(sampler, logits, rows, Verification(drafts, ForcedAcceptance(3.3)))
     seeds, indices = 3 * torch.arange(NUM), torch.zeros(NUM, dtype=torch.int64)
     assert sampled.num_accepted is not None
     assert (

@@ -155,5 +155,5 @@ def test_the_first_of_equal_maxima_and_what_is_not_finite(size: int, dtype: torc
 def test_no_rows_have_no_maxima() -> None:
     peaks, best, finite = row_maxima(draw(0, 50))
     assert (peaks.shape, best.dtype, finite.dtype) == ((0,), torch.int64, torch.bool)
-    some = RowLogits.of(draw(5, 50))[1:3]
+    some = RowLogits.from_logits(draw(5, 50))[1:3]
     assert (len(some), some.best.shape) == (2, (2,))

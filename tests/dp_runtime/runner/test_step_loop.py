@@ -201,7 +201,7 @@ class EagerGraphs:
         hidden = self._runner.run(eager, batch, future, place, timer).hidden
         if not self._with_logits:
             return PassOutput(hidden, None)
-        return PassOutput(hidden, RowLogits.of(self._runner.model.logits(hidden.last)))
+        return PassOutput(hidden, RowLogits.from_logits(self._runner.model.logits(hidden.last)))
 
 
 class EagerStages:

@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from dp_runtime.core.request import RankRequest, TokenLogprob
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.sampling.filters import invert, keep_weights, penalise
-from dp_runtime.sampling.sampler import Sampler
+from tests.dp_runtime.samplers import rows_of, sample, sampler_of
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -40,22 +39,10 @@ def request(
     return RankRequest(request_id, tuple(prompt), params, params.seed or 0, frozenset(stop_ids))
 
 
-def sampler_of(*requests: RankRequest, vocab: int = VOCAB) -> Sampler:
-    sampler = Sampler(vocab, CPU)
-    for item in requests:
-        sampler.add(item)
-    return sampler
-
-
-def rows_of(*rows: tuple[int, int]) -> SamplePositions:
-    """Rows of (request id, output index)."""
-    return SamplePositions(*np.array(rows, np.int64).reshape(-1, 2).T)
-
-
 def tokens_of(logits: Tensor, *requests: RankRequest, index: int = 0) -> list[int]:
     rows = rows_of(*((item.request_id, index) for item in requests))
     sampler = sampler_of(*requests, vocab=logits.shape[1])
-    return list(sampler.sample(logits, rows).to_host().token_ids)
+    return list(sample(sampler, logits, rows).to_host().token_ids)
 
 
 def weights_of(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -150,7 +137,7 @@ def test_repetition_penalty_agrees_with_transformers() -> None:
     oracle = RepetitionPenaltyLogitsProcessor(1.8)
     for index, row in enumerate(logits.split(1)):
         expected = int(oracle(torch.tensor([[*prompt, *outputs]]), row.clone()).argmax())
-        sampled = sampler.sample(row, rows_of((1, index)))
+        sampled = sample(sampler, row, rows_of((1, index)))
         outputs.append(sampled.to_host().token_ids[0])
         assert outputs[-1] == expected
     assert outputs != logits.argmax(-1).tolist(), "the penalty changed nothing"
@@ -180,7 +167,7 @@ def test_presence_and_frequency_penalties_count_outputs_only() -> None:
     frequency = request(2, SamplingParams(frequency_penalty=0.3, temperature=0), prompt=(0, 0))
     sampler = sampler_of(presence, frequency, vocab=3)
     drawn = [
-        sampler.sample(logits.repeat(2, 1), rows_of((1, i), (2, i))).to_host().token_ids
+        sample(sampler, logits.repeat(2, 1), rows_of((1, i), (2, i))).to_host().token_ids
         for i in range(5)
     ]
     # presence: 3, 2.5 -> 2, 2.5 -> 2, 1.5, and no further; frequency alternates from the second on
@@ -192,15 +179,15 @@ def test_penalty_state_needs_no_look_at_the_host() -> None:
     """Two steps in flight: the second is sampled before anyone looks at the first."""
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=2.0, temperature=0)))
     logits = torch.tensor([[0.0] * (VOCAB - 2) + [1.0, 1.5]])
-    steps = [sampler.sample(logits, rows_of((1, i))) for i in range(2)]
+    steps = [sample(sampler, logits, rows_of((1, i))) for i in range(2)]
     assert [step.to_host().token_ids for step in steps] == [(VOCAB - 1,), (VOCAB - 2,)]
 
 
 def test_an_output_is_sampled_once_with_penalties() -> None:
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=1.0)))
-    sampler.sample(logits_of(0), rows_of((1, 0)))
+    sample(sampler, logits_of(0), rows_of((1, 0)))
     with pytest.raises(AssertionError, match="request 1 has penalties and 1 outputs"):
-        sampler.sample(logits_of(0), rows_of((1, 0)))
+        sample(sampler, logits_of(0), rows_of((1, 0)))
 
 
 def test_logit_bias_forces_and_bans() -> None:
@@ -233,7 +220,7 @@ def test_order_of_the_steps() -> None:
     # Token 1 is biased but a stop id; token 2 has 2 after the bias, and 0.2 as it is in the prompt;
     # penalised before the bias it had -10 + 3. Token 0 is in the prompt too: 0.1.
     sampler = sampler_of(request(1, params, prompt=(0, 2), stop_ids=(1,)), vocab=4)
-    host = sampler.sample(logits, rows_of((1, 0))).to_host()
+    host = sample(sampler, logits, rows_of((1, 0))).to_host()
     assert host.token_ids == (3,)
     expected = logits.log_softmax(-1)[0]
     entry = host.logprobs[0]
@@ -289,7 +276,7 @@ def test_draws_have_the_exact_distribution(params: dict[str, Any]) -> None:
     sampler, counts = sampler_of(*items, vocab=40), np.zeros(40)
     many = logits.expand(batch, 40).contiguous()
     for index in range(draws // batch):
-        sampled = sampler.sample(many, rows_of(*((i, index) for i in range(batch))))
+        sampled = sample(sampler, many, rows_of(*((i, index) for i in range(batch))))
         counts += np.bincount(sampled.to_host().token_ids, minlength=40)
     assert counts[exact == 0].sum() == 0
     expected = exact[exact > 0] * draws
@@ -328,7 +315,7 @@ def test_any_batch_gives_the_same(many: list[SamplingParams], data: st.DataObjec
         sampler, found = sampler_of(item), []
         for index in range(num_outputs):
             row = logits[item.request_id, index : index + 1]
-            host = sampler.sample(row, rows_of((item.request_id, index))).to_host()
+            host = sample(sampler, row, rows_of((item.request_id, index))).to_host()
             found.append((host.token_ids[0], host.logprobs[0]))
         return found
 
@@ -337,8 +324,8 @@ def test_any_batch_gives_the_same(many: list[SamplingParams], data: st.DataObjec
     while waiting := [i for i, found in mixed.items() if len(found) < num_outputs]:
         ids = data.draw(st.lists(st.sampled_from(waiting), unique=True, min_size=1))
         rows = rows_of(*((i, len(mixed[i])) for i in ids))
-        batch = logits[rows.request_ids, rows.output_indices]
-        host = sampler.sample(batch, rows).to_host()
+        batch = logits[rows.req_indices, rows.output_indices]
+        host = sample(sampler, batch, rows).to_host()
         for i, token, entry in zip(ids, host.token_ids, host.logprobs):
             mixed[i].append((token, entry))
     for item in items:
@@ -350,7 +337,7 @@ def test_seed_and_index_decide() -> None:
     items = [request(i, SamplingParams(seed=seed)) for i, seed in enumerate((5, 5, 6))]
     sampler = sampler_of(*items)
     drawn = np.array(
-        [sampler.sample(logits, rows_of(*((i, n) for i in range(3)))).to_host().token_ids
+        [sample(sampler, logits, rows_of(*((i, n) for i in range(3)))).to_host().token_ids
          for n in range(40)]
     )  # fmt: skip
     assert (drawn[:, 0] == drawn[:, 1]).all()
@@ -366,7 +353,7 @@ def test_logprobs_are_those_of_the_unmodified_logits() -> None:
         for i, n in enumerate(counts)
     ]
     rows = rows_of(*((i, 0) for i in range(4)))
-    host = sampler_of(*items).sample(logits, rows).to_host()
+    host = sample(sampler_of(*items), logits, rows).to_host()
     exact = logits.log_softmax(-1)
     assert host.logprobs[0] is None
     for row in range(1, 4):
@@ -381,7 +368,7 @@ def test_logprobs_are_those_of_the_unmodified_logits() -> None:
 def test_prompt_logprobs() -> None:
     logits = logits_of(9, rows=300)  # more than are taken at once
     targets = torch.arange(300) % VOCAB
-    entries = Sampler(VOCAB, CPU).prompt_logprobs(logits.__getitem__, targets, 2).to_host()
+    entries = sampler_of().prompt_logprobs(logits.__getitem__, targets, 2).to_host()
     exact = logits.log_softmax(-1)
     best = exact.topk(2)
     assert len(entries) == 300
@@ -389,20 +376,20 @@ def test_prompt_logprobs() -> None:
         assert entry.token_id == row % VOCAB
         assert entry.logprob == float(exact[row, entry.token_id])
         assert entry.top == tuple(zip(best.indices[row].tolist(), best.values[row].tolist()))
-    assert (
-        Sampler(VOCAB, CPU).prompt_logprobs(logits[:0].__getitem__, targets[:0], 2).to_host() == ()
-    )
+    assert sampler_of().prompt_logprobs(logits[:0].__getitem__, targets[:0], 2).to_host() == ()
 
 
 def test_ties_of_logprobs_go_to_the_lowest_id() -> None:
     logits = torch.tensor([[-0.0, 1.0, 0.0, 1.0, 0.0, -INF, -2.0]])
-    entry = Sampler(7, CPU).prompt_logprobs(logits.__getitem__, torch.tensor([6]), 7).to_host()[0]
+    entry = (
+        sampler_of(vocab=7).prompt_logprobs(logits.__getitem__, torch.tensor([6]), 7).to_host()[0]
+    )
     assert [token for token, _ in entry.top] == [1, 3, 0, 2, 4, 6, 5]
     assert entry.top[-1][1] == -INF
 
 
 def test_no_rows() -> None:
-    assert Sampler(VOCAB, CPU).sample(torch.zeros(0, VOCAB), rows_of()).to_host() == ((), (), ())
+    assert sample(sampler_of(), torch.zeros(0, VOCAB), rows_of()).to_host() == ((), (), ())
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 3, "top_p": 0.5}], ids=str)
@@ -412,7 +399,7 @@ def test_broken_logits_are_named_at_commit(params: dict[str, Any], bad: float) -
     logits[1, 4] = bad
     items = [request(i, SamplingParams(**params)) for i in (11, 12, 13)]
     sampler = sampler_of(*items)
-    sampled = sampler.sample(logits, rows_of(*((i, 0) for i in (11, 12, 13))))
+    sampled = sample(sampler, logits, rows_of(*((i, 0) for i in (11, 12, 13))))
     assert ((sampled.token_ids >= 0) & (sampled.token_ids < VOCAB)).all(), "the next step reads it"
     with pytest.raises(AssertionError, match=r"NaN or infinite logits for requests \[12\]"):
         sampled.to_host()
@@ -421,17 +408,41 @@ def test_broken_logits_are_named_at_commit(params: dict[str, Any], bad: float) -
 def test_remove_drops_the_state() -> None:
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=2.0, temperature=0)))
     logits = logits_of(11)
-    first = sampler.sample(logits, rows_of((1, 0))).to_host()
+    first = sample(sampler, logits, rows_of((1, 0))).to_host()
     sampler.remove(1)
     assert len(sampler) == 0
     with pytest.raises(KeyError):
-        sampler.sample(logits, rows_of((1, 1)))
-    sampler.add(request(1, SamplingParams(presence_penalty=2.0, temperature=0)))
-    assert sampler.sample(logits, rows_of((1, 0))).to_host() == first
+        sample(sampler, logits, rows_of((1, 1)))
+    sampler.add(1, request(1, SamplingParams(presence_penalty=2.0, temperature=0)), ())
+    assert sample(sampler, logits, rows_of((1, 0))).to_host() == first
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3])
+def test_state_in_another_row_goes_on_after_the_outputs(num_before: int) -> None:
+    """A preempted request has another row of the table later: its tokens say all."""
+    params = SamplingParams(
+        presence_penalty=0.5, frequency_penalty=0.8, repetition_penalty=1.4, temperature=0
+    )
+    item, logits = request(1, params, prompt=(4, 9)), logits_of(12).repeat(6, 1)
+    staying, outputs = sampler_of(item), []
+    for index, row in enumerate(logits.split(1)):
+        outputs += sample(staying, row, rows_of((1, index))).to_host().token_ids
+    assert outputs[0] not in outputs[3:], "the outputs before make no difference"
+    moving = sampler_of(item)
+    for index in range(num_before):
+        sample(moving, logits[index : index + 1], rows_of((1, index)))
+    moving.remove(1)
+    moving.add(7, item, outputs[:3])
+    moving.check([7])
+    again = [
+        sample(moving, logits[index : index + 1], rows_of((7, index))).to_host().token_ids[0]
+        for index in range(3, 6)
+    ]
+    assert again == outputs[3:]
 
 
 def test_add_refuses_what_the_vocabulary_lacks() -> None:
     with pytest.raises(ValueError, match="logit_bias"):
         sampler_of(request(1, SamplingParams(logit_bias={VOCAB: 1.0})))
-    with pytest.raises(AssertionError, match="request 1 twice"):
+    with pytest.raises(AssertionError, match="row 1 is taken"):
         sampler_of(request(1, SamplingParams()), request(1, SamplingParams()))

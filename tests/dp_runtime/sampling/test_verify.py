@@ -18,15 +18,14 @@ from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.sampling import logprobs
 from dp_runtime.sampling.sampler import Sampler, sampling_bytes
-from dp_runtime.sampling.verify import ForcedAcceptance, Verification, accepted_drafts
+from dp_runtime.sampling.verify import ForcedAcceptance, LastAccepted, Verification, accepted_drafts
 from tests.dp_runtime.live_bytes import LiveBytes
+from tests.dp_runtime.samplers import rows_of, sample, sampler_of
 from tests.dp_runtime.sampling.test_sampler import (
     PARAMS,
     VOCAB,
     logits_of,
     request,
-    rows_of,
-    sampler_of,
 )
 
 CPU = torch.device("cpu")
@@ -67,7 +66,7 @@ def test_shapes_must_fit() -> None:
     verification = Verification(torch.zeros(2, 1, dtype=torch.int64))
     for rows in (((0, 0), (1, 0), (0, 1), (1, 1)), ((0, 0), (0, 2), (1, 0), (1, 1))):
         with pytest.raises(AssertionError, match="the first 4 rows are 2 verifications"):
-            sampler_of(*items).sample(logits_of(0, rows=4), rows_of(*rows), verification)
+            sample(sampler_of(*items), logits_of(0, rows=4), rows_of(*rows), verification)
 
 
 class Target:
@@ -89,7 +88,7 @@ def one_by_one(target: Target, item: RankRequest, num_outputs: int) -> list[Entr
     found: list[Entry] = []
     for index in range(num_outputs):
         logits = target.logits(number, index, found[-1][0] if found else 0)[None]
-        host = sampler.sample(logits, rows_of((number, index))).to_host()
+        host = sample(sampler, logits, rows_of((number, index))).to_host()
         found.append((host.token_ids[0], host.logprobs[0]))
     return found
 
@@ -112,7 +111,7 @@ def run_step(
             rows.append((number, len(some) + row))
             logits.append(target.logits(number, len(some) + row, inputs[row]))
     verification = Verification(torch.tensor(drafts)) if drafts else None
-    host = sampler.sample(torch.stack(logits), rows_of(*rows), verification).to_host()
+    host = sample(sampler, torch.stack(logits), rows_of(*rows), verification).to_host()
     assert len(host.num_accepted) == len(drafts)
     row = 0
     for place, (number, length) in enumerate(zip(ids, lengths)):
@@ -174,7 +173,7 @@ def test_a_plain_batch_is_its_best_tokens() -> None:
     drafts = best[:9].view(3, 3)[:, :2].clone()
     drafts[1, 1] = drafts[2, 0] = VOCAB - 1 - drafts[1, 1]
     rows = rows_of(*rows_from([(2, 7), (0, 4), (3, 0)], 2), (1, 0))
-    sampled = sampler_of(*items).sample(logits, rows, Verification(drafts))
+    sampled = sample(sampler_of(*items), logits, rows, Verification(drafts))
     assert sampled.num_accepted is not None
     assert sampled.num_accepted.tolist() == [2, 1, 0]
     assert sampled.to_host() == (tuple(best.tolist()), (None,) * 10, (2, 1, 0))
@@ -182,13 +181,13 @@ def test_a_plain_batch_is_its_best_tokens() -> None:
 
 def test_no_verification_on_an_idle_rank() -> None:
     none = Verification(torch.zeros((0, 3), dtype=torch.int64))
-    sampled = sampler_of().sample(torch.zeros(0, VOCAB), rows_of(), none)
+    sampled = sample(sampler_of(), torch.zeros(0, VOCAB), rows_of(), none)
     assert sampled.to_host() == ((), (), ())
     assert sampled.num_accepted is not None
     assert sampled.num_accepted.shape == (0,)
     item = request(1, SamplingParams(presence_penalty=1.0))
     one = logits_of(0), rows_of((1, 0))
-    with_none, without = sampler_of(item).sample(*one, none), sampler_of(item).sample(*one)
+    with_none, without = sample(sampler_of(item), *one, none), sample(sampler_of(item), *one)
     assert with_none.to_host() == without.to_host()
     assert without.num_accepted is None
 
@@ -197,11 +196,11 @@ def test_outputs_with_penalties_go_on_after_what_was_accepted() -> None:
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=1.0, temperature=0)))
     drafts = Verification(torch.zeros((1, 2), dtype=torch.int64))
     for index in (0, 2, 5):  # 2 and 3 more became outputs
-        sampler.sample(logits_of(0, rows=3), rows_of(*rows_from([(1, index)], 2)), drafts)
+        sample(sampler, logits_of(0, rows=3), rows_of(*rows_from([(1, index)], 2)), drafts)
     for index in (5, 9):
         with pytest.raises(AssertionError, match=rf"6..8 outputs, and samples output {index}"):
-            sampler.sample(logits_of(0), rows_of((1, index)))
-    sampler.sample(logits_of(0), rows_of((1, 8)))
+            sample(sampler, logits_of(0), rows_of((1, index)))
+    sample(sampler, logits_of(0), rows_of((1, 8)))
 
 
 @pytest.mark.parametrize("mean", [1, 1.0, 2.5, 3.3, 4])
@@ -221,7 +220,7 @@ def test_forced_acceptance_in_a_batch(temperature: float) -> None:
     drafts = torch.zeros((8, 3), dtype=torch.int64)
     rows = rows_of(*rows_from([(i, 5 * i) for i in range(8)], 3), (8, 0))
     logits = logits_of(1, rows=33)
-    sampled = sampler_of(*items).sample(logits, rows, Verification(drafts, ForcedAcceptance(2.5)))
+    sampled = sample(sampler_of(*items), logits, rows, Verification(drafts, ForcedAcceptance(2.5)))
     expected = ForcedAcceptance(2.5).accepted(9 - torch.arange(8), 5 * torch.arange(8), 3).tolist()
     assert sampled.to_host().num_accepted == tuple(expected)
     assert set(expected) == {1, 2}
@@ -289,7 +288,7 @@ def emitted(
             places = torch.arange(CHAIN + 1)
             indices = (first + at - 2 + places).flatten().numpy()
             rows = SamplePositions(ids.repeat_interleave(CHAIN + 1).numpy(), indices)
-            sampled = sampler.sample(logits, rows, Verification(inputs[:, 2:], forced))
+            sampled = sample(sampler, logits, rows, Verification(inputs[:, 2:], forced))
             assert sampled.num_accepted is not None
             # rows behind the accepted ones leave tokens that the next verification overwrites
             tokens[ids[:, None], at + places] = sampled.token_ids.view(-1, CHAIN + 1)
@@ -364,7 +363,32 @@ def test_what_verifications_need_is_predicted() -> None:
     drafts = torch.arange(num * num_drafts).view(num, num_drafts)
     logits = logits_of(2, rows=len(rows), vocab=vocab)
     with LiveBytes() as live:
-        sampler.sample(logits, rows_of(*rows), Verification(drafts)).to_host()
+        sample(sampler, logits, rows_of(*rows), Verification(drafts)).to_host()
     predicted = sampling_bytes(len(rows), vocab)
     print(f"predicted {predicted / 2**20:.1f} MiB, live {live.peak / 2**20:.1f} MiB")
     assert 0.7 * predicted < live.peak <= predicted
+
+
+def test_the_last_accepted_rows_are_those_of_the_picture() -> None:
+    """The step that batch_builder draws: two verifications of 2 drafts, and a chunk of 3 tokens."""
+    sampled = torch.arange(100, 107)
+    last = LastAccepted.after_verification(
+        first_rows=torch.tensor([0, 3, 8, 11]), first_samples=torch.tensor([0, 3, 6, -1]),
+        known_tokens=torch.tensor([0, 0, 0, 55]), max_accepted=torch.tensor([2, 2, 0, 0]),
+        sampled_tokens=sampled, num_accepted=torch.tensor([1, 2]),
+    )  # fmt: skip
+    assert last.rows.tolist() == [1, 5, 8, 11]
+    assert last.token_ids.tolist() == [101, 105, 106, 55]
+    assert last.num_rejected.tolist() == [1, 0, 0, 0]
+
+
+def test_chunks_alone_accept_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    last = LastAccepted.after_verification(
+        first_rows=torch.tensor([4]), first_samples=torch.tensor([-1]),
+        known_tokens=torch.tensor([7]), max_accepted=torch.tensor([0]),
+        sampled_tokens=none, num_accepted=none,
+    )  # fmt: skip
+    assert (last.rows.tolist(), last.token_ids.tolist(), last.num_rejected.tolist()) == (
+        [4], [7], [0],
+    )  # fmt: skip

@@ -10,9 +10,11 @@ from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, che
 from dp_runtime.core.program import SERVING_PROGRAMS
 from dp_runtime.core.request import FinishReason, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.request_state import RequestStatus
 from dp_runtime.scheduler.scheduler import Scheduler
-from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from tests.dp_runtime.reference_scheduler import ReferenceScheduler, Rows
 
 PROGRAM = SERVING_PROGRAMS[0]
@@ -77,7 +79,7 @@ class Driver:
         """Pages, and who runs and waits, are the reference's."""
         scheduler, reference = self.scheduler, self.reference
         scheduler.check()
-        assert scheduler.allocator.num_free == reference.num_free
+        assert scheduler.num_free_pages == reference.num_free
         running = scheduler.table.request_ids[scheduler.running].tolist()
         assert running == [item.request_id for item in reference.running]
         waiting = [live.request_id for live in scheduler.waiting]
@@ -87,7 +89,7 @@ class Driver:
         (batch,) = scheduled.batches
         ends = batch.seq_lens.tolist()
         starts = (batch.seq_lens - batch.query_lens).tolist()
-        request_ids = self.scheduler.table.request_ids[scheduled.rows].tolist()
+        request_ids = self.scheduler.table.request_ids[scheduled.req_indices].tolist()
         assert list(zip(request_ids, starts, ends, strict=True)) == rows
         places = [(number, at) for number, start, end in rows for at in range(start, end)]
         assert batch.positions.tolist() == [at for _, at in places]
@@ -115,16 +117,18 @@ class Driver:
             return token
         last, _ = self.in_flight[-1]
         index = last.samples.output_indices[source]
-        assert last.samples.request_ids[source] == request_id
+        req_index = last.samples.req_indices[source]
+        assert self.scheduler.table.request_ids[req_index] == request_id
         assert index == position - len(self.requests[request_id].prompt_token_ids)
         return token_of(request_id, int(index))
 
     def commit(self, scheduled: SchedulerOutput, rows: Rows) -> None:
         samples = scheduled.samples
-        numbers, indices = samples.request_ids.tolist(), samples.output_indices.tolist()
-        sampled = list(map(token_of, numbers, indices))
-        tokens = StepResult(sampled, [None] * len(sampled), [() for _ in scheduled.scored])
-        for item in self.scheduler.commit(scheduled, tokens):
+        numbers = self.scheduler.table.request_ids[samples.req_indices].tolist()
+        indices = samples.output_indices.tolist()
+        sampled = tuple(map(token_of, numbers, indices))
+        tokens = SampledTokens(sampled, (None,) * len(sampled))
+        for item in self.scheduler.commit(scheduled, tokens, [() for _ in scheduled.scored]):
             assert item.request_id not in self.reasons, "a finished request made progress"
             assert item.first_index == len(self.outputs[item.request_id])
             self.outputs[item.request_id] += item.token_ids
@@ -178,7 +182,7 @@ def test_every_request_gets_its_tokens_and_no_page_leaks(
         elif name == "step":
             driver.step()
     driver.drain()
-    assert driver.scheduler.allocator.num_free == num_pages - 1
+    assert driver.scheduler.num_free_pages == num_pages - 1
     for number, item in made.items():
         tokens_due, reason = expected_outputs(item)
         if driver.reasons[number] is FinishReason.ABORT:
@@ -208,8 +212,11 @@ def test_the_oldest_request_is_never_preempted(depth: int) -> None:
     computed = 0
     while not oldest.finish_reason:
         driver.step()
-        if oldest.running:
-            before, computed = computed, driver.scheduler.table.num_computed[oldest.row]
+        if oldest.status is RequestStatus.RUNNING:
+            before, computed = (
+                computed,
+                driver.scheduler.table.num_computed_tokens[oldest.req_index],
+            )
             assert computed >= before, "the oldest request started over"
 
 
@@ -227,8 +234,8 @@ def test_nobody_is_admitted_while_an_older_request_lacks_pages() -> None:
     for number, prompt in ((1, 8), (2, 30), (3, 1)):
         driver.add(request(number, prompt, 9))
     table = driver.scheduler.table
-    served = [table.request_ids[driver.step().rows].tolist() for _ in range(3)]
-    assert driver.scheduler.allocator.num_free == 1, "enough for the third, not for the second"
+    served = [table.request_ids[driver.step().req_indices].tolist() for _ in range(3)]
+    assert driver.scheduler.num_free_pages == 1, "enough for the third, not for the second"
     assert served == [[1, 2], [1, 2], [1]]
     driver.drain()
 
@@ -257,10 +264,10 @@ def test_a_request_that_stops_while_its_next_step_runs_drops_that_token() -> Non
     driver.step()
     driver.step()  # launched before the stop token was looked at
     assert driver.outputs[stopping] == [STOP_TOKEN]
-    assert driver.scheduler.allocator.num_free < 39, "pages stay until the launched step is done"
+    assert driver.scheduler.num_free_pages < 39, "pages stay until the launched step is done"
     driver.drain()
     assert driver.outputs[stopping] == [STOP_TOKEN]
-    assert driver.scheduler.allocator.num_free == 39
+    assert driver.scheduler.num_free_pages == 39
 
 
 def test_prompt_logprob_rows_cover_the_prompt_once_despite_chunks_and_preemption() -> None:
@@ -273,7 +280,7 @@ def test_prompt_logprob_rows_cover_the_prompt_once_despite_chunks_and_preemption
     seen: dict[int, list[int]] = {item.request_id: [] for item in items}
     while driver.scheduler.has_work:
         for chunk in driver.step().scored:
-            seen[chunk.live.request_id] += range(chunk.score_start, chunk.score_end)
+            seen[chunk.state.request_id] += range(chunk.score_start, chunk.score_end)
     assert driver.scheduler.num_preemptions > 0
     assert all(positions == list(range(13)) for positions in seen.values())
 

@@ -15,9 +15,10 @@ from dp_runtime.core.program import MAX_DRAFTS, Pass, Program
 from dp_runtime.core.request import PromptEmbeds, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.sampling.rng import derive_seed
+from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
-from dp_runtime.scheduler.scheduler_output import SchedulerOutput, StepResult
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from tests.dp_runtime.reference_batches import Part, Passes, ReferenceBatches, rows_of
 
 MODEL_LEN = 40
@@ -71,8 +72,11 @@ class Driver:
         step = self.scheduler.schedule(program)
         self.scheduler.check()
         table = self.scheduler.table
-        parts = self.reference.parts(step, program, table.request_ids[step.rows].tolist())
-        pages = {int(table.request_ids[row]): table.pages(row) for row in step.rows.tolist()}
+        parts = self.reference.parts(step, program, table.request_ids[step.req_indices].tolist())
+        pages = {
+            int(table.request_ids[row]): self.scheduler.page_table.pages(row)
+            for row in step.req_indices.tolist()
+        }
         due = self.reference.passes(parts, program, pages)
         self.check(step, program, parts, due)
         if parts:
@@ -87,7 +91,7 @@ class Driver:
     ) -> None:
         assert len(step.batches) == len(program.passes)
         lags = self.in_flight[-1].lags if self.in_flight else {}
-        request_ids = self.scheduler.table.request_ids[step.rows].tolist()
+        request_ids = self.scheduler.table.request_ids[step.req_indices].tolist()
         for pass_kind, bounds, rows, sample_rows in zip(
             program.passes, step.batches, due.rows, due.sample_rows, strict=True
         ):
@@ -100,7 +104,8 @@ class Driver:
             assert batch.sample_rows.tolist() == sample_rows, pass_kind
             starts = batch.seq_lens - batch.query_lens
             assert starts.tolist() == batch.positions[first_rows(batch)].tolist(), pass_kind
-        found = zip(step.samples.request_ids.tolist(), step.samples.output_indices.tolist())
+        sampled_ids = self.scheduler.table.request_ids[step.samples.req_indices].tolist()
+        found = zip(sampled_ids, step.samples.output_indices.tolist())
         assert list(found) == [(one, index + lags.get(one, 0)) for one, index in due.samples]
         sampled = [part.request_id for part in parts if part.samples]
         assert self.scheduler.table.request_ids[step.sampled].tolist() == sampled
@@ -131,9 +136,9 @@ class Driver:
         return InflightStep(step, tokens, tuple(accepted), lags)
 
     def commit(self, step: InflightStep) -> None:
-        none = [None] * len(step.tokens), [() for _ in step.scheduled.scored]
-        given = StepResult(step.tokens, *none, step.accepted)
-        for item in self.scheduler.commit(step.scheduled, given):
+        given = SampledTokens(step.tokens, (None,) * len(step.tokens), step.accepted)
+        scores = [() for _ in step.scheduled.scored]
+        for item in self.scheduler.commit(step.scheduled, given, scores):
             outputs = self.outputs[item.request_id]
             done = len(outputs)
             assert item.request_id not in self.finished
@@ -200,7 +205,7 @@ def test_every_slot_is_what_the_known_tokens_say(
     while driver.scheduler.has_work:
         driver.step(3)
     assert driver.finished == {*range(count)}
-    assert driver.scheduler.allocator.num_free == num_pages - 1
+    assert driver.scheduler.num_free_pages == num_pages - 1
 
 
 def test_a_verification_beside_a_chunk() -> None:

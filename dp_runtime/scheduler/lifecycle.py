@@ -1,0 +1,118 @@
+"""RequestLifecycle: the one place where requests of a rank change their status."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from dp_runtime.core.batch import Int64
+from dp_runtime.core.per_request_state import PerRequestState
+from dp_runtime.core.request import FinishReason
+from dp_runtime.scheduler.request_state import NO_ROW, RequestState, RequestStatus
+from dp_runtime.scheduler.request_table import RequestTable
+
+
+class RequestLifecycle:
+    """The requests of a rank: the queue, the running ones, their rows and all that hangs on these.
+
+    A request that stops running keeps its row, and with it every kind of state, until no launched
+    step has tokens of it: steps in flight write its pages and read its states.
+    """
+
+    def __init__(self, table: RequestTable, states: Sequence[PerRequestState]) -> None:
+        self.table = table
+        self.states = states
+        self.waiting: deque[RequestState] = deque()
+        self.running: Int64 = np.zeros(0, np.int64)  # rows of the table in the order of arrival
+        self._requests: dict[int, RequestState] = {}  # by request id, until they have ended
+        self._leaving: list[RequestState] = []  # preempted or stopping
+        self._waiting_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def get(self, request_id: int) -> RequestState | None:
+        return self._requests.get(request_id)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens to compute of the requests in the queue; the preempted may still get some."""
+        preempted = [one for one in self._leaving if one.status is RequestStatus.PREEMPTED]
+        return self._waiting_tokens + sum(request.num_tokens for request in preempted)
+
+    def add(self, request: RequestState) -> None:
+        """Queue a new request."""
+        assert request.request_id not in self._requests, f"request {request.request_id} twice"
+        self._requests[request.request_id] = request
+        self.waiting.append(request)
+        self._waiting_tokens += request.num_tokens
+
+    def finish(self, request: RequestState, reason: FinishReason) -> None:
+        request.finish_reason = reason
+        self.transition(request, RequestStatus.STOPPING)
+
+    def transition(self, request: RequestState, status: RequestStatus) -> None:
+        """Change a request's status, and with it the queue, the running requests and its row."""
+        before, request.status = request.status, status
+        assert status in before.successors, f"request {request.request_id}: {before} -> {status}"
+        if before is RequestStatus.RUNNING:
+            self.running = self.running[self.running != request.req_index]
+        if before is RequestStatus.WAITING:
+            self._waiting_tokens -= request.num_tokens
+        if before.is_queued and not status.is_queued:
+            self.waiting.remove(request)
+        match status:
+            case RequestStatus.RUNNING:
+                self._take_row(request)
+                self.running = np.append(self.running, request.req_index)
+            case RequestStatus.PREEMPTED:
+                self.waiting.appendleft(request)
+                self._leaving.append(request)
+            case RequestStatus.STOPPING if before is not RequestStatus.PREEMPTED:
+                self._leaving.append(request)
+            case RequestStatus.WAITING:
+                self._release_row(request)
+                self._waiting_tokens += request.num_tokens
+            case RequestStatus.ENDED:
+                self._release_row(request)
+                del self._requests[request.request_id]
+
+    def settle(self) -> None:
+        """Take the rows of requests that stopped running and have no step in flight any more.
+
+        NOTE: not while a step is being committed: all requests of the step still need their rows.
+        """
+        in_flight = self.table.num_inflight_steps
+        for request in self._leaving[:]:
+            if request.req_index == NO_ROW or not in_flight[request.req_index]:
+                self._leaving.remove(request)
+                preempted = request.status is RequestStatus.PREEMPTED
+                self.transition(
+                    request, RequestStatus.WAITING if preempted else RequestStatus.ENDED
+                )
+
+    def check(self) -> None:
+        """Assert that rows, queue and states belong to the requests that they should belong to."""
+        taken = self.table.req_indices
+        for state in self.states:
+            state.check(taken)
+        assert {*self.running.tolist()} <= {*taken}, "a running request has no row"
+        queued = sum(request.num_tokens for request in self.waiting)
+        assert queued == self.num_queued_tokens, f"{queued} tokens, not {self.num_queued_tokens}"
+        for request in self._requests.values():
+            assert request.status.is_queued == (request in self.waiting), f"{request.status}"
+            has_row = request.status is not RequestStatus.WAITING
+            assert has_row == (request.req_index != NO_ROW), f"{request.status}"
+
+    def _take_row(self, request: RequestState) -> None:
+        req_index = self.table.take(request)
+        for state in self.states:
+            state.add(req_index, request.request, request.outputs)
+
+    def _release_row(self, request: RequestState) -> None:
+        if request.req_index != NO_ROW:
+            for state in self.states:
+                state.remove(request.req_index)
+            self.table.free(request)
