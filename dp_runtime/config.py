@@ -2,113 +2,204 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 
 from dp_runtime.core.program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
-from dp_runtime.errors import is_finite, is_int, require
+from dp_runtime.core.settings import check_settings, setting
+from dp_runtime.errors import require
 from dp_runtime.parallel.padding import PaddingMode
 from dp_runtime.parallel.transports import TRANSPORTS, Transport
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "device": ("auto", "cpu", "cuda"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "launcher": ("ray", "local", "thread"),
-    "attention_backend": ("auto", "trtllm", "flashinfer", "torch_ref"),
-    "kv_cache_dtype": ("auto", "fp8_e4m3"),
-    "moe_sharding": ("ep", "tp"),
-    "padding": tuple(mode.value for mode in PaddingMode),
-    "routing": ("round_robin", "least_tokens", "least_padded_cost"),
-    "load_format": ("safetensors", "dummy"),
-    "collective": ("auto", *TRANSPORTS),
-    "moe_backend": ("auto", "triton", "torch"),
-}
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Configuration of an engine; every value is checked on construction (ValueError).
 
-    model: a Hugging Face directory, as the ranks see it. dp_size: number of ranks.
-    ranks_per_gpu: ranks that share a GPU and meet in host memory, for experiments with more ranks
-    than GPUs; not for speed. device "auto": cpu without any GPU, cuda with enough of them.
-    dtype "auto": float32 on cpu, bfloat16 on cuda. launcher: Ray actors, spawned processes, or
-    threads of this process (for tests). moe_sharding: experts by expert (ep) or by intermediate
-    size (tp).
-    num_pages counts the null page; None sizes the pool for max_num_requests sequences of
-    max_model_len, within kv_memory_fraction (which a number of pages overrides) of the memory that
-    weights, workspaces and activations leave of the device (None: 0.5 on cpu, 0.9 on cuda).
-    max_num_requests and max_num_tokens are per rank and step.
-    overlap schedules step k+1 before step k is committed (None: on cuda).
-    cuda_graphs replays decode steps, and MoE stages of small steps with prefill, in both of which
-    only real rows cross between GPUs (None: wherever the kernels in use can be captured).
-    poison_padding fills padded rows with NaN, to show that no result depends on them.
-    kv_cache_dtype "auto": that of the weights; fp8_e4m3: scales are the checkpoint's, else 1.0.
-    check_device_values reads attention inputs back in every step and compares them (slow).
-    speculative_num_steps: tokens that a draft model proposes for the target to verify in one step,
-    0 for none; speculative_draft_model: a directory with an EAGLE-3 head (None: the MTP layer of
-    the model itself). speculative_adaptive: in each step all ranks choose how many to propose, up
-    to that number, from what was accepted. speculative_forced_tokens: for measurements, emit so
-    many tokens a verification on average, whatever was proposed; the text is then meaningless.
+    docs/settings.md is the list of these fields with their texts, and each is a flag of launch.py.
     """
 
-    model: str
-    dp_size: int = 1
-    ranks_per_gpu: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    launcher: str = "ray"
-    ray_address: str | None = None
-    attention_backend: str = "auto"
-    kv_cache_dtype: str = "auto"
-    collective: str = "auto"
-    moe_sharding: str = "ep"
-    moe_backend: str = "auto"
-    padding: str = "max_len"
-    routing: str = "least_tokens"
-    page_size: int = 64
-    num_pages: int | None = None
-    kv_memory_fraction: float | None = None
-    max_num_requests: int = 64
-    max_num_tokens: int = 2048
-    max_model_len: int | None = None
-    max_queued_requests: int = 100_000
-    load_format: str = "safetensors"
-    seed: int = 0
-    overlap: bool | None = None
-    cuda_graphs: bool | None = None
-    poison_padding: bool = False
-    check_device_values: bool = False
-    speculative_num_steps: int = 0
-    speculative_draft_model: str | None = None
-    speculative_adaptive: bool = False
-    speculative_forced_tokens: float | None = None
-    start_timeout_s: float = 300.0
-    step_timeout_s: float = 60.0
-    torch_threads: int | None = None
+    model: str = setting(
+        MISSING, "a Hugging Face directory, as the ranks see it", allowed="the path of a directory"
+    )
+    _: KW_ONLY
+    dp_size: int = setting(1, "number of ranks; need not divide the number of experts", at_least=1)
+    ranks_per_gpu: int = setting(
+        1,
+        "ranks that share a GPU; more than one, which then meet in host memory, is for "
+        "experiments with few GPUs, not for speed",
+        at_least=1,
+    )
+    device: str = setting(
+        "auto",
+        "where ranks run; auto: cpu if there is no GPU, cuda with room for all ranks, else an "
+        "error",
+        choices=("auto", "cpu", "cuda"),
+    )
+    dtype: str = setting(
+        "auto",
+        "type of weights and activations; auto: float32 on CPU, bfloat16 on GPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    launcher: str = setting(
+        "ray",
+        "what ranks are: Ray actors, processes of this host, or threads, for tests",
+        choices=("ray", "local", "thread"),
+    )
+    ray_address: str | None = setting(
+        None,
+        "cluster to join: auto, host:port or ray://host:port",
+        shown_default="$RAY_ADDRESS, else a new cluster on this host",
+        allowed="auto, host:port or ray://host:port",
+    )
+    attention_backend: str = setting(
+        "auto",
+        "attention kernels; auto: torch_ref on CPU, trtllm on GPU. flashinfer has kernels of "
+        "its own there",
+        choices=("auto", "trtllm", "flashinfer", "torch_ref"),
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "type of KV pages; auto: that of the weights; fp8_e4m3: per-tensor scales from the "
+        "checkpoint, else 1.0",
+        choices=("auto", "fp8_e4m3"),
+    )
+    collective: str = setting(
+        "auto",
+        "how rows travel between ranks; auto: on one host shared_memory for CPU ranks and for "
+        "ranks that share GPUs, peer_to_peer (kernels that write into the other GPUs' memory, "
+        "made for NVLink) for a GPU each; on several hosts torch_distributed (Gloo, NCCL)",
+        choices=("auto", *TRANSPORTS),
+    )
+    moe_sharding: str = setting(
+        "ep", "experts split by expert (ep) or by intermediate size (tp)", choices=("ep", "tp")
+    )
+    moe_backend: str = setting(
+        "auto",
+        "kernels of the experts; auto: triton on GPU, torch (grouped_mm) on CPU",
+        choices=("auto", "triton", "torch"),
+    )
+    padding: str = setting(
+        PaddingMode.MAX_LEN.value,
+        "rows a rank brings to a collective; max_len: the largest rank's, ragged: its own, "
+        "auto: the cheaper of the two for each step, by a cost measured at start. Steps with "
+        "graphs have the size of a bucket instead",
+        choices=tuple(mode.value for mode in PaddingMode),
+    )
+    routing: str = setting(
+        "least_tokens",
+        "how a request is given to a rank: in turn, to the one with the fewest unfinished "
+        "tokens, or to the one that pads a decode step least",
+        choices=("round_robin", "least_tokens", "least_padded_cost"),
+    )
+    page_size: int = setting(64, "tokens of a KV page", at_least=1)
+    num_pages: int | None = setting(
+        None,
+        "KV pages of a rank, the null page included",
+        at_least=2,
+        shown_default="for max_num_requests of max_model_len, within kv_memory_fraction",
+    )
+    kv_memory_fraction: float | None = setting(
+        None,
+        "share that KV pages may take of the device's memory beside weights, workspaces, "
+        "activations and a reserve; num_pages overrides it",
+        above=0,
+        at_most=1,
+        shown_default="0.5 on CPU, 0.9 on GPU",
+    )
+    max_num_requests: int = setting(64, "requests of a rank in a step", at_least=1)
+    max_num_tokens: int = setting(
+        2048, "tokens of a rank in a step; longer prompts run in chunks", at_least=1
+    )
+    max_model_len: int | None = setting(
+        None, "prompt and output tokens of a request", at_least=2, shown_default="the model's"
+    )
+    max_queued_requests: int = setting(
+        100_000, "unfinished requests that the engine holds", at_least=1
+    )
+    load_format: str = setting(
+        "safetensors",
+        "read the checkpoint, or random weights (dummy), for which a config.json is enough",
+        choices=("safetensors", "dummy"),
+    )
+    seed: int = setting(
+        0,
+        "seed of requests that bring none, and of dummy weights",
+        at_least=0,
+        at_most=2**63 - 1,
+        allowed="0..2**63-1",
+    )
+    overlap: bool | None = setting(
+        None,
+        "schedule and agree on step k+1 before step k is committed",
+        shown_default="on where device is cuda",
+    )
+    cuda_graphs: bool | None = setting(
+        None,
+        "replay decode steps, each rank at its own size, and in small steps with prefill the "
+        "MoE stages; inspect says why not",
+        shown_default="wherever all kernels in use can be captured",
+    )
+    poison_padding: bool = setting(
+        False, "fill padded rows with NaN, to show that no result depends on them"
+    )
+    check_device_values: bool = setting(
+        False,
+        "read attention inputs back in every step and compare them with the host's copy; "
+        "slow, and without CUDA graphs",
+    )
+    speculative_num_steps: int = setting(
+        0,
+        "tokens that a draft model proposes for each request in a step, for the target to "
+        "verify; 0: none",
+        at_least=0,
+        at_most=MAX_DRAFTS,
+        allowed=f"0..{MAX_DRAFTS}",
+    )
+    speculative_draft_model: str | None = setting(
+        None,
+        "directory of an EAGLE-3 head",
+        shown_default="the model's own MTP layer",
+        allowed="the path of a directory",
+    )
+    speculative_adaptive: bool = setting(
+        False,
+        "all ranks choose in each step how many tokens to propose, up to that number, by what "
+        "was accepted",
+    )
+    speculative_forced_tokens: float | None = setting(
+        None,
+        "for measurements: emit so many tokens a verification on average, whatever was "
+        "proposed; the text is meaningless",
+        at_least=1,
+        shown_default="off",
+    )
+    start_timeout_s: float = setting(300.0, "seconds until all ranks must serve", above=0)
+    step_timeout_s: float = setting(
+        60.0, "seconds that a rank waits for another in a step", above=0
+    )
+    torch_threads: int | None = setting(
+        None, "threads of a CPU rank", at_least=1, shown_default="cores / dp_size"
+    )
+    log_level: str = setting(
+        "warning",
+        "what ranks, and the command line, write to stderr: at info the choices made at "
+        "start, why, and faults",
+        choices=("debug", "info", "warning", "error"),
+    )
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.model, str) and bool(self.model),
-            "model",
-            self.model,
-            "the path of a directory",
-        )
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            require(value in allowed, name, value, f"one of {', '.join(allowed)}")
+        check_settings(self)
         self._check_speculation()
-        self._check_sizes()
-        address = self.ray_address
-        ok = address is None or (isinstance(address, str) and bool(address))
-        require(ok, "ray_address", address, "None, auto, host:port or ray://host:port")
-        for name in ("poison_padding", "check_device_values", "speculative_adaptive"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")
-        for name in ("overlap", "cuda_graphs"):
-            value = getattr(self, name)
-            require(value is None or isinstance(value, bool), name, value, "None or a bool")
         transport = TRANSPORTS.get(self.collective)
         if transport is not None:  # else auto
             self._check_transport(transport)
+        feeds = 1 + self.speculative_num_steps
+        require(
+            self.max_num_requests * feeds <= self.max_num_tokens,
+            "max_num_requests", self.max_num_requests,
+            f"at most {self.max_num_tokens // feeds}: a decoding request feeds {feeds} of the "
+            f"max_num_tokens {self.max_num_tokens} of a step",
+        )  # fmt: skip
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -121,6 +212,18 @@ class EngineConfig:
         """Steps that may be launched and not yet committed when the next one is scheduled."""
         overlap = self.device == "cuda" if self.overlap is None else self.overlap
         return 1 if overlap else 0
+
+    def _check_speculation(self) -> None:
+        steps, forced = self.speculative_num_steps, self.speculative_forced_tokens
+        for name, unset in (
+            ("speculative_draft_model", None), ("speculative_adaptive", False),
+            ("speculative_forced_tokens", None),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            needs = "nothing without speculative_num_steps"
+            require(bool(steps) or value == unset, name, value, needs)
+        ok = forced is None or forced <= 1 + steps
+        require(ok, "speculative_forced_tokens", forced, f"None or 1..{1 + steps}")
 
     def _check_transport(self, transport: Transport) -> None:
         """ValueError if it does not go with the device, the launcher or ranks that share GPUs."""
@@ -135,44 +238,3 @@ class EngineConfig:
             f"with ranks_per_gpu {self.ranks_per_gpu} use auto, shared_memory or peer_to_peer: "
             "NCCL refuses two ranks on one GPU",
         )  # fmt: skip
-
-    def _check_speculation(self) -> None:
-        steps, model = self.speculative_num_steps, self.speculative_draft_model
-        ok = is_int(steps) and 0 <= steps <= MAX_DRAFTS
-        require(ok, "speculative_num_steps", steps, f"0..{MAX_DRAFTS}")
-        ok = model is None or (isinstance(model, str) and bool(model))
-        require(ok, "speculative_draft_model", model, "None or the path of a directory")
-        forced = self.speculative_forced_tokens
-        ok = forced is None or (is_finite(forced) and 1 <= forced <= 1 + steps)
-        require(ok, "speculative_forced_tokens", forced, f"None or 1..{1 + steps}")
-        for name, unset in (
-            ("speculative_draft_model", None), ("speculative_adaptive", False),
-            ("speculative_forced_tokens", None),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            needs = "nothing without speculative_num_steps"
-            require(bool(steps) or value == unset, name, value, needs)
-
-    def _check_sizes(self) -> None:
-        sizes = ("dp_size", "ranks_per_gpu", "page_size", "max_num_requests", "max_num_tokens")
-        for name in (*sizes, "max_queued_requests"):
-            value = getattr(self, name)
-            require(is_int(value) and value >= 1, name, value, "an integer >= 1")
-        for name, least in (("num_pages", 2), ("max_model_len", 2), ("torch_threads", 1)):
-            value = getattr(self, name)
-            ok = value is None or (is_int(value) and value >= least)
-            require(ok, name, value, f"None or an integer >= {least}")
-        require(is_int(self.seed) and 0 <= self.seed < 2**63, "seed", self.seed, "0..2**63-1")
-        feeds = 1 + self.speculative_num_steps
-        require(
-            self.max_num_requests * feeds <= self.max_num_tokens,
-            "max_num_requests", self.max_num_requests,
-            f"at most {self.max_num_tokens // feeds}: a decoding request feeds {feeds} of the "
-            f"max_num_tokens {self.max_num_tokens} of a step",
-        )  # fmt: skip
-        fraction = self.kv_memory_fraction
-        ok = fraction is None or (is_finite(fraction) and 0 < fraction <= 1)
-        require(ok, "kv_memory_fraction", fraction, "None or a number above 0, at most 1")
-        for name in ("start_timeout_s", "step_timeout_s"):
-            value = getattr(self, name)
-            require(is_finite(value) and value > 0, name, value, "a number of seconds above 0")

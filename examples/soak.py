@@ -22,13 +22,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
-from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 
 from dp_runtime import Engine, EngineConfig, RequestHandle
-from dp_runtime.config import CHOICES
+from dp_runtime.cli.flags import add_flags
+from dp_runtime.core.settings import settings_of
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.trace import Report
 from dp_runtime.models.registry import read_model_config
@@ -211,18 +211,10 @@ def _options() -> argparse.Namespace:
                 SHAPE_FLAGS[item.name], dest=item.name, type=int, default=item.default,
                 help="median length" if item.name in ("prompt_len", "output_len") else None,
             )  # fmt: skip
-    hints = get_type_hints(EngineConfig)
-    for item in fields(EngineConfig):
-        if item.name in ENGINE_FLAGS and item.name not in SHAPE_FLAGS:
-            default = OTHER_DEFAULTS.get(item.name, item.default)
-            members = getattr(hints[item.name], "__args__", (hints[item.name],))
-            kind = next(kind for kind in (bool, int, float, str) if kind in members)
-            how: dict[str, Any] = {"type": kind, "default": default}
-            if kind is bool:
-                how = {"action": argparse.BooleanOptionalAction, "default": default}
-            if item.name in CHOICES:
-                how["choices"] = CHOICES[item.name]
-            parser.add_argument("--" + item.name.replace("_", "-"), **how)
+    names = set(ENGINE_FLAGS) - set(SHAPE_FLAGS)
+    add_flags(parser, EngineConfig, names, OTHER_DEFAULTS)
+    own = {item.name: item.default for item in settings_of(EngineConfig) if item.name in names}
+    parser.set_defaults(**own | OTHER_DEFAULTS)
     parser.add_argument("--plenty", type=float, default=0.6, help="part of the pages it has")
     parser.add_argument("--verify", type=int, default=16, help="requests to repeat alone")
     parser.add_argument("--timeout-s", type=float, default=3600.0)

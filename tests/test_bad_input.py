@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import launch
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.cli.jsonl import read_prompts
+from dp_runtime.cli.main import main
 from dp_runtime.cli.workload import Workload
 from dp_runtime.core.request import TokensPrompt
 from tests.checkpoints import add_mtp, tiny_checkpoint
@@ -447,7 +447,7 @@ def test_the_command_line_refuses(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        launch.main(arguments)
+        main(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -459,13 +459,15 @@ def test_the_command_line_refuses(
         (["--prompts", "/nowhere.jsonl"], "prompts: '/nowhere.jsonl'"),
         (["--model", "/nowhere"], "model: '/nowhere'"),
         (["--prompt", ""], "prompts[0]: prompt: ''"),
+        (["--prompt", "a", "--prompts", "x"], "prompt: ['a'] is not allowed; nothing beside"),
+        (["--output", "/proc/out.jsonl"], "output: '/proc/out.jsonl' is not allowed; No such file"),
     ],
 )
 def test_the_command_line_reports_one_line(
     arguments: list[str], message: str, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = ["generate", "--launcher", "thread", "--model", str(directory)]
-    assert launch.main([*start, *arguments]) == 2
+    assert main([*start, *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith(f"error: {message}")

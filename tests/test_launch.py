@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import launch
 from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime.cli.main import main
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.memory import memory_table
 from tests.checkpoints import tiny_checkpoint
 
+ROOT = Path(__file__).parents[1]
 LETTERS = "_abcdefghijklmnopqrstuvwxyz"
 
 
@@ -34,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, model: Path, *arguments: str) -> int:
     fixed = ("--model", str(model), "--launcher", "thread", "--max-model-len", "256")
-    return launch.main([command, *fixed, "--dp-size", "2", *arguments])
+    return main([command, *fixed, "--dp-size", "2", *arguments])
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -140,7 +141,7 @@ def test_inspect_tells_what_the_engine_then_has(
 
 
 def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch.main([]) == 0
+    assert main([]) == 0
     shown = capsys.readouterr().out
     assert "{generate,bench,inspect}" in shown
 
@@ -148,7 +149,7 @@ def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", ["generate", "bench", "inspect"])
 def test_every_flag_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        launch.main([command, "--help"])
+        main([command, "--help"])
     flags = capsys.readouterr().out.split("options:")[1]
     lines = re.findall(r"^  --?\S.*(?:\n {6,}.*)*", flags, re.MULTILINE)
     assert len(lines) > 20
@@ -196,7 +197,7 @@ def test_prompts_from_a_pipe(model: Path) -> None:
     done = subprocess.run(
         [sys.executable, "launch.py", "generate", *flags],
         input='{"prompt": "abc", "max_tokens": 2, "ignore_eos": true}\n',
-        cwd=Path(launch.__file__).parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,

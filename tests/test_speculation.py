@@ -13,7 +13,7 @@ import pytest
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
 from dp_runtime.core.program import Program
-from dp_runtime.metrics.trace import write_chrome_trace
+from dp_runtime.metrics.trace import chrome_trace
 from dp_runtime.parallel.adaptive_drafts import AdaptiveLength
 from tests.dp_runtime.speculative_ranks import Verified, Watch
 from tests.product_cases import covering_rows, every, random_prompt
@@ -146,7 +146,7 @@ def test_report_and_trace_count_what_was_verified(
     ]
     assert lengths[0] == lengths[1] == lengths[2]
     assert {*lengths[0]} > {1} if adaptive else {*lengths[0]} == {4}
-    write_chrome_trace(trace, tmp_path / "trace.json")
+    (tmp_path / "trace.json").write_text(chrome_trace(trace))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     found = [event["args"] for event in events if event["name"] == "target"]
     assert [args["verifications by accepted drafts"] for args in found] == [

@@ -19,7 +19,7 @@ from collectives.in_process import InProcessGroup
 from collectives.session import session_token
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed
-from workers.devices import resolve_device
+from dp_runtime.startup.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
 from workers.group import WorkerGroup
 from workers.messages import (

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from collectives.session import session_token
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
-from workers.devices import resolve_device
+from dp_runtime.startup.devices import resolve_device
 from workers.group import WorkerGroup
 from workers.messages import ConcurrencyGroup, Message
 from workers.placement import bundle_of, cpus_for, strategy_of

@@ -11,6 +11,7 @@ import torch
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import RankRequest
+from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.trace import StepTrace, Totals
 from workers.communicators import OpenedRendezvous, open_rendezvous
@@ -90,6 +91,7 @@ class Worker:
     def prepare(self) -> HostInfo:
         """Check the model against the config, before anything is loaded (ValueError)."""
         if self.config.launcher != "thread":
+            log_to_stderr(self.config.log_level, self.dp_rank)
             torch.set_num_threads(self.config.torch_threads or self._fair_threads())
         self._use_device()
         self._stage = Prepared.for_rank(self.dp_rank, self.config, self.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -68,15 +67,13 @@ def _parse(text: str, defaults: SamplingParams) -> PromptLine:
     return PromptLine(prompt, SamplingParams.from_fields(known | sampling), rank)
 
 
-def write_outputs(path: Path, outputs: Iterable[RequestOutput]) -> None:
-    """Write one line per output: index, token_ids, text, finish_reason, dp_rank."""
-    with path.open("w", encoding="utf-8") as file:
-        for index, output in enumerate(outputs):
-            line = {
-                "index": index,
-                "token_ids": output.token_ids,
-                "text": output.text,
-                "finish_reason": output.finish_reason,
-                "dp_rank": output.dp_rank,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def output_line(index: int, output: RequestOutput) -> str:
+    """One line for a result: index, token_ids, text, finish_reason, dp_rank."""
+    line = {
+        "index": index,
+        "token_ids": output.token_ids,
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "dp_rank": output.dp_rank,
+    }
+    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -2,48 +2,72 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from dp_runtime.core.settings import check_settings, setting
 from dp_runtime.errors import is_finite, is_int, require
 
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1e9  # added to a float32 logit, it stays finite
+SURROGATES = re.compile("[\ud800-\udfff]")  # no text has them
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """Per-request sampling; the defaults follow the other engines' (temperature 1, 16 tokens).
 
-    temperature 0 is greedy. top_k 0 and -1 keep all tokens. `logprobs=n` reports the chosen
-    token's and the n best log probabilities of the unmodified distribution at every output
-    position, `prompt_logprobs=n` the same of the prompt. `seed` makes the tokens a pure function
-    of the request; None lets the engine choose one. Raises ValueError naming the field.
+    Raises ValueError naming the field. docs/settings.md is the list of the fields with their texts.
     """
 
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    max_tokens: int = setting(16, "output tokens", at_least=1)
+    min_tokens: int = setting(0, "output tokens before anything may end the request", at_least=0)
+    temperature: float = setting(1.0, "divides the logits; 0 is greedy", at_least=0)
+    top_k: int = setting(0, "sample from the k most probable tokens; 0 and -1: all", at_least=-1)
+    top_p: float = setting(
+        1.0, "sample from the most probable tokens of this total probability", above=0, at_most=1
+    )
+    min_p: float = setting(
+        0.0, "sample from tokens with at least this share of the best one's probability",
+        at_least=0, at_most=1,
+    )  # fmt: skip
+    presence_penalty: float = setting(
+        0.0, "subtracted from the logits of tokens that the output has", at_least=-2, at_most=2
+    )
+    frequency_penalty: float = setting(
+        0.0, "subtracted for each time that the output has a token", at_least=-2, at_most=2
+    )
+    repetition_penalty: float = setting(
+        1.0, "divides the logits of tokens that prompt or output have", at_least=1e-3, at_most=1e3
+    )
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
+    seed: int | None = setting(
+        None, "makes the tokens a pure function of the request", at_least=0, at_most=2**63 - 1,
+        allowed="an integer in 0..2**63-1", shown_default="one that the engine chooses",
+    )  # fmt: skip
     stop: Sequence[str] | str = ()
     stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    ignore_eos: bool = setting(False, "go on after an end-of-text token")
+    skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
+    logprobs: int | None = setting(
+        None, "report the chosen token's and the n best log probabilities of the unmodified "
+        "distribution at every output position", at_least=0, at_most=MAX_LOGPROBS,
+        shown_default="no report",
+    )  # fmt: skip
+    prompt_logprobs: int | None = setting(
+        None, "the same for the prompt", at_least=0, at_most=MAX_LOGPROBS,
+        shown_default="no report",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        self._check_lengths()
-        self._check_distribution()
+        check_settings(self)
+        require(
+            self.min_tokens <= self.max_tokens,
+            "min_tokens", self.min_tokens, f"at most max_tokens {self.max_tokens}",
+        )  # fmt: skip
+        self._check_logit_bias()
         self._check_ends()
 
     @property
@@ -92,31 +116,7 @@ class SamplingParams:
         )
         require(ok, "min_tokens", self.min_tokens, "0 where every token is a stop token")
 
-    def _check_lengths(self) -> None:
-        for name, least in (("max_tokens", 1), ("min_tokens", 0)):
-            value = getattr(self, name)
-            require(is_int(value) and value >= least, name, value, f"an integer >= {least}")
-        require(
-            self.min_tokens <= self.max_tokens,
-            "min_tokens", self.min_tokens, f"at most max_tokens {self.max_tokens}",
-        )  # fmt: skip
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            ok = value is None or (is_int(value) and 0 <= value <= MAX_LOGPROBS)
-            require(ok, name, value, f"None or an integer in 0..{MAX_LOGPROBS}")
-
-    def _check_distribution(self) -> None:
-        limits = {
-            "temperature": (0.0, math.inf), "min_p": (0.0, 1.0), "top_p": (0.0, 1.0),
-            "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
-            "repetition_penalty": (1e-3, 1e3),
-        }  # fmt: skip
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            ok = is_finite(value) and low <= value <= high
-            require(ok, name, value, f"a number from {low:g} to {high:g}")
-        require(self.top_p > 0, "top_p", self.top_p, "a number above 0")
-        require(is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer >= -1")
+    def _check_logit_bias(self) -> None:
         ok = isinstance(self.logit_bias, Mapping) and all(
             is_int(token) and token >= 0 and is_finite(bias) and abs(bias) <= MAX_LOGIT_BIAS
             for token, bias in self.logit_bias.items()
@@ -125,16 +125,13 @@ class SamplingParams:
             ok, "logit_bias", self.logit_bias,
             f"a mapping from token id to a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
         )  # fmt: skip
-        ok = self.seed is None or (is_int(self.seed) and 0 <= self.seed < 2**63)
-        require(ok, "seed", self.seed, "None or an integer in 0..2**63-1")
 
     def _check_ends(self) -> None:
         ok = isinstance(self.stop, str | Sequence) and all(
-            isinstance(text, str) and text for text in self.stop_strings
+            isinstance(text, str) and text and not SURROGATES.search(text)
+            for text in self.stop_strings
         )
-        require(ok, "stop", self.stop, "a non-empty string or a list of them")
+        require(ok, "stop", self.stop, "a non-empty string or a list of them, without surrogates")
         ok = isinstance(self.stop_token_ids, Sequence) and not isinstance(self.stop_token_ids, str)
         ok = ok and all(is_int(token) and token >= 0 for token in self.stop_token_ids)
         require(ok, "stop_token_ids", self.stop_token_ids, "a list of token ids")
-        for name in ("ignore_eos", "skip_special_tokens"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "a bool")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from types import TracebackType
 
@@ -18,7 +18,7 @@ from dp_runtime.engine.output_processor import OutputProcessor
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.tokenizer import Tokenizer
-from dp_runtime.errors import EngineClosed, is_int, require
+from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, is_int, require
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import Report, StepTrace
@@ -62,27 +62,40 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         dp_ranks: Sequence[int | None] | None = None,
         show_progress: bool = False,
+        on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Finish all prompts and return their outputs in order.
 
         One SamplingParams for all, or one per prompt; `dp_ranks` pins prompts to ranks. All
-        prompts are checked before any is submitted (ValueError).
+        prompts are checked before any is submitted (ValueError). `on_output` gets each output with
+        its index as soon as it and all before it are finished; if the engine fails, all that are.
         """
         requests = self._make_all(prompts, params, dp_ranks)
         handles: list[RequestHandle] = []
-        try:
-            for request, rank in requests:
-                handles.append(self._start(request, rank))
-            outputs = []
-            with ProgressBar("generate", len(handles), "request", show_progress) as progress:
-                for handle in handles:
-                    outputs.append(handle.result())
-                    progress.update(len(outputs))
-            return outputs
-        except BaseException:
-            for handle in handles:
-                handle.abort()
-            raise
+        outputs: list[RequestOutput] = []
+        with ProgressBar("generate", len(requests), "request", show_progress) as progress:
+
+            def take() -> None:
+                outputs.append(handles[len(outputs)].result())
+                if on_output is not None:
+                    on_output(len(outputs) - 1, outputs[-1])
+                progress.update(len(outputs))
+
+            try:
+                for request, rank in requests:
+                    handles.append(self._start(request, rank))
+                    while len(outputs) < len(handles) and handles[len(outputs)].done:
+                        take()
+                while len(outputs) < len(handles):
+                    take()
+            except (RankFailed, RequestFailed, EngineClosed, KeyboardInterrupt):
+                if on_output is not None:
+                    _deliver_finished(handles[len(outputs) :], len(outputs), on_output)
+                raise
+            finally:
+                for handle in handles[len(outputs) :]:
+                    handle.abort()
+        return outputs
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
@@ -232,3 +245,13 @@ class BusyClock:
     @property
     def elapsed_s(self) -> float:
         return self._elapsed_s + (monotonic() - self._since if self._num_inside else 0.0)
+
+
+def _deliver_finished(
+    handles: Sequence[RequestHandle],
+    first_index: int,
+    on_output: Callable[[int, RequestOutput], None],
+) -> None:
+    for index, handle in enumerate(handles, first_index):
+        if handle.output is not None:
+            on_output(index, handle.output)

@@ -48,6 +48,11 @@ class RequestHandle:
         """It ended, or its engine failed."""
         return self._output is not None or self._error is not None
 
+    @property
+    def output(self) -> RequestOutput | None:
+        """The finished request, if it has finished."""
+        return self._output
+
     def result(self, timeout: float | None = None) -> RequestOutput:
         """The finished request; raises TimeoutError after `timeout` seconds, or why it failed."""
         with self._changed:

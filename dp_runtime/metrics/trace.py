@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from itertools import zip_longest
-from pathlib import Path
 from statistics import fmean
 
 MAX_REMEMBERED_STEPS = 20_000
@@ -221,13 +220,13 @@ class Report:
         ]
 
 
-def write_chrome_trace(steps: Iterable[StepTrace], path: Path) -> None:
-    """Write steps as Chrome trace JSON, which Perfetto opens: one track per rank.
+def chrome_trace(steps: Iterable[StepTrace]) -> str:
+    """Steps as Chrome trace JSON, which Perfetto opens: one track per rank.
 
     Source of the format: "Trace Event Format", complete events (`ph` X), microseconds.
     """
     events = [event for step in steps for event in _events(step)]
-    path.write_text(json.dumps({"traceEvents": events}))
+    return json.dumps({"traceEvents": events})
 
 
 def _events(step: StepTrace) -> list[dict[str, object]]:

@@ -17,8 +17,8 @@ from collectives.session import session_token
 from dp_runtime import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.startup.devices import resolve_device
 from workers.communicators import cluster_address, open_rendezvous
-from workers.devices import resolve_device
 from workers.group import WorkerGroup, transport_of
 from workers.messages import HostInfo, Join, Message, OpenRendezvous, Polled, Rendezvous
 

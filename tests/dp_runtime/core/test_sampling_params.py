@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dp_runtime.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from dp_runtime.errors import MAX_SHOWN
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 
@@ -24,7 +25,7 @@ BAD: dict[str, list[Any]] = {
         {1: "2"}, {1: None}, {1: True}, {1: 1e10}, {1: HUGE},
     ],
     "seed": [-1, 2**63, 1.0, "1", True, NAN],
-    "stop": [5, None, "", ["a", ""], ["a", 1], b"a", [b"a"], {"a"}],
+    "stop": [5, None, "", ["a", ""], ["a", 1], b"a", [b"a"], {"a"}, "a\ud800"],
     "stop_token_ids": [5, None, "", "12", ["1"], [1.0], [-1], [True], [NAN], {1}],
     "ignore_eos": [0, 1, "no", None],
     "skip_special_tokens": [0, 1, "no", None],
@@ -38,8 +39,9 @@ CASES = [(name, value) for name, values in BAD.items() for value in values]
 def test_bad_value_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the text is checked below
         SamplingParams(**{name: value})
-    text = str(caught.value)
-    assert text.startswith(f"{name}: {value!r} is not allowed; "), text
+    text, shown = str(caught.value), repr(value)
+    shown = shown if len(shown) <= MAX_SHOWN else shown[: MAX_SHOWN - 3] + "..."
+    assert text.startswith(f"{name}: {shown} is not allowed; "), text
     assert "\n" not in text
 
 

@@ -2,7 +2,6 @@
 
 import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from dp_runtime.metrics.trace import (
     Report,
     StepTrace,
     Totals,
-    write_chrome_trace,
+    chrome_trace,
 )
 
 
@@ -53,10 +52,8 @@ def test_no_step_no_waste() -> None:
     assert (report.padding_waste, report.row_balance, report.tokens_per_s) == (0.0, 1.0, 0.0)
 
 
-def test_a_chrome_trace_has_a_track_per_rank_and_phases_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "trace.json"
-    write_chrome_trace([step(1, 3, (2, 4), (4, 4))], path)
-    events = json.loads(path.read_text())["traceEvents"]
+def test_a_chrome_trace_has_a_track_per_rank_and_phases_in_order() -> None:
+    events = json.loads(chrome_trace([step(1, 3, (2, 4), (4, 4))]))["traceEvents"]
     assert [event["name"] for event in events] == [
         "schedule", "agree", "prepare", "target", "sample", "commit",
     ]  # fmt: skip

@@ -1,0 +1,43 @@
+"""Command-line flags for the described fields of a dataclass."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from dp_runtime.core.settings import settings_of
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    owner: type,
+    only: Collection[str] | None = None,
+    defaults: Mapping[str, object] | None = None,
+) -> None:
+    """Add a flag for each described field; `defaults` are shown instead of the fields' own."""
+    defaults = defaults or {}
+    for item in settings_of(owner):
+        if only is not None and item.name not in only:
+            continue
+        how: dict[str, Any] = {"type": item.kind, "choices": item.setting.choices or None}
+        if item.kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        shown = defaults.get(item.name, item.shown_default)
+        text = f"{item.setting.doc} (default: {shown})"
+        parser.add_argument(item.flag, help=text, default=argparse.SUPPRESS, **how)
+
+
+def given_fields(options: argparse.Namespace, owner: type) -> dict[str, Any]:
+    """The described fields that the command line has set."""
+    names = [item.name for item in settings_of(owner)]
+    return {name: getattr(options, name) for name in names if name in options}
+
+
+def new_file(text: str) -> Path:
+    """The argument as a file that can be written, as far as its name shows."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing directory")
+    return path

@@ -1,0 +1,96 @@
+"""`generate`: continue prompts, print or write the results, and print the report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dp_runtime.cli.flags import add_flags, given_fields, new_file
+from dp_runtime.cli.jsonl import PromptLine, output_line, read_prompts
+from dp_runtime.cli.model_choice import config_from
+from dp_runtime.cli.output import OutputFile, WriteFailed, print_line
+from dp_runtime.cli.reports import rank_memory
+from dp_runtime.core.request import RequestOutput
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.engine import Engine
+from dp_runtime.errors import require
+
+DEFAULTS: dict[str, object] = {"max_tokens": 48, "temperature": 0.0}
+DEMO_PROMPTS = (
+    "The list of arguments",
+    "If the file does not exist,",
+    "Return a new string",
+    "This module provides",
+    "A class can be used to",
+    "The default value is",
+)
+SAMPLING_FLAGS = (
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "ignore_eos", "skip_special_tokens",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", help="a prompt; may be repeated")
+    parser.add_argument("--prompts", type=Path, help="JSONL file of prompts, or /dev/stdin")
+    parser.add_argument("--output", type=new_file, help="JSONL file for the results")
+    parser.add_argument("--stop", action="append", help="text that ends a request; may be repeated")
+    add_flags(parser, SamplingParams, SAMPLING_FLAGS, DEFAULTS)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Continue prompts, print or write the results, and print the report."""
+    lines = _prompts(options)
+    config = config_from(options)
+    with ExitStack() as stack:
+        file = stack.enter_context(OutputFile("output", options.output)) if options.output else None
+        engine = stack.enter_context(Engine(config, show_progress=True))
+        shows_text = engine.tokenizer is not None
+        results = Results(lines, file.write if file else print_line, file is not None, shows_text)
+        engine.generate(
+            [line.prompt for line in lines],
+            [line.params for line in lines],
+            [line.dp_rank for line in lines],
+            show_progress=True,
+            on_output=results.take,
+        )
+        report, memory = engine.report(), rank_memory(engine.health())
+    print_line(str(report))
+    print_line(memory)
+
+
+@dataclass
+class Results:
+    """Passes results on as they come, as JSON lines or as text for a reader."""
+
+    lines: list[PromptLine]
+    write: Callable[[str], None]
+    as_json: bool
+    shows_text: bool
+    num_written: int = field(default=0, init=False)
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        try:
+            self.write(output_line(index, output) if self.as_json else self._text(index, output))
+        except WriteFailed as error:
+            counted = f"{self.num_written} of {len(self.lines)} results were written"
+            raise WriteFailed(f"{error}; {counted}") from error
+        self.num_written += 1
+
+    def _text(self, index: int, output: RequestOutput) -> str:
+        text = output.text if self.shows_text else f" {list(output.token_ids)}"
+        head = f"[rank {output.dp_rank}, {output.finish_reason}]"
+        return f"{head} {self.lines[index].prompt} →{text}\n"
+
+
+def _prompts(options: argparse.Namespace) -> list[PromptLine]:
+    sampling = DEFAULTS | given_fields(options, SamplingParams) | {"stop": options.stop or ()}
+    sampling.pop("seed", None)  # the flag is the engine's, from which requests derive their own
+    defaults = SamplingParams.from_fields(sampling)
+    if options.prompts is not None:
+        require(not options.prompt, "prompt", options.prompt, "nothing beside --prompts")
+        return read_prompts(options.prompts, defaults)
+    return [PromptLine(text, defaults, None) for text in options.prompt or DEMO_PROMPTS]

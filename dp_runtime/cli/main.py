@@ -1,0 +1,52 @@
+"""The command line: `dp-runtime`, or `python launch.py` in a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from dp_runtime.cli import bench, generate
+from dp_runtime.cli.flags import add_flags
+from dp_runtime.cli.inspect import inspect
+from dp_runtime.cli.output import WriteFailed, escape_unprintable
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, StartError
+from dp_runtime.metrics.log import log_to_stderr
+
+FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, WriteFailed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status.
+
+    2: a mistake of the user. 1: ranks failed, or results could not be written. 130: Ctrl-C.
+    """
+    escape_unprintable()
+    options = _parser().parse_args(arguments)
+    log_to_stderr(getattr(options, "log_level", "warning"))
+    try:
+        options.command(options)
+        return 0
+    except (ValueError, *FAILURES) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dp-runtime", description=__doc__)
+    parser.set_defaults(command=lambda options: parser.print_help())
+    commands = parser.add_subparsers(metavar="{generate,bench,inspect}")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(command=run)
+        add_flags(command, EngineConfig, defaults={"model": "a tiny one, on 4 ranks"})
+        return command
+
+    generate.add_arguments(add("generate", generate.generate))
+    bench.add_arguments(add("bench", bench.bench))
+    add("inspect", inspect)
+    return parser

@@ -1,0 +1,87 @@
+"""Where commands write: files that are opened before the work, and the console."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from tqdm import tqdm
+
+
+class WriteFailed(RuntimeError):
+    """What was to be written could not be, or not all of it."""
+
+
+class OutputFile:
+    """A text file, opened at once; what is written is in the file before the next call.
+
+    Raises ValueError if it can't be opened, WriteFailed if the disk is full or a pipe is closed.
+    """
+
+    def __init__(self, flag: str, path: Path) -> None:
+        self._name = f"{flag}: {str(path)!r}"
+        try:
+            self._file: IO[str] = open(path, "w", encoding="utf-8", opener=_open)  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(f"{self._name} is not allowed; {error.strerror}") from error
+
+    def write(self, text: str) -> None:
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise WriteFailed(f"{self._name}: {error.strerror}") from error
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError as failed:
+            if error is None:
+                raise WriteFailed(f"{self._name}: {failed.strerror}") from failed
+
+
+def print_line(text: str) -> None:
+    """Print to stdout, above a progress bar if there is one; WriteFailed if nobody reads it."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        _drop_stdout()
+        raise WriteFailed(f"stdout: {error.strerror}") from error
+
+
+def escape_unprintable() -> None:
+    """Let the console show what its encoding lacks as escapes, where it would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """Send what stdout still holds nowhere, or Python complains of it once more at exit."""
+    try:
+        target = sys.stdout.fileno()
+    except OSError:
+        return  # it is no file
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, target)
+    os.close(nowhere)
+
+
+def _open(path: str, flags: int) -> int:
+    """Open without waiting: a named pipe that nobody reads is an error."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(descriptor, True)
+    return descriptor

@@ -1,0 +1,41 @@
+"""docs/settings.md, from the fields of EngineConfig and SamplingParams.
+
+python -m dp_runtime.cli.settings_page > docs/settings.md
+"""
+
+from __future__ import annotations
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.settings import settings_of
+
+HEAD = """\
+# Settings
+
+<!-- python -m dp_runtime.cli.settings_page > docs/settings.md -->
+
+Each field of `EngineConfig` is also a flag of `dp-runtime generate`, `bench` and `inspect`:
+`max_num_requests` is `--max-num-requests`, a bool has a `--no-` form.
+"""
+PARAMS = """
+A request's `SamplingParams`, which are also fields of a line of a prompt file, have besides
+`logit_bias` (token id to a number that is added to its logit), `stop` (one text or several that end
+the request; special tokens may be among them) and `stop_token_ids`:
+"""
+
+
+def settings_page() -> str:
+    """The page as Markdown."""
+    return "\n".join([HEAD, *_table(EngineConfig), PARAMS, *_table(SamplingParams), ""])
+
+
+def _table(owner: type) -> list[str]:
+    rows = [
+        f"| `{item.name}` | {item.shown_default} | {item.setting.doc} | {item.allowed} |"
+        for item in settings_of(owner)
+    ]
+    return [f"| `{owner.__name__}` | default | | allowed |", "|---|---|---|---|", *rows]
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")

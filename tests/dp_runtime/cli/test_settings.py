@@ -1,0 +1,62 @@
+"""Settings: written once in the config, read by checks, flags and documents."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dp_runtime.cli.flags import add_flags, given_fields
+from dp_runtime.cli.settings_page import settings_page
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.settings import settings_of
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_docs_settings_md_is_current() -> None:
+    shown = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert shown == settings_page(), "python -m dp_runtime.cli.settings_page > docs/settings.md"
+
+
+def test_every_field_of_the_config_is_described_and_a_flag() -> None:
+    described = {item.name for item in settings_of(EngineConfig)}
+    assert described == {name for name in EngineConfig.__dataclass_fields__ if name != "_"}
+    parser = argparse.ArgumentParser()
+    add_flags(parser, EngineConfig)
+    options = parser.parse_args(
+        ["--dp-size", "4", "--no-overlap", "--kv-memory-fraction", "0.25", "--log-level", "info"]
+    )
+    assert given_fields(options, EngineConfig) == {
+        "dp_size": 4, "overlap": False, "kv_memory_fraction": 0.25, "log_level": "info",
+    }  # fmt: skip
+
+
+def test_numbers_of_numpy_become_python_s_own() -> None:
+    """A sum of small numpy integers would wrap."""
+    params = SamplingParams(max_tokens=np.uint8(100), min_tokens=np.int8(3), top_p=np.float32(0.5))
+    values = (params.max_tokens, params.min_tokens, params.top_p, params.temperature)
+    assert values == (100, 3, 0.5, 1.0)
+    assert [type(value) for value in values] == [int, int, float, float]
+    config = EngineConfig("x", dp_size=np.uint8(200), step_timeout_s=np.float32(3))
+    assert (type(config.dp_size), type(config.step_timeout_s)) == (int, float)
+    assert config.dp_size * 100 == 20_000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dp_size", 0, "dp_size: 0 is not allowed; an integer >= 1"),
+        ("num_pages", 1, "num_pages: 1 is not allowed; None or an integer >= 2"),
+        ("kv_memory_fraction", 1.5, "1.5 is not allowed; None or a number above 0, at most 1"),
+        ("log_level", "loud", "'loud' is not allowed; one of debug, info, warning, error"),
+        ("device", ["cpu"], "device: \\['cpu'\\] is not allowed; one of auto, cpu, cuda"),
+        ("overlap", 1, "overlap: 1 is not allowed; None or a bool"),
+    ],
+)
+def test_a_mistake_names_what_is_allowed(name: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig("x", **{name: value})
