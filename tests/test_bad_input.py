@@ -278,7 +278,9 @@ CASES: dict[str, tuple[Act, str]] = {
     "field not supported": (fields(hidden_act="gelu"), "hidden_act: 'gelu'"),
     "field that changes the model": (fields(logit_scale=0.5), "logit_scale: 0.5 is not allowed"),
     "layers without end": (fields(num_hidden_layers=10**7), "num_hidden_layers: 10000000"),
-    "experts without end": (fields(num_experts=10**9, num_local_experts=None), "num_experts: 1000000000"),
+    "experts without end": (
+        fields(num_experts=10**9, num_local_experts=None), "num_experts: 1000000000",
+    ),
     "vocabulary beyond int64": (fields(vocab_size=2**63), "vocab_size: 9223372036854775808"),
     "config nested deeply": (
         file("config.json", b"[" * 100_000), "config.json: not valid JSON: nested too deeply",

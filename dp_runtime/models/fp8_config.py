@@ -29,7 +29,8 @@ def parse_fp8_experts(
     section.only("scale_fmt", "float")
     section.only("expert_dtype", "fp8")
     section.skip(["dequantize"])  # how another library loads them
-    exempt = section.get("modules_to_not_convert", [])
+    section.only("modules_to_convert", [])
+    exempt = section.get(section.one_of("modules_to_not_convert", "ignored_layers"), [])
     ok = isinstance(exempt, list) and all(isinstance(name, str) for name in exempt)
     section.require(ok, "modules_to_not_convert", exempt, "a list of module names")
     section.finish()

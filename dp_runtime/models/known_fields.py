@@ -121,6 +121,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "global_attn_every_n_layers": (), "full_attention_interval": (1,), "hybrid_layer_pattern": (),
     "linear_conv_kernel_dim": (), "linear_key_head_dim": (), "linear_num_key_heads": (),
     "linear_num_value_heads": (), "linear_value_head_dim": (), "num_kv_shared_layers": (0,),
+    "dual_chunk_attention_config": (), "sparse_attention_config": (), "quantization": (),
     "use_sliding_window": (False,), "index_topk": (), "parallel_attn": (False,),
     "parallel_block": (False,), "use_parallel_residual": (False,),
     # Experts

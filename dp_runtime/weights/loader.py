@@ -30,6 +30,7 @@ FP8_DTYPE = "F8_E4M3"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ROWS_COMPARED = 8192
+MAX_PATH = 255  # characters of a shard's name
 MAPPED_BYTES = 256 << 20  # of files that may be mapped before they are opened anew
 
 
@@ -165,7 +166,8 @@ class Checkpoint:
         if not isinstance(files, dict):
             raise ValueError(f"{path}: not an index of safetensors: it has no weight_map object")
         for file in dict.fromkeys(map(str, files.values())):
-            inside = not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
+            parts = PurePosixPath(file).parts
+            inside = 0 < len(file) <= MAX_PATH and ".." not in parts and not file.startswith("/")
             ok = inside and is_present(self._root / file)
             require(ok, str(path), shown(file), "a file beside the index")
         return {str(name): str(file) for name, file in files.items()}

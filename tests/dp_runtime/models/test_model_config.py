@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,11 @@ def test_yarn_in_every_layout(tmp_path: Path, fields: dict[str, Any]) -> None:
     assert config.max_position_embeddings == 131072
 
 
+def test_null_kv_heads_are_as_many_as_heads(tmp_path: Path) -> None:
+    """As transformers 4 has it; 5 refuses null."""
+    assert parse(tmp_path, MIXTRAL_8X7B | {"num_key_value_heads": None}).num_kv_heads == 32
+
+
 def test_dense_layers(tmp_path: Path) -> None:
     fields = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
     config = parse(tmp_path, QWEN3_30B_A3B | fields)
@@ -279,6 +285,42 @@ def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
         config.resolve_max_model_len(32769)
 
 
+TOO_LARGE = {
+    "num_hidden_layers": 10_000_000, "num_experts": 10**9, "vocab_size": 2**63,
+    "hidden_size": 2**40, "moe_intermediate_size": 2**33, "num_attention_heads": 10**6,
+    "max_position_embeddings": 2**31, "head_dim": 10**5, "eos_token_id": 2**63,
+    "num_experts_per_tok": 10**400, "decoder_sparse_step": 2**70, "rope_theta": 10**400,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_sizes_without_end_are_one_short_line(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^config.json: {name}: ") as caught:
+        parse(tmp_path, QWEN3_30B_A3B | {name: TOO_LARGE[name]})
+    assert len(str(caught.value)) < 400
+
+
+def test_layers_times_experts_are_bounded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_hidden_layers: 1000 is not allowed; at most"):
+        parse(tmp_path, QWEN3_30B_A3B | {"num_hidden_layers": 1000, "num_experts": 4000})
+
+
+def test_long_names_and_values_are_cut(tmp_path: Path) -> None:
+    fields = {"hidden_act": "x" * 100_000, "y" * 100_000: 1}
+    with pytest.raises(ValueError, match="hidden_act: 'xxx") as caught:
+        parse(tmp_path, QWEN3_30B_A3B | fields)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_only_regular_files_are_read(tmp_path: Path, file: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B_A3B))
+    (tmp_path / file).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(ValueError, match=f"{file}: 'p.*' is not allowed; a regular file"):
+        read_model_config(str(tmp_path))
+
+
 def test_missing_directory_and_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model: '.*nowhere' is not allowed; an existing"):
         read_model_config(str(tmp_path / "nowhere"))
@@ -292,6 +334,8 @@ def test_missing_directory_and_file(tmp_path: Path) -> None:
         (b"{", "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[1]", "a JSON object"),
+        (b"[" * 100_000, "not valid JSON: nested too deeply"),
+        (b'{"vocab_size": 1' + b"0" * 5000 + b"}", "not valid JSON"),
     ],
 )
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])

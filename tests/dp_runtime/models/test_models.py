@@ -10,19 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.registry import make_backend
-from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.rotary import Rotary
-from dp_runtime.models.causal_lm import PassInputs
-from dp_runtime.models.registry import build_model, read_model_config
-from dp_runtime.parallel.exchange import PaddedExchange
-from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.weights.loader import open_weights
+from dp_runtime.models.registry import read_model_config
+from dp_runtime.parallel.padding import PaddingMode
 from tests.checkpoints import oracle, tiny_checkpoint
-from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table, spec_of
+from tests.dp_runtime.models.ranks import Rank, close
+from tests.dp_runtime.paged import CPU
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 
-PAGE_SIZE, CAPACITY = 8, 96
 QWEN, MIXTRAL = "Qwen3MoeForCausalLM", "MixtralForCausalLM"
 
 
@@ -57,63 +52,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-class Rank:
-    """One rank's model and its sequences, each with pages of its own."""
-
-    def __init__(
-        self, path: Path, collective: ThreadCollective, moe_sharding: str = "ep",
-        num_sequences: int = 1, poison: bool = True, load_format: str = "safetensors",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
-        config = read_model_config(str(path))
-        self.collective, self.poison = collective, poison
-        rng = np.random.default_rng(collective.dp_rank)
-        self.table, self.num_pages = random_page_table([CAPACITY] * num_sequences, PAGE_SIZE, rng)
-        shape = (self.num_pages, 2, config.num_kv_heads, PAGE_SIZE, config.head_dim)
-        pools = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(config.num_layers)]
-        self.model = build_model(
-            config,
-            open_weights(str(path), load_format, 0, dtype, CPU),
-            RankSharding(moe_sharding, collective.dp_rank, collective.dp_size),
-            make_backend("torch_ref", spec_of(pools[0], config.num_heads), pools),
-        )
-        self.lengths = [0] * num_sequences
-
-    def step(
-        self, new: list[list[int]], real_rows: tuple[int, ...] | None = None,
-        mode: PaddingMode = PaddingMode.MAX_LEN, embeds: tuple[list[int], Tensor] | None = None,
-    ) -> list[Tensor]:  # fmt: skip
-        """Feed new tokens of every sequence (perhaps none) and return the logits of their rows."""
-        live = [i for i, tokens in enumerate(new) if tokens]
-        for i in live:
-            self.lengths[i] += len(new[i])
-        lengths = [(len(new[i]), self.lengths[i]) for i in live]
-        tokens = [token for i in live for token in new[i]]
-        batch = paged_batch(lengths, self.table[live], PAGE_SIZE, tokens)
-        rows, replaced = embeds or ([], torch.zeros(0, 0))
-        plan = PaddingPlan.for_mode(mode, real_rows or (len(tokens),))
-        hidden = self.model.forward(
-            PassInputs(
-                torch.tensor(tokens, dtype=torch.int64),
-                torch.from_numpy(batch.positions.copy()),
-                torch.tensor(rows, dtype=torch.int64),
-                replaced,
-            ),
-            metadata_of(batch, self.num_pages, PAGE_SIZE),
-            PaddedExchange(plan, self.collective, self.poison),
-        ).last
-        logits = self.model.logits(hidden)
-        split = logits.split([len(tokens) for tokens in new])
-        return list(split)
-
-
 def random_tokens(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 199, count).tolist()
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=list(VARIANTS))

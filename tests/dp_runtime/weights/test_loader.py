@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -213,3 +214,29 @@ def test_index_that_names_the_wrong_shard(sharded_copy: Path) -> None:
     index["weight_map"][NAME] = next(f for f in files if f != index["weight_map"][NAME])
     path.write_text(json.dumps(index))
     refuse(sharded_copy, NAME, index["weight_map"][NAME])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 4000, "../model.safetensors", "/etc/passwd", "a/../../b.safetensors", ""],
+)
+def test_shards_are_files_beside_the_index(sharded_copy: Path, name: str) -> None:
+    path = sharded_copy / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][NAME] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index\.json") as caught:
+        checkpoint(sharded_copy)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_only_regular_files_are_opened(copy: Path, sharded_copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    refuse(copy, "a regular file", str(file))
+    shard = max(sharded_copy.glob("*.safetensors"))
+    shard.unlink()
+    os.mkfifo(shard)
+    refuse(sharded_copy, "a regular file", shard.name)
