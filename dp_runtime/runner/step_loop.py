@@ -119,12 +119,16 @@ class StepLoop:
             deliver(self.commit(self._inflight.popleft()))
 
     def _rest(self, deliver: Deliver) -> None:
-        """No rank has rows: commit what is left, else sleep until a request arrives anywhere."""
-        if self._inflight:
-            self._commit_down_to(0, deliver)
-            return
-        self.idle.set()
-        self.coordinator.board.idle(0.0 if self.scheduler.has_work else IDLE_S)
+        """No rank has rows: commit what is left, else sleep until a request arrives anywhere.
+
+        NOTE: every rank calls `idle`, if only for no time, or its next record wakes nobody. Ranks
+        differ in what is in flight: those that may not run ahead have committed it already.
+        """
+        goes_on = bool(self._inflight) or self.scheduler.has_work
+        self._commit_down_to(0, deliver)
+        if not goes_on:
+            self.idle.set()
+        self.coordinator.board.idle(0.0 if goes_on else IDLE_S)
         self.idle.clear()
 
     def _apply(self, commands: Inbox) -> list[RequestUpdate]:

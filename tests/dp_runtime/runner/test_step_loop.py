@@ -24,6 +24,7 @@ from dp_runtime.parallel.exchange import RowExchange
 from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.padding_cost import measure_padding_cost
+from dp_runtime.runner import step_loop
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
@@ -36,6 +37,7 @@ from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import add_mtp, tiny_checkpoint
 
 CPU = torch.device("cpu")
+LAST_STEPS = 2  # without rows, once all requests are done
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +48,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Rank:
     """A rank's loop with an inbox and the tokens it delivered."""
 
-    def __init__(self, loop: StepLoop, num_requests: int) -> None:
+    def __init__(self, loop: StepLoop, num_requests: int, params: SamplingParams) -> None:
         self.loop = loop
         self.tokens: dict[int, list[int]] = {}
         self._inbox = [
-            RankRequest(
-                number, tuple(range(3, 8 + number)), SamplingParams(max_tokens=6), 0, frozenset()
-            )
+            RankRequest(number, tuple(range(3, 8 + number)), params, 0, frozenset())
             for number in range(num_requests)
         ]
         self._finished = 0
         self._due = num_requests
         self.stop = threading.Event()
+        self._steps_left = LAST_STEPS
 
     def take(self) -> Inbox:
         taken, self._inbox = self._inbox, []
-        return Inbox(taken, (), self.stop.is_set())
+        if self.stop.is_set():
+            self._steps_left -= 1
+        return Inbox(taken, (), self._steps_left < 0)
 
     def deliver(self, items: list[RequestUpdate]) -> None:
         for item in items:
@@ -84,6 +87,7 @@ def run_ranks(
     loads: Sequence[int],
     policy: Callable[[StepTotals], int] = lambda totals: totals.program_id,
     prepare: Callable[[StepLoop], None] = lambda loop: None,
+    params: Sequence[SamplingParams] | None = None,
     **fields: Any,
 ) -> list[Rank]:
     """Serve loads[rank] requests on every rank until all are done."""
@@ -98,7 +102,8 @@ def run_ranks(
         loop = make_loop(config, group, dp_rank)
         loop.coordinator._policy = policy
         prepare(loop)
-        return Rank(loop, loads[dp_rank])
+        rank_params = params[dp_rank] if params else SamplingParams(max_tokens=6)
+        return Rank(loop, loads[dp_rank], rank_params)
 
     ranks = [build(dp_rank) for dp_rank in range(size)]
 
@@ -260,3 +265,31 @@ def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
         if each.pass_kind == Pass.TARGET
     ]
     assert traced == [(16, 16)] + [plan.gathered_rows for plan in replays[0]]
+
+
+@pytest.mark.parametrize("max_tokens", [(1, 1), (2, 2), (3, 3), (2, 4)])
+def test_all_ranks_rest_after_the_same_records(
+    checkpoint: Path, max_tokens: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose requests draw tokens commits early, and so has no step in flight at the end."""
+    monkeypatch.setattr(step_loop, "IDLE_S", 0.05)
+    rests: dict[int, list[int]] = {0: [], 1: []}
+
+    def prepare(loop: StepLoop) -> None:
+        board = loop.coordinator.board
+        idle = board.idle
+
+        def noted(timeout_s: float) -> None:
+            rests[board.dp_rank].append(loop.coordinator.step_id)
+            idle(timeout_s)
+
+        board.idle = noted  # type: ignore[method-assign]
+
+    greedy = SamplingParams(max_tokens=max_tokens[0], temperature=0.0, ignore_eos=True)
+    drawn = SamplingParams(max_tokens=max_tokens[1], temperature=0.9, seed=1, ignore_eos=True)
+    run_ranks(
+        checkpoint, (1, 1), prepare=prepare, params=(greedy, drawn), overlap=True,
+        speculative_num_steps=1,
+    )  # fmt: skip
+    assert rests[0] == rests[1]
+    assert len(rests[0]) >= LAST_STEPS
