@@ -6,20 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dp_runtime.layers.experts import Experts, ExpertShard, fused_experts
+from dp_runtime.layers.experts import Experts, ExpertShard
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
-from dp_runtime.parallel.exchange import PaddedExchange, RowExchange
-
-__all__ = [
-    "ExpertShard",
-    "MoeStage",
-    "PaddedExchange",
-    "RankSharding",
-    "Router",
-    "RowExchange",
-    "fused_experts",
-]
+from dp_runtime.parallel.exchange import RowExchange
 
 
 @dataclass(frozen=True)
@@ -38,10 +28,9 @@ class RankSharding:
 
 @dataclass(frozen=True, eq=False)
 class MoeStage:
-    """reduce_scatter(experts(gather(x))), [rows, hidden] -> [rows, hidden].
+    """reduce_scatter(experts(all_gather(x))), [rows, hidden] -> [rows, hidden].
 
-    Gathered rows that are not real enter neither routing nor a product: their content can't reach a
-    result.
+    Gathered rows that are not real enter neither routing nor a product.
     """
 
     router: Router
@@ -49,10 +38,7 @@ class MoeStage:
     kernels: MoeKernels
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        """Most bytes a call allocates at once, its result included.
-
-        padded: some gathered rows are not real.
-        """
+        """Most bytes a call allocates at once; padded: some gathered rows are not real."""
         hidden = self.experts.down.shape[1]
         row = hidden * self.router.dtype.itemsize
         run = self.kernels.activation_bytes(gathered_rows, padded, self.router, self.experts)

@@ -1,15 +1,15 @@
-"""What runs a rank's experts over gathered rows: plain torch anywhere, Triton on a GPU."""
+"""Kernels that run a rank's experts over gathered rows: plain torch anywhere, Triton on a GPU."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from dp_runtime.core.transfer import on_device
 from dp_runtime.errors import require
 from dp_runtime.kernels.expert_tiles import choose_tiles
 from dp_runtime.layers.experts import Experts
@@ -18,52 +18,47 @@ from dp_runtime.parallel.padding import PaddingPlan
 
 
 class MoeKernels(Protocol):
-    """Routes gathered rows, and runs this rank's experts over those of them that are real.
+    """Routes gathered rows, and runs this rank's experts over those of them that are real."""
 
-    reads_fp8: whether experts may be e4m3 with scales; else they are widened as they are loaded.
-    """
-
-    reads_fp8: ClassVar[bool]
+    reads_fp8: ClassVar[bool]  # experts may be e4m3 with scales; else they are widened at load
+    capturable: ClassVar[bool]  # nothing is read back to the host, so a CUDA graph may hold a call
+    compiled: ClassVar[bool]  # its kernels are compiled, at start
 
     def partial_sums(
         self,
         gathered: Tensor,
         plan: PaddingPlan,
-        layout: Tensor | None,
+        row_ranges: Tensor | None,
         router: Router,
         experts: Experts,
     ) -> Tensor:
-        """This rank's experts' share of every real row, 0 in padded rows.
+        """Sum this rank's experts' share of every real row of [rows, hidden]; padded rows get 0.
 
-        gathered [rows, hidden] -> [rows, hidden].
-
-        layout [2, dp_size] int32: where each rank's rows begin, and how many are real, if they are
-        known on the device only; else the plan says it.
+        row_ranges: as `RowExchange` has them.
         """
 
     def activation_bytes(
         self, gathered_rows: int, padded: bool, router: Router, experts: Experts
     ) -> int:
-        """Most bytes a call allocates at once, its result included.
-
-        padded: some gathered rows are not real.
-        """
+        """Most bytes a call allocates at once; padded: some gathered rows are not real."""
 
 
 class TorchMoe:
     """Copies the real rows out, runs them through grouped products, and copies the sums back."""
 
     reads_fp8: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
+    compiled: ClassVar[bool] = False
 
     def partial_sums(
         self,
         gathered: Tensor,
         plan: PaddingPlan,
-        layout: Tensor | None,
+        row_ranges: Tensor | None,
         router: Router,
         experts: Experts,
     ) -> Tensor:
-        assert layout is None, "these kernels read the real rows from the plan"
+        assert row_ranges is None, "these kernels read the real rows from the plan"
         if plan.real_index is None:
             return self._run(gathered, router, experts)
         real = plan.real_index.to(gathered.device)
@@ -88,36 +83,30 @@ class TorchMoe:
 
 
 class TritonMoe:
-    """Kernels that skip padded rows where they lie; nothing is read back to the host.
-
-    The layers of a model share one, and with it the layout of a pass.
-    """
+    """Kernels that skip padded rows where they lie."""
 
     reads_fp8: ClassVar[bool] = True
-
-    def __init__(self) -> None:
-        self._last: tuple[PaddingPlan, Tensor] | None = None
+    capturable: ClassVar[bool] = True
+    compiled: ClassVar[bool] = True
 
     def partial_sums(
         self,
         gathered: Tensor,
         plan: PaddingPlan,
-        layout: Tensor | None,
+        row_ranges: Tensor | None,
         router: Router,
         experts: Experts,
     ) -> Tensor:
         from dp_runtime.kernels.experts import run_experts
         from dp_runtime.kernels.router import route
 
-        if layout is None:
-            layout = self._layout(plan, gathered.device)
         rows, (num_local, _, intermediate) = gathered.shape[0], experts.down.shape
         num_experts = router.gate.weight.shape[0]
         assert router.gate.bias is None, "the router's product adds no bias"
         routing = route(
             gathered,
             router.gate.weight,
-            layout,
+            plan.row_ranges_on(gathered.device) if row_ranges is None else row_ranges,
             router.top_k,
             router.renormalize,
             experts.first_expert,
@@ -136,25 +125,17 @@ class TritonMoe:
         return routing + max(self._logits_bytes(gathered_rows, router), products)
 
     def _logits_bytes(self, rows: int, router: Router) -> int:
-        """Of the product's parts."""
         from dp_runtime.kernels.router import MOST_SPLIT_ROWS, parts_shape
 
         num_experts, hidden = router.gate.weight.shape
         size = 4 if rows <= MOST_SPLIT_ROWS else router.dtype.itemsize
         return math.prod(parts_shape(rows, hidden, num_experts)) * size
 
-    def _layout(self, plan: PaddingPlan, device: torch.device) -> Tensor:
-        if self._last is None or self._last[0] is not plan:
-            self._last = (plan, on_device(plan.row_ranges, device))
-        return self._last[1]
-
 
 def choose_moe_backend(
     name: str, dtype: torch.dtype, device: torch.device, fp8: bool = False
 ) -> tuple[str, str]:
-    """Resolve "auto" for a device: the kernels' name, and why they were chosen.
-
-    fp8: whether any experts of the checkpoint are e4m3.
+    """Resolve "auto" for a device: the kernels' name, and why; fp8: some experts are e4m3.
 
     Raises ValueError for kernels that do not serve the device or the dtype.
     """
@@ -190,6 +171,9 @@ def _has_room(device: torch.device) -> bool:
     return capability == (8, 0) or capability[0] in (9, 10)
 
 
+MOE_KERNELS: Mapping[str, type[MoeKernels]] = {"torch": TorchMoe, "triton": TritonMoe}
+
+
 def make_moe_kernels(name: str) -> MoeKernels:
-    """The kernels of a resolved name, one for all layers of a model."""
-    return TritonMoe() if name == "triton" else TorchMoe()
+    """The kernels of a resolved name."""
+    return MOE_KERNELS[name]()

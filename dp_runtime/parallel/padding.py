@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dp_runtime.core.transfer import on_device
+
 
 class PaddingMode(StrEnum):
     MAX_LEN = "max_len"  # those of the largest rank
@@ -85,6 +87,16 @@ class PaddingPlan:
     def row_ranges(self) -> NDArray[np.int32]:
         """[2, dp_size]: each rank's first row, and how many are real."""
         return np.array([self.offsets, self.real_rows], np.int32)
+
+    def row_ranges_on(self, device: torch.device) -> Tensor:
+        """row_ranges, copied once: the MoE stages of a pass share the copy."""
+        if device not in self._copies:
+            self._copies[device] = on_device(self.row_ranges, device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
 
     @cached_property
     def real_index(self) -> Tensor | None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dp_runtime.layers import moe_kernels
-from dp_runtime.layers.moe_kernels import choose_moe_backend
+from dp_runtime.layers.moe_kernels import choose_moe_backend, make_moe_kernels
+from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -50,3 +51,17 @@ def test_a_gpu_without_triton_is_refused(name: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match=r"device: 'cuda:0' is not allowed; .* package triton"):
         choose_moe_backend(name, torch.bfloat16, GPU)
     assert choose_moe_backend("auto", torch.float32, CPU)[0] == "torch"
+
+
+def test_row_ranges_are_copied_once_for_a_plan() -> None:
+    plan = PaddingPlan.for_mode(PaddingMode.MAX_LEN, (3, 1))
+    copied = plan.row_ranges_on(CPU)
+    assert copied.tolist() == [[0, 3], [3, 1]]
+    assert plan.row_ranges_on(CPU) is copied
+    assert PaddingPlan.for_mode(PaddingMode.MAX_LEN, (3, 1)).row_ranges_on(CPU) is not copied
+
+
+def test_kernels_say_what_they_can_do() -> None:
+    torch_moe, triton_moe = make_moe_kernels("torch"), make_moe_kernels("triton")
+    assert (torch_moe.reads_fp8, torch_moe.capturable, torch_moe.compiled) == (False,) * 3
+    assert (triton_moe.reads_fp8, triton_moe.capturable, triton_moe.compiled) == (True,) * 3
