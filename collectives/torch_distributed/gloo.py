@@ -8,30 +8,22 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from collectives.member import Group, GroupMember
 from collectives.rows import split, summing_dtype
+from collectives.torch_distributed.state import GroupState
+from dp_runtime.errors import CollectiveAborted, CollectiveTimeout
 from dp_runtime.parallel.agreement import RECORD_WORDS, StepRecord
 from dp_runtime.parallel.collective import Counts
 
+_LOOK_EVERY_S = 0.05  # how soon a waiter sees an abort: Gloo can not be interrupted
 _IDLE_S = 0.003  # ranks that idle keep meeting, since a peer's post can not wake them
-
-
-class GlooGroup(Protocol):
-    """The group whose Gloo backends are used here."""
-
-    def raise_if_failed(self) -> None: ...
-
-    def run(self, what: str, backend: str, start: Callable[[Any], Any]) -> None: ...
-
-    def abort(self, dp_rank: int, reason: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def make_gloo(store: Store, dp_rank: int, dp_size: int, address: str, timeout_s: float) -> Any:
@@ -46,22 +38,47 @@ def make_gloo(store: Store, dp_rank: int, dp_size: int, address: str, timeout_s:
     return gloo(store, dp_rank, dp_size, options)
 
 
+class GlooBackend:
+    """One of a group's Gloo backends, whose operations this rank waits for, timeout_s at most."""
+
+    def __init__(self, state: GroupState, name: str, timeout_s: float) -> None:
+        self._state, self._name, self._timeout_s = state, name, timeout_s
+
+    def run(self, what: str, start: Callable[[Any], Any]) -> None:
+        """Start an operation and wait until it has ended."""
+        deadline = time.monotonic() + self._timeout_s
+        work = self._state.start(self._name, start)
+        while True:
+            left, ended = deadline - time.monotonic(), work.is_completed()
+            try:
+                work.wait(timedelta(seconds=min(_LOOK_EVERY_S, max(left, 0.001))))
+                return
+            except RuntimeError as error:  # the backend's, or only that this look has ended
+                self._state.raise_if_failed()
+                if ended:
+                    self._state.raise_lost(what, error)
+                if left <= 0:
+                    message = f"{what}: a peer did not come within {self._timeout_s:g} s"
+                    self._state.fail(CollectiveAborted(f"timed out before ({message})"))
+                    raise CollectiveTimeout(message) from error
+
+
 class GlooRows:
     """Rows over the Gloo backend that also carries the counts."""
 
-    def __init__(self, group: GlooGroup, dp_rank: int) -> None:
-        self._group, self._rank = group, dp_rank
+    def __init__(self, gloo: GlooBackend, dp_rank: int) -> None:
+        self._gloo, self._rank = gloo, dp_rank
 
     def gather(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
         """Fill out [sum(counts), ...] with all ranks' contiguous rows."""
         if len(set(counts)) == 1:
-            self._run("all_gather", lambda gloo: gloo._allgather_base(out, rows))
+            self._gloo.run("all_gather", lambda gloo: gloo._allgather_base(out, rows))
             return
         parts = split(out, counts)  # all-gathers take equal sizes only: a broadcast per rank
         parts[self._rank].copy_(rows)
         for root, part in enumerate(parts):
             if len(part):
-                self._run("all_gather", partial(_broadcast, part, root))
+                self._gloo.run("all_gather", partial(_broadcast, part, root))
 
     def reduce_scatter(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
         """Fill out [counts[dp_rank], ...] with the sum of all ranks' partial sums.
@@ -69,26 +86,23 @@ class GlooRows:
         Gloo's own reduce_scatter is an all-reduce inside, and its wait can not be bounded.
         """
         total = rows.to(summing_dtype(rows.dtype), copy=True).contiguous()
-        self._run("reduce_scatter", lambda gloo: gloo.allreduce(total))
+        self._gloo.run("reduce_scatter", lambda gloo: gloo.allreduce(total))
         out.copy_(split(total, counts)[self._rank])
 
     def arm_watchdog(self, what: str) -> None:
         """Nothing to bound: the host waits for every operation itself."""
-
-    def _run(self, what: str, start: Callable[[Any], Any]) -> None:
-        self._group.run(what, "control", start)
 
 
 def _broadcast(part: Tensor, root: int, gloo: Any) -> Any:
     return gloo.broadcast(part, root)
 
 
-class GlooBoard:
+class GlooBoard(GroupMember):
     """StepBoard over a Gloo group of its own."""
 
-    def __init__(self, group: GlooGroup, dp_rank: int, dp_size: int) -> None:
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._group = group
+    def __init__(self, group: Group, gloo: GlooBackend, dp_rank: int, dp_size: int) -> None:
+        super().__init__(group, dp_rank, dp_size)
+        self._gloo = gloo
         self._woken = threading.Event()
         self._waited_s = 0.0
 
@@ -103,25 +117,17 @@ class GlooBoard:
         out = own.new_empty(self.dp_size, RECORD_WORDS)
         what = f"record of step {record.step_id}"
         before = time.monotonic()
-        self._group.run(what, "board", lambda gloo: gloo._allgather_base(out, own))
+        self._gloo.run(what, lambda gloo: gloo._allgather_base(out, own))
         self._waited_s += time.monotonic() - before
         return tuple(StepRecord.from_words(words) for words in out.tolist())
 
     def idle(self, timeout_s: float) -> None:
         """Sleep until `wake`, or for some milliseconds: then the ranks agree again."""
-        self._group.raise_if_failed()
+        self.raise_if_failed()
         self._woken.wait(min(timeout_s, _IDLE_S))
         self._woken.clear()
-        self._group.raise_if_failed()
+        self.raise_if_failed()
 
     def wake(self) -> None:
         """End this rank's current or next `idle`; callable from any thread."""
         self._woken.set()
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(self.dp_rank, reason)
-
-    def close(self) -> None:
-        """Close the whole group of this rank; callable more than once."""
-        self._group.close()

@@ -7,29 +7,27 @@ Gloo can take until its timeout to give up the operations of the old one.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from socket import socket
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from collectives.member import Group, GroupMember
 from collectives.rows import check_gather, check_reduce_scatter
 from collectives.torch_distributed.abort_channel import AbortChannel, own_address
-from collectives.torch_distributed.gloo import GlooBoard, GlooRows, make_gloo
+from collectives.torch_distributed.gloo import GlooBackend, GlooBoard, GlooRows, make_gloo
 from collectives.torch_distributed.nccl import NcclRows, set_environment
+from collectives.torch_distributed.state import SLACK_S, GroupState, Phase
 from collectives.torch_distributed.store import empty_store, open_store
-from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, StartError, require
+from dp_runtime.errors import CollectiveAborted, StartError, require
 from dp_runtime.parallel.collective import Counts
 
 _CPU = torch.device("cpu")
-_LOOK_EVERY_S = 0.05  # how soon a waiter sees an abort: Gloo can not be interrupted
-_SLACK_S = 1.0  # by which Gloo's own timeout is later than ours
 _LEAVE_S = 2.0  # to leave together, where nothing has failed
 
 
@@ -57,89 +55,41 @@ class TorchDistributedGroup:
     ) -> None:
         require(backend in ("gloo", "nccl"), "backend", backend, "gloo or nccl")
         require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
-        self._timeout_s = timeout_s
-        self._failure: RuntimeError | None = None  # why this group can not be used any more
-        self._lock = threading.Lock()
-        self._backends: dict[str, Any] = {}
+        self._rank = dp_rank
         self._nccl: NcclRows | None = None
-        self._undertaker: threading.Thread | None = None
+        self._state = GroupState(release=self._release_device)
         if backend == "nccl":
             set_environment()
         store = self._meet(init_method, dp_rank, dp_size, attach_timeout_s, secret, listener)
-        place = (dp_rank, dp_size, own_address(init_method), timeout_s + _SLACK_S)
+        place = (dp_rank, dp_size, own_address(init_method), timeout_s + SLACK_S)
         for name in ("control", "board"):
-            self._backends[name] = make_gloo(PrefixStore(name, store), *place)
+            self._state.add(name, make_gloo(PrefixStore(name, store), *place))
         if backend == "nccl":
             rows_store, timeouts = PrefixStore("rows", store), (timeout_s, attach_timeout_s)
             try:
-                self._nccl = NcclRows(self, rows_store, dp_rank, dp_size, device, *timeouts)
+                self._nccl = NcclRows(self._state, rows_store, dp_rank, dp_size, device, *timeouts)
             except BaseException:
                 self.close()
                 raise
-        rows = self._nccl or GlooRows(self, dp_rank)
-        self.collective = TorchDistributedCollective(self, rows, dp_rank, dp_size)
-        self.board = GlooBoard(self, dp_rank, dp_size)
+        control = GlooBackend(self._state, "control", timeout_s)
+        rows = self._nccl or GlooRows(control, dp_rank)
+        self.collective = TorchDistributedCollective(self, control, rows, dp_rank, dp_size)
+        records = GlooBackend(self._state, "board", timeout_s)
+        self.board = GlooBoard(self, records, dp_rank, dp_size)
         if init_method.startswith("tcp:"):
             self.collective.barrier()  # all have met: NCCL's communicators are made as well
             if dp_rank == 0:
                 empty_store(store)
 
     def raise_if_failed(self) -> None:
-        """Raise CollectiveAborted or CollectiveTimeout if this group can not be used any more."""
-        if self._failure is not None:
-            raise type(self._failure)(*self._failure.args)
+        self._state.raise_if_failed()
 
-    def run(self, what: str, backend: str, start: Callable[[Any], Any]) -> None:
-        """Start an operation on a Gloo backend and wait for it, timeout_s at most."""
-        deadline = time.monotonic() + self._timeout_s
-        # Under the lock, so that the backend's last reference is never dropped here: its
-        # destructor waits for its operations.
-        with self._lock:
-            self.raise_if_failed()
-            work = start(self._backends[backend])
-        while True:
-            left, ended = deadline - time.monotonic(), work.is_completed()
-            try:
-                work.wait(timedelta(seconds=min(_LOOK_EVERY_S, max(left, 0.001))))
-                return
-            except RuntimeError as error:  # the backend's, or only that this look has ended
-                self.raise_if_failed()
-                if ended:
-                    self.lose(what, error)
-                if left <= 0:
-                    message = f"{what}: a peer did not come within {self._timeout_s:g} s"
-                    self._failure = CollectiveAborted(f"timed out before ({message})")
-                    raise CollectiveTimeout(message) from error
-
-    def lose(self, what: str, error: RuntimeError) -> NoReturn:
-        """Raise what a backend says, or the abort that is behind it.
-
-        A peer that aborts closes its connections, and its alarm may be a moment later.
-        """
-        deadline = time.monotonic() + _SLACK_S
-        while self._failure is None and time.monotonic() < deadline:
-            time.sleep(_LOOK_EVERY_S)
-        self._failure = self._failure or CollectiveAborted(f"{what} failed: {error}")
-        raise CollectiveAborted(*self._failure.args) from error
-
-    def fail(self, failure: RuntimeError) -> None:
-        """Free this rank's waiters with the failure; the first one stays."""
-        self._failure = self._failure or failure
-        with self._lock:
-            if self._undertaker is not None:
-                return
-            backends, self._backends = self._backends, {}
-            self._undertaker = threading.Thread(
-                target=_bury, args=(self._nccl, backends), daemon=True
-            )
-            self._undertaker.start()
-
-    def abort(self, dp_rank: int, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         """Free every waiter of every rank; the first reason stays."""
-        if self._failure is None:
-            text = f"aborted by rank {dp_rank}: {reason}"
+        if self._state.phase is Phase.OPEN:
+            text = f"aborted by rank {self._rank}: {reason}"
             self._alarm.sound(text)
-            self.fail(CollectiveAborted(text))
+            self._state.close(CollectiveAborted(text))
 
     def close(self) -> None:
         """Leave the group; this rank's own waiters are freed, peers are not told.
@@ -147,15 +97,17 @@ class TorchDistributedGroup:
         With NCCL, healthy ranks leave together: a peer's device may still read what this rank's
         lent it.
         """
-        if self._nccl is not None and self._failure is None:
+        if self._nccl is not None and self._state.phase is Phase.OPEN:
             self._nccl.drain(_LEAVE_S)
             self._alarm.leave(_LEAVE_S)
-        self.fail(CollectiveAborted("this rank has closed its group"))
-        assert self._undertaker is not None, "the end of a group starts its undertaker"
-        if self._nccl is not None:
-            self._nccl.abort()  # the device is free once this returns
-        self._undertaker.join(_SLACK_S)
+        self._state.close(CollectiveAborted("this rank has closed its group"))
+        self._release_device()  # the device is free once this returns
+        self._state.join(SLACK_S)
         self._alarm.close()
+
+    def _release_device(self) -> None:
+        if self._nccl is not None:
+            self._nccl.abort()
 
     def _meet(
         self,
@@ -178,16 +130,7 @@ class TorchDistributedGroup:
         return store
 
     def _hear(self, alarm: str) -> None:
-        self.fail(CollectiveAborted(alarm))
-
-
-def _bury(nccl: NcclRows | None, backends: dict[str, Any]) -> None:
-    """Let go of the backends, in a thread that may take its time."""
-    try:
-        if nccl is not None:
-            nccl.abort()
-    finally:
-        backends.clear()
+        self._state.close(CollectiveAborted(alarm))
 
 
 class Rows(Protocol):
@@ -200,17 +143,17 @@ class Rows(Protocol):
     def arm_watchdog(self, what: str) -> None: ...
 
 
-class TorchDistributedCollective:
+class TorchDistributedCollective(GroupMember):
     """RowCollective over a torch.distributed group.
 
     Gloo sums half types in float32, NCCL as it does; the order of the ranks is the backend's.
     """
 
     def __init__(
-        self, group: TorchDistributedGroup, rows: Rows, dp_rank: int, dp_size: int
+        self, group: Group, control: GlooBackend, rows: Rows, dp_rank: int, dp_size: int
     ) -> None:
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._group, self._rows = group, rows
+        super().__init__(group, dp_rank, dp_size)
+        self._control, self._rows = control, rows
         self._waited_s = 0.0
 
     @property
@@ -223,9 +166,7 @@ class TorchDistributedCollective:
         own = torch.tensor([list(values)], dtype=torch.int64)
         out = own.new_empty(self.dp_size, own.shape[1])
         with self._counted():
-            self._group.run(
-                "all_gather_ints", "control", lambda gloo: gloo._allgather_base(out, own)
-            )
+            self._control.run("all_gather_ints", lambda gloo: gloo._allgather_base(out, own))
         return tuple(tuple(row) for row in out.tolist())
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
@@ -253,18 +194,6 @@ class TorchDistributedCollective:
     def arm_watchdog(self, what: str) -> None:
         """Bound the device's wait for what was launched so far, as a graph's replay is."""
         self._rows.arm_watchdog(what)
-
-    def raise_if_failed(self) -> None:
-        """Raise if the group has failed: what a device did since may be worth nothing."""
-        self._group.raise_if_failed()
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(self.dp_rank, reason)
-
-    def close(self) -> None:
-        """Close the whole group of this rank; callable more than once."""
-        self._group.close()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import (
 )
 
 from collectives.rows import split
+from collectives.torch_distributed.state import GroupState
 from collectives.watchdog import Watchdog
 from dp_runtime.errors import StartError
 from dp_runtime.parallel.collective import Counts
@@ -34,16 +35,6 @@ ENVIRONMENT = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_FR_BUFFER_SIZE": "0"}
 _GRACE_S = 1.0  # for a launch to end before an abort; one that is stuck is ended by it
 
 
-class RowsOwner(Protocol):
-    """The group that the rows belong to."""
-
-    def raise_if_failed(self) -> None: ...
-
-    def lose(self, what: str, error: RuntimeError) -> NoReturn: ...
-
-    def fail(self, error: RuntimeError) -> None: ...
-
-
 def set_environment() -> None:
     """Set what torch reads when a process makes its first group, unless the user has."""
     for name, value in ENVIRONMENT.items():
@@ -55,13 +46,13 @@ class NcclRows:
 
     Kernels run on the current stream and the host does not wait for them, so a lost peer shows
     where the host next waits for its device: a wait that only `abort` can end. A thread calls
-    the owner's `fail` if the device stands still for timeout_s. After an abort the device is as
+    the group's `close` if the device stands still for timeout_s. After an abort the device is as
     usable as before. Raises StartError if the ranks do not connect within start_timeout_s.
     """
 
     def __init__(
         self,
-        owner: RowsOwner,
+        state: GroupState,
         store: Store,
         dp_rank: int,
         dp_size: int,
@@ -69,7 +60,7 @@ class NcclRows:
         timeout_s: float,
         start_timeout_s: float,
     ) -> None:
-        self._owner, self._rank, self._device = owner, dp_rank, device
+        self._state, self._rank, self._device = state, dp_rank, device
         self._gather, self._broadcast = AllgatherOptions(), BroadcastOptions()
         self._scatter, self._reduce = ReduceScatterOptions(), ReduceOptions()
         for each in (self._gather, self._broadcast, self._scatter, self._reduce):
@@ -87,7 +78,7 @@ class NcclRows:
                 f"rank {dp_rank} of {dp_size} could not connect to the others over NCCL "
                 f"within {start_timeout_s:g} s: {error}"
             ) from error
-        self._watch = Watchdog(timeout_s, owner.fail)
+        self._watch = Watchdog(timeout_s, state.close)
 
     def gather(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
         """Fill out [sum(counts), ...] with all ranks' contiguous rows."""
@@ -152,15 +143,15 @@ class NcclRows:
 
     def _launch(self, what: str, start: Callable[[Any], object]) -> None:
         with self._launching:
-            self._owner.raise_if_failed()
+            self._state.raise_if_failed()
             try:
                 start(self._backend)
             except RuntimeError as error:
-                self._owner.lose(what, error)
+                self._state.raise_lost(what, error)
         self.arm_watchdog(what)
 
     def arm_watchdog(self, what: str) -> None:
-        """Have the owner fail if the device does not get past what was launched so far."""
+        """Have the group fail if the device does not get past what was launched so far."""
         self._watch.arm(what, self._device)
 
 

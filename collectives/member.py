@@ -1,0 +1,37 @@
+"""What the collective and the board of a rank have in common: they fail and end together."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Group(Protocol):
+    """One rank's end of a group."""
+
+    def raise_if_failed(self) -> None:
+        """Raise CollectiveAborted or CollectiveTimeout if the group can not be used any more."""
+
+    def abort(self, reason: str) -> None:
+        """Free every waiter of every rank with CollectiveAborted; the first reason stays."""
+
+    def close(self) -> None:
+        """Leave the group; this rank's own waiters are freed, peers are not told."""
+
+
+class GroupMember:
+    """The collective or the board of one rank; all three methods act on the whole group."""
+
+    def __init__(self, group: Group, dp_rank: int, dp_size: int) -> None:
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self._group = group
+
+    def raise_if_failed(self) -> None:
+        self._group.raise_if_failed()
+
+    def abort(self, reason: str) -> None:
+        """Callable from any thread."""
+        self._group.abort(reason)
+
+    def close(self) -> None:
+        """Callable more than once."""
+        self._group.close()
