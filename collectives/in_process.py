@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collectives.member import GroupMember
 from collectives.rows import check_gather, check_reduce_scatter, split, sum_in_rank_order
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
 from dp_runtime.parallel.agreement import StepRecord
@@ -26,22 +27,29 @@ class InProcessGroup:
         self.dp_size = dp_size
 
     def collective(self, dp_rank: int) -> InProcessCollective:
-        """The collective of one rank."""
-        return InProcessCollective(self, self._meetings[0], dp_rank)
+        return InProcessCollective(_Rank(self._meetings, dp_rank), self._meetings[0], self.dp_size)
 
     def board(self, dp_rank: int) -> InProcessBoard:
-        """The step board of one rank."""
-        return InProcessBoard(self, self._meetings[1], dp_rank)
+        return InProcessBoard(_Rank(self._meetings, dp_rank), self._meetings[1], self.dp_size)
 
-    def abort(self, dp_rank: int, reason: str) -> None:
-        """Free every waiter of every rank; the first reason stays."""
-        for meeting in self._meetings:
-            meeting.abort(f"aborted by rank {dp_rank}: {reason}")
 
-    def close(self, dp_rank: int) -> None:
-        """End the use of both by one rank; peers are not told."""
+class _Rank:
+    """One rank's end of the group: of its rows and of its records."""
+
+    def __init__(self, meetings: Sequence[_Meeting], dp_rank: int) -> None:
+        self._meetings, self.dp_rank = meetings, dp_rank
+
+    def raise_if_failed(self) -> None:
         for meeting in self._meetings:
-            meeting.close(dp_rank)
+            meeting.raise_if_failed(self.dp_rank)
+
+    def abort(self, reason: str) -> None:
+        for meeting in self._meetings:
+            meeting.abort(f"aborted by rank {self.dp_rank}: {reason}")
+
+    def close(self) -> None:
+        for meeting in self._meetings:
+            meeting.close(self.dp_rank)
 
 
 class _Meeting:
@@ -118,12 +126,12 @@ class _Meeting:
                 brought.pop(0)
 
 
-class InProcessCollective:
+class InProcessCollective(GroupMember):
     """RowCollective of one thread; sums in rank order, in float32 for half types."""
 
-    def __init__(self, group: InProcessGroup, meeting: _Meeting, dp_rank: int) -> None:
-        self.dp_rank, self.dp_size = dp_rank, group.dp_size
-        self._group, self._meeting = group, meeting
+    def __init__(self, rank: _Rank, meeting: _Meeting, dp_size: int) -> None:
+        super().__init__(rank, rank.dp_rank, dp_size)
+        self._meeting = meeting
         self._waited_s = 0.0
 
     @property
@@ -159,30 +167,18 @@ class InProcessCollective:
     def arm_watchdog(self, what: str) -> None:
         """Nothing to bound: the host waits for every call."""
 
-    def raise_if_failed(self) -> None:
-        """Raise CollectiveAborted if this rank can not meet any more."""
-        self._meeting.raise_if_failed(self.dp_rank)
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(self.dp_rank, reason)
-
-    def close(self) -> None:
-        """End this rank's use of collective and board; callable more than once."""
-        self._group.close(self.dp_rank)
-
     def _meet(self, value: Any, what: str) -> tuple[Any, ...]:
         values, waited = self._meeting.meet(self.dp_rank, value, what)
         self._waited_s += waited
         return values
 
 
-class InProcessBoard:
+class InProcessBoard(GroupMember):
     """StepBoard of one thread."""
 
-    def __init__(self, group: InProcessGroup, meeting: _Meeting, dp_rank: int) -> None:
-        self.dp_rank, self.dp_size = dp_rank, group.dp_size
-        self._group, self._meeting = group, meeting
+    def __init__(self, rank: _Rank, meeting: _Meeting, dp_size: int) -> None:
+        super().__init__(rank, rank.dp_rank, dp_size)
+        self._meeting = meeting
         self._woken = False
         self._waited_s = 0.0
 
@@ -207,11 +203,3 @@ class InProcessBoard:
         """End this rank's current or next `idle`; callable from any thread."""
         self._woken = True
         self._meeting.notify()
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(self.dp_rank, reason)
-
-    def close(self) -> None:
-        """End this rank's use of collective and board; callable more than once."""
-        self._group.close(self.dp_rank)

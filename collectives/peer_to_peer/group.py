@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from collectives.peer_to_peer.rows import PeerRows, RowLayout
+from collectives.member import Group, GroupMember
+from collectives.peer_to_peer.rows import GroupEnds, PeerRows, RowLayout
 from collectives.rows import check_gather, check_reduce_scatter
 from collectives.shared_memory.group import SharedMemoryGroup
 from dp_runtime.parallel.collective import Counts, RowCollective
@@ -38,7 +39,8 @@ class PeerToPeerGroup:
             path, dp_rank, dp_size, timeout_s, attach_timeout_s=attach_timeout_s
         )
         try:
-            self._rows = PeerRows(self, dp_rank, dp_size, device, timeout_s)
+            ends = GroupEnds(self.raise_if_failed, self._fail, self._all_gather_bytes)
+            self._rows = PeerRows(ends, dp_rank, dp_size, device, timeout_s)
         except BaseException as error:
             self._host.abort(f"{type(error).__name__}: {error}")
             self._host.close()
@@ -55,13 +57,13 @@ class PeerToPeerGroup:
             raise type(self._failure)(*self._failure.args)
         self._host.raise_if_failed()
 
-    def all_gather_bytes(self, own: bytes) -> Sequence[bytes]:
+    def _all_gather_bytes(self, own: bytes) -> Sequence[bytes]:
         """Equally many bytes of every rank, in rank order."""
         row = torch.frombuffer(bytearray(own), dtype=torch.uint8)[None]
         ranks = self._host.collective.dp_size
         return [bytes(row.tolist()) for row in self._host.collective.all_gather(row, (1,) * ranks)]
 
-    def fail(self, error: RuntimeError) -> None:
+    def _fail(self, error: RuntimeError) -> None:
         """Free all waiters with the error; the first one stays."""
         self._failure = self._failure or error
         self._host.abort(f"{type(error).__name__}: {error}")
@@ -82,12 +84,12 @@ class PeerToPeerGroup:
             self._host.close()
 
 
-class PeerToPeerCollective:
+class PeerToPeerCollective(GroupMember):
     """DeviceCountCollective whose rows never leave the GPUs; half types are summed in float32."""
 
-    def __init__(self, group: PeerToPeerGroup, host: RowCollective, rows: PeerRows) -> None:
-        self.dp_rank, self.dp_size = host.dp_rank, host.dp_size
-        self._group, self._host, self._rows = group, host, rows
+    def __init__(self, group: Group, host: RowCollective, rows: PeerRows) -> None:
+        super().__init__(group, host.dp_rank, host.dp_size)
+        self._host, self._rows = host, rows
 
     @property
     def waited_s(self) -> float:
@@ -96,7 +98,7 @@ class PeerToPeerCollective:
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
         """All ranks' values (equally many on each rank), [rank][value]."""
-        self._group.raise_if_failed()
+        self.raise_if_failed()
         return self._host.all_gather_ints(values)
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
@@ -141,21 +143,9 @@ class PeerToPeerCollective:
 
     def barrier(self) -> None:
         """Return once all ranks have called it."""
-        self._group.raise_if_failed()
+        self.raise_if_failed()
         self._host.barrier()
 
     def arm_watchdog(self, what: str) -> None:
         """Bound the device's wait for what was launched so far, as a graph's replay is."""
         self._rows.arm_watchdog(what)
-
-    def raise_if_failed(self) -> None:
-        """Raise if the group has failed: what a device did since may be worth nothing."""
-        self._group.raise_if_failed()
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(reason)
-
-    def close(self) -> None:
-        """Close the whole group of this rank; callable more than once."""
-        self._group.close()

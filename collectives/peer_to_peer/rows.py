@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from dp_runtime.errors import StartError
 from dp_runtime.kernels.launch import overlaps
 from dp_runtime.parallel.collective import Counts
 
-LEAST_BYTES = 1 << 20
+MIN_BYTES = 1 << 20
 TILE_BYTES = 4096  # of a row, that a program moves at a time: 16 for each of its threads
 NUM_WARPS = 8
 GATHER, SCATTER = range(2)
@@ -34,15 +33,16 @@ SUMS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float64: tl.float64}
 MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
 
 
-class PeersOwner(Protocol):
-    """The group that the rows belong to; its ranks meet on the host."""
+AllGatherBytes = Callable[[bytes], Sequence[bytes]]  # equally many of every rank, in rank order
 
-    def raise_if_failed(self) -> None: ...
 
-    def fail(self, error: RuntimeError) -> None: ...
+@dataclass(frozen=True)
+class GroupEnds:
+    """What the rows need of their group, whose ranks meet on the host."""
 
-    def all_gather_bytes(self, own: bytes) -> Sequence[bytes]:
-        """Equally many bytes of every rank, in rank order."""
+    raise_if_failed: Callable[[], None]
+    fail: Callable[[RuntimeError], None]
+    all_gather_bytes: AllGatherBytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +54,11 @@ class Shared:
     pointers: Tensor  # [dp_size] int64 on the device
 
     @classmethod
-    def make(
-        cls, num_bytes: int, rank: int, exchange: Callable[[bytes], Sequence[bytes]]
-    ) -> Shared:
+    def make(cls, num_bytes: int, rank: int, all_gather_bytes: AllGatherBytes) -> Shared:
         memory = PeerMemory(num_bytes)
         addresses = tuple(
             memory.address if peer == rank else open_handle(handle)
-            for peer, handle in enumerate(exchange(memory.handle))
+            for peer, handle in enumerate(all_gather_bytes(memory.handle))
         )
         return cls(memory, addresses, torch.tensor(addresses, dtype=torch.int64, device="cuda"))
 
@@ -88,13 +86,59 @@ class Signals:
     heard: Tensor  # [MAX_PROGRAMS, LINE] int32
 
     @classmethod
-    def make(cls, rank: int, exchange: Callable[[bytes], Sequence[bytes]]) -> Signals:
-        flags = Shared.make(MAX_PROGRAMS * LINE.value * 4, rank, exchange)
+    def make(cls, rank: int, all_gather_bytes: AllGatherBytes) -> Signals:
+        flags = Shared.make(MAX_PROGRAMS * LINE.value * 4, rank, all_gather_bytes)
         return cls(flags, torch.zeros(MAX_PROGRAMS, LINE.value, dtype=torch.int32, device="cuda"))
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         own = self.flags.memory.view(0, (self.flags.memory.num_bytes // 4,), torch.int32)
         return self.flags.pointers, own, self.heard
+
+
+class PeerBuffer:
+    """Memory of every rank for one of the two operations; all ranks grow theirs together."""
+
+    def __init__(self, rank: int, all_gather_bytes: AllGatherBytes) -> None:
+        self._rank, self._all_gather_bytes = rank, all_gather_bytes
+        self._shared: Shared | None = None
+        self._in_graphs = False
+        self._outgrown: list[Shared] = []  # graphs write to them
+
+    def reserve(self, num_bytes: int) -> Shared:
+        """Return memory of at least num_bytes on every rank; all ranks ask for the same."""
+        num_bytes = max(num_bytes, 1)
+        capturing = torch.cuda.is_current_stream_capturing()
+        self._in_graphs |= capturing
+        old = self._shared
+        if old is not None and old.memory.num_bytes >= num_bytes:
+            return old
+        assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
+        torch.cuda.synchronize()
+        self._shared = None
+        if old is not None and self._in_graphs:
+            self._outgrown.append(old)
+        elif old is not None:
+            old.unmap()
+            self._all_gather_bytes(b"unmapped")  # no rank frees what another has mapped
+            old.memory.free()
+        self._shared = Shared.make(_room(num_bytes), self._rank, self._all_gather_bytes)
+        return self._shared
+
+    def unmap(self) -> None:
+        for shared in (self._shared, *self._outgrown):
+            if shared is not None:
+                shared.unmap()
+
+
+class Alternation:
+    """Whether an operation follows one of its own kind, after which peers may still read."""
+
+    def __init__(self) -> None:
+        self._last: int | None = None
+
+    def repeats(self, operation: int) -> bool:
+        before, self._last = self._last, operation
+        return before == operation
 
 
 class PeerRows:
@@ -112,7 +156,7 @@ class PeerRows:
 
     def __init__(
         self,
-        owner: PeersOwner,
+        ends: GroupEnds,
         dp_rank: int,
         dp_size: int,
         device: torch.device,
@@ -120,27 +164,25 @@ class PeerRows:
     ) -> None:
         assert dp_size <= LINE.value, f"{dp_size} ranks, {LINE.value} flags of a program"
         torch.cuda.set_device(device)
-        self._owner, self._rank, self._size = owner, dp_rank, dp_size
+        self._ends, self._rank, self._size = ends, dp_rank, dp_size
         self._pdl = overlaps(device)
         try:
-            self._signals = [Signals.make(dp_rank, owner.all_gather_bytes) for _ in range(2)]
+            self._signals = [Signals.make(dp_rank, ends.all_gather_bytes) for _ in range(2)]
         except RuntimeError as error:
             raise StartError(
                 f"rank {dp_rank}: collective peer_to_peer can't map the other ranks' GPU memory "
                 f"({error}); use collective=torch_distributed"
             ) from error
-        self._buffers: list[Shared | None] = [None, None]  # of gathers, of reduce-scatters
+        self._buffers = [PeerBuffer(dp_rank, ends.all_gather_bytes) for _ in range(2)]
         self._stop = torch.zeros(1, dtype=torch.int32, device=device)
         self._one = torch.ones(1, dtype=torch.int32, pin_memory=True)
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._last: int | None = None  # which of the two ran last
+        self._alternation = Alternation()
         self._layouts: dict[Counts, RowLayout] = {}
         self._captured: dict[Counts, RowLayout] = {}  # live as long as their graphs
-        self._in_graphs = False
-        self._kept: list[Shared] = []  # buffers that were outgrown, but graphs write to
         self._aborting, self._aborted = threading.Lock(), False
         self._closed = False
-        self._watch = Watchdog(timeout_s, owner.fail, owner.raise_if_failed)
+        self._watch = Watchdog(timeout_s, ends.fail, ends.raise_if_failed)
 
     def layout(self, counts: Counts) -> RowLayout:
         """That of ranks whose rows are all real, one after the other."""
@@ -160,7 +202,7 @@ class PeerRows:
 
         Other rows are NaN with poison, else whatever was there.
         """
-        self._owner.raise_if_failed()
+        self._ends.raise_if_failed()
         self._alternate(GATHER)
         buffer = self._gather(rows, layout, poison)
         self.arm_watchdog("all_gather")
@@ -171,26 +213,25 @@ class PeerRows:
 
         Rows beyond the own real ones are 0.
         """
-        self._owner.raise_if_failed()
+        self._ends.raise_if_failed()
         self._alternate(SCATTER)
         out = self._scatter(partial, layout, own_rows)
         self.arm_watchdog("reduce_scatter")
         return out
 
-    def _alternate(self, which: int) -> None:
+    def _alternate(self, operation: int) -> None:
         """Keep a rank that is ahead from writing what a peer has not read yet."""
-        if self._last == which:
+        if self._alternation.repeats(operation):
             none, empty = self._stop.new_empty(0, 4), self.layout((0,) * self._size)
-            if which == GATHER:
+            if operation == GATHER:
                 self._scatter(none, empty, 0)
             else:
                 self._gather(none, empty, False)
-        self._last = which
 
     def _gather(self, rows: Tensor, layout: RowLayout, poison: bool) -> Shared:
         row_bytes = rows.shape[1:].numel() * rows.dtype.itemsize
         word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
-        buffer = self._grown(GATHER, layout.total * row_bytes)
+        buffer = self._buffers[GATHER].reserve(layout.total * row_bytes)
         row_words = row_bytes // word.itemsize
         cols, width, programs = _split(layout.largest, row_words, word.itemsize)
         gather_kernel[(programs,)](
@@ -203,7 +244,7 @@ class PeerRows:
 
     def _scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
         row_size, size = partial.shape[1:].numel(), partial.dtype.itemsize
-        buffer = self._grown(SCATTER, self._size * layout.largest * row_size * size)
+        buffer = self._buffers[SCATTER].reserve(self._size * layout.largest * row_size * size)
         out = partial.new_empty(own_rows, *partial.shape[1:])
         cols, width, programs = _split(layout.largest, row_size, size)
         reduce_scatter_kernel[(programs,)](
@@ -216,7 +257,7 @@ class PeerRows:
         return out
 
     def arm_watchdog(self, what: str) -> None:
-        """Have the owner fail if the device does not get past what was launched so far."""
+        """Have the group fail if the device does not get past what was launched so far."""
         self._watch.arm(what, self._stop.device)
 
     def drain(self, timeout_s: float) -> None:
@@ -247,36 +288,15 @@ class PeerRows:
             if self._closed:
                 return
             self._closed = True
-            flags = (signals.flags for signals in self._signals)
-            for shared in (*self._buffers, *self._kept, *flags):
-                if shared is not None:
-                    shared.unmap()
-
-    def _grown(self, which: int, num_bytes: int) -> Shared:
-        """Memory of at least num_bytes on every rank; all ranks ask for the same."""
-        num_bytes = max(num_bytes, 1)
-        old = self._buffers[which]
-        capturing = torch.cuda.is_current_stream_capturing()
-        self._in_graphs |= capturing
-        if old is not None and old.memory.num_bytes >= num_bytes:
-            return old
-        assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
-        torch.cuda.synchronize()
-        self._buffers[which] = None
-        if old is not None and self._in_graphs:
-            self._kept.append(old)
-        elif old is not None:
-            old.unmap()
-            self._owner.all_gather_bytes(b"unmapped")
-            old.memory.free()
-        new = Shared.make(_room(num_bytes), self._rank, self._owner.all_gather_bytes)
-        self._buffers[which] = new
-        return new
+            for buffer in self._buffers:
+                buffer.unmap()
+            for signals in self._signals:
+                signals.flags.unmap()
 
 
 def _room(num_bytes: int) -> int:
     """A power of two, so that buffers grow seldom."""
-    return max(LEAST_BYTES, _power_of_two(num_bytes))
+    return max(MIN_BYTES, _power_of_two(num_bytes))
 
 
 def _power_of_two(least: int) -> int:

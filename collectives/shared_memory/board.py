@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from collections.abc import Callable
 
+from collectives.member import Group, GroupMember
 from collectives.shared_memory.channel import Channel
 from dp_runtime.parallel.agreement import StepRecord
 
@@ -16,19 +17,7 @@ SHORT_WAIT_S = 500e-6
 NUM_YIELDS = 20
 
 
-class BoardOwner(Protocol):
-    """The group whose memory and doorbells a board uses."""
-
-    def rouse(self, channel: Channel) -> None: ...
-
-    def newest_record(self, dp_rank: int) -> StepRecord | None: ...
-
-    def abort(self, reason: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class SharedMemoryBoard:
+class SharedMemoryBoard(GroupMember):
     """StepBoard over the records of a SharedMemoryGroup.
 
     A record is there when its turn and checksum are, whatever order a CPU stores in. So nobody
@@ -38,9 +27,18 @@ class SharedMemoryBoard:
     the first one rings.
     """
 
-    def __init__(self, group: BoardOwner, channel: Channel, dp_rank: int, dp_size: int) -> None:
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._group, self._channel = group, channel
+    def __init__(
+        self,
+        group: Group,
+        channel: Channel,
+        dp_rank: int,
+        dp_size: int,
+        rouse: Callable[[], None],
+        newest_record: Callable[[int], StepRecord | None],
+    ) -> None:
+        super().__init__(group, dp_rank, dp_size)
+        self._channel = channel
+        self._rouse, self._newest_record = rouse, newest_record
         self._woken = False
         self._idled = True  # peers may wait for the first record of all
         self._last_wait_s = 0.0
@@ -73,7 +71,7 @@ class SharedMemoryBoard:
 
     def newest(self) -> tuple[StepRecord | None, ...]:
         """The newest record of every rank, without taking part; callable from any thread."""
-        return tuple(self._group.newest_record(rank) for rank in range(self.dp_size))
+        return tuple(self._newest_record(rank) for rank in range(self.dp_size))
 
     def idle(self, timeout_s: float) -> None:
         """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
@@ -94,15 +92,7 @@ class SharedMemoryBoard:
         """End this rank's current or next `idle`; callable from any thread."""
         if not self._woken:
             self._woken = True
-            self._group.rouse(self._channel)
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(reason)
-
-    def close(self) -> None:
-        """Close the whole group of this rank; callable more than once."""
-        self._group.close()
+            self._rouse()
 
     def _missing(self, turn: int, found: dict[int, StepRecord]) -> list[int]:
         """Add the records that are there by now; the ranks that have not posted yet."""

@@ -59,10 +59,6 @@ class Doorbell:
             for sender, turn in _MESSAGE.iter_unpack(os.read(self._fifos[self._rank], 4096)):
                 self._heard[sender] = max(self._heard[sender], turn)
 
-    def complete(self, turn: int) -> bool:
-        """Whether all ranks have published this turn, as far as heard."""
-        return min(self._heard) >= turn
-
     def missing(self, turn: int) -> list[int]:
         """The ranks that have not published this turn, as far as heard."""
         return [rank for rank, heard in enumerate(self._heard) if heard < turn]

@@ -7,10 +7,12 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from collectives.member import Group, GroupMember
 from collectives.rows import check_gather, check_reduce_scatter, cut, split, sum_in_rank_order
 from collectives.session import session_token
 from collectives.shared_memory.board import SharedMemoryBoard
@@ -63,7 +65,9 @@ class SharedMemoryGroup:
         rows, board = (Channel(region, bells[name], timeout_s) for name in CHANNELS)
         self._channels = (rows, board)
         self.collective = SharedMemoryCollective(self, rows, dp_rank, dp_size, area_bytes)
-        self.board = SharedMemoryBoard(self, board, dp_rank, dp_size)
+        self.board = SharedMemoryBoard(
+            self, board, dp_rank, dp_size, partial(self._rouse, board), self._newest_record
+        )
 
     def raise_if_failed(self) -> None:
         """Raise CollectiveAborted if a rank has aborted, or this one has closed its end."""
@@ -82,13 +86,13 @@ class SharedMemoryGroup:
             for channel in self._channels:
                 channel.bell.alarm()
 
-    def rouse(self, channel: Channel) -> None:
+    def _rouse(self, channel: Channel) -> None:
         """End this rank's own sleep in a channel."""
         with self._lock:
             if not self._closed:
                 channel.bell.rouse()
 
-    def newest_record(self, dp_rank: int) -> StepRecord | None:
+    def _newest_record(self, dp_rank: int) -> StepRecord | None:
         """The newest record that a rank has posted."""
         with self._lock:
             if self._closed:
@@ -106,7 +110,7 @@ class SharedMemoryGroup:
             self._region.close()
 
 
-class SharedMemoryCollective:
+class SharedMemoryCollective(GroupMember):
     """RowCollective over the areas of a SharedMemoryGroup.
 
     Sums are taken in rank order, in float32 for half types: the same bits on each run. Rows of a
@@ -116,14 +120,14 @@ class SharedMemoryCollective:
 
     def __init__(
         self,
-        group: SharedMemoryGroup,
+        group: Group,
         channel: Channel,
         dp_rank: int,
         dp_size: int,
         area_bytes: int,
     ) -> None:
-        self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._group, self._channel, self._area_bytes = group, channel, area_bytes
+        super().__init__(group, dp_rank, dp_size)
+        self._channel, self._area_bytes = channel, area_bytes
 
     @property
     def waited_s(self) -> float:
@@ -191,18 +195,6 @@ class SharedMemoryCollective:
 
     def arm_watchdog(self, what: str) -> None:
         """Nothing to bound: the host waits for every call."""
-
-    def raise_if_failed(self) -> None:
-        """Raise CollectiveAborted if this group can not be used any more."""
-        self._group.raise_if_failed()
-
-    def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
-        self._group.abort(reason)
-
-    def close(self) -> None:
-        """Close the whole group of this rank; callable more than once."""
-        self._group.close()
 
     def _capacity(self, dtype: torch.dtype) -> int:
         return self._area_bytes // dtype.itemsize

@@ -1,0 +1,83 @@
+"""Buffers that all ranks grow together, and the order of operations; the GPU is pretended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+pytest.importorskip("triton")
+
+from collectives.peer_to_peer import rows
+from collectives.peer_to_peer.rows import GATHER, MIN_BYTES, SCATTER, Alternation, PeerBuffer
+
+
+@dataclass(eq=False)
+class Memory:
+    num_bytes: int
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def memory(self) -> Memory:
+        return self
+
+    def unmap(self) -> None:
+        self.events.append("unmapped")
+
+    def free(self) -> None:
+        self.events.append("freed")
+
+
+@dataclass
+class Device:
+    capturing: bool = False
+    made: list[Memory] = field(default_factory=list)
+
+    def make(self, num_bytes: int, rank: int, all_gather_bytes: object) -> Memory:
+        self.made.append(Memory(num_bytes))
+        return self.made[-1]
+
+    def meet(self, own: bytes) -> list[bytes]:
+        self.made[-1].events.append("all ranks have unmapped")
+        return [own]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    monkeypatch.setattr(rows.Shared, "make", device.make)
+    monkeypatch.setattr(rows.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(rows.torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
+    return device
+
+
+def test_a_buffer_grows_once_no_rank_has_the_old_one_mapped(device: Device) -> None:
+    buffer = PeerBuffer(0, device.meet)
+    first = buffer.reserve(0)
+    assert first.memory.num_bytes == MIN_BYTES
+    assert buffer.reserve(MIN_BYTES) is first
+    second = buffer.reserve(MIN_BYTES + 1)
+    assert second.memory.num_bytes == 2 * MIN_BYTES
+    assert device.made[0].events == ["unmapped", "all ranks have unmapped", "freed"]
+    buffer.unmap()
+    assert device.made[1].events == ["unmapped"]
+
+
+def test_a_buffer_that_graphs_write_to_is_kept(device: Device) -> None:
+    buffer = PeerBuffer(0, device.meet)
+    buffer.reserve(8)
+    device.capturing = True
+    buffer.reserve(8)
+    with pytest.raises(AssertionError, match=f"over {2 * MIN_BYTES} bytes that were never used"):
+        buffer.reserve(2 * MIN_BYTES)
+    device.capturing = False
+    buffer.reserve(2 * MIN_BYTES)
+    assert device.made[0].events == []
+    buffer.unmap()
+    assert [memory.events for memory in device.made] == [["unmapped"], ["unmapped"]]
+
+
+def test_which_operations_repeat() -> None:
+    alternation = Alternation()
+    order = (GATHER, SCATTER, SCATTER, GATHER, GATHER, GATHER)
+    assert [alternation.repeats(each) for each in order] == [False, False, True, False, True, True]
