@@ -6,22 +6,62 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling, Scheduling
 
 from tests.checkpoints import tiny_checkpoint
 from tests.product_cases import CHECKPOINTS
 from tests.reference import Reference
 from tests.speculative_cases import DRAFTED, Drafted
 
+TESTS = Path(__file__).parent
+USE_THE_CLUSTER = ("tests/workers/test_ray.py", "tests/test_processes.py")  # the fixture below
 # Other engines on this machine are not of this session, nor is another xdist worker's.
 os.environ["DP_RUNTIME_SESSION"] = f"test{os.getpid()}x{secrets.token_hex(4)}"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["RAY_AUTH_MODE"] = "token"  # read when ray is first imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite in two processes, and parts that are named in this one."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return 0 if named or torch.cuda.is_available() else 2
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return FilesTogether(config, log)
+
+
+class FilesTogether(LoadFileScheduling):
+    """Gives a process whole files, for their fixtures, and all of one cluster of Ray.
+
+    NOTE: xdist's own groups do nothing under pytest 9.2: they are told by a changed `_nodeid`.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "ray" if file in USE_THE_CLUSTER else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that both processes end at about the same time."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Ray, then processes, then whole engines, then units; files stay in their order."""
+    path = item.path.relative_to(TESTS.parent)
+    if str(path) in USE_THE_CLUSTER:
+        return 0
+    return {"workers": 1, "collectives": 1, "dp_runtime": 3, "gpu": 4}.get(path.parts[1], 2)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,10 +35,17 @@ ENGINES: dict[str, tuple[Case, dict[str, str]]] = {
         {"launcher": "ray"},
     ),
 }
-PARAMS = [
-    pytest.param(name, marks=pytest.mark.ray if name.startswith("ray") else [], id=name)
-    for name in ENGINES
-]
+# The transport of "local dp3" is that of "local dp4", and "ray dp4" starts ranks as "ray dp2" does;
+# what else they vary, test_product.py covers over threads.
+SLOW = ("local dp3", "ray dp4")
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    slow = [pytest.mark.slow] if name in SLOW else []
+    return slow + ([pytest.mark.ray] if name.startswith("ray") else [])
+
+
+PARAMS = [pytest.param(name, marks=marks_of(name), id=name) for name in ENGINES]
 
 
 @pytest.fixture(scope="module", params=PARAMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
 from dp_runtime.core.program import SERVING_PROGRAMS
 from dp_runtime.errors import RankDisagreement
@@ -60,17 +61,31 @@ def interleaved_case(c: RowCollective, board: StepBoard) -> None:
     assert not errors, errors
 
 
-def idle_case(c: RowCollective, board: StepBoard, how: str) -> float:
-    """Seconds that rank 0 slept; rank 1 posts after 0.3 s if that is what wakes it."""
+@dataclass
+class Nap:
+    """How long rank 0 slept, when it woke, and when a rank did what was to wake it."""
+
+    seconds: float = 0.0
+    woke_at: float = 0.0
+    caused_at: float = 0.0
+
+
+def idle_case(c: RowCollective, board: StepBoard, how: str) -> Nap:
+    """Rank 0 sleeps; rank 1 posts after 0.3 s if that is what wakes it."""
+    nap = Nap()
+
+    def wake() -> None:
+        nap.caused_at = time.monotonic()
+        board.wake()
+
     c.barrier()
     start = time.monotonic()
-    slept = 0.0
     if board.dp_rank == 0:
         match how:
             case "timeout":
                 board.idle(0.2)
             case "wake":
-                threading.Timer(0.3, board.wake).start()
+                threading.Timer(0.3, wake).start()
                 board.idle(10.0)
             case "woken before":
                 for _ in range(1000):
@@ -78,14 +93,16 @@ def idle_case(c: RowCollective, board: StepBoard, how: str) -> float:
                 board.idle(10.0)
             case "post":
                 board.idle(10.0)
-        slept = time.monotonic() - start
+        nap.woke_at = time.monotonic()
+        nap.seconds = nap.woke_at - start
         board.wake()  # one too many must not harm what follows
     if how == "post":
         time.sleep(0.3 if board.dp_rank else 0.0)
+        nap.caused_at = time.monotonic()
     else:
         c.barrier()
     exchange_case(c, board, 3)
-    return slept
+    return nap
 
 
 def doze_case(c: RowCollective, board: StepBoard) -> float:

@@ -127,14 +127,15 @@ def barrier_case(c: RowCollective, board: StepBoard, late: int) -> tuple[float, 
     return came, time.monotonic()
 
 
-def waited_case(c: RowCollective, board: StepBoard, late: int) -> float:
-    """Seconds that this rank counted as waiting while one rank was late."""
+def waited_case(c: RowCollective, board: StepBoard, late: int) -> tuple[float, float, float]:
+    """When this rank came and left while one was late, and the seconds it counted as waiting."""
     c.barrier()
     before = c.waited_s
     if c.dp_rank == late:
         time.sleep(0.4)
+    came = time.monotonic()
     c.all_gather(torch.ones(2, 3), (2,) * c.dp_size)
-    return c.waited_s - before
+    return came, time.monotonic(), c.waited_s - before
 
 
 def nobody_waits_case(c: RowCollective, board: StepBoard) -> None:

@@ -15,13 +15,14 @@ from dp_runtime.parallel.agreement import StepRecord
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives.ranks import Outcome, outcome
+from tests.workers.leftovers import wait_until
 
 
 def missing_rank_case(c: RowCollective, board: StepBoard, where: str) -> list[Outcome]:
     """The last rank never comes; the others wait, then try again."""
     c.barrier()
     if c.dp_rank == c.dp_size - 1:
-        time.sleep(1.0)  # keeps its group open until the others have given up
+        wait_until(lambda: bool(outcome(c.raise_if_failed).error), "the others have given up", 20.0)
         return []
     call = calls(c, board)[where]
     return [outcome(call), outcome(call)]

@@ -25,6 +25,7 @@ KINDS = ("in_process", "shared_memory", "torch_distributed")
 PROCESS_KINDS = KINDS[1:]
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload([__name__, "collectives.torch_distributed.group"])
+SOON_S = 10.0  # half of the waits that an abort ends, and far above what a busy machine takes
 Case = Callable[..., Any]  # (collective, board, *arguments) -> result; a module-level function
 
 

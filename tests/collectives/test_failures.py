@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 from tests.collectives import failing
-from tests.collectives.ranks import KINDS, PROCESS_KINDS, Outcome, Ranks
+from tests.collectives.ranks import KINDS, PROCESS_KINDS, SOON_S, Outcome, Ranks
 from tests.workers.leftovers import shared_memory_names
 
 WAITS = ("gather", "uneven gather", "reduce_scatter", "barrier", "board", "idle")
+
+
+def pairwise(kinds: Sequence[str], waits: Sequence[str], others: tuple[Any, Any]) -> list[Any]:
+    """All combinations; those that add no new pair of values are slow."""
+    return [
+        pytest.param(kind, where, other, marks=pytest.mark.slow if (i + j + k) % 2 else [])
+        for i, kind in enumerate(kinds)
+        for j, where in enumerate(waits)
+        for k, other in enumerate(others)
+    ]
+
+
 NAMES_THE_RANK = ("in_process", "shared_memory")
 
 
@@ -22,7 +35,7 @@ def test_a_rank_that_does_not_come(ranks: Ranks, kind: str, where: str) -> None:
     outcomes = ranks.run(kind, 3, failing.missing_rank_case, where, timeout_s=0.3)
     for first, again in outcomes[:-1]:
         assert first.error == "CollectiveTimeout"
-        assert 0.25 < first.seconds < 0.9
+        assert 0.25 < first.seconds < SOON_S
         assert "0.3 s" in first.message
         assert ("ranks 2" in first.message) == (kind in NAMES_THE_RANK)
         assert again.error == "CollectiveAborted"
@@ -30,12 +43,12 @@ def test_a_rank_that_does_not_come(ranks: Ranks, kind: str, where: str) -> None:
 
 
 def assert_freed(outcomes: list[tuple[float, Outcome, Outcome]]) -> None:
-    """Everyone left within a second of the abort, knowing its reason."""
+    """Everyone left because of the abort, knowing its reason; not at the end of a timeout."""
     aborted_at = max(at for at, _, _ in outcomes)
     for _, ended, after in outcomes:
         assert ended.error == after.error == "CollectiveAborted", (ended, after)
         assert "rank is lost" in ended.message
-        assert ended.ended_at - aborted_at < 1.0
+        assert ended.ended_at - aborted_at < SOON_S
 
 
 def assert_late(outcomes: tuple[Outcome, Outcome]) -> None:
@@ -45,21 +58,17 @@ def assert_late(outcomes: tuple[Outcome, Outcome]) -> None:
     """
     assert outcomes[0].error in ("", "CollectiveAborted")
     assert outcomes[1].error == "CollectiveAborted"
-    assert max(each.seconds for each in outcomes) < 1.0
+    assert max(each.seconds for each in outcomes) < SOON_S
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("by_board", [False, True])
-@pytest.mark.parametrize("where", WAITS)
+@pytest.mark.parametrize(("kind", "where", "by_board"), pairwise(KINDS, WAITS, (False, True)))
 def test_abort_frees_every_waiter(ranks: Ranks, kind: str, where: str, by_board: bool) -> None:
     outcomes = ranks.run(kind, 4, failing.abort_case, where, 3, "late", by_board)
     assert_freed(outcomes[:3])
     assert_late(outcomes[3][1:])
 
 
-@pytest.mark.parametrize("kind", PROCESS_KINDS)
-@pytest.mark.parametrize("where", WAITS)
-@pytest.mark.parametrize("lost", [0, 3])
+@pytest.mark.parametrize(("kind", "where", "lost"), pairwise(PROCESS_KINDS, WAITS, (0, 3)))
 def test_abort_with_a_stopped_peer(ranks: Ranks, kind: str, where: str, lost: int) -> None:
     ranks.start(kind, 4, failing.abort_case, where, lost, "stopped", False)
     try:
@@ -94,7 +103,7 @@ def test_abort_by_a_survivor_of_a_killed_peer(
 def test_use_after_the_end(ranks: Ranks, kind: str, dp_size: int, ending: str) -> None:
     for ended in ranks.run(kind, dp_size, failing.use_after_case, ending):
         assert {each.error for each in ended.values()} == {"CollectiveAborted"}
-        assert max(each.seconds for each in ended.values()) < 0.5
+        assert max(each.seconds for each in ended.values()) < SOON_S
         reasons = {each.message for each in ended.values()}
         assert (
             reasons
@@ -109,4 +118,4 @@ def test_use_after_the_end(ranks: Ranks, kind: str, dp_size: int, ending: str) -
 def test_closing_frees_the_own_waiter(ranks: Ranks, kind: str) -> None:
     ended = ranks.run(kind, 2, failing.close_case)[0]
     assert ended.error == "CollectiveAborted"
-    assert ended.seconds < 1.0
+    assert ended.seconds < SOON_S

@@ -15,6 +15,7 @@ from dp_runtime import Engine, EngineConfig, SamplingParams
 
 REPOSITORY = Path(__file__).parents[2]
 ENDLESS = SamplingParams(max_tokens=60_000, temperature=0.0, ignore_eos=True)
+TOLD_S = 30.0  # half of a step's default timeout: who is told by then is told of the loss itself
 SHORT = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 

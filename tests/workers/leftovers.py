@@ -39,7 +39,7 @@ def shared_memory_names() -> set[Path]:
     return set(Path(shared_root()).glob(f"dp-runtime-{session_token()}-*"))
 
 
-def wait_until(ok: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+def wait_until(ok: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not ok():
         assert time.monotonic() < deadline, f"not after {timeout_s:g} s: {what}"

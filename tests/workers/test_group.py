@@ -92,7 +92,7 @@ def test_errors_of_a_start_are_one_message(answers: Any, kind: Any, message: str
     started = time.monotonic()
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         group.start(show_progress=False)
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 20
     assert [rank.killed for rank in ranks] == [1] * len(ranks)
     assert released == [True]
     assert all("join" not in rank.calls for rank in ranks)
@@ -109,8 +109,8 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
         told.set()
 
     group.listen(lambda rank, progress: None, on_failure)
-    assert told.wait(2)
-    deadline = time.monotonic() + 2
+    assert told.wait(20)
+    deadline = time.monotonic() + 20
     while not all("abandon" in rank.calls for rank in ranks) and time.monotonic() < deadline:
         time.sleep(0.01)
     group.close()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ with Engine(EngineConfig(sys.argv[1], device="cpu", num_pages=1100)) as engine:
 """
 STRANGER = """
 import sys, ray
-ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
+ray.init(address=sys.stdin.readline().strip(), log_to_driver=False, configure_logging=False)
 print("ran", ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=60))
 """
 
@@ -29,6 +30,7 @@ print("ran", ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=60))
 def environment(home: Path) -> dict[str, str]:
     """This one without anything that Ray reads of the user: another user's."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    rest["RAY_TMPDIR"] = os.environ["RAY_TMPDIR"]  # where clusters of tests lie is no secret
     return rest | {"HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
 
 
@@ -39,22 +41,23 @@ def test_a_stranger_can_not_use_a_cluster_that_an_engine_started(
     homes = [tmp_path / name for name in ("owner", "stranger")]
     for home in homes:
         home.mkdir()
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     owner = subprocess.Popen(
         [sys.executable, "-c", OPEN, str(model)],
-        env=environment(homes[0]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(homes[0]), text=True, **pipes | {"stderr": None},
     )  # fmt: skip
-    with owner:
+    stranger = subprocess.Popen(  # it imports ray while the cluster starts
+        [sys.executable, "-c", STRANGER], env=environment(homes[1]), text=True, **pipes
+    )
+    with owner, stranger:
         assert owner.stdout is not None
         address = owner.stdout.readline().strip()
         assert ":" in address, "the engine has started its cluster"
-        stranger = subprocess.run(
-            [sys.executable, "-c", STRANGER, address],
-            env=environment(homes[1]), capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        shown, errors = stranger.communicate(address + "\n", timeout=60)
         rest, _ = owner.communicate("go on\n", timeout=30)
     assert stranger.returncode != 0
-    assert "ran" not in stranger.stdout
-    assert "authenticat" in stranger.stderr.lower()
+    assert "ran" not in shown
+    assert "authenticat" in errors.lower()
     assert int(rest) > 0, "and the engine serves"
 
 

@@ -22,8 +22,9 @@ from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import EngineClosed, QueueFull, RankFailed, StartError
 from dp_runtime.metrics.status import RankState
 from tests.checkpoints import tiny_checkpoint
-from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, Driver, engine
+from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
+from workers.group import STOP_S
 from workers.messages import Call, Join, Load, Prepare, Rendezvous
 
 
@@ -38,7 +39,7 @@ def test_a_result_can_be_waited_for_with_a_limit(serving: Engine) -> None:
     with pytest.raises(TimeoutError, match=rf"request {handle.request_id} .* 0.2 s"):
         handle.result(0.2)
     handle.abort()
-    output = handle.result(5)
+    output = handle.result(30)
     assert output.finish_reason is FinishReason.ABORT
     assert 0 < len(output.token_ids) < ENDLESS.max_tokens
     handle.abort()  # after its end, this changes nothing
@@ -70,7 +71,7 @@ def test_another_engine_beside_it(serving: Engine, model: Path) -> None:
         )
     assert not endless.done
     endless.abort()
-    endless.result(5)
+    endless.result(30)
 
 
 def test_health_of_all_ranks(serving: Engine) -> None:
@@ -81,7 +82,7 @@ def test_health_of_all_ranks(serving: Engine) -> None:
     assert (first.num_running, second.num_running) == (0, 1)
     assert second.free_pages < second.num_pages - 1
     assert second.last_step >= 0
-    assert second.last_step_age_s < 5
+    assert second.last_step_age_s < 30
     assert (first.pid == os.getpid()) == (serving.config.launcher == "thread")
     handle.abort()
     no_page_in_use(serving)
@@ -101,7 +102,7 @@ def test_queue_full(model: Path) -> None:
         with pytest.raises(QueueFull, match="2 requests are unfinished"):
             one.submit([1], SHORT)
         handles[0].abort()
-        handles[0].result(5)
+        handles[0].result(30)
         assert one.submit([1], SHORT).result(10).finish_reason is FinishReason.LENGTH
         handles[1].abort()
         assert len(one.generate([[1]] * 9, SHORT)) == 9  # generate waits for places
@@ -139,8 +140,8 @@ def test_a_killed_rank_fails_all_requests(model: Path) -> None:
         os.kill(one.health()[1].pid, signal.SIGKILL)
         for handle in handles:
             with pytest.raises(RankFailed, match=r"rank 1 ended \(SIGKILL\)"):
-                handle.result(3)
-        assert time.monotonic() - killed < 2
+                handle.result(TOLD_S)
+        assert time.monotonic() - killed < TOLD_S
         with pytest.raises(RankFailed, match="rank 1 ended"):
             one.submit([1])
         wait_until(
@@ -152,7 +153,7 @@ def test_a_killed_rank_fails_all_requests(model: Path) -> None:
         )
         assert "rank 1 ended (SIGKILL)" in one.health()[0].error
         closing = time.monotonic()
-    assert time.monotonic() - closing < 2
+    assert time.monotonic() - closing < STOP_S
     wait_until(lambda: left_overs() == before, "nothing is left")
 
 
@@ -164,21 +165,20 @@ def test_a_stopped_rank_is_a_timeout(model: Path) -> None:
         stopped = one.health()[1].pid
         os.kill(stopped, signal.SIGSTOP)
         with pytest.raises(RankFailed, match=r"rank 0: CollectiveTimeout: .* for ranks 1"):
-            handle.result(4)
+            handle.result(TOLD_S)
         closing = time.monotonic()
-    assert time.monotonic() - closing < 2
+    assert time.monotonic() - closing < STOP_S
     wait_until(lambda: left_overs() == before, "nothing is left, not even the stopped one")
 
 
 def test_a_start_that_fails_on_one_rank(tmp_path: Path) -> None:
-    before, started = left_overs(), time.monotonic()
+    before = left_overs()
     path = tiny_checkpoint(tmp_path) / "model.safetensors"
     tensors, name = load_file(path), "model.layers.1.mlp.experts.7.up_proj.weight"  # rank 1's
     tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, path)
     with pytest.raises(ValueError, match=rf"^rank 1: .*{name}: shape: \(47, 64\)"):
         engine(tmp_path, "local")
-    assert time.monotonic() - started < 40
     wait_until(lambda: left_overs() == before, "nothing is left")
 
 
@@ -186,7 +186,7 @@ def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
     before = left_overs()
 
     def kill_one() -> None:
-        wait_until(lambda: len(rank_processes()) > len(before[0]), "a rank has started", 30)
+        wait_until(lambda: len(rank_processes()) > len(before[0]), "a rank has started", 60)
         os.kill(min(rank_processes().keys() - before[0]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
@@ -217,8 +217,8 @@ def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal
         ranks = serving_processes() - before[0]
         driver.signal(number)
         assert driver.end()[0] == -number
-    wait_until(lambda: not ranks & rank_processes().keys(), "the ranks end", 2)
-    wait_until(lambda: left_overs()[2] <= before[2], "no name is left", 2)
+    wait_until(lambda: not ranks & rank_processes().keys(), "the ranks end")
+    wait_until(lambda: left_overs()[2] <= before[2], "no name is left")
 
 
 def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path: Path) -> None:
@@ -239,5 +239,5 @@ def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path
             assert driver.recv().error is None
         driver.send(Call(2, Join(Rendezvous("shared_memory", str(meeting)), epoch=0)))
         wait_until(lambda: (meeting / "region").exists(), "the rank waits")
-    assert process.wait(2) == 0
+    assert process.wait(20) == 0
     assert not meeting.exists()

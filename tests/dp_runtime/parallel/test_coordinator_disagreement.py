@@ -12,7 +12,7 @@ from dp_runtime.parallel.agreement import Agreement, StepRecord
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.coordinator import StepCoordinator
 from dp_runtime.parallel.step_board import StepBoard
-from tests.collectives.ranks import Outcome, Ranks, outcome
+from tests.collectives.ranks import SOON_S, Outcome, Ranks, outcome
 
 DP_SIZE = 3
 ODD_RANK = 1
@@ -70,7 +70,7 @@ def test_a_record_that_differs(ranks: Ranks, board: str, field: str) -> None:
     results = ranks.run(board, DP_SIZE, differ, field)
     for ended, entered in results:
         assert ended.error == "RankDisagreement"
-        assert ended.seconds < 1.0
+        assert ended.seconds < SOON_S
         assert ended.message == results[0][0].message
         assert entered == []
     title, header, *rows = results[0][0].message.splitlines()
