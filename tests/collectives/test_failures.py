@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +32,8 @@ NAMES_THE_RANK = ("in_process", "shared_memory")
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["gather", "uneven gather", "reduce_scatter", "board"])
-def test_a_rank_that_does_not_come(ranks: Ranks, kind: str, where: str) -> None:
-    outcomes = ranks.run(kind, 3, failing.missing_rank_case, where, timeout_s=0.3)
+def test_a_rank_that_does_not_come(ranks: Ranks, kind: str, where: str, tmp_path: Path) -> None:
+    outcomes = ranks.run(kind, 3, failing.missing_rank_case, where, tmp_path, timeout_s=0.3)
     for first, again in outcomes[:-1]:
         assert first.error == "CollectiveTimeout"
         assert 0.25 < first.seconds < SOON_S
