@@ -28,10 +28,7 @@ def _no_embeds() -> Float32:
 
 
 def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
-    """Where in the pool each row goes, [rows]: page * page_size + offset.
-
-    page_table [requests, pages]; owner [rows], each row's request.
-    """
+    """Compute each row's place in the pool [rows]; owner [rows] is the row's request."""
     pages = page_table[owner, positions // page_size].astype(np.int64)
     slots: Int64 = pages * page_size + positions % page_size
     return slots
@@ -40,8 +37,6 @@ def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) 
 @dataclass(frozen=True, eq=False)
 class LocalBatch:
     """This rank's rows for one pass, request after request; its arrays are read-only.
-
-    Sizes are derived from the data they count; there is no padded size here.
 
     While a verification is in flight, the host knows only upper bounds of its request's lengths,
     positions and slots. The true ones are `num_rejected` lower, which only the device knows.

@@ -9,10 +9,7 @@ from dp_runtime.core.batch import Int64
 
 @dataclass(frozen=True, eq=False)
 class SamplePositions:
-    """Rows of logits that yield a new token each.
-
-    A verification's rows lie together, with its request's next output indices in turn.
-    """
+    """Rows of logits that yield a token each; those of a verification in turn."""
 
     req_indices: Int64  # [n] rows of the request table
     output_indices: Int64  # [n] which output token of its request this is, from 0

@@ -23,7 +23,7 @@ from dp_runtime.speculative.draft import DraftModel
 
 @dataclass(frozen=True, eq=False)
 class DraftChains:
-    """The last tokens of a step's decoding requests, their drafts so far, and what drafts next."""
+    """The last tokens of a step's decodes, their drafts so far, and what drafts next."""
 
     tokens: tuple[Tensor, ...]  # the last token, then each draft: [requests] int64
     hidden: Tensor  # [requests, hidden], which the draft model gave with the last of them
@@ -31,12 +31,10 @@ class DraftChains:
 
     @property
     def next_inputs(self) -> FutureTokens:
-        """What the next draft pass reads."""
         return FutureTokens(self.tokens[-1], self.hidden, self.num_rejected)
 
     @property
     def drafts(self) -> Tensor:
-        """[requests, drafts] int64."""
         return torch.stack(self.tokens[1:], 1)
 
     @property
@@ -46,10 +44,9 @@ class DraftChains:
 
 
 class DraftState:
-    """What each request's next chain begins with, by row of the request table; a PerRequestState.
+    """What each request's next chain begins with, on the device; a PerRequestState.
 
-    It is on the device, where the host learns of it a step later. The draft_extend pass writes it:
-    of every prefill chunk first, so `add` has nothing to prepare.
+    The draft_extend pass writes it, of every prefill chunk too: `add` has nothing to prepare.
     """
 
     def __init__(self, model: DraftModel, num_table_rows: int, device: torch.device) -> None:
@@ -77,7 +74,7 @@ class DraftState:
         assert not others, f"draft state of rows {others}, which nobody has"
 
     def read(self, req_indices: Int64, are_bounds: np.ndarray) -> DraftChains:
-        """Chains of one draft; are_bounds [requests] bool: whose last verification is in flight."""
+        """Begin chains of one draft; are_bounds: whose last verification is in flight."""
         assert self._written[req_indices].all(), "a request decodes that drafted nothing yet"
         rows, mask = all_on_device([req_indices, are_bounds.astype(np.int64)], self.device)
         num_rejected = self.num_rejected[rows] * mask if are_bounds.any() else None
@@ -100,8 +97,6 @@ class DraftState:
 
 
 class Drafting:
-    """Begins each step's chains, extends them, and keeps what the next step's begin with."""
-
     def __init__(
         self, model: DraftModel, forced: ForcedAcceptance | None, state: DraftState
     ) -> None:
@@ -110,7 +105,7 @@ class Drafting:
         self._forced = forced
 
     def begin(self, decodes: Int64, target: LocalBatch) -> DraftChains:
-        """Chains of one draft, of the requests in these rows of the table, the target's first."""
+        """Begin chains of one draft each."""
         return self.state.read(decodes, target.lengths_are_bounds[: len(decodes)])
 
     def extend(self, chains: DraftChains, output: PassOutput) -> DraftChains:
@@ -123,21 +118,18 @@ class Drafting:
         return replace(chains, tokens=(*chains.tokens, tokens), hidden=hidden)
 
     def verification(self, chains: DraftChains) -> Verification:
-        """What the sampler is to verify."""
         return Verification(chains.drafts, self._forced)
 
-    def features(self, target: PassOutput, token_ids: Tensor, chains: DraftChains) -> FutureTokens:
-        """What the draft_extend pass reads: the target's rows, and the tokens it chose."""
+    def extend_inputs(
+        self, target: PassOutput, token_ids: Tensor, chains: DraftChains
+    ) -> FutureTokens:
         hidden = self.model.project(target.hidden.features)
         return FutureTokens(token_ids, hidden, chains.num_rejected)
 
     def keep(
         self, scheduled: SchedulerOutput, batch: LocalBatch, sampled: Sampled, output: PassOutput
     ) -> None:
-        """Keep what every request of a draft_extend pass needs in its next step.
-
-        batch: of that pass; batch_builder draws its indices.
-        """
+        """Keep what each request's next step needs; batch_builder draws the indices of `batch`."""
         first_rows = batch.sample_rows
         max_accepted = np.zeros(len(first_rows), np.int64)
         max_accepted[: len(scheduled.decodes)] = scheduled.num_drafts

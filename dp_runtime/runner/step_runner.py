@@ -129,7 +129,7 @@ class StepRunner:
         future = FutureTokens(chains.rows, self._no_hidden, chains.num_rejected)
         verified = step.run_pass(target, future)
         sampled, scores = self._sample(step, target, verified, drafting.verification(chains))
-        future = drafting.features(verified, sampled.token_ids, chains)
+        future = drafting.extend_inputs(verified, sampled.token_ids, chains)
         extended = step.run_pass(extend, future)
         drafting.keep(step.scheduled, batches[extend], sampled, extended)
         return step.output(sampled, scores)

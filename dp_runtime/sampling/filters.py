@@ -1,4 +1,4 @@
-"""From logits to a drawn token: penalties, filters and the inverse of the distribution."""
+"""Penalties, filters and the inverse of the distribution."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from dp_runtime.core.transfer import on_device
 Array = NDArray[Any]
 
 
-def penalise(logits: Tensor, in_prompt: Tensor, counts: Tensor, settings: Tensor) -> Tensor:
-    """Repetition, frequency and presence penalties.
-
-    logits, in_prompt, counts [n, vocab]; settings [n, 3] (repetition, frequency, presence).
-    """
+def penalise(
+    logits: Tensor,  # [n, vocab], as in_prompt and counts
+    in_prompt: Tensor,
+    counts: Tensor,
+    settings: Tensor,
+) -> Tensor:
+    """Penalise logits; settings [n, 3] are repetition, frequency, presence."""
     repetition, frequency, presence = settings.unsqueeze(-1).unbind(1)
     in_output = counts > 0
     repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
@@ -27,12 +29,14 @@ def penalise(logits: Tensor, in_prompt: Tensor, counts: Tensor, settings: Tensor
     return logits - frequency * counts - presence * in_output
 
 
-def keep_weights(logits: Tensor, peaks: Tensor, draws: Array) -> Tensor:
-    """Weights [n, vocab] float32 of the tokens that may be drawn, 0 for all others.
+def keep_weights(
+    logits: Tensor,  # [n, vocab] float32
+    peaks: Tensor,  # [n] their maxima
+    draws: Array,  # [n, 4] temperature above 0, top_k in 1..vocab, top_p, min_p
+) -> Tensor:
+    """Weigh the tokens that may be drawn [n, vocab] float32; all others get 0.
 
-    logits [n, vocab] float32, peaks [n] their maxima; draws [n, 4] (temperature above 0, top_k in
-    1..vocab, top_p, min_p). NOTE: softmax, not exp: its result for a row is the same wherever the
-    row lies, while a vectorised elementwise function may round its tail differently.
+    NOTE: softmax, not exp: a vectorised function may round a row's tail differently elsewhere.
     """
     temperature, top_k, top_p, min_p = draws.T
     device = logits.device
@@ -63,12 +67,12 @@ def _keep_top_p(weights: Tensor, top_p: Array) -> Tensor:
     return torch.empty_like(weights).scatter_(1, ids, ordered)
 
 
-def invert(weights: Tensor, uniforms: Tensor, fallback: Tensor) -> Tensor:
-    """The token [n] int64 at which the cumulative weights pass uniforms * their sum.
-
-    weights [n, vocab] float32, uniforms [n] float64 in [0, 1). fallback [n] int64: a token of
-    positive weight, for sums whose rounding on the device is not monotonic, and for NaN weights.
-    """
+def invert(
+    weights: Tensor,  # [n, vocab] float32
+    uniforms: Tensor,  # [n] float64 in [0, 1)
+    fallback: Tensor,  # [n] int64 of positive weight, where rounding is not monotonic
+) -> Tensor:
+    """Find where cumulative weights pass uniforms * their sum; NaN weights get the fallback."""
     sums = weights.cumsum(-1, dtype=torch.float64)
     goals = uniforms[:, None] * sums[:, -1:]
     tokens = torch.searchsorted(sums, goals, right=True).clamp_(max=weights.shape[1] - 1)
@@ -76,12 +80,11 @@ def invert(weights: Tensor, uniforms: Tensor, fallback: Tensor) -> Tensor:
 
 
 def take_rows(matrix: Tensor, rows: Array) -> Tensor:
-    """The given rows, in ascending order; the matrix itself if they are all."""
+    """Select rows, given in ascending order; all of them are the matrix itself."""
     return matrix if len(rows) == len(matrix) else matrix[on_device(rows, matrix.device)]
 
 
 def change_rows(matrix: Tensor, rows: Array, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The matrix with `change` applied to some of its rows together."""
     if not len(rows):
         return matrix
     changed = change(take_rows(matrix, rows))

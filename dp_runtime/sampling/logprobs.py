@@ -17,8 +17,7 @@ _LOW_WORD = 0xFFFFFFFF
 LogitsOf = Callable[[slice], Tensor]  # logits [n, vocab] float32 of a slice of some rows
 
 
-def row_parts(num_rows: int) -> list[slice]:
-    """All rows in parts of ROWS_AT_ONCE; one empty part if there are none."""
+def row_parts(num_rows: int) -> list[slice]:  # at least one, if an empty one
     return [slice(at, at + ROWS_AT_ONCE) for at in range(0, max(num_rows, 1), ROWS_AT_ONCE)]
 
 
@@ -34,7 +33,6 @@ class Logprobs:
     copy: HostCopy
 
     def to_host(self) -> tuple[TokenLogprob, ...]:
-        """Wait for the copy to the host: one entry per row."""
         token_ids, chosen, top_ids, top = (tensor.tolist() for tensor in self.copy.wait())
         return tuple(
             TokenLogprob(token, value, tuple(zip(ids[:count], values[:count])))
@@ -43,10 +41,9 @@ class Logprobs:
 
 
 def token_logprobs(logits_of: LogitsOf, token_ids: Tensor, top_n: Sequence[int]) -> Logprobs:
-    """Log softmax of logits at the given tokens, and its top_n[i] best tokens in row i.
+    """Take the log softmax of logits at the tokens [n] int64, and its top_n[i] best in row i.
 
-    token_ids [n] int64; logits_of gives some of the n rows at a time, so that not all of them
-    need be there at once. A row's result depends on that row alone.
+    logits_of gives some of the n rows at a time, so that not all need be there at once.
     """
     assert token_ids.shape == (len(top_n),), "one top_n per token"
     most = max(top_n, default=0)
@@ -59,10 +56,7 @@ def token_logprobs(logits_of: LogitsOf, token_ids: Tensor, top_n: Sequence[int])
 
 
 def logprobs_bytes(num_rows: int, vocab_size: int) -> int:
-    """Most bytes `token_logprobs` allocates at once, besides the logits that it is given.
-
-    Per logit: its log probability, its bits, and its key; topk's own needs are small.
-    """
+    """Bound what `token_logprobs` allocates: of each logit its log probability, bits and key."""
     return min(num_rows, ROWS_AT_ONCE) * vocab_size * (4 + 4 + 8)
 
 
@@ -77,10 +71,9 @@ def _rows_logprobs(logits: Tensor, token_ids: Tensor, most: int) -> tuple[Tensor
 
 
 def _top_ids(values: Tensor, k: int) -> Tensor:
-    """Ids [n, k] of the largest float32 values, ties to the lowest id.
+    """Find the ids [n, k] of the largest float32 values, ties to the lowest id.
 
-    torch.topk leaves the order of ties open, and rounded logits tie often; so it gets distinct
-    integer keys: the float's bits in an order-preserving form above, the inverted id below.
+    topk leaves ties open: it gets integers, the float's ordered bits above, the inverted id below.
     """
     if k == 0:
         return torch.empty((len(values), 0), dtype=torch.int64, device=values.device)

@@ -17,16 +17,13 @@ from dp_runtime.sampling.verify import Verification
 
 @dataclass(eq=False, kw_only=True)
 class Penalties:
-    """The tokens that a request has seen; on the device, since the host learns them a step later.
-
-    The tensors are made when the request first samples, not while its prompt is computed.
-    """
+    """The tokens that a request has seen, on the device: the host learns them a step later."""
 
     settings: tuple[float, float, float]  # repetition, frequency, presence
     prompt_ids: Array  # [prompt] int64
     output_ids: Array  # [outputs] int64, those that were there before this state
-    in_prompt: Tensor  # [vocab] bool, empty until then
-    output_counts: Tensor  # [vocab] float32, empty until then
+    in_prompt: Tensor  # [vocab] bool, empty until the request first samples
+    output_counts: Tensor  # [vocab] float32, likewise
     next_index: range  # the outputs of which one may be sampled next
 
     @classmethod
@@ -46,10 +43,7 @@ class Penalties:
         )  # fmt: skip
 
     def begin(self, request_id: int, index: int, num_rows: int, vocab_size: int) -> None:
-        """Expect output `index` and, in num_rows - 1 further rows, drafted ones after it.
-
-        Makes the tensors at the first call.
-        """
+        """Expect output `index` and, in num_rows - 1 further rows, drafted ones after it."""
         low, high = self.next_index[0], self.next_index[-1]
         known = f"{low}" if low == high else f"{low}..{high}"
         assert low <= index <= high, (
@@ -69,7 +63,7 @@ class Penalties:
             self.output_counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
 
     def count(self, token_ids: Tensor, emitted: Tensor) -> None:
-        """Add those of the tokens [n] int64 that became outputs: emitted [n] float32 is 1 or 0."""
+        """Count the tokens [n] int64 that became outputs: where emitted [n] float32 is 1, not 0."""
         self.output_counts.index_add_(0, token_ids, emitted)
 
 
@@ -79,10 +73,9 @@ def penalise_rows(
     verification: Verification,
     first_row: int,
 ) -> Tensor:
-    """Penalise logits [n, vocab], the batch's rows from first_row on, by each row's state.
+    """Penalise the batch's rows from first_row on, logits [n, vocab], each by its state.
 
-    A row of a verification also counts the drafts among its inputs: its sample is used only if
-    they become outputs.
+    A row of a verification also counts the drafts among its inputs, as if they were outputs.
     """
     rows = np.array([row for row, state in enumerate(states) if state is not None], np.int64)
     if not len(rows):

@@ -32,10 +32,7 @@ class RequestSampling:
     def from_request(
         cls, request: RankRequest, outputs: Sequence[int], vocab_size: int, device: torch.device
     ) -> RequestSampling:
-        """Prepare a request after these output tokens.
-
-        Raises ValueError if its parameters do not fit the vocabulary.
-        """
+        """Raise ValueError if the request's parameters do not fit the vocabulary."""
         params = request.params
         params.check_vocabulary(vocab_size, request.stop_token_ids)
         top_k = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size

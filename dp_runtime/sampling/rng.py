@@ -11,7 +11,7 @@ _SECOND = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """The int64 with the low 64 bits of value, since torch has no full uint64 arithmetic."""
+    """Wrap to int64, since torch has no full uint64 arithmetic."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -27,18 +27,16 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def derive_seed(seed: int, request_id: int) -> int:
-    """The seed, in 0..2**63-1, of a request that has none, from its engine's seed and its id."""
+    """Give a request without a seed one in 0..2**63-1."""
     engine = _mix(torch.tensor(seed) + _signed(_GOLDEN))
     return int(_mix(engine + _signed(_GOLDEN * (request_id + 1)))) & (2**63 - 1)
 
 
 def uniform(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:
-    """One uniform number in [0, 1) for each (seed, index, stream), without generator state.
+    """Draw from [0, 1) for each (seed, index, stream): [n] float64 with 53 random bits.
 
-    seeds, indices [n] int64 -> [n] float64 with 53 random bits. Streams are independent numbers
-    for one (seed, index). The finaliser is SplitMix64's (Steele, Lea and Flood, "Fast Splittable
-    Pseudorandom Number Generators", 2014), applied to the seed, the stream and the index in turn,
-    so that neighbouring seeds do not walk along one shared sequence.
+    SplitMix64's finaliser (Steele, Lea and Flood, 2014) takes seed, stream and index in turn, so
+    that neighbouring seeds share no sequence.
     """
     key = _mix(_mix(seeds + _signed(_GOLDEN)) + _signed(_GOLDEN * (stream + 1)))
     bits = _mix(key + (indices + 1) * _signed(_GOLDEN))

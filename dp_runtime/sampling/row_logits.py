@@ -9,8 +9,6 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowLogits:
-    """Logits as the LM head gives them, and their maxima."""
-
     values: Tensor  # [n, vocab]
     peaks: Tensor  # [n] float32
     best: Tensor  # [n] int64, the first of equal maxima

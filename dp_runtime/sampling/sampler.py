@@ -23,20 +23,15 @@ from dp_runtime.sampling.verify import Verification, accepted_drafts, first_posi
 
 
 class SampledTokens(NamedTuple):
-    """What a step sampled, on the host; one entry per row.
-
-    Only the first num_accepted + 1 rows of a verification gave new tokens.
-    """
+    """What a step sampled, on the host; one entry per row."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]  # None where none were asked for
-    num_accepted: tuple[int, ...] = ()  # drafts of each verification
+    num_accepted: tuple[int, ...] = ()  # of each verification, whose next row gave a token too
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """The tokens of one step, on the device, with their copy to the host under way."""
-
     request_ids: Array  # [n] int64
     token_ids: Tensor  # [n] int64
     logprobs: Logprobs | None  # of the rows in logprob_rows
@@ -45,10 +40,7 @@ class Sampled:
     copy: HostCopy  # token_ids, whether each row's logits were valid, and num_accepted
 
     def to_host(self) -> SampledTokens:
-        """Wait for the copy, and assert that no row's logits had a NaN, a +inf or only -inf.
-
-        The host first looks at the device's results here: the check costs no wait of its own.
-        """
+        """Wait for the copy, the first that the host sees of the device's results; so check it."""
         token_ids, valid, *accepted = self.copy.wait()
         broken = self.request_ids[~valid.numpy()].tolist()
         assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
@@ -64,30 +56,21 @@ CHOICE_BYTES = 38  # per logit, for all filters together
 
 
 def sampling_bytes(num_rows: int, vocab_size: int) -> int:
-    """Most bytes that `Sampler.sample` and the penalties of its requests take, without the logits.
-
-    Not counted: penalties of requests that have stopped while a step with them is in flight.
-    """
+    """Bound what `Sampler.sample` allocates, and penalties of requests that still run."""
     seen = num_rows * vocab_size * (1 + 4)
     return seen + min(num_rows, ROWS_AT_ONCE) * vocab_size * CHOICE_BYTES
 
 
 class Sampler:
-    """Chooses the next tokens of one rank's requests.
+    """Chooses the next tokens of one rank's requests; a PerRequestState.
 
-    For every row: (1) log probabilities are taken from the unmodified logits; then the logits go
-    through (2) logit_bias, (3) min_tokens: the request's stop ids are masked while output_index <
-    min_tokens, (4) repetition penalty over prompt and output tokens (Keskar et al., CTRL, 2019),
-    then frequency and presence penalty over output tokens (OpenAI API reference),
-    (5) temperature, 0 being the argmax, ties to the lowest id, (6) top_k, keeping what ties with
-    the k-th, (7) top_p: the smallest set that reaches it, ties to the lowest id, (8) min_p relative
-    to the best token; (9) the inverse of the cumulative distribution in the order of token ids is
-    taken at uniform(seed, output_index). A token of probability 0 is never chosen.
-
-    A row's token depends on its request, output_index and logits alone, not on the batch; in a
-    verification, also on the drafts before it, as if they were outputs.
-    It is a PerRequestState. NOTE: `sample` counts output tokens for penalties, so a request with
-    penalties samples every output_index in order, going on after the last that became an output.
+    Log probabilities are taken from the logits as they are. These then go through logit_bias;
+    min_tokens, which masks stop ids; repetition penalty over prompt and outputs (Keskar et al.,
+    CTRL, 2019), frequency and presence penalty over outputs (OpenAI API reference); temperature;
+    top_k with what ties; top_p; min_p. The token is the inverse of the cumulative distribution at
+    uniform(seed, output index). Other ties go to the lowest id. A row's token depends on its
+    request, index and logits alone, not on the batch.
+    NOTE: `sample` counts outputs for penalties: it wants every output of such a request in order.
     """
 
     def __init__(self, vocab_size: int, num_table_rows: int, device: torch.device) -> None:
@@ -103,14 +86,13 @@ class Sampler:
 
     @property
     def all_plain(self) -> bool:
-        """Whether no request asks for more than the most likely token."""
         return self._num_plain == len(self._requests)
 
     def __len__(self) -> int:
         return len(self._requests)
 
     def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None:
-        """Take up a request; ValueError if its parameters do not fit the vocabulary."""
+        """Raise ValueError if the request's parameters do not fit the vocabulary."""
         assert req_index not in self._requests, f"row {req_index} is taken"
         state = RequestSampling.from_request(request, outputs, self.vocab_size, self.device)
         self._requests[req_index] = state
@@ -131,11 +113,6 @@ class Sampler:
     def sample(
         self, logits: RowLogits, rows: SamplePositions, verification: Verification | None = None
     ) -> Sampled:
-        """Choose a token for each row of logits [n, vocab], which are left as they are.
-
-        verification: drafts of the first requests, to whom the first rows belong; every other row
-        is a request of its own.
-        """
         assert logits.values.shape == (len(rows), self.vocab_size), (
             f"logits {tuple(logits.values.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
         )
@@ -163,10 +140,7 @@ class Sampler:
         return Sampled(request_ids, token_ids, logprobs, logprob_rows, accepted, copy)
 
     def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
-        """Log probabilities of a prompt's tokens, and of the top_n best at their positions.
-
-        logits_of: some of the n prompt rows at a time; target_ids [n] int64: the token after each.
-        """
+        """Score the tokens target_ids [n] int64 that follow n prompt rows, and the top_n best."""
         return token_logprobs(logits_of, target_ids, (top_n,) * len(target_ids))
 
     def _accepted(
@@ -193,7 +167,7 @@ class Sampler:
         verification: Verification,
         first_row: int,
     ) -> tuple[Tensor, Tensor]:
-        """Token ids [n], and whether the logits were valid [n]; of rows from first_row on."""
+        """Return token ids [n] and whether logits were valid [n], for rows from first_row on."""
         values = logits.values.float()
         adjusted = self._bias(values, rows, requests)
         adjusted = self._mask_stops(adjusted, rows, requests)
@@ -233,7 +207,6 @@ class Sampler:
     def _begin(
         self, rows: SamplePositions, requests: list[RequestSampling], verification: Verification
     ) -> list[tuple[slice, Penalties]]:
-        """The rows of each request with penalties, which are made ready for them."""
         seen = [
             (verification.rows_of(number), request.penalties)
             for number, request in enumerate(requests)

@@ -1,14 +1,9 @@
 """Verification of drafted tokens against what the target's own rows gave.
 
-Drafts are chains d_1..d_s, each the most likely token of the draft model, so the proposal is a
-point mass. Rejection sampling (Leviathan et al., "Fast Inference from Transformers via Speculative
-Decoding", 2023; Chen et al., "Accelerating Large Language Model Decoding with Speculative
-Sampling", 2023) accepts a proposed token x with probability min(1, p(x) / q(x)), here p(d), and
-else draws from the normalised max(0, p - q), here p without d. Drawing y from p and accepting d
-where y == d does both at once: y is d with probability p(d), and otherwise it is distributed as p
-without d. So every row is sampled as if it stood alone, by its seed and output index, and the
-drafts are accepted up to the first that differs. The tokens are those of serving without
-speculation, one for one, not just in distribution.
+A draft d is the draft model's most likely token, so the proposal is a point mass, and rejection
+sampling (Leviathan et al. 2023; Chen et al. 2023) accepts it with probability p(d), else draws from
+p without d. Drawing y from p and accepting d where y == d does both: so every row is sampled as if
+it stood alone, and tokens are those of serving without speculation, one for one.
 """
 
 from __future__ import annotations
@@ -30,11 +25,9 @@ _FORCED_STREAM = 1  # of random numbers; tokens are drawn from stream 0
 
 
 def accepted_drafts(sampled: Tensor, drafts: Tensor) -> Tensor:
-    """How many drafts of each chain the target agrees with, up to the first that it does not.
+    """Count each chain's drafts up to the first that the target's sampled tokens differ from.
 
-    sampled [n, s + 1] int64: the target's token at each row; row i, whose inputs end with draft i,
-    yields the token that draft i + 1 proposed. drafts [n, s] int64. Returns [n] int64 in 0..s, on
-    the device, without waiting for it.
+    sampled [n, s + 1], drafts [n, s] int64 -> [n] int64 in 0..s, on the device.
     """
     num_drafts = drafts.shape[1]
     assert sampled.shape == (len(drafts), num_drafts + 1), (
@@ -46,25 +39,22 @@ def accepted_drafts(sampled: Tensor, drafts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ForcedAcceptance:
-    """Accepts so many tokens whatever was drafted, to measure the speed that better drafts have.
+    """Accepts so many tokens whatever was drafted, to measure what better drafts would be worth.
 
-    mean_tokens: how many a verification emits on average, the one after the drafts included; at
-    least 1, ValueError otherwise. Between two integers it is one or the other, by chance, as a
-    pure function of seed and output index. The text is that of nobody: rows after a rejected
-    draft were computed from it.
+    The text makes no sense: rows after a rejected draft were computed from it.
     """
 
-    mean_tokens: float
+    mean_tokens: float  # that a verification emits, the one after the drafts included; >= 1
 
     def __post_init__(self) -> None:
         ok = isinstance(self.mean_tokens, int | float) and 1 <= self.mean_tokens < float("inf")
         require(ok, "mean_tokens", self.mean_tokens, "a number of at least 1")
 
     def accepted(self, seeds: Tensor, indices: Tensor, num_drafts: int) -> Tensor:
-        """Drafts to accept for each (seed, output index): [n] int64, at most num_drafts."""
-        least = int(self.mean_tokens - 1)
-        more = uniform(seeds, indices, _FORCED_STREAM) < self.mean_tokens - 1 - least
-        return (more.to(torch.int64) + least).clamp_(max=num_drafts)
+        """Draw how many drafts to accept for each (seed, output index), [n] int64."""
+        floor = int(self.mean_tokens - 1)
+        more = uniform(seeds, indices, _FORCED_STREAM) < self.mean_tokens - 1 - floor
+        return (more.to(torch.int64) + floor).clamp_(max=num_drafts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +69,6 @@ class Verification:
 
     @property
     def num_drafts(self) -> int:
-        """Of each request."""
         return self.drafts.shape[1]
 
     @property
@@ -92,26 +81,22 @@ class Verification:
 
     @classmethod
     def none(cls, device: torch.device) -> Verification:
-        """No drafts: every row is a request of its own."""
         return cls(torch.zeros((0, 0), dtype=torch.int64, device=device))
 
-    def rows_of(self, number: int) -> slice:
-        """The rows of the batch's request of that number."""
-        if number < len(self):
-            return slice(number * self.rows_each, (number + 1) * self.rows_each)
-        row = self.num_rows + number - len(self)
+    def rows_of(self, request: int) -> slice:
+        if request < len(self):
+            return slice(request * self.rows_each, (request + 1) * self.rows_each)
+        row = self.num_rows + request - len(self)
         return slice(row, row + 1)
 
     def each_row(self, requests: list[T]) -> list[T]:
-        """What the requests of the batch have, row by row."""
         verified, others = requests[: len(self)], requests[len(self) :]
         return [one for one in verified for _ in range(self.rows_each)] + others
 
     def assumed(self, rows: Int64) -> tuple[Int64, Int64]:
-        """The drafts that rows of the batch take for accepted: those among their own inputs.
+        """Pair rows of the batch with the drafts among their own inputs, as if these were accepted.
 
-        Returns, for every such pair, the place in `rows` and that of the draft in
-        `drafts.flatten()`.
+        Returns for every pair the place in `rows` and that in `drafts.flatten()`.
         """
         chains, depths = np.divmod(rows, self.rows_each)
         depths[rows >= self.num_rows] = 0
@@ -120,10 +105,7 @@ class Verification:
         return places, chains[places] * self.num_drafts + within
 
     def emitted(self, accepted: Tensor | None, num_rows: int) -> Tensor:
-        """Which of the batch's rows gave new tokens: [num_rows] float32, 1 or 0.
-
-        accepted [n] int64: drafts of each chain.
-        """
+        """Mark the batch's rows that gave new tokens: [num_rows] float32, 1 or 0."""
         emitted = torch.ones(num_rows, dtype=torch.float32, device=self.drafts.device)
         if accepted is not None:
             places = torch.arange(self.rows_each, device=self.drafts.device)
@@ -132,7 +114,6 @@ class Verification:
 
 
 def first_positions(positions: SamplePositions, verification: Verification) -> SamplePositions:
-    """The position of each request's first row; a verification has several rows a request."""
     shape = len(verification), verification.rows_each
     end = verification.num_rows
     requests = positions.req_indices[:end].reshape(shape)
@@ -148,7 +129,7 @@ def first_positions(positions: SamplePositions, verification: Verification) -> S
 
 @dataclass(frozen=True, eq=False)
 class LastAccepted:
-    """The last emitted token of each request of a draft_extend pass, and the row that read it."""
+    """The last emitted token of each request in a draft_extend pass, and the row that read it."""
 
     rows: Tensor  # [requests] int64, of the pass
     token_ids: Tensor  # [requests] int64
@@ -158,18 +139,16 @@ class LastAccepted:
     def after_verification(
         cls,
         *,
-        first_rows: Tensor,
+        first_rows: Tensor,  # [requests] int64, as the next three; verifications, then chunks
         first_samples: Tensor,
         known_tokens: Tensor,
         max_accepted: Tensor,
         sampled_tokens: Tensor,
-        num_accepted: Tensor,
+        num_accepted: Tensor,  # [verifications] int64
     ) -> LastAccepted:
-        """Move on from each request's first row by as many drafts as were accepted.
+        """Advance each request's first row by its accepted drafts; of chunks it is the last row.
 
-        All but the last two are [requests] int64, verifications first, then chunks, of which the
-        first row is the only one that matters. first_samples: the index of the row's token among
-        sampled_tokens [n] int64; -1: it is in known_tokens. num_accepted [verifications] int64.
+        first_samples: the index of the row's token in sampled_tokens [n]; -1: in known_tokens.
         """
         num_chunks = len(first_rows) - len(num_accepted)
         accepted = torch.nn.functional.pad(num_accepted, (0, num_chunks))

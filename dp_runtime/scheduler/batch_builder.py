@@ -34,7 +34,6 @@ def build_batches(
     chunks: Sequence[Chunk],
     program: Program,
 ) -> SchedulerOutput:
-    """Build the batches of a step: `decodes`, which are verified if it drafts, then the chunks."""
     step = _Layout.for_step(table, pages, decodes, chunks, program.query_len(Pass.TARGET))
     target = _target_batch(step)
     drafts = _draft_batches(step, program.passes.count(Pass.DRAFT))
@@ -91,14 +90,12 @@ class _Layout:
         return len(self.decodes) * self.query_len
 
     @property
-    def chunk_starts(self) -> Int64:
-        """The first row of each chunk."""
+    def chunk_first_rows(self) -> Int64:
         starts: Int64 = (self.row_ends - self.query_lens)[len(self.decodes) :]
         return starts
 
     @property
-    def chunk_ends(self) -> Int64:
-        """The last row of each chunk."""
+    def chunk_last_rows(self) -> Int64:
         return self.row_ends[len(self.decodes) :] - 1
 
 
@@ -108,7 +105,7 @@ def _target_batch(step: _Layout) -> LocalBatch:
     owner = np.arange(len(query_lens)).repeat(query_lens)
     positions = np.arange(len(owner)) + (first_positions - (row_ends - query_lens))[owner]
     page_table = step.pages.rows(step.req_indices)
-    chunk_samples = step.chunk_ends[step.samples[len(step.decodes) :]]
+    chunk_samples = step.chunk_last_rows[step.samples[len(step.decodes) :]]
     embed_rows, embeds = _embeds(step, token_offset=0)
     tokens, future_indices = _decode_tokens(step)
     future_token_index = np.full(len(owner), -1, np.int64)
@@ -131,11 +128,7 @@ def _target_batch(step: _Layout) -> LocalBatch:
 
 
 def _decode_tokens(step: _Layout) -> tuple[Int64, Int64]:
-    """The tokens of the decodes' rows and their future_token_index.
-
-    Plain decodes read what the last step sampled, verifications this step's chains, each of which
-    begins with the request's last token.
-    """
+    """Return tokens and future_token_index: of the last step's samples, or this step's chains."""
     table, decodes = step.table, step.decodes
     if not step.drafts:
         return table.last_token[decodes], table.future_token_index(decodes)
@@ -143,7 +136,7 @@ def _decode_tokens(step: _Layout) -> tuple[Int64, Int64]:
 
 
 def _draft_batches(step: _Layout, count: int) -> Iterator[LocalBatch]:
-    """One row of every decode in each of `count` passes, which reads what the last one drafted."""
+    """Give every decode a row in each pass, which reads what the pass before drafted."""
     decodes = step.decodes
     each = np.arange(len(decodes))
     nothing, ones = np.zeros(len(decodes), np.int64), np.ones(len(decodes), np.int32)
@@ -164,21 +157,21 @@ def _draft_batches(step: _Layout, count: int) -> Iterator[LocalBatch]:
 
 
 def _are_bounds(step: _Layout, req_indices: Int64) -> Bool:
-    """Whose last step is in flight; empty without drafts, where projected lengths are exact."""
+    """Tell whose last step is in flight; without drafts, projected lengths are exact: [0]."""
     if not step.drafts:
         return np.zeros(0, np.bool_)
     return np.asarray(step.table.num_inflight_steps[req_indices] > 0)
 
 
 def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
-    """The target's rows, each with the token that follows its own."""
+    """Take the target's rows, each with the token that follows its own."""
     num_decode_rows = step.num_decode_rows
     tokens = np.zeros(target.num_tokens, np.int64)
     future_token_index = np.full(target.num_tokens, -1)
     future_token_index[:num_decode_rows] = np.arange(num_decode_rows)
     sample = num_decode_rows
     for chunk, first_row, last_row in zip(
-        step.chunks, step.chunk_starts, step.chunk_ends, strict=True
+        step.chunks, step.chunk_first_rows, step.chunk_last_rows, strict=True
     ):
         known_end = chunk.end - chunk.samples  # what the chunk itself samples is not known yet
         known = chunk.state.tokens(chunk.start + 1, known_end + 1)
@@ -192,7 +185,7 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
         target,
         token_ids=tokens,
         future_token_index=future_token_index,
-        sample_rows=np.concatenate([first_rows, step.chunk_ends]),
+        sample_rows=np.concatenate([first_rows, step.chunk_last_rows]),
         embed_rows=embed_rows,
         embeds=embeds,
     )
@@ -211,21 +204,20 @@ def _sample_positions(step: _Layout) -> SamplePositions:
 
 
 def _score_rows(step: _Layout) -> list[Int64]:
-    """The rows whose prompt positions get log probabilities, chunk by chunk."""
     return [
         np.arange(chunk.score_start, chunk.score_end) - chunk.start + first_row
-        for chunk, first_row in zip(step.chunks, step.chunk_starts, strict=True)
+        for chunk, first_row in zip(step.chunks, step.chunk_first_rows, strict=True)
         if chunk.scores
     ]
 
 
 def _embeds(step: _Layout, token_offset: int) -> tuple[Int64, Float32]:
-    """Rows whose token's embedding the request brought along, and those embeddings.
+    """Find the rows whose token's embedding the request brought along.
 
     token_offset: the token that a row reads sits so many positions after the row's own.
     """
     rows, values = [], []
-    for chunk, first_row in zip(step.chunks, step.chunk_starts, strict=True):
+    for chunk, first_row in zip(step.chunks, step.chunk_first_rows, strict=True):
         embeds = chunk.state.request.embeds
         if embeds is not None:
             positions = embeds.positions - token_offset

@@ -15,9 +15,9 @@ from dp_runtime.scheduler.request_table import RequestTable
 
 
 class RequestLifecycle:
-    """The requests of a rank: the queue, the running ones, their rows and all that hangs on these.
+    """The requests of a rank: in the queue, running, or leaving their rows.
 
-    A request that stops running keeps its row, and with it every kind of state, until no launched
+    A request that stops running keeps its row, and every state that hangs on it, until no launched
     step has tokens of it: steps in flight write its pages and read its states.
     """
 
@@ -38,12 +38,10 @@ class RequestLifecycle:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Tokens to compute of the requests in the queue; the preempted may still get some."""
         preempted = [one for one in self._leaving if one.status is RequestStatus.PREEMPTED]
         return self._waiting_tokens + sum(request.num_tokens for request in preempted)
 
     def add(self, request: RequestState) -> None:
-        """Queue a new request."""
         assert request.request_id not in self._requests, f"request {request.request_id} twice"
         self._requests[request.request_id] = request
         self.waiting.append(request)
@@ -82,7 +80,7 @@ class RequestLifecycle:
     def settle(self) -> None:
         """Take the rows of requests that stopped running and have no step in flight any more.
 
-        NOTE: not while a step is being committed: all requests of the step still need their rows.
+        NOTE: never within a commit, for all requests of the step still need their rows.
         """
         in_flight = self.table.num_inflight_steps
         for request in self._leaving[:]:
@@ -94,7 +92,6 @@ class RequestLifecycle:
                 )
 
     def check(self) -> None:
-        """Assert that rows, queue and states belong to the requests that they should belong to."""
         taken = self.table.req_indices
         for state in self.states:
             state.check(taken)

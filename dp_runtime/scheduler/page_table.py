@@ -37,19 +37,16 @@ class PageTable:
         self._num_pages[req_index] = 0
 
     def check(self, req_indices: Sequence[int]) -> None:
-        """Assert that every page is free or held by one of these requests."""
         ids = self._request_ids.tolist()
         self.allocator.check({ids[index]: self.pages(index) for index in req_indices})
 
     def append(self, req_index: int, count: int) -> None:
-        """Allocate further pages for a request."""
         held = self._num_pages[req_index]
         pages = self.allocator.allocate(int(self._request_ids[req_index]), count)
         self._pages[req_index, held : held + count] = pages
         self._num_pages[req_index] = held + count
 
     def num_missing(self, req_index: int, num_tokens: int) -> int:
-        """Pages that a request of so many tokens lacks."""
         return self.pages_for(num_tokens) - int(self._num_pages[req_index])
 
     def num_pages(self, req_index: int) -> int:
@@ -60,11 +57,10 @@ class PageTable:
         return pages
 
     def max_tokens(self, req_indices: Int64) -> Int64:
-        """Tokens that the requests' pages have room for."""
         return self._num_pages[req_indices] * self.page_size
 
     def rows(self, req_indices: Int64) -> Int32:
-        """The requests' pages [requests, most pages of any], padded with the null page."""
+        """Return the pages [requests, pages], padded with the null page."""
         width = self._num_pages[req_indices].max(initial=0)
         pages: Int32 = self._pages[req_indices, :width]
         return pages

@@ -1,4 +1,4 @@
-"""The paged KV cache of one rank: its tensors, and who owns which page."""
+"""PageAllocator: which pages of the KV cache are free, and who owns the others."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ class PageAllocator:
         return len(self._free)
 
     def allocate(self, request_id: int, count: int) -> list[int]:
-        """Take `count` free pages for a request."""
         assert 0 <= count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
         pages = [self._free.pop() for _ in range(count)]
         self._owner.update(dict.fromkeys(pages, request_id))
         return pages
 
     def release(self, request_id: int, pages: list[int]) -> None:
-        """Give back pages that a request owns."""
         for page in pages:
             owner = self._owner.pop(page, None)
             assert owner == request_id, f"page {page} is owned by {owner}, not {request_id}"
             self._free.append(page)
 
     def check(self, owned: dict[int, list[int]]) -> None:
-        """Assert that every page is either free or owned as `owned` (request id -> pages) says."""
+        """Assert that every page is free or owned as `owned` (request id -> pages) says."""
         claimed = Counter(page for pages in owned.values() for page in pages)
         claimed.update(self._free)
         assert NULL_PAGE not in claimed, "the null page is free or owned"

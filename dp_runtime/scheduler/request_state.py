@@ -47,7 +47,7 @@ _SUCCESSORS = {
 
 @dataclass(eq=False, slots=True)
 class RequestState:
-    """One request on its rank: its committed tokens, and where it stands."""
+    """One request on its rank: what the host knows of it."""
 
     request: RankRequest
     max_outputs: int
@@ -74,7 +74,6 @@ class RequestState:
         return len(self.prompt) + len(self.outputs)
 
     def tokens(self, start: int, end: int) -> Int64:
-        """Tokens [start, end) of prompt and committed outputs."""
         if end <= self.num_prompt_tokens:
             return self.prompt[start:end]
         return np.concatenate([self.prompt, np.array(self.outputs, np.int64)])[start:end]

@@ -9,11 +9,10 @@ from dp_runtime.scheduler.request_state import NO_ROW, RequestState
 
 
 class RequestTable:
-    """One row for each admitted request, so that a step of decodes is a few array operations.
+    """One row for each admitted request; its columns are written by its methods alone.
 
-    Its columns are written by its methods alone. `num_tokens` and `num_computed_tokens` include
-    the steps in flight; a verification in flight counts as if all its drafts were accepted, so
-    that both are upper bounds until its commit.
+    `num_tokens` and `num_computed_tokens` count the steps in flight as if all drafts were accepted:
+    both are upper bounds until the commit.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -33,11 +32,9 @@ class RequestTable:
 
     @property
     def req_indices(self) -> list[int]:
-        """The rows that are taken."""
         return [index for index, request in enumerate(self._requests) if request is not None]
 
     def take(self, request: RequestState) -> int:
-        """Give a row to a request that has nothing in the cache yet."""
         assert request.req_index == NO_ROW, f"request {request.request_id} has a row already"
         assert self._free, f"{len(self._requests)} rows, and none is free"
         index = request.req_index = self._free.pop()
@@ -52,7 +49,6 @@ class RequestTable:
         return index
 
     def free(self, request: RequestState) -> None:
-        """Take a request's row back."""
         self._requests[request.req_index] = None
         self._free.append(request.req_index)
         request.req_index = NO_ROW
@@ -63,42 +59,37 @@ class RequestTable:
         return request
 
     def num_needed(self, req_indices: Int64) -> Int64:
-        """Tokens to feed before the next one can be sampled; 0 if no more will be."""
+        """Count the tokens to feed before the next can be sampled; 0 if no more will be."""
         num_tokens = self.num_tokens[req_indices]
         needed = num_tokens - self.num_computed_tokens[req_indices]
         return needed * (num_tokens < self.max_tokens[req_indices])
 
     def prefilling(self, req_indices: Int64, needed: Int64) -> Bool:
-        """Which requests have more to feed than the token that was sampled last."""
+        """Tell who has more to feed than the token that was sampled last."""
         computed = self.num_computed_tokens[req_indices]
         return (needed > 1) | (computed < self.num_prompt_tokens[req_indices])
 
     def future_token_index(self, req_indices: Int64) -> Int64:
-        """Where the newest tokens lie in what the last step sampled; -1: in `last_token`."""
+        """Find the newest tokens in what the last step sampled; -1: in `last_token`."""
         in_flight = self.num_inflight_steps[req_indices] > 0
         return np.where(in_flight, self.last_sample_index[req_indices], -1)
 
     def launched(
         self, req_indices: Int64, seq_lens: Int32, sampled: Int64, num_new_tokens: Int64
     ) -> None:
-        """Count a step that leaves seq_lens tokens in the cache and samples for some requests.
-
-        sampled: their rows; num_new_tokens: at most so many for each.
-        """
+        """Count a step; num_new_tokens: that each of the rows `sampled` gets at most."""
         self.num_inflight_steps[req_indices] += 1
         self.num_computed_tokens[req_indices] = seq_lens
         self.num_tokens[sampled] += num_new_tokens
         self.last_sample_index[sampled] = np.arange(len(sampled))
 
     def committed(self, req_indices: Int64) -> None:
-        """A step of these requests is no longer in flight."""
         self.num_inflight_steps[req_indices] -= 1
 
-    def learn(self, sampled: Int64, token_ids: tuple[int, ...]) -> None:
-        """The host knows these requests' newest tokens."""
+    def set_last_tokens(self, sampled: Int64, token_ids: tuple[int, ...]) -> None:
         self.last_token[sampled] = token_ids
 
     def rewind(self, req_indices: Int64, num_rejected: Int64) -> None:
-        """Take back what a verification was counted to give, and did not."""
+        """Take back drafts that were counted as accepted."""
         self.num_tokens[req_indices] -= num_rejected
         self.num_computed_tokens[req_indices] -= num_rejected

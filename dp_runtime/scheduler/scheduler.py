@@ -27,12 +27,9 @@ PromptLogprobs = Sequence[tuple[TokenLogprob, ...]]  # of each chunk that scores
 class Scheduler:
     """Chooses the rows of a rank's steps, and takes over what these sampled.
 
-    Older requests come first for pages: one that lacks pages preempts the youngest, which starts
-    over later from its tokens. So the oldest always advances and nothing starves. Decoding
-    requests come first for the token budget; prefill chunks share what is left.
-    At most one step may be in flight when the next is scheduled. While a verification is, lengths
-    are upper bounds, pages are reserved for them, and a request that may have ended waits for the
-    commit.
+    A request that lacks pages preempts the youngest: the oldest always advances, nothing starves.
+    Decodes come first for the token budget. At most one step is in flight while the next is
+    scheduled; if it verifies, lengths are upper bounds, and a request that may have ended waits.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class Scheduler:
 
     @property
     def running(self) -> Int64:
-        """Rows of the table in the order of arrival."""
         return self.requests.running
 
     @property
@@ -64,7 +60,6 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens of prompts, and of preempted requests, that are not yet computed."""
         needed = self.table.num_needed(self.running)
         prefilling = self.table.prefilling(self.running, needed)
         return int(needed[prefilling].sum()) + self.requests.num_queued_tokens
@@ -90,7 +85,6 @@ class Scheduler:
         return RequestUpdate(request_id, len(request.outputs), finish_reason=FinishReason.ABORT)
 
     def schedule(self, program: Program) -> SchedulerOutput:
-        """Choose the rows of the next step; zero rows if there is nothing to do."""
         query_len = program.query_len(Pass.TARGET)
         ready = self._reserve_pages(query_len)
         req_indices = self.running[ready]
@@ -111,7 +105,6 @@ class Scheduler:
     def commit(
         self, step: SchedulerOutput, tokens: SampledTokens, prompt_logprobs: PromptLogprobs = ()
     ) -> list[RequestUpdate]:
-        """Take over what a launched step sampled; returns what changed, request by request."""
         self.table.committed(step.req_indices)
         updates = self._commit_decodes(step, tokens)
         if step.chunks:
@@ -120,7 +113,6 @@ class Scheduler:
         return updates
 
     def check(self) -> None:
-        """Assert that no page or other state is lost, shared, or of a request that is gone."""
         self.requests.check()
 
     def _commit_decodes(self, step: SchedulerOutput, tokens: SampledTokens) -> list[RequestUpdate]:
@@ -136,12 +128,9 @@ class Scheduler:
         return updates
 
     def _count_new(self, step: SchedulerOutput, tokens: SampledTokens) -> Sequence[int]:
-        """How many new tokens each decode has; the table is told what the step really gave.
-
-        Without drafts the projection was exact. With drafts last tokens are read on the device.
-        """
+        """Count each decode's new tokens; with drafts the device reads the last ones itself."""
         if not step.num_drafts:
-            self.table.learn(step.sampled, tokens.token_ids)
+            self.table.set_last_tokens(step.sampled, tokens.token_ids)
             return (1,) * len(step.decodes)
         accepted = np.array(tokens.num_accepted, np.int64)
         self.table.rewind(step.decodes, step.num_drafts - accepted)
@@ -177,7 +166,6 @@ class Scheduler:
         logprobs: tuple[TokenLogprob | None, ...],
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
     ) -> RequestUpdate:
-        """Append new tokens up to the first that ends the request."""
         request, index, stop = state.request, len(state.outputs), None
         if len(tokens) > state.max_outputs - index:
             tokens = tokens[: state.max_outputs - index]
@@ -194,15 +182,12 @@ class Scheduler:
             request.request_id, index, tokens, known, prompt_logprobs, state.finish_reason, stop
         )
 
-    def _reserve_pages(self, query_len: int) -> Bool:
-        """Give pages to running requests, oldest first; which of them can go on.
-
-        query_len: of a decode.
-        """
+    def _reserve_pages(self, decode_query_len: int) -> Bool:
+        """Give pages to running requests, oldest first; returns which of them can go on."""
         req_indices, table = self.running, self.table
         needed = np.minimum(table.num_needed(req_indices), self.limits.max_num_tokens)
         decoding = (needed == 1) & ~table.prefilling(req_indices, needed)
-        due = table.num_computed_tokens[req_indices] + np.where(decoding, query_len, needed)
+        due = table.num_computed_tokens[req_indices] + np.where(decoding, decode_query_len, needed)
         ready = np.ones(len(req_indices), np.bool_)
         for place in (due > self.page_table.max_tokens(req_indices)).nonzero()[0].tolist():
             if place >= len(self.running):
@@ -230,10 +215,7 @@ class Scheduler:
         return missing <= self.num_free_pages
 
     def _admit(self, budget: int) -> list[Chunk]:
-        """Start waiting requests while their known tokens fit the free pages.
-
-        Each gets a token of the budget at least, so running requests are never more than it.
-        """
+        """Start waiting requests, each with a token at least, while the free pages hold theirs."""
         chunks = []
         while self.waiting and budget and len(self.running) < self.limits.max_num_requests:
             request = self.waiting[0]

@@ -22,7 +22,6 @@ class Chunk:
 
     @classmethod
     def for_budget(cls, state: RequestState, start: int, needed: int, budget: int) -> Chunk:
-        """As many of the tokens that a request needs as the budget allows."""
         end = start + min(needed, budget)
         scored = state.request.params.prompt_logprobs is not None
         score_start = max(start, state.num_scored)
@@ -45,8 +44,6 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SchedulerOutput:
-    """The rows of one rank for one step: a batch per pass, and who they belong to."""
-
     batches: tuple[LocalBatch, ...]  # one per pass of the program
     decodes: Int64  # [decodes] their rows in the request table; the target pass's first requests
     chunks: tuple[Chunk, ...]  # its other requests

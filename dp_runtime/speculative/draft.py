@@ -1,8 +1,7 @@
 """Draft models: what the runtime asks of one, and how one is read and built.
 
-The draft's row at position p takes the token at p + 1 and the target's feature of position p, and
-predicts the token at p + 2; its keys and values lie at position p. In place of a target's feature a
-chained draft takes the one that the forward before it returned.
+A draft's row at position p reads the token at p + 1 and the target's hidden state of position p,
+and predicts the token at p + 2. A chained draft reads the hidden state of the forward before it.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dp_runtime.attention.spec import AttentionBackend
 from dp_runtime.layers.moe import MoeStage, RankSharding
-from dp_runtime.layers.moe_kernels import make_moe_kernels
+from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.models.config import ModelConfig
@@ -28,46 +27,64 @@ from dp_runtime.weights.source import WeightSource
 METHODS = {"mtp": "dp_runtime.speculative.mtp", "eagle3": "dp_runtime.speculative.eagle3"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DraftConfig:
-    """What the runtime plans a draft model with; a method adds what its layer needs.
-
-    directory: of the weights. vocab_size: of the draft's logits. aux_hidden_state_layers: the
-    target's layers whose inputs the draft reads; none: it reads the hidden state after the
-    final norm.
-    """
-
-    method: str
-    directory: str
+    method: str  # of METHODS
+    directory: str  # of the weights
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    vocab_size: int
+    vocab_size: int  # of the draft's logits
     hidden_size: int
-    aux_hidden_state_layers: tuple[int, ...]
+    aux_hidden_state_layers: tuple[int, ...]  # whose inputs it reads; none: the final norm's output
 
 
 class DraftModel(PassModel, Protocol):
-    """A draft model as one rank holds it: everything but the experts of other ranks.
+    """A draft model as one rank holds it.
 
-    A forward takes the tokens that follow its rows' positions, and in `PassInputs.hidden` projected
-    features of the target, or the features of the draft's own forward before, as they are.
+    A forward's `hidden` are the target's projected states, or those that its own last one returned.
     """
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> DraftModel: ...
 
-    def project(self, features: Tensor) -> Tensor:
-        """A target's features [n, features] -> [n, hidden], what a forward takes."""
+    def project(self, aux_hidden_states: Tensor) -> Tensor:
+        """Map a target's hidden states [n, layers * hidden] to what a forward reads [n, hidden]."""
 
     def token_ids(self, best: Tensor) -> Tensor:
-        """Indices into the logits [n] int64 -> tokens of the target's vocabulary [n] int64."""
+        """Map indices into the logits [n] int64 to the target's vocabulary [n] int64."""
 
 
-def beside(
+class DraftMethod(Protocol):
+    """A kind of draft model; its module has one, named METHOD."""
+
+    @property
+    def skippable_tensors(self) -> tuple[str, ...]:
+        """Patterns of tensors that a checkpoint may hold and nobody needs."""
+
+    def read_config(self, directory: str, target: ModelConfig) -> DraftConfig: ...
+
+    def build(
+        self,
+        config: DraftConfig,
+        target: Model,
+        weights: WeightSource,
+        sharding: RankSharding,
+        attention: Callable[[int], AttentionBackend],
+        moe: MoeKernels,
+    ) -> DraftModel:
+        """Load one rank's part of the model that `read_config` described."""
+
+
+def find_method(name: str) -> DraftMethod:
+    method: DraftMethod = import_module(METHODS[name]).METHOD
+    return method
+
+
+def concat_normed(
     inputs: PassInputs, embedding: Tensor, embedding_norm: RMSNorm, hidden_norm: RMSNorm
 ) -> Tensor:
-    """What a draft reads of each row, [rows, 2 * hidden]: normed embedding and hidden state."""
+    """Norm each row's embedding and hidden state and concatenate them: [rows, 2 * hidden]."""
     embeds = embedding_norm.add(inputs.embedded(embedding), None)[0]
     return torch.cat((embeds, hidden_norm.add(inputs.hidden, None)[0]), -1)
 
@@ -75,17 +92,13 @@ def beside(
 def read_draft_config(
     model_directory: str, target: ModelConfig, draft_directory: str | None
 ) -> DraftConfig:
-    """The draft model in a directory, an EAGLE-3 head, or with None the target's own MTP layer.
+    """Read the EAGLE-3 head in draft_directory, or with None the target's own MTP layer.
 
     Raises ValueError, in one line, for whatever is missing, malformed or does not fit the target.
     """
     if draft_directory is None:
-        module: Any = import_module(METHODS["mtp"])
-        config: DraftConfig = module.read_config(model_directory, target)
-    else:
-        module = import_module(METHODS["eagle3"])
-        config = module.read_config(draft_directory, target)
-    return config
+        return find_method("mtp").read_config(model_directory, target)
+    return find_method("eagle3").read_config(draft_directory, target)
 
 
 def build_draft(
@@ -96,13 +109,8 @@ def build_draft(
     attention: Callable[[int], AttentionBackend],
     moe_backend: str = "torch",
 ) -> DraftModel:
-    """Load one rank's part of a draft model, which shares the target's tensors where it can.
-
-    attention(layer) is the backend of that layer of the draft's. Raises ValueError for weights that
-    are missing or do not fit.
-    """
-    module: Any = import_module(METHODS[config.method])
-    moe = make_moe_kernels(moe_backend)
-    model: DraftModel = module.build(config, target, weights, sharding, attention, moe)
-    weights.require_all_read(module.SKIPPABLE, HINTS)
+    """Share the target's tensors where possible; ValueError for weights that do not fit."""
+    method, moe = find_method(config.method), make_moe_kernels(moe_backend)
+    model = method.build(config, target, weights, sharding, attention, moe)
+    weights.require_all_read(method.skippable_tensors, HINTS)
     return model

@@ -1,9 +1,6 @@
-"""EAGLE-3: a draft head of one dense layer over features of three target layers (arXiv 2503.01840).
+"""EAGLE-3: one dense layer over hidden states of three target layers (arXiv 2503.01840).
 
-The format is that of the published heads whose architecture is LlamaForCausalLMEagle3. The layer's
-attention takes the normed embedding and the normed hidden state side by side; the residual is the
-hidden state alone. Logits are those of a reduced vocabulary: `d2t` says for each of its tokens how
-far the target's id lies beyond its own.
+The attention reads normed embedding and normed hidden state; the residual is the latter, un-normed.
 """
 
 from __future__ import annotations
@@ -25,25 +22,25 @@ from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import Rotary
 from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.models.model import Model
 from dp_runtime.parallel.exchange import RowExchange
-from dp_runtime.speculative.draft import beside
+from dp_runtime.speculative.draft import DraftConfig, concat_normed
 from dp_runtime.speculative.eagle3_config import EMBEDDING, MAP, Eagle3Config, read_config
 from dp_runtime.weights.source import WeightSource
 
-__all__ = ["SKIPPABLE", "Eagle3", "build", "read_config"]
 
-SKIPPABLE = ("^t2d$", r"\brotary_emb\.inv_freq$")  # both follow from what is read
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Eagle3(LmHeadMixin):
-    """A head; a chained draft takes what is before its norm, as features are before any."""
+    """EAGLE-3 head.
+
+    A chained draft reads the hidden state *before* the final norm, un-normed as the target's are.
+    """
 
     config: Eagle3Config
     embedding: Tensor  # [vocab, hidden], its own or the target's
-    fc: Linear  # [hidden, features]
+    fc: Linear  # [hidden, layers * hidden]
     embedding_norm: RMSNorm
     hidden_norm: RMSNorm
     rotary: Rotary
@@ -65,14 +62,14 @@ class Eagle3(LmHeadMixin):
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Eagle3:
         return self
 
-    def project(self, features: Tensor) -> Tensor:
-        return self.fc(features)
+    def project(self, aux_hidden_states: Tensor) -> Tensor:
+        return self.fc(aux_hidden_states)
 
     def forward(
         self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
         cos_sin = self.rotary(inputs.positions, self.dtype)
-        x = beside(inputs, self.embedding, self.embedding_norm, self.hidden_norm)
+        x = concat_normed(inputs, self.embedding, self.embedding_norm, self.hidden_norm)
         x = self.attention(x, cos_sin, metadata)
         # NOTE: a sum may overwrite its second operand, and the hidden state is the caller's.
         x, residual = self.post_attention_norm.add(inputs.hidden, x)
@@ -83,50 +80,62 @@ class Eagle3(LmHeadMixin):
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         row = own_rows * self.hidden_size * self.dtype.itemsize
-        beside = 5 * row  # embedding, both norms, and these side by side
+        concat = 5 * row  # embedding, both norms, and their concatenation
         attention = 2 * row + self.attention.activation_bytes(own_rows)
         normed = 5 * row + self.norm.activation_bytes(own_rows)
         mlp = 2 * row + self.mlp.activation_bytes(own_rows)
         cos_sin = own_rows * self.config.head_dim * self.dtype.itemsize
-        return cos_sin + max(beside, attention, normed, mlp)
+        return cos_sin + max(concat, attention, normed, mlp)
 
 
-def build(
-    config: Eagle3Config,
-    target: Model,
-    weights: WeightSource,
-    sharding: RankSharding,
-    attention: Callable[[int], AttentionBackend],
-    moe: MoeKernels,
-) -> Eagle3:
-    """Every rank holds the whole head: it has no experts to shard."""
-    hidden, prefix = config.hidden_size, config.layer_prefix
-    features = len(config.aux_hidden_state_layers) * hidden
+class Eagle3Method:
+    skippable_tensors = ("^t2d$", r"\brotary_emb\.inv_freq$")  # both follow from what is read
 
-    def norm(name: str) -> RMSNorm:
-        return RMSNorm.load(weights, name, hidden, config.rms_norm_eps)
+    def read_config(self, directory: str, target: ModelConfig) -> Eagle3Config:
+        return read_config(directory, target)
 
-    sizes = (config.target_vocab_size, hidden)
-    return Eagle3(
-        config,
-        weights.load(EMBEDDING, sizes) if config.own_embedding else target.embedding,
-        Linear.load(weights, {"fc": hidden}, features),
-        norm(f"{prefix}.input_layernorm"),
-        norm(f"{prefix}.hidden_norm"),
-        Rotary.of(config.rope, config.head_dim, weights.device),
-        Attention.load(
-            config.attention, weights, f"{prefix}.self_attn", attention(0), input_size=2 * hidden
-        ),
-        norm(f"{prefix}.post_attention_layernorm"),
-        DenseMLP.load(weights, f"{prefix}.mlp", hidden, config.intermediate_size),
-        norm("norm"),
-        Linear.load(weights, {"lm_head": config.vocab_size}, hidden),
-        load_target_ids(config, weights) if config.reduced else None,
-    )
+    def build(
+        self,
+        config: DraftConfig,
+        target: Model,
+        weights: WeightSource,
+        sharding: RankSharding,
+        attention: Callable[[int], AttentionBackend],
+        moe: MoeKernels,
+    ) -> Eagle3:
+        """Load the whole head: it has no experts to shard."""
+        assert isinstance(config, Eagle3Config), config
+        hidden, prefix = config.hidden_size, config.layer_prefix
+        aux_size = len(config.aux_hidden_state_layers) * hidden
+        mixer, backend = f"{prefix}.self_attn", attention(0)
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm.load(weights, name, hidden, config.rms_norm_eps)
+
+        sizes = (config.target_vocab_size, hidden)
+        return Eagle3(
+            config=config,
+            embedding=weights.load(EMBEDDING, sizes) if config.own_embedding else target.embedding,
+            fc=Linear.load(weights, {"fc": hidden}, aux_size),
+            embedding_norm=norm(f"{prefix}.input_layernorm"),
+            hidden_norm=norm(f"{prefix}.hidden_norm"),
+            rotary=Rotary.of(config.rope, config.head_dim, weights.device),
+            attention=Attention.load(
+                config.attention, weights, mixer, backend, input_size=2 * hidden
+            ),
+            post_attention_norm=norm(f"{prefix}.post_attention_layernorm"),
+            mlp=DenseMLP.load(weights, f"{prefix}.mlp", hidden, config.intermediate_size),
+            norm=norm("norm"),
+            head=Linear.load(weights, {"lm_head": config.vocab_size}, hidden),
+            target_ids=load_target_ids(config, weights) if config.reduced else None,
+        )
+
+
+METHOD = Eagle3Method()
 
 
 def load_target_ids(config: Eagle3Config, weights: WeightSource) -> Tensor:
-    """The target's id of each token of the draft's vocabulary, [vocab_size] int64."""
+    """Add to each draft id, [vocab_size] int64, how far the target's id lies above it (`d2t`)."""
     offsets = weights.integers(MAP, (config.vocab_size,))
     ids = torch.arange(config.vocab_size, device=offsets.device) + offsets
     if ids.device.type != "meta":

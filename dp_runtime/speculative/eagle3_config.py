@@ -22,21 +22,15 @@ EMBEDDING, MAP = "embed_tokens.weight", "d2t"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Eagle3Config(DraftConfig):
-    """What the head's layer needs to know.
-
-    layer_prefix: under which its tensors are. own_embedding: it has one. reduced: its vocabulary is
-    mapped to the target's.
-    """
-
     target_vocab_size: int
     intermediate_size: int
     rms_norm_eps: float
     rope: RopeConfig
-    layer_prefix: str
+    layer_prefix: str  # of its tensors' names
     own_embedding: bool
-    reduced: bool
+    reduced: bool  # its vocabulary is mapped to the target's
 
     @property
     def attention(self) -> AttentionShape:
@@ -70,7 +64,7 @@ def read_config(directory: str, target: ModelConfig) -> Eagle3Config:
         head_dim=parse_head_dim(fields, hidden, num_heads),
         vocab_size=vocab_size,
         hidden_size=hidden,
-        aux_hidden_state_layers=parse_feature_layers(fields, target.num_layers),
+        aux_hidden_state_layers=parse_aux_hidden_state_layers(fields, target.num_layers),
         target_vocab_size=target.vocab_size,
         intermediate_size=fields.integer("intermediate_size"),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
@@ -87,7 +81,7 @@ def read_config(directory: str, target: ModelConfig) -> Eagle3Config:
 
 
 def check_supported(fields: ConfigFields) -> None:
-    """Fields that would change what the layer computes have the value of the published heads."""
+    """Refuse fields that would change what the layer computes."""
     for name, allowed in {
         "model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "bias": False, "tie_word_embeddings": False,
@@ -115,11 +109,11 @@ def check_sizes(fields: ConfigFields, config: Eagle3Config) -> None:
     )  # fmt: skip
 
 
-def parse_feature_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
-    """The target's layers whose inputs are the features.
+def parse_aux_hidden_state_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
+    """Read which of the target's layers the head reads the inputs of.
 
-    Heads name them in one of two ways: by the layers whose outputs they are, always beginning with
-    1, or by those whose inputs they are. They are told apart as SGLang does (its PR #25454).
+    Heads name layers either by their inputs, or by the outputs of the layers before, which always
+    begin with 1. They are told apart as SGLang does (its PR #25454).
     """
     section = fields.section("eagle_config")
     layers: tuple[int, ...] = ()

@@ -1,7 +1,6 @@
 """MTP: the multi-token-prediction layer that a Qwen checkpoint has under `mtp.`, used recursively.
 
-Its input is fc(cat(norm(embedding of the token), norm(hidden state))), what follows is a decoder
-layer of the target's kind; embedding and LM head are the target's own.
+layer(fc(cat(norm(embedding), norm(hidden state)))), with the target's embedding and LM head
 """
 
 from __future__ import annotations
@@ -30,23 +29,20 @@ from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.models.model import Model
 from dp_runtime.models.qwen3_moe import ARCHITECTURE
 from dp_runtime.parallel.exchange import RowExchange
-from dp_runtime.speculative.draft import DraftConfig, beside
+from dp_runtime.speculative.draft import DraftConfig, concat_normed
 from dp_runtime.weights.source import WeightSource
 
 LAYER = "mtp.layers.0"
-SKIPPABLE = SKIPPABLE_WHILE_DRAFTING
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # what config.json may call them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MtpConfig(DraftConfig):
-    """layer: the target's configuration, of which the MTP layer is the only one."""
-
-    layer: ModelConfig
+    layer: ModelConfig  # the target's, with the MTP layer as its only one
 
 
 def read_config(directory: str, target: ModelConfig) -> MtpConfig:
-    """The first MTP layer of a target; ValueError if it has none."""
+    """Read the first MTP layer of a target; ValueError if it has none."""
     fields = ConfigFields.read(Path(directory) / "config.json")
     count = max(fields.integer(name, 0, least=0) for name in COUNTS)
     require(
@@ -58,16 +54,24 @@ def read_config(directory: str, target: ModelConfig) -> MtpConfig:
     fp8 = parse_fp8_experts(fields, [f"{LAYER}.mlp.experts"], ARCHITECTURE.expert_names)
     layer = replace(target, num_layers=1, moe_layers=(True,), fp8_experts=fp8)
     return MtpConfig(
-        "mtp", directory, 1, target.num_heads, target.num_kv_heads, target.head_dim,
-        target.vocab_size, target.hidden_size, (), layer,
-    )  # fmt: skip
+        method="mtp",
+        directory=directory,
+        num_layers=1,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        aux_hidden_state_layers=(),
+        layer=layer,
+    )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Mtp(LmHeadMixin):
-    """One MTP layer; what it returns is behind its norm, as what it takes is behind the target's.
+    """One MTP layer, which reads hidden states after the final norm and returns such.
 
-    A checkpoint in which that makes a difference has been trained so (Qwen3-Next, Qwen3.5).
+    Checkpoints in which that makes a difference are trained so (Qwen3-Next, Qwen3.5).
     """
 
     config: MtpConfig
@@ -92,13 +96,13 @@ class Mtp(LmHeadMixin):
         (stage,) = self.moe_stages
         return replace(self, layer=replace(self.layer, mlp=make(stage)))
 
-    def project(self, features: Tensor) -> Tensor:
-        return features
+    def project(self, aux_hidden_states: Tensor) -> Tensor:
+        return aux_hidden_states
 
     def forward(
         self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
     ) -> Hidden:
-        x = self.fc(beside(inputs, self.embedding, self.embedding_norm, self.hidden_norm))
+        x = self.fc(concat_normed(inputs, self.embedding, self.embedding_norm, self.hidden_norm))
         cos_sin = self.rotary(inputs.positions, x.dtype)
         x, residual = self.layer(x, None, cos_sin, metadata, exchange)
         last = self.norm.add(x, residual)[0]
@@ -109,31 +113,42 @@ class Mtp(LmHeadMixin):
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         hidden, size = self.hidden_size, self.dtype.itemsize
-        fuse = 5 * own_rows * hidden * size  # embedding, both norms, and these side by side
+        fuse = 5 * own_rows * hidden * size  # embedding, both norms, and their concatenation
         normed = 2 * own_rows * hidden * size + self.norm.activation_bytes(own_rows)
         layer = self.layer.activation_bytes(own_rows, gathered_rows, padded)
         layer += own_rows * (hidden + self.config.head_dim) * size  # its input, cos and sin
         return max(fuse, normed, layer)
 
 
-def build(
-    config: MtpConfig,
-    target: Model,
-    weights: WeightSource,
-    sharding: RankSharding,
-    attention: Callable[[int], AttentionBackend],
-    moe: MoeKernels,
-) -> Mtp:
-    hidden, eps = config.hidden_size, config.layer.rms_norm_eps
-    mlp = ARCHITECTURE.load_mlp(config.layer, 0, LAYER, weights, sharding, moe)
-    return Mtp(
-        config,
-        target.embedding,
-        target.head,
-        RMSNorm.load(weights, "mtp.pre_fc_norm_embedding", hidden, eps),
-        RMSNorm.load(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
-        Linear.load(weights, {"mtp.fc": hidden}, 2 * hidden),
-        Rotary.of(config.layer.rope, config.head_dim, weights.device),
-        DecoderLayer.load(config.layer, weights, LAYER, attention(0), mlp),
-        RMSNorm.load(weights, "mtp.norm", hidden, eps),
-    )
+class MtpMethod:
+    skippable_tensors = SKIPPABLE_WHILE_DRAFTING
+
+    def read_config(self, directory: str, target: ModelConfig) -> MtpConfig:
+        return read_config(directory, target)
+
+    def build(
+        self,
+        config: DraftConfig,
+        target: Model,
+        weights: WeightSource,
+        sharding: RankSharding,
+        attention: Callable[[int], AttentionBackend],
+        moe: MoeKernels,
+    ) -> Mtp:
+        assert isinstance(config, MtpConfig), config
+        hidden, eps = config.hidden_size, config.layer.rms_norm_eps
+        mlp = ARCHITECTURE.load_mlp(config.layer, 0, LAYER, weights, sharding, moe)
+        return Mtp(
+            config=config,
+            embedding=target.embedding,
+            head=target.head,
+            embedding_norm=RMSNorm.load(weights, "mtp.pre_fc_norm_embedding", hidden, eps),
+            hidden_norm=RMSNorm.load(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
+            fc=Linear.load(weights, {"mtp.fc": hidden}, 2 * hidden),
+            rotary=Rotary.of(config.layer.rope, config.head_dim, weights.device),
+            layer=DecoderLayer.load(config.layer, weights, LAYER, attention(0), mlp),
+            norm=RMSNorm.load(weights, "mtp.norm", hidden, eps),
+        )
+
+
+METHOD = MtpMethod()
