@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,3 +42,11 @@ def new_file(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing directory")
     return path
+
+
+def utf8_text(text: str) -> str:
+    """The argument read as UTF-8, whatever the locale; as the locale's only if it is not UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text

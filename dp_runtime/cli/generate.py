@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from dp_runtime.cli.flags import add_flags, given_fields, new_file
+from dp_runtime.cli.flags import add_flags, given_fields, new_file, utf8_text
 from dp_runtime.cli.jsonl import PromptLine, output_line, read_prompts
 from dp_runtime.cli.model_choice import config_from
 from dp_runtime.cli.output import OutputFile, WriteFailed, print_line
@@ -34,10 +35,11 @@ SAMPLING_FLAGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", action="append", help="a prompt; may be repeated")
+    repeated: dict[str, Any] = {"action": "append", "type": utf8_text}
+    parser.add_argument("--prompt", **repeated, help="a prompt; may be repeated")
     parser.add_argument("--prompts", type=Path, help="JSONL file of prompts, or /dev/stdin")
     parser.add_argument("--output", type=new_file, help="JSONL file for the results")
-    parser.add_argument("--stop", action="append", help="text that ends a request; may be repeated")
+    parser.add_argument("--stop", **repeated, help="text that ends a request; may be repeated")
     add_flags(parser, SamplingParams, SAMPLING_FLAGS, DEFAULTS)
 
 
