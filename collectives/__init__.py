@@ -1,4 +1,1 @@
-"""Row collectives and step boards: in-process, shared memory, torch.distributed.
-
-Import the module you need: `shared_memory` does not load torch.distributed.
-"""
+"""Row collectives and step boards; import the transport you need."""

@@ -91,25 +91,21 @@ class _Meeting:
             self._wait(dp_rank, lambda: woken() or max(self._turns) > own, timeout_s)
 
     def notify(self) -> None:
-        """Let every waiter look again."""
         with self._changed:
             self._changed.notify_all()
 
     def abort(self, reason: str) -> None:
-        """End every wait of every rank, now and later."""
         with self._changed:
             for rank in range(self._size):
                 self._broken.setdefault(rank, reason)
             self._changed.notify_all()
 
     def close(self, dp_rank: int) -> None:
-        """End every wait of one rank, now and later."""
         with self._changed:
             self._broken[dp_rank] = "this rank has closed its group"
             self._changed.notify_all()
 
     def raise_if_failed(self, dp_rank: int) -> None:
-        """Raise CollectiveAborted if this rank can not meet any more."""
         if dp_rank in self._broken:
             raise CollectiveAborted(self._broken[dp_rank])
 
@@ -136,15 +132,12 @@ class InProcessCollective(GroupMember):
 
     @property
     def waited_s(self) -> float:
-        """Seconds this rank has spent waiting for peers."""
         return self._waited_s
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
-        """All ranks' values (equally many on each rank), [rank][value]."""
         return self._meet(tuple(values), "all_gather_ints")
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
         check_gather(rows, counts, self.dp_rank, self.dp_size)
         if sum(counts) == 0:
             return rows.clone()
@@ -152,7 +145,6 @@ class InProcessCollective(GroupMember):
         return torch.cat(self._meet(rows.clone(), "all_gather"))
 
     def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
         check_reduce_scatter(rows, counts, self.dp_size)
         out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
         if sum(counts):
@@ -161,7 +153,6 @@ class InProcessCollective(GroupMember):
         return out
 
     def barrier(self) -> None:
-        """Return once all ranks have called it."""
         self._meet(None, "barrier")
 
     def arm_watchdog(self, what: str) -> None:
@@ -184,22 +175,18 @@ class InProcessBoard(GroupMember):
 
     @property
     def waited_s(self) -> float:
-        """Seconds spent waiting for peers' records."""
         return self._waited_s
 
     def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
-        """Post this rank's next record and return the records all ranks posted in that turn."""
         what = f"record of step {record.step_id}"
         records, waited = self._meeting.meet(self.dp_rank, record, what)
         self._waited_s += waited
         return records
 
     def idle(self, timeout_s: float) -> None:
-        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
         self._meeting.sleep(self.dp_rank, lambda: self._woken, timeout_s)
         self._woken = False
 
     def wake(self) -> None:
-        """End this rank's current or next `idle`; callable from any thread."""
         self._woken = True
         self._meeting.notify()

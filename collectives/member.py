@@ -19,7 +19,7 @@ class Group(Protocol):
 
 
 class GroupMember:
-    """The collective or the board of one rank; all three methods act on the whole group."""
+    """The collective or the board of one rank; each method acts on the whole group."""
 
     def __init__(self, group: Group, dp_rank: int, dp_size: int) -> None:
         self.dp_rank, self.dp_size = dp_rank, dp_size

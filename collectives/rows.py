@@ -11,7 +11,6 @@ from dp_runtime.parallel.collective import Counts
 
 
 def check_gather(rows: Tensor, counts: Counts, dp_rank: int, dp_size: int) -> None:
-    """Assert that `rows` are what this rank announced in `counts`."""
     assert len(counts) == dp_size, f"{len(counts)} counts for {dp_size} ranks"
     assert rows.shape[0] == counts[dp_rank], (
         f"rank {dp_rank} gathers {rows.shape[0]} rows, counts say {counts[dp_rank]}"
@@ -19,7 +18,6 @@ def check_gather(rows: Tensor, counts: Counts, dp_rank: int, dp_size: int) -> No
 
 
 def check_reduce_scatter(rows: Tensor, counts: Counts, dp_size: int) -> None:
-    """Assert that `rows` hold the partial sums of all ranks in `counts`."""
     assert len(counts) == dp_size, f"{len(counts)} counts for {dp_size} ranks"
     assert rows.shape[0] == sum(counts), (
         f"{rows.shape[0]} rows of partial sums, counts {counts} need {sum(counts)}"
@@ -46,10 +44,8 @@ def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor) -> None:
 
 
 def summing_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What rows of this type are summed in: float32 for half types."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def split(flat: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Views of consecutive pieces of a flat tensor."""
     return torch.split_with_sizes(flat, list(sizes))

@@ -32,10 +32,9 @@ class _Flight:
 class Watchdog:
     """Calls on_failure once, from its own thread, if nothing ends within timeout_s.
 
-    It counts from the last end or from the launch, whichever is later: a host that runs far ahead
-    of its device is no stall. The failure is a CollectiveTimeout that names the operation the
-    device stands at, or a CollectiveAborted if the device itself has failed. `check` is called at
-    every look: it raises if the host already knows of a failure, which then is passed on.
+    It counts from the last end or from the launch, whichever is later. The failure is a
+    CollectiveTimeout naming the operation, a CollectiveAborted if the device failed, or what
+    `check` raises at a look.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class Watchdog:
         threading.Thread(target=self._watch, name="stall-watch", daemon=True).start()
 
     def add(self, what: str, done: Completion) -> None:
-        """Watch an operation that was launched just now, after all those added before."""
         self._flights.append(_Flight(what, time.monotonic(), done))
 
     def arm(self, what: str, device: torch.device) -> None:
@@ -68,7 +66,6 @@ class Watchdog:
             pass
 
     def close(self) -> None:
-        """End the watch; callable from on_failure, and more than once."""
         self._over.set()
 
     def _watch(self) -> None:

@@ -1,7 +1,7 @@
 """A process that has imported torch once and forks ranks, each in milliseconds.
 
-Python's own multiprocessing.forkserver does not do here: it searches the working directory first,
-imports the caller's script in every child, and gives all children the environment of its start.
+multiprocessing.forkserver searches the working directory first, imports the caller's script in
+every child, and gives all children the environment of its start.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ Target = Callable[[Connection, int], None]  # a channel to the driver, and the d
 def import_path() -> str:
     """Return the PYTHONPATH with which a process imports what this one imports.
 
-    An empty entry of sys.path is the working directory, which the driver then searches too.
-    Without one a rank must not: `python -m` would put it first, so ranks are started with -P.
+    An empty entry of sys.path is the working directory; without one, ranks must not search it.
     """
     return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
 
 
 def rank_environment() -> dict[str, str]:
-    """Return this process's environment as its ranks get it."""
     return {**os.environ, "PYTHONPATH": import_path(), VARIABLE: session_token()}
 
 
@@ -89,8 +87,7 @@ class ForkedProcess:
 class ForkServer:
     """Forks processes from one that has imported `preload`; it ends with this process.
 
-    Children see the environment and working directory that this process has when they start, in
-    sessions of their own: Ctrl-C reaches the driver only.
+    Children get this process's environment and directory of now, and sessions of their own.
     """
 
     def __init__(self, *preload: str) -> None:
@@ -208,7 +205,6 @@ class _Server:
         return True
 
     def _become(self, request: ForkRequest, channel: int) -> NoReturn:
-        """Run a request in a child, which never returns to the server's code."""
         code = 1
         try:
             os.setsid()

@@ -117,7 +117,6 @@ class WorkerGroup:
             raise
 
     def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
-        """Begin to deliver outputs, from one thread per rank."""
 
         def fail(error: BaseException) -> None:
             if self._advance(Phase.FAILED):

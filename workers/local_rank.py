@@ -15,10 +15,7 @@ from workers.messages import Call, Join, Rendezvous, Reply
 
 
 def serve(connection: Connection, driver: int) -> None:
-    """Run the driver's calls until it closes its end, or its pidfd says that it has ended.
-
-    A child that the driver's program has forked may hold the other end open for longer.
-    """
+    """Answer the driver until it closes its end or, as its pidfd tells, has ended."""
     dp_rank, config, device = connection.recv()
     rank = ThreadRank(dp_rank, config, device)
     lock = threading.Lock()

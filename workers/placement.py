@@ -28,10 +28,10 @@ def cpus_for(strategy: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) ->
 
 
 def strategy_of(config: EngineConfig, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How to pack the bundles, as arguments of Ray's placement_group.
+    """Return arguments of Ray's placement_group.
 
-    One host for ranks that share its memory; one NVLink domain for GPU ranks, if a domain has room
-    for all of them when it is empty; else few hosts.
+    Ranks that share memory are packed into one host; GPU ranks into one NVLink domain, if one has
+    room for all of them when it is empty; others into few hosts.
     """
     gpus = config.device == "cuda"
     transport = TRANSPORTS.get(config.collective)  # None for auto, which goes by the hosts

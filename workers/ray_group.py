@@ -61,7 +61,6 @@ class RayRank:
 
 
 def start_ray(config: EngineConfig) -> WorkerGroup:
-    """Connect to Ray, place one bundle per rank, and create the actors."""
     import ray
 
     with ExitStack() as undo:
@@ -96,11 +95,12 @@ def place(config: EngineConfig) -> Any:
 
 
 def _connect(config: EngineConfig) -> bool:
-    """Join the cluster that the config or the environment names, else start one here.
+    """Join the cluster that the config or the environment names, else start one.
 
-    True if this engine connected, so that it disconnects at its end. NOTE: the ports of a cluster
-    listen on all interfaces, and whoever may talk to it runs code as its user. A cluster started
-    here therefore asks for the user's token (Ray makes one in ~/.ray) unless RAY_AUTH_MODE says no.
+    Returns whether this call has connected the process, which the engine then undoes at its end.
+
+    NOTE: a cluster's ports listen on all interfaces, and who may talk to it runs code as its user.
+    One started here asks for the user's token (~/.ray) unless RAY_AUTH_MODE says no.
     """
     import ray
 
@@ -130,7 +130,6 @@ def _packages() -> list[str]:
 
 
 def environment_of_ranks(driver: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the driver that its GPU ranks, on whichever host, should see too."""
     return {name: value for name, value in driver.items() if name.startswith(PASSED_ON)}
 
 
@@ -153,10 +152,7 @@ def _actor(config: EngineConfig, dp_rank: int, placement: Any) -> RayRank:
 
 
 def _actor_class() -> Any:
-    """Make the Worker an actor with a method, and a thread, for each group of messages.
-
-    A method's group is part of its class: Ray Client has no options of single calls.
-    """
+    """Make the Worker an actor; Ray Client has no options of calls, so each group is a method."""
     import ray
 
     def method(group: ConcurrencyGroup) -> Any:

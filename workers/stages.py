@@ -124,10 +124,9 @@ class Connected:
     epoch: int
 
     def begin(self, progress: StartProgress) -> Joined:
-        """Begin to step, once the device's memory is measured and graphs are captured.
+        """Begin to step, once memory is measured and graphs are captured, at every join.
 
-        Both happen at every join: they are events of all ranks, of which some may be new, and the
-        graphs read the communicator's buffers.
+        Both are events of all ranks, some of which may be new, over the communicator's buffers.
         """
         prepared, rank = self.loaded.prepared, self.loaded.rank
         config, plan = prepared.config, prepared.plan

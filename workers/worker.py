@@ -41,12 +41,10 @@ Stage = Prepared | Loaded | Connected | Joined
 
 
 class Worker:
-    """Prepares, starts and serves one rank; its step loop runs in a thread of its own.
+    """One rank; `health`, `trace`, `totals`, `abandon` are for any time and thread.
 
-    Call `prepare`, `load` and `join` on all ranks, each once all have done the one before; then
-    `submit`, `abort` and `poll`. After `leave` the rank can join again, in a new epoch. `health`,
-    `trace`, `totals` and `abandon` are callable at any time, from any thread.
-    It runs in an actor, in a plain process or beside others in one, and knows of none of these.
+    Call `prepare`, `load` and `join` on all ranks, each once all have done the one before. After
+    `leave` a rank can join again, in a new epoch.
     """
 
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
@@ -58,7 +56,6 @@ class Worker:
         self._opened: dict[str, OpenedRendezvous] = {}  # by address, until this rank joins there
 
     def answer(self, message: Message[Any]) -> Any:
-        """Do what a message says and return its answer."""
         match message:
             case Prepare():
                 return self.prepare()
@@ -89,7 +86,6 @@ class Worker:
         raise AssertionError(f"no message to a rank: {message!r}")
 
     def prepare(self) -> HostInfo:
-        """Check the model against the config, before anything is loaded (ValueError)."""
         if self.config.launcher != "thread":
             log_to_stderr(self.config.log_level, self.dp_rank)
             torch.set_num_threads(self.config.torch_threads or self._fair_threads())
@@ -98,7 +94,6 @@ class Worker:
         return HostInfo(self.dp_rank, socket.gethostname())
 
     def load(self) -> ModelInfo:
-        """Read this rank's weights and build its kernels; ranks may take different times."""
         assert isinstance(self._stage, Prepared), "prepare comes before load"
         loaded = self._stage.load(self._progress)
         self._stage = loaded
@@ -133,7 +128,6 @@ class Worker:
             self._stage = self._stage.leave()
 
     def submit(self, requests: Sequence[RankRequest]) -> None:
-        """Queue requests for the next step."""
         joined = self._joined()
         joined.mailbox.submit(requests)
         joined.wake()
@@ -160,17 +154,14 @@ class Worker:
         return health if stage is None else stage.describe(health)
 
     def trace(self) -> tuple[StepTrace, ...]:
-        """Return the steps of this epoch that the rank remembers."""
         stage = self._stage
         return tuple(stage.loop.recorder.steps) if isinstance(stage, Joined) else ()
 
     def totals(self) -> Totals:
-        """Return sums over all steps of this rank in this epoch."""
         stage = self._stage
         return stage.loop.recorder.totals if isinstance(stage, Joined) else Totals(self.dp_rank)
 
     def stop(self) -> None:
-        """Leave for good."""
         self.leave()
         self._progress.state = RankState.STOPPED
 
@@ -188,7 +179,6 @@ class Worker:
         return stage
 
     def _use_device(self) -> None:
-        """Make a GPU rank's device the current one of the calling thread."""
         if self.device != "cpu":
             torch.cuda.set_device(self.device)
 

@@ -20,9 +20,8 @@ LEAVE_S = 2.0  # for the device to end, where nothing has failed
 class PeerToPeerGroup:
     """One rank's end of a group of GPU ranks on one host; several may share a GPU.
 
-    path: the rendezvous directory, the same for all ranks and new for every group. timeout_s
-    bounds every wait of a step, on the host and on the device, attach_timeout_s the start. Raises
-    StartError if the ranks do not come together, or can't reach each other's memory.
+    path and timeouts are as in SharedMemoryGroup. Raises StartError if ranks are missing, or can't
+    reach each other's memory.
     """
 
     def __init__(
@@ -97,19 +96,16 @@ class PeerToPeerCollective(GroupMember):
         return self._host.waited_s
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
-        """All ranks' values (equally many on each rank), [rank][value]."""
         self.raise_if_failed()
         return self._host.all_gather_ints(values)
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Own rows [counts[dp_rank], hidden] -> all ranks' rows, until the next gather."""
         check_gather(rows, counts, self.dp_rank, self.dp_size)
         if self.dp_size == 1 or sum(counts) == 0:
             return rows.contiguous()
         return self._rows.gather(rows.contiguous(), self._rows.layout(counts))
 
     def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
         check_reduce_scatter(rows, counts, self.dp_size)
         if self.dp_size == 1 or sum(counts) == 0:
             return rows.contiguous()
@@ -119,7 +115,6 @@ class PeerToPeerCollective(GroupMember):
     def all_gather_v(
         self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
     ) -> Tensor:
-        """Own rows, of which the first are real -> [dp_size * rows_per_rank, hidden]."""
         assert rows.shape[0] <= rows_per_rank, (
             f"{rows.shape[0]} rows for {rows_per_rank} of each rank"
         )
@@ -128,7 +123,6 @@ class PeerToPeerCollective(GroupMember):
         )
 
     def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, local_rows: int) -> Tensor:
-        """Partial sums of all ranks' slots -> own rows, summed; 0 beyond the real ones."""
         rows_per_rank, rest = divmod(partial.shape[0], self.dp_size)
         assert rest == 0, f"{partial.shape[0]} rows of partial sums for {self.dp_size} ranks"
         assert local_rows <= rows_per_rank, f"{local_rows} own rows of {rows_per_rank}"
@@ -142,10 +136,8 @@ class PeerToPeerCollective(GroupMember):
         return RowLayout(row_ranges, self.dp_size * rows_per_rank, rows_per_rank)
 
     def barrier(self) -> None:
-        """Return once all ranks have called it."""
         self.raise_if_failed()
         self._host.barrier()
 
     def arm_watchdog(self, what: str) -> None:
-        """Bound the device's wait for what was launched so far, as a graph's replay is."""
         self._rows.arm_watchdog(what)

@@ -12,9 +12,12 @@ that no kernel ends before all ranks have begun it. Flags count up, and what a p
 for is counted on the device as well: a captured graph can be replayed. A wait ends early once the
 host sets `stop`; what it waited for is not there then.
 
-NOTE: what is read before gdc_wait was written before the kernel before this one began: the layout
-comes by a copy, the counts were written by the last call of the same kernel, and one of the other
-kernel lies between. That one lets its successor start only when its own wait is over.
+NOTE: the layout and the counts are read before gdc_wait. They are complete, since a kernel lets its
+successor start only once its own gdc_wait has returned, that is, once all earlier kernels ended:
+    layout copied, then gather k    reads the layout, and counts that gather k-1 wrote
+    scatter k   starts when gather k has passed gdc_wait: gather k-1 and scatter k-1 have ended
+    gather k+1  starts when scatter k has passed gdc_wait: gather k has ended, its counts are there
+    scatter k+1 starts when gather k+1 has passed gdc_wait: scatter k has ended, likewise
 """
 
 from __future__ import annotations
@@ -32,10 +35,7 @@ LINE: tl.constexpr = tl.constexpr(32)  # flags of a program, of which each rank 
 def _places(
     table, layout, rank, SIZE: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """Each rank's buffer, first row and real rows, in the order in which they are written to.
-
-    The next rank comes first, and the own one last: it has the shortest way.
-    """
+    """Each rank's buffer, first row and real rows; the next rank first, the own one last."""
     places = ()
     for i in tl.static_range(1, SIZE + 1):
         to = (rank + i) % SIZE

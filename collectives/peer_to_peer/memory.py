@@ -1,7 +1,6 @@
 """Device memory that other processes of the host map, through the CUDA driver's IPC handles.
 
-The mapping does not need the peer's GPU to be visible to this process (CUDA 10.1 and later), so
-actors that each see one GPU can share, and so can ranks on one GPU.
+A peer's GPU need not be visible here (CUDA 10.1): actors that each see one GPU can share.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,29 +11,31 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from collectives.peer_to_peer.buffers import (
+    AllGatherBytes,
+    PeerBuffer,
+    Shared,
+    Signals,
+    power_of_two,
+)
 from collectives.peer_to_peer.kernels import (
     LINE,
     MAX_PROGRAMS,
     gather_kernel,
     reduce_scatter_kernel,
 )
-from collectives.peer_to_peer.memory import PeerMemory, close_address, open_handle
 from collectives.watchdog import Watchdog
 from dp_runtime.core.transfer import on_device
 from dp_runtime.errors import StartError
 from dp_runtime.kernels.launch import overlaps
 from dp_runtime.parallel.collective import Counts
 
-MIN_BYTES = 1 << 20
 TILE_BYTES = 4096  # of a row, that a program moves at a time: 16 for each of its threads
 NUM_WARPS = 8
 GATHER, SCATTER = range(2)
 WORDS = (torch.int32, torch.int16, torch.uint8)  # rows are moved as the widest that divides them
 SUMS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float64: tl.float64}  # else float32
 MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
-
-
-AllGatherBytes = Callable[[bytes], Sequence[bytes]]  # equally many of every rank, in rank order
 
 
 @dataclass(frozen=True)
@@ -46,88 +48,12 @@ class GroupEnds:
 
 
 @dataclass(frozen=True, eq=False)
-class Shared:
-    """Memory of every rank, mapped here."""
-
-    memory: PeerMemory
-    addresses: tuple[int, ...]  # [rank], this rank's own among them
-    pointers: Tensor  # [dp_size] int64 on the device
-
-    @classmethod
-    def make(cls, num_bytes: int, rank: int, all_gather_bytes: AllGatherBytes) -> Shared:
-        memory = PeerMemory(num_bytes)
-        addresses = tuple(
-            memory.address if peer == rank else open_handle(handle)
-            for peer, handle in enumerate(all_gather_bytes(memory.handle))
-        )
-        return cls(memory, addresses, torch.tensor(addresses, dtype=torch.int64, device="cuda"))
-
-    def unmap(self) -> None:
-        """Close the peers' memory; the own one may be freed once all peers have done so."""
-        for address in self.addresses:
-            if address != self.memory.address:
-                close_address(address)
-
-
-@dataclass(frozen=True, eq=False)
 class RowLayout:
     """Where each rank's rows begin among all ranks' rows, and how many of them are real."""
 
     table: Tensor  # [2, dp_size] int32 on the device
     total: int  # rows in all
     largest: int  # of them, the largest rank's
-
-
-@dataclass(frozen=True, eq=False)
-class Signals:
-    """One operation's flags, and how many of them the device has waited for."""
-
-    flags: Shared  # [MAX_PROGRAMS, LINE] int32 on every rank
-    heard: Tensor  # [MAX_PROGRAMS, LINE] int32
-
-    @classmethod
-    def make(cls, rank: int, all_gather_bytes: AllGatherBytes) -> Signals:
-        flags = Shared.make(MAX_PROGRAMS * LINE.value * 4, rank, all_gather_bytes)
-        return cls(flags, torch.zeros(MAX_PROGRAMS, LINE.value, dtype=torch.int32, device="cuda"))
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        own = self.flags.memory.view(0, (self.flags.memory.num_bytes // 4,), torch.int32)
-        return self.flags.pointers, own, self.heard
-
-
-class PeerBuffer:
-    """Memory of every rank for one of the two operations; all ranks grow theirs together."""
-
-    def __init__(self, rank: int, all_gather_bytes: AllGatherBytes) -> None:
-        self._rank, self._all_gather_bytes = rank, all_gather_bytes
-        self._shared: Shared | None = None
-        self._in_graphs = False
-        self._outgrown: list[Shared] = []  # graphs write to them
-
-    def reserve(self, num_bytes: int) -> Shared:
-        """Return memory of at least num_bytes on every rank; all ranks ask for the same."""
-        num_bytes = max(num_bytes, 1)
-        capturing = torch.cuda.is_current_stream_capturing()
-        self._in_graphs |= capturing
-        old = self._shared
-        if old is not None and old.memory.num_bytes >= num_bytes:
-            return old
-        assert not capturing, f"a graph is captured over {num_bytes} bytes that were never used"
-        torch.cuda.synchronize()
-        self._shared = None
-        if old is not None and self._in_graphs:
-            self._outgrown.append(old)
-        elif old is not None:
-            old.unmap()
-            self._all_gather_bytes(b"unmapped")  # no rank frees what another has mapped
-            old.memory.free()
-        self._shared = Shared.make(_room(num_bytes), self._rank, self._all_gather_bytes)
-        return self._shared
-
-    def unmap(self) -> None:
-        for shared in (self._shared, *self._outgrown):
-            if shared is not None:
-                shared.unmap()
 
 
 class Alternation:
@@ -144,14 +70,12 @@ class Alternation:
 class PeerRows:
     """One rank's end of peer-to-peer collectives; sums in float32, in the order of the ranks.
 
-    Both collectives can be captured in CUDA graphs, whose replays follow the counts on the device.
-    Gathered rows are valid until the next gather. A gather tells the peers that this rank's
-    reduce-scatter buffer may be written again, and the other way round; where the two do not
-    alternate as they do in MoE stages, an empty one of the other kind comes between. Buffers grow
-    with the largest call, all ranks together; a graph is captured over sizes that were used before,
-    and keeps the buffers it was captured over. Partial sums must not lie in the gathered rows, for
-    a peer may write those while they are read. GPUs need native atomics on each other's memory, as
-    over NVLink. Raises StartError if a GPU can't reach its peers' memory.
+    Both can be captured in CUDA graphs, whose replays follow the counts on the device. Gathered
+    rows are valid until the next gather. A gather tells peers that the reduce-scatter buffer may be
+    written again, and the other way round; an empty call comes between two of one kind. A graph is
+    captured over sizes that were used before. Partial sums must not lie in the gathered rows, which
+    a peer may be writing. GPUs need native atomics on each other's memory, as over NVLink.
+    Raises StartError if a GPU can't reach its peers' memory.
     """
 
     def __init__(
@@ -237,7 +161,7 @@ class PeerRows:
         gather_kernel[(programs,)](
             rows.view(-1).view(word), layout.table, layout.largest, row_words, buffer.pointers,
             *self._signals[GATHER].arguments(), self._stop, self._rank,
-            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, WIDTH=width,
+            SIZE=self._size, RANKS=power_of_two(self._size), COLS=cols, WIDTH=width,
             POISON=poison, PDL=self._pdl, num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
         return buffer
@@ -250,25 +174,20 @@ class PeerRows:
         reduce_scatter_kernel[(programs,)](
             partial, out, layout.table, own_rows, layout.largest, row_size, buffer.pointers,
             *self._signals[SCATTER].arguments(), self._stop, self._rank,
-            SIZE=self._size, RANKS=_power_of_two(self._size), COLS=cols, WIDTH=width,
+            SIZE=self._size, RANKS=power_of_two(self._size), COLS=cols, WIDTH=width,
             SUM=SUMS.get(partial.dtype, tl.float32), PDL=self._pdl,
             num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
         return out
 
     def arm_watchdog(self, what: str) -> None:
-        """Have the group fail if the device does not get past what was launched so far."""
         self._watch.arm(what, self._stop.device)
 
     def drain(self, timeout_s: float) -> None:
-        """Return once the device has done all collectives, after timeout_s at the latest."""
         self._watch.drain(timeout_s)
 
     def abort(self) -> None:
-        """End the kernels that wait for a peer, now and from here on.
-
-        Callable from any thread, more than once.
-        """
+        """End the kernels that wait for a peer, now and later; callable from any thread."""
         with self._aborting, torch.cuda.device(self._stop.device):
             if self._aborted:
                 return
@@ -279,10 +198,7 @@ class PeerRows:
             torch.cuda.synchronize(self._stop.device)
 
     def close(self) -> None:
-        """Let go of the peers' memory, once nothing is launched any more.
-
-        The own memory stays with the process: a peer may not have let go of it yet.
-        """
+        """Unmap the peers' memory; the own one stays, for a peer may not have let go of it yet."""
         self.abort()
         with self._aborting, torch.cuda.device(self._stop.device):
             if self._closed:
@@ -294,17 +210,8 @@ class PeerRows:
                 signals.flags.unmap()
 
 
-def _room(num_bytes: int) -> int:
-    """A power of two, so that buffers grow seldom."""
-    return max(MIN_BYTES, _power_of_two(num_bytes))
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
 def _split(rows: int, row_size: int, item_bytes: int) -> tuple[int, int, int]:
     """Columns of a tile, tiles of a row, and programs: equal on all ranks, as their flags meet."""
-    cols = min(_power_of_two(max(row_size, 1)), TILE_BYTES // item_bytes)
+    cols = min(power_of_two(max(row_size, 1)), TILE_BYTES // item_bytes)
     width = -(-row_size // cols)
     return cols, width, max(1, min(rows * width, MAX_PROGRAMS))

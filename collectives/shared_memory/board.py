@@ -20,11 +20,9 @@ NUM_YIELDS = 20
 class SharedMemoryBoard(GroupMember):
     """StepBoard over the records of a SharedMemoryGroup.
 
-    A record is there when its turn and checksum are, whatever order a CPU stores in. So nobody
-    rings for each record: the rank that finds all records there, being the last, wakes the
-    others. Two ranks may post at once and each miss the other's record; then both sleep, for
-    LOOK_EVERY_S at most, and look again. After `idle`, where peers sleep until somebody posts,
-    the first one rings.
+    A record is there when its turn and checksum are. The last rank to post wakes the others; two
+    that post at once may each miss the other's record, and look again after LOOK_EVERY_S. After
+    `idle` the first to post rings as well.
     """
 
     def __init__(
@@ -45,11 +43,9 @@ class SharedMemoryBoard(GroupMember):
 
     @property
     def waited_s(self) -> float:
-        """Seconds spent waiting for peers' records."""
         return self._channel.waited_s
 
     def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
-        """Post this rank's next record and return the records all ranks posted in that turn."""
         channel = self._channel
         with channel.in_use:
             turn = channel.begin()
@@ -74,7 +70,6 @@ class SharedMemoryBoard(GroupMember):
         return tuple(self._newest_record(rank) for rank in range(self.dp_size))
 
     def idle(self, timeout_s: float) -> None:
-        """Sleep until `wake`, until a peer posts its next record, or for timeout_s at most."""
         channel = self._channel
         deadline = time.monotonic() + timeout_s
         with channel.in_use:
@@ -89,7 +84,6 @@ class SharedMemoryBoard(GroupMember):
             self._woken = False
 
     def wake(self) -> None:
-        """End this rank's current or next `idle`; callable from any thread."""
         if not self._woken:
             self._woken = True
             self._rouse()

@@ -16,14 +16,11 @@ CLOSED = "this rank has closed its group"
 
 
 class Channel:
-    """A sequence of turns that all ranks take together, each by publishing and then waiting.
+    """Turns that all ranks take together, each by publishing and then waiting for all others.
 
-    Two buffers are enough. A rank writes buffer t % 2 in turn t, after it has finished turn
-    t - 1. It finished that because every rank had rung for t - 1, and a rank rings for t - 1
-    only after it has finished turn t - 2, that is, has read all it wanted from buffer t % 2. So
-    no rank is more than one turn ahead of any other, and nobody's buffer is overwritten while it
-    is read. This needs every rank to wait for *all* ranks in every turn, also for those that
-    bring no rows.
+    Two buffers are enough: a rank writes buffer t % 2 in turn t once every rank has rung for turn
+    t - 1, and a rank rings for t - 1 only after it has read all it wanted from turn t - 2. Hence
+    every rank waits for all ranks in every turn, also for those that bring no rows.
     """
 
     def __init__(self, region: Region, bell: Doorbell, timeout_s: float) -> None:
@@ -35,13 +32,11 @@ class Channel:
         self._broken: str | None = None
 
     def raise_if_failed(self) -> None:
-        """Raise CollectiveAborted if this channel can not be used any more."""
         reason = self._broken or self.region.abort_reason()
         if reason is not None:
             raise CollectiveAborted(reason)
 
     def begin(self) -> int:
-        """Start the next turn; its buffer may be written."""
         self.raise_if_failed()
         self.turn += 1
         return self.turn
@@ -58,10 +53,9 @@ class Channel:
         look_every_s: float | None = None,
         num_yields: int = 0,
     ) -> None:
-        """Wait until no rank is missing.
+        """Wait until no rank is missing; looks at every ring, and every look_every_s.
 
-        Gives the core away num_yields times between looks, then sleeps; looks again at every ring,
-        and every look_every_s.
+        Before it first sleeps it gives the core away num_yields times.
         """
         start = time.monotonic()
         deadline = start + self._timeout_s

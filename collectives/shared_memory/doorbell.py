@@ -1,12 +1,9 @@
 """How ranks of one host tell each other that they have published: a named FIFO per rank.
 
-A waiter sleeps in poll() on its own FIFO, so nobody spins where ranks outnumber cores, and the
-kernel's pipe lock orders what a rank stored before it rang ahead of what a peer loads after it
-heard, on any CPU. Measured with 4 ranks on 2 cores, a barrier alone: 25 us (p99 70 us). Polling
-flags in shared memory with sched_yield is faster while nobody computes (7-12 us) but loses as
-soon as somebody does (50 us of work a turn: 111 us against 74 us, p99 4.4 ms against 0.2 ms),
-since a yielding rank still takes its share of the core; even one yield before poll() costs
-3 ms at p99.
+A waiter sleeps in poll() on its own FIFO: nobody spins where ranks outnumber cores, and the pipe's
+lock orders a peer's stores before what is read here, on any CPU. Measured with 4 ranks on 2 cores,
+a barrier takes 25 us; flags polled with sched_yield take 7-12 us while nobody computes, but with
+50 us of work a turn 111 us against 74 us, and 4.4 ms against 0.2 ms at p99.
 """
 
 from __future__ import annotations
@@ -23,10 +20,10 @@ _NO_NEWS = 0
 
 
 class Doorbell:
-    """One rank's view of the FIFOs of all ranks: rings the peers', listens on its own.
+    """Rings the peers' FIFOs and listens on its own.
 
-    A FIFO never fills: a rank is at most one turn ahead of any peer, rings an alarm once, and
-    has at most one wake message outstanding that nobody has listened to.
+    A FIFO never fills: a rank is one turn ahead at most, rings an alarm once, and has one wake
+    message at most that nobody has listened to.
     """
 
     def __init__(self, fifos: Sequence[int], dp_rank: int) -> None:

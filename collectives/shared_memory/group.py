@@ -39,11 +39,9 @@ def new_rendezvous_path(root: str | None = None) -> str:
 class SharedMemoryGroup:
     """One rank's end of a group of ranks on one host.
 
-    path: the rendezvous directory, the same for all ranks and new for every group.
-    timeout_s bounds every wait of a step, attach_timeout_s the start, where ranks come seconds
-    apart. area_bytes is what a rank can publish at once; larger rows travel in chunks. The file
-    system of `path` must have room for 2 * dp_size * area_bytes. Raises StartError naming the
-    ranks that did not attach, or the space that is missing.
+    path: a directory that is new for every group; its file system needs room for
+    2 * dp_size * area_bytes. timeout_s bounds every wait of a step, attach_timeout_s the start.
+    Rows beyond area_bytes travel in chunks. Raises StartError naming missing ranks or space.
     """
 
     def __init__(
@@ -70,7 +68,6 @@ class SharedMemoryGroup:
         )
 
     def raise_if_failed(self) -> None:
-        """Raise CollectiveAborted if a rank has aborted, or this one has closed its end."""
         with self._lock:
             if self._closed:
                 raise CollectiveAborted(CLOSED)
@@ -87,13 +84,11 @@ class SharedMemoryGroup:
                 channel.bell.alarm()
 
     def _rouse(self, channel: Channel) -> None:
-        """End this rank's own sleep in a channel."""
         with self._lock:
             if not self._closed:
                 channel.bell.rouse()
 
     def _newest_record(self, dp_rank: int) -> StepRecord | None:
-        """The newest record that a rank has posted."""
         with self._lock:
             if self._closed:
                 raise CollectiveAborted(CLOSED)
@@ -114,8 +109,7 @@ class SharedMemoryCollective(GroupMember):
     """RowCollective over the areas of a SharedMemoryGroup.
 
     Sums are taken in rank order, in float32 for half types: the same bits on each run. Rows of a
-    GPU are copied to the host and back, each copy waiting for the device: this lets more ranks
-    than GPUs work together, and is not made for speed.
+    GPU are copied to the host and back, for experiments with more ranks than GPUs.
     """
 
     def __init__(
@@ -135,13 +129,11 @@ class SharedMemoryCollective(GroupMember):
         return self._channel.waited_s
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
-        """All ranks' values (equally many on each rank), [rank][value]."""
         own = torch.tensor([list(values)], dtype=torch.int64)
         rows = self.all_gather(own, (1,) * self.dp_size)
         return tuple(tuple(row) for row in rows.tolist())
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
         check_gather(rows, counts, self.dp_rank, self.dp_size)
         if rows.is_cuda:
             return self.all_gather(rows.cpu(), counts).to(rows.device)
@@ -165,7 +157,6 @@ class SharedMemoryCollective(GroupMember):
         return out
 
     def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
         check_reduce_scatter(rows, counts, self.dp_size)
         if rows.is_cuda:
             return self.reduce_scatter(rows.cpu(), counts).to(rows.device)
@@ -188,7 +179,6 @@ class SharedMemoryCollective(GroupMember):
         return out
 
     def barrier(self) -> None:
-        """Return once all ranks have called it."""
         with self._channel.in_use:
             self._channel.begin()
             self._channel.finish("barrier")

@@ -55,7 +55,6 @@ class RegionLayout:
         return self.areas + 2 * self.dp_size * self.area_bytes
 
     def record(self, dp_rank: int, turn: int) -> int:
-        """Offset of the record that a rank posts in this turn."""
         return self.records + (2 * dp_rank + turn % 2) * self.record_bytes
 
 
@@ -81,7 +80,6 @@ class Region:
 
     @classmethod
     def attach(cls, path: str, layout: RegionLayout, dp_rank: int) -> Region:
-        """Map the region of that path."""
         fd = os.open(path, os.O_RDWR)
         try:
             size = os.fstat(fd).st_size
@@ -103,7 +101,6 @@ class Region:
         return self._areas[dtype][turn % 2]
 
     def write_record(self, turn: int, record: StepRecord) -> None:
-        """Post this rank's record of a turn."""
         body = _BODY.pack(turn, *record.to_words())
         start = self._layout.record(self._rank, turn)
         self._memory[start : start + _RECORD.size] = body + _CHECKSUM.pack(zlib.crc32(body))

@@ -1,7 +1,6 @@
-"""A line between ranks for an abort and for the orderly end, whatever state the backend is in.
+"""Tells all ranks of an abort and of the orderly end, over TCP from every rank to every other.
 
-Every rank holds a TCP connection to every other. A store that one rank hosts would not do: with
-that rank stopped, nobody could read the alarm.
+A store that one rank hosts would not do: with that rank stopped, nobody could read the alarm.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _LEAVING = ""  # sent in place of a reason
 
 
 def own_address(init_method: str) -> str:
-    """The address under which peers reach this host: loopback for file://, which is one host."""
+    """Return the address at which peers reach this host; loopback for file://."""
     url = urlparse(init_method)
     if url.hostname is None:
         return "127.0.0.1"
@@ -37,11 +36,10 @@ def own_address(init_method: str) -> str:
 
 
 class AbortChannel:
-    """Connects to all ranks through `store`, then calls on_alarm(reason) if a peer sounds.
+    """Connects to all ranks, then calls on_alarm(reason) if a peer sounds.
 
-    Raises TimeoutError or a store error if a rank does not come within timeout_s. Connections
-    that do not know the group's secret are dropped; it comes through the launcher, never through
-    the store, which whoever reaches its port can read.
+    Raises TimeoutError or a store error if a rank is missing after timeout_s. Connections without
+    the secret are dropped: it comes through the launcher, since anyone may read the store.
     """
 
     def __init__(
@@ -69,10 +67,7 @@ class AbortChannel:
                 peer.sendall(message)
 
     def leave(self, timeout_s: float) -> None:
-        """Tell every peer that this rank is done; return once all are or are gone.
-
-        After timeout_s at the latest: a peer may be stopped.
-        """
+        """Tell every peer that this rank is done; waits for all of them, timeout_s at most."""
         self.sound(_LEAVING)
         self._all_left.wait(timeout_s)
 

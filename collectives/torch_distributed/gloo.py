@@ -70,7 +70,6 @@ class GlooRows:
         self._gloo, self._rank = gloo, dp_rank
 
     def gather(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
-        """Fill out [sum(counts), ...] with all ranks' contiguous rows."""
         if len(set(counts)) == 1:
             self._gloo.run("all_gather", lambda gloo: gloo._allgather_base(out, rows))
             return
@@ -81,10 +80,6 @@ class GlooRows:
                 self._gloo.run("all_gather", partial(_broadcast, part, root))
 
     def reduce_scatter(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
-        """Fill out [counts[dp_rank], ...] with the sum of all ranks' partial sums.
-
-        Gloo's own reduce_scatter is an all-reduce inside, and its wait can not be bounded.
-        """
         total = rows.to(summing_dtype(rows.dtype), copy=True).contiguous()
         self._gloo.run("reduce_scatter", lambda gloo: gloo.allreduce(total))
         out.copy_(split(total, counts)[self._rank])
@@ -108,11 +103,9 @@ class GlooBoard(GroupMember):
 
     @property
     def waited_s(self) -> float:
-        """Seconds spent waiting for peers' records."""
         return self._waited_s
 
     def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
-        """Post this rank's next record and return the records all ranks posted in that turn."""
         own = torch.tensor([record.to_words()], dtype=torch.int64)
         out = own.new_empty(self.dp_size, RECORD_WORDS)
         what = f"record of step {record.step_id}"
@@ -122,12 +115,10 @@ class GlooBoard(GroupMember):
         return tuple(StepRecord.from_words(words) for words in out.tolist())
 
     def idle(self, timeout_s: float) -> None:
-        """Sleep until `wake`, or for some milliseconds: then the ranks agree again."""
         self.raise_if_failed()
         self._woken.wait(min(timeout_s, _IDLE_S))
         self._woken.clear()
         self.raise_if_failed()
 
     def wake(self) -> None:
-        """End this rank's current or next `idle`; callable from any thread."""
         self._woken.set()

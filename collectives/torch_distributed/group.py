@@ -1,8 +1,7 @@
 """Row collectives and a step board over torch.distributed, for ranks of several hosts or GPUs.
 
-The backends are made directly and not through `init_process_group`: there is one world per
-process, and a process that has aborted a group must be able to join the next one at once, while
-Gloo can take until its timeout to give up the operations of the old one.
+Backends are made without `init_process_group`: a process that has aborted a group must be able to
+join the next one at once, while Gloo may not give up the old one's operations until its timeout.
 """
 
 from __future__ import annotations
@@ -92,10 +91,9 @@ class TorchDistributedGroup:
             self._state.close(CollectiveAborted(text))
 
     def close(self) -> None:
-        """Leave the group; this rank's own waiters are freed, peers are not told.
+        """Leave the group; peers are not told.
 
-        With NCCL, healthy ranks leave together: a peer's device may still read what this rank's
-        lent it.
+        With NCCL, healthy ranks leave together: a peer's device may still read this rank's memory.
         """
         if self._nccl is not None and self._state.phase is Phase.OPEN:
             self._nccl.drain(_LEAVE_S)
@@ -162,7 +160,6 @@ class TorchDistributedCollective(GroupMember):
         return self._waited_s
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
-        """All ranks' values (equally many on each rank), [rank][value]."""
         own = torch.tensor([list(values)], dtype=torch.int64)
         out = own.new_empty(self.dp_size, own.shape[1])
         with self._counted():
@@ -170,7 +167,6 @@ class TorchDistributedCollective(GroupMember):
         return tuple(tuple(row) for row in out.tolist())
 
     def all_gather(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Own rows [counts[dp_rank], hidden] -> all ranks' rows [sum(counts), hidden]."""
         check_gather(rows, counts, self.dp_rank, self.dp_size)
         out = rows.new_empty(sum(counts), *rows.shape[1:])
         if out.numel():
@@ -179,7 +175,6 @@ class TorchDistributedCollective(GroupMember):
         return out
 
     def reduce_scatter(self, rows: Tensor, counts: Counts) -> Tensor:
-        """Partial sums [sum(counts), hidden] -> own rows [counts[dp_rank], hidden], summed."""
         check_reduce_scatter(rows, counts, self.dp_size)
         out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
         if rows.numel():
@@ -188,11 +183,9 @@ class TorchDistributedCollective(GroupMember):
         return out
 
     def barrier(self) -> None:
-        """Return once all ranks have called it."""
         self.all_gather_ints((0,))
 
     def arm_watchdog(self, what: str) -> None:
-        """Bound the device's wait for what was launched so far, as a graph's replay is."""
         self._rows.arm_watchdog(what)
 
     @contextmanager

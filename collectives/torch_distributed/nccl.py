@@ -42,12 +42,11 @@ def set_environment() -> None:
 
 
 class NcclRows:
-    """One rank's NCCL communicator, connected when the constructor returns.
+    """One rank's NCCL communicator, connected when the constructor returns (else StartError).
 
-    Kernels run on the current stream and the host does not wait for them, so a lost peer shows
-    where the host next waits for its device: a wait that only `abort` can end. A thread calls
-    the group's `close` if the device stands still for timeout_s. After an abort the device is as
-    usable as before. Raises StartError if the ranks do not connect within start_timeout_s.
+    The host does not wait for kernels, so a lost peer shows where the host next waits for its
+    device, which only `abort` can end. A watchdog closes the group if the device stands still for
+    timeout_s. After an abort the device is as usable as before.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class NcclRows:
         self._watch = Watchdog(timeout_s, state.close)
 
     def gather(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
-        """Fill out [sum(counts), ...] with all ranks' contiguous rows."""
         if len(set(counts)) == 1:
             self._launch("all_gather", lambda nccl: nccl._allgather_base(out, rows, self._gather))
             return
@@ -97,7 +95,6 @@ class NcclRows:
         self._launch("all_gather", broadcast)
 
     def reduce_scatter(self, out: Tensor, rows: Tensor, counts: Counts) -> None:
-        """Fill out [counts[dp_rank], ...] with the sum of all ranks' contiguous partial sums."""
         what = "reduce_scatter"
         if len(set(counts)) == 1:
             self._launch(what, lambda nccl: nccl._reduce_scatter_base(out, rows, self._scatter))
@@ -114,7 +111,6 @@ class NcclRows:
         self._launch(what, reduce)
 
     def drain(self, timeout_s: float) -> None:
-        """Return once the device has done all collectives, after timeout_s at the latest."""
         self._watch.drain(timeout_s)
 
     def abort(self) -> None:
@@ -151,7 +147,6 @@ class NcclRows:
         self.arm_watchdog(what)
 
     def arm_watchdog(self, what: str) -> None:
-        """Have the group fail if the device does not get past what was launched so far."""
         self._watch.arm(what, self._device)
 
 

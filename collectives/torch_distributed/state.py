@@ -19,11 +19,7 @@ class Phase(Enum):
 
 
 class GroupState:
-    """The backends of a group, which go from OPEN over FAILED to CLOSED; the first failure stays.
-
-    `release` frees the device before the backends are dropped; it and their destructors may take
-    as long as their operations, hence in a thread of their own.
-    """
+    """Owns a group's backends and its first failure; the end of backends may block."""
 
     def __init__(self, release: Callable[[], None]) -> None:
         self._release = release
@@ -41,7 +37,6 @@ class GroupState:
         return Phase.FAILED if self._failures else Phase.OPEN
 
     def add(self, name: str, backend: Any) -> None:
-        """Own a backend from here on."""
         self._backends[name] = backend
 
     def raise_if_failed(self) -> None:
@@ -51,22 +46,21 @@ class GroupState:
             raise type(failure)(*failure.args)
 
     def start(self, backend: str, operation: Callable[[Any], Any]) -> Any:
-        """Start an operation on a backend, which lives at least until the operation has started.
+        """Start an operation on a backend.
 
-        The destructor of a backend waits for its operations, so its last reference must never be
-        dropped in a rank's own thread.
+        A backend's destructor waits for its operations, so a rank must not drop the last reference.
         """
         with self._lock:
             self.raise_if_failed()
             return operation(self._backends[backend])
 
     def fail(self, failure: RuntimeError) -> None:
-        """Have every later call raise the failure, unless there was one before; never waits."""
+        """Have every later call raise the first failure; never waits."""
         self._failures.append(failure)
         self._has_failed.set()
 
     def close(self, failure: RuntimeError) -> None:
-        """Fail, and let go of the backends in the closing thread, which frees their waiters."""
+        """Fail, and drop the backends in a thread, which frees those who wait for them."""
         self.fail(failure)
         with self._lock:
             if not self._closing:
@@ -78,10 +72,7 @@ class GroupState:
         self._closer.join(timeout_s)
 
     def raise_lost(self, what: str, error: RuntimeError) -> NoReturn:
-        """Raise what a backend says, or the abort that caused it.
-
-        A peer that aborts closes its connections, and its alarm may arrive a moment later.
-        """
+        """Raise the abort that caused a backend's error; its alarm may arrive a moment later."""
         self._has_failed.wait(SLACK_S)
         self.fail(CollectiveAborted(f"{what} failed: {error}"))
         raise CollectiveAborted(*self._failures[0].args) from error

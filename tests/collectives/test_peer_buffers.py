@@ -8,8 +8,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from collectives.peer_to_peer import rows
-from collectives.peer_to_peer.rows import GATHER, MIN_BYTES, SCATTER, Alternation, PeerBuffer
+from collectives.peer_to_peer import buffers
+from collectives.peer_to_peer.buffers import MIN_BYTES, PeerBuffer
+from collectives.peer_to_peer.rows import GATHER, SCATTER, Alternation
 
 
 @dataclass(eq=False)
@@ -45,9 +46,9 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setattr(rows.Shared, "make", device.make)
-    monkeypatch.setattr(rows.torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(rows.torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
+    monkeypatch.setattr(buffers.Shared, "make", device.make)
+    monkeypatch.setattr(buffers.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(buffers.torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
     return device
 
 
