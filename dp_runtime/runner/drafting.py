@@ -137,10 +137,10 @@ class Drafting:
             scheduled.req_indices, first_rows, batch.future_token_index[first_rows],
             batch.token_ids[first_rows], max_accepted,
         )  # fmt: skip
-        rows, first, samples, known, most = all_on_device(arrays, self.state.device)
+        rows, first, samples, known, bounds = all_on_device(arrays, self.state.device)
         assert sampled.num_accepted is not None, "a step that drafts verifies"
         accepted = LastAccepted.after_verification(
-            first_rows=first, first_samples=samples, known_tokens=known, max_accepted=most,
+            first_rows=first, first_samples=samples, known_tokens=known, max_accepted=bounds,
             sampled_tokens=sampled.token_ids, num_accepted=sampled.num_accepted,
         )  # fmt: skip
         last, hidden = output.hidden

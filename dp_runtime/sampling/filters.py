@@ -55,8 +55,8 @@ def keep_weights(
 
 def _keep_top_k(logits: Tensor, top_k: Array) -> Tensor:
     best = logits.topk(int(top_k.max())).values
-    least = best.gather(1, on_device(top_k - 1, logits.device)[:, None])
-    return logits.masked_fill(logits < least, -torch.inf)
+    kth_best = best.gather(1, on_device(top_k - 1, logits.device)[:, None])
+    return logits.masked_fill(logits < kth_best, -torch.inf)
 
 
 def _keep_top_p(weights: Tensor, top_p: Array) -> Tensor:
@@ -79,8 +79,7 @@ def invert(
     return torch.where(weights.gather(1, tokens) > 0, tokens, fallback[:, None]).squeeze(1)
 
 
-def take_rows(matrix: Tensor, rows: Array) -> Tensor:
-    """Select rows, given in ascending order; all of them are the matrix itself."""
+def take_rows(matrix: Tensor, rows: Array) -> Tensor:  # rows ascend
     return matrix if len(rows) == len(matrix) else matrix[on_device(rows, matrix.device)]
 
 

@@ -23,8 +23,6 @@ def row_parts(num_rows: int) -> list[slice]:  # at least one, if an empty one
 
 @dataclass(frozen=True, eq=False)
 class Logprobs:
-    """Log probabilities of n tokens and of the k best ones at their positions."""
-
     token_ids: Tensor  # [n] int64
     chosen: Tensor  # [n] float32
     top_ids: Tensor  # [n, k] int64, best first, ties to the lowest id
@@ -40,15 +38,17 @@ class Logprobs:
         )
 
 
-def token_logprobs(logits_of: LogitsOf, token_ids: Tensor, top_n: Sequence[int]) -> Logprobs:
-    """Take the log softmax of logits at the tokens [n] int64, and its top_n[i] best in row i.
-
-    logits_of gives some of the n rows at a time, so that not all need be there at once.
-    """
+def token_logprobs(
+    logits_of: LogitsOf,
+    token_ids: Tensor,  # [n] int64
+    top_n: Sequence[int],  # [n] best tokens to report of each row
+) -> Logprobs:
+    """Take the log softmax at the tokens; logits_of gives some of the n rows at a time."""
     assert token_ids.shape == (len(top_n),), "one top_n per token"
-    most = max(top_n, default=0)
+    max_top_n = max(top_n, default=0)
     parts = [
-        _rows_logprobs(logits_of(part), token_ids[part], most) for part in row_parts(len(top_n))
+        _rows_logprobs(logits_of(part), token_ids[part], max_top_n)
+        for part in row_parts(len(top_n))
     ]
     chosen, top_ids, top = (torch.cat(tensors) for tensors in zip(*parts))
     copy = HostCopy(token_ids, chosen, top_ids, top)
@@ -60,10 +60,12 @@ def logprobs_bytes(num_rows: int, vocab_size: int) -> int:
     return min(num_rows, ROWS_AT_ONCE) * vocab_size * (4 + 4 + 8)
 
 
-def _rows_logprobs(logits: Tensor, token_ids: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_logprobs(
+    logits: Tensor, token_ids: Tensor, max_top_n: int
+) -> tuple[Tensor, Tensor, Tensor]:
     assert logits.dtype == torch.float32, f"logits are float32, not {logits.dtype}"
     assert logits.shape[:1] == token_ids.shape, "one token per row"
-    k = min(most, logits.shape[1])
+    k = min(max_top_n, logits.shape[1])
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
     top_ids = _top_ids(logprobs, k)

@@ -73,10 +73,7 @@ def penalise_rows(
     verification: Verification,
     first_row: int,
 ) -> Tensor:
-    """Penalise the batch's rows from first_row on, logits [n, vocab], each by its state.
-
-    A row of a verification also counts the drafts among its inputs, as if they were outputs.
-    """
+    """Penalise rows from first_row on; those of a verification count the drafts they read."""
     rows = np.array([row for row, state in enumerate(states) if state is not None], np.int64)
     if not len(rows):
         return logits

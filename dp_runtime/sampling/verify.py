@@ -51,7 +51,6 @@ class ForcedAcceptance:
         require(ok, "mean_tokens", self.mean_tokens, "a number of at least 1")
 
     def accepted(self, seeds: Tensor, indices: Tensor, num_drafts: int) -> Tensor:
-        """Draw how many drafts to accept for each (seed, output index), [n] int64."""
         floor = int(self.mean_tokens - 1)
         more = uniform(seeds, indices, _FORCED_STREAM) < self.mean_tokens - 1 - floor
         return (more.to(torch.int64) + floor).clamp_(max=num_drafts)
@@ -105,7 +104,6 @@ class Verification:
         return places, chains[places] * self.num_drafts + within
 
     def emitted(self, accepted: Tensor | None, num_rows: int) -> Tensor:
-        """Mark the batch's rows that gave new tokens: [num_rows] float32, 1 or 0."""
         emitted = torch.ones(num_rows, dtype=torch.float32, device=self.drafts.device)
         if accepted is not None:
             places = torch.arange(self.rows_each, device=self.drafts.device)

@@ -212,10 +212,7 @@ def _score_rows(step: _Layout) -> list[Int64]:
 
 
 def _embeds(step: _Layout, token_offset: int) -> tuple[Int64, Float32]:
-    """Find the rows whose token's embedding the request brought along.
-
-    token_offset: the token that a row reads sits so many positions after the row's own.
-    """
+    """Find rows whose token, token_offset positions after the row's own, has an embedding given."""
     rows, values = [], []
     for chunk, first_row in zip(step.chunks, step.chunk_first_rows, strict=True):
         embeds = chunk.state.request.embeds

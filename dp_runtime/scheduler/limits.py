@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step and a sequence of one rank may hold."""
-
     max_num_requests: int
     max_num_tokens: int
     max_model_len: int
@@ -21,7 +19,6 @@ class Limits:
 
     @property
     def max_decode_rows(self) -> int:
-        """Rows of a pass in which all requests of a rank decode."""
         return self.max_num_requests * (1 + self.max_drafts)
 
     @property

@@ -65,7 +65,6 @@ class RequestTable:
         return needed * (num_tokens < self.max_tokens[req_indices])
 
     def prefilling(self, req_indices: Int64, needed: Int64) -> Bool:
-        """Tell who has more to feed than the token that was sampled last."""
         computed = self.num_computed_tokens[req_indices]
         return (needed > 1) | (computed < self.num_prompt_tokens[req_indices])
 
@@ -90,6 +89,5 @@ class RequestTable:
         self.last_token[sampled] = token_ids
 
     def rewind(self, req_indices: Int64, num_rejected: Int64) -> None:
-        """Take back drafts that were counted as accepted."""
         self.num_tokens[req_indices] -= num_rejected
         self.num_computed_tokens[req_indices] -= num_rejected

@@ -41,10 +41,7 @@ class DraftConfig:
 
 
 class DraftModel(PassModel, Protocol):
-    """A draft model as one rank holds it.
-
-    A forward's `hidden` are the target's projected states, or those that its own last one returned.
-    """
+    """A forward's `hidden` is the target's, projected, or what the draft's last one returned."""
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> DraftModel: ...
 
@@ -109,7 +106,6 @@ def build_draft(
     attention: Callable[[int], AttentionBackend],
     moe_backend: str = "torch",
 ) -> DraftModel:
-    """Share the target's tensors where possible; ValueError for weights that do not fit."""
     method, moe = find_method(config.method), make_moe_kernels(moe_backend)
     model = method.build(config, target, weights, sharding, attention, moe)
     weights.require_all_read(method.skippable_tensors, HINTS)

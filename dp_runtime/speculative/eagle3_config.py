@@ -81,7 +81,6 @@ def read_config(directory: str, target: ModelConfig) -> Eagle3Config:
 
 
 def check_supported(fields: ConfigFields) -> None:
-    """Refuse fields that would change what the layer computes."""
     for name, allowed in {
         "model_type": "llama", "num_hidden_layers": 1, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "bias": False, "tie_word_embeddings": False,
