@@ -14,6 +14,7 @@ from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.runner.step_loop import StepLoop
 from tests.product_cases import Item
 from tests.reference import Reference, check_greedy
+from workers.stages import Joined
 
 IDLE_S = 10.0
 
@@ -84,16 +85,22 @@ def check_pages_free(engine: Engine) -> None:
         sleep(0.005)
 
 
+def joined_ranks(engine: Engine) -> list[Joined]:
+    stages = [handle.worker._stage for handle in engine._group._handles]
+    assert all(isinstance(stage, Joined) for stage in stages), stages
+    return stages
+
+
 def models_of(engine: Engine) -> list[CausalLM]:
     """The model every rank has loaded, of an engine whose ranks are threads."""
-    return [handle.worker._loaded.models.target for handle in engine._group._handles]
+    return [rank.connected.loaded.rank.models.target for rank in joined_ranks(engine)]
 
 
 def loops_of(engine: Engine) -> list[StepLoop]:
     """Every rank's step loop, of an engine whose ranks are threads."""
-    return [handle.worker._loop for handle in engine._group._handles]
+    return [rank.loop for rank in joined_ranks(engine)]
 
 
 def pools_of(engine: Engine) -> list[Sequence[Tensor]]:
     """Every rank's page pools, [layer], those of the draft behind the model's."""
-    return [handle.worker._loaded.pools for handle in engine._group._handles]
+    return [rank.connected.loaded.rank.pools for rank in joined_ranks(engine)]

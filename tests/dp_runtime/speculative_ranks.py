@@ -129,7 +129,7 @@ class SpeculativeRanks:
     """
 
     def __init__(self, model: Path, dp_size: int, **fields: Any) -> None:
-        self.config = EngineConfig(str(model), dp_size, launcher="thread", **fields)
+        self.config = EngineConfig(str(model), dp_size=dp_size, launcher="thread", **fields)
         self._plans = [plan_rank(self.config, rank, "cpu") for rank in range(dp_size)]
         self._loaded = [load_rank(self.config, plan, lambda count: None) for plan in self._plans]
 
