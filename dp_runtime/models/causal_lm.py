@@ -41,7 +41,7 @@ class PassInputs:
     hidden: Tensor = field(default_factory=_nothing)  # [rows, hidden], for a draft model
 
     def embedded(self, embedding: Tensor) -> Tensor:
-        """Look rows up in an embedding [vocab, hidden] -> [rows, hidden], a new tensor."""
+        """The rows by an embedding [vocab, hidden], [rows, hidden]: a tensor of its own."""
         x = embedding[self.token_ids]
         if self.embed_rows.shape[0]:
             x[self.embed_rows] = self.embeds.to(x.dtype)
@@ -49,14 +49,16 @@ class PassInputs:
 
 
 class Hidden(NamedTuple):
-    """A forward's result: the inputs of the LM head and of a draft model."""
+    """What a forward leaves of each row: the input of the LM head, and that of a draft model."""
 
-    last: Tensor  # [rows, hidden], after the final norm
+    last: Tensor  # [rows, hidden], behind the final norm
     features: Tensor  # [rows, features]: of the feature layers, or `last` where there are none
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
     input_norm: RMSNorm
     attention: Attention
     post_attention_norm: RMSNorm
@@ -70,7 +72,7 @@ class DecoderLayer:
         metadata: AttentionMetadata,
         exchange: RowExchange,
     ) -> tuple[Tensor, Tensor]:
-        """Return what the layer adds to the residual, and that residual."""
+        """What this layer adds to the residual, and the residual it is to be added to."""
         normed, residual = self.input_norm.add(x, residual)
         normed, residual = self.post_attention_norm.add(
             self.attention(normed, cos_sin, metadata), residual
@@ -80,6 +82,7 @@ class DecoderLayer:
         return self.mlp(normed), residual
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
+        """Most bytes a call allocates at once, its result included."""
         hidden, mlp = self.attention.output.activation_bytes(own_rows), self.mlp
         inner = (
             mlp.activation_bytes(own_rows, gathered_rows, padded)
@@ -133,6 +136,7 @@ class CausalLM(LmHeadMixin):
         return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeStage))
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> CausalLM:
+        """The same model with other MoE stages."""
         layers = (
             replace(layer, mlp=make(layer.mlp)) if isinstance(layer.mlp, MoeStage) else layer
             for layer in self.layers
@@ -140,7 +144,7 @@ class CausalLM(LmHeadMixin):
         return replace(self, layers=tuple(layers))
 
     def with_features(self, layers: tuple[int, ...]) -> CausalLM:
-        """Copy the model; forwards also return the residual stream entering these layers."""
+        """The same model, whose forwards also return the residual stream entering these layers."""
         assert set(layers) <= set(range(len(self.layers))), f"{layers} of {len(self.layers)} layers"
         return replace(self, aux_hidden_state_layers=layers)
 
@@ -174,7 +178,7 @@ class CausalLM(LmHeadMixin):
         attention: Callable[[int], AttentionBackend],
         mlp: Callable[[int, str], MoeStage | DenseMLP],
     ) -> CausalLM:
-        """Load by the names that transformers' decoders share; `mlp(layer, prefix)` is called."""
+        """Load under the names that transformers' decoders share; `mlp(layer, prefix)` adds its."""
         sizes = (config.vocab_size, config.hidden_size)
         embedding = weights.load("model.embed_tokens.weight", sizes)
         layers = []
@@ -193,7 +197,10 @@ class CausalLM(LmHeadMixin):
 
 
 def load_head(config: ModelConfig, weights: WeightSource, embedding: Tensor) -> Tensor:
-    """Load [vocab, hidden]; a tied model may have an equal copy of its embedding, as many do."""
+    """The LM head [vocab, hidden]; ValueError if one in the checkpoint differs from a tied one.
+
+    Many checkpoints of tied models have an equal copy.
+    """
     if not config.tie_word_embeddings:
         return weights.load(HEAD, (config.vocab_size, config.hidden_size))
     require(
@@ -205,7 +212,7 @@ def load_head(config: ModelConfig, weights: WeightSource, embedding: Tensor) -> 
 
 
 def _copy_sum(x: Tensor, residual: Tensor | None, out: Tensor) -> None:
-    """Copy x + residual: on a GPU layers overwrite both."""
+    """x + residual into `out`; on a GPU layers overwrite both."""
     if residual is None:
         out.copy_(x)
     else:

@@ -1,4 +1,4 @@
-"""LmHeadMixin: what follows from a model's configuration, MoE stages and LM head."""
+"""LmHeadMixin: what a model of a pass says of itself by its configuration, stages and LM head."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dp_runtime.layers.moe import MoeStage
 
 
 class Sizes(Protocol):
+    """A configuration as far as it is read here."""
+
     @property
     def hidden_size(self) -> int: ...
 
@@ -29,7 +31,7 @@ class LmHeadMixin(ABC):
     @property
     @abstractmethod
     def moe_stages(self) -> tuple[MoeStage, ...]:
-        pass
+        """In the order in which a forward runs them."""
 
     @property
     def hidden_size(self) -> int:

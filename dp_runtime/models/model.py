@@ -20,35 +20,40 @@ class PassModel(Protocol):
     """What runs in a pass: a model, or a draft model, as one rank holds it."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
 
     @property
     def hidden_size(self) -> int: ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Of its logits."""
 
     @property
     def num_moe_layers(self) -> int:
-        """Each of these is an all-gather and a reduce-scatter in every forward."""
+        """MoE stages, each a gather and a reduce-scatter, that every forward runs."""
 
     @property
-    def moe_stages(self) -> tuple[MoeStage, ...]: ...
+    def moe_stages(self) -> tuple[MoeStage, ...]:
+        """Those stages, in the order in which a forward runs them."""
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> PassModel:
-        """Copy the model with every MoE stage replaced; graphs do so."""
+        """The same model, of which `make` has replaced every MoE stage."""
 
     def forward(
         self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Hidden: ...
+    ) -> Hidden:
+        """What this rank's rows, zero or more, become."""
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Apply the LM head to [n, hidden] of `Hidden.last` -> [n, vocab], or `out`."""
+        """The LM head of [n, hidden] as `forward` returns it in `last` -> [n, vocab], or `out`."""
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""
 
-    def logits_bytes(self, num_rows: int) -> int: ...
+    def logits_bytes(self, num_rows: int) -> int:
+        """Bytes of the result of `logits`."""
 
 
 class Model(PassModel, Protocol):
@@ -59,16 +64,17 @@ class Model(PassModel, Protocol):
 
     @property
     def aux_hidden_state_layers(self) -> tuple[int, ...]:
-        """Layers whose inputs a draft model reads; none: it reads the final hidden state."""
+        """Layers whose inputs are features; none: the hidden state behind the final norm is."""
 
     @property
     def embedding(self) -> Tensor:
-        """A draft model may share it, [vocab, hidden], and the head."""
+        """[vocab, hidden], which a draft model may share."""
 
     @property
-    def head(self) -> Linear: ...
+    def head(self) -> Linear:
+        """The LM head, which a draft model may share."""
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model: ...
 
     def with_features(self, layers: tuple[int, ...]) -> Model:
-        """Copy the model with other aux_hidden_state_layers."""
+        """The same model, whose features are the residual stream that enters these layers."""

@@ -1,4 +1,4 @@
-"""How many tokens the next step drafts, from how many were accepted on all ranks."""
+"""AdaptiveLength: how many tokens the next step drafts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mean_accepted(p: float, num_drafts: int) -> float:
 
 
 def acceptance(mean: float, num_drafts: int) -> float:
-    """Find the p at which `mean` of num_drafts are accepted, by bisection."""
+    """Solve mean_accepted(p, num_drafts) == mean for p, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(30):
         middle = (low + high) / 2
@@ -42,9 +42,8 @@ class AdaptiveLength:
     take 1 + s * cost, in units of a step without drafts. p solves accepted / verifications =
     p + ... + p^s for smoothed sums.
 
-    NOTE: all ranks must choose alike. Its state depends on the agreed sums since the epoch began,
-    by operations that round alike everywhere, and on nothing else. ValueError for a cost that is
-    no positive number.
+    NOTE: all ranks must choose alike, so its state depends on nothing but the sums agreed on since
+    the epoch began, by operations that round alike everywhere.
     """
 
     def __init__(self, num_programs: int, cost: float = DRAFT_COST) -> None:

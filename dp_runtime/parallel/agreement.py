@@ -52,10 +52,7 @@ RECORD_WORDS = len(StepRecord._fields) + MAX_PASSES
 
 
 class Agreement(NamedTuple):
-    """All ranks know this alike about a step: a pure function of their records and policies.
-
-    NOTE: never add a per-rank value to it.
-    """
+    """Identical on all ranks: a pure function of their records. NOTE: add no per-rank value."""
 
     epoch: int
     step_id: int
@@ -79,7 +76,7 @@ class Agreement(NamedTuple):
 
 
 class StepTotals(NamedTuple):
-    """Sums over all ranks, from which the next program may be chosen."""
+    """Sums over all ranks, by which a ProgramPolicy chooses the next program."""
 
     program_id: int
     drafts_proposed: int
@@ -101,10 +98,7 @@ def agree(
     policy: ProgramPolicy = keep_program,
     execution: ExecutionPolicy = EAGER,
 ) -> Agreement:
-    """Fold the records of all ranks into the agreement of the step.
-
-    Raises RankDisagreement, with a table of all ranks, if epoch, step or program differ.
-    """
+    """Fold all ranks' records; RankDisagreement, with a table, if steps or programs differ."""
     size = len(records)
     epochs, steps, ids, rows, queued, proposed, accepted, votes, faults = zip(*records, strict=True)
     epoch, step_id, program_id = epochs[0], steps[0], ids[0]

@@ -65,6 +65,5 @@ class StepCoordinator:
         return agreement
 
     def abort(self, reason: str) -> None:
-        """Free every rank that waits for this one."""
         self.board.abort(reason)
         self.collective.abort(reason)

@@ -30,7 +30,7 @@ class RowExchange(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PaddedExchange:
-    """Pads local rows to the plan's, which all cross the wire."""
+    """Pads local rows to the plan's gathered rows, which all cross the wire."""
 
     plan: PaddingPlan
     collective: RowCollective

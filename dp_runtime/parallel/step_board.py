@@ -8,7 +8,7 @@ from dp_runtime.parallel.agreement import StepRecord
 
 
 class StepBoard(Protocol):
-    """Where ranks post their step records and read everyone's; one reader thread per rank."""
+    """Each rank posts its records and reads everyone's, from one thread."""
 
     dp_rank: int
     dp_size: int
@@ -33,6 +33,6 @@ class StepBoard(Protocol):
         """End this rank's current or next `idle`; callable from any thread."""
 
     def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; callable from any thread."""
+        """As RowCollective.abort."""
 
     def close(self) -> None: ...  # callable more than once

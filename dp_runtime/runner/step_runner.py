@@ -53,10 +53,11 @@ class StepRunner:
         model: Model,
         drafting: Drafting | None,
         sampler: Sampler,
+        *,
         collective: RowCollective,
         pages: PageGeometry,
         device: torch.device,
-        poison: bool,
+        poison: bool,  # fill padded rows with NaN
     ) -> None:
         def pass_runner(of: PassModel) -> PassRunner:
             return PassRunner(

@@ -182,9 +182,14 @@ def assemble(
         states.append(draft_state)
     scheduler = Scheduler(plan.pages, plan.limits, states)
     runner = StepRunner(
-        loaded.models.target, drafting, sampler, collective, plan.pages, device,
-        config.poison_padding,
-    )  # fmt: skip
+        loaded.models.target,
+        drafting,
+        sampler,
+        collective=collective,
+        pages=plan.pages,
+        device=device,
+        poison=config.poison_padding,
+    )
     return StepLoop(
         scheduler, coordinator, runner, Recorder(Totals(plan.sharding.dp_rank)), plan.depth
     )

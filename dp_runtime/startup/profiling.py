@@ -46,10 +46,10 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
         runner.model,
         drafting,
         sampler,
-        runner.collective,
-        pages,
-        runner.device,
-        runner.poison,
+        collective=runner.collective,
+        pages=pages,
+        device=runner.device,
+        poison=runner.poison,
     )
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(Totals(dp_rank)))
     for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):
