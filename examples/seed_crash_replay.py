@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
@@ -116,14 +116,14 @@ def refuse_the_call() -> str:
     pool = torch.zeros((NUM_PAGES, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=torch.bfloat16).to(device)
     spec = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, PAGE, pool.dtype, pool.dtype)
     name = "trtllm" if device.type == "cuda" else "torch_ref"
-    backend = make_backend(name, spec, [pool])(0)
+    backend = backend_class(name)(spec, [pool])
     metadata = AttentionMetadata.build(
         _decode_batch(), PageGeometry(NUM_PAGES, PAGE), Place(0, 0, "target"), device
     )
     q = torch.zeros((PADDED, HEADS, HEAD_DIM), dtype=torch.bfloat16, device=device)
-    kv = q[:, :KV_HEADS]
+    plan = backend.plan(metadata)
     try:
-        backend(q, kv, kv, metadata)
+        backend.layer(0).run(q, plan)
     except ContractViolation as error:
         return str(error)
     raise AssertionError("12 query rows over metadata of 10 were accepted")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dp_runtime import Engine, EngineConfig
+from dp_runtime.attention.plan import LayerCache
 from dp_runtime.layers.experts import Experts
 from tests.checkpoints import tiny_checkpoint
 from tests.serving import models_of
@@ -62,10 +63,9 @@ def weights_in(value: object) -> Iterator[Tensor]:
     """All tensors of a loaded model, which is dataclasses all the way down to its page pools."""
     if isinstance(value, Tensor):
         yield value
-    elif is_dataclass(value):
+    elif is_dataclass(value) and not isinstance(value, LayerCache):
         for field in fields(value):
-            if field.name != "backend":
-                yield from weights_in(getattr(value, field.name))
+            yield from weights_in(getattr(value, field.name))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from weights_in(item)

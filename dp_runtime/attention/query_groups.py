@@ -1,4 +1,4 @@
-"""QueryPlanner: splits a pass's queries into groups that one batched product can serve."""
+"""Splitting a pass's queries into groups that one batched product can serve."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.kv_write import CacheSlots
 from dp_runtime.core.metadata import AttentionMetadata
 
 QUERY_BLOCK = 256  # most query rows in a piece: bounds masks, and skips keys no row may see
@@ -40,34 +39,13 @@ class QueryGroup:
     mask: Tensor | None  # [pieces, 1, query_len, kv_len] float32, 0 or -inf; None: all visible
 
 
-@dataclass(frozen=True, eq=False)
-class QueryPlan:
-    """Where a pass's new keys go, and the groups of its queries."""
-
-    slots: CacheSlots
-    groups: tuple[QueryGroup, ...]
-
-
-class QueryPlanner:
-    """Plans a metadata's queries once, for all layers that share the planner."""
-
-    def __init__(self, num_kv_heads: int, page_size: int) -> None:
-        self._num_kv_heads = num_kv_heads
-        self._page_size = page_size
-        self._last: tuple[AttentionMetadata, QueryPlan] | None = None
-
-    def plan(self, metadata: AttentionMetadata) -> QueryPlan:
-        if self._last is None or self._last[0] is not metadata:
-            self._last = (metadata, self._build(metadata))
-        return self._last[1]
-
-    def _build(self, metadata: AttentionMetadata) -> QueryPlan:
-        size = self._page_size
-        groups = (
-            build_group(members, metadata.page_table, self._num_kv_heads, size)
-            for members in group_pieces(split_queries(metadata), size)
-        )
-        return QueryPlan(CacheSlots.of(metadata, size), tuple(groups))
+def build_groups(
+    metadata: AttentionMetadata, num_kv_heads: int, page_size: int
+) -> tuple[QueryGroup, ...]:
+    return tuple(
+        build_group(members, metadata.page_table, num_kv_heads, page_size)
+        for members in group_pieces(split_queries(metadata), page_size)
+    )
 
 
 def split_queries(metadata: AttentionMetadata) -> list[QueryPiece]:

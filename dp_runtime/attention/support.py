@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import torch
 
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.errors import require
 
-E4M3 = torch.float8_e4m3fn
 HALVES = (torch.bfloat16, torch.float16)
 # flashinfer/jit/xqa.py, gen_xqa_module; FMHAv2 divides its KV tile of 64, 128 or 256 tokens by the
 # page or the page by it: csrc/fmha_v2/fmha/warpspec/dma.h

@@ -1,17 +1,42 @@
-"""QkNormRope: what queries and keys of a layer go through before attention."""
+"""QkNormRope: the norm and the rotation of query and key heads before attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+CosSin = tuple[Tensor, Tensor]  # [rows, 1, head_dim / 2] each
 
 
 @dataclass(frozen=True, eq=False)
 class QkNormRope:
-    """What a layer's query and key heads go through: an RMSNorm each, then their rotation."""
+    """An RMSNorm of each query and key head, if the layer has one, then the rotary embedding."""
 
-    norm_weight: Tensor | None  # [num_heads + num_kv_heads, head_dim]; None: no norm
+    norm_weight: Tensor | None  # [num_heads + num_kv_heads, head_dim]
     eps: float
     cos: Tensor  # [rows, 1, head_dim / 2]
     sin: Tensor  # [rows, 1, head_dim / 2]
+
+    def __call__(self, qk: Tensor) -> Tensor:
+        """Norm and rotate [rows, num_heads + num_kv_heads, head_dim] in torch."""
+        if self.norm_weight is not None:
+            qk = rms_norm(qk, self.norm_weight, self.eps)
+        return rotate(qk, (self.cos, self.sin))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467), in float32.
+
+    The quotient is rounded to x's dtype before it is scaled, as the models were trained.
+    """
+    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos_sin: CosSin) -> Tensor:
+    """Rotate the halves of [rows, heads, head_dim] against each other (the NeoX layout)."""
+    cos, sin = cos_sin
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.spec import AttentionBackend
-from dp_runtime.core.metadata import AttentionMetadata
-from dp_runtime.core.rotation import QkNormRope
+from dp_runtime.attention.backend import PagedAttention
+from dp_runtime.attention.kv_writer import KvWriter
+from dp_runtime.attention.plan import AttentionPlan
+from dp_runtime.core.rotation import CosSin, QkNormRope
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import CosSin, rotate
 from dp_runtime.weights.source import WeightSource
 
 
@@ -35,20 +35,15 @@ class Attention:
     qkv: Linear  # q, k and v stacked
     qk_norm: RMSNorm | None  # [num_heads + num_kv_heads, head_dim]
     output: Linear
-    backend: AttentionBackend
+    kv_writer: KvWriter
+    paged: PagedAttention
     shape: AttentionShape
 
-    def __call__(self, x: Tensor, cos_sin: CosSin, metadata: AttentionMetadata) -> Tensor:
-        q_heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
-        qkv = self.qkv(x).view(x.shape[0], q_heads + 2 * kv_heads, self.shape.head_dim)
-        if qkv.is_cuda:
-            attended = self.backend.attend_qkv(qkv, self._rotation(cos_sin), metadata)
-        else:
-            qk, v = qkv.tensor_split([q_heads + kv_heads], 1)
-            qk = qk if self.qk_norm is None else self.qk_norm(qk)
-            q, k = rotate(qk, cos_sin).tensor_split([q_heads], 1)
-            attended = self.backend(q, k, v, metadata)
-        return self.output(attended.flatten(1))
+    def __call__(self, x: Tensor, cos_sin: CosSin, plan: AttentionPlan) -> Tensor:
+        heads = self.shape.num_heads + 2 * self.shape.num_kv_heads
+        qkv = self.qkv(x).view(x.shape[0], heads, self.shape.head_dim)
+        q = self.kv_writer.write(qkv, self._rotation(cos_sin), plan)
+        return self.output(self.paged.run(q, plan).flatten(1))
 
     def _rotation(self, cos_sin: CosSin) -> QkNormRope:
         norm = self.qk_norm
@@ -67,7 +62,7 @@ class Attention:
         norm = 0 if self.qk_norm is None else self.qk_norm.activation_bytes(rows)
         rotation = 2 * (q + kv)  # four halves
         attended = q + kv + q + max(q + 2 * kv, self.output.activation_bytes(rows))
-        return q + 2 * kv + max(norm, normed + max(rotation, attended))
+        return q + 2 * kv + max(norm, normed + rotation, attended)
 
     @classmethod
     def load(
@@ -75,7 +70,7 @@ class Attention:
         shape: AttentionShape,
         weights: WeightSource,
         prefix: str,
-        backend: AttentionBackend,
+        paged: PagedAttention,
         input_size: int | None = None,
     ) -> Attention:
         """input_size: of the rows it is called with, if it is not hidden_size."""
@@ -88,7 +83,8 @@ class Attention:
             qkv=Linear.load(weights, parts, input_size or hidden, shape.bias),
             qk_norm=load_qk_norm(shape, weights, prefix),
             output=Linear.load(weights, {f"{prefix}.o_proj": hidden}, q_size, shape.bias),
-            backend=backend,
+            kv_writer=KvWriter(paged.cache),
+            paged=paged,
             shape=shape,
         )
 

@@ -1,36 +1,34 @@
-"""RMSNorm, computed in float32."""
+"""RMSNorm, alone or with the residual sum before it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from dp_runtime.core.rotation import rms_norm
 from dp_runtime.weights.source import WeightSource
 
 
 @dataclass(frozen=True, eq=False)
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467).
-
-    The quotient is rounded to x's dtype before it is scaled, as the models were trained.
-    """
-
     weight: Tensor  # [size], or [heads, size] for one weight per head
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum; on a GPU `residual` is overwritten with it."""
+        """Add x to `residual` in place; return the norm of that sum, and the sum itself.
+
+        Without a residual x is the sum, and the next `add` overwrites it.
+        """
         if x.is_cuda:
             from dp_runtime.kernels.norm import add_rms_norm
 
             normed = add_rms_norm(x, residual, self.weight, self.eps)
             return normed, x if residual is None else residual
-        total = x if residual is None else residual + x
+        total = x if residual is None else residual.add_(x)
         return self(total), total
 
     def activation_bytes(self, rows: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CosSin = tuple[Tensor, Tensor]  # [rows, 1, head_dim / 2] each
+from dp_runtime.core.rotation import CosSin
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,6 @@ class Rotary:
     def of(cls, rope: RopeConfig, head_dim: int, device: torch.device) -> Rotary:
         frequencies = inverse_frequencies(rope, head_dim)
         return cls(frequencies.to(device), rope.attention_factor)
-
-
-def rotate(x: Tensor, cos_sin: CosSin) -> Tensor:
-    """x [rows, heads, head_dim], halves rotated against each other (the NeoX layout)."""
-    cos, sin = cos_sin
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

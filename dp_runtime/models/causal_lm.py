@@ -9,15 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.spec import AttentionBackend
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.attention.backend import AttentionBackend, PagedAttention
+from dp_runtime.attention.plan import AttentionPlan
+from dp_runtime.core.rotation import CosSin
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import CosSin, Rotary
+from dp_runtime.layers.rotary import Rotary
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.parallel.exchange import RowExchange
@@ -69,13 +70,13 @@ class DecoderLayer:
         x: Tensor,
         residual: Tensor | None,
         cos_sin: CosSin,
-        metadata: AttentionMetadata,
+        plan: AttentionPlan,
         exchange: RowExchange,
     ) -> tuple[Tensor, Tensor]:
         """What this layer adds to the residual, and the residual it is to be added to."""
         normed, residual = self.input_norm.add(x, residual)
         normed, residual = self.post_attention_norm.add(
-            self.attention(normed, cos_sin, metadata), residual
+            self.attention(normed, cos_sin, plan), residual
         )
         if isinstance(self.mlp, MoeStage):
             return self.mlp(normed, exchange), residual
@@ -91,7 +92,7 @@ class DecoderLayer:
         )
         norm = self.input_norm.activation_bytes(own_rows)
         attention = self.attention.activation_bytes(own_rows)
-        return 2 * hidden + max(attention, 2 * hidden + norm, inner)  # the residual, and its norm
+        return hidden + max(attention, hidden + norm, inner)  # the norm of the residual
 
     @classmethod
     def load(
@@ -99,13 +100,13 @@ class DecoderLayer:
         config: ModelConfig,
         weights: WeightSource,
         prefix: str,
-        backend: AttentionBackend,
+        paged: PagedAttention,
         mlp: MoeStage | DenseMLP,
     ) -> DecoderLayer:
         hidden, eps = config.hidden_size, config.rms_norm_eps
         return cls(
             RMSNorm.load(weights, f"{prefix}.input_layernorm", hidden, eps),
-            Attention.load(config.attention, weights, f"{prefix}.self_attn", backend),
+            Attention.load(config.attention, weights, f"{prefix}.self_attn", paged),
             RMSNorm.load(weights, f"{prefix}.post_attention_layernorm", hidden, eps),
             mlp,
         )
@@ -125,6 +126,7 @@ class CausalLM(LmHeadMixin):
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head: Linear
+    backend: AttentionBackend
     aux_hidden_state_layers: tuple[int, ...] = ()
 
     @property
@@ -148,9 +150,7 @@ class CausalLM(LmHeadMixin):
         assert set(layers) <= set(range(len(self.layers))), f"{layers} of {len(self.layers)} layers"
         return replace(self, aux_hidden_state_layers=layers)
 
-    def forward(
-        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
         x = inputs.embedded(self.embedding)
         cos_sin = self.rotary(inputs.positions, x.dtype)
         features = x.new_empty(len(x), len(self.aux_hidden_state_layers), x.shape[1])
@@ -159,7 +159,7 @@ class CausalLM(LmHeadMixin):
             for place, feature_layer in enumerate(self.aux_hidden_state_layers):
                 if feature_layer == index:
                     _copy_sum(x, residual, features[:, place])
-            x, residual = layer(x, residual, cos_sin, metadata, exchange)
+            x, residual = layer(x, residual, cos_sin, plan, exchange)
         last = self.norm.add(x, residual)[0]
         return Hidden(last, features.flatten(1) if self.aux_hidden_state_layers else last)
 
@@ -175,7 +175,7 @@ class CausalLM(LmHeadMixin):
         cls,
         config: ModelConfig,
         weights: WeightSource,
-        attention: Callable[[int], AttentionBackend],
+        backend: AttentionBackend,
         mlp: Callable[[int, str], MoeStage | DenseMLP],
     ) -> CausalLM:
         """Load under the names that transformers' decoders share; `mlp(layer, prefix)` adds its."""
@@ -184,8 +184,8 @@ class CausalLM(LmHeadMixin):
         layers = []
         for layer in range(config.num_layers):
             prefix = f"model.layers.{layer}"
-            stage = mlp(layer, prefix)
-            layers.append(DecoderLayer.load(config, weights, prefix, attention(layer), stage))
+            paged, stage = backend.layer(layer), mlp(layer, prefix)
+            layers.append(DecoderLayer.load(config, weights, prefix, paged, stage))
         return cls(
             config,
             embedding,
@@ -193,6 +193,7 @@ class CausalLM(LmHeadMixin):
             tuple(layers),
             RMSNorm.load(weights, "model.norm", config.hidden_size, config.rms_norm_eps),
             Linear(load_head(config, weights, embedding), None),
+            backend,
         )
 
 
@@ -212,7 +213,7 @@ def load_head(config: ModelConfig, weights: WeightSource, embedding: Tensor) -> 
 
 
 def _copy_sum(x: Tensor, residual: Tensor | None, out: Tensor) -> None:
-    """x + residual into `out`; on a GPU layers overwrite both."""
+    """Write x + residual to `out`: layers overwrite both."""
     if residual is None:
         out.copy_(x)
     else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import torch
+
+from dp_runtime.core.cache_spec import CacheSpec, PagedKv
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import AttentionShape
 from dp_runtime.layers.rotary import RopeConfig
@@ -87,6 +90,11 @@ class ModelConfig:
             self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim,
             self.attention_bias, self.rms_norm_eps if self.qk_norm else None,
         )  # fmt: skip
+
+    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+        """List what each layer keeps between passes, [layer]."""
+        kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
+        return (kv,) * self.num_layers
 
     def resolve_max_model_len(self, requested: int | None) -> int:
         """The longest sequence to serve: as requested, or as long as the model allows."""

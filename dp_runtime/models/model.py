@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs
@@ -31,6 +32,10 @@ class PassModel(Protocol):
         """Of its logits."""
 
     @property
+    def backend(self) -> AttentionBackend:
+        """Plans the attention of a pass for all layers."""
+
+    @property
     def num_moe_layers(self) -> int:
         """MoE stages, each a gather and a reduce-scatter, that every forward runs."""
 
@@ -41,9 +46,7 @@ class PassModel(Protocol):
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> PassModel:
         """The same model, of which `make` has replaced every MoE stage."""
 
-    def forward(
-        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
         """What this rank's rows, zero or more, become."""
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.layers.expert_layouts import ExpertNames, ExpertShape
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
@@ -112,13 +112,13 @@ class MoeDecoder:
         config: ModelConfig,
         weights: WeightSource,
         sharding: RankSharding,
-        attention: Callable[[int], AttentionBackend],
+        backend: AttentionBackend,
         moe: MoeKernels,
     ) -> CausalLM:
         def mlp(layer: int, prefix: str) -> MoeStage | DenseMLP:
             return self.load_mlp(config, layer, prefix, weights, sharding, moe)
 
-        return CausalLM.load(config, weights, attention, mlp)
+        return CausalLM.load(config, weights, backend, mlp)
 
     def load_mlp(
         self,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
@@ -39,10 +38,10 @@ class Architecture(Protocol):
         config: ModelConfig,
         weights: WeightSource,
         sharding: RankSharding,
-        attention: Callable[[int], AttentionBackend],
+        backend: AttentionBackend,
         moe: MoeKernels,
     ) -> Model:
-        """Load one rank's part of a model; `attention(layer)` is the backend of that layer."""
+        """Load one rank's part of a model, its layers bound to the caches of a backend."""
 
 
 def find_architecture(name: str) -> Architecture:
@@ -86,12 +85,12 @@ def build_model(
     config: ModelConfig,
     weights: WeightSource,
     sharding: RankSharding,
-    attention: Callable[[int], AttentionBackend],
+    backend: AttentionBackend,
     moe_backend: str = "torch",
 ) -> Model:
     """Load one rank's part of a model, and check that its checkpoint has nothing else to say."""
     architecture = find_architecture(config.architecture)
     moe = make_moe_kernels(moe_backend)
-    model = architecture.build(config, weights, sharding, attention, moe)
+    model = architecture.build(config, weights, sharding, backend, moe)
     weights.require_all_read(SKIPPABLE, HINTS)
     return model

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.errors import ContractViolation
@@ -39,7 +40,7 @@ class PassOutput:
 class _Captured:
     graph: torch.cuda.CUDAGraph
     output: PassOutput  # of local_rows
-    metadata: AttentionMetadata
+    attention: AttentionPlan  # the graph reads its tensors at every replay
 
 
 class PassGraphs:
@@ -104,7 +105,7 @@ class PassGraphs:
         rows, local_rows = batch.num_tokens, self.buckets.local(batch.num_tokens)
         key = GraphKey(local_rows, plan.rows_per_rank)
         captured = self._graphs.get(key)
-        if captured is None or not self._inputs.owns(captured.metadata):
+        if captured is None or not self._inputs.owns(captured.attention.metadata):
             raise ContractViolation(f"{place}: no graph of {key} over these inputs")
         self._inputs.write(batch, local_rows, plan, future)
         captured.graph.replay()
@@ -121,21 +122,21 @@ class PassGraphs:
         )
         plan = graph_plan(self._collective, shapes, key.gathered_rows)
         exchange = graph_exchange(plan, self._collective, self._poison, inputs.row_ranges)
-        metadata = self._metadata(key.local_rows)
+        attention = self._model.backend.plan(self._metadata(key.local_rows))
         inputs.write_null(
             key.local_rows, graph_plan(self._collective, (0,) * size, key.gathered_rows)
         )
 
         def forward() -> PassOutput:
             pass_inputs = inputs.pass_inputs(key.local_rows)
-            hidden = self._model.forward(pass_inputs, metadata, exchange)
+            hidden = self._model.forward(pass_inputs, attention, exchange)
             if not self._with_logits:
                 return PassOutput(hidden, None)
             logits = self._model.logits(hidden.last, self._logits[: key.local_rows])
             return PassOutput(hidden, RowLogits.from_logits(logits))
 
         graph, output = capture_graph(forward, pool)
-        return _Captured(graph, output, metadata)
+        return _Captured(graph, output, attention)
 
     def _metadata(self, rows: int) -> AttentionMetadata:
         """Metadata over the graph's inputs; its host mirrors are bounds, for kernels to plan by."""

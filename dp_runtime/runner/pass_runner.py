@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.transfer import all_on_device
@@ -52,10 +53,10 @@ class PassRunner:
                 forward = self.piecewise.forward
             case ExecutionMode.EAGER:
                 forward = self.model.forward
-        inputs, metadata = self._prepare(batch, future, place)
+        inputs, attention = self._prepare(batch, future, place)
         exchange = PaddedExchange(plan.padding, self.collective, self.poison)
         timer.end_prepare()
-        return PassOutput(forward(inputs, metadata, exchange), None)
+        return PassOutput(forward(inputs, attention, exchange), None)
 
     def fits_graph(self, query_len: int, batch: LocalBatch) -> bool:
         """Whether there is a graph for these rows, on this rank."""
@@ -64,7 +65,7 @@ class PassRunner:
 
     def _prepare(
         self, batch: LocalBatch, future: FutureTokens, place: Place
-    ) -> tuple[PassInputs, AttentionMetadata]:
+    ) -> tuple[PassInputs, AttentionPlan]:
         if future.num_rejected is not None and self.device.type == "cpu":
             num_rejected = np.zeros(batch.num_requests, np.int64)
             num_rejected[: len(future.num_rejected)] = future.num_rejected.numpy()
@@ -73,7 +74,7 @@ class PassRunner:
         metadata = AttentionMetadata.build(
             batch, self.pages, place, self.device, future.num_rejected
         )
-        return pass_inputs(batch, future, self.device), metadata
+        return pass_inputs(batch, future, self.device), self.model.backend.plan(metadata)
 
 
 def pass_inputs(batch: LocalBatch, future: FutureTokens, device: torch.device) -> PassInputs:

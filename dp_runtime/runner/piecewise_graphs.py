@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.transfer import on_device
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs
@@ -94,13 +94,13 @@ class PiecewiseGraphs:
             )
         )
 
-    def forward(
-        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Hidden:
-        plan = exchange.plan
-        self._buffers.row_ranges.copy_(on_device(plan.row_ranges, self._buffers.row_ranges.device))
-        hidden = self._model.forward(inputs, metadata, exchange)
-        self._collective.arm_watchdog(f"stages of {plan.rows_per_rank} gathered rows")
+    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
+        padding = exchange.plan
+        self._buffers.row_ranges.copy_(
+            on_device(padding.row_ranges, self._buffers.row_ranges.device)
+        )
+        hidden = self._model.forward(inputs, plan, exchange)
+        self._collective.arm_watchdog(f"stages of {padding.rows_per_rank} gathered rows")
         return hidden
 
     def _capture(self, stage: MoeStage, gathered: int, pool: Any) -> torch.cuda.CUDAGraph:

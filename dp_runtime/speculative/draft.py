@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.core.cache_spec import CacheSpec, PagedKv
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
@@ -38,6 +39,11 @@ class DraftConfig:
     vocab_size: int  # of the draft's logits
     hidden_size: int
     aux_hidden_state_layers: tuple[int, ...]  # whose inputs it reads; none: the final norm's output
+
+    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+        """List what each layer keeps between passes, [layer]."""
+        kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
+        return (kv,) * self.num_layers
 
 
 class DraftModel(PassModel, Protocol):
@@ -67,7 +73,7 @@ class DraftMethod(Protocol):
         target: Model,
         weights: WeightSource,
         sharding: RankSharding,
-        attention: Callable[[int], AttentionBackend],
+        backend: AttentionBackend,
         moe: MoeKernels,
     ) -> DraftModel:
         """Load one rank's part of the model that `read_config` described."""
@@ -103,10 +109,10 @@ def build_draft(
     target: Model,
     weights: WeightSource,
     sharding: RankSharding,
-    attention: Callable[[int], AttentionBackend],
+    backend: AttentionBackend,
     moe_backend: str = "torch",
 ) -> DraftModel:
     method, moe = find_method(config.method), make_moe_kernels(moe_backend)
-    model = method.build(config, target, weights, sharding, attention, moe)
+    model = method.build(config, target, weights, sharding, backend, moe)
     weights.require_all_read(method.skippable_tensors, HINTS)
     return model

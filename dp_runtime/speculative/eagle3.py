@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.spec import AttentionBackend
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
@@ -49,6 +49,7 @@ class Eagle3(LmHeadMixin):
     mlp: DenseMLP
     norm: RMSNorm
     head: Linear
+    backend: AttentionBackend
     target_ids: Tensor | None  # [vocab_size] int64; None: the target's vocabulary itself
 
     @property
@@ -65,13 +66,11 @@ class Eagle3(LmHeadMixin):
     def project(self, aux_hidden_states: Tensor) -> Tensor:
         return self.fc(aux_hidden_states)
 
-    def forward(
-        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
         cos_sin = self.rotary(inputs.positions, self.dtype)
         x = concat_normed(inputs, self.embedding, self.embedding_norm, self.hidden_norm)
-        x = self.attention(x, cos_sin, metadata)
-        # NOTE: a sum may overwrite its second operand, and the hidden state is the caller's.
+        x = self.attention(x, cos_sin, plan)
+        # NOTE: a sum overwrites its second operand, and the hidden state is the caller's.
         x, residual = self.post_attention_norm.add(inputs.hidden, x)
         return Hidden(*self.norm.add(self.mlp(x), residual))
 
@@ -82,7 +81,7 @@ class Eagle3(LmHeadMixin):
         row = own_rows * self.hidden_size * self.dtype.itemsize
         concat = 5 * row  # embedding, both norms, and their concatenation
         attention = 2 * row + self.attention.activation_bytes(own_rows)
-        normed = 5 * row + self.norm.activation_bytes(own_rows)
+        normed = 4 * row + self.norm.activation_bytes(own_rows)
         mlp = 2 * row + self.mlp.activation_bytes(own_rows)
         cos_sin = own_rows * self.config.head_dim * self.dtype.itemsize
         return cos_sin + max(concat, attention, normed, mlp)
@@ -100,14 +99,14 @@ class Eagle3Method:
         target: Model,
         weights: WeightSource,
         sharding: RankSharding,
-        attention: Callable[[int], AttentionBackend],
+        backend: AttentionBackend,
         moe: MoeKernels,
     ) -> Eagle3:
         """Load the whole head: it has no experts to shard."""
         assert isinstance(config, Eagle3Config), config
         hidden, prefix = config.hidden_size, config.layer_prefix
         aux_size = len(config.aux_hidden_state_layers) * hidden
-        mixer, backend = f"{prefix}.self_attn", attention(0)
+        mixer, paged = f"{prefix}.self_attn", backend.layer(0)
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm.load(weights, name, hidden, config.rms_norm_eps)
@@ -121,12 +120,13 @@ class Eagle3Method:
             hidden_norm=norm(f"{prefix}.hidden_norm"),
             rotary=Rotary.of(config.rope, config.head_dim, weights.device),
             attention=Attention.load(
-                config.attention, weights, mixer, backend, input_size=2 * hidden
+                config.attention, weights, mixer, paged, input_size=2 * hidden
             ),
             post_attention_norm=norm(f"{prefix}.post_attention_layernorm"),
             mlp=DenseMLP.load(weights, f"{prefix}.mlp", hidden, config.intermediate_size),
             norm=norm("norm"),
             head=Linear.load(weights, {"lm_head": config.vocab_size}, hidden),
+            backend=backend,
             target_ids=load_target_ids(config, weights) if config.reduced else None,
         )
 

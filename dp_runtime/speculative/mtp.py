@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.spec import AttentionBackend
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.errors import require
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding
@@ -83,6 +83,7 @@ class Mtp(LmHeadMixin):
     rotary: Rotary
     layer: DecoderLayer
     norm: RMSNorm
+    backend: AttentionBackend
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,12 +100,10 @@ class Mtp(LmHeadMixin):
     def project(self, aux_hidden_states: Tensor) -> Tensor:
         return aux_hidden_states
 
-    def forward(
-        self, inputs: PassInputs, metadata: AttentionMetadata, exchange: RowExchange
-    ) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
         x = self.fc(concat_normed(inputs, self.embedding, self.embedding_norm, self.hidden_norm))
         cos_sin = self.rotary(inputs.positions, x.dtype)
-        x, residual = self.layer(x, None, cos_sin, metadata, exchange)
+        x, residual = self.layer(x, None, cos_sin, plan, exchange)
         last = self.norm.add(x, residual)[0]
         return Hidden(last, last)
 
@@ -132,7 +131,7 @@ class MtpMethod:
         target: Model,
         weights: WeightSource,
         sharding: RankSharding,
-        attention: Callable[[int], AttentionBackend],
+        backend: AttentionBackend,
         moe: MoeKernels,
     ) -> Mtp:
         assert isinstance(config, MtpConfig), config
@@ -146,8 +145,9 @@ class MtpMethod:
             hidden_norm=RMSNorm.load(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
             fc=Linear.load(weights, {"mtp.fc": hidden}, 2 * hidden),
             rotary=Rotary.of(config.layer.rope, config.head_dim, weights.device),
-            layer=DecoderLayer.load(config.layer, weights, LAYER, attention(0), mlp),
+            layer=DecoderLayer.load(config.layer, weights, LAYER, backend.layer(0), mlp),
             norm=RMSNorm.load(weights, "mtp.norm", hidden, eps),
+            backend=backend,
         )
 
 

@@ -11,13 +11,13 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.pools import allocate_pools
-from dp_runtime.attention.registry import kernels, make_backend
+from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.errors import StartError, require
 from dp_runtime.kernels.builds import JitModule
+from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.metrics.trace import Recorder, Totals
@@ -67,16 +67,16 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         check_free(plan, free_bytes(plan.device))
     allocated_before = _allocated(device)
     sources = _open_weights(config, plan, on_bytes)
-    pools = [allocate_pools(layers, plan.pages, spec, device) for layers, spec in plan.kv_layers]
-    scales = [read_kv_scales(sources[0], plan)]
-    if plan.draft is not None:
-        scales.append([KvScales()] * plan.draft.config.num_layers)
+    pools = [
+        [cache.allocate(plan.pages, device) for cache in layers.caches] for layers in plan.layers
+    ]
+    scales: list[Sequence[KvScales]] = [read_kv_scales(sources[0], plan), ()]  # a draft has none
     backends = [
-        make_backend(plan.backend, spec, some, layer_scales)
-        for (_, spec), some, layer_scales in zip(plan.kv_layers, pools, scales, strict=True)
+        backend_class(plan.backend)(layers.attention, own_pools, own_scales)
+        for layers, own_pools, own_scales in zip(plan.layers, pools, scales)
     ]
     models = ServedModels.build(
-        model, plan.draft_config, sources, backends, plan.sharding, plan.moe_backend
+        model, plan.draft, sources, backends, plan.sharding, plan.moe_backend
     )
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
@@ -89,7 +89,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         cache_tokens=plan.cache_tokens,
         bytes_read=sum(source.bytes_read for source in sources),
     )
-    all_pools = tuple(pool for some in pools for pool in some)
+    all_pools = tuple(pool for own_pools in pools for pool in own_pools)
     return LoadedRank(models, all_pools, info, monotonic() - started, allocated_before)
 
 
@@ -97,7 +97,7 @@ def _open_weights(
     config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]
 ) -> list[WeightSource]:
     """Of the model, and of its draft if there is one."""
-    draft = [] if plan.draft is None else [plan.draft.config.directory]
+    draft = [] if plan.draft is None else [plan.draft.directory]
     format_, seed, device = config.load_format, config.seed, torch.device(plan.device)
     return [
         open_weights(directory, format_, seed, plan.dtype, device, on_bytes)
@@ -198,13 +198,13 @@ def assemble(
 def kernels_of(plan: RankPlan) -> tuple[JitModule, ...]:
     """All that is compiled before a plan can be served."""
     device = torch.device(plan.device)
-    specs = dict.fromkeys(spec for _, spec in plan.kv_layers)
-    attention = [kernel for spec in specs for kernel in kernels(plan.backend, spec, device)]
+    cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
+    attention = [module for spec in specs for module in cls.jit_modules(spec, device)]
     return (*attention, *_moe_kernels(plan))
 
 
 def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
-    if plan.moe_backend != "triton":
+    if not make_moe_kernels(plan.moe_backend).compiled:
         return ()
     from dp_runtime.startup.jit_modules import modules
 

@@ -31,7 +31,7 @@ def _model_lines(plan: RankPlan) -> list[str]:
 def _draft_lines(plan: RankPlan) -> list[str]:
     if plan.draft is None:
         return []
-    draft = plan.draft.config
+    draft = plan.draft
     return [
         f"draft      {draft.method} of {draft.directory}: {draft.num_layers} layer, vocabulary "
         f"{draft.vocab_size}, up to {plan.limits.max_drafts} tokens a step"

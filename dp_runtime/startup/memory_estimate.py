@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 
 from torch import Tensor
 
+from dp_runtime.attention.plan import LayerCache
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, logprobs_bytes
@@ -17,7 +18,7 @@ from dp_runtime.startup.served_models import ServedModels
 
 
 def param_bytes(models: object) -> int:
-    """Bytes of all tensors of models, which are dataclasses all the way down to their backends."""
+    """Count the bytes of all tensors of models, which are dataclasses down to their caches."""
     storages = {}
     for tensor in _tensors(models):
         storage = tensor.untyped_storage()
@@ -31,10 +32,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, tuple):
         for item in value:
             yield from _tensors(item)
-    elif is_dataclass(value):
+    elif is_dataclass(value) and not isinstance(value, LayerCache):
         for field in fields(value):
-            if field.name != "backend":  # it is bound to the page pool
-                yield from _tensors(getattr(value, field.name))
+            yield from _tensors(getattr(value, field.name))
 
 
 def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: bool) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dp_runtime.attention.spec import AttentionBackend
+from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.model import Model, PassModel
 from dp_runtime.models.registry import build_model
 from dp_runtime.speculative.draft import DraftConfig, DraftModel, build_draft
 from dp_runtime.weights.source import WeightSource
-
-LayerAttention = Callable[[int], AttentionBackend]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +31,14 @@ class ServedModels:
         config: ModelConfig,
         draft: DraftConfig | None,
         weights: Sequence[WeightSource],
-        attention: Sequence[LayerAttention],
+        backends: Sequence[AttentionBackend],
         sharding: RankSharding,
         moe_backend: str,
     ) -> ServedModels:
-        """Load a model and its draft; weights, attention: the model's first, then its draft's."""
-        target = build_model(config, weights[0], sharding, attention[0], moe_backend)
+        """Load a model and its draft from weights and over backends of each."""
+        target = build_model(config, weights[0], sharding, backends[0], moe_backend)
         if draft is None:
             return cls(target, None)
         target = target.with_features(draft.aux_hidden_state_layers)
-        own = weights[1], sharding, attention[1], moe_backend
+        own = weights[1], sharding, backends[1], moe_backend
         return cls(target, build_draft(draft, target, *own))

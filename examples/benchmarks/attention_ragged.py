@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlanner, causal_mask
-from dp_runtime.attention.registry import kernels
 from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.attention.trtllm.backend import TrtllmBackend
+from dp_runtime.attention.trtllm.kernel_groups import KernelGroup, build_groups, causal_mask
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.kernels.builds import KernelBuilds
 from examples.benchmarks.harness import machine
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
 
 def build(device: torch.device) -> None:
     """FMHAv2 and XQA for each length; the ragged entry runs the module of the longest."""
-    with KernelBuilds(kernels("trtllm", SPEC, device), device) as builds:
+    with KernelBuilds(TrtllmBackend.jit_modules(SPEC, device), device) as builds:
         builds.wait()
 
 
@@ -104,10 +104,10 @@ def make_load(requests: int, longest: int, device: torch.device) -> Load:
 
 def by_length(load: Load, spec: AttentionSpec) -> Callable[[], Tensor]:
     """One call per query length, as the runtime does; FMHAv2 for all where none is for decode."""
-    from dp_runtime.attention.sm90 import make_kernels
+    from dp_runtime.attention.trtllm.sm90 import make_calls
 
-    calls, out, scales = make_kernels(spec, load.q.device), torch.empty_like(load.q), KvScales()
-    groups = KernelPlanner(spec).plan(load.metadata).groups
+    calls, out, scales = make_calls(spec, load.q.device), torch.empty_like(load.q), KvScales()
+    groups = build_groups(load.metadata, spec.decode_query_lens)
 
     def run_group(group: KernelGroup) -> None:
         rows = load.q[group.rows]

@@ -3,8 +3,8 @@
     python -m examples.benchmarks.contract_cost
     python -m examples.benchmarks.contract_cost --no-step    # without the model, as on a CPU
 
-Values are checked once a pass, on the host mirrors; the checks of the 48 layers are recorded from
-the adapter's own calls and replayed, without the rest of its work. Times are medians.
+Values, and what the plan of a pass holds, are checked once a pass; the checks of the 48 layers are
+recorded from their own calls and replayed, without the rest of their work. Times are medians.
 With a GPU it also times the shape's eager decode steps, with dummy weights, on --dp-size ranks.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,12 @@ import numpy as np
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.attention import trtllm
-from dp_runtime.attention.contract import LayerContract, PassChecks
-from dp_runtime.attention.spec import AttentionSpec, KvScales
-from dp_runtime.attention.trtllm import TrtllmAttention, make_layers
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.contract import compare, metadata_comparisons
+from dp_runtime.attention.plan import AttentionPlan
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.trtllm.backend import TrtllmBackend
+from dp_runtime.attention.trtllm.kernel_plan import KernelPlan
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from examples.benchmarks.harness import machine
@@ -42,7 +44,7 @@ LAYERS = int(QWEN3_30B_A3B["num_hidden_layers"])
 HEADS, KV_HEADS = int(QWEN3_30B_A3B["num_attention_heads"]), 4
 HEAD_DIM, PAGE, CONTEXT = int(QWEN3_30B_A3B["head_dim"]), 64, 1024
 PLACE = Place(0, 0, "target")
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]  # q, k, v
+Tensors = tuple[torch.Tensor, AttentionMetadata]  # q
 DECODES = (1, 16, 64, 128, 256)
 MIXED = (63, 1985)  # decoding requests, and the rows of one prefill chunk
 
@@ -85,8 +87,8 @@ class Call:
     arguments: tuple[object, ...]
 
 
-def recorded_checks(layers: Sequence[TrtllmAttention], tensors: Tensors) -> list[Call]:
-    """Every check that the layers make for a pass they have not seen, in their order."""
+def recorded_checks(backend: AttentionBackend, tensors: Tensors) -> list[Call]:
+    """Every check that the layers make in a pass, in their order: of q and of kernel calls."""
     calls: list[Call] = []
 
     def recording(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,35 +98,36 @@ def recorded_checks(layers: Sequence[TrtllmAttention], tensors: Tensors) -> list
 
         return call
 
+    q, metadata = tensors
+    plan = backend.plan(metadata)
     with ExitStack() as patches:
-        for owner, name in ((LayerContract, "check"), (trtllm, "check_plan"),
-                            (trtllm, "check_kernel")):  # fmt: skip
+        for owner, name in ((AttentionPlan, "check_rows"), (KernelPlan, "check_call")):
             patches.enter_context(patch.object(owner, name, recording(getattr(owner, name))))
-        for layer in layers:
-            layer(*tensors)
+        for layer in range(LAYERS):
+            backend.layer(layer).run(q, plan)
     return calls
 
 
 def measure(decodes: int, chunk: int, repeats: int, device: torch.device) -> Cost:
-    """Median cost of one pass's checks: the adapter's own, replayed without its other work."""
+    """Median cost of one pass's checks: the backend's own, replayed without its other work."""
     dtype = torch.bfloat16
     spec = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, PAGE, dtype, dtype)
     batch = make_batch(decodes, chunk)
     pages = PageGeometry(int(batch.page_table.max()) + 1, PAGE)
     pool = torch.zeros((pages.num_pages, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=dtype, device=device)
-    make_layer = make_layers(spec, [pool] * LAYERS, [KvScales()] * LAYERS, NoKernels())
-    layers: list[Any] = [make_layer(layer) for layer in range(LAYERS)]
+    backend = TrtllmBackend(spec, [pool] * LAYERS, calls=NoKernels())
     q = torch.zeros((batch.num_tokens, HEADS, HEAD_DIM), dtype=dtype, device=device)
     metadata = AttentionMetadata.build(batch, pages, PLACE, device)
-    calls = recorded_checks(layers, (q, q[:, :KV_HEADS], q[:, :KV_HEADS], metadata))
-    seen = layers[0].contract.pass_checks
+    calls = recorded_checks(backend, (q, metadata))
+    plan, where = backend.plan(metadata), str(PLACE)
     values, checks = [], []
     for _ in range(repeats):
-        vars(seen).update(vars(PassChecks()))  # as before the pass's first layer
         start = perf_counter()
         check_values(batch, pages, PLACE)
         values.append(perf_counter() - start)
         start = perf_counter()
+        compare(metadata_comparisons(metadata, spec, device), where)
+        compare(plan.comparisons(device), where)
         for call in calls:
             call.check(*call.arguments)
         checks.append(perf_counter() - start)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from collectives.in_process import InProcessGroup
-from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
@@ -30,12 +29,6 @@ PAGE_SIZE, CAPACITY = 8, 96
 
 def no_hidden() -> Tensor:
     return torch.zeros(0, 0)
-
-
-def add_in_place(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """RMSNorm.add as a GPU's kernel does it: the sum overwrites the residual."""
-    total = x if residual is None else residual.add_(x)
-    return norm(total), total
 
 
 def on_ranks(dp_size: int, run: Callable[[RowCollective], Any]) -> list[Any]:
@@ -72,7 +65,7 @@ class DraftRank:
         def backends(layers: int, heads: int, kv_heads: int, head_dim: int) -> Any:
             shape = (self.num_pages, 2, kv_heads, PAGE_SIZE, head_dim)
             pools = [torch.full(shape, torch.nan) for _ in range(layers)]
-            return make_backend("torch_ref", spec_of(pools[0], heads), pools)
+            return TorchRefBackend(spec_of(pools[0], heads), pools)
 
         def weights(directory: str) -> Any:
             return open_weights(directory, load_format, 0, torch.float32, CPU)
@@ -114,7 +107,8 @@ class DraftRank:
             hidden,
         )
         exchange = PaddedExchange(plan, self.collective, poison=True)
-        return model.forward(inputs, metadata_of(batch, self.num_pages, PAGE_SIZE), exchange)
+        metadata = metadata_of(batch, self.num_pages, PAGE_SIZE)
+        return model.forward(inputs, model.backend.plan(metadata), exchange)
 
     def follow(
         self, new: Sequence[list[int]], before: Sequence[int], following: Sequence[list[int]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.kernel_groups import KernelGroup
 from dp_runtime.attention.spec import KvScales
+from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
 
 
 class FakeKernels:

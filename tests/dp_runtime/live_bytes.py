@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from dp_runtime.attention import torch_ref
+from dp_runtime.attention.plan import LayerCache
+from dp_runtime.attention.torch_ref import QueryPlan
 
 
 class LiveBytes(TorchDispatchMode):
@@ -39,3 +45,15 @@ class LiveBytes(TorchDispatchMode):
                     self._live[ref] = tensor.untyped_storage().nbytes()
         self.peak = max(self.peak, self.now)
         return result
+
+
+def attend_frugally(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch_ref copy what it gets, as a GPU's kernels do; its masks would take far more."""
+
+    def attend(plan: QueryPlan, q: Tensor, cache: LayerCache) -> Tensor:
+        keys_and_values = q.new_empty(len(q), 2 * cache.pool.shape[2], q.shape[2])
+        copies = q.clone(), keys_and_values
+        return copies[0].clone()
+
+    monkeypatch.setattr(torch_ref, "build_groups", lambda *arguments: ())
+    monkeypatch.setattr(QueryPlan, "attend", attend)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.cache_spec import CacheSpec
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 
 CPU = torch.device("cpu")
@@ -65,3 +69,35 @@ def spec_of(pool: torch.Tensor, num_heads: int, dtype: torch.dtype | None = None
 
 def metadata_of(batch: LocalBatch, num_pages: int, page_size: int) -> AttentionMetadata:
     return AttentionMetadata.build(batch, PageGeometry(num_pages, page_size), PLACE, CPU)
+
+
+def attend(
+    backend: AttentionBackend,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    metadata: AttentionMetadata,
+    layer: int = 0,
+) -> torch.Tensor:
+    """Plan a pass, append k and v in one layer, and attend from q."""
+    plan, paged = backend.plan(metadata), backend.layer(layer)
+    KvWriter(paged.cache).append(k, v, plan)
+    return paged.run(q, plan)
+
+
+class ListsCaches(Protocol):
+    """A configuration of a model, or of a draft model."""
+
+    @property
+    def num_heads(self) -> int: ...
+
+    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]: ...
+
+
+def backend_over(
+    config: ListsCaches, num_pages: int = 0, page_size: int = 4, dtype: torch.dtype = torch.float32
+) -> TorchRefBackend:
+    """The reference over zeroed pools of a model's layers; without pages where nothing runs."""
+    pages = PageGeometry(num_pages, page_size)
+    pools = [cache.allocate(pages, CPU) for cache in config.cache_specs(page_size, dtype)]
+    return TorchRefBackend(spec_of(pools[0], config.num_heads), pools)

@@ -7,7 +7,7 @@ from time import monotonic
 
 import torch
 
-from dp_runtime.attention.registry import kernels
+from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.kernels.builds import KernelBuilds
 
@@ -17,7 +17,11 @@ def build_all(needs: Iterable[tuple[str, AttentionSpec]], device: torch.device) 
 
     The longest come first: FMHAv2 has some hundred sources, XQA five.
     """
-    found = {kernel.name: kernel for need in needs for kernel in kernels(*need, device)}
+    found = {
+        module.name: module
+        for name, spec in needs
+        for module in backend_class(name).jit_modules(spec, device)
+    }
     started = monotonic()
     with KernelBuilds([found[name] for name in sorted(found)], device) as builds:
         builds.wait()

@@ -9,15 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.kv_write import quantize
-from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.kv_writer import KvWriter
+from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.e4m3 import quantize
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
-from dp_runtime.core.rotation import QkNormRope
+from dp_runtime.core.rotation import QkNormRope, rotate
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import rotate
-from tests.dp_runtime.paged import paged_batch, random_page_table
+from tests.dp_runtime.paged import attend, paged_batch, random_page_table
 
 CUDA = torch.device("cuda", 0)
 PLACE = Place(0, 3, "target")
@@ -86,15 +87,16 @@ class Case:
 
     def run(self, name: str, metadata: AttentionMetadata | None = None) -> Tensor:
         pools, scales = [self.pool.clone()], [self.scales]
-        backend = make_backend(name, self.spec, pools, scales)(0)
-        return backend(self.q, self.k, self.v, metadata or self.metadata)
+        backend = backend_class(name)(self.spec, pools, scales)
+        return attend(backend, self.q, self.k, self.v, metadata or self.metadata)
 
     def run_unrotated(self, name: str, rotation: QkNormRope) -> tuple[Tensor, Tensor]:
         """With q, k and v in one, still to be normed and rotated: what comes out, and the pool."""
         pool = self.pool.clone()
-        backend = make_backend(name, self.spec, [pool], [self.scales])(0)
+        backend = backend_class(name)(self.spec, [pool], [self.scales])
+        plan, paged = backend.plan(self.metadata), backend.layer(0)
         qkv = torch.cat([self.q, self.k, self.v], 1)
-        return backend.attend_qkv(qkv, rotation, self.metadata), pool
+        return paged.run(KvWriter(paged.cache).write(qkv, rotation, plan), plan), pool
 
     def rotated(self, rotation: QkNormRope) -> Case:
         """The same by the plain layers, its q and k normed and rotated."""
@@ -111,7 +113,8 @@ class Case:
             pool = pool * torch.tensor([self.scales.k, self.scales.v], device=CUDA).view(2, 1, 1, 1)
             k = quantize(k, self.scales.k).float() * self.scales.k
             v = quantize(v, self.scales.v).float() * self.scales.v
-        return make_backend("torch_ref", spec, [pool])(0)(self.q.float(), k, v, self.metadata)
+        backend = TorchRefBackend(spec, [pool])
+        return attend(backend, self.q.float(), k, v, self.metadata)
 
 
 def with_null_rows(case: Case, count: int, query_len: int) -> tuple[Case, AttentionMetadata]:

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dp_runtime.attention.kernel_groups import KernelPlanner
-from dp_runtime.attention.kv_write import quantize
-from dp_runtime.attention.registry import choose_backend, make_backend
+from dp_runtime.attention.kv_writer import KvWriter
+from dp_runtime.attention.registry import backend_class, choose_backend
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.trtllm.kernel_groups import build_groups
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.e4m3 import quantize
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry
 from dp_runtime.core.rotation import QkNormRope
 from dp_runtime.errors import ContractViolation
+from tests.dp_runtime.paged import attend
 from tests.gpu.build import build_all
 from tests.gpu.cases import (
     CUDA,
@@ -190,14 +192,16 @@ def test_unrotated_rows_give_what_rotated_ones_give(
 @ONE_SHAPE
 def test_zero_rows_call_no_kernel(name: str, spec: AttentionSpec) -> None:
     case = Case.make([(1, 9)], spec)
-    backend = make_backend(name, spec, [case.pool])(0)
+    backend = backend_class(name)(spec, [case.pool])
     pages = PageGeometry(case.num_pages, spec.page_size)
     metadata = AttentionMetadata.build(LocalBatch.empty(), pages, PLACE, CUDA)
-    assert backend(case.q[:0], case.k[:0], case.v[:0], metadata).shape == (0, 32, 128)
+    assert attend(backend, case.q[:0], case.k[:0], case.v[:0], metadata).shape == (0, 32, 128)
     angles = torch.zeros(0, 1, 64, dtype=spec.dtype, device=CUDA)
     qkv = torch.cat([case.q, case.k, case.v], 1)[:0]
     rotation = QkNormRope(None, 0.0, angles, angles)
-    assert backend.attend_qkv(qkv, rotation, metadata).shape == (0, 32, 128)
+    plan, paged = backend.plan(metadata), backend.layer(0)
+    q = KvWriter(paged.cache).write(qkv, rotation, plan)
+    assert paged.run(q, plan).shape == (0, 32, 128)
 
 
 @NAMES
@@ -221,11 +225,12 @@ def test_null_rows(name: str, spec: AttentionSpec, count: int, query_len: int, r
 def test_rows_beyond_the_metadata_are_refused(name: str, spec: AttentionSpec) -> None:
     """The call of SGLang PR #21649: 12 query rows, metadata of 10."""
     case, padded = (Case.make(lengths_of(n, 1, 1000), spec) for n in (10, 12))
-    backend = make_backend(name, spec, [case.pool])(0)
+    backend = backend_class(name)(spec, [case.pool])
+    plan = backend.plan(case.metadata)
     with pytest.raises(ContractViolation) as error:
-        backend(padded.q, padded.k, padded.v, case.metadata)
+        backend.layer(0).run(padded.q, plan)
     text = str(error.value)
-    assert "rank 0, step 3, slot target, layer 0: q shape is (12, 32, 128)" in text
+    assert "rank 0, step 3, pass target, layer 0: q shape is (12, 32, 128)" in text
     assert "(10, 32, 128)" in text
 
 
@@ -267,10 +272,11 @@ def test_auto_prefers_the_trtllm_kernels_and_says_what_it_can_not(
 
 def test_a_module_that_was_not_built_is_an_error_after_ready() -> None:
     code = (
-        "import torch; from dp_runtime.attention import AttentionSpec, kernels;"
+        "import torch; from dp_runtime.attention.spec import AttentionSpec;"
+        "from dp_runtime.attention.trtllm.backend import TrtllmBackend;"
         "from dp_runtime.kernels.builds import forbid_compilation; forbid_compilation();"
         "b = torch.bfloat16; spec = AttentionSpec(12, 4, 128, 64, b, b);"
-        "kernels('trtllm', spec, torch.device('cuda', 0))[1].build()"
+        "TrtllmBackend.jit_modules(spec, torch.device('cuda', 0))[1].build()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "MissingJITCacheError" in done.stderr
@@ -292,11 +298,11 @@ def test_what_lies_behind_the_metadata_never_changes_a_result(
 @pytest.mark.parametrize("name", ["trtllm"])
 @pytest.mark.parametrize("query_len", [1, 4, 40], ids=["decode", "verify", "chunk"])
 def test_kernels_write_their_own_rows_only(name: str, spec: AttentionSpec, query_len: int) -> None:
-    from dp_runtime.attention.sm90 import make_kernels
+    from dp_runtime.attention.trtllm.sm90 import make_calls
 
     case = Case.make(lengths_of(10, query_len, 2048), spec)
-    (group,) = KernelPlanner(spec).plan(case.metadata).groups
-    calls, rows = make_kernels(spec, CUDA), len(case.q)
+    (group,) = build_groups(case.metadata, spec.decode_query_lens)
+    calls, rows = make_calls(spec, CUDA), len(case.q)
     out = torch.full((rows + 64, *case.q.shape[1:]), 7.0, dtype=BF16, device=CUDA)
     call = calls.prefill if group.query_len is None else calls.decode
     call(case.q, case.pool, case.scales, group, out[:rows])

@@ -27,6 +27,8 @@ from workers.worker import Worker
 
 LONG = SamplingParams(max_tokens=1500, temperature=0.0, ignore_eos=True)
 
+JIT_MODULES = "dp_runtime.attention.torch_ref.TorchRefBackend.jit_modules"
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -203,7 +205,7 @@ def test_kernels_are_built_beside_loading_and_shown(
 ) -> None:
     worker, may_finish = new_worker(directory), threading.Event()
     built = (JitModule("quick", lambda: None), JitModule("slow", lambda: may_finish.wait(10.0)))
-    monkeypatch.setattr("dp_runtime.startup.assembly.kernels", lambda *where: built)
+    monkeypatch.setattr(JIT_MODULES, lambda *where: built)
     worker.prepare()
     loading = threading.Thread(target=worker.load)
     loading.start()
@@ -224,7 +226,8 @@ def test_a_kernel_that_can_not_be_built_is_named(
         raise OSError("no nvcc")
 
     monkeypatch.setattr(
-        "dp_runtime.startup.assembly.kernels", lambda *where: (JitModule("XQA q_len 1", fail),)
+        "dp_runtime.attention.torch_ref.TorchRefBackend.jit_modules",
+        lambda *where: (JitModule("XQA q_len 1", fail),),
     )
     worker = new_worker(directory)
     worker.prepare()

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dp_runtime.attention.query_groups import QueryPlanner, group_pieces, split_queries
-from dp_runtime.attention.registry import choose_backend, make_backend
+from dp_runtime.attention.kv_writer import KvWriter
+from dp_runtime.attention.query_groups import group_pieces, split_queries
+from dp_runtime.attention.registry import backend_class, choose_backend
+from dp_runtime.attention.torch_ref import QueryPlan, TorchRefBackend
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
-from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table, spec_of
+from tests.dp_runtime.paged import CPU, attend, metadata_of, paged_batch, random_page_table, spec_of
 
 HEAD_DIM = 8
 
@@ -64,12 +66,12 @@ class Case:
         self.v = torch.cat([v[s - q :] for v, (q, s) in zip(values, lengths)])
         batch = paged_batch(lengths, table, page_size)
         self.metadata = metadata_of(batch, num_pages, page_size)
-        self.backend = make_backend("torch_ref", spec_of(self.pool, heads[0]), [self.pool])(0)
+        self.backend = TorchRefBackend(spec_of(self.pool, heads[0]), [self.pool])
         queries = self.q.split([q for q, _ in lengths])
         self.expected = torch.cat([dense_attention(*x) for x in zip(queries, keys, values)])
 
     def check(self, tolerance: float = 1e-5) -> None:
-        out = self.backend(self.q, self.k, self.v, self.metadata)
+        out = attend(self.backend, self.q, self.k, self.v, self.metadata)
         assert out.dtype == self.q.dtype
         torch.testing.assert_close(out.double(), self.expected, atol=tolerance, rtol=tolerance)
 
@@ -113,7 +115,7 @@ def test_kinds_of_batches(lengths: list[tuple[int, int]], page_size: int) -> Non
 
 def test_bfloat16_is_computed_in_float32() -> None:
     case = Case([(1, 150), (5, 40), (90, 90)], 16, dtype=torch.bfloat16)
-    out = case.backend(case.q, case.k, case.v, case.metadata)
+    out = attend(case.backend, case.q, case.k, case.v, case.metadata)
     assert (
         torch.equal(out, case.expected.to(torch.bfloat16))
         or ((out.double() - case.expected).abs() <= case.expected.abs() * 2**-8 + 1e-6).all()
@@ -123,7 +125,7 @@ def test_bfloat16_is_computed_in_float32() -> None:
 def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
     alone = Case([(1, 77)], 8)
     together = Case([(1, 77), (1, 80), (1, 3), (9, 50)], 8)
-    pool_free = together.backend(together.q, together.k, together.v, together.metadata)[:1]
+    pool_free = attend(together.backend, together.q, together.k, together.v, together.metadata)[:1]
     torch.testing.assert_close(pool_free.double(), together.expected[:1], atol=1e-5, rtol=1e-5)
     alone.check()
 
@@ -131,9 +133,9 @@ def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
 def test_zero_rows_touch_nothing() -> None:
     pool = torch.full((3, 2, 2, 4, HEAD_DIM), torch.nan)
     metadata = metadata_of(LocalBatch.empty(), 3, 4)
-    backend = make_backend("torch_ref", spec_of(pool, 4), [pool])(0)
+    backend = TorchRefBackend(spec_of(pool, 4), [pool])
     empty = torch.zeros(0, 2, HEAD_DIM)
-    out = backend(torch.zeros(0, 4, HEAD_DIM), empty, empty, metadata)
+    out = attend(backend, torch.zeros(0, 4, HEAD_DIM), empty, empty, metadata)
     assert out.shape == (0, 4, HEAD_DIM)
     assert pool.isnan().all()
 
@@ -141,7 +143,7 @@ def test_zero_rows_touch_nothing() -> None:
 def test_appends_at_slot_mapping_only() -> None:
     case = Case([(3, 10), (1, 5)], 4)
     before = case.pool.clone()
-    case.backend(case.q, case.k, case.v, case.metadata)
+    attend(case.backend, case.q, case.k, case.v, case.metadata)
     slots = case.metadata.slot_mapping
     flat = case.pool.permute(0, 3, 1, 2, 4).flatten(0, 1)  # [slots, 2, kv_heads, head_dim]
     assert torch.equal(flat[slots, 0], case.k)
@@ -173,21 +175,31 @@ def test_appends_at_slot_mapping_only() -> None:
 )  # fmt: skip
 def test_contract_violations_name_layer_and_both_numbers(change, numbers) -> None:
     case = Case([(4, 9), (1, 5)], 4)
-    call = {"q": case.q, "k": case.k, "v": case.v, "metadata": case.metadata, **change(case)}
-    pool = case.pool.clone()
-    with pytest.raises(ContractViolation, match="layer 0: ") as caught:
-        case.backend(call["q"], call["k"], call["v"], call["metadata"])
+    pool, paged = case.pool.clone(), case.backend.layer(0)
+
+    def call(k=case.k, v=case.v, q=None, metadata=case.metadata) -> None:
+        plan = case.backend.plan(metadata)
+        if q is not None:
+            paged.run(q, plan)
+        KvWriter(paged.cache).append(k, v, plan)
+
+    with pytest.raises(ContractViolation, match=r"layers? 0(\.\.0)?: ") as caught:
+        call(**change(case))
     assert all(number in str(caught.value) for number in numbers)
     torch.testing.assert_close(case.pool, pool, equal_nan=True, atol=0, rtol=0)
 
 
-def test_layers_share_the_groups_of_one_metadata() -> None:
+def test_layers_share_the_groups_of_one_plan() -> None:
     case, other = Case([(1, 9)], 4), Case([(1, 9), (2, 3)], 4)
-    planner = QueryPlanner(2, 4)
-    plan = planner.plan(case.metadata)
-    assert planner.plan(case.metadata) is plan
-    assert len(planner.plan(other.metadata).groups) == 2
-    assert planner.plan(case.metadata) is not plan
+    plan, another = case.backend.plan(case.metadata), case.backend.plan(other.metadata)
+    assert isinstance(plan, QueryPlan)
+    assert isinstance(another, QueryPlan)
+    assert (len(plan.groups), len(another.groups)) == (1, 2)
+    with pytest.raises(ContractViolation, match=r"layer 0: q shape is \(3, 4, 8\), .*\(1, 4, 8\)"):
+        case.backend.layer(0).run(other.q, plan)
+    paged = case.backend.layer(0)
+    KvWriter(paged.cache).append(case.k, case.v, plan)
+    torch.testing.assert_close(paged.run(case.q, plan).double(), case.expected, atol=1e-5, rtol=0)
 
 
 def test_groups_cover_every_row_once_and_bound_their_padding() -> None:
@@ -209,4 +221,4 @@ def test_choice_of_a_backend_without_a_gpu() -> None:
     with pytest.raises(ValueError, match="attention_backend: 'trtllm' is not allowed; auto or"):
         choose_backend("trtllm", spec, CPU)
     with pytest.raises(ValueError, match="attention_backend: 'nope' is not allowed; one of torch"):
-        make_backend("nope", spec, [])
+        backend_class("nope")

@@ -13,22 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlan
-from dp_runtime.attention.kv_write import CacheSlots, quantize
-from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.kv_writer import KvWriter
+from dp_runtime.attention.plan import CacheSlots
 from dp_runtime.attention.spec import AttentionSpec, KvScales
-from dp_runtime.attention.trtllm import TrtllmAttention, make_layers
+from dp_runtime.attention.torch_ref import TorchRefBackend
+from dp_runtime.attention.trtllm.backend import TrtllmBackend
+from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
+from dp_runtime.attention.trtllm.kernel_plan import KernelPlan
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.e4m3 import quantize
 from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
-from dp_runtime.core.rotation import QkNormRope
+from dp_runtime.core.rotation import QkNormRope, rotate
 from dp_runtime.errors import ContractViolation
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import rotate
 from tests.dp_runtime.fake_kernels import FakeKernels
-from tests.dp_runtime.paged import CPU, paged_batch, random_page_table
+from tests.dp_runtime.paged import CPU, attend, paged_batch, random_page_table
 
 FP32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 8
 WHERE = "rank 5, step 7, pass target, layer 1: "
+PLANNED = "rank 5, step 7, pass target, layers 0..1: "  # what is wrong for all layers alike
 SCALES = KvScales(0.03, 0.07)
 
 
@@ -57,32 +62,41 @@ class Call:
             [quantize(pool[:, 0], SCALES.k), quantize(pool[:, 1], SCALES.v)], 1
         ) if kv_dtype is E4M3 else pool  # fmt: skip
 
-    def backend(self) -> TrtllmAttention:
+    def backend(self) -> TrtllmBackend:
         pools, scales = [self.pool.clone(), self.pool.clone()], [self.scales] * 2
-        backend = make_layers(self.spec, pools, scales, FakeKernels())(1)
-        assert isinstance(backend, TrtllmAttention)
-        return backend
+        return TrtllmBackend(self.spec, pools, scales, FakeKernels())
 
-    def run(self, **changes: Any) -> Tensor:
-        call = {"q": self.q, "k": self.k, "v": self.v, "metadata": self.metadata, **changes}
-        return self.backend()(call["q"], call["k"], call["v"], call["metadata"])
+    def plan(self, backend: TrtllmBackend | None = None) -> KernelPlan:
+        plan = (backend or self.backend()).plan(self.metadata)
+        assert isinstance(plan, KernelPlan)
+        return plan
+
+    def run(self) -> Tensor:
+        return attend(self.backend(), self.q, self.k, self.v, self.metadata, layer=1)
 
     def reference(self) -> Tensor:
-        pools = [self.pool.clone()]
-        backend = make_backend("torch_ref", self.spec, pools, [self.scales])(0)
-        return backend(self.q, self.k, self.v, self.metadata)
+        backend = TorchRefBackend(self.spec, [self.pool.clone()], [self.scales])
+        return attend(backend, self.q, self.k, self.v, self.metadata)
 
-    def refused(self, numbers: tuple[str, ...], **changes: Any) -> None:
-        """The call is refused before the pool is written, and the message has both numbers."""
+    def refused(self, numbers: tuple[str, ...], name: str, changed: Any) -> None:
+        """The call that gets it refuses it, writes nothing, and the message has both numbers."""
         backend = self.backend()
-        before = backend.pool.clone()
-        call = {"q": self.q, "k": self.k, "v": self.v, "metadata": self.metadata, **changes}
+        paged = backend.layer(1)
+        before = paged.cache.pool.clone()
+
+        def call(k: Tensor = self.k, v: Tensor = self.v, q: Tensor | None = None,
+                 metadata: AttentionMetadata = self.metadata) -> None:  # fmt: skip
+            plan = backend.plan(metadata)
+            if q is not None:
+                paged.run(q, plan)
+            KvWriter(paged.cache).append(k, v, plan)
+
         with pytest.raises(ContractViolation) as caught:
-            backend(call["q"], call["k"], call["v"], call["metadata"])
+            call(**{name: changed})
         text = str(caught.value)
-        assert text.startswith(WHERE)
+        assert text.startswith(PLANNED if name == "metadata" else WHERE)
         assert all(number in text for number in numbers), text
-        assert torch.equal(backend.pool.view(torch.uint8), before.view(torch.uint8))
+        assert torch.equal(paged.cache.pool.view(torch.uint8), before.view(torch.uint8))
 
 
 LENGTHS = [(1, 9), (4, 12), (1, 3), (6, 6), (4, 4)]
@@ -126,10 +140,11 @@ def test_values_beyond_e4m3_become_its_largest() -> None:
 
 def test_the_second_layer_is_checked_again() -> None:
     call = Call(LENGTHS)
-    layers = make_layers(call.spec, [call.pool, call.pool], [call.scales] * 2, FakeKernels())
-    layers(0)(call.q, call.k, call.v, call.metadata)
+    backend = call.backend()
+    plan = call.plan(backend)
+    backend.layer(0).run(call.q, plan)
     with pytest.raises(ContractViolation, match=r"layer 1: q shape is \(12, 4, 8\), .*\(16, 4, 8"):
-        layers(1)(call.q[:12], call.k, call.v, call.metadata)
+        backend.layer(1).run(call.q[:12], plan)
 
 
 META = torch.device("meta")
@@ -158,7 +173,7 @@ def test_wrong_rows_are_refused(
     name: str, change: Callable[[Tensor], Tensor], numbers: tuple[str, str]
 ) -> None:
     call = Call(LENGTHS)
-    call.refused(numbers, **{name: change(getattr(call, name))})
+    call.refused(numbers, name, change(getattr(call, name)))
 
 
 def unrotated(call: Call, normed: bool = True) -> dict[str, Any]:
@@ -170,10 +185,11 @@ def unrotated(call: Call, normed: bool = True) -> dict[str, Any]:
     return {**parts, "norm_weight": weight if normed else None, "metadata": call.metadata}
 
 
-def attend_qkv(backend: Any, given: dict[str, Any]) -> Tensor:
+def write(backend: AttentionBackend, given: dict[str, Any], layer: int, plan: Any = None) -> Tensor:
+    """The queries of unrotated rows, whose keys and values are written."""
     rotation = QkNormRope(given["norm_weight"], 1e-6, given["cos"], given["sin"])
-    out: Tensor = backend.attend_qkv(given["qkv"], rotation, given["metadata"])
-    return out
+    plan = plan or backend.plan(given["metadata"])
+    return KvWriter(backend.layer(layer).cache).write(given["qkv"], rotation, plan)
 
 
 UNROTATED: list[tuple[str, Callable[[Tensor], Tensor], tuple[str, str]]] = [
@@ -197,37 +213,42 @@ def test_wrong_unrotated_rows_are_refused(
     call = Call(LENGTHS)
     backend, given = call.backend(), unrotated(call)
     with pytest.raises(ContractViolation) as caught:
-        attend_qkv(backend, {**given, name: change(given[name])})
+        write(backend, {**given, name: change(given[name])}, 1)
     assert str(caught.value).startswith(WHERE)
     assert all(number in str(caught.value) for number in numbers), caught.value
-    assert torch.equal(backend.pool, call.pool)
+    assert torch.equal(backend.layer(1).cache.pool, call.pool)
 
 
 def test_unrotated_rows_are_checked_in_every_layer() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
     call = Call(LENGTHS)
-    layers = make_layers(call.spec, [call.pool, call.pool], [call.scales] * 2, FakeKernels())
-    given = unrotated(call)
-    attend_qkv(layers(0), given)
+    backend, given = call.backend(), unrotated(call)
+    plan = call.plan(backend)
+    write(backend, given, 0, plan)
     with pytest.raises(ContractViolation, match=r"layer 1: cos shape is \(15, 1, 4\), "):
-        attend_qkv(layers(1), {**given, "cos": given["cos"][1:]})
+        write(backend, {**given, "cos": given["cos"][1:]}, 1, plan)
 
 
 @pytest.mark.parametrize("kv_dtype", [FP32, E4M3], ids=str)
 @pytest.mark.parametrize("name", ["kernels", "torch_ref"])
 @pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("writes", ["torch", "fused"])
 def test_unrotated_rows_give_what_rotated_ones_give(
-    normed: bool, name: str, kv_dtype: torch.dtype
+    writes: str, normed: bool, name: str, kv_dtype: torch.dtype
 ) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    if writes == "fused":
+        pytest.importorskip("triton", reason="triton is not installed")
     call = Call(LENGTHS, kv_dtype=kv_dtype, lens=(1, 4, 6))
     given = unrotated(call, normed)
     qk, call.v = given["qkv"].tensor_split([HEADS + KV_HEADS], 1)
     qk = RMSNorm(given["norm_weight"], 1e-6)(qk) if normed else qk
     call.q, call.k = rotate(qk, (given["cos"], given["sin"])).tensor_split([HEADS], 1)
-    torch_ref = make_backend("torch_ref", call.spec, [call.pool.clone()], [call.scales])
-    out = attend_qkv(call.backend() if name == "kernels" else torch_ref(0), given)
-    torch.testing.assert_close(out, call.reference(), atol=2e-5, rtol=2e-5)
+    torch_ref = TorchRefBackend(call.spec, [call.pool.clone()], [call.scales])
+    backend = call.backend() if name == "kernels" else torch_ref
+    plan, paged = backend.plan(call.metadata), backend.layer(0)
+    rotation = QkNormRope(given["norm_weight"], 1e-6, given["cos"], given["sin"])
+    writer = KvWriter(paged.cache)
+    q = (writer.write_fused if writes == "fused" else writer.write)(given["qkv"], rotation, plan)
+    torch.testing.assert_close(paged.run(q, plan), call.reference(), atol=2e-5, rtol=2e-5)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -287,7 +308,7 @@ def test_wrong_metadata_is_refused(
 ) -> None:
     call = Call(LENGTHS)
     wrong = replace(call.metadata, **{name: change(getattr(call.metadata, name))})
-    call.refused(numbers, metadata=wrong)
+    call.refused(numbers, "metadata", wrong)
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "seq_lens", "page_table", "slot_mapping"])
@@ -299,25 +320,26 @@ def test_wrong_values_on_the_device_are_refused_when_they_are_read_back(name: st
     tensor[at] = due + 1
     index = ", ".join(map(str, at))
     numbers = (f"{name}[{index}] on the device is {due + 1}", f"the pool say {due}")
-    call.refused(numbers, metadata=replace(call.metadata, **{name: tensor}))
+    call.refused(numbers, "metadata", replace(call.metadata, **{name: tensor}))
 
 
-class Planned:
-    """A planner that returns a plan made elsewhere."""
+class Planned(TrtllmBackend):
+    """A backend that is given its plan."""
 
-    def __init__(self, plan: KernelPlan) -> None:
-        self._plan = plan
+    given: KernelPlan
 
-    def plan(self, metadata: AttentionMetadata) -> KernelPlan:
-        return self._plan
+    def _plan(self, metadata: AttentionMetadata) -> KernelPlan:
+        return self.given
 
 
-def run_with(call: Call, plan: KernelPlan) -> tuple[ContractViolation, Tensor, Tensor]:
-    backend = replace(call.backend(), planner=Planned(plan))
-    before = backend.pool.clone()
+def refused_plan(call: Call, plan: KernelPlan) -> str:
+    """What the backend says of a plan that it refuses for all layers."""
+    backend = Planned(call.spec, [call.pool] * 2, [call.scales] * 2, FakeKernels())
+    backend.given = plan
     with pytest.raises(ContractViolation) as caught:
-        backend(call.q, call.k, call.v, call.metadata)
-    return caught.value, before, backend.pool
+        backend.plan(call.metadata)
+    assert str(caught.value).startswith(PLANNED)
+    return str(caught.value)
 
 
 def members(*numbers: int) -> Callable[[Any], Any]:
@@ -364,13 +386,11 @@ def test_a_wrong_group_is_refused(
     name: str, change: Callable[[Any], Any], numbers: tuple[str, str]
 ) -> None:
     call = Call(LENGTHS)
-    plan = call.backend().planner.plan(call.metadata)
+    plan = call.plan()
     decode, verify, prefill = plan.groups
     wrong = replace(verify, **{name: change(getattr(verify, name))})
-    error, before, after = run_with(call, replace(plan, groups=(decode, wrong, prefill)))
-    assert str(error).startswith(WHERE)
-    assert all(number in str(error) for number in numbers), error
-    assert torch.equal(before, after)
+    error = refused_plan(call, replace(plan, groups=(decode, wrong, prefill)))
+    assert all(number in error for number in numbers), error
 
 
 @pytest.mark.parametrize(
@@ -378,21 +398,21 @@ def test_a_wrong_group_is_refused(
 )
 def test_wrong_values_of_a_group_are_refused_when_they_are_read_back(name: str) -> None:
     call = Call(LENGTHS, check_device_values=True)
-    plan = call.backend().planner.plan(call.metadata)
+    plan = call.plan()
     decode, verify, prefill = plan.groups
     tensor = getattr(verify, name).clone()
     at = (0,) * tensor.ndim
     due = int(tensor[at])
     tensor[at] = torch.tensor(due + 1, dtype=tensor.dtype)
     wrong = replace(verify, **{name: tensor})
-    error, _, _ = run_with(call, replace(plan, groups=(decode, wrong, prefill)))
-    assert f"on the device is {due + 1}, " in str(error)
-    assert str(error).endswith(f"say {due}")
+    error = refused_plan(call, replace(plan, groups=(decode, wrong, prefill)))
+    assert f"on the device is {due + 1}, " in error
+    assert error.endswith(f"say {due}")
 
 
 def test_wrong_cache_slots_are_refused() -> None:
     call = Call(LENGTHS, check_device_values=True)
-    plan = call.backend().planner.plan(call.metadata)
+    plan = call.plan()
     mapping = plan.slots.mapping
     first = int(mapping[0])
     for slots, numbers in [
@@ -401,21 +421,18 @@ def test_wrong_cache_slots_are_refused() -> None:
         (CacheSlots(mapping + 1, PAGE), (f"mapping[0] on the device is {first + 1}", f"{first}")),
         (CacheSlots(mapping, 2 * PAGE), (f"slots.page_size is {2 * PAGE}", f"{PAGE}")),
     ]:
-        wrong = replace(plan, slots=slots)
-        error, before, after = run_with(call, wrong)
-        assert all(number in str(error) for number in numbers), error
-        assert torch.equal(before, after)
+        error = refused_plan(call, replace(plan, slots=slots))
+        assert all(number in error for number in numbers), error
 
 
 def test_a_kernel_gets_q_in_the_dtype_it_takes() -> None:
     """Prefill takes the pool's dtype from q: anything else reads the pool with wrong strides."""
-    from dp_runtime.attention.kernel_contract import check_kernel
-
     call = Call([(6, 20)], kv_dtype=E4M3, lens=(1,))
     backend = call.backend()
-    (group,) = backend.planner.plan(call.metadata).groups
+    plan, cache = call.plan(backend), backend.layer(1).cache
+    (group,) = plan.groups
     out = torch.empty_like(call.q)
-    check_kernel(backend.contract, quantize(call.q, 1.0), out, group, call.metadata)
+    plan.check_call(quantize(call.q, 1.0), out, group, cache)
     for q, wrong_out, words in [
         (call.q, out, ("q dtype is torch.float32", "torch.float8_e4m3fn")),
         (quantize(call.q, 1.0)[:4], out, ("q shape is (4, 4, 8)", "(6, 4, 8)")),
@@ -424,6 +441,17 @@ def test_a_kernel_gets_q_in_the_dtype_it_takes() -> None:
         (quantize(call.q, 1.0), out.bfloat16(), ("out dtype is torch.bfloat16", "torch.float32")),
     ]:
         with pytest.raises(ContractViolation) as caught:
-            check_kernel(backend.contract, q, wrong_out, group, call.metadata)
+            plan.check_call(q, wrong_out, group, cache)
         assert str(caught.value).startswith(WHERE + "a kernel's " + words[0])
         assert words[1] in str(caught.value)
+
+
+def test_a_pass_without_rows_is_planned_and_calls_no_kernel() -> None:
+    call = Call(LENGTHS)
+    call.metadata = AttentionMetadata.build(
+        LocalBatch.empty(), PageGeometry(4, PAGE), call.metadata.place, CPU
+    )
+    call.q, call.k, call.v = call.q[:0], call.k[:0], call.v[:0]
+    assert call.run().shape == (0, HEADS, DIM)
+    with pytest.raises(ContractViolation, match=r"layer 1: q shape is \(1, 4, 8\), .*\(0, 4, 8\)"):
+        call.backend().layer(1).run(torch.zeros(1, HEADS, DIM), call.backend().plan(call.metadata))

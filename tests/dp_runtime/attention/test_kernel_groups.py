@@ -10,9 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dp_runtime.attention.registry as package
-from dp_runtime.attention.kernel_groups import KernelPlanner, causal_mask
+import dp_runtime.attention
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.trtllm.backend import TrtllmBackend
+from dp_runtime.attention.trtllm.kernel_groups import build_groups, causal_mask
+from dp_runtime.attention.trtllm.kernel_plan import KernelPlan
+from tests.dp_runtime.fake_kernels import FakeKernels
 from tests.dp_runtime.paged import metadata_of, paged_batch, random_page_table
 
 PAGE = 4
@@ -34,7 +37,7 @@ def test_groups_cover_every_row_once_with_the_numbers_of_their_requests(
 ) -> None:
     table, num_pages = random_page_table([s for _, s in lengths], PAGE, np.random.default_rng(0))
     metadata = metadata_of(paged_batch(lengths, table, PAGE), num_pages, PAGE)
-    groups = KernelPlanner(spec(decode)).plan(metadata).groups
+    groups = build_groups(metadata, frozenset(decode))
     every_row = torch.arange(metadata.num_tokens)
     assert torch.cat([every_row[group.rows] for group in groups]).sort().values.equal(every_row)
     for group in groups:
@@ -48,16 +51,19 @@ def test_groups_cover_every_row_once_with_the_numbers_of_their_requests(
             assert (group.mask is None) == (group.query_len == 1)
 
 
-def test_a_metadata_is_planned_once() -> None:
+def test_a_plan_keeps_its_tensors_whatever_is_planned_later() -> None:
+    """A captured graph reads its plan's tensors at every replay."""
     table, num_pages = random_page_table([9], PAGE, np.random.default_rng(0))
-    metadata = metadata_of(paged_batch([(1, 9)], table, PAGE), num_pages, PAGE)
-    planner = KernelPlanner(spec({1}))
-    plan = planner.plan(metadata)
-    assert planner.plan(metadata) is plan
-    # A captured graph reads its plan's tensors at every replay, whatever was planned since.
-    other = metadata_of(paged_batch([(1, 9)], table, PAGE), num_pages, PAGE)
-    assert planner.plan(other) is not plan
-    assert planner.plan(metadata) is plan
+    pools = [torch.zeros(num_pages, 2, 2, PAGE, 8)]
+    backend = TrtllmBackend(spec({1}), pools, calls=FakeKernels())
+    first, second = (
+        backend.plan(metadata_of(paged_batch([(1, length)], table, PAGE), num_pages, PAGE))
+        for length in (9, 5)
+    )
+    assert isinstance(first, KernelPlan)
+    assert isinstance(second, KernelPlan)
+    assert [plan.groups[0].seq_lens.tolist() for plan in (first, second)] == [[9], [5]]
+    assert first.groups[0].seq_lens.data_ptr() == first.metadata.seq_lens.data_ptr()
 
 
 @pytest.mark.parametrize("query_len", [2, 4, 8, 17, 33])
@@ -70,7 +76,7 @@ def test_the_packed_mask_lets_a_row_see_the_new_tokens_up_to_itself(query_len: i
         assert bits == (1 << (row + 1)) - 1
 
 
-ADAPTERS = ("sm90", "sm100", "flashinfer_wrappers")
+ADAPTERS = ("trtllm/sm90", "trtllm/sm100", "flashinfer/wrappers")
 
 
 def tree_of(module: str) -> ast.Module:
@@ -84,7 +90,7 @@ def tree_of(module: str) -> ast.Module:
 
 
 def adapter(name: str) -> ast.Module:
-    return ast.parse((Path(package.__file__).parent / f"{name}.py").read_text())
+    return ast.parse((Path(dp_runtime.attention.__path__[0], f"{name}.py")).read_text())
 
 
 def parameters(function: ast.FunctionDef) -> set[str]:
@@ -108,10 +114,10 @@ def test_what_the_adapters_import_is_there(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "module", "function", "calls"),
     [
-        ("sm90", "prefill", "trtllm_fmha_v2_prefill", 1),
-        ("sm90", "decode", "trtllm_batch_decode_with_kv_cache", 1),
-        ("sm100", "prefill", "trtllm_batch_context_with_kv_cache", 1),
-        ("sm100", "decode", "trtllm_batch_decode_with_kv_cache", 1),
+        ("trtllm/sm90", "prefill", "trtllm_fmha_v2_prefill", 1),
+        ("trtllm/sm90", "decode", "trtllm_batch_decode_with_kv_cache", 1),
+        ("trtllm/sm100", "prefill", "trtllm_batch_context_with_kv_cache", 1),
+        ("trtllm/sm100", "decode", "trtllm_batch_decode_with_kv_cache", 1),
     ],
 )
 def test_the_adapters_use_argument_names_that_flashinfer_has(

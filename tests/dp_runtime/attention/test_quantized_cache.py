@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dp_runtime import Engine, EngineConfig, RequestOutput, SamplingParams
-from dp_runtime.attention.registry import make_backend
 from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.startup.assembly import read_kv_scales
 from dp_runtime.startup.rank_plan import plan_rank
 from dp_runtime.weights.loader import open_weights
 from tests.checkpoints import tiny_checkpoint
-from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table
+from tests.dp_runtime.paged import CPU, attend, metadata_of, paged_batch, random_page_table
 
 K_SCALES, V_SCALES = (0.013, 0.5), (0.021, 0.25)
 
@@ -105,9 +105,9 @@ def test_values_come_back_times_their_scale() -> None:
     metadata = metadata_of(paged_batch([(8, 8)], table, 4), num_pages, 4)
     spec = AttentionSpec(1, 1, 8, 4, torch.float32, torch.float8_e4m3fn)
     pool = torch.zeros(num_pages, 2, 1, 4, 8, dtype=torch.float8_e4m3fn)
-    backend = make_backend("torch_ref", spec, [pool], [KvScales(k=0.5, v=0.25)])(0)
+    backend = TorchRefBackend(spec, [pool], [KvScales(k=0.5, v=0.25)])
     values = 0.25 * torch.arange(8.0).view(8, 1, 1).expand(8, 1, 8)  # e4m3 has them, times 4
-    out = backend(torch.zeros(8, 1, 8), torch.ones(8, 1, 8), values, metadata)
+    out = attend(backend, torch.zeros(8, 1, 8), torch.ones(8, 1, 8), values, metadata)
     means = 0.25 * torch.tensor([row / 2 for row in range(8)]).view(8, 1, 1)
     torch.testing.assert_close(out, means.expand(8, 1, 8))
     assert pool.float().max() == 7.0

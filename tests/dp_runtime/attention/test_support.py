@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dp_runtime.attention.registry import choose_backend, workspace_bytes
+from dp_runtime.attention.registry import BACKENDS, backend_class, choose_backend
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.support import check_native, check_trtllm
 
@@ -107,6 +108,12 @@ def test_without_flashinfer_torch_serves(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_workspaces_are_known_before_anything_is_allocated() -> None:
-    assert workspace_bytes("torch_ref", GOOD) == 0
-    assert workspace_bytes("trtllm", GOOD) == 256 << 20
-    assert workspace_bytes("flashinfer", GOOD) == (272 << 20) + 131072
+    assert backend_class("torch_ref").workspace_bytes(GOOD) == 0
+    assert backend_class("trtllm").workspace_bytes(GOOD) == 256 << 20
+    assert backend_class("flashinfer").workspace_bytes(GOOD) == (272 << 20) + 131072
+
+
+def test_who_can_be_captured_is_known_without_a_gpu_library() -> None:
+    found = {name: backend_class(name).capturable for name in BACKENDS}
+    assert found == {"torch_ref": False, "trtllm": True, "flashinfer": False}
+    assert "flashinfer" not in sys.modules

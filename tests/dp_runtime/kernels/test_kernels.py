@@ -13,13 +13,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dp_runtime.attention.kv_write import quantize
-from dp_runtime.core.rotation import QkNormRope
+from dp_runtime.core.e4m3 import quantize
+from dp_runtime.core.rotation import QkNormRope, rotate
 from dp_runtime.kernels.argmax import BLOCK, BLOCKS_AT_ONCE, row_maxima
 from dp_runtime.kernels.kv_append import append_rows, rotate_and_append
 from dp_runtime.kernels.norm import add_rms_norm
 from dp_runtime.layers.norm import RMSNorm
-from dp_runtime.layers.rotary import rotate
 from dp_runtime.sampling.row_logits import RowLogits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.models.registry import build_model, read_model_config
@@ -39,7 +39,7 @@ class Rank:
             config,
             open_weights(str(path), load_format, 0, dtype, CPU),
             RankSharding(moe_sharding, collective.dp_rank, collective.dp_size),
-            make_backend("torch_ref", spec_of(pools[0], config.num_heads), pools),
+            TorchRefBackend(spec_of(pools[0], config.num_heads), pools),
         )
         self.lengths = [0] * num_sequences
 
@@ -63,7 +63,7 @@ class Rank:
                 torch.tensor(rows, dtype=torch.int64),
                 replaced,
             ),
-            metadata_of(batch, self.num_pages, PAGE_SIZE),
+            self.model.backend.plan(metadata_of(batch, self.num_pages, PAGE_SIZE)),
             PaddedExchange(plan, self.collective, self.poison),
         ).last
         logits = self.model.logits(hidden)

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_runtime.attention.pools import allocate_pools
-from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.cache_spec import PagedKv
 from dp_runtime.core.metadata import PageGeometry
 from dp_runtime.scheduler.pages import PageAllocator
 
@@ -59,7 +58,8 @@ def test_the_check_finds_lost_and_shared_pages() -> None:
 
 
 def test_pools_are_zero_in_hnd_layout() -> None:
-    spec = AttentionSpec(4, 2, 8, 4, torch.bfloat16, torch.bfloat16)
-    pools = allocate_pools(2, PageGeometry(3, 4), spec, torch.device("cpu"))
-    assert [pool.shape for pool in pools] == [(3, 2, 2, 4, 8)] * 2
-    assert not any(pool.any() for pool in pools)
+    spec = PagedKv(num_kv_heads=2, head_dim=8, page_size=4, dtype=torch.bfloat16)
+    pool = spec.allocate(PageGeometry(3, 4), torch.device("cpu"))
+    assert pool.shape == (3, 2, 2, 4, 8)
+    assert not pool.any()
+    assert 3 * spec.page_bytes == pool.nbytes

@@ -14,15 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
 from dp_runtime.weights.generated import MetaWeights
 from dp_runtime.weights.loader import open_weights
 from tests.checkpoints import eagle3_checkpoint, oracle, tiny_checkpoint
-from tests.dp_runtime.drafts import DraftRank, add_in_place, change_tensors, on_one_rank, on_ranks
-from tests.dp_runtime.paged import CPU
+from tests.dp_runtime.drafts import DraftRank, change_tensors, on_one_rank, on_ranks
+from tests.dp_runtime.paged import CPU, backend_over
 
 HIDDEN, VOCAB, DRAFT_VOCAB = 64, 199, 61
 STEPS = 3
@@ -208,10 +207,7 @@ def test_ranks_with_different_rows(dp_size: int, target: Path, tmp_path: Path) -
     on_ranks(dp_size, run)
 
 
-def test_sums_in_place_reach_nothing_of_the_caller_s(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(RMSNorm, "add", add_in_place)
+def test_sums_in_place_reach_nothing_of_the_caller_s(target: Path, tmp_path: Path) -> None:
     head = eagle3_checkpoint(tmp_path, target, layer_ids=(0, 3, 5))
     own, tokens = reference(head, target), random_tokens(20, 4)
 
@@ -280,7 +276,8 @@ def test_what_is_read_is_counted_before(target: Path, tmp_path: Path, own_embedd
     head = eagle3_checkpoint(tmp_path, target, own_embedding=own_embedding)
     config = read_model_config(str(target))
     draft = read_draft_config(str(target), config, str(head))
-    sharding, backend = RankSharding("ep", 0, 1), lambda layer: None
+    sharding = RankSharding("ep", 0, 1)
+    backends = backend_over(config), backend_over(draft)
     read = []
     for counted in (False, True):
         sources = [
@@ -288,8 +285,8 @@ def test_what_is_read_is_counted_before(target: Path, tmp_path: Path, own_embedd
             else open_weights(directory, "safetensors", 0, torch.float32, CPU)
             for directory in (str(target), str(head))
         ]  # fmt: skip
-        model = build_model(config, sources[0], sharding, backend)  # type: ignore[arg-type]
-        build_draft(draft, model, sources[1], sharding, backend, "torch")  # type: ignore[arg-type]
+        model = build_model(config, sources[0], sharding, backends[0])
+        build_draft(draft, model, sources[1], sharding, backends[1], "torch")
         read.append(sources[1].bytes_read)
     tensors = load_file(head / "model.safetensors")
     assert read == [sum(t.nbytes for name, t in tensors.items() if name != "t2d")] * 2

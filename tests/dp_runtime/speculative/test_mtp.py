@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
@@ -21,8 +20,8 @@ from dp_runtime.weights.generated import MetaWeights
 from dp_runtime.weights.loader import open_weights
 from examples.tiny_moe.model import TinyMoe, load_model
 from tests.checkpoints import add_mtp, tiny_checkpoint
-from tests.dp_runtime.drafts import DraftRank, add_in_place, on_ranks
-from tests.dp_runtime.paged import CPU
+from tests.dp_runtime.drafts import DraftRank, on_ranks
+from tests.dp_runtime.paged import CPU, backend_over
 
 TINY = Path(__file__).parents[3] / "examples/tiny_moe"
 CHECKPOINT = TINY / "checkpoint"
@@ -117,11 +116,7 @@ def test_rows_and_chained_drafts_are_the_trained_module_s(name: str, texts: list
     on_ranks(1, run)
 
 
-def test_sums_in_place_reach_nothing_of_the_caller_s(
-    texts: list[Expected], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(RMSNorm, "add", add_in_place)
-
+def test_sums_in_place_reach_nothing_of_the_caller_s(texts: list[Expected]) -> None:
     def run(collective: RowCollective) -> None:
         rank = DraftRank(CHECKPOINT, None, collective, len(texts))
         check_texts(rank, texts, CHUNKS["ragged"][:2])
@@ -202,9 +197,9 @@ def test_a_rank_reads_the_mtp_tensors_and_no_other(random_mtp: Path) -> None:
         MetaWeights(torch.float32),
     )
     for source in sources:
-        target = build_model(config, source, sharding, lambda layer: None)  # type: ignore[arg-type, return-value]
+        target = build_model(config, source, sharding, backend_over(config))
         before = source.bytes_read
-        build_draft(draft, target, source, sharding, lambda layer: None, "torch")  # type: ignore[arg-type, return-value]
+        build_draft(draft, target, source, sharding, backend_over(draft), "torch")
         expected = sum(t.nbytes for name, t in own.items() if name.startswith("mtp."))
         assert source.bytes_read - before == expected
 

@@ -31,6 +31,7 @@ from dp_runtime.weights.generated import DummyWeights, MetaWeights
 from dp_runtime.weights.loader import Checkpoint
 from dp_runtime.weights.source import WeightSource
 from tests.checkpoints import tiny_checkpoint
+from tests.dp_runtime.paged import backend_over
 from tests.reference import Reference, check_greedy
 
 CPU = torch.device("cpu")
@@ -181,8 +182,12 @@ def test_kernels_that_read_e4m3_get_it(checkpoints: tuple[Path, Path], load_form
     for backend in ("triton", "torch"):
         sharding = RankSharding("ep", 0, 2)
         weights = source[load_format](path, CPU, bf16)
-        model: Any = build_model(config, weights, sharding, lambda layer: None, backend)
-        counted = build_model(config, MetaWeights(bf16), sharding, lambda layer: None, backend)
+        model: Any = build_model(
+            config, weights, sharding, backend_over(config, dtype=bf16), backend
+        )
+        counted = build_model(
+            config, MetaWeights(bf16), sharding, backend_over(config, dtype=bf16), backend
+        )
         held[backend] = param_bytes(model)
         assert held[backend] == param_bytes(counted)
         experts = model.layers[2].mlp.experts

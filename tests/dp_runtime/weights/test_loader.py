@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.model import Model
 from dp_runtime.models.registry import build_model, read_model_config
@@ -54,7 +54,7 @@ def build(path: Path, weights: WeightSource, sharding: RankSharding) -> Model:
     config = read_model_config(str(path))
     pool = torch.zeros(2, 2, config.num_kv_heads, 4, config.head_dim)
     pools = [pool] * config.num_layers
-    backends = make_backend("torch_ref", spec_of(pool, config.num_heads), pools)
+    backends = TorchRefBackend(spec_of(pool, config.num_heads), pools)
     return build_model(config, weights, sharding, backends)
 
 

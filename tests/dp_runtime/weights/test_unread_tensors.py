@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dp_runtime.attention.registry import make_backend
+from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.speculative.draft import build_draft, read_draft_config
@@ -47,7 +47,7 @@ def change(path: Path, **fields: object) -> None:
 def load(path: Path, sharding: RankSharding = ALONE) -> None:
     config = read_model_config(str(path))
     pool = torch.zeros(2, 2, config.num_kv_heads, 4, config.head_dim)
-    backends = make_backend("torch_ref", spec_of(pool, config.num_heads), [pool] * 8)
+    backends = TorchRefBackend(spec_of(pool, config.num_heads), [pool] * 8)
     source = Checkpoint(str(path), CPU, torch.float32)
     model = build_model(config, source, sharding, backends)
     if (
@@ -138,7 +138,7 @@ def test_an_eagle3_head_is_read_whole(single: Path, tmp_path: Path) -> None:
     head = eagle3_checkpoint(tmp_path, single)
     config = read_model_config(str(single))
     pool = torch.zeros(2, 2, config.num_kv_heads, 4, config.head_dim)
-    backends = make_backend("torch_ref", spec_of(pool, config.num_heads), [pool] * 8)
+    backends = TorchRefBackend(spec_of(pool, config.num_heads), [pool] * 8)
     sharding = ALONE
     target = build_model(config, Checkpoint(str(single), CPU, torch.float32), sharding, backends)
 

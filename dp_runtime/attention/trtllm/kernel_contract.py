@@ -6,65 +6,34 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dp_runtime.attention.contract import (
     Comparison,
-    LayerContract,
     offsets,
-    slots_comparisons,
     tensor_comparisons,
     value_comparisons,
 )
-from dp_runtime.attention.kernel_groups import KernelGroup, KernelPlan, causal_mask, mask_words
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.trtllm.kernel_groups import KernelGroup, causal_mask, mask_words
 from dp_runtime.core.metadata import AttentionMetadata
 
 CPU = torch.device("cpu")
-CALL = tuple(f"a kernel's {name}" for name in (
-    "q shape", "out shape", "q dtype", "out dtype", "q contiguity", "out contiguity"
-))  # fmt: skip
 
 
-def check_plan(contract: LayerContract, plan: KernelPlan, metadata: AttentionMetadata) -> None:
-    """Compare a plan with its metadata, once for all layers.
-
-    ContractViolation names place, layer and numbers.
-    """
-    if plan is contract.pass_checks.plan:
-        return
-    spec, device = contract.spec, contract.device
-    contract.compare(slots_comparisons(plan.slots, metadata, spec, device), metadata)
-    members = np.sort(np.concatenate([group.members for group in plan.groups]))
+def members_comparisons(
+    groups: Iterable[KernelGroup], metadata: AttentionMetadata
+) -> Iterable[Comparison]:
+    """Compare the requests of all groups with those there are: each is in one group."""
+    members = np.sort(np.concatenate([group.members for group in groups]))
     everyone = np.arange(len(metadata.query_lens_host))
     if not np.array_equal(members, everyone):
-        lists = members.tolist(), everyone.tolist()
-        contract.compare([("requests of all groups", *lists)], metadata)
-    for group in plan.groups:
-        contract.compare(group_comparisons(group, metadata, spec, device), metadata)
-    contract.pass_checks.plan = plan
-
-
-def check_kernel(
-    contract: LayerContract, q: Tensor, out: Tensor, group: KernelGroup, metadata: AttentionMetadata
-) -> None:
-    """The kernel takes its batch from q and its dtype from q or the pool, and compares nothing.
-
-    A prefill kernel takes q in the pool's dtype, a decode kernel in the model's.
-    """
-    spec = contract.spec
-    dtype = spec.kv_dtype if group.query_len is None else spec.dtype
-    shape = (group.num_rows, spec.num_heads, spec.head_dim)
-    found = (q.shape, out.shape, q.dtype, out.dtype, q.is_contiguous(), out.is_contiguous())
-    due = (shape, shape, dtype, spec.dtype, True, True)
-    if found != due:
-        contract.compare(zip(CALL, found, due), metadata)
+        yield "requests of all groups", members.tolist(), everyone.tolist()
 
 
 def group_comparisons(
     group: KernelGroup, metadata: AttentionMetadata, spec: AttentionSpec, device: torch.device
 ) -> Iterable[Comparison]:
-    """Every field of a group against the host mirrors of its members."""
+    """Compare every field of a group with the host mirrors of its members."""
     query_lens = metadata.query_lens_host[group.members]
     seq_lens = metadata.seq_lens_host[group.members]
     requests, rows = len(query_lens), int(query_lens.sum())
@@ -94,7 +63,7 @@ def group_comparisons(
 
 
 def _group_values(group: KernelGroup, metadata: AttentionMetadata) -> Iterable[Comparison]:
-    """Device tensors of a group against the host mirrors of its members; waits for the device."""
+    """Compare device tensors of a group with the host mirrors; waits for the device."""
     query_lens = metadata.query_lens_host[group.members]
     seq_lens = metadata.seq_lens_host[group.members]
     table = metadata.page_table_host[group.members]

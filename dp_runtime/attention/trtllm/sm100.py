@@ -12,13 +12,13 @@ from flashinfer.prefill import get_trtllm_gen_fmha_module as load_prefill
 from flashinfer.prefill import trtllm_batch_context_with_kv_cache
 from torch import Tensor
 
-from dp_runtime.attention.kernel_groups import KernelGroup
 from dp_runtime.attention.spec import AttentionSpec, KvScales
-from dp_runtime.attention.trtllm import WORKSPACE_BYTES
+from dp_runtime.attention.trtllm.backend import WORKSPACE_BYTES
+from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
 from dp_runtime.kernels.builds import JitModule
 
 
-class Sm100Kernels:
+class Sm100Calls:
     """Calls over two workspaces, as on SM90."""
 
     def __init__(self, scale: float, device: torch.device) -> None:
@@ -65,10 +65,10 @@ class Sm100Kernels:
         )
 
 
-def make_kernels(spec: AttentionSpec, device: torch.device) -> Sm100Kernels:
-    return Sm100Kernels(spec.head_dim**-0.5, device)
+def make_calls(spec: AttentionSpec, device: torch.device) -> Sm100Calls:
+    return Sm100Calls(spec.head_dim**-0.5, device)
 
 
-def modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
+def jit_modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
     """One launcher; the kernels themselves come precompiled with flashinfer."""
     return (JitModule("trtllm-gen", lambda: (load_decode(), load_prefill())),)

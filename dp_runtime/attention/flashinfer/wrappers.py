@@ -1,4 +1,4 @@
-"""flashinfer's paged wrappers, planned once a pass, and the modules that they run."""
+"""flashinfer's paged wrappers, and the modules that they run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from flashinfer.utils import PosEncodingMode, determine_attention_backend
 from torch import Tensor
 
 from dp_runtime.attention.contract import offsets
-from dp_runtime.attention.kv_write import CacheSlots
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.kernels.builds import JitModule
 
 
-class NativePlanner:
-    """Plans flashinfer's wrapper for a metadata once, for all layers that share the planner.
+class PagedWrappers:
+    """flashinfer's prefill and decode wrappers over one workspace.
 
     A pass of decodes alone takes the decode wrapper (on tensor cores), any other the prefill one.
     """
@@ -29,18 +28,16 @@ class NativePlanner:
         self._spec = spec
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
         self._decode = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-        self._last: tuple[AttentionMetadata, CacheSlots] | None = None
+        self._planned: AttentionMetadata | None = None
 
-    def plan(self, metadata: AttentionMetadata) -> CacheSlots:
-        if self._last is None or self._last[0] is not metadata:
-            (self._plan_decode if _decodes(metadata) else self._plan_prefill)(metadata)
-            self._last = (metadata, CacheSlots.of(metadata, self._spec.page_size))
-        return self._last[1]
+    def plan(self, metadata: AttentionMetadata) -> None:
+        (self._plan_decode if _decodes(metadata) else self._plan_prefill)(metadata)
+        self._planned = metadata
 
     def run(
         self, q: Tensor, pool: Tensor, scales: KvScales, metadata: AttentionMetadata, out: Tensor
     ) -> None:
-        """Attend as planned last, for this metadata."""
+        assert metadata is self._planned, f"{metadata.place}: the wrappers planned another pass"
         wrapper = self._decode if _decodes(metadata) else self._prefill
         if self._spec.quantized:
             wrapper.run(q, pool, k_scale=scales.k, v_scale=scales.v, out=out)
@@ -74,7 +71,7 @@ class NativePlanner:
         )
 
     def _pages(self, metadata: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor]:
-        """indptr [requests + 1], page ids [pages in use], tokens in each last page; int32."""
+        """Return indptr [requests + 1], page ids in use, tokens in each last page; all int32."""
         size = self._spec.page_size
         counts = (-(-metadata.seq_lens_host // size)).astype(np.int32)
         table = metadata.page_table_host
@@ -90,8 +87,8 @@ def _decodes(metadata: AttentionMetadata) -> bool:
     return bool((metadata.query_lens_host == 1).all())
 
 
-def modules(spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
-    """FA2 for decode and, where FA3 does not serve the dtypes, for prefill too.
+def jit_modules(spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
+    """List FA2 for decode and, where FA3 does not serve the dtypes, for prefill too.
 
     They are loaded through flashinfer's own cached function, so that `plan` finds them loaded.
     """

@@ -13,16 +13,16 @@ from flashinfer.prefill import get_trtllm_fmha_v2_module, trtllm_fmha_v2_prefill
 from flashinfer.xqa import get_xqa_module
 from torch import Tensor
 
-from dp_runtime.attention.kernel_groups import KernelGroup
-from dp_runtime.attention.kv_write import E4M3
 from dp_runtime.attention.spec import AttentionSpec, KvScales
-from dp_runtime.attention.trtllm import WORKSPACE_BYTES
+from dp_runtime.attention.trtllm.backend import WORKSPACE_BYTES
+from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
+from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.kernels.builds import JitModule
 
 LAYOUT = "Q_PAGED_KV_HND"
 
 
-class Sm90Kernels:
+class Sm90Calls:
     """Calls over two workspaces.
 
     NOTE: they are apart, for XQA's must be zero where its semaphores are.
@@ -80,11 +80,11 @@ class Sm90Kernels:
         )
 
 
-def make_kernels(spec: AttentionSpec, device: torch.device) -> Sm90Kernels:
-    return Sm90Kernels(spec.head_dim**-0.5, device)
+def make_calls(spec: AttentionSpec, device: torch.device) -> Sm90Calls:
+    return Sm90Calls(spec.head_dim**-0.5, device)
 
 
-def modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
+def jit_modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
     """FMHAv2 for the cache's dtype, and an XQA module for each decode length.
 
     They are loaded through flashinfer's own cached functions, so that calls find them loaded.

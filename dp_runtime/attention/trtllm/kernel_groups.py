@@ -1,17 +1,14 @@
-"""KernelPlanner: splits a pass's requests into groups that one GPU kernel call serves each."""
+"""Splitting a pass's requests into groups, each of which one GPU kernel call serves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dp_runtime.attention.contract import offsets
-from dp_runtime.attention.kv_write import CacheSlots
-from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.batch import Int32, Int64
 from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.core.transfer import all_on_device, on_device
@@ -21,10 +18,10 @@ MASK_WORD_BITS = 16
 
 @dataclass(frozen=True, eq=False)
 class KernelGroup:
-    """Requests of a slot that one call serves, and what that call reads about them."""
+    """Requests of a pass that one call serves, and what that call reads about them."""
 
-    members: Int64  # [requests] their numbers in the slot, ascending
-    rows: slice | Tensor  # where their rows lie in the slot; an index [rows] if not in one piece
+    members: Int64  # [requests] their numbers in the pass, ascending
+    rows: slice | Tensor  # their rows of the pass: a slice, or an index [rows] if scattered
     num_rows: int
     query_len: int | None  # of every request, for a decode or a verification; None: prefill
     cu_seqlens_q: Tensor  # [requests + 1] int32
@@ -40,50 +37,24 @@ class KernelGroup:
         return len(self.members)
 
 
-@dataclass(frozen=True, eq=False)
-class KernelPlan:
-    """Where a pass's new keys go, and the groups of its queries."""
-
-    slots: CacheSlots
-    groups: tuple[KernelGroup, ...]
-
-
-class KernelPlanner:
-    """Plans the groups of a metadata once, for all layers that share the planner.
-
-    A plan lives as long as its metadata, for a captured graph reads both at every replay.
-    Requests whose query length is one of spec.decode_query_lens go to a decode kernel by length;
-    all others to the prefill kernel.
-    """
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        self._spec = spec
-        self._plans: WeakKeyDictionary[AttentionMetadata, KernelPlan] = WeakKeyDictionary()
-        self._last: tuple[AttentionMetadata, KernelPlan] | None = None
-
-    def plan(self, metadata: AttentionMetadata) -> KernelPlan:
-        if self._last is None or self._last[0] is not metadata:
-            plan = self._plans.get(metadata)
-            if plan is None:
-                slots = CacheSlots.of(metadata, self._spec.page_size)
-                plan = KernelPlan(slots, tuple(self._build(metadata)))
-                self._plans[metadata] = plan
-            self._last = (metadata, plan)
-        return self._last[1]
-
-    def _build(self, metadata: AttentionMetadata) -> list[KernelGroup]:
-        query_lens = metadata.query_lens_host
-        decoding = np.isin(query_lens, list(self._spec.decode_query_lens))
-        groups = [
-            build_group(metadata, np.flatnonzero(query_lens == length), int(length))
-            for length in np.unique(query_lens[decoding])
-        ]
-        prefilling = np.flatnonzero(~decoding)
-        return [*groups, build_group(metadata, prefilling, None)] if len(prefilling) else groups
+def build_groups(
+    metadata: AttentionMetadata, decode_query_lens: frozenset[int]
+) -> tuple[KernelGroup, ...]:
+    """Group requests of each decode length for a decode kernel, and all others for prefill."""
+    query_lens = metadata.query_lens_host
+    decoding = np.isin(query_lens, list(decode_query_lens))
+    groups = [
+        build_group(metadata, np.flatnonzero(query_lens == length), int(length))
+        for length in np.unique(query_lens[decoding])
+    ]
+    prefilling = np.flatnonzero(~decoding)
+    if len(prefilling):
+        groups.append(build_group(metadata, prefilling, None))
+    return tuple(groups)
 
 
 def build_group(metadata: AttentionMetadata, members: Int64, query_len: int | None) -> KernelGroup:
-    """The group of some of a pass's requests; `members` are their numbers, ascending."""
+    """Gather what a call reads about `members`, the ascending numbers of some requests."""
     device = metadata.seq_lens.device
     query_lens, seq_lens = metadata.query_lens_host[members], metadata.seq_lens_host[members]
     starts = offsets(metadata.query_lens_host)[members]
@@ -110,21 +81,21 @@ def build_group(metadata: AttentionMetadata, members: Int64, query_len: int | No
 
 
 def _rows(starts: Int32, lengths: Int32) -> Int64:
-    """start, start + 1, ... of every request, one after the other."""
+    """List start, start + 1, ... of every request, one after the other."""
     within = np.arange(int(lengths.sum())) - np.repeat(offsets(lengths)[:-1], lengths)
     return np.repeat(starts, lengths).astype(np.int64) + within
 
 
 def mask_words(query_len: int) -> int:
-    """uint16 words of a row of XQA's packed mask, which is padded to 32 bits."""
+    """Count the uint16 words of a row of XQA's packed mask, which is padded to 32 bits."""
     return -(-query_len // 32) * 2
 
 
 def causal_mask(batch_size: int, query_len: int, device: torch.device) -> Tensor:
-    """XQA's packed mask, [batch, query_len, words] uint16: row i sees the new tokens 0..i.
+    """Pack XQA's mask, [batch, query_len, words] uint16: row i sees the new tokens 0..i.
 
-    NOTE: a row is padded to 32 bits, that is to two words even for a few tokens; with one word the
-    kernel reads the next row's and the result is wrong by some percent without a complaint.
+    NOTE: a row takes two words even for a few tokens. With one word the kernel reads the next row's
+    too, and the result is silently wrong by some percent.
     """
     rows = np.zeros((query_len, mask_words(query_len)), np.uint16)
     for row in range(query_len):

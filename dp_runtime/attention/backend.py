@@ -1,0 +1,96 @@
+"""AttentionBackend: plans a pass once, and runs it in each layer of a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dp_runtime.attention.contract import compare, metadata_comparisons
+from dp_runtime.attention.plan import AttentionPlan, CacheSlots, LayerCache
+from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.kernels.builds import JitModule
+
+
+@dataclass(frozen=True, eq=False)
+class PagedAttention:
+    """Causal grouped-query attention over one layer's pages, to which new keys were written."""
+
+    cache: LayerCache
+
+    def run(self, q: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attend from q [rows, num_heads, head_dim] as planned; the result has the same shape."""
+        plan.check_rows(self.cache, "q", q, plan.q_shape)
+        return plan.attend(q, self.cache) if plan.num_tokens else q
+
+
+class AttentionBackend(ABC):
+    """Attention of all layers of a model over their page pools, which share its workspaces.
+
+    It sees rows and metadata, and can reach neither a batch, an agreement nor a config. What a
+    class can do is known without a GPU library: backends import theirs when they are made.
+    """
+
+    capturable: ClassVar[bool]  # a plan serves a graph, whose lengths change on the device
+
+    def __init__(
+        self, spec: AttentionSpec, pools: Sequence[Tensor], scales: Sequence[KvScales] = ()
+    ) -> None:
+        """Bind to pools [layer]; scales [layer] are 1.0 by default."""
+        self.spec = spec
+        self.device = pools[0].device
+        self._caches = tuple(
+            LayerCache(layer, pool, scale)
+            for layer, (pool, scale) in enumerate(
+                zip(pools, scales or [KvScales()] * len(pools), strict=True)
+            )
+        )
+
+    @classmethod
+    @abstractmethod
+    def check(cls, spec: AttentionSpec, device: torch.device) -> None:
+        """Raise ValueError for what its kernels do not support, with field and alternative."""
+
+    @classmethod
+    def workspace_bytes(cls, spec: AttentionSpec) -> int:
+        """Count the device memory that a backend allocates, whatever the number of layers."""
+        return 0
+
+    @classmethod
+    def jit_modules(cls, spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
+        """List what must be compiled before the spec can be served."""
+        return ()
+
+    def layer(self, index: int) -> PagedAttention:
+        return PagedAttention(self._caches[index])
+
+    def plan(self, metadata: AttentionMetadata) -> AttentionPlan:
+        """Plan a pass and check all that its kernels will read, once for all layers.
+
+        Raises ContractViolation, which names rank, step, pass, layers and both numbers.
+        """
+        where = f"{metadata.place}, layers 0..{len(self._caches) - 1}"
+        compare(metadata_comparisons(metadata, self.spec, self.device), where)
+        plan = self._plan(metadata) if metadata.num_tokens else self._plan_no_rows(metadata)
+        compare(plan.comparisons(self.device), where)
+        return plan
+
+    @abstractmethod
+    def _plan(self, metadata: AttentionMetadata) -> AttentionPlan:
+        """Plan a pass that has rows; the metadata is in order."""
+
+    def _plan_no_rows(self, metadata: AttentionMetadata) -> AttentionPlan:
+        return _NoRows(metadata, self._slots(metadata), self.spec)
+
+    def _slots(self, metadata: AttentionMetadata) -> CacheSlots:
+        return CacheSlots(metadata.slot_mapping, self.spec.page_size)
+
+
+class _NoRows(AttentionPlan):
+    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
+        raise AssertionError("a pass without rows calls no kernel")

@@ -1,0 +1,1 @@
+"""flashinfer's own attention kernels."""

@@ -1,0 +1,82 @@
+"""flashinfer's own paged prefill and decode kernels: the second opinion on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.plan import AttentionPlan, LayerCache
+from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.attention.support import check_flashinfer, check_native
+from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.kernels.builds import JitModule
+
+WORKSPACE_BYTES = 256 << 20
+# What flashinfer's two wrappers allocate beside it: 8 MiB of integers each, and KV lengths
+WRAPPER_BYTES = 2 * (8 << 20) + 4 * 32768
+
+
+class Wrappers(Protocol):
+    """flashinfer's wrappers, or a test's; they keep the plan that was made last, and only that."""
+
+    def plan(self, metadata: AttentionMetadata) -> None: ...
+
+    def run(
+        self,
+        q: Tensor,
+        pool: Tensor,
+        scales: KvScales,
+        metadata: AttentionMetadata,
+        out: Tensor,
+    ) -> None: ...
+
+
+class FlashinferBackend(AttentionBackend):
+    """Plans on the host with exact lengths."""
+
+    capturable: ClassVar[bool] = False
+
+    def __init__(
+        self, spec: AttentionSpec, pools: Sequence[Tensor], scales: Sequence[KvScales] = ()
+    ) -> None:
+        from dp_runtime.attention.flashinfer.wrappers import PagedWrappers
+
+        super().__init__(spec, pools, scales)
+        self._wrappers: Wrappers = PagedWrappers(spec, WORKSPACE_BYTES, self.device)
+
+    @classmethod
+    def check(cls, spec: AttentionSpec, device: torch.device) -> None:
+        check_flashinfer("flashinfer")
+        check_native(spec, torch.cuda.get_device_capability(device)[0])
+
+    @classmethod
+    def workspace_bytes(cls, spec: AttentionSpec) -> int:
+        """Prefill and decode share one workspace, to which their wrappers add."""
+        return WORKSPACE_BYTES + WRAPPER_BYTES
+
+    @classmethod
+    def jit_modules(cls, spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
+        from dp_runtime.attention.flashinfer.wrappers import jit_modules
+
+        return jit_modules(spec, device)
+
+    def _plan(self, metadata: AttentionMetadata) -> FlashinferPlan:
+        self._wrappers.plan(metadata)
+        return FlashinferPlan(metadata, self._slots(metadata), self.spec, self._wrappers)
+
+
+@dataclass(frozen=True, eq=False)
+class FlashinferPlan(AttentionPlan):
+    """Attends by the wrappers, until they plan another pass."""
+
+    wrappers: Wrappers
+
+    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self.wrappers.run(q, cache.pool, cache.scales, self.metadata, out)
+        return out

@@ -1,0 +1,110 @@
+"""AttentionPlan: what all layers of a pass have in common, made once before the first of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dp_runtime.attention.contract import (
+    Comparison,
+    compare,
+    slots_due,
+    tensor_comparisons,
+    value_comparisons,
+)
+from dp_runtime.attention.spec import AttentionSpec, KvScales
+from dp_runtime.core.metadata import AttentionMetadata
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """One layer's page pool [num_pages, 2, num_kv_heads, page_size, head_dim] and its scales."""
+
+    layer: int
+    pool: Tensor
+    scales: KvScales
+
+
+@dataclass(frozen=True, eq=False)
+class CacheSlots:
+    """Where a pass's new keys and values go; the same in every layer."""
+
+    mapping: Tensor  # [rows] int32: page * page_size + offset
+    page_size: int
+
+    @cached_property
+    def pages(self) -> Tensor:
+        """[rows] int64; kernels of a GPU work with the mapping alone."""
+        return self.mapping.long() // self.page_size
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """[rows] int64, within the pages."""
+        return self.mapping.long() % self.page_size
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan(ABC):
+    """Where a pass's keys and values are appended, and how its queries attend."""
+
+    metadata: AttentionMetadata
+    slots: CacheSlots
+    spec: AttentionSpec
+
+    @abstractmethod
+    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
+        """Attend causally from q [rows, num_heads, head_dim], at least one row; the same shape."""
+
+    def comparisons(self, device: torch.device) -> Iterable[Comparison]:
+        """Compare what kernels will read with the host mirrors of the metadata."""
+        mapping, size = self.slots.mapping, self.spec.page_size
+        yield "slots.page_size", self.slots.page_size, size
+        yield from tensor_comparisons(
+            "slots.mapping", mapping, (self.num_tokens,), torch.int32, device
+        )
+        if self.spec.check_device_values:
+            due = slots_due(self.metadata, size)
+            yield from value_comparisons("slots.mapping", mapping, due)
+
+    def check_rows(self, layer: LayerCache, name: str, tensor: Tensor, shape: Shape) -> None:
+        """Compare a tensor that a layer is called with; the message names place and layer."""
+        dtype, device = self.spec.dtype, layer.pool.device
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            found = (tensor.shape, tensor.dtype, tensor.device)
+            what = (f"{name} {item}" for item in ("shape", "dtype", "device"))
+            compare(zip(what, found, (shape, dtype, device)), self.where(layer))
+
+    def where(self, layer: LayerCache) -> str:
+        return f"{self.metadata.place}, layer {layer.layer}"
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return self.metadata.num_tokens
+
+    @cached_property
+    def q_shape(self) -> Shape:
+        return self.num_tokens, self.spec.num_heads, self.spec.head_dim
+
+    @cached_property
+    def kv_shape(self) -> Shape:
+        return self.num_tokens, self.spec.num_kv_heads, self.spec.head_dim
+
+    @cached_property
+    def qkv_shape(self) -> Shape:
+        heads = self.spec.num_heads + 2 * self.spec.num_kv_heads
+        return self.num_tokens, heads, self.spec.head_dim
+
+    @cached_property
+    def angle_shape(self) -> Shape:
+        return self.num_tokens, 1, self.spec.head_dim // 2
+
+    @cached_property
+    def norm_shape(self) -> Shape:
+        return self.spec.num_heads + self.spec.num_kv_heads, self.spec.head_dim

@@ -1,0 +1,1 @@
+"""The TRT-LLM attention kernels, called through flashinfer."""

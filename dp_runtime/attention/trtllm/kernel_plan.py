@@ -1,0 +1,84 @@
+"""KernelPlan: a pass's groups of requests, and the kernel calls that serve them in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dp_runtime.attention.contract import Comparison, compare
+from dp_runtime.attention.plan import AttentionPlan, LayerCache
+from dp_runtime.attention.spec import KvScales
+from dp_runtime.attention.trtllm.kernel_contract import group_comparisons, members_comparisons
+from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
+from dp_runtime.core.e4m3 import quantize
+
+CALL = tuple(f"a kernel's {name}" for name in (
+    "q shape", "out shape", "q dtype", "out dtype", "q contiguity", "out contiguity"
+))  # fmt: skip
+
+
+class TrtllmCalls(Protocol):
+    """The kernel calls of one GPU architecture; each writes out [rows, num_heads, head_dim]."""
+
+    def prefill(
+        self, q: Tensor, pool: Tensor, scales: KvScales, group: KernelGroup, out: Tensor
+    ) -> None:
+        """Attend causally with any query lengths; q is of the pool's dtype."""
+
+    def decode(
+        self, q: Tensor, pool: Tensor, scales: KvScales, group: KernelGroup, out: Tensor
+    ) -> None:
+        """Attend with one short query length of all requests, causally among the new tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class KernelPlan(AttentionPlan):
+    """Attends group by group.
+
+    A captured graph reads the tensors of its plan at every replay, so it keeps the plan.
+
+    Over a pool in e4m3 prefill takes q in e4m3 too, with a scale of 1.0 and clamped to 448: the
+    kernels take the scale as a host number, so one found in the data would wait for the device, and
+    e4m3 keeps the same bits at any magnitude that q has. Decode takes q as it is.
+    """
+
+    groups: tuple[KernelGroup, ...]
+    calls: TrtllmCalls
+
+    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for group in self.groups:
+            in_one_piece = isinstance(group.rows, slice)
+            rows = q[group.rows].contiguous()
+            target = out[group.rows] if in_one_piece else torch.empty_like(rows)
+            if group.query_len is None and self.spec.quantized:
+                rows = quantize(rows, 1.0)
+            self.check_call(rows, target, group, cache)
+            call = self.calls.decode if group.query_len else self.calls.prefill
+            call(rows, cache.pool, cache.scales, group, target)
+            if not in_one_piece:
+                out[group.rows] = target
+        return out
+
+    def check_call(self, q: Tensor, out: Tensor, group: KernelGroup, cache: LayerCache) -> None:
+        """Compare q and out: a kernel takes its batch from them, and its dtype from q or the pool.
+
+        A prefill kernel takes q in the pool's dtype, a decode kernel in the model's.
+        """
+        spec = self.spec
+        dtype = spec.kv_dtype if group.query_len is None else spec.dtype
+        shape = (group.num_rows, spec.num_heads, spec.head_dim)
+        found = (q.shape, out.shape, q.dtype, out.dtype, q.is_contiguous(), out.is_contiguous())
+        due = (shape, shape, dtype, spec.dtype, True, True)
+        if found != due:
+            compare(zip(CALL, found, due), self.where(cache))
+
+    def comparisons(self, device: torch.device) -> Iterable[Comparison]:
+        yield from super().comparisons(device)
+        yield from members_comparisons(self.groups, self.metadata)
+        for group in self.groups:
+            yield from group_comparisons(group, self.metadata, self.spec, device)

@@ -1,0 +1,74 @@
+"""How a rank's steps are executed: their dtype, captured or not, overlapped or not."""
+
+from __future__ import annotations
+
+import torch
+
+from dp_runtime.attention.registry import backend_class
+from dp_runtime.config import EngineConfig
+from dp_runtime.layers.moe_kernels import make_moe_kernels
+from dp_runtime.parallel.transports import choose_transport
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """Resolve a config's dtype; "auto" is float32 on a CPU and bfloat16 on a GPU."""
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    resolved = getattr(torch, dtype)
+    assert isinstance(resolved, torch.dtype), f"{dtype} was checked by the config"
+    return resolved
+
+
+def choose_graphs(
+    config: EngineConfig, device: str, backend: str, moe_backend: str
+) -> tuple[bool, str]:
+    """Decide whether decode steps are captured, and say why.
+
+    Raises ValueError if the config asks for graphs that can't be captured.
+    """
+    transport = choose_transport(  # on several hosts auto takes another one that can be captured
+        config.collective,
+        "cuda",
+        threads=config.launcher == "thread",
+        shared_gpus=config.ranks_per_gpu > 1,
+        one_host=True,
+    )
+    hindrances = {
+        "device cpu has none": device == "cpu",
+        "ranks that are threads meet on the host": transport.in_process,
+        **_host_plans(backend),
+        f"moe_backend {moe_backend} reads sizes back to the host": not make_moe_kernels(
+            moe_backend
+        ).capturable,
+        "rows go through host memory": not (transport.capturable or transport.in_process),
+        "check_device_values reads inputs back": config.check_device_values,
+    }
+    reasons = [reason for reason, holds in hindrances.items() if holds]
+    if config.cuda_graphs is False:
+        return False, "turned off in the configuration"
+    if config.cuda_graphs and reasons:
+        raise ValueError(f"cuda_graphs: True is not allowed; {'; '.join(reasons)}")
+    return not reasons, "; ".join(reasons) or "all kernels in use can be captured"
+
+
+def choose_depth(config: EngineConfig, device: str, backend: str) -> int:
+    """Decide how many steps may be uncommitted when the next one is scheduled.
+
+    Raises ValueError if the config asks for overlap that can't be had.
+    """
+    hindrances = {
+        **_host_plans(backend),
+        "check_device_values compares with lengths that the host has": config.check_device_values,
+    }
+    reasons = [reason for reason, holds in hindrances.items() if holds]
+    if not reasons or device == "cpu" or not config.speculative_num_steps:
+        return config.depth
+    if config.overlap:
+        raise ValueError(f"overlap: True is not allowed with speculation; {'; '.join(reasons)}")
+    return 0
+
+
+def _host_plans(backend: str) -> dict[str, bool]:
+    """A plan that needs exact lengths on the host serves neither a graph nor a step run ahead."""
+    plans_on_host = not backend_class(backend).capturable
+    return {f"attention_backend {backend} plans each pass on the host": plans_on_host}
