@@ -200,7 +200,7 @@ def test_prompts_from_a_pipe(model: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=True,
     )
     assert re.match(r"\[rank 0, length\] abc →..\n", done.stdout)

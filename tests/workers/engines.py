@@ -63,5 +63,5 @@ class Driver:
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; exit status and what it wrote to stderr."""
-        _, errors = self.process.communicate(timeout=30)
+        _, errors = self.process.communicate(timeout=100)
         return self.process.returncode, errors

@@ -186,7 +186,7 @@ def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
     before = left_overs()
 
     def kill_one() -> None:
-        wait_until(lambda: len(rank_processes()) > len(before[0]), "a rank has started", 60)
+        wait_until(lambda: len(rank_processes()) > len(before[0]), "a rank has started", 200)
         os.kill(min(rank_processes().keys() - before[0]), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
@@ -200,7 +200,7 @@ def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
 def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     before = left_overs()
     with Driver(model, tmp_path, 2, "--launcher", "local") as driver:
-        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         driver.signal(signal.SIGINT)
         status, errors = driver.end()
     assert status == 130
@@ -213,7 +213,7 @@ def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal
     """A stopped job is sent SIGTERM, then SIGKILL: the driver has no time to clean up."""
     before = left_overs()
     with Driver(model, tmp_path, 2, "--launcher", "local") as driver:
-        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         ranks = serving_processes() - before[0]
         driver.signal(number)
         assert driver.end()[0] == -number

@@ -105,7 +105,7 @@ def test_a_cluster_with_pretended_gpus() -> None:
     """The real scheduler, with the label; in a process of its own, since Ray is one per process."""
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER], cwd=REPOSITORY, capture_output=True, text=True,
-        timeout=90, env=os.environ | {"RAY_AUTH_MODE": "token"},
+        timeout=200, env=os.environ | {"RAY_AUTH_MODE": "token"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])

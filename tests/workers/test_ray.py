@@ -105,7 +105,7 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     before, address = left_overs(), ray.get_runtime_context().gcs_address
     flags = ("--launcher", "ray", "--ray-address", address)
     with Driver(model, tmp_path, 2, *flags) as driver:
-        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 60)
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         driver.signal(signal.SIGINT)
         status, errors = driver.end()
     assert status == 130
@@ -123,7 +123,7 @@ def test_ranks_end_with_their_drivers(model: Path, tmp_path: Path) -> None:
         room.mkdir()
     flags = ("--launcher", "ray", "--ray-address", address)
     with Driver(model, rooms[0], 2, *flags) as one, Driver(model, rooms[1], 2, *flags) as other:
-        wait_until(lambda: len(serving_processes() - before[0]) == 4, "four ranks serve", 90)
+        wait_until(lambda: len(serving_processes() - before[0]) == 4, "four ranks serve", 200)
         ranks = serving_processes() - before[0]
         for driver, number in ((one, signal.SIGTERM), (other, signal.SIGKILL)):
             driver.signal(number)
@@ -136,7 +136,7 @@ def test_ranks_end_with_their_drivers(model: Path, tmp_path: Path) -> None:
 def test_ranks_end_with_a_driver_that_started_the_cluster(model: Path, tmp_path: Path) -> None:
     before = left_overs()
     with Driver(model, tmp_path, 2, "--launcher", "ray") as driver:
-        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 90)
+        wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         driver.signal(signal.SIGKILL)
         driver.end()
     wait_until(lambda: left_overs() == before, "nothing is left", 10)

@@ -77,20 +77,20 @@ def test_files_and_prompts_are_utf_8_in_any_locale(
     with launched(
         model, *SHORT, "--prompts", str(prompts), "--output", str(output), env=env
     ) as run:
-        assert run.communicate(timeout=60)[1] == b""
+        assert run.communicate(timeout=200)[1] == b""
     assert run.returncode == 0
     assert [line["text"] for line in lines_of(output)] == ["éééé"]
     config = EngineConfig(str(model), launcher="thread", max_model_len=256)
     with Engine(config) as engine:
         (expected,) = engine.generate(["éß"], SamplingParams(max_tokens=4, temperature=0.0))
     with launched(model, *SHORT, "--prompt", "éß", "--output", str(output), env=env) as run:
-        assert run.communicate(timeout=60)[1] == b""
+        assert run.communicate(timeout=200)[1] == b""
     assert tuple(lines_of(output)[0]["token_ids"]) == expected.token_ids, "argv is UTF-8 too"
 
 
 def test_a_console_without_a_character_shows_it_as_an_escape(model: Path) -> None:
     with launched(model, *SHORT, "--prompt", "é", env={"PYTHONIOENCODING": "ascii"}) as run:
-        out, errors = run.communicate(timeout=60)
+        out, errors = run.communicate(timeout=200)
     assert run.returncode == 0
     assert out.startswith(rb"[rank 0, length] \xe9 \u2192")
     assert b"output tokens 4 " in out
@@ -109,7 +109,7 @@ def test_a_full_disk_is_said_and_told_by_the_exit_status(
 
 def test_a_full_disk_behind_stdout_is_said(model: Path) -> None:
     with open("/dev/full", "wb") as full, launched(model, *SHORT, stdout=full) as run:
-        errors = run.communicate(timeout=60)[1]
+        errors = run.communicate(timeout=200)[1]
     assert run.returncode == 1
     assert errors == b"error: stdout: No space left on device; 0 of 6 results were written\n"
 
