@@ -9,7 +9,6 @@ MAX_SHOWN = 200  # characters of a value in a message
 
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
-    """Raise a one-line ValueError that names the field, its value and what is allowed."""
     if not ok:
         text = repr(value)
         text = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
@@ -17,7 +16,7 @@ def require(ok: bool, field: str, value: object, allowed: str) -> None:
 
 
 class RankDisagreement(RuntimeError):
-    """The records of one step differ between ranks; raised on all of them, before a collective."""
+    """The records of one step differ between ranks; raised before any collective."""
 
 
 class ContractViolation(RuntimeError):
@@ -41,7 +40,7 @@ class RankFailed(RuntimeError):
 
 
 class RequestFailed(RuntimeError):
-    """One request could not be processed; its engine serves on."""
+    """One request could not be served; its engine serves on."""
 
 
 class QueueFull(RuntimeError):

@@ -73,7 +73,7 @@ def right_outcome(load: tuple[SoakRequest, ...]) -> Outcome:
     made = sum(len(tokens) for tokens in served.streamed.values())
     totals = [Totals(0, output_tokens=made, preemptions=2), Totals(1), Totals(2), Totals(3)]
     health = [RankHealth(r, RankState.IDLE, free_pages=9, num_pages=10) for r in range(4)]
-    return served, Report.of(totals, len(load), 1.0), health
+    return served, Report.from_totals(totals, len(load), 1.0), health
 
 
 def faults_after(change: Callable[[Outcome], Outcome | None]) -> list[str]:

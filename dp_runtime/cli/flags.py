@@ -31,13 +31,11 @@ def add_flags(
 
 
 def given_fields(options: argparse.Namespace, owner: type) -> dict[str, Any]:
-    """The described fields that the command line has set."""
     names = [item.name for item in settings_of(owner)]
     return {name: getattr(options, name) for name in names if name in options}
 
 
 def new_file(text: str) -> Path:
-    """The argument as a file that can be written, as far as its name shows."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not a file in an existing directory")

@@ -16,8 +16,6 @@ PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dp_rank")
 
 @dataclass(frozen=True)
 class PromptLine:
-    """One line of a prompt file."""
-
     prompt: Prompt
     params: SamplingParams
     dp_rank: int | None

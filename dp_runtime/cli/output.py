@@ -13,14 +13,11 @@ from tqdm import tqdm
 
 
 class WriteFailed(RuntimeError):
-    """What was to be written could not be, or not all of it."""
+    """The target takes no more: a full disk, a closed pipe."""
 
 
 class OutputFile:
-    """A text file, opened at once; what is written is in the file before the next call.
-
-    Raises ValueError if it can't be opened, WriteFailed if the disk is full or a pipe is closed.
-    """
+    """A text file that is opened at once (ValueError) and flushed after writes (WriteFailed)."""
 
     def __init__(self, flag: str, path: Path) -> None:
         self._name = f"{flag}: {str(path)!r}"

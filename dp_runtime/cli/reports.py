@@ -11,15 +11,12 @@ from dp_runtime.metrics.trace import StepTrace
 
 
 def rank_memory(ranks: Sequence[RankHealth]) -> str:
-    """Memory of all ranks, the longest time to load, and the cost of graphs."""
     table = memory_table([rank.memory for rank in ranks if rank.memory])
     graphs = f"; rank 0's {ranks[0].graphs}" if ranks[0].graphs else ""
     return f"{table}\nloaded in {max(rank.load_s for rank in ranks):.1f} s{graphs}"
 
 
 def step_times(steps: Sequence[StepTrace]) -> str:
-    """Median and longest times of a rank's step."""
-
     def milliseconds(values: list[float]) -> str:
         return f"median {median(values) * 1e3:.2f} ms, longest {max(values) * 1e3:.2f} ms"
 

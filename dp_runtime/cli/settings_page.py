@@ -25,7 +25,6 @@ the request; special tokens may be among them) and `stop_token_ids`:
 
 
 def settings_page() -> str:
-    """The page as Markdown."""
     return "\n".join([HEAD, *_table(EngineConfig), PARAMS, *_table(SamplingParams), ""])
 
 

@@ -1,4 +1,4 @@
-"""What a user submits, what a rank gets, what it reports, and what the user gets back."""
+"""Requests and their outputs, as users, the driver and ranks see them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from dp_runtime.core.sampling_params import SamplingParams
 
 
 class FinishReason(StrEnum):
-    """Why a request ended."""
-
     STOP = "stop"  # an end-of-text token, a stop token or a stop string
     LENGTH = "length"  # max_tokens
     ABORT = "abort"
@@ -23,23 +21,17 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class PromptEmbeds:
-    """Embeddings that replace those of the prompt's tokens at some positions."""
-
     positions: NDArray[np.int64]  # [embeds]
     values: NDArray[np.float32]  # [embeds, hidden]
 
 
 @dataclass(frozen=True, eq=False)
 class TokensPrompt:
-    """A prompt of token ids, some positions of which may have embeddings of their own.
-
-    `prompt_embeds` [embeds, hidden] float32 go to `embed_positions` [embeds]; this is where an
-    image encoder attaches its output.
-    """
+    """A prompt of token ids; embeddings, of an image say, may replace those of some tokens."""
 
     token_ids: Sequence[int]
-    prompt_embeds: NDArray[np.float32] | None = None
-    embed_positions: Sequence[int] = ()
+    prompt_embeds: NDArray[np.float32] | None = None  # [embeds, hidden]
+    embed_positions: Sequence[int] = ()  # [embeds]
 
 
 Prompt = str | Sequence[int] | TokensPrompt
@@ -59,8 +51,6 @@ class RankRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The log probability of one token and of the best ones at its position."""
-
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
@@ -80,8 +70,6 @@ class RequestUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class RequestDelta:
-    """What came anew for a streamed request."""
-
     request_id: int
     text: str
     token_ids: tuple[int, ...]
@@ -91,21 +79,17 @@ class RequestDelta:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request.
-
-    `logprobs` has one entry per output token, `prompt_logprobs` one per prompt token after the
-    first; None if they were not asked for. `stop_reason` is the stop token or string.
-    """
+    """A finished request."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    stop_reason: int | str | None
+    stop_reason: int | str | None  # the stop token or string
     dp_rank: int
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one per output token, if asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # one per prompt token after the first
 
 
 UpdateListener = Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did

@@ -84,7 +84,7 @@ class SamplingParams:
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """SamplingParams of a mapping, such as a JSON object; an unknown field is an error."""
+        """SamplingParams of a JSON object; an unknown field is an error."""
         require(isinstance(values, Mapping), "sampling parameters", values, "a mapping")
         known = {item.name for item in fields(cls)}
         for name, value in values.items():
@@ -103,10 +103,7 @@ class SamplingParams:
         return cls(**values)
 
     def check_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> None:
-        """ValueError unless every token named here is one of a vocabulary of that size.
-
-        stop_token_ids: all ids that end the request, the end-of-text ids included.
-        """
+        """ValueError for a token outside the vocabulary; `stop_token_ids` are all that end it."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             ok = all(token < vocab_size for token in ids)
             require(ok, name, getattr(self, name), f"token ids below {vocab_size}")

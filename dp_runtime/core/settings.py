@@ -35,20 +35,17 @@ class Setting:
 
     @property
     def range(self) -> str:
-        """The bounds in words."""
         limits = ((">=", self.at_least), ("above", self.above), ("at most", self.at_most))
         return ", ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
 
 
 def setting(default: Any, doc: str, **limits: Any) -> Any:
-    """A dataclass field with a Setting; MISSING as default: the field must be given."""
+    """A dataclass field with a Setting; one with MISSING as default must be given."""
     return field(default=default, metadata={"setting": Setting(doc=doc, **limits)})
 
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a dataclass, with the setting that describes it."""
-
     name: str
     kind: type  # bool, int, float or str
     optional: bool  # None is allowed too
@@ -61,13 +58,11 @@ class Field:
 
     @property
     def shown_default(self) -> str:
-        """The default in words; empty if the field must be given."""
         known = "" if self.default is MISSING else str(self.default)
         return self.setting.shown_default or known
 
     @property
     def allowed(self) -> str:
-        """The values that it takes, in words."""
         if self.setting.choices:
             words = "one of " + ", ".join(self.setting.choices)
         elif self.setting.allowed:
@@ -110,10 +105,7 @@ def settings_of(owner: Any) -> tuple[Field, ...]:
 
 
 def check_settings(owner: Any) -> None:
-    """Check every described field of a frozen dataclass, in its `__post_init__`.
-
-    Numbers of numpy become Python's own there, so that no sum of them can wrap.
-    """
+    """Check the fields in `__post_init__`; numpy's numbers, whose sums wrap, become Python's."""
     kind: Any = type(owner)
     for item in settings_of(kind):
         object.__setattr__(owner, item.name, item.plain(getattr(owner, item.name)))

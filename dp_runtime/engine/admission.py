@@ -1,4 +1,4 @@
-"""The control plane's choices: which rank serves a request, and how many may be unfinished."""
+"""Which rank serves a request, and how many requests may be unfinished."""
 
 from __future__ import annotations
 
@@ -11,55 +11,47 @@ from dp_runtime.errors import QueueFull
 
 
 @dataclass
-class RankQueue:
-    """What the engine has given a rank and not got back."""
+class Outstanding:
+    """The work that a rank was given and has not finished."""
 
     requests: int = 0
     tokens: int = 0  # prompt and, at most, output tokens
 
 
-class Router(Protocol):
-    """Chooses a rank for a request that is not pinned to one."""
+class LoadBalancer(Protocol):
+    """Chooses a rank for a request of so many tokens that is not pinned to one."""
 
-    def choose(self, queues: Sequence[RankQueue], tokens: int) -> int:
-        """The rank for a request of so many tokens; `queues` are [rank]."""
+    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int: ...
 
 
 class RoundRobin:
-    """One rank after the other, whatever they have."""
-
     def __init__(self) -> None:
         self._next = 0
 
-    def choose(self, queues: Sequence[RankQueue], tokens: int) -> int:
-        rank = self._next % len(queues)
+    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
+        rank = self._next % len(ranks)
         self._next = rank + 1
         return rank
 
 
 class LeastTokens:
-    """The rank with the fewest unfinished tokens."""
-
-    def choose(self, queues: Sequence[RankQueue], tokens: int) -> int:
-        return min(range(len(queues)), key=lambda rank: (queues[rank].tokens, rank))
+    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
+        return min(range(len(ranks)), key=lambda rank: (ranks[rank].tokens, rank))
 
 
 class LeastPaddedCost:
-    """The rank that adds the fewest padded rows to a decode step; then the fewest tokens.
+    """A decode step costs the largest rank's requests on every rank: keep that number low."""
 
-    A decode step of all ranks costs the largest rank's requests on every rank.
-    """
-
-    def choose(self, queues: Sequence[RankQueue], tokens: int) -> int:
-        most = max(queue.requests for queue in queues)
+    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
+        largest = max(each.requests for each in ranks)
 
         def cost(rank: int) -> tuple[int, int, int]:
-            return max(most, queues[rank].requests + 1), queues[rank].tokens, rank
+            return max(largest, ranks[rank].requests + 1), ranks[rank].tokens, rank
 
-        return min(range(len(queues)), key=cost)
+        return min(range(len(ranks)), key=cost)
 
 
-ROUTERS: dict[str, type[Router]] = {
+LOAD_BALANCERS: dict[str, type[LoadBalancer]] = {
     "round_robin": RoundRobin,
     "least_tokens": LeastTokens,
     "least_padded_cost": LeastPaddedCost,
@@ -67,24 +59,21 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 class Admission:
-    """Counts unfinished requests per rank, bounds them, and routes new ones."""
+    """Gives new requests to ranks, and bounds how many are unfinished."""
 
-    def __init__(self, router: Router, dp_size: int, limit: int) -> None:
-        self._router = router
-        self._queues = [RankQueue() for _ in range(dp_size)]
+    def __init__(self, balancer: LoadBalancer, dp_size: int, limit: int) -> None:
+        self._balancer = balancer
+        self._ranks = [Outstanding() for _ in range(dp_size)]
         self._limit = limit
         self._changed = threading.Condition()
         self._closed: BaseException | None = None
 
     @property
     def num_unfinished(self) -> int:
-        return sum(queue.requests for queue in self._queues)
+        return sum(rank.requests for rank in self._ranks)
 
     def enter(self, tokens: int, dp_rank: int | None, wait: bool) -> int:
-        """Take a place for a request and return its rank.
-
-        Without a free place it waits, or raises QueueFull if `wait` is false.
-        """
+        """Returns the rank of a new request; waits for a place, or raises QueueFull."""
         with self._changed:
             while self.num_unfinished >= self._limit and not self._closed:
                 if not wait:
@@ -92,20 +81,19 @@ class Admission:
                 self._changed.wait()
             if self._closed:
                 raise self._closed
-            rank = self._router.choose(self._queues, tokens) if dp_rank is None else dp_rank
-            self._queues[rank].requests += 1
-            self._queues[rank].tokens += tokens
+            rank = self._balancer.choose(self._ranks, tokens) if dp_rank is None else dp_rank
+            self._ranks[rank].requests += 1
+            self._ranks[rank].tokens += tokens
             return rank
 
     def leave(self, dp_rank: int, tokens: int) -> None:
-        """Give a request's place back."""
         with self._changed:
-            self._queues[dp_rank].requests -= 1
-            self._queues[dp_rank].tokens -= tokens
+            self._ranks[dp_rank].requests -= 1
+            self._ranks[dp_rank].tokens -= tokens
             self._changed.notify_all()
 
     def close(self, error: BaseException) -> None:
-        """Refuse everyone from now on, also those that wait."""
+        """Refuse everyone from now on, even those that wait."""
         with self._changed:
             self._closed = error
             self._changed.notify_all()

@@ -1,8 +1,9 @@
-"""Engine: the public API. It routes requests to ranks and turns their tokens into text."""
+"""Engine: the public API."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
@@ -11,7 +12,7 @@ from types import TracebackType
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import Prompt, RankRequest, RequestOutput, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
-from dp_runtime.engine.admission import ROUTERS, Admission
+from dp_runtime.engine.admission import LOAD_BALANCERS, Admission
 from dp_runtime.engine.handle import RequestHandle, RequestStream
 from dp_runtime.engine.inputs import RequestFactory
 from dp_runtime.engine.output_processor import OutputProcessor
@@ -23,12 +24,13 @@ from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import Report, StepTrace
 
+logger = logging.getLogger(__name__)
+
 
 class Engine:
     """Serves a model over `config.dp_size` ranks; use it as a context manager.
 
-    Raises ValueError for a configuration mistake and StartError if the ranks can't be started;
-    then nothing of them is left. `show_progress` reports loading on stderr.
+    Raises ValueError for a configuration mistake, StartError if the ranks can't be started.
     """
 
     def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
@@ -41,19 +43,23 @@ class Engine:
             self._group.close()
             raise
         self._factory = RequestFactory(model, self.tokenizer, config.seed)
-        router = ROUTERS[config.routing]()
-        self._admission = Admission(router, config.dp_size, config.max_queued_requests)
+        balancer = LOAD_BALANCERS[config.routing]()
+        self._admission = Admission(balancer, config.dp_size, config.max_queued_requests)
         self._outputs = OutputProcessor()
         self._ids = itertools.count()
         self._lock = threading.Lock()
         self._closed: BaseException | None = None
         self._clock = BusyClock()
         self._num_finished = 0
-        self._group.listen(self._on_updates, self._end)
+        self._group.listen(self._on_updates, self._on_failure)
+        logger.info(
+            "%s on %d ranks (%s): requests go by %s, at most %d are unfinished, %d tokens at most",
+            model.architecture, config.dp_size, config.launcher, config.routing,
+            config.max_queued_requests, model.max_model_len,
+        )  # fmt: skip
 
     @property
     def model(self) -> ModelInfo:
-        """What the ranks told of the model."""
         return self._group.model
 
     def generate(
@@ -66,9 +72,9 @@ class Engine:
     ) -> list[RequestOutput]:
         """Finish all prompts and return their outputs in order.
 
-        One SamplingParams for all, or one per prompt; `dp_ranks` pins prompts to ranks. All
-        prompts are checked before any is submitted (ValueError). `on_output` gets each output with
-        its index as soon as it and all before it are finished; if the engine fails, all that are.
+        `params` are for all or one per prompt; `dp_ranks` pins prompts to ranks. All prompts are
+        checked before any is submitted (ValueError). `on_output` gets index and output as soon as
+        this and all earlier ones are finished; if the engine fails, all that are finished.
         """
         requests = self._make_all(prompts, params, dp_ranks)
         handles: list[RequestHandle] = []
@@ -100,32 +106,25 @@ class Engine:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
     ) -> RequestStream:
-        """Start one prompt and iterate over what comes anew; leaving it early aborts it.
-
-        Raises as `submit` does.
-        """
+        """Start a prompt as `submit` does, and iterate over its deltas; leaving early aborts it."""
         return RequestStream(self.submit(prompt, params, dp_rank))
 
     def submit(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
     ) -> RequestHandle:
-        """Start one prompt and return at once.
-
-        Raises ValueError for a mistake, QueueFull above max_queued_requests.
-        """
+        """Start one prompt; ValueError for a mistake, QueueFull above max_queued_requests."""
         request = self._make(prompt, params or SamplingParams())
         self._check_rank(dp_rank)
         return self._start(request, dp_rank, wait=False)
 
     def step_trace(self) -> tuple[StepTrace, ...]:
-        """The steps that the ranks remember: per step and rank, rows, times by phase and waits."""
+        """The steps that the ranks remember, with their rows and times."""
         self._check_open()
         return self._group.trace()
 
     def report(self) -> Report:
-        """Totals since the start."""
         self._check_open()
-        return Report.of(self._group.totals(), self._num_finished, self._clock.elapsed_s)
+        return Report.from_totals(self._group.totals(), self._num_finished, self._clock.elapsed_s)
 
     def health(self) -> tuple[RankHealth, ...]:
         """The state of every rank; answers also after a failure, until the engine is closed."""
@@ -188,13 +187,20 @@ class Engine:
     def _start(self, request: RankRequest, dp_rank: int | None, wait: bool = True) -> RequestHandle:
         tokens = len(request.prompt_token_ids) + request.params.max_tokens
         rank = self._admission.enter(tokens, dp_rank, wait)
-        log = RequestLog(request, rank, self.tokenizer)
-        handle = RequestHandle(log, self._abort)
-        with self._lock:
-            self._check_open()
-            self._outputs.add(log, handle)
-            self._clock.enter()
-        self._group.submit(rank, [request])
+        try:
+            log = RequestLog(request, rank, self.tokenizer)
+            handle = RequestHandle(log, self._abort)
+            with self._lock:
+                self._check_open()
+                self._outputs.add(log, handle)
+                self._clock.enter()
+            self._group.submit(rank, [request])
+        except BaseException:
+            if self._outputs.remove(request.request_id):
+                with self._lock:
+                    self._clock.leave()
+            self._admission.leave(rank, tokens)
+            raise
         return handle
 
     def _abort(self, dp_rank: int, request_id: int) -> None:
@@ -216,6 +222,10 @@ class Engine:
             self._clock.leave()
             self._num_finished += 1
         self._admission.leave(log.dp_rank, log.num_reserved_tokens)
+
+    def _on_failure(self, error: BaseException) -> None:
+        logger.error("the engine has failed, and all its requests with it: %s", error)
+        self._end(error)
 
     def _end(self, error: BaseException) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""RequestHandle and RequestStream: what a user holds of a running request."""
+"""What a user holds of a running request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ class RequestHandle:
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """The output tokens so far."""
         return self._log.token_ids
 
     @property
@@ -45,12 +44,10 @@ class RequestHandle:
 
     @property
     def done(self) -> bool:
-        """It ended, or its engine failed."""
         return self._output is not None or self._error is not None
 
     @property
     def output(self) -> RequestOutput | None:
-        """The finished request, if it has finished."""
         return self._output
 
     def result(self, timeout: float | None = None) -> RequestOutput:
@@ -80,7 +77,6 @@ class RequestHandle:
             yield delta
 
     def put(self, delta: RequestDelta, output: RequestOutput | None) -> None:
-        """Take what is new from the ranks (an OutputSink)."""
         with self._changed:
             if self._error is None:
                 self._deltas.put(delta)
@@ -88,7 +84,6 @@ class RequestHandle:
                 self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """The request will not be finished (an OutputSink)."""
         with self._changed:
             if not self.done:
                 self._error = error

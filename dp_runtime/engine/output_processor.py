@@ -19,16 +19,13 @@ class OutputSink(Protocol):
     """Where the outputs of one request go. Threads of ranks call it, so it must not block."""
 
     def put(self, delta: RequestDelta, output: RequestOutput | None) -> None:
-        """Take what is new, and with the last of it the whole output."""
+        """Take what is new; with the last of it comes the output."""
 
-    def fail(self, error: BaseException) -> None:
-        """The request will not be finished."""
+    def fail(self, error: BaseException) -> None: ...
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What is new for one request."""
-
     log: RequestLog
     sink: OutputSink
     news: RequestDelta | RequestFailed
@@ -60,20 +57,16 @@ class OutputProcessor:
         return request_id in self._live
 
     def add(self, log: RequestLog, sink: OutputSink) -> None:
-        """Begin to follow a request."""
         with self._lock:
             self._live[log.request_id] = (log, sink)
 
     def remove(self, request_id: int) -> bool:
-        """Stop following a request; False if it is not live any more."""
+        """Returns False if the request is not live any more."""
         with self._lock:
             return self._live.pop(request_id, None) is not None
 
     def process(self, updates: Sequence[RequestUpdate]) -> list[Delivery]:
-        """Apply what a rank reports; requests that end with it are not live afterwards.
-
-        An error while one request is processed ends that request, and no other.
-        """
+        """Apply what a rank reports; an error in one request ends that request and no other."""
         deliveries = []
         for update in updates:
             live = self._live.get(update.request_id)
@@ -85,7 +78,6 @@ class OutputProcessor:
         return deliveries
 
     def fail_all(self, error: BaseException) -> None:
-        """End every live request with an error."""
         with self._lock:
             live, self._live = self._live, {}
         for _, sink in live.values():

@@ -1,4 +1,4 @@
-"""The text of one request's output tokens, as they come, up to a stop string."""
+"""The text of one request, as its tokens come."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ from dp_runtime.engine.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextStep:
-    """What some output tokens added to a request's text."""
-
     text: str  # may be shown now
     stop: str | None  # the stop string that ended the text; it is not part of it
     num_kept: int  # tokens of this push up to the one that completed the stop string, or all
 
 
 class OutputText:
-    """The text of one request's output tokens, as they come.
+    """Holds back incomplete characters, and text that may begin a stop string.
 
-    Held back are characters whose bytes are incomplete and text that may begin a stop string. The
-    first stop string that is complete ends the text (of several ending at one character, the
-    longest), unless it ends within the text of the first min_tokens tokens. The texts of all
-    steps concatenate to the decoding of all kept tokens, cut before the stop string.
+    The first complete stop string ends the text (the longest of several that end together), unless
+    it ends within the first min_tokens tokens. The texts of all steps concatenate to the decoding
+    of all kept tokens, cut before the stop string.
     """
 
     def __init__(
@@ -49,7 +46,6 @@ class OutputText:
         self._ended = False
 
     def push(self, token_ids: Sequence[int]) -> TextStep:
-        """Add output tokens; none may follow a stop string or `finish`."""
         assert not self._ended, "the text has ended"
         parts = []
         for kept, token_id in enumerate(token_ids, 1):
@@ -61,7 +57,7 @@ class OutputText:
         return TextStep("".join(parts), None, len(token_ids))
 
     def finish(self) -> TextStep:
-        """No more tokens: what was held back, which may still complete a stop string."""
+        """Show what was held back, which may still complete a stop string."""
         assert not self._ended, "the text has ended"
         self._ended = True
         text = self._show(self._stream.flush())

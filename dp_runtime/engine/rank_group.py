@@ -1,4 +1,4 @@
-"""RankGroup: the running ranks as the engine sees them."""
+"""The running ranks as the engine sees them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ from dp_runtime.metrics.trace import StepTrace, Totals
 
 
 class RankGroup(Protocol):
-    """The running ranks as the engine sees them, whatever kind of process they are."""
+    """The running ranks, whatever kind of process they are; submit and abort do not wait."""
 
     model: ModelInfo
 
     def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
-        """Deliver outputs and the first failure, each from the group's own threads."""
+        """Deliver outputs and the first failure from threads of the group."""
 
-    def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
-        """Queue requests on a rank; does not wait."""
+    def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None: ...
 
-    def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
-        """Stop requests of a rank; does not wait."""
+    def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None: ...
 
     def health(self) -> tuple[RankHealth, ...]:
         """The state of every rank, also of those that do not answer."""
@@ -34,15 +32,13 @@ class RankGroup(Protocol):
     def trace(self) -> tuple[StepTrace, ...]:
         """The steps that the ranks remember, ordered by step and rank."""
 
-    def totals(self) -> tuple[Totals, ...]:
-        """What every rank has counted since the start."""
+    def totals(self) -> tuple[Totals, ...]: ...
 
     def close(self) -> None:
         """Stop all ranks and release their processes; callable more than once."""
 
 
 def start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
-    """Start all ranks of a config; StartError names the cause if they can't be."""
     _check_not_shadowed("workers", "collectives")
     from workers import start  # NOTE: the one import upward; ranks come to the engine this way
 

@@ -26,7 +26,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str, may_match: bool) -> str:
-        """Return the text that may be shown; a stop string that ends here counts if may_match."""
+        """Returns the text that may be shown; stop strings that end here count if may_match."""
         assert self.matched is None, "no text after a stop string"
         if not self._automata:
             return text
@@ -45,7 +45,6 @@ class StopStrings:
         return _without_marks(text[:start])
 
     def flush(self) -> str:
-        """Return what is held, because nothing comes after it."""
         text, self._held = self._held, ""
         return _without_marks(text)
 
@@ -61,7 +60,7 @@ class _Automaton:
         self._skips_marks = not _MARK.search(pattern)
 
     def advance(self, char: str) -> bool:
-        """Follow one character; True if the pattern is complete with it."""
+        """Returns whether the pattern is complete with this character."""
         if self._skips_marks and _MARK.match(char):
             return False
         state = self.num_followed

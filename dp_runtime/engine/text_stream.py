@@ -22,10 +22,10 @@ class TextStream(Protocol):
     """Text of a growing sequence: `step`s and one `flush` concatenate to its decoded text."""
 
     def step(self, token_id: int) -> str:
-        """Text that is settled with this token, whatever comes after."""
+        """The text that no later token can change."""
 
     def flush(self) -> str:
-        """The rest; characters do not continue past it."""
+        """The rest, as if no token came after."""
 
 
 def text_stream(
@@ -38,8 +38,6 @@ def text_stream(
 
 
 class _ByteLevelStream:
-    """Passes the bytes of tokens through an incremental UTF-8 decoder."""
-
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
@@ -85,7 +83,7 @@ class _WindowStream:
         return text[len(before) :]
 
     def _context_of(self, window: list[int]) -> list[int]:
-        """The tokens that tell how the next one is decoded; bytes could merge with it."""
+        """The last tokens, from one with text on, and without bytes, which the next could join."""
         end = len(window)
         while end and _BYTE_TOKEN.fullmatch(self._shown(window[end - 1]) or ""):
             end -= 1

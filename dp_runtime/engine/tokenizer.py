@@ -16,10 +16,7 @@ _PER_TOKEN = {"Metaspace", "WordPiece", "BPEDecoder", "Replace", "ByteFallback",
 
 
 class Tokenizer:
-    """A tokenizer.json of the `tokenizers` library.
-
-    ValueError if it can't be read, or if its decoder is one whose text can't be streamed.
-    """
+    """A tokenizer.json; ValueError if it can't be read, or its decoder's text can't be streamed."""
 
     def __init__(self, tokenizer_json: str) -> None:
         try:
@@ -43,7 +40,7 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the post-processor adds."""
+        """Token ids, special tokens of the post-processor included."""
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What a rank's device memory is used for: predicted from shapes, measured on a GPU."""
+"""What a rank's device memory is used for."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of a rank's device memory by what holds them.
-
-    workspaces: what attention backends and cuBLAS keep. activations: the most that a step needs at
-    once, beside what stays from step to step.
-    """
+    """Bytes of a rank's device memory by what holds them."""
 
     weights: int
-    workspaces: int
-    activations: int
+    workspaces: int  # of attention backends and cuBLAS
+    activations: int  # the most that a step needs at once, and frees again
     kv_cache: int
 
     @property
@@ -26,7 +22,7 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank was planned to use and what it uses; nothing is measured on a CPU."""
+    """What a rank was planned to use, and on a GPU what it uses."""
 
     dp_rank: int
     predicted: MemoryUse
@@ -34,7 +30,6 @@ class RankMemory:
 
 
 def memory_table(ranks: Sequence[RankMemory]) -> str:
-    """The ranks' memory in MiB, predicted and, where it was measured, that beside it."""
     names = [field.name for field in fields(MemoryUse)]
     measured = all(rank.measured for rank in ranks)
     head = "predicted / measured" if measured else "predicted; only running GPU ranks measure it"

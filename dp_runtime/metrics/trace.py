@@ -52,18 +52,18 @@ class StepTrace:
 
     @property
     def wait_s(self) -> float:
-        """Time this rank waited for slower ones, in collectives and for their records."""
+        """Time for which this rank waited for slower ones."""
         return self.agree_wait_s + sum(each.wait_s for each in self.passes)
 
     @property
     def busy_s(self) -> float:
-        """Time this rank worked: all phases without the waits for other ranks."""
+        """Time for which this rank worked."""
         forward = sum(each.forward_s for each in self.passes)
         phases = self.schedule_s + self.agree_s + self.prepare_s + self.sample_s + self.commit_s
         return phases + forward - sum(each.wait_s for each in self.passes)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Totals:
     """Sums over the finished steps of one rank; row counts are over all ranks."""
 
@@ -81,7 +81,31 @@ class Totals:
     idle_steps: int = 0  # this rank had no rows while another had
     drafts_proposed: int = 0
     accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
-    pass_s: dict[str, float] = field(default_factory=dict)  # by pass, waits for ranks excluded
+    pass_s: Mapping[str, float] = field(default_factory=dict)  # by pass, without waits for ranks
+
+    def plus(self, step: StepTrace) -> Totals:
+        passes = step.passes
+        pass_s = dict(self.pass_s)
+        for each in passes:
+            busy_s = each.forward_s - each.wait_s
+            pass_s[each.pass_kind] = pass_s.get(each.pass_kind, 0.0) + busy_s
+        return Totals(
+            dp_rank=self.dp_rank,
+            steps=self.steps + 1,
+            output_tokens=self.output_tokens + step.output_tokens,
+            prompt_tokens=self.prompt_tokens + step.prompt_tokens,
+            preemptions=step.num_preemptions,
+            real_rows=self.real_rows + sum(sum(each.real_rows) for each in passes),
+            gathered_rows=self.gathered_rows + sum(sum(each.gathered_rows) for each in passes),
+            max_rows=self.max_rows + sum(each.max_rows for each in passes),
+            wire_rows=self.wire_rows + sum(each.wire_rows for each in passes),
+            busy_s=self.busy_s + step.busy_s,
+            wait_s=self.wait_s + step.wait_s,
+            idle_steps=self.idle_steps + all(each.real_rows[step.dp_rank] == 0 for each in passes),
+            drafts_proposed=self.drafts_proposed + step.num_drafts * sum(step.accepted),
+            accepted=_add(self.accepted, step.accepted),
+            pass_s=pass_s,
+        )
 
 
 @dataclass
@@ -93,28 +117,10 @@ class Recorder:
 
     def add(self, step: StepTrace) -> None:
         self.steps.append(step)
-        totals = self.totals
-        totals.steps += 1
-        totals.output_tokens += step.output_tokens
-        totals.prompt_tokens += step.prompt_tokens
-        totals.preemptions = step.num_preemptions
-        totals.busy_s += step.busy_s
-        totals.wait_s += step.wait_s
-        totals.idle_steps += all(each.real_rows[step.dp_rank] == 0 for each in step.passes)
-        totals.drafts_proposed += step.num_drafts * sum(step.accepted)
-        totals.accepted = _add(totals.accepted, step.accepted)
-        for each in step.passes:
-            totals.pass_s[each.pass_kind] = (
-                totals.pass_s.get(each.pass_kind, 0.0) + each.forward_s - each.wait_s
-            )
-            totals.real_rows += sum(each.real_rows)
-            totals.gathered_rows += sum(each.gathered_rows)
-            totals.max_rows += each.max_rows
-            totals.wire_rows += each.wire_rows
+        self.totals = self.totals.plus(step)
 
 
 def _add(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    """Histograms, the shorter of which has zeros behind its end."""
     return tuple(a + b for a, b in zip_longest(one, other, fillvalue=0))
 
 
@@ -150,7 +156,6 @@ class Report:
 
     @property
     def tokens_per_verification(self) -> float:
-        """Accepted drafts and the token that every verification adds; 0 if there was none."""
         count = self.verifications
         return 1 + self.drafts_accepted / count if count else 0.0
 
@@ -159,9 +164,8 @@ class Report:
         return self.output_tokens / self.elapsed_s if self.elapsed_s else 0.0
 
     @classmethod
-    def of(cls, ranks: Sequence[Totals], requests: int, elapsed_s: float) -> Report:
-        """The report of all ranks' totals; rows are counted alike on every rank."""
-        first = ranks[0]
+    def from_totals(cls, ranks: Sequence[Totals], requests: int, elapsed_s: float) -> Report:
+        first = ranks[0]  # every rank counts the rows of all
         waste = 1 - first.real_rows / first.gathered_rows if first.gathered_rows else 0.0
         balance = first.real_rows / (len(ranks) * first.max_rows) if first.max_rows else 1.0
         return cls(
@@ -221,10 +225,7 @@ class Report:
 
 
 def chrome_trace(steps: Iterable[StepTrace]) -> str:
-    """Steps as Chrome trace JSON, which Perfetto opens: one track per rank.
-
-    Source of the format: "Trace Event Format", complete events (`ph` X), microseconds.
-    """
+    """Return the steps as JSON that Perfetto opens ("Trace Event Format", microseconds)."""
     events = [event for step in steps for event in _events(step)]
     return json.dumps({"traceEvents": events})
 

@@ -6,8 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_runtime.engine.admission import ROUTERS, Admission, LeastPaddedCost, LeastTokens, RoundRobin
-from dp_runtime.engine.admission import RankQueue as Queue
+from dp_runtime.engine.admission import (
+    LOAD_BALANCERS,
+    Admission,
+    LeastPaddedCost,
+    LeastTokens,
+    RoundRobin,
+)
+from dp_runtime.engine.admission import Outstanding as Queue
 from dp_runtime.errors import EngineClosed, QueueFull
 
 
@@ -30,12 +36,13 @@ def test_least_padded_cost_fills_up_to_the_largest_rank_first() -> None:
 
 
 @given(
-    st.sampled_from(sorted(ROUTERS)),
+    st.sampled_from(sorted(LOAD_BALANCERS)),
     st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5000)), min_size=1, max_size=8),
     st.integers(1, 1000),
 )
 def test_every_router_names_a_rank(name: str, queues: list[tuple[int, int]], tokens: int) -> None:
-    assert ROUTERS[name]().choose([Queue(*queue) for queue in queues], tokens) in range(len(queues))
+    ranks = [Queue(*queue) for queue in queues]
+    assert LOAD_BALANCERS[name]().choose(ranks, tokens) in range(len(ranks))
 
 
 def test_admission_counts_and_refuses_above_its_limit() -> None:

@@ -35,7 +35,7 @@ def recorders(steps: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Reco
 
 def test_the_report_follows_its_definitions() -> None:
     ranks = recorders([((10, 12, 12, 12), (12,) * 4), ((0, 12, 1, 0), (12,) * 4)])
-    report = Report.of([rank.totals for rank in ranks], requests=7, elapsed_s=2.0)
+    report = Report.from_totals([rank.totals for rank in ranks], requests=7, elapsed_s=2.0)
     assert report.padding_waste == pytest.approx(1 - 59 / 96)
     assert report.row_balance == pytest.approx((59 / 4) / 24)
     assert report.wire_rows == 96 * 2
@@ -48,7 +48,7 @@ def test_the_report_follows_its_definitions() -> None:
 
 
 def test_no_step_no_waste() -> None:
-    report = Report.of([Totals(0), Totals(1)], requests=0, elapsed_s=0.0)
+    report = Report.from_totals([Totals(0), Totals(1)], requests=0, elapsed_s=0.0)
     assert (report.padding_waste, report.row_balance, report.tokens_per_s) == (0.0, 1.0, 0.0)
 
 
