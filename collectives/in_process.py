@@ -34,8 +34,6 @@ class InProcessGroup:
 
 
 class _Rank:
-    """One rank's end of the group: of its rows and of its records."""
-
     def __init__(self, meetings: Sequence[_Meeting], dp_rank: int) -> None:
         self._meetings, self.dp_rank = meetings, dp_rank
 
@@ -165,8 +163,6 @@ class InProcessCollective(GroupMember):
 
 
 class InProcessBoard(GroupMember):
-    """StepBoard of one thread."""
-
     def __init__(self, rank: _Rank, meeting: _Meeting, dp_size: int) -> None:
         super().__init__(rank, rank.dp_rank, dp_size)
         self._meeting = meeting

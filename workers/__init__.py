@@ -7,7 +7,6 @@ from workers.group import WorkerGroup
 
 
 def start(config: EngineConfig, show_progress: bool = False) -> WorkerGroup:
-    """Start all ranks of a config and return them when they are ready to serve."""
     match config.launcher:
         case "ray":
             from workers.ray_group import start_ray

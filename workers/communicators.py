@@ -20,8 +20,6 @@ LOOPBACK = "127.0.0.1"
 
 
 class Communicator(Protocol):
-    """A rank's collective and board, which live and end together."""
-
     @property
     def collective(self) -> RowCollective: ...
 
@@ -33,8 +31,6 @@ class Communicator(Protocol):
 
 @dataclass(frozen=True)
 class InProcessCommunicator:
-    """The collective and board of a rank that is a thread beside the others."""
-
     collective: RowCollective
     board: StepBoard
 
@@ -68,7 +64,6 @@ def connect(
     device: torch.device,
     listener: socket.socket | None = None,
 ) -> Communicator:
-    """Meet the other ranks; every later wait is bounded by the config's step timeout."""
     if isinstance(rendezvous, InProcessRendezvous):
         group = rendezvous.group
         return InProcessCommunicator(group.collective(dp_rank), group.board(dp_rank))

@@ -135,7 +135,6 @@ class ForkServer:
         return process, Connection(channel.detach())
 
     def close(self) -> None:
-        """Let the server end once its children have."""
         self._requests.close()
         self._control.close()
 
@@ -158,8 +157,6 @@ class _Child:
 
 
 class _Server:
-    """The server's side: one thread that forks, reaps, and watches the driver."""
-
     def __init__(self, control: socket.socket, driver: int) -> None:
         self._control, self._driver = control, driver
         self._requests = Connection(os.dup(control.fileno()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -38,6 +39,8 @@ from workers.messages import (
 )
 from workers.start_errors import raise_failures
 
+_log = logging.getLogger(__name__)
+
 POLL_S = 1.0
 STATUS_S = 5.0
 STOP_S = 12.0
@@ -46,8 +49,6 @@ Answer = TypeVar("Answer")
 
 
 class RankHandle(Protocol):
-    """A rank, wherever it runs."""
-
     dp_rank: int
 
     def call(self, message: Message[Answer]) -> Future[Answer]:
@@ -68,16 +69,12 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class GroupState:
-    """What a group of ranks is in, as one value."""
-
     phase: Phase = Phase.STARTING
     epoch: int = 0
     rendezvous: AnyRendezvous | None = None  # of the epoch
 
 
 class WorkerGroup:
-    """Starts ranks through handles, passes requests and outputs, watches them, ends them."""
-
     model: ModelInfo
 
     def __init__(
@@ -169,11 +166,11 @@ class WorkerGroup:
             return later
 
     def _meet(self, hosts: Sequence[HostInfo], deadline: float) -> AnyRendezvous:
-        """Have rank 0 open a rendezvous, unless the ranks were given one."""
         if self._state.rendezvous is None:
             one_host = len({host.host for host in hosts}) == 1
             opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
             rendezvous = self._all(opening, deadline, handles=self._handles[:1])[0]
+            _log.info("ranks on %s meet over %s at %s", *_where(hosts, rendezvous))
             self._state = replace(self._state, rendezvous=rendezvous)
         assert self._state.rendezvous is not None, "it was given, or opened just now"
         return self._state.rendezvous
@@ -239,6 +236,10 @@ def transport_of(config: EngineConfig, hosts: Sequence[HostInfo]) -> Transport:
     if len(names) > 1 and not transport.spans_hosts:
         raise ValueError(f"collective: {transport.name!r} is not allowed; ranks are on {names}")
     return transport
+
+
+def _where(hosts: Sequence[HostInfo], met: Rendezvous) -> tuple[str, str, str]:
+    return ", ".join(sorted({host.host for host in hosts})), met.transport, met.address
 
 
 def show_loading(bar: ProgressBar, ranks: Sequence[RankHealth]) -> None:

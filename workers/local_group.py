@@ -126,7 +126,6 @@ class ProcessRank:
 
 
 def _fork(dp_rank: int, timeout_s: float) -> tuple[ChildProcess, Connection]:
-    """Start a rank from the process that has imported all it needs."""
     return _fork_server().fork("workers.local_rank:serve", f"dp-rank-{dp_rank}", timeout_s)
 
 
@@ -160,7 +159,6 @@ def _fork_server() -> ForkServer:
 
 
 def start_local(config: EngineConfig) -> WorkerGroup:
-    """Start the ranks as processes of this host, or as threads of this process."""
     config = resolve_device(config, torch.cuda.device_count(), "this host")
     threads = config.launcher == "thread"
     rank_class = ThreadRank if threads else ProcessRank

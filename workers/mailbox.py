@@ -42,7 +42,6 @@ class Mailbox:
             self._changed.notify_all()
 
     def take(self) -> Inbox:
-        """Return what came in since the last call."""
         with self._changed:
             inbox = Inbox(self._added, self._aborted, self._stopping)
             self._added, self._aborted = [], []

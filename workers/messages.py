@@ -26,16 +26,12 @@ class ConcurrencyGroup(StrEnum):
 
 @dataclass(frozen=True)
 class HostInfo:
-    """Where a rank's process runs."""
-
     dp_rank: int
     host: str
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of one epoch meet."""
-
     transport: str
     address: str  # a directory of their host, or tcp://host:port (torch_distributed)
     secret: str = field(default="", repr=False)  # hex; opens the ranks' connections

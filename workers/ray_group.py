@@ -26,8 +26,6 @@ PASSED_ON = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "FLASHINFER_
 
 
 class RayRank:
-    """A rank in a Ray actor."""
-
     def __init__(self, dp_rank: int, actor: Any) -> None:
         self.dp_rank = dp_rank
         self._actor = actor

@@ -56,8 +56,6 @@ class StartProgress:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A rank whose model fits its config."""
-
     config: EngineConfig
     dp_rank: int
     plan: RankPlan
@@ -76,7 +74,6 @@ class Prepared:
         return self.config.launcher != "thread"
 
     def load(self, progress: StartProgress) -> Loaded:
-        """Read this rank's weights while its kernels are built."""
         progress.state = RankState.LOADING
         progress.builds = KernelBuilds(kernels_of(self.plan), self.device)
         with progress.builds as builds:
@@ -103,7 +100,6 @@ class Loaded:
     rank: LoadedRank
 
     def connect(self, rendezvous: AnyRendezvous, epoch: int, listener: socket | None) -> Connected:
-        """Meet the other ranks of an epoch."""
         prepared = self.prepared
         communicator = connect(
             rendezvous, prepared.dp_rank, prepared.config, prepared.device, listener
@@ -146,7 +142,6 @@ class Connected:
         return Joined(self, loop, measured, graphs)
 
     def abandon(self, reason: str) -> None:
-        """Free every rank that waits in a step; does not wait."""
         self.communicator.board.abort(reason)
         self.communicator.collective.abort(reason)
 
@@ -174,7 +169,6 @@ class Joined:
         self._thread.start()
 
     def wake(self) -> None:
-        """Let an idle rank see what is in its mailbox."""
         self.connected.communicator.board.wake()
 
     def leave(self) -> Loaded:

@@ -100,13 +100,11 @@ class Worker:
         return loaded.rank.info
 
     def open_rendezvous(self, transport: str, one_host: bool) -> Rendezvous:
-        """Make a place to meet on this host, for this rank and all others."""
         opened = open_rendezvous(transport, one_host)
         self._opened[opened.rendezvous.address] = opened
         return opened.rendezvous
 
     def join(self, rendezvous: AnyRendezvous, epoch: int = 0) -> None:
-        """Meet the other ranks and begin to step."""
         loaded = self._stage
         assert isinstance(loaded, Loaded), "load comes before join, leave before joining again"
         opened = None
@@ -139,11 +137,9 @@ class Worker:
         joined.wake()
 
     def poll(self, timeout_s: float) -> Polled:
-        """Return what was done since the last poll; waits for it up to timeout_s."""
         return self._joined().mailbox.poll(timeout_s)
 
     def health(self) -> RankHealth:
-        """Return state and progress; cheap, and safe beside a running step."""
         health = RankHealth(
             self.dp_rank,
             RankState.STARTING,
@@ -166,7 +162,6 @@ class Worker:
         self._progress.state = RankState.STOPPED
 
     def abandon(self, reason: str) -> None:
-        """Leave the step at once and free the ranks that wait in it; does not wait."""
         match self._stage:
             case Connected() as connected:
                 connected.abandon(reason)

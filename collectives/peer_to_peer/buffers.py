@@ -17,8 +17,6 @@ AllGatherBytes = Callable[[bytes], Sequence[bytes]]  # equally many of every ran
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Memory of every rank, mapped here."""
-
     memory: PeerMemory
     addresses: tuple[int, ...]  # [rank], this rank's own among them
     pointers: Tensor  # [dp_size] int64 on the device

@@ -51,19 +51,16 @@ class PeerToPeerGroup:
         return self._host.board
 
     def raise_if_failed(self) -> None:
-        """Raise CollectiveAborted or CollectiveTimeout if this group can not be used any more."""
         if self._failure is not None:
             raise type(self._failure)(*self._failure.args)
         self._host.raise_if_failed()
 
     def _all_gather_bytes(self, own: bytes) -> Sequence[bytes]:
-        """Equally many bytes of every rank, in rank order."""
         row = torch.frombuffer(bytearray(own), dtype=torch.uint8)[None]
         ranks = self._host.collective.dp_size
         return [bytes(row.tolist()) for row in self._host.collective.all_gather(row, (1,) * ranks)]
 
     def _fail(self, error: RuntimeError) -> None:
-        """Free all waiters with the error; the first one stays."""
         self._failure = self._failure or error
         self._host.abort(f"{type(error).__name__}: {error}")
         self._rows.abort()
@@ -74,7 +71,6 @@ class PeerToPeerGroup:
         self._rows.abort()
 
     def close(self) -> None:
-        """Leave the group; this rank's own waiters are freed, peers are not told."""
         try:
             if self._failure is None:
                 self._rows.drain(LEAVE_S)

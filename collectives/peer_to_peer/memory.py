@@ -68,7 +68,6 @@ class PeerMemory:
 
 
 def open_handle(handle: bytes) -> int:
-    """Map a peer's memory into this process; its address here."""
     pointer = ctypes.c_uint64()
     _call(
         "cuIpcOpenMemHandle_v2", ctypes.byref(pointer), _Handle.from_buffer_copy(handle),
@@ -78,7 +77,6 @@ def open_handle(handle: bytes) -> int:
 
 
 def close_address(address: int) -> None:
-    """Unmap what `open_handle` mapped."""
     _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
 

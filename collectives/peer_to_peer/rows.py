@@ -109,7 +109,6 @@ class PeerRows:
         self._watch = Watchdog(timeout_s, ends.fail, ends.raise_if_failed)
 
     def layout(self, counts: Counts) -> RowLayout:
-        """That of ranks whose rows are all real, one after the other."""
         known = self._captured.get(counts) or self._layouts.get(counts)
         if known is None:
             if len(self._layouts) >= MAX_LAYOUTS:

@@ -89,7 +89,6 @@ class SharedMemoryBoard(GroupMember):
             self._rouse()
 
     def _missing(self, turn: int, found: dict[int, StepRecord]) -> list[int]:
-        """Add the records that are there by now; the ranks that have not posted yet."""
         missing = []
         for rank in range(self.dp_size):
             if rank not in found:

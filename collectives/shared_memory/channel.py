@@ -42,7 +42,6 @@ class Channel:
         return self.turn
 
     def finish(self, what: str) -> None:
-        """Publish this turn and wait until all ranks have rung for it."""
         self.bell.ring(self.turn)
         self.wait(what, lambda: self.bell.missing(self.turn))
 

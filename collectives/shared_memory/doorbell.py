@@ -35,7 +35,6 @@ class Doorbell:
         self._heard = [0] * len(self._fifos)
 
     def ring(self, turn: int) -> None:
-        """Tell every peer that this rank has published its turn."""
         self._heard[self._rank] = turn
         message = _MESSAGE.pack(self._rank, turn)
         for fd in self._peers:
@@ -46,7 +45,6 @@ class Doorbell:
         self._nudge(self._fifos[self._rank])
 
     def alarm(self) -> None:
-        """End the current or next `listen` of every rank; callable from any thread."""
         for fd in self._fifos:
             self._nudge(fd)
 
@@ -57,11 +55,9 @@ class Doorbell:
                 self._heard[sender] = max(self._heard[sender], turn)
 
     def missing(self, turn: int) -> list[int]:
-        """The ranks that have not published this turn, as far as heard."""
         return [rank for rank, heard in enumerate(self._heard) if heard < turn]
 
     def newest_turn(self) -> int:
-        """The newest turn that any rank has published, as far as heard."""
         return max(self._heard)
 
     def close(self) -> None:

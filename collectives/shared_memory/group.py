@@ -75,7 +75,6 @@ class SharedMemoryGroup:
                 channel.raise_if_failed()
 
     def abort(self, reason: str) -> None:
-        """Free every waiter of every rank; the first reason that a rank gives stays."""
         with self._lock:
             if self._closed or self._region.abort_reason() is not None:
                 return
@@ -95,7 +94,6 @@ class SharedMemoryGroup:
             return self._region.newest_record(dp_rank)
 
     def close(self) -> None:
-        """Let go of memory and FIFOs; this rank's own waiters are freed, peers are not told."""
         with self._lock:
             if self._closed:
                 return

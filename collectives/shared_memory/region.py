@@ -28,8 +28,6 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class RegionLayout:
-    """Where everything lies in the region of dp_size ranks."""
-
     dp_size: int
     area_bytes: int
 
@@ -59,8 +57,6 @@ class RegionLayout:
 
 
 class Region:
-    """The mapped region, as one rank uses it."""
-
     def __init__(self, memory: mmap.mmap, layout: RegionLayout, dp_rank: int) -> None:
         self._memory, self._layout, self._rank = memory, layout, dp_rank
         self._marks = memoryview(memory)[: layout.texts].cast("q")
@@ -92,7 +88,6 @@ class Region:
             os.close(fd)
 
     def areas(self, dtype: torch.dtype, turn: int) -> tuple[Tensor, ...]:
-        """The ranks' areas of this turn, each a flat tensor of area_bytes."""
         if dtype not in self._areas:
             layout = self._layout
             flat = torch.frombuffer(self._memory, dtype=torch.uint8, offset=layout.areas)
@@ -115,14 +110,12 @@ class Region:
         return StepRecord.from_words(words[1:-1])
 
     def newest_record(self, dp_rank: int) -> StepRecord | None:
-        """The newest record that a rank has posted; for observers, in any thread."""
         starts = (self._layout.record(dp_rank, half) for half in (0, 1))
         turns = sorted(_CHECKSUM.unpack_from(self._memory, start)[0] for start in starts)
         records = (self.read_record(dp_rank, turn) for turn in reversed(turns) if turn > 0)
         return next((record for record in records if record is not None), None)
 
     def post_abort(self, reason: str) -> None:
-        """Leave the reason of this rank's abort, for all calls that come after it."""
         text = reason.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         start = self._layout.texts + _TEXT_BYTES * self._rank
         self._memory[start : start + _TEXT_BYTES] = text

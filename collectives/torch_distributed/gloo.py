@@ -45,7 +45,6 @@ class GlooBackend:
         self._state, self._name, self._timeout_s = state, name, timeout_s
 
     def run(self, what: str, start: Callable[[Any], Any]) -> None:
-        """Start an operation and wait until it has ended."""
         deadline = time.monotonic() + self._timeout_s
         work = self._state.start(self._name, start)
         while True:
@@ -64,8 +63,6 @@ class GlooBackend:
 
 
 class GlooRows:
-    """Rows over the Gloo backend that also carries the counts."""
-
     def __init__(self, gloo: GlooBackend, dp_rank: int) -> None:
         self._gloo, self._rank = gloo, dp_rank
 
@@ -93,8 +90,6 @@ def _broadcast(part: Tensor, root: int, gloo: Any) -> Any:
 
 
 class GlooBoard(GroupMember):
-    """StepBoard over a Gloo group of its own."""
-
     def __init__(self, group: Group, gloo: GlooBackend, dp_rank: int, dp_size: int) -> None:
         super().__init__(group, dp_rank, dp_size)
         self._gloo = gloo

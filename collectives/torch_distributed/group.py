@@ -84,7 +84,6 @@ class TorchDistributedGroup:
         self._state.raise_if_failed()
 
     def abort(self, reason: str) -> None:
-        """Free every waiter of every rank; the first reason stays."""
         if self._state.phase is Phase.OPEN:
             text = f"aborted by rank {self._rank}: {reason}"
             self._alarm.sound(text)

@@ -131,7 +131,6 @@ class NcclRows:
                     self._launching.release()
 
     def _connect(self, dp_size: int) -> None:
-        """Make the communicator: its first collective does, and takes seconds."""
         torch.cuda.set_device(self._device)
         own = torch.zeros(1, device=self._device)
         self._backend._allgather_base(own.new_empty(dp_size), own, self._gather)

@@ -40,7 +40,6 @@ class GroupState:
         self._backends[name] = backend
 
     def raise_if_failed(self) -> None:
-        """Raise a copy of the first failure, if there was any."""
         if self._failures:
             failure = self._failures[0]
             raise type(failure)(*failure.args)
@@ -68,7 +67,6 @@ class GroupState:
                 self._closer.start()
 
     def join(self, timeout_s: float) -> None:
-        """Wait until the backends are gone, for timeout_s at most."""
         self._closer.join(timeout_s)
 
     def raise_lost(self, what: str, error: RuntimeError) -> NoReturn:

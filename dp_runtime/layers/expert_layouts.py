@@ -10,8 +10,6 @@ from dp_runtime.weights.source import Part, Shape, WeightSource
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """How a checkpoint names one expert's matrices, after `<prefix>.<expert>.`."""
-
     gate: str
     up: str
     down: str
@@ -19,8 +17,6 @@ class ExpertNames:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The sizes of all experts of a layer together."""
-
     num_experts: int
     hidden: int
     intermediate: int
@@ -36,7 +32,6 @@ class StoredMatrix:
     first_row: int = 0
 
     def part(self, rows: slice, columns: slice) -> Part:
-        """What to read of the tensor for a part of the matrix."""
         if self.expert is None:
             return rows, columns
         moved = slice(self.first_row + rows.start, self.first_row + rows.stop)
@@ -57,14 +52,10 @@ class StoredExpert:
 def locate_experts(
     weights: WeightSource, prefix: str, names: ExpertNames, shape: ExpertShape
 ) -> Callable[[int], StoredExpert]:
-    """The layout that the checkpoint has; a tensor for each matrix where it has none.
-
-    `gate_up_proj` [experts, 2 * intermediate, hidden] with gate first is what transformers 5 saves
-    with save_original_format=False; stacks may lack `.weight`, being parameters of a module there.
-    """
+    """Find the layout of a checkpoint; stacks are what transformers 5 has in memory."""
     num_experts, hidden, intermediate = shape.num_experts, shape.hidden, shape.intermediate
     up_shape, down_shape = (num_experts, intermediate, hidden), (num_experts, hidden, intermediate)
-    both_shape = (num_experts, 2 * intermediate, hidden)
+    both_shape = (num_experts, 2 * intermediate, hidden)  # gate first
     for end in ("", ".weight"):
         both, down = f"{prefix}.gate_up_proj{end}", f"{prefix}.down_proj{end}"
         if weights.has(both):

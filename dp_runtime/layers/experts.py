@@ -23,41 +23,22 @@ class ExpertShard:
     experts: range
     intermediate: range
 
-    @classmethod
-    def of(
-        cls, sharding: str, dp_rank: int, dp_size: int, num_experts: int, intermediate_size: int
-    ) -> ExpertShard:
-        """Split by expert ("ep") or by intermediate size ("tp"); parts differ by one at most."""
-        experts, intermediate = range(num_experts), range(intermediate_size)
-        match sharding:
-            case "ep":
-                return cls(balanced_part(experts, dp_rank, dp_size), intermediate)
-            case "tp":
-                return cls(experts, balanced_part(intermediate, dp_rank, dp_size))
-            case _:
-                raise ValueError(f"moe_sharding: {sharding!r} is not allowed; ep or tp")
-
     @property
     def is_empty(self) -> bool:
         return not self.experts or not self.intermediate
 
 
 def aligned(size: int) -> int:
-    """The intermediate size as it is stacked."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def balanced_part(whole: range, index: int, parts: int) -> range:
-    """Part `index` of `parts` contiguous ones."""
     return whole[len(whole) * index // parts : len(whole) * (index + 1) // parts]
 
 
 @dataclass(frozen=True, eq=False)
 class Experts:
-    """A rank's slices of the experts' matrices, stacked; intermediate sizes end in zeros.
-
-    With scales the weights are e4m3, which only some kernels read; see `MoeKernels`.
-    """
+    """A rank's slices of the experts' matrices; with scales they are e4m3 (`reads_fp8`)."""
 
     gate_up: Tensor  # [local_experts, 2 * aligned_intermediate, hidden]
     down: Tensor  # [local_experts, hidden, aligned_intermediate]
@@ -71,7 +52,7 @@ class Experts:
         )
 
     def activation_bytes(self, rows: int, top_k: int) -> int:
-        """Most bytes a call allocates at once, its result included, if all choices are local."""
+        """Most bytes a call allocates at once, if all choices are local."""
         num_local, hidden, inner = self.down.shape
         size = self.down.dtype.itemsize
         if num_local == 0:
@@ -93,10 +74,7 @@ class Experts:
         shard: ExpertShard,
         fp8: bool = False,
     ) -> Experts:
-        """Read this shard's slices, each straight into its place: the peak is one slice.
-
-        fp8: they are e4m3 in the checkpoint, and stay so.
-        """
+        """Read this shard's slices, each into its place; fp8: they are e4m3 and stay so."""
         stored, hidden = locate_experts(weights, prefix, names, shape), shape.hidden
         weights.leave({n for expert in range(shape.num_experts) for n in stored(expert).names})
         part, whole = slice(shard.intermediate.start, shard.intermediate.stop), slice(0, hidden)
@@ -117,7 +95,7 @@ class Experts:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Matrices in the making: their values, and their scales if they are e4m3."""
+    """Matrices in the making; what no slice fills stays zero."""
 
     values: Tensor  # [..., outputs, inputs]
     scales: Tensor | None  # [..., blocks of outputs, blocks of inputs]
@@ -139,7 +117,6 @@ class _Stack:
         rows: slice,
         columns: slice,
     ) -> None:
-        """Read a part of a matrix to `at`; what it does not fill stays zero."""
         name, shape, part = stored.name, stored.shape, stored.part(rows, columns)
         if self.scales is None:
             matrix = weights.load(name, shape, part)
@@ -160,9 +137,7 @@ def fused_experts(
 ) -> Tensor:
     """Sum over a row's chosen local experts of weight * down(silu(gate(row)) * up(row)).
 
-    rows [n, hidden]; gate_up [local, 2 * intermediate, hidden]; down [local, hidden,
-    intermediate]; topk_ids [n, k] int64 over all experts, of which first_expert is the first local
-    one; topk_weights [n, k] -> [n, hidden]. A row's experts are summed in float32, in their order.
+    rows [n, hidden], topk_ids and topk_weights [n, k] -> [n, hidden], summed in float32.
     """
     num_local = gate_up.shape[0]
     if num_local == 0:
@@ -183,9 +158,6 @@ def fused_experts(
 
 
 def _products(pairs: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)) of rows [n, hidden] in the order of their experts.
-
-    ends [local] int32: where each expert's rows end.
-    """
+    """Rows [n, hidden] are in the order of their experts; ends [local] int32 are cumulative."""
     gate, up = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
     return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)

@@ -23,23 +23,18 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        """The same, written to `out` [rows, outputs]."""
         if self.bias is None:
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
     def activation_bytes(self, rows: int) -> int:
-        """Bytes of a call's result."""
         return rows * self.weight.shape[0] * self.weight.dtype.itemsize
 
     @classmethod
     def load(
         cls, weights: WeightSource, outputs: Mapping[str, int], inputs: int, bias: bool = False
     ) -> Linear:
-        """Stack the modules named in `outputs` (name -> output size), in that order.
-
-        The result is allocated first and filled module by module: the peak is one of them.
-        """
+        """Stack modules (name -> output size), each read into its place: the peak is one."""
         total = sum(outputs.values())
         weight = torch.empty(total, inputs, dtype=weights.dtype, device=weights.device)
         biases = weight.new_empty(total) if bias else None

@@ -23,7 +23,6 @@ class DenseMLP:
         return self.down(F.silu(gate) * up)
 
     def activation_bytes(self, rows: int) -> int:
-        """Most bytes a call allocates at once, its result included."""
         hidden, inner = self.down.weight.shape
         width = 2 * inner + max(2 * inner, inner + hidden)
         return rows * width * self.down.weight.dtype.itemsize

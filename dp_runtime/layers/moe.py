@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dp_runtime.layers.experts import Experts, ExpertShard
+from dp_runtime.layers.experts import Experts, ExpertShard, balanced_part
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.router import Router
 from dp_runtime.parallel.exchange import RowExchange
@@ -21,9 +21,18 @@ class RankSharding:
     dp_size: int
 
     def shard(self, num_experts: int, intermediate_size: int) -> ExpertShard:
-        return ExpertShard.of(
-            self.moe_sharding, self.dp_rank, self.dp_size, num_experts, intermediate_size
-        )
+        """Split by expert ("ep") or by intermediate size ("tp"); parts differ by one at most."""
+        experts, intermediate = range(num_experts), range(intermediate_size)
+        match self.moe_sharding:
+            case "ep":
+                return ExpertShard(self._part(experts), intermediate)
+            case "tp":
+                return ExpertShard(experts, self._part(intermediate))
+            case _:
+                raise ValueError(f"moe_sharding: {self.moe_sharding!r} is not allowed; ep or tp")
+
+    def _part(self, whole: range) -> range:
+        return balanced_part(whole, self.dp_rank, self.dp_size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,11 +27,9 @@ class Router:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and rows."""
         return self.gate.weight.dtype
 
     def activation_bytes(self, rows: int) -> int:
-        """Most bytes a call allocates at once, its result included."""
         logits = self.gate.activation_bytes(rows)
         probabilities = rows * self.gate.weight.shape[0] * 4
         return probabilities + max(logits, rows * self.top_k * (4 + 8 + 4))

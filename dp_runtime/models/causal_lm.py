@@ -42,7 +42,7 @@ class PassInputs:
     hidden: Tensor = field(default_factory=_nothing)  # [rows, hidden], for a draft model
 
     def embedded(self, embedding: Tensor) -> Tensor:
-        """The rows by an embedding [vocab, hidden], [rows, hidden]: a tensor of its own."""
+        """Look rows up in an embedding [vocab, hidden] -> [rows, hidden], a new tensor."""
         x = embedding[self.token_ids]
         if self.embed_rows.shape[0]:
             x[self.embed_rows] = self.embeds.to(x.dtype)
@@ -50,16 +50,14 @@ class PassInputs:
 
 
 class Hidden(NamedTuple):
-    """What a forward leaves of each row: the input of the LM head, and that of a draft model."""
+    """A forward's result: the inputs of the LM head and of a draft model."""
 
-    last: Tensor  # [rows, hidden], behind the final norm
+    last: Tensor  # [rows, hidden], after the final norm
     features: Tensor  # [rows, features]: of the feature layers, or `last` where there are none
 
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
     input_norm: RMSNorm
     attention: Attention
     post_attention_norm: RMSNorm
@@ -73,7 +71,7 @@ class DecoderLayer:
         plan: AttentionPlan,
         exchange: RowExchange,
     ) -> tuple[Tensor, Tensor]:
-        """What this layer adds to the residual, and the residual it is to be added to."""
+        """Return what the layer adds to the residual, and that residual."""
         normed, residual = self.input_norm.add(x, residual)
         normed, residual = self.post_attention_norm.add(
             self.attention(normed, cos_sin, plan), residual
@@ -83,7 +81,6 @@ class DecoderLayer:
         return self.mlp(normed), residual
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        """Most bytes a call allocates at once, its result included."""
         hidden, mlp = self.attention.output.activation_bytes(own_rows), self.mlp
         inner = (
             mlp.activation_bytes(own_rows, gathered_rows, padded)
@@ -138,7 +135,6 @@ class CausalLM(LmHeadMixin):
         return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeStage))
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> CausalLM:
-        """The same model with other MoE stages."""
         layers = (
             replace(layer, mlp=make(layer.mlp)) if isinstance(layer.mlp, MoeStage) else layer
             for layer in self.layers
@@ -146,7 +142,7 @@ class CausalLM(LmHeadMixin):
         return replace(self, layers=tuple(layers))
 
     def with_features(self, layers: tuple[int, ...]) -> CausalLM:
-        """The same model, whose forwards also return the residual stream entering these layers."""
+        """Copy the model; forwards also return the residual stream entering these layers."""
         assert set(layers) <= set(range(len(self.layers))), f"{layers} of {len(self.layers)} layers"
         return replace(self, aux_hidden_state_layers=layers)
 
@@ -178,7 +174,7 @@ class CausalLM(LmHeadMixin):
         backend: AttentionBackend,
         mlp: Callable[[int, str], MoeStage | DenseMLP],
     ) -> CausalLM:
-        """Load under the names that transformers' decoders share; `mlp(layer, prefix)` adds its."""
+        """Load by the names that transformers' decoders share; `mlp(layer, prefix)` is called."""
         sizes = (config.vocab_size, config.hidden_size)
         embedding = weights.load("model.embed_tokens.weight", sizes)
         layers = []
@@ -198,10 +194,7 @@ class CausalLM(LmHeadMixin):
 
 
 def load_head(config: ModelConfig, weights: WeightSource, embedding: Tensor) -> Tensor:
-    """The LM head [vocab, hidden]; ValueError if one in the checkpoint differs from a tied one.
-
-    Many checkpoints of tied models have an equal copy.
-    """
+    """Load [vocab, hidden]; a tied model may have an equal copy of its embedding, as many do."""
     if not config.tie_word_embeddings:
         return weights.load(HEAD, (config.vocab_size, config.hidden_size))
     require(

@@ -20,12 +20,7 @@ MAX_EXPERTS = 2**18  # of all layers together
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the layers need to know of a model; sizes are those of the whole model.
-
-    fp8_experts: the experts are e4m3 in the checkpoint, with a scale for each block of 128 x 128.
-    sliding_window: beyond so many tokens the model would attend to the last of them only, which
-    is not supported. eos_token_ids: those of generation_config.json where it names any.
-    """
+    """What the layers need to know of a model; sizes are those of the whole model."""
 
     architecture: str
     vocab_size: int
@@ -41,14 +36,14 @@ class ModelConfig:
     moe_intermediate_size: int
     intermediate_size: int  # of layers without experts
     moe_layers: tuple[bool, ...]  # [layer]; the others have a dense MLP
-    fp8_experts: tuple[bool, ...]  # [layer]
+    fp8_experts: tuple[bool, ...]  # [layer]; e4m3 in the checkpoint, scales as in fp8_blocks
     norm_topk_prob: bool
     tie_word_embeddings: bool
     attention_bias: bool
     qk_norm: bool
     max_position_embeddings: int
-    sliding_window: int | None
-    eos_token_ids: tuple[int, ...]
+    sliding_window: int | None  # not supported, so no sequence may be longer
+    eos_token_ids: tuple[int, ...]  # of generation_config.json where it names any
 
     def __post_init__(self) -> None:
         where = "config.json: "
@@ -97,7 +92,6 @@ class ModelConfig:
         return (kv,) * self.num_layers
 
     def resolve_max_model_len(self, requested: int | None) -> int:
-        """The longest sequence to serve: as requested, or as long as the model allows."""
         positions, window = self.max_position_embeddings, self.sliding_window
         if window is not None and window < positions:
             allowed = f"at most the model's sliding_window {window}, which is not supported beyond"

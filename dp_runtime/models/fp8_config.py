@@ -12,12 +12,9 @@ from dp_runtime.weights.fp8_blocks import BLOCK
 def parse_fp8_experts(
     fields: ConfigFields, prefixes: Iterable[str], names: ExpertNames
 ) -> tuple[bool, ...]:
-    """Whether the experts of each layer are e4m3; `prefixes` are the names of their modules.
-
-    Other weights tell by their dtype in the files. Raises ValueError for any other quantisation.
-    """
+    """Tell for each layer's module of experts whether it is e4m3; other tensors tell themselves."""
     section = fields.section("quantization_config")
-    if section is None:
+    if section is None or section.is_empty:
         return tuple(False for _ in prefixes)
     method, block = section.get("quant_method"), section.get("weight_block_size")
     section.require(method == "fp8", "quant_method", method, 'only "fp8" is supported')
@@ -41,6 +38,6 @@ def parse_fp8_experts(
 
 
 def _is_named(module: str, names: Iterable[str]) -> bool:
-    """Whether a module, one around it, or the end of its name is among `names`."""
+    """Match a module, one around it, or the end of its name."""
     whole = f".{module}."
     return any(whole.startswith(f".{name}.") or whole.endswith(f".{name}.") for name in names)

@@ -32,7 +32,6 @@ class ConfigFields:
 
     @classmethod
     def read(cls, path: Path, where: str = "") -> ConfigFields:
-        """The JSON object in `path`, in messages `where`; ValueError if there is none."""
         values = read_json(path)
         require(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
         return cls(where or path.name, values)
@@ -42,15 +41,13 @@ class ConfigFields:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no field has a value."""
         return all(value is None for value in self._values.values())
 
     def is_null(self, name: str) -> bool:
-        """Whether the field is there, and null; for readers, null counts as absent."""
         return name in self._values and self._values[name] is None
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value as it is; null counts as absent."""
+        """Take a value as it is; null counts as absent."""
         value = self._values.get(name)
         self._known[name] = default if value is None else value
         return self._known[name]
@@ -84,7 +81,6 @@ class ConfigFields:
         return tuple(items)
 
     def section(self, name: str) -> ConfigFields | None:
-        """A nested object, or None if it is absent."""
         value = self.get(name)
         if value is None:
             return None
@@ -92,31 +88,31 @@ class ConfigFields:
         return ConfigFields(f"{self.where}: {name}", value)
 
     def one_of(self, *names: str) -> str:
-        """The first of several spellings of a field that is there; ValueError if two differ."""
+        """Choose the spelling of a field that is there; ValueError if two say different things."""
         present = [name for name in names if name in self] or [names[0]]
         for other in present[1:]:
             self.require_equal(other, present[0])
         return present[0]
 
     def only(self, name: str, allowed: Any) -> None:
-        """A field for which one value is supported; absent is fine."""
+        """Refuse any other value; absent is fine."""
         value = self.get(name, allowed)
         self.require(value == allowed, name, value, f"only {json.dumps(allowed)} is supported")
 
     def skip(self, names: Iterable[str]) -> None:
-        """Fields that can't change a result of this architecture."""
+        """Ignore fields that can't change a result of this architecture."""
         self._known.update(dict.fromkeys(names))
 
     def finish(self) -> None:
-        """ValueError if a field is left that nobody read: it might change results."""
+        """Refuse fields that nobody read: they might change results."""
         for name in self._left():
             self.require(False, name, self._values[name], "this field is not supported")
 
     def finish_known(self, fixed: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
-        """Judge the fields that nobody read by `known_fields`; the names of those not in it.
+        """Judge fields that nobody read by `known_fields`, and return the names of unknown ones.
 
-        fixed: what the architecture has instead of `FIXED`. Raises ValueError for a value that
-        changes the mathematics, or contradicts another spelling of the field.
+        fixed: of the architecture, before `FIXED`. Raises ValueError for a value that changes the
+        mathematics, or contradicts another spelling of the field.
         """
         unknown, allowed = [], {**FIXED, **fixed}
         for name in self._left():
@@ -132,11 +128,9 @@ class ConfigFields:
         return tuple(unknown)
 
     def _left(self) -> list[str]:
-        """Fields with a value that nobody read."""
         return [name for name in self._values if name in self and name not in self._known]
 
     def require_equal(self, name: str, other: str) -> None:
-        """ValueError, which names both, if two spellings of a field say different things."""
         value, expected = self._values.get(name), self._known.get(other, self._values.get(other))
         self._known[name] = value
         self.require(value == expected, name, value, f"{other} is {shown(expected)}")

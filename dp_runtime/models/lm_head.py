@@ -1,4 +1,4 @@
-"""LmHeadMixin: what a model of a pass says of itself by its configuration, stages and LM head."""
+"""LmHeadMixin: what follows from a model's configuration, MoE stages and LM head."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from dp_runtime.layers.moe import MoeStage
 
 
 class Sizes(Protocol):
-    """A configuration as far as it is read here."""
-
     @property
     def hidden_size(self) -> int: ...
 
@@ -31,7 +29,7 @@ class LmHeadMixin(ABC):
     @property
     @abstractmethod
     def moe_stages(self) -> tuple[MoeStage, ...]:
-        """In the order in which a forward runs them."""
+        pass
 
     @property
     def hidden_size(self) -> int:

@@ -21,15 +21,13 @@ class PassModel(Protocol):
     """What runs in a pass: a model, or a draft model, as one rank holds it."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def hidden_size(self) -> int: ...
 
     @property
-    def vocab_size(self) -> int:
-        """Of its logits."""
+    def vocab_size(self) -> int: ...
 
     @property
     def backend(self) -> AttentionBackend:
@@ -37,26 +35,23 @@ class PassModel(Protocol):
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE stages, each a gather and a reduce-scatter, that every forward runs."""
+        """Each of these is an all-gather and a reduce-scatter in every forward."""
 
     @property
-    def moe_stages(self) -> tuple[MoeStage, ...]:
-        """Those stages, in the order in which a forward runs them."""
+    def moe_stages(self) -> tuple[MoeStage, ...]: ...
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> PassModel:
-        """The same model, of which `make` has replaced every MoE stage."""
+        """Copy the model with every MoE stage replaced; graphs do so."""
 
-    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
-        """What this rank's rows, zero or more, become."""
+    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden: ...
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """The LM head of [n, hidden] as `forward` returns it in `last` -> [n, vocab], or `out`."""
+        """Apply the LM head to [n, hidden] of `Hidden.last` -> [n, vocab], or `out`."""
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""
 
-    def logits_bytes(self, num_rows: int) -> int:
-        """Bytes of the result of `logits`."""
+    def logits_bytes(self, num_rows: int) -> int: ...
 
 
 class Model(PassModel, Protocol):
@@ -67,17 +62,16 @@ class Model(PassModel, Protocol):
 
     @property
     def aux_hidden_state_layers(self) -> tuple[int, ...]:
-        """Layers whose inputs are features; none: the hidden state behind the final norm is."""
+        """Layers whose inputs a draft model reads; none: it reads the final hidden state."""
 
     @property
     def embedding(self) -> Tensor:
-        """[vocab, hidden], which a draft model may share."""
+        """A draft model may share it, [vocab, hidden], and the head."""
 
     @property
-    def head(self) -> Linear:
-        """The LM head, which a draft model may share."""
+    def head(self) -> Linear: ...
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model: ...
 
     def with_features(self, layers: tuple[int, ...]) -> Model:
-        """The same model, whose features are the residual stream that enters these layers."""
+        """Copy the model with other aux_hidden_state_layers."""

@@ -50,22 +50,17 @@ class FamilyFields:
 
 @dataclass(frozen=True, kw_only=True)
 class MoeDecoder:
-    """Pre-norm attention with rotary positions, then experts or a dense MLP.
-
-    num_experts, moe_intermediate_size: the names of these fields in config.json, the first that is
-    there. moe_modules: what a layer may call the part with router and experts; the first is the
-    published name. fixed: fields at the values that say what this family computes.
-    """
+    """Pre-norm attention with rotary positions, then experts or a dense MLP."""
 
     name: str
     model_type: str
-    num_experts: tuple[str, ...]
-    moe_intermediate_size: str
+    num_experts: tuple[str, ...]  # spellings of the field
+    moe_intermediate_size: str  # name of the field
     qk_norm: bool
     defaults: Defaults
     read_family: Callable[[ConfigFields, int], FamilyFields]
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    moe_modules: tuple[str, ...]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # before known_fields'
+    moe_modules: tuple[str, ...]  # names in a layer, the published one first
     expert_names: ExpertNames
 
     def parse_config(self, fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
@@ -129,7 +124,6 @@ class MoeDecoder:
         sharding: RankSharding,
         moe: MoeKernels,
     ) -> MoeStage | DenseMLP:
-        """What follows the attention of the layer whose weights are under `prefix`."""
         hidden, intermediate = config.hidden_size, config.moe_intermediate_size
         if not config.moe_layers[layer]:
             return DenseMLP.load(weights, f"{prefix}.mlp", hidden, config.intermediate_size)
@@ -162,7 +156,7 @@ def parse_head_dim(fields: ConfigFields, hidden_size: int, num_heads: int) -> in
 
 @cache
 def warn_of_unknown(names: tuple[str, ...]) -> None:
-    """One warning in a process for the fields that nothing here knows."""
+    """Warn once in a process."""
     if names:
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         logger.warning(

@@ -28,7 +28,7 @@ class Architecture(Protocol):
 
     @property
     def model_type(self) -> str:
-        """How config.json names the family, beside `architectures`."""
+        """What config.json has beside `architectures`."""
 
     def parse_config(self, fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
         """Read every field on which a result depends; ValueError for what is not supported."""
@@ -50,10 +50,7 @@ def find_architecture(name: str) -> Architecture:
 
 
 def read_model_config(directory: str) -> ModelConfig:
-    """Parse `config.json` and `generation_config.json` of a Hugging Face directory.
-
-    Raises ValueError, in one line, for whatever is missing, malformed or not supported.
-    """
+    """Parse config.json and generation_config.json; ValueError for what is not supported."""
     root = Path(directory)
     require(root.is_dir(), "model", directory, "an existing directory")
     path = root / "config.json"
@@ -68,7 +65,6 @@ def read_model_config(directory: str) -> ModelConfig:
 
 
 def check_architecture(fields: ConfigFields) -> str:
-    """The supported architecture that config.json names; ValueError listing those there are."""
     names = fields.get("architectures")
     ok = isinstance(names, list) and len(names) == 1 and names[0] in list(ARCHITECTURES)
     fields.require(ok, "architectures", names, f"one of {', '.join(ARCHITECTURES)}")

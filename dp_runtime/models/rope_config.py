@@ -1,7 +1,7 @@
-"""Rotary embedding fields of config.json, in the layouts of transformers 4 and 5.
+"""Rotary embedding fields of config.json, resolved as transformers 5 does it.
 
-`rope_scaling` (4) is taken before `rope_parameters` (5) where both say something, and a theta
-inside the section before the one beside it, as transformers 5 does.
+`rope_scaling`, of version 4, goes before `rope_parameters`, and a theta in a section before the one
+beside it. What would be dropped so is refused.
 """
 
 from __future__ import annotations
@@ -16,11 +16,6 @@ ORIGINAL = "original_max_position_embeddings"
 
 
 def parse_rope(fields: ConfigFields, default_theta: float, max_positions: int) -> RopeConfig:
-    """Read whichever layout is there.
-
-    default_theta: of the architecture, where neither layout names one. Raises ValueError for a
-    type or a field that is not supported, and for two places that contradict each other.
-    """
     fields.only("partial_rotary_factor", 1.0)
     sections = [fields.section(name) for name in ("rope_scaling", "rope_parameters")]
     stated = [section for section in sections if section is not None and not section.is_empty]
@@ -87,7 +82,6 @@ def _parse_llama3(section: ConfigFields, theta: float, original: int) -> RopeCon
 def _require_same(
     old: ConfigFields, new: ConfigFields, taken: RopeConfig, other: RopeConfig
 ) -> None:
-    """ValueError if `rope_parameters` says what `rope_scaling` overrides."""
     partial = other.type == "default" and ("rope_theta" not in new or other.theta == taken.theta)
     old.require(
         partial or other == taken, "rope_type", taken.type,
@@ -97,7 +91,6 @@ def _require_same(
 
 
 def _require_original(fields: ConfigFields, rope: RopeConfig, max_positions: int) -> None:
-    """ValueError if the length beside the sections is another than the one that is used."""
     value, used = fields.integer(ORIGINAL), rope.original_max_position_embeddings or max_positions
     unused = rope.type in ("default", "linear")
     fields.require(
@@ -107,7 +100,7 @@ def _require_original(fields: ConfigFields, rope: RopeConfig, max_positions: int
 
 
 def max_context(rope: RopeConfig, max_positions: int) -> int:
-    """Positions a model takes: published files leave max_position_embeddings as it was for YaRN."""
+    """Published files leave max_position_embeddings as it was before YaRN."""
     if rope.type != "yarn":
         return max_positions
     return max(max_positions, int(rope.original_max_position_embeddings * rope.factor))

@@ -1,4 +1,4 @@
-"""Text files of a checkpoint: regular, of bounded size, UTF-8 whatever the locale is."""
+"""Text files of a checkpoint: regular, bounded, UTF-8 whatever the locale is; else ValueError."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ MAX_BYTES = 256 << 20
 
 
 def is_present(path: Path) -> bool:
-    """Whether there is a regular file; ValueError for anything else that has the name.
-
-    A FIFO or a device would block its reader, or never end.
-    """
+    """Whether there is a file; ValueError for a FIFO or a device, which could be read forever."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -28,7 +25,6 @@ def is_present(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular UTF-8 file; ValueError in one line for any other."""
     require(is_present(path), shown(path), "missing", "an existing file")
     size = path.stat().st_size
     require(size <= MAX_BYTES, shown(path), f"{size:,} bytes", f"at most {MAX_BYTES:,}")
@@ -41,7 +37,6 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, expected: str = "valid JSON") -> Any:
-    """The value of a JSON file; ValueError in one line, "not `expected`", where it is none."""
     reason = "nested too deeply"
     try:
         return json.loads(read_text(path))
@@ -53,6 +48,6 @@ def read_json(path: Path, expected: str = "valid JSON") -> Any:
 
 
 def shown(value: object, length: int = 200) -> str:
-    """A path or a name in a message: escaped, and cut where it is long."""
+    """Escape text of a file for a message, and cut it."""
     text = str(value).encode("unicode_escape").decode("ascii")
     return text if len(text) <= length else f"{text[: length - 3]}..."

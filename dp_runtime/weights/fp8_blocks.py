@@ -1,7 +1,6 @@
 """e4m3 weights with a scale for each block of 128 x 128, the convention of DeepSeek and Qwen.
 
-A checkpoint has `X.weight` and `X.weight_scale_inv`: a weight is its e4m3 value times the scale of
-its block, whose factors count from the matrix's first row and column; the last ones may be cut.
+A weight is its e4m3 value in `X` times the scale of its block in `X_scale_inv`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 BLOCK = 128
-LARGEST = 448.0  # of e4m3
-SCALE_SUFFIX = "_scale_inv"  # behind the name of the weight
+MAX_VALUE = torch.finfo(FP8).max
+SCALE_SUFFIX = "_scale_inv"
 
 
 def num_blocks(size: int) -> int:
@@ -23,38 +22,31 @@ def num_blocks(size: int) -> int:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, columns] -> e4m3 values, and scales [blocks of rows, blocks of columns] float32.
-
-    The largest value of a block becomes e4m3's largest; a block of zeros has the scale 1.
-    """
+    """[rows, columns] -> e4m3 values, and float32 scales [blocks of rows, blocks of columns]."""
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(num_blocks(rows), BLOCK, num_blocks(columns), BLOCK)
-    scales = blocks.abs().amax((1, 3)) / LARGEST
+    scales = blocks.abs().amax((1, 3)) / MAX_VALUE
     scales = torch.where(scales > 0, scales, 1.0)
-    values = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).to(FP8)
+    values = (blocks / scales[:, None, :, None]).clamp(-MAX_VALUE, MAX_VALUE).to(FP8)
     return values.flatten(2).flatten(0, 1)[:rows, :columns], scales
 
 
 def dequantize(values: Tensor, scales: Tensor) -> Tensor:
-    """The weights [..., rows, columns] float32 of matrices as `quantize` gives them."""
     rows, columns = values.shape[-2:]
     by_row = scales.float().repeat_interleave(BLOCK, -2)[..., :rows, :]
     return values.float() * by_row.repeat_interleave(BLOCK, -1)[..., :columns]
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the scales of matrices [..., rows, columns]."""
     return *shape[:-2], num_blocks(shape[-2]), num_blocks(shape[-1])
 
 
 def scale_part(part: tuple[slice, ...]) -> tuple[slice, ...]:
-    """The scales of a part of such matrices."""
     return *part[:-2], block_part(part[-2]), block_part(part[-1])
 
 
 def block_part(part: slice) -> slice:
-    """The blocks of the rows or columns in `part`, which begins with a block."""
     assert part.step is None, "blocks are contiguous"
     start, stop = part.start or 0, part.stop
     assert start % BLOCK == 0, f"{part} begins within a block of {BLOCK}"
@@ -63,7 +55,5 @@ def block_part(part: slice) -> slice:
 
 @dataclass(frozen=True, eq=False)
 class ExpertScales:
-    """The scales of experts in e4m3, float32: one for each block of 128 x 128 weights."""
-
     gate_up: Tensor  # [local_experts, 2 * intermediate / 128, hidden / 128]
     down: Tensor  # [local_experts, hidden / 128, intermediate / 128]

@@ -13,11 +13,7 @@ from dp_runtime.weights.source import NoCheckpoint, Part, Shape, ignore_bytes
 
 
 class DummyWeights(NoCheckpoint):
-    """Random weights: matrices N(0, 0.02) (in e4m3 rounded to that), norms 1, the rest 0.
-
-    A tensor's values are a pure function of seed and name, so a rank's part is the same slice
-    whatever the number of ranks.
-    """
+    """Random weights, a function of seed and name: the same model on any number of ranks."""
 
     def __init__(
         self,
@@ -50,7 +46,6 @@ class DummyWeights(NoCheckpoint):
         return tensor
 
     def _draw(self, name: str, shape: Shape) -> Tensor:
-        """A whole tensor in float32."""
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device=self.device)
         digest = hashlib.blake2b(f"{self._seed}:{name}".encode(), digest_size=8).digest()
@@ -60,7 +55,7 @@ class DummyWeights(NoCheckpoint):
 
 
 class MetaWeights(NoCheckpoint):
-    """Loads nothing: tensors on the meta device, counted in `bytes_read` as `dtype`."""
+    """Tensors on the meta device, counted in `bytes_read`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.device = torch.device("meta")

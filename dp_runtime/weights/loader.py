@@ -37,9 +37,8 @@ MAPPED_BYTES = 256 << 20  # of files that may be mapped before they are opened a
 class Checkpoint:
     """A directory with `model.safetensors`, or with shards and their index.
 
-    Reads nothing but the slices asked for and counts them in `bytes_read` (bytes on disk); on_bytes
-    is called with the size of each in memory. Host memory never holds much more than a tensor: what
-    was read is unmapped soon. Raises ValueError naming file and tensor.
+    Only the slices asked for are read: `bytes_read` counts them on disk, on_bytes gets the size of
+    each in memory. Raises ValueError naming file and tensor.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class Checkpoint:
         return tensor.to(self.device, copy=True)
 
     def _read_scales(self, name: str, shape: Shape, part: Part | None) -> Tensor:
-        """Of an e4m3 matrix or a part of it, float32 on the host."""
         part = None if part is None else scale_part(part)
         name = f"{name}{SCALE_SUFFIX}"
         scales = self._read(name, scale_shape(shape), part, DTYPES).to(torch.float32, copy=True)
@@ -89,7 +87,7 @@ class Checkpoint:
         return scales
 
     def _read(self, name: str, shape: Shape, part: Part | None, dtypes: tuple[str, ...]) -> Tensor:
-        """What a file has, mapped: copied before the next read."""
+        """Map a part of a tensor; it must be copied before the next read."""
         file = self._file_of.get(name)
         if file is None:
             raise ValueError(f"{self._root}: tensor {name} is missing")
@@ -140,20 +138,21 @@ class Checkpoint:
             self._known |= {name, f"{name}{SCALE_SUFFIX}"}
 
     def require_all_read(self, skippable: Iterable[str], hints: Mapping[str, str]) -> None:
-        skip = re.compile("|".join(skippable))
-        left = sorted(n for n in self._file_of.keys() - self._known if not skip.search(n))
+        skip, file_of = re.compile("|".join(skippable)), dict(self._file_of)
+        for file in set(self._file_of.values()):
+            file_of |= dict.fromkeys(self._open(file).keys() - file_of.keys(), file)
+        left = sorted(n for n in file_of.keys() - self._known if not skip.search(n))
         if not left:
             return
         fields = next((text for pattern, text in hints.items() if re.search(pattern, left[0])), "")
         hint = f"; see {fields} in config.json" if fields else ""
         more = f"; {len(left) - 1:,} more like it" if len(left) > 1 else ""
         raise ValueError(
-            f"{self._root / self._file_of[left[0]]}: {shown(left[0])}: the model that config.json "
+            f"{self._root / file_of[left[0]]}: {shown(left[0])}: the model that config.json "
             f"describes has no such tensor{hint}{more}"
         )
 
     def _read_index(self) -> dict[str, str]:
-        """The file of every tensor."""
         path = self._root / INDEX
         if not is_present(path):
             require(
@@ -174,7 +173,6 @@ class Checkpoint:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of all tensors."""
         return frozenset(self._file_of)
 
     def _open(self, file: str) -> Any:
@@ -189,7 +187,6 @@ class Checkpoint:
 
 
 def tensor_names(directory: str) -> frozenset[str]:
-    """What a directory's safetensors have; nothing where there are none."""
     if not any(is_present(Path(directory) / name) for name in (INDEX, SINGLE)):
         return frozenset()
     return Checkpoint(directory, torch.device("cpu"), torch.float32).names
@@ -203,7 +200,6 @@ def open_weights(
     device: torch.device,
     on_bytes: Callable[[int], None] = ignore_bytes,
 ) -> WeightSource:
-    """The weights of a model directory, or seeded random ones for load_format "dummy"."""
     match load_format:
         case "safetensors":
             return Checkpoint(directory, device, dtype, on_bytes)

@@ -1,4 +1,4 @@
-"""WeightSource: what gives a model its tensors."""
+"""WeightSource: where a model gets its tensors."""
 
 from __future__ import annotations
 
@@ -13,52 +13,43 @@ Part = tuple[slice, ...]
 
 
 class WeightSource(Protocol):
-    """Gives tensors by their name in a Hugging Face checkpoint, on `device` and in `dtype`."""
+    """Tensors by their names in a Hugging Face checkpoint, on `device` and in `dtype`."""
 
     device: torch.device
     dtype: torch.dtype
     bytes_read: int
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
-        """The tensor `name` whose full shape is `shape`, or only the `part` this rank needs.
-
-        What is stored in e4m3 with scales is widened.
-        """
+        """Read a part of a tensor of this full shape; e4m3 with scales is widened."""
 
     def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        """e4m3 values of a matrix stored so, and their scales; see `fp8_blocks`.
-
-        Parts begin with a block.
-        """
+        """Read e4m3 values and their scales; a part begins with a block of `fp8_blocks`."""
 
     def integers(self, name: str, shape: Shape) -> Tensor:
-        """A tensor of int64, which stays so."""
+        """Read a tensor that stays int64."""
 
     def scalar(self, name: str) -> float | None:
-        """The number that a tensor of one element holds; None if there is no such tensor."""
+        """Read a tensor of one element; None if there is no such tensor."""
 
     def has(self, name: str) -> bool:
-        """Whether a checkpoint has this tensor; random weights are whatever is asked for."""
+        """Whether a checkpoint names this tensor."""
 
     def equals(self, name: str, tensor: Tensor) -> bool:
-        """Whether this tensor would be loaded as the matrix `tensor`; reads it in small parts."""
+        """Whether this matrix of the checkpoint is `tensor`; it is read in small parts."""
 
     def leave(self, names: Iterable[str]) -> None:
-        """Name tensors that belong to the model and need not be read, as other ranks do it."""
+        """Name tensors of the model that need not be read, as other ranks read them."""
 
     def require_all_read(self, skippable: Iterable[str], hints: Mapping[str, str]) -> None:
-        """ValueError for a tensor of the checkpoint that was neither read nor left.
-
-        skippable: patterns of names on which nothing depends. hints: what to say of others.
-        """
+        """Raise ValueError for a tensor neither read nor left, with the hint of its pattern."""
 
 
 def ignore_bytes(num_bytes: int) -> None:
-    """The progress callback of a load nobody watches."""
+    pass
 
 
 class NoCheckpoint:
-    """The part of `WeightSource` that is about a checkpoint, where there is none."""
+    """Answers what a `WeightSource` is asked of its checkpoint, where there is none."""
 
     def scalar(self, name: str) -> float | None:
         return None

@@ -150,7 +150,9 @@ def test_ranks_of_one_host_meet_in_shared_memory(fields: dict[str, Any]) -> None
         ("aa", {"device": "cpu", "collective": "torch_distributed"}),
     ],
 )
-def test_other_ranks_meet_at_the_first_one(hosts: str, fields: dict[str, Any]) -> None:
+def test_other_ranks_meet_at_the_first_one(
+    hosts: str, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     """Rank 0 opens the rendezvous, and on one host nobody else's can reach it."""
     config = EngineConfig("x", dp_size=2, **fields)
     assert transport_of(config, hosts_of(hosts)).name == "torch_distributed"
@@ -158,7 +160,11 @@ def test_other_ranks_meet_at_the_first_one(hosts: str, fields: dict[str, Any]) -
     met = Rendezvous("torch_distributed", "tcp://10.0.0.0:5000", "secret")
     for rank, name in zip(ranks, hosts):
         rank.answers |= {"prepare": HostInfo(rank.dp_rank, name), "openrendezvous": met}
-    group.start(show_progress=False)
+    with caplog.at_level("INFO", "workers"):
+        group.start(show_progress=False)
+    names = ", ".join(sorted(set(hosts)))
+    said = f"ranks on {names} meet over torch_distributed at tcp://10.0.0.0:5000"
+    assert caplog.messages == [said]
     opened = [call for rank in ranks for call in rank.messages if isinstance(call, OpenRendezvous)]
     assert opened == [OpenRendezvous("torch_distributed", one_host=hosts == "aa")]
     joined = [call for rank in ranks for call in rank.messages if isinstance(call, Join)]

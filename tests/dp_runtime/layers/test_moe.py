@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dp_runtime.layers.expert_layouts import ExpertNames, ExpertShape
-from dp_runtime.layers.experts import Experts, ExpertShard
+from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TorchMoe
@@ -164,7 +164,7 @@ def test_without_renormalisation() -> None:
 def test_experts_in_other_dtypes(dtype: torch.dtype) -> None:
     weights = LargeWeights(0, torch.device("cpu"), dtype)
     experts = Experts.load(
-        weights, "experts", NAMES, ExpertShape(5, HIDDEN, 11), ExpertShard.of("ep", 0, 1, 5, 11)
+        weights, "experts", NAMES, ExpertShape(5, HIDDEN, 11), RankSharding("ep", 0, 1).shard(5, 11)
     )
     rows = rank_rows((9,))[0].to(dtype)
     ids = torch.tensor([[0, 4]] * 9)
@@ -182,7 +182,7 @@ def test_shards_cover_everything_once_in_balance(
 ) -> None:
     for dp_size in range(1, 10):
         shards = [
-            ExpertShard.of(moe_sharding, rank, dp_size, num_experts, intermediate)
+            RankSharding(moe_sharding, rank, dp_size).shard(num_experts, intermediate)
             for rank in range(dp_size)
         ]
         pairs = [(e, i) for shard in shards for e in shard.experts for i in shard.intermediate]
@@ -193,4 +193,4 @@ def test_shards_cover_everything_once_in_balance(
 
 def test_an_unknown_sharding_is_an_error() -> None:
     with pytest.raises(ValueError, match="moe_sharding: 'pp' is not allowed; ep or tp"):
-        ExpertShard.of("pp", 0, 1, 8, 8)
+        RankSharding("pp", 0, 1).shard(8, 8)

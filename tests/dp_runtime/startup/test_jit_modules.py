@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.kernels import experts as triton_experts
 from dp_runtime.kernels import router as triton_router
-from dp_runtime.layers.experts import Experts, ExpertShard, aligned
+from dp_runtime.layers.experts import Experts, aligned
 from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.router import Router
 from dp_runtime.models.registry import read_model_config
@@ -73,8 +74,8 @@ def test_every_number_of_rows_finds_its_kernels_built(
     if fp8:
         sizes = {"hidden_size": 256, "moe_intermediate_size": 128}
         model = replace(model, **sizes, fp8_experts=(True,) * model.num_layers)
-    shard = ExpertShard.of(
-        sharding, dp_rank, dp_size, model.num_experts, model.moe_intermediate_size
+    shard = RankSharding(sharding, dp_rank, dp_size).shard(
+        model.num_experts, model.moe_intermediate_size
     )
     built = modules(model, shard, dp_size, MOST_ROWS, HALF, CPU)
     assert len(built) == 1

@@ -131,7 +131,7 @@ def load(weights: WeightSource, shard: ExpertShard) -> Experts:
 def test_experts_that_stay_e4m3(checkpoints: tuple[Path, Path], sharding: str) -> None:
     tensors = load_file(checkpoints[0] / "model.safetensors")
     for rank in range(2):
-        shard = ExpertShard.of(sharding, rank, 2, EXPERTS, INTERMEDIATE)
+        shard = RankSharding(sharding, rank, 2).shard(EXPERTS, INTERMEDIATE)
         heard: list[int] = []
         source = Checkpoint(str(checkpoints[0]), CPU, torch.bfloat16, heard.append)
         counted = MetaWeights(torch.bfloat16)
@@ -156,7 +156,7 @@ def test_experts_that_stay_e4m3(checkpoints: tuple[Path, Path], sharding: str) -
 def test_dummy_experts_are_normal_and_the_same_on_any_number_of_ranks() -> None:
     def draw(sharding: str, rank: int, dp_size: int) -> tuple[Tensor, Tensor]:
         source = DummyWeights(0, CPU, torch.bfloat16)
-        shard = ExpertShard.of(sharding, rank, dp_size, 2, INTERMEDIATE)
+        shard = RankSharding(sharding, rank, dp_size).shard(2, INTERMEDIATE)
         experts = load(source, shard)
         assert experts.scales is not None
         one = dequantize(experts.gate_up[0], experts.scales.gate_up[0])

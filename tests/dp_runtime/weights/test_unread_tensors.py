@@ -177,3 +177,12 @@ def test_a_head_that_is_missing(copy: Path) -> None:
 def test_the_config_wants_biases_that_are_not_there(copy: Path) -> None:
     change(copy, attention_bias=True)
     refuse(copy, "self_attn.q_proj.bias is missing")
+
+
+def test_a_tensor_of_a_shard_that_the_index_does_not_name(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, max_shard_size="200KB")
+    load(path)
+    shard = max(path.glob("*.safetensors"))
+    name = f"{LAYER}self_attn.q_proj.bias"
+    save_file(load_file(shard) | {name: torch.ones(64)}, shard)
+    refuse(path, name, "attention_bias", shard.name)
