@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-import launch
 from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime.cli.main import main
+from dp_runtime.cli.reports import rank_memory
 from dp_runtime.errors import StartError
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.dp_runtime.startup.test_memory import MIB, QWEN3_30B_A3B
 from tests.serving import check_pages_free
 
-ROOT = Path(launch.__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def near(found: int, predicted: int) -> bool:
 
 def inspected_pages(model: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> list[int]:
     fixed = ["--model", model, "--load-format", "dummy", "--device", "cuda"]
-    assert launch.main(["inspect", *fixed, "--max-model-len", "4096", *flags]) == 0
+    assert main(["inspect", *fixed, "--max-model-len", "4096", *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = next(number for number, line in enumerate(lines) if "KV pages" in line) + 1
     last = next(number for number, line in enumerate(lines) if line.startswith("memory in MiB"))
@@ -76,7 +77,7 @@ def test_a_rank_uses_what_was_predicted(
         check_pages_free(engine)
         ranks = engine.health()
     with capsys.disabled():
-        print("\n" + launch._memory(ranks))
+        print("\n" + rank_memory(ranks))
     assert [rank.num_pages for rank in ranks] == pages
     for rank in ranks:
         assert rank.memory is not None
@@ -119,8 +120,8 @@ def test_a_pool_below_what_is_left_still_starts_beside_others(model: str) -> Non
 
 CONTEXT = """
 import ctypes, sys
-import launch
-launch.main(["inspect", *sys.argv[1:]])
+from dp_runtime.cli.main import main
+main(["inspect", *sys.argv[1:]])
 cuda = ctypes.CDLL("libcuda.so.1")
 device, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
 assert cuda.cuInit(0) == 0
