@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_runtime.errors import is_finite, require
-from dp_runtime.models.known_fields import ALIASES, FIXED, is_irrelevant
+from dp_runtime.models.known_fields import ALIASES, fixed_values, is_irrelevant
 from dp_runtime.weights.files import read_json, shown
 
 MAX_INTEGER = 2**31 - 1
@@ -114,16 +114,18 @@ class ConfigFields:
         fixed: of the architecture, before `FIXED`. Raises ValueError for a value that changes the
         mathematics, or contradicts another spelling of the field.
         """
-        unknown, allowed = [], {**FIXED, **fixed}
+        unknown = []
         for name in self._left():
+            allowed = fixed.get(name, fixed_values(name))
             if ALIASES.get(name) in self._known:
                 self.require_equal(name, ALIASES[name])
-            elif name in allowed:
-                ok = any(self._values[name] == value for value in allowed[name])
-                values = " or ".join(map(json.dumps, allowed[name]))
+            elif is_irrelevant(name):
+                continue
+            elif allowed is not None:
+                values = " or ".join(map(json.dumps, allowed))
                 text = f"only {values} is supported" if values else "this field is not supported"
-                self.require(ok, name, self._values[name], text)
-            elif not is_irrelevant(name):
+                self.require(self._values[name] in allowed, name, self._values[name], text)
+            else:
                 unknown.append(shown(name, 60))
         return tuple(unknown)
 

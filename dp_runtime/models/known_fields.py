@@ -22,7 +22,8 @@ IRRELEVANT: Mapping[str, tuple[str, ...]] = {
         "_experts_implementation", "_experts_implementation_internal", "use_kernels",
         "use_liger_kernel", "pretraining_tp", "base_model_tp_plan", "base_model_ep_plan",
         "base_model_pp_plan", "base_model_fsdp_plan", "tp_plan", "ep_plan", "tp_size", "ep_size",
-        "expert_model_parallel_size", "device_map", "chunk_size_feed_forward", "torchscript",
+        "expert_model_parallel_size", "model_parallel_size", "seed", "device_map",
+        "chunk_size_feed_forward", "torchscript",
         "tf_legacy_loss", "use_cache", "cache_implementation", "max_batch_size",
     ),
     "the dtype of the checkpoint, which its tensors say themselves": (
@@ -65,12 +66,16 @@ IRRELEVANT: Mapping[str, tuple[str, ...]] = {
         "use_mtp", "is_assistant", "assistant_early_exit", "assistant_lookbehind",
         "target_lookbehind", "compile_config", "disable_compile", "cache_config",
         "continuous_batching_config", "max_matching_ngram_size", "constraints", "force_words_ids",
+        "max_cache_len", "_from_model_config", "assistant_ensemble_weight", "speculation_type",
+        "prefill_chunk_size",
     ),
     "nothing in a decoder-only model without sliding window": (
-        "is_decoder", "tie_encoder_decoder", "max_window_layers", "num_nextn_predict_layers",
+        "is_decoder", "tie_encoder_decoder", "legacy", "num_mtp_layers", "num_logits_to_keep",
+         "max_window_layers", "num_nextn_predict_layers",
     ),
 }  # fmt: skip
 IRRELEVANT_PREFIXES = ("mtp_",)  # a draft layer of the checkpoint reads its own
+IRRELEVANT_SUFFIXES = ("_token_id", "_token_index", "_dropout")
 
 ALIASES: Mapping[str, str] = {
     # Another spelling of a field that the runtime reads; both must say the same.
@@ -78,7 +83,8 @@ ALIASES: Mapping[str, str] = {
     "moe_num_experts": "num_experts", "num_moe_experts": "num_experts",
     "num_experts": "num_local_experts",
     "num_experts_per_token": "num_experts_per_tok", "moe_topk": "num_experts_per_tok",
-    "moe_top_k": "num_experts_per_tok", "experts_per_token": "num_experts_per_tok",
+    "moe_top_k": "num_experts_per_tok", "moe_k": "num_experts_per_tok",
+    "top_k_experts": "num_experts_per_tok", "experts_per_token": "num_experts_per_tok",
     "num_layers": "num_hidden_layers", "n_layer": "num_hidden_layers",
     "n_layers": "num_hidden_layers", "n_embd": "hidden_size", "d_model": "hidden_size",
     "n_head": "num_attention_heads", "n_heads": "num_attention_heads",
@@ -89,17 +95,25 @@ ALIASES: Mapping[str, str] = {
     "norm_eps": "rms_norm_eps", "layernorm_epsilon": "rms_norm_eps",
     "layer_norm_epsilon": "rms_norm_eps", "hidden_activation": "hidden_act",
     "activation_function": "hidden_act", "rotary_emb_base": "rope_theta",
-    "rotary_base": "rope_theta", "rope_base": "rope_theta",
+    "rotary_base": "rope_theta", "rotary_embedding_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps", "expert_ffn_hidden_size": "moe_intermediate_size",
+    "moe_ffn_hidden_size": "moe_intermediate_size", "ffn_hidden_size": "intermediate_size",
+    "n_inner": "intermediate_size", "rope_base": "rope_theta",
     "padded_vocab_size": "vocab_size", "norm_topk_probs": "norm_topk_prob",
     "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
 
+OFF = (False, 0, [], {})
+FIXED_PREFIXES = (  # of layers, tensors and scales that the runtime does not have
+    "mamba_", "ssm_", "linear_", "index_", "indexer_", "kda_", "swa_", "conv_", "altup_", "hc_",
+    "ngram_", "vision_", "audio_", "cross_", "relative_attention", "laurel_", "loop_", "compress_",
+)  # fmt: skip
 FIXED: Mapping[str, tuple[Any, ...]] = {
     # Fields that change the mathematics, and the values that say what the runtime computes.
     "is_encoder_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({}, []),
-    "cross_attention_hidden_size": (), "is_causal": (True,),
+    "is_causal": (True,),
     "use_bidirectional_attention": (False,), "per_layer_config": ({},), "text_config": (),
-    "vision_config": (), "audio_config": (), "quantization_config": (),
+    "quantization_config": (),
     "compression_config": (), "sparsity_config": ({},),
     "adapter_config": (), "lora_rank": (0,),
     # Attention
@@ -119,8 +133,17 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,), "qk_rope_head_dim": (), "qk_nope_head_dim": (), "kv_lora_rank": (),
     "q_lora_rank": (), "sliding_window_pattern": (), "sliding_window_size": (),
     "global_attn_every_n_layers": (), "full_attention_interval": (1,), "hybrid_layer_pattern": (),
-    "linear_conv_kernel_dim": (), "linear_key_head_dim": (), "linear_num_key_heads": (),
-    "linear_num_value_heads": (), "linear_value_head_dim": (), "num_kv_shared_layers": (0,),
+    "num_kv_shared_layers": (0,), "layers_block_type": (), "block_types": (),
+    "attn_layer_period": (1,), "attn_layer_offset": (0,), "attn_layer_indices": (),
+    "attention_types": (), "attention_type": (), "layer_rope_theta": (), "qk_norm_type": (),
+    "use_attention_gate": (False,), "attention_k_eq_v": (False,), "attention_value_scale": (1.0,),
+    "qk_scale_factor": (1.0,), "key_multiplier": (1.0,), "attention_in_multiplier": (1.0,),
+    "attention_out_multiplier": (1.0,), "query_bias": (False,), "key_bias": (False,),
+    "value_bias": (False,), "qv_bias": (False,), "proj_bias": (False,), "multi_query": (False,),
+    "o_lora_rank": (), "o_groups": (), "sliding_windows": (), "use_logn_attn": (False,),
+    "use_dynamic_ntk": (False,), "rope_ratio": (1.0,), "rope_type": ("default",),
+    "rope_scaling_factor": (1.0,), "rope_factor": (1.0,), "use_rotary_embedding": (True,),
+    "is_hybrid": (False,),
     "dual_chunk_attention_config": (), "sparse_attention_config": (), "quantization": (),
     "use_sliding_window": (False,), "index_topk": (), "parallel_attn": (False,),
     "parallel_block": (False,), "use_parallel_residual": (False,),
@@ -139,6 +162,12 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "moe_layer_interval": (1,), "num_dense_layers": (0,), "zero_expert_num": (0,),
     "moe_latent_size": (0,), "norm_topk_prob": (True,), "mlp_only_layers": ([],),
     "decoder_sparse_step": (1,), "expert_bias": (False,), "experts_bias": (False,),
+    "mlp_layer_types": (), "expert_layer_period": (1,), "expert_layer_offset": (0,),
+    "moe_num_shared_experts": (0,), "shared_experts_intermediate_size": (0,),
+    "moe_router_scaling_factor": (1.0,), "moe_router_logit_softcapping": (0, 0.0),
+    "moe_apply_router_weight_on_input": (False,), "expert_selection_fn": ("softmax",),
+    "num_zero_experts": (0,), "is_moe": (True,), "enable_moe_block": (True,),
+    "use_gated_mlp": (True,), "activation_sparsity_pattern": (), "swiglu_limits": (),
     "swiglu_limit": (), "swiglu_alpha": (), "expert_capacity": (),
     "apply_router_weight_on_input": (False,), "norm_after_topk": (False,),
     "use_grouped_topk": (False,), "gated_linear_unit": (True,),
@@ -148,7 +177,11 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,), "lm_head_multiplier": (1.0,), "embedding_multiplier": (1.0,),
     "embedding_scale": (1.0,), "scale_emb": (1.0,), "scale_embedding": (False,),
     "scale_depth": (), "dim_model_base": (), "residual_multiplier": (1.0,),
-    "mup_width_multiplier": (1.0,), "use_mup": (False,),
+    "mup_width_multiplier": (1.0,), "residual_scale": (1.0,),
+    "output_multiplier": (1.0,), "mlp_multipliers": (), "type_vocab_size": (0,),
+    "logits_mup_width_multiplier": (1.0,), "mup_enabled": (False,),
+    "norm_bias": (False,), "norm_after": (False,), "use_sandwich_norm": (False,),
+    "apply_residual_connection_post_layernorm": (False,), "use_mup": (False,),
     "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"), "normalization": ("RMSNorm",),
     "use_layernorm": (False,), "rms_norm_add_unit_offset": (False,),
     "zero_centered_gamma": (False,), "layernorm_zero_centered": (False,),
@@ -162,5 +195,12 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 
 
 def is_irrelevant(name: str) -> bool:
-    prefixed = name.startswith(IRRELEVANT_PREFIXES)
-    return prefixed or any(name in group for group in IRRELEVANT.values())
+    kind = name.startswith(IRRELEVANT_PREFIXES) or name.endswith(IRRELEVANT_SUFFIXES)
+    return kind or any(name in group for group in IRRELEVANT.values())
+
+
+def fixed_values(name: str) -> tuple[Any, ...] | None:
+    """Values that say what the runtime computes; None where any may."""
+    if name.startswith(FIXED_PREFIXES):
+        return FIXED.get(name, OFF)
+    return FIXED.get(name)
