@@ -103,7 +103,7 @@ ALIASES: Mapping[str, str] = {
     "tie_embeddings": "tie_word_embeddings",
 }  # fmt: skip
 
-OFF = (False, 0, [], {})
+OFF: tuple[Any, ...] = (False, 0, [], {})
 FIXED_PREFIXES = (  # of layers, tensors and scales that the runtime does not have
     "mamba_", "ssm_", "linear_", "index_", "indexer_", "kda_", "swa_", "conv_", "altup_", "hc_",
     "ngram_", "vision_", "audio_", "cross_", "relative_attention", "laurel_", "loop_", "compress_",
