@@ -201,6 +201,6 @@ def is_irrelevant(name: str) -> bool:
 
 def fixed_values(name: str) -> tuple[Any, ...] | None:
     """Values that say what the runtime computes; None where any may."""
-    if name.startswith(FIXED_PREFIXES):
-        return FIXED.get(name, OFF)
+    if name not in FIXED and name.startswith(FIXED_PREFIXES):
+        return OFF
     return FIXED.get(name)
