@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import dp_runtime.cli
 from dp_runtime.cli.flags import add_flags, given_fields
+from dp_runtime.cli.model_choice import config_from
 from dp_runtime.cli.settings_page import settings_page
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.sampling_params import SamplingParams
@@ -60,3 +63,16 @@ def test_numbers_of_numpy_become_python_s_own() -> None:
 def test_a_mistake_names_what_is_allowed(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig("x", **{name: value})
+
+
+def test_without_a_model_the_packaged_tiny_one_is_served() -> None:
+    config = config_from(argparse.Namespace(device="cpu"))
+    assert (config.dp_size, config.device) == (4, "cpu")
+    names = {path.name for path in Path(config.model).iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json"}
+    package = Path(dp_runtime.cli.__file__).parent
+    assert package in Path(config.model).parents, "a wheel has what lies in its packages"
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
+    assert "tiny_model/*" in data["package-data"]["dp_runtime.cli"]
