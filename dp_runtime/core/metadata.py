@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dp_runtime.core.batch import NULL_PAGE, Int32, LocalBatch
+from dp_runtime.core.batch import NULL_PAGE, Int32, Int64, LocalBatch, slots_of
 from dp_runtime.core.transfer import all_on_device
 from dp_runtime.errors import ContractViolation
 
@@ -121,7 +124,125 @@ def rewind_sequences(
 
 
 # The ufuncs themselves: an array's own min, max and all go through a layer of Python to them.
-_least, _most, _all = np.minimum.reduce, np.maximum.reduce, np.logical_and.reduce
+_min, _max, _all = np.minimum.reduce, np.maximum.reduce, np.logical_and.reduce
+
+
+@dataclass(eq=False)
+class _Checked:
+    """A batch and what its rows must be by its lengths and its page table."""
+
+    batch: LocalBatch
+    pages: PageGeometry
+
+    @property
+    def capacity(self) -> int:
+        width: int = self.batch.page_table.shape[1]
+        return width * self.pages.page_size
+
+    @property
+    def only_decodes(self) -> bool:
+        return self.batch.num_tokens == self.batch.num_requests
+
+    @property
+    def unused(self) -> NDArray[np.bool_]:
+        """[requests, pages]: the page begins after the sequence's end."""
+        starts = np.arange(0, self.capacity, self.pages.page_size, dtype=np.int32)
+        unused: NDArray[np.bool_] = starts >= self.batch.seq_lens[:, None]
+        return unused
+
+    @property
+    def _owner(self) -> Int64:
+        """[rows], each row's request."""
+        requests = np.arange(self.batch.num_requests)
+        return requests if self.only_decodes else requests.repeat(self.batch.query_lens)
+
+    @property
+    def positions(self) -> Int64:
+        """[rows]: those of each request run up to its seq_len - 1."""
+        batch = self.batch
+        if self.only_decodes:
+            return batch.seq_lens.astype(np.int64) - 1
+        ahead = batch.seq_lens - batch.query_lens.cumsum()  # position of row r = r + ahead
+        positions: Int64 = ahead.repeat(batch.query_lens) + np.arange(batch.num_tokens)
+        return positions
+
+    @property
+    def slots(self) -> Int64:
+        batch = self.batch
+        return slots_of(batch.page_table, self._owner, batch.positions, self.pages.page_size)
+
+
+class _Rule(NamedTuple):
+    """A condition on a field; those before it hold when it is evaluated."""
+
+    field: str
+    holds: Callable[[_Checked], bool | np.bool_]
+    found: Callable[[_Checked], object]  # the value that breaks the rule
+    allowed: Callable[[_Checked], object]
+
+
+def _out_of_range(values: NDArray[Any]) -> object:
+    """Find the value outside of [0, limit): a negative one, else the largest."""
+    return values.min() if values.min() < 0 else values.max()
+
+
+def _range(values: NDArray[Any], limit: str) -> str:
+    return ">= 0" if values.min() < 0 else limit
+
+
+RULES = (
+    _Rule(
+        "query_lens",
+        lambda c: _min(c.batch.query_lens) >= 1,
+        lambda c: c.batch.query_lens.min(),
+        lambda c: ">= 1",
+    ),
+    _Rule(
+        "seq_lens - query_lens",
+        lambda c: _min(c.batch.seq_lens - c.batch.query_lens) >= 0,
+        lambda c: (c.batch.seq_lens - c.batch.query_lens).min(),
+        lambda c: ">= 0",
+    ),
+    _Rule(
+        "seq_lens",
+        lambda c: _max(c.batch.seq_lens) <= c.capacity,
+        lambda c: c.batch.seq_lens.max(),
+        lambda c: c.capacity,
+    ),
+    _Rule(
+        "page_table",  # as unsigned numbers, negative ones are too large as well
+        lambda c: _max(c.batch.page_table.view(np.uint32), None) < c.pages.num_pages,
+        lambda c: _out_of_range(c.batch.page_table),
+        lambda c: _range(c.batch.page_table, f"< num_pages {c.pages.num_pages}"),
+    ),
+    _Rule(
+        "page_table",
+        lambda c: _all(c.unused | (c.batch.page_table != NULL_PAGE), None),
+        lambda c: NULL_PAGE,
+        lambda c: "pages in use are not null",
+    ),
+    _Rule(
+        "positions[{row}]",
+        lambda c: _all(c.batch.positions == c.positions),
+        lambda c: c.batch.positions,
+        lambda c: c.positions,
+    ),
+    _Rule(
+        "slot_mapping[{row}]",
+        lambda c: _all(c.batch.slot_mapping == c.slots),
+        lambda c: c.batch.slot_mapping,
+        lambda c: c.slots,
+    ),
+    _Rule(
+        "sample_rows",
+        lambda c: (
+            not len(c.batch.sample_rows)
+            or _max(c.batch.sample_rows.view(np.uint64)) < c.batch.num_tokens
+        ),
+        lambda c: _out_of_range(c.batch.sample_rows),
+        lambda c: _range(c.batch.sample_rows, f"< {c.batch.num_tokens}"),
+    ),
+)
 
 
 def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
@@ -129,78 +250,17 @@ def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
 
     Source of the trap: SGLang PR #21649, where a kernel walked past its metadata.
     """
-    if batch.num_requests and not _fits(batch, pages):
-        _explain(batch, pages, place)
-        raise AssertionError(f"{place}: a batch is refused for no reason that has a name")
+    if not batch.num_requests:
+        return
+    checked = _Checked(batch, pages)
+    for rule in RULES:
+        if not rule.holds(checked):
+            raise ContractViolation(f"{place}: {_explain(rule, checked)}")
 
 
-def _fits(batch: LocalBatch, pages: PageGeometry) -> bool:
-    """Whether every value is in order, in few array operations: it runs in each pass."""
-    query_lens, seq_lens, table, size = (
-        batch.query_lens, batch.seq_lens, batch.page_table, pages.page_size
-    )  # fmt: skip
-    (num_requests, width), num_rows = table.shape, batch.num_tokens
-    if _least(query_lens) < 1 or _least(seq_lens - query_lens) < 0:
-        return False
-    if _most(seq_lens) > width * size or _most(table.view(np.uint32), None) >= pages.num_pages:
-        return False
-    unowned = np.arange(0, width * size, size, dtype=np.int32) >= seq_lens[:, None]
-    if not _all(unowned | (table != NULL_PAGE), None):
-        return False
-    first = np.arange(0, num_requests * width, width)
-    if num_rows == num_requests:  # decodes: a row's position is its sequence's last
-        due = seq_lens - 1
-    else:
-        ahead = seq_lens - query_lens.cumsum()  # of a row's number is its position
-        due, first = ahead.repeat(query_lens) + np.arange(num_rows), first.repeat(query_lens)
-    if not _all(batch.positions == due):
-        return False
-    page = batch.positions // size
-    pool_pages = table.ravel()[first + page].astype(np.int64)
-    slots = pool_pages * size + (batch.positions - page * size)
-    samples = batch.sample_rows.view(np.uint64)
-    return bool(
-        _all(batch.slot_mapping == slots) and (not len(samples) or _most(samples) < num_rows)
-    )
-
-
-def _explain(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
-    """Raise ContractViolation for the first value that is not in order."""
-    capacity = batch.page_table.shape[1] * pages.page_size
-    _check(batch.query_lens.min() >= 1, place, "query_lens", batch.query_lens.min(), ">= 1")
-    shortest = (batch.seq_lens - batch.query_lens).min()
-    _check(shortest >= 0, place, "seq_lens - query_lens", shortest, ">= 0")
-    _check(batch.seq_lens.max() <= capacity, place, "seq_lens", batch.seq_lens.max(), capacity)
-    low, high = batch.page_table.min(), batch.page_table.max()
-    _check(low >= 0, place, "page_table", low, ">= 0")
-    _check(high < pages.num_pages, place, "page_table", high, f"< num_pages {pages.num_pages}")
-    used = -(-batch.seq_lens // pages.page_size)
-    owned = np.arange(batch.page_table.shape[1]) < used[:, None]
-    _check(batch.page_table[owned].min() > 0, place, "page_table", 0, "pages in use are not null")
-    _check_rows(batch, pages, place)
-    if len(batch.sample_rows):
-        first, last = batch.sample_rows.min(), batch.sample_rows.max()
-        _check(first >= 0, place, "sample_rows", first, ">= 0")
-        _check(last < batch.num_tokens, place, "sample_rows", last, f"< {batch.num_tokens}")
-
-
-def _check_rows(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
-    """Positions run up to seq_len - 1, and every row writes to the page of its position."""
-    owner = np.repeat(np.arange(batch.num_requests), batch.query_lens)
-    starts = np.cumsum(batch.query_lens) - batch.query_lens
-    expected = (batch.seq_lens - batch.query_lens - starts)[owner] + np.arange(batch.num_tokens)
-    wrong = np.flatnonzero(batch.positions != expected)
-    if len(wrong):
-        row = wrong[0]
-        _check(False, place, f"positions[{row}]", batch.positions[row], expected[row])
-    page = batch.page_table[owner, batch.positions // pages.page_size]
-    slots = page.astype(np.int64) * pages.page_size + batch.positions % pages.page_size
-    wrong = np.flatnonzero(batch.slot_mapping != slots)
-    if len(wrong):
-        row = wrong[0]
-        _check(False, place, f"slot_mapping[{row}]", batch.slot_mapping[row], slots[row])
-
-
-def _check(ok: bool | np.bool_, place: Place, field: str, value: object, allowed: object) -> None:
-    if not ok:
-        raise ContractViolation(f"{place}: {field} is {value}, allowed: {allowed}")
+def _explain(rule: _Rule, checked: _Checked) -> str:
+    found, allowed = rule.found(checked), rule.allowed(checked)
+    if isinstance(found, np.ndarray) and isinstance(allowed, np.ndarray):
+        row = int(np.flatnonzero(found != allowed)[0])
+        return f"{rule.field.format(row=row)} is {found[row]}, allowed: {allowed[row]}"
+    return f"{rule.field} is {found}, allowed: {allowed}"

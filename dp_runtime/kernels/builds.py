@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -11,6 +12,8 @@ from types import TracebackType
 from typing import NoReturn
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class KernelBuilds:
             error = build.exception()
             if error is not None:
                 raise RuntimeError(f"kernel {self._builds[build].name}: {error}")
+        if self._builds:
+            logger.info("kernels built: %s", ", ".join(kernel.name for kernel in self._kernels))
 
     def __enter__(self) -> KernelBuilds:
         self._builds = {self._pool.submit(kernel.build): kernel for kernel in self._kernels}

@@ -1,9 +1,9 @@
 """What launches of Triton kernels depend on: the device's multiprocessors, and overlapped starts.
 
-With programmatic dependent launch a kernel starts while the one before it ends. Until it has waited
-(`gdc_wait`) it may read weights, and what a copy or the kernel before the previous one has written,
-and write nothing. Every program of it waits: so a kernel that has ended implies that all before it
-have.
+With programmatic dependent launch a kernel starts while the one before it ends. Until it has called
+`gdc_wait` it writes nothing, and reads only weights and what was written by a copy or by kernels
+before the previous one. Every program calls gdc_wait, so when a kernel has finished, all earlier
+kernels on the stream have finished too.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from dp_runtime.weights.files import is_present, read_text
 from dp_runtime.weights.loader import open_weights
 from dp_runtime.weights.source import WeightSource
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class LoadedRank:
@@ -61,6 +64,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
 
     Raises StartError if a GPU's free memory does not hold what was planned.
     """
+    log_choices(plan)
     started = monotonic()
     device, model = torch.device(plan.device), plan.model
     if device.type == "cuda":
@@ -103,6 +107,20 @@ def _open_weights(
         open_weights(directory, format_, seed, plan.dtype, device, on_bytes)
         for directory in (config.model, *draft)
     ]
+
+
+def log_choices(plan: RankPlan) -> None:
+    """Say what runs and why: once where it is the same on all ranks, and this rank's memory."""
+    if plan.sharding.dp_rank == 0:
+        logger.info("attention backend %s: %s", plan.backend, plan.backend_reason)
+        logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
+        logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
+    use, gib = plan.memory, 2**30
+    logger.info(
+        "%d KV pages of %d tokens, %.2f GiB; weights %.2f, workspaces %.2f, activations %.2f GiB",
+        plan.pages.num_pages, plan.pages.page_size, use.kv_cache / gib,
+        use.weights / gib, use.workspaces / gib, use.activations / gib,
+    )  # fmt: skip
 
 
 def check_free(plan: RankPlan, free: int) -> None:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
+from dp_runtime.core.e4m3 import E4M3, E4M3_MAX
+from dp_runtime.core.e4m3 import quantize as to_e4m3
+
+FP8 = E4M3
 BLOCK = 128
-MAX_VALUE = torch.finfo(FP8).max
 SCALE_SUFFIX = "_scale_inv"
 
 
@@ -26,9 +28,9 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(num_blocks(rows), BLOCK, num_blocks(columns), BLOCK)
-    scales = blocks.abs().amax((1, 3)) / MAX_VALUE
+    scales = blocks.abs().amax((1, 3)) / E4M3_MAX
     scales = torch.where(scales > 0, scales, 1.0)
-    values = (blocks / scales[:, None, :, None]).clamp(-MAX_VALUE, MAX_VALUE).to(FP8)
+    values = to_e4m3(blocks, scales[:, None, :, None])
     return values.flatten(2).flatten(0, 1)[:rows, :columns], scales
 
 
