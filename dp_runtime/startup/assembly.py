@@ -159,12 +159,13 @@ def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
 
 
 def _scale(weights: WeightSource, prefix: str, part: str) -> float:
-    for name in (f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale"):
-        value = weights.scalar(name)
-        if value is not None:
-            require(0 < value < math.inf, name, value, "a positive number")
-            return value
-    return 1.0
+    names = (f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale")
+    found = {name: scale for name in names if (scale := weights.scalar(name)) is not None}
+    value = next(iter(found.values()), 1.0)
+    for name, scale in found.items():
+        require(0 < scale < math.inf, name, scale, "a positive number")
+        require(scale == value, name, scale, f"{names[0]} is {value:g}")
+    return value
 
 
 def assemble(

@@ -164,6 +164,10 @@ class Checkpoint:
         files = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(files, dict):
             raise ValueError(f"{path}: not an index of safetensors: it has no weight_map object")
+        require(
+            SINGLE in files.values() or not is_present(self._root / SINGLE), str(path), SINGLE,
+            f"transformers reads {SINGLE}, which lies beside this index and is not in it: keep one",
+        )  # fmt: skip
         for file in dict.fromkeys(map(str, files.values())):
             parts = PurePosixPath(file).parts
             inside = 0 < len(file) <= MAX_PATH and ".." not in parts and not file.startswith("/")

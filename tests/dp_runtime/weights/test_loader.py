@@ -240,3 +240,9 @@ def test_only_regular_files_are_opened(copy: Path, sharded_copy: Path) -> None:
     shard.unlink()
     os.mkfifo(shard)
     refuse(sharded_copy, "a regular file", shard.name)
+
+
+def test_a_single_file_beside_shards_of_another_save(sharded_copy: Path, single: Path) -> None:
+    """transformers would read the one and ignore the others."""
+    shutil.copy(single / "model.safetensors", sharded_copy)
+    refuse(sharded_copy, "model.safetensors.index.json", "keep one")
