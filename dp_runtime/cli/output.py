@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -21,6 +22,7 @@ class OutputFile:
 
     def __init__(self, flag: str, path: Path) -> None:
         self._name = f"{flag}: {str(path)!r}"
+        self._begun = False  # until then a file keeps what it had, should the ranks not start
         try:
             self._file: IO[str] = open(path, "w", encoding="utf-8", opener=_open)  # noqa: SIM115
         except OSError as error:
@@ -28,6 +30,10 @@ class OutputFile:
 
     def write(self, text: str) -> None:
         try:
+            if not self._begun:
+                self._begun = True
+                with suppress(OSError):  # it is no regular file
+                    os.ftruncate(self._file.fileno(), 0)
             self._file.write(text)
             self._file.flush()
         except OSError as error:
@@ -78,7 +84,7 @@ def _drop_stdout() -> None:
 
 
 def _open(path: str, flags: int) -> int:
-    """Open without waiting: a named pipe that nobody reads is an error."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    """Open without truncating, and without waiting: a pipe that nobody reads is an error."""
+    descriptor = os.open(path, flags & ~os.O_TRUNC | os.O_NONBLOCK, 0o666)
     os.set_blocking(descriptor, True)
     return descriptor

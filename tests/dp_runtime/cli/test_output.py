@@ -144,6 +144,16 @@ def test_a_target_that_can_not_be_opened_is_refused_before_the_work(
         assert shown.startswith(f"error: {flag[2:]}: {str(target)!r} is not allowed; {why}")
 
 
+def test_a_file_keeps_its_results_until_there_are_new_ones(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("old\n" * 500)
+    failing = ["--attention-backend", "trtllm", "--device", "cpu"]
+    assert main([*flags(model), *SHORT, *failing, "--output", str(output)]) == 2
+    assert output.read_text() == "old\n" * 500
+    assert main([*flags(model), *SHORT, "--prompt", "a", "--output", str(output)]) == 0
+    assert [line["index"] for line in lines_of(output)] == [0]
+
+
 def test_results_are_in_the_file_while_others_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
