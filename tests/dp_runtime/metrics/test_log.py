@@ -67,3 +67,17 @@ def test_the_command_line_shows_what_was_chosen(
     assert "INFO dp_runtime.engine.engine: Qwen3MoeForCausalLM on 1 ranks (thread)" in shown
     assert main(run) == 0
     assert "INFO" not in capsys.readouterr().err
+
+
+def test_ranks_inherit_the_level_and_name_themselves(tmp_path: Path) -> None:
+    model = ["--model", str(tiny_checkpoint(tmp_path)), "--max-model-len", "64"]
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"prompt_token_ids": [1, 2], "max_tokens": 2}\n')
+    run = subprocess.run(
+        [sys.executable, "launch.py", "generate", "--launcher", "local", "--device", "cpu",
+         "--dp-size", "2", "--log-level", "info", "--prompts", str(prompts), *model],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "rank 0 INFO dp_runtime.startup.assembly: attention backend torch_ref" in run.stderr
+    assert "\nrank 1 INFO dp_runtime." in "\n" + run.stderr
+    assert "INFO" not in run.stdout
