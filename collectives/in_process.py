@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from collectives.member import GroupMember
 from collectives.rows import check_gather, check_reduce_scatter, split, sum_in_rank_order
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
@@ -108,8 +109,9 @@ class _Meeting:
             raise CollectiveAborted(self._broken[dp_rank])
 
     def _wait(self, dp_rank: int, done: Callable[[], bool], timeout_s: float) -> float:
-        start = time.monotonic()
-        self._changed.wait_for(lambda: done() or dp_rank in self._broken, timeout_s)
+        start, deadline = time.monotonic(), Deadline(timeout_s)
+        while not done() and dp_rank not in self._broken and (left := deadline.left()) > 0:
+            self._changed.wait(min(left, LOOK_EVERY_S))
         self.raise_if_failed(dp_rank)
         return time.monotonic() - start
 

@@ -28,6 +28,7 @@ from collectives.session import VARIABLE, session_token
 from dp_runtime.errors import StartError
 
 GRACE_S = 1.0  # for children to end by themselves once the driver has ended
+TELL_S = 3.0  # for the server to tell of a child that has ended
 LOST = 255  # exit status where the server ended before it could tell
 _STATUS = struct.Struct("=i")  # first the pid, then the exit status
 _PR_SET_NAME = 15
@@ -73,9 +74,11 @@ class ForkedProcess:
         """Return the exit status, negative for a signal; subprocess.TimeoutExpired if it runs."""
         with self._lock:
             if self._code is None:
-                if not wait([self._status], timeout):
+                if not wait([self._status, self._pidfd], timeout):
                     raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
-                told = self._status.recv(_STATUS.size)
+                told = b""
+                if wait([self._status], TELL_S):  # else the server is stopped
+                    told = self._status.recv(_STATUS.size)
                 self._code = _STATUS.unpack(told)[0] if told else LOST
                 self._status.close()
             return self._code
@@ -126,6 +129,7 @@ class ForkServer:
         try:
             told, fds, _, _ = socket.recv_fds(status, _STATUS.size, 1)
         except TimeoutError:
+            self._process.kill()  # it is stopped, and the next engine needs one that runs
             raise StartError(f"{name}: no process was started within {timeout_s:g} s") from None
         if not told:
             code = self._process.wait(GRACE_S)

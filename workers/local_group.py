@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
+from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -22,16 +22,14 @@ from dp_runtime.errors import RankFailed
 from dp_runtime.startup.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
 from workers.group import WorkerGroup
-from workers.messages import (
-    Call,
-    ConcurrencyGroup,
-    InProcessRendezvous,
-    Message,
-    Reply,
-)
+from workers.interrupts import uninterrupted
+from workers.messages import ConcurrencyGroup, InProcessRendezvous, Message
+from workers.rank_connection import RankConnection
+from workers.serial_thread import SerialThread
 from workers.worker import Worker
 
 EXIT_S = 1.0
+KILL_S = 5.0
 Answer = TypeVar("Answer")
 # torch imports its compiler, for a second, at the first torch.cat of meta tensors: see rank_plan.
 PRELOAD = ("workers.local_rank", "torch._dynamo")
@@ -44,15 +42,19 @@ class ThreadRank:
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
         self.dp_rank = dp_rank
         self.worker = Worker(dp_rank, config, device)
-        self._threads = {group: ThreadPoolExecutor(1) for group in ConcurrencyGroup}
+        self._threads = {group: SerialThread(f"messages-{group}") for group in ConcurrencyGroup}
 
     def call(self, message: Message[Answer]) -> Future[Answer]:
-        return self._threads[message.group].submit(self.worker.answer, message)
+        return self._threads[message.group].submit(lambda: self._answer(message))
+
+    def _answer(self, message: Message[Answer]) -> Answer:
+        answer: Answer = self.worker.answer(message)
+        return answer
 
     def kill(self) -> None:
         self.worker.abandon("it was ended by the driver")
         for thread in self._threads.values():
-            thread.shutdown(wait=False)
+            thread.end(RankFailed(f"rank {self.dp_rank} has ended"))
 
 
 class ChildProcess(Protocol):
@@ -70,51 +72,17 @@ class ProcessRank:
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
         self.dp_rank = dp_rank
         start = _fork if device == "cpu" and sys.platform == "linux" else _spawn
-        self._process, self._connection = start(dp_rank, config.start_timeout_s)
-        self._calls: dict[int, Future[Any]] = {}
-        self._ids = count()
-        self._lock = threading.Lock()
-        self._ended = False
-        self._connection.send((dp_rank, config, device))
-        threading.Thread(target=self._receive, daemon=True).start()
+        self._process, connection = start(dp_rank, config.start_timeout_s)
+        connection.send((dp_rank, config, device))
+        self._connection = RankConnection(connection, self._gone)
 
     def call(self, message: Message[Answer]) -> Future[Answer]:
-        future: Future[Answer] = Future()
-        with self._lock:
-            if self._ended:
-                future.set_exception(self._gone())
-                return future
-            call = Call(next(self._ids), message)
-            self._calls[call.call_id] = future
-            try:
-                self._connection.send(call)
-            except OSError:
-                del self._calls[call.call_id]
-                future.set_exception(self._gone())
-        return future
+        return self._connection.call(message)
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
-
-    def _receive(self) -> None:
-        while True:
-            try:
-                reply: Reply = self._connection.recv()
-            except (EOFError, OSError):
-                break
-            with self._lock:
-                future = self._calls.pop(reply.call_id)
-            if reply.error is not None:
-                future.set_exception(reply.error)
-            else:
-                future.set_result(reply.value)
-        with self._lock:
-            self._ended = True
-            calls, self._calls = self._calls, {}
-            self._connection.close()
-        for future in calls.values():
-            future.set_exception(self._gone())
+        with suppress(subprocess.TimeoutExpired):  # a device may hold it for a while
+            self._process.wait(KILL_S)
 
     def _gone(self) -> RankFailed:
         try:
@@ -166,11 +134,17 @@ def start_local(config: EngineConfig) -> WorkerGroup:
     if threads:
         rendezvous = InProcessRendezvous(InProcessGroup(config.dp_size, config.step_timeout_s))
     handles: list[ThreadRank | ProcessRank] = []
-    try:
+    interrupted = threading.Event()
+
+    def begin() -> None:
         for rank in range(config.dp_size):
             gpu = rank // config.ranks_per_gpu
             device = f"cuda:{gpu}" if config.device == "cuda" else "cpu"
-            handles.append(rank_class(rank, config, device))
+            if not interrupted.is_set():
+                handles.append(rank_class(rank, config, device))
+
+    try:
+        uninterrupted(begin, interrupted.set)
     except BaseException:
         for handle in handles:
             handle.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import threading
 from contextlib import suppress
@@ -16,44 +15,38 @@ from workers.messages import Call, Join, Rendezvous, Reply
 
 def serve(connection: Connection, driver: int) -> None:
     """Answer the driver until it closes its end or, as its pidfd tells, has ended."""
-    dp_rank, config, device = connection.recv()
-    rank = ThreadRank(dp_rank, config, device)
     lock = threading.Lock()
     meetings: list[str] = []  # directories that the rank may be about to attach to
 
+    def reply(call_id: int, value: object, error: BaseException | None) -> None:
+        answer = Reply.with_answer(call_id, value, error)
+        with lock, suppress(OSError):  # the driver is gone, and the loop below about to see it
+            connection.send(answer)
+
     def run(call: Call) -> None:
-        future = rank.call(call.message)
-        future.add_done_callback(
+        try:
+            message = call.message
+        except Exception as error:
+            reply(call.call_id, None, error)
+            return
+        match message:
+            case Join(Rendezvous(in_host_memory=True, address=directory)):
+                meetings.append(directory)
+        rank.call(message).add_done_callback(
             lambda done: reply(call.call_id, None if done.exception() else done.result(),
                                done.exception())
         )  # fmt: skip
 
-    def reply(call_id: int, value: object, error: BaseException | None) -> None:
-        with lock, suppress(OSError):  # the driver is gone, and the loop below about to see it
-            connection.send(Reply(call_id, value, _portable(error)))
-
-    while True:
-        try:
-            if driver in wait([connection, driver]):
-                raise EOFError
-            call: Call = connection.recv()
-        except (EOFError, OSError):
-            for directory in meetings:
-                remove_rendezvous(directory)
-            os._exit(0)  # NOTE: the step loop may be blocked in a collective for good
-        match call.message:
-            case Join(Rendezvous(in_host_memory=True, address=directory)):
-                meetings.append(directory)
-        run(call)
-
-
-def _portable(error: BaseException | None) -> BaseException | None:
-    """The error itself if it survives pickling, else one with its text."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        dp_rank, config, device = connection.recv()
+        rank = ThreadRank(dp_rank, config, device)
+        while driver not in wait([connection, driver]):
+            run(connection.recv())
+    except (EOFError, OSError):
+        pass
+    for directory in meetings:
+        remove_rendezvous(directory)
+    os._exit(0)  # NOTE: the step loop may be blocked in a collective for good
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -147,13 +148,23 @@ class ReadTotals(Message[Totals]):
     group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
 
 
-# Frames between the driver and a rank that is a plain process.
+# Frames between the driver and a rank that is a plain process. Contents are pickled on their own:
+# what can not be read concerns one call, and not the connection.
 
 
 @dataclass(frozen=True)
 class Call:
     call_id: int
-    message: Message[Any]
+    content: bytes
+
+    @classmethod
+    def with_message(cls, call_id: int, message: Message[Any]) -> Call:
+        return cls(call_id, pickle.dumps(message))
+
+    @property
+    def message(self) -> Message[Any]:
+        message: Message[Any] = pickle.loads(self.content)
+        return message
 
 
 @dataclass(frozen=True)
@@ -161,5 +172,21 @@ class Reply:
     """The answer to a call, or the exception it raised."""
 
     call_id: int
-    value: Any
-    error: BaseException | None
+    content: bytes
+
+    @classmethod
+    def with_answer(cls, call_id: int, value: Any, error: BaseException | None) -> Reply:
+        """Pickle an answer; an error that does not survive this becomes one with its text."""
+        try:
+            content = pickle.dumps((value, error))
+            pickle.loads(content) if error is not None else None
+        except Exception as unreadable:
+            cause = error or unreadable
+            text = RuntimeError(f"{type(cause).__name__}: {cause}")
+            content = pickle.dumps((None, text))
+        return cls(call_id, content)
+
+    @property
+    def answer(self) -> tuple[Any, BaseException | None]:
+        value, error = pickle.loads(self.content)
+        return value, error

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from collectives.shared_memory.doorbell import Doorbell
 from collectives.shared_memory.region import Region
 from collectives.shared_memory.rendezvous import ATTACHED
@@ -57,11 +58,11 @@ class Channel:
         Before it first sleeps it gives the core away num_yields times.
         """
         start = time.monotonic()
-        deadline = start + self._timeout_s
-        pause = look_every_s or self._timeout_s
+        deadline = Deadline(self._timeout_s)
+        pause = look_every_s or LOOK_EVERY_S
         try:
             while ranks := missing():
-                left = deadline - time.monotonic()
+                left = deadline.left()
                 if left <= 0:
                     self._time_out(what, ranks)
                 if num_yields > 0:

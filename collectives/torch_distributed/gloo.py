@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from collectives.awake_clock import Deadline
 from collectives.member import Group, GroupMember
 from collectives.rows import split, summing_dtype
 from collectives.torch_distributed.state import GroupState
@@ -45,10 +46,10 @@ class GlooBackend:
         self._state, self._name, self._timeout_s = state, name, timeout_s
 
     def run(self, what: str, start: Callable[[Any], Any]) -> None:
-        deadline = time.monotonic() + self._timeout_s
+        deadline = Deadline(self._timeout_s)
         work = self._state.start(self._name, start)
         while True:
-            left, ended = deadline - time.monotonic(), work.is_completed()
+            left, ended = deadline.left(), work.is_completed()
             try:
                 work.wait(timedelta(seconds=min(_LOOK_EVERY_S, max(left, 0.001))))
                 return

@@ -28,6 +28,7 @@ from dp_runtime.parallel.collective import Counts
 
 _CPU = torch.device("cpu")
 _LEAVE_S = 2.0  # to leave together, where nothing has failed
+_PAUSES = 4  # times timeout_s until Gloo gives up itself: its clock goes on while ranks are paused
 
 
 class TorchDistributedGroup:
@@ -60,7 +61,7 @@ class TorchDistributedGroup:
         if backend == "nccl":
             set_environment()
         store = self._meet(init_method, dp_rank, dp_size, attach_timeout_s, secret, listener)
-        place = (dp_rank, dp_size, own_address(init_method), timeout_s + SLACK_S)
+        place = (dp_rank, dp_size, own_address(init_method), _PAUSES * timeout_s + SLACK_S)
         for name in ("control", "board"):
             self._state.add(name, make_gloo(PrefixStore(name, store), *place))
         if backend == "nccl":

@@ -66,6 +66,7 @@ class RequestUpdate(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token
+    error: str = ""  # why the rank could not go on with the request, which has ended
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.admission import LOAD_BALANCERS, Admission
 from dp_runtime.engine.handle import RequestHandle, RequestStream
 from dp_runtime.engine.inputs import RequestFactory
+from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.output_processor import OutputProcessor
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
@@ -51,7 +52,8 @@ class Engine:
         self._closed: BaseException | None = None
         self._clock = BusyClock()
         self._num_finished = 0
-        self._group.listen(self._on_updates, self._on_failure)
+        self._group.listen(weakly(self._on_updates), weakly(self._on_failure))
+        bind_lifetime(self, self._group)
         logger.info(
             "%s on %d ranks (%s): requests go by %s, at most %d are unfinished, %d tokens at most",
             model.architecture, config.dp_size, config.launcher, config.routing,
@@ -134,6 +136,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop all ranks; unfinished requests fail with EngineClosed."""
+        if isinstance(self._closed, EngineInChild):
+            return
         self._end(EngineClosed("the engine is closed"))
         self._group.close()
 
@@ -226,6 +230,11 @@ class Engine:
     def _on_failure(self, error: BaseException) -> None:
         logger.error("the engine has failed, and all its requests with it: %s", error)
         self._end(error)
+
+    def disown(self, error: EngineInChild) -> None:
+        self._closed = error
+        self._lock = threading.Lock()
+        self._outputs.disown(error)
 
     def _end(self, error: BaseException) -> None:
         with self._lock:

@@ -89,6 +89,11 @@ class RequestHandle:
                 self._error = error
                 self._changed.notify_all()
 
+    def disown(self, error: BaseException) -> None:
+        self._changed = threading.Condition()
+        if not self.done:
+            self._error = error
+
 
 class RequestStream:
     """Iterates over the deltas of a request, and aborts it when it is left early."""

@@ -23,6 +23,9 @@ class OutputSink(Protocol):
 
     def fail(self, error: BaseException) -> None: ...
 
+    def disown(self, error: BaseException) -> None:
+        """Fail in a forked child, without a lock that a thread may have held at the fork."""
+
 
 @dataclass(frozen=True)
 class Delivery:
@@ -77,6 +80,13 @@ class OutputProcessor:
                 deliveries.append(delivery)
         return deliveries
 
+    def disown(self, error: BaseException) -> None:
+        """Fail all requests in a forked child, where a lock may be held for good."""
+        self._lock, live = threading.Lock(), self._live
+        self._live = {}
+        for _, sink in live.values():
+            sink.disown(error)
+
     def fail_all(self, error: BaseException) -> None:
         with self._lock:
             live, self._live = self._live, {}
@@ -85,6 +95,8 @@ class OutputProcessor:
 
 
 def _apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery | None:
+    if update.error:
+        return Delivery(log, sink, RequestFailed(f"request {log.request_id}: {update.error}"))
     rank_goes_on = update.finish_reason is None
     try:
         delta = log.apply(update)

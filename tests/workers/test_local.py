@@ -235,9 +235,10 @@ def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path
     with Connection(ours.detach()) as driver:  # closing it ends the rank, also if the test fails
         driver.send((0, EngineConfig(str(model), dp_size=2, num_pages=1100), "cpu"))
         for call_id, message in enumerate((Prepare(), Load())):
-            driver.send(Call(call_id, message))
-            assert driver.recv().error is None
-        driver.send(Call(2, Join(Rendezvous("shared_memory", str(meeting)), epoch=0)))
+            driver.send(Call.with_message(call_id, message))
+            assert driver.recv().answer[1] is None
+        join = Join(Rendezvous("shared_memory", str(meeting)), epoch=0)
+        driver.send(Call.with_message(2, join))
         wait_until(lambda: (meeting / "region").exists(), "the rank waits")
     assert process.wait(20) == 0
     assert not meeting.exists()

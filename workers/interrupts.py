@@ -1,0 +1,35 @@
+"""Work that an interrupt asks to end early, and never ends halfway."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+
+def uninterrupted(work: Callable[[], None], on_interrupt: Callable[[], None]) -> None:
+    """Do the work in a thread, where no KeyboardInterrupt is raised.
+
+    However many come, each calls on_interrupt, and the first is raised once the work has ended.
+    """
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=run, name="uninterrupted", daemon=True).start()
+    interrupt: BaseException | None = None
+    while not ended.done():
+        try:
+            wait([ended])
+        except BaseException as error:
+            interrupt = interrupt or error
+            on_interrupt()
+    if interrupt is not None:
+        raise interrupt
+    ended.result()

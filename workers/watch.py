@@ -1,0 +1,138 @@
+"""RankWatch: asks every rank how it is, and notices who does not answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from collectives.awake_clock import LOOK_EVERY_S, AwakeClock
+from dp_runtime.config import EngineConfig
+from dp_runtime.metrics.status import RankHealth
+from workers.messages import Message, ReadHealth
+
+BEAT_S = 0.5  # after an answer, until the next question
+RECENT_S = 3 * BEAT_S  # a rank that has answered since then is well
+MIN_SILENCE_S = 2.0  # a rank on a busy machine may take so long
+TOGETHER = 5  # times as long may all ranks be silent: they are paused, not lost
+ASK_S = 1.0
+
+
+class Answering(Protocol):
+    """What the watch needs of a rank."""
+
+    dp_rank: int
+
+    def call(self, message: Message[RankHealth]) -> Future[RankHealth]: ...
+
+
+@dataclass(frozen=True)
+class SilenceLimits:
+    """How long a rank may be silent before it counts as lost, in seconds."""
+
+    first: float  # before it has answered for the first time
+    later: float
+
+    @classmethod
+    def while_starting(cls, config: EngineConfig) -> SilenceLimits:
+        """Half the start for its process to come up, and less once it answers."""
+        half = max(config.start_timeout_s / 2, MIN_SILENCE_S)
+        return cls(half, min(half, max(config.step_timeout_s, 5 * MIN_SILENCE_S)))
+
+    @classmethod
+    def while_serving(cls, config: EngineConfig) -> SilenceLimits:
+        """Longer than ranks wait for each other, who can say more of what was waited for."""
+        limit = max(config.step_timeout_s, MIN_SILENCE_S) + 2 * BEAT_S
+        return cls(limit, limit)
+
+
+@dataclass(eq=False)
+class _Pulse:
+    rank: Answering
+    answered_at: float
+    question: Future[RankHealth] | None = None
+    health: RankHealth | None = None
+
+    def beat(self, now: float) -> None:
+        """Take in an answer, and ask again a while after it."""
+        if self.question is not None and self.question.done():
+            self.answered_at = now  # an error is an answer too
+            if self.question.exception() is None:
+                self.health = self.question.result()
+            self.question = None
+        if self.question is None and (self.health is None or now - self.answered_at >= BEAT_S):
+            self.question = self.rank.call(ReadHealth())
+
+
+class RankWatch:
+    """Asks in a thread of its own; ranks answer in one that neither steps nor loads."""
+
+    def __init__(
+        self,
+        ranks: Sequence[Answering],
+        limits: SilenceLimits,
+        on_silence: Callable[[str], None],
+    ) -> None:
+        self._judging = (limits, on_silence)
+        self._clock = AwakeClock()
+        self._now = self._clock.now()
+        self._pulses = [_Pulse(rank, self._now) for rank in ranks]
+        self._over = threading.Event()
+        threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
+
+    @property
+    def healths(self) -> tuple[RankHealth, ...]:
+        """What ranks answered last; of those that have answered."""
+        return tuple(pulse.health for pulse in self._pulses if pulse.health is not None)
+
+    def silent(self, limit: float = RECENT_S) -> list[int]:
+        """The ranks that have not answered for so long."""
+        now = self._now
+        return [one.rank.dp_rank for one in self._pulses if now - one.answered_at > limit]
+
+    def ask(self) -> list[int]:
+        """Ask all ranks now; those that do not answer within ASK_S."""
+        questions = [pulse.rank.call(ReadHealth()) for pulse in self._pulses]
+        wait(questions, ASK_S)
+        pairs = zip(self._pulses, questions, strict=True)
+        return [pulse.rank.dp_rank for pulse, question in pairs if not question.done()]
+
+    def serve(self, limits: SilenceLimits, on_silence: Callable[[str], None]) -> None:
+        """Judge by these from now on."""
+        self._judging = (limits, on_silence)
+
+    def end(self) -> None:
+        self._over.set()
+
+    def _run(self) -> None:
+        while not self._over.wait(LOOK_EVERY_S):
+            self._now = self._clock.now()
+            for pulse in self._pulses:
+                pulse.beat(self._now)
+            limits, on_silence = self._judging
+            if lost := self._lost(limits):
+                on_silence(_silence_of(lost, self._now))
+                return
+
+    def _lost(self, limits: SilenceLimits) -> list[_Pulse]:
+        together = len(self._pulses) > 1 and len(self.silent()) == len(self._pulses)
+        factor = TOGETHER if together else 1
+        return [
+            pulse
+            for pulse in self._pulses
+            if self._now - pulse.answered_at
+            > factor * (limits.later if pulse.health else limits.first)
+        ]
+
+
+def _silence_of(pulses: Sequence[_Pulse], now: float) -> str:
+    seconds = max(now - pulse.answered_at for pulse in pulses)
+    return name_silent([pulse.rank.dp_rank for pulse in pulses], f" for {seconds:.1f} s")
+
+
+def name_silent(dp_ranks: Sequence[int], how_long: str = "") -> str:
+    """Say who does not answer, and what that means."""
+    who = f"rank {dp_ranks[0]} has" if len(dp_ranks) == 1 else f"ranks {list(dp_ranks)} have"
+    return f"{who} not answered{how_long}: the process is stopped, or hangs"
