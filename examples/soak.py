@@ -83,7 +83,7 @@ class ClosedLoop:
             request = self._waiting.popleft()
             rank = self._served.sent_to[request.index] = self._rank(request)
             self._live[request.index] = self._engine.submit(request.prompt, request.params, rank)
-        self._served.most_in_flight = max(self._served.most_in_flight, len(self._live))
+        self._served.max_in_flight = max(self._served.max_in_flight, len(self._live))
 
     def _rank(self, request: SoakRequest) -> int | None:
         """Where the request wants to go, unless that might be the quiet rank."""

@@ -25,7 +25,7 @@ class Served:
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
     streamed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # its deltas, joined
     sent_to: dict[int, int | None] = field(default_factory=dict)  # the rank; None: routed
-    most_in_flight: int = 0
+    max_in_flight: int = 0
     quiet_steps: int = 0  # steps in a row with no row on the quiet rank
 
 
@@ -54,13 +54,13 @@ def find_faults(
         if rank.free_pages != rank.num_pages - 1
     ]
     in_flight = min(shape.in_flight, shape.num_requests)
-    for what, found, least in (
-        ("requests in flight", served.most_in_flight, in_flight),
+    for what, found, minimum in (
+        ("requests in flight", served.max_in_flight, in_flight),
         ("steps in a row with a quiet rank", served.quiet_steps, QUIET_STEPS),
         ("preemptions", report.preemptions, MIN_PREEMPTIONS),
     ):
-        if found < least:
-            faults.append(f"{found} {what}; a soak has at least {least}")
+        if found < minimum:
+            faults.append(f"{found} {what}; a soak has at least {minimum}")
     return faults
 
 

@@ -49,9 +49,9 @@ def draw(
         sums = list(accumulate(weights[keep]))
         margins.append(min(abs(total - params.top_p) for total in sums))
         weights[keep[1 + sum(total < params.top_p for total in sums) :]] = 0
-    least = params.min_p * weights.max()
-    margins.append(np.abs(weights[weights > 0] - least).min() if params.min_p else 1.0)
-    weights[weights < least] = 0
+    min_weight = params.min_p * weights.max()
+    margins.append(np.abs(weights[weights > 0] - min_weight).min() if params.min_p else 1.0)
+    weights[weights < min_weight] = 0
     cumulative = np.cumsum(weights) / weights.sum()
     u = uniform(torch.tensor([params.seed]), torch.tensor([len(outputs)])).item()
     margins.append(np.abs(u - cumulative[:-1]).min())

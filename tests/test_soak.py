@@ -59,7 +59,7 @@ Outcome = tuple[Served, Report, list[RankHealth]]
 
 def right_outcome(load: tuple[SoakRequest, ...]) -> Outcome:
     """What a soak without a fault would find."""
-    served = Served(most_in_flight=24, quiet_steps=50)
+    served = Served(max_in_flight=24, quiet_steps=50)
     for request in load:
         doomed = request.index == SMALL.doomed
         tokens = tuple(range(3 if doomed else request.params.max_tokens))
@@ -105,7 +105,7 @@ FAULTS: dict[str, Callable[[Outcome], Outcome | None]] = {
     "rank 1: 8 of 9 pages are free": lambda o: (
         *o[:2], [replace(rank, free_pages=9 - (rank.dp_rank == 1)) for rank in o[2]],
     ),
-    "23 requests in flight": lambda o: (replace(o[0], most_in_flight=23), *o[1:]),
+    "23 requests in flight": lambda o: (replace(o[0], max_in_flight=23), *o[1:]),
     "49 steps in a row": lambda o: (replace(o[0], quiet_steps=49), *o[1:]),
     "1 preemptions": lambda o: (o[0], replace(o[1], preemptions=1), o[2]),
 }  # fmt: skip

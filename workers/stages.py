@@ -16,7 +16,7 @@ from dp_runtime.kernels.builds import KernelBuilds, forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
 from dp_runtime.runner.step_loop import StepLoop
-from dp_runtime.startup.assembly import LoadedRank, assemble, kernels_of, load_rank, profile
+from dp_runtime.startup.assembly import LoadedRank, assemble, jit_modules_of, load_rank, profile
 from dp_runtime.startup.graph_capture import capture
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from workers.communicators import Communicator, connect
@@ -75,7 +75,7 @@ class Prepared:
 
     def load(self, progress: StartProgress) -> Loaded:
         progress.state = RankState.LOADING
-        progress.builds = KernelBuilds(kernels_of(self.plan), self.device)
+        progress.builds = KernelBuilds(jit_modules_of(self.plan), self.device)
         with progress.builds as builds:
             rank = load_rank(self.config, self.plan, progress.add_bytes)
             progress.state = RankState.COMPILING

@@ -94,5 +94,5 @@ def _buffer_bytes(num_bytes: int) -> int:
     return max(MIN_BYTES, power_of_two(num_bytes))
 
 
-def power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
+def power_of_two(minimum: int) -> int:
+    return 1 << (minimum - 1).bit_length()

@@ -54,9 +54,9 @@ class SharedMemoryGroup:
         attach_timeout_s: float = 60.0,
     ) -> None:
         require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
-        least = 64 * dp_size
-        ok = area_bytes >= least and area_bytes % 64 == 0
-        require(ok, "area_bytes", area_bytes, f"a multiple of 64, at least {least}")
+        min_bytes = 64 * dp_size
+        ok = area_bytes >= min_bytes and area_bytes % 64 == 0
+        require(ok, "area_bytes", area_bytes, f"a multiple of 64, at min_bytes {min_bytes}")
         layout = RegionLayout(dp_size, area_bytes)
         region, bells = Rendezvous(path, dp_rank, layout, attach_timeout_s).attach()
         self._region, self._lock, self._closed = region, threading.Lock(), False

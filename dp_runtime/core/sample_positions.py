@@ -17,5 +17,5 @@ class SamplePositions:
     def __len__(self) -> int:
         return len(self.req_indices)
 
-    def __getitem__(self, some: slice) -> SamplePositions:
-        return SamplePositions(self.req_indices[some], self.output_indices[some])
+    def __getitem__(self, rows: slice) -> SamplePositions:
+        return SamplePositions(self.req_indices[rows], self.output_indices[rows])

@@ -59,10 +59,10 @@ class RequestFactory:
 
     def _check_tokens(self, tokens: tuple[int, ...]) -> None:
         require(len(tokens) > 0, "prompt", "", "at least one token")
-        most = self.model.max_model_len - 1
+        max_tokens = self.model.max_model_len - 1
         require(
-            len(tokens) <= most, "prompt", f"{len(tokens)} tokens",
-            f"at most {most} tokens: max_model_len is {self.model.max_model_len}",
+            len(tokens) <= max_tokens, "prompt", f"{len(tokens)} tokens",
+            f"at max_tokens {max_tokens} tokens: max_model_len is {self.model.max_model_len}",
         )  # fmt: skip
         size = self.model.vocab_size
         for token in tokens:

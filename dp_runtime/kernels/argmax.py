@@ -58,8 +58,8 @@ def _part_maxima(values, keys, size, stride, parts, BLOCK: tl.constexpr, BLOCKS:
 @triton.jit
 def _row_maxima(keys, peaks, best, finite, parts, PARTS: tl.constexpr):
     row, part = tl.program_id(0), tl.arange(0, PARTS)
-    least = -0x7FFFFFFFFFFFFFFF
-    key = tl.max(tl.load(keys + row * parts + part, mask=part < parts, other=least), 0)
+    lowest = -0x7FFFFFFFFFFFFFFF
+    key = tl.max(tl.load(keys + row * parts + part, mask=part < parts, other=lowest), 0)
     ordered = (key >> 32).to(tl.int32)
     peak = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
     tl.store(peaks + row, peak)

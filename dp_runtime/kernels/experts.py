@@ -102,8 +102,8 @@ def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) ->
     if tile.per_multiprocessor is None:
         return (num_local * triton.cdiv(columns, tile.block_n),)
     row_blocks = min(pairs, num_local + pairs // tile.block_m)
-    most = num_multiprocessors(rows.device) * tile.per_multiprocessor
-    return (min(row_blocks * triton.cdiv(columns, tile.block_n), most),)
+    max_programs = num_multiprocessors(rows.device) * tile.per_multiprocessor
+    return (min(row_blocks * triton.cdiv(columns, tile.block_n), max_programs),)
 
 
 def _check_scales(weights: Tensor, scales: Tensor | None, tile: Tile) -> None:

@@ -16,7 +16,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     Without a residual the norm of x. Sums and squares are taken in float32; the sum and the
     quotient are rounded to x's dtype first, as the models were trained.
     """
-    assert x.is_contiguous(), "rows lie one behind the other"
+    assert x.is_contiguous(), "x is contiguous"
     out = torch.empty_like(x)
     rows, size = x.shape
     if rows:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
 
-MOST_SPLIT_ROWS = 512  # above it cuBLAS has enough programs
+MAX_SPLIT_ROWS = 512  # above it cuBLAS has enough programs
 SPLIT = 128  # columns of hidden that a program adds up
 BLOCK_M = 16
 
@@ -34,17 +34,17 @@ class Routing:
 def route(
     rows: Tensor,
     router: Tensor,
-    layout: Tensor,
+    row_ranges: Tensor,
     top_k: int,
     renormalize: bool,
     first_expert: int,
     num_local: int,
 ) -> Routing:
-    """Softmax in float32 over all experts of rows @ router.T, then the top k, by local expert.
+    """Softmax rows @ router.T in float32 over all experts and list the top k by local expert.
 
-    rows [n, hidden]; router [experts, hidden]; layout [2, dp_size] int32: where each rank's rows
-    begin among the gathered ones, and how many of them are real. Logits are rounded to the dtype of
-    rows. Ranks with equal rows choose alike, to the bit.
+    rows [n, hidden]; router [experts, hidden]; row_ranges [2, dp_size] int32: each rank's first
+    gathered row and its number of real rows. Logits are rounded to the dtype of rows. Ranks with
+    equal rows choose the same experts, to the bit.
     """
     n, num_experts, device = len(rows), len(router), rows.device
     routing = Routing(
@@ -56,11 +56,11 @@ def route(
     parts = logits_in_parts(rows, router, routing.counts)
     pdl = overlaps(device)
     _route_kernel[(n,)](
-        parts, router, layout, routing.weights, routing.local_ids, routing.counts, routing.pairs,
-        n, layout.shape[1], first_expert, num_local,
+        parts, router, row_ranges, routing.weights, routing.local_ids, routing.counts,
+        routing.pairs, n, row_ranges.shape[1], first_expert, num_local,
         PARTS=parts.shape[0], NUM_EXPERTS=num_experts,
         EXPERTS=triton.next_power_of_2(num_experts), TOP_K=top_k, K=triton.next_power_of_2(top_k),
-        RANKS=triton.next_power_of_2(layout.shape[1]), RENORMALIZE=renormalize,
+        RANKS=triton.next_power_of_2(row_ranges.shape[1]), RENORMALIZE=renormalize,
         PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
     return routing
@@ -68,7 +68,7 @@ def route(
 
 def parts_shape(rows: int, hidden: int, num_experts: int) -> tuple[int, int, int]:
     """Of what is added up to the logits."""
-    splits = triton.cdiv(hidden, SPLIT) if rows <= MOST_SPLIT_ROWS else 1
+    splits = triton.cdiv(hidden, SPLIT) if rows <= MAX_SPLIT_ROWS else 1
     return splits, rows, num_experts
 
 
@@ -78,7 +78,7 @@ def logits_in_parts(rows: Tensor, router: Tensor, counts: Tensor) -> Tensor:
     In float32, or in the dtype of rows where there is one part only.
     """
     (n, hidden), num_experts = rows.shape, len(router)
-    if n > MOST_SPLIT_ROWS:
+    if n > MAX_SPLIT_ROWS:
         counts.zero_()
         return F.linear(rows, router)[None]
     parts = rows.new_empty(parts_shape(n, hidden, num_experts), dtype=torch.float32)
@@ -120,15 +120,15 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=["rows", "first_expert"])
 def _route_kernel(
-    parts, router, layout, weights, local_ids, counts, pairs,
+    parts, router, row_ranges, weights, local_ids, counts, pairs,
     rows, dp_size, first_expert, num_local,
     PARTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     K: tl.constexpr, RANKS: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     ranks = tl.arange(0, RANKS)
-    start = tl.load(layout + ranks, mask=ranks < dp_size, other=0)
-    real = tl.load(layout + dp_size + ranks, mask=ranks < dp_size, other=0)
+    start = tl.load(row_ranges + ranks, mask=ranks < dp_size, other=0)
+    real = tl.load(row_ranges + dp_size + ranks, mask=ranks < dp_size, other=0)
     is_real = tl.sum(((row >= start) & (row < start + real)).to(tl.int32), 0) > 0
     if PDL:
         gdc_wait()

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.layers.expert_layouts import ExpertNames, ExpertShape, StoredMatrix, locate_experts
-from dp_runtime.weights.fp8_blocks import FP8, ExpertScales, scale_shape
+from dp_runtime.weights.fp8_blocks import ExpertScales, scale_shape
 from dp_runtime.weights.source import Shape, WeightSource
 
 ALIGNMENT = 8  # elements: grouped_mm wants strides of 16 bytes, also in 2-byte dtypes
@@ -105,7 +106,7 @@ class _Stack:
         if not fp8:
             return cls(torch.zeros(shape, dtype=weights.dtype, device=weights.device), None)
         return cls(
-            torch.zeros(shape, dtype=FP8, device=weights.device),
+            torch.zeros(shape, dtype=E4M3, device=weights.device),
             torch.zeros(scale_shape(shape), dtype=torch.float32, device=weights.device),
         )
 

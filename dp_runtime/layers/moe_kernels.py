@@ -125,10 +125,10 @@ class TritonMoe:
         return routing + max(self._logits_bytes(gathered_rows, router), products)
 
     def _logits_bytes(self, rows: int, router: Router) -> int:
-        from dp_runtime.kernels.router import MOST_SPLIT_ROWS, parts_shape
+        from dp_runtime.kernels.router import MAX_SPLIT_ROWS, parts_shape
 
         num_experts, hidden = router.gate.weight.shape
-        size = 4 if rows <= MOST_SPLIT_ROWS else router.dtype.itemsize
+        size = 4 if rows <= MAX_SPLIT_ROWS else router.dtype.itemsize
         return math.prod(parts_shape(rows, hidden, num_experts)) * size
 
 

@@ -41,7 +41,7 @@ class Rotary:
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     @classmethod
-    def of(cls, rope: RopeConfig, head_dim: int, device: torch.device) -> Rotary:
+    def from_config(cls, rope: RopeConfig, head_dim: int, device: torch.device) -> Rotary:
         frequencies = inverse_frequencies(rope, head_dim)
         return cls(frequencies.to(device), rope.attention_factor)
 

@@ -53,7 +53,7 @@ class Hidden(NamedTuple):
     """A forward's result: the inputs of the LM head and of a draft model."""
 
     last: Tensor  # [rows, hidden], after the final norm
-    features: Tensor  # [rows, features]: of the feature layers, or `last` where there are none
+    aux_hidden_states: Tensor  # [rows, layers * hidden] entering those layers; without any, `last`
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class CausalLM(LmHeadMixin):
         )
         return replace(self, layers=tuple(layers))
 
-    def with_features(self, layers: tuple[int, ...]) -> CausalLM:
+    def with_aux_hidden_states(self, layers: tuple[int, ...]) -> CausalLM:
         """Copy the model; forwards also return the residual stream entering these layers."""
         assert set(layers) <= set(range(len(self.layers))), f"{layers} of {len(self.layers)} layers"
         return replace(self, aux_hidden_state_layers=layers)
@@ -149,15 +149,15 @@ class CausalLM(LmHeadMixin):
     def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
         x = inputs.embedded(self.embedding)
         cos_sin = self.rotary(inputs.positions, x.dtype)
-        features = x.new_empty(len(x), len(self.aux_hidden_state_layers), x.shape[1])
+        aux_hidden_states = x.new_empty(len(x), len(self.aux_hidden_state_layers), x.shape[1])
         residual: Tensor | None = None
         for index, layer in enumerate(self.layers):
             for place, feature_layer in enumerate(self.aux_hidden_state_layers):
                 if feature_layer == index:
-                    _copy_sum(x, residual, features[:, place])
+                    _copy_sum(x, residual, aux_hidden_states[:, place])
             x, residual = layer(x, residual, cos_sin, plan, exchange)
         last = self.norm.add(x, residual)[0]
-        return Hidden(last, features.flatten(1) if self.aux_hidden_state_layers else last)
+        return Hidden(last, aux_hidden_states.flatten(1) if self.aux_hidden_state_layers else last)
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         inputs = 2 + len(self.aux_hidden_state_layers)  # of a layer, and those that are kept
@@ -185,7 +185,7 @@ class CausalLM(LmHeadMixin):
         return cls(
             config,
             embedding,
-            Rotary.of(config.rope, config.head_dim, weights.device),
+            Rotary.from_config(config.rope, config.head_dim, weights.device),
             tuple(layers),
             RMSNorm.load(weights, "model.norm", config.hidden_size, config.rms_norm_eps),
             Linear(load_head(config, weights, embedding), None),

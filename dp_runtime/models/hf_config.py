@@ -52,17 +52,17 @@ class ConfigFields:
         self._known[name] = default if value is None else value
         return self._known[name]
 
-    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        value, most = self.get(name, default), MAX_INTEGERS.get(name, MAX_INTEGER)
-        ok = isinstance(value, int) and not isinstance(value, bool) and least <= value
-        self.require(ok, name, value, f"an integer >= {least}")
-        self.require(value <= most, name, value, f"an integer <= {most:,}")
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        value, maximum = self.get(name, default), MAX_INTEGERS.get(name, MAX_INTEGER)
+        ok = isinstance(value, int) and not isinstance(value, bool) and minimum <= value
+        self.require(ok, name, value, f"an integer >= {minimum}")
+        self.require(value <= maximum, name, value, f"an integer <= {maximum:,}")
         return int(value)
 
-    def number(self, name: str, default: float | None = None, least: float = 0.0) -> float:
+    def number(self, name: str, default: float | None = None, minimum: float = 0.0) -> float:
         value = self.get(name, default)
-        ok = is_finite(value) and value > least
-        self.require(ok, name, value, f"a number above {least:g}")
+        ok = is_finite(value) and value > minimum
+        self.require(ok, name, value, f"a number above {minimum:g}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:

@@ -73,5 +73,5 @@ class Model(PassModel, Protocol):
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model: ...
 
-    def with_features(self, layers: tuple[int, ...]) -> Model:
+    def with_aux_hidden_states(self, layers: tuple[int, ...]) -> Model:
         """Copy the model with other aux_hidden_state_layers."""

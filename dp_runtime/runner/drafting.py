@@ -123,7 +123,7 @@ class Drafting:
     def extend_inputs(
         self, target: PassOutput, token_ids: Tensor, chains: DraftChains
     ) -> FutureTokens:
-        hidden = self.model.project(target.hidden.features)
+        hidden = self.model.project(target.hidden.aux_hidden_states)
         return FutureTokens(token_ids, hidden, chains.num_rejected)
 
     def keep(

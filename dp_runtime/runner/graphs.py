@@ -110,9 +110,9 @@ class PassGraphs:
         self._inputs.write(batch, local_rows, plan, future)
         captured.graph.replay()
         self._collective.arm_watchdog(f"the graph of {key}")
-        (last, features), logits = captured.output.hidden, captured.output.logits
+        (last, aux_hidden_states), logits = captured.output.hidden, captured.output.logits
         batch_logits = None if logits is None else logits[:rows]
-        return PassOutput(Hidden(last[:rows], features[:rows]), batch_logits)
+        return PassOutput(Hidden(last[:rows], aux_hidden_states[:rows]), batch_logits)
 
     def _capture(self, key: GraphKey, pool: Any) -> _Captured:
         inputs, size = self._inputs, self._collective.dp_size

@@ -118,7 +118,7 @@ class Eagle3Method:
             fc=Linear.load(weights, {"fc": hidden}, aux_size),
             embedding_norm=norm(f"{prefix}.input_layernorm"),
             hidden_norm=norm(f"{prefix}.hidden_norm"),
-            rotary=Rotary.of(config.rope, config.head_dim, weights.device),
+            rotary=Rotary.from_config(config.rope, config.head_dim, weights.device),
             attention=Attention.load(
                 config.attention, weights, mixer, paged, input_size=2 * hidden
             ),

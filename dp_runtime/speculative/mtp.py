@@ -44,7 +44,7 @@ class MtpConfig(DraftConfig):
 def read_config(directory: str, target: ModelConfig) -> MtpConfig:
     """Read the first MTP layer of a target; ValueError if it has none."""
     fields = ConfigFields.read(Path(directory) / "config.json")
-    count = max(fields.integer(name, 0, least=0) for name in COUNTS)
+    count = max(fields.integer(name, 0, minimum=0) for name in COUNTS)
     require(
         count >= 1 and target.architecture == ARCHITECTURE.name,
         "speculative_draft_model", None,
@@ -144,7 +144,7 @@ class MtpMethod:
             embedding_norm=RMSNorm.load(weights, "mtp.pre_fc_norm_embedding", hidden, eps),
             hidden_norm=RMSNorm.load(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
             fc=Linear.load(weights, {"mtp.fc": hidden}, 2 * hidden),
-            rotary=Rotary.of(config.layer.rope, config.head_dim, weights.device),
+            rotary=Rotary.from_config(config.layer.rope, config.head_dim, weights.device),
             layer=DecoderLayer.load(config.layer, weights, LAYER, backend.layer(0), mlp),
             norm=RMSNorm.load(weights, "mtp.norm", hidden, eps),
             backend=backend,

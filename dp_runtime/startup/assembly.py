@@ -214,7 +214,7 @@ def assemble(
     )
 
 
-def kernels_of(plan: RankPlan) -> tuple[JitModule, ...]:
+def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
     """All that is compiled before a plan can be served."""
     device = torch.device(plan.device)
     cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
@@ -225,13 +225,13 @@ def kernels_of(plan: RankPlan) -> tuple[JitModule, ...]:
 def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
     if not make_moe_kernels(plan.moe_backend).compiled:
         return ()
-    from dp_runtime.startup.jit_modules import modules
+    from dp_runtime.startup.jit_modules import moe_jit_modules
 
     model = plan.model
     shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
     ranks = plan.sharding.dp_size
-    most = plan.limits.max_num_tokens * ranks
-    return modules(model, shard, ranks, most, plan.dtype, torch.device(plan.device))
+    max_rows = plan.limits.max_num_tokens * ranks
+    return moe_jit_modules(model, shard, ranks, max_rows, plan.dtype, torch.device(plan.device))
 
 
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dp_runtime.config import EngineConfig
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import RankMemory, memory_table
-from dp_runtime.startup.assembly import kernels_of
+from dp_runtime.startup.assembly import jit_modules_of
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 
 
@@ -62,7 +62,7 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
 
 def _kernel_names(plan: RankPlan) -> str:
     """What is compiled before ready; a device without any compiles nothing."""
-    return ", ".join(kernel.name for kernel in kernels_of(plan)) or "none to compile"
+    return ", ".join(kernel.name for kernel in jit_modules_of(plan)) or "none to compile"
 
 
 def _rank_lines(plans: list[RankPlan]) -> list[str]:

@@ -50,9 +50,10 @@ def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: 
     row = model.hidden_size * model.dtype.itemsize
     widened = vocab * 4 if model.dtype.itemsize < 4 else 0  # a row's logits in float32
     sampling = sampling_bytes(samples, vocab) + min(samples, ROWS_AT_ONCE) * widened
-    some = min(rows, ROWS_AT_ONCE)
+    scored = min(rows, ROWS_AT_ONCE)
     scoring = max(
-        model.logits_bytes(some) + some * widened, some * vocab * 4 + logprobs_bytes(some, vocab)
+        model.logits_bytes(scored) + scored * widened,
+        scored * vocab * 4 + logprobs_bytes(scored, vocab),
     )
     kept = rows * row * (1 + len(model.aux_hidden_state_layers))
     return max(
@@ -79,9 +80,9 @@ def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
         kinds += [(models.draft, requests, True), (models.draft, rows, False)]
     stages = sum(_captured_stages(model, limits, dp_size) for model in models.all)
     return stages + sum(
-        model.forward_bytes(most, dp_size * most, dp_size > 1)
-        + (model.logits_bytes(most) if with_logits else 0)
-        for model, most, with_logits in kinds
+        model.forward_bytes(max_rows, dp_size * max_rows, dp_size > 1)
+        + (model.logits_bytes(max_rows) if with_logits else 0)
+        for model, max_rows, with_logits in kinds
     )
 
 

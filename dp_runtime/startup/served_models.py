@@ -39,6 +39,6 @@ class ServedModels:
         target = build_model(config, weights[0], sharding, backends[0], moe_backend)
         if draft is None:
             return cls(target, None)
-        target = target.with_features(draft.aux_hidden_state_layers)
+        target = target.with_aux_hidden_states(draft.aux_hidden_state_layers)
         own = weights[1], sharding, backends[1], moe_backend
         return cls(target, build_draft(draft, target, *own))

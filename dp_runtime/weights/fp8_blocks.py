@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.core.e4m3 import E4M3, E4M3_MAX
+from dp_runtime.core.e4m3 import E4M3_MAX
 from dp_runtime.core.e4m3 import quantize as to_e4m3
 
-FP8 = E4M3
 BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
 

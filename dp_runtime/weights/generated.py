@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dp_runtime.weights.fp8_blocks import FP8, quantize, scale_part, scale_shape
+from dp_runtime.core.e4m3 import E4M3
+from dp_runtime.weights.fp8_blocks import quantize, scale_part, scale_shape
 from dp_runtime.weights.source import NoCheckpoint, Part, Shape, ignore_bytes
 
 
@@ -69,7 +70,7 @@ class MetaWeights(NoCheckpoint):
         return tensor
 
     def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        values = torch.empty(shape, dtype=FP8, device=self.device)
+        values = torch.empty(shape, dtype=E4M3, device=self.device)
         scales = torch.empty(scale_shape(shape), device=self.device)
         if part is not None:
             values, scales = values[part], scales[scale_part(part)]

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.errors import require
 from dp_runtime.weights.files import is_present, read_json, shown
 from dp_runtime.weights.fp8_blocks import (
-    FP8,
     SCALE_SUFFIX,
     dequantize,
     scale_part,
@@ -61,7 +61,7 @@ class Checkpoint:
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         tensor = self._read(name, shape, part, (*DTYPES, FP8_DTYPE))
         self._on_bytes(tensor.numel() * self.dtype.itemsize)
-        if tensor.dtype != FP8:
+        if tensor.dtype != E4M3:
             scale = f"{name}{SCALE_SUFFIX}"
             require(not self.has(scale), scale, "in the checkpoint", f"{name} is not e4m3")
             return tensor.to(device=self.device, dtype=self.dtype, copy=True)

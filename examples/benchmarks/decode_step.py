@@ -92,7 +92,7 @@ def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int
             rank.run(Load(load.prompt_lens, (prefill + COUNTED_STEPS) * query_len))
         last = timed.last_tokens.values()
         distinct = len(set(last)) / len(last)
-        routed = Routed.of(counted, size) if counted else None
+        routed = Routed.from_counts(counted, size) if counted else None
         emitted = tokens_per_verification(timed.steps)
         results.append(Measured(count, (p10, p50, p99), routed, distinct, emitted, profile))
     return results
@@ -119,11 +119,11 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
     model = read_model_config(args.model)
     rows = measured.requests * (1 + args.speculative_num_steps) * args.dp_size
     uniform = uniform_active(model, rows)
-    least = DecodeBytes.of(
+    floor_bytes = DecodeBytes.for_step(
         model, args.dp_size, measured.requests, args.prompt + args.output / 2,
         measured.routed.active_experts if measured.routed else None, args.speculative_num_steps,
     )  # fmt: skip
-    floor, (p10, p50, p99) = least.milliseconds(rate * 1e12), measured.step_ms
+    floor, (p10, p50, p99) = floor_bytes.milliseconds(rate * 1e12), measured.step_ms
     figures = {
         "requests_a_rank": measured.requests,
         "step_ms_p10": round(p10, 3),

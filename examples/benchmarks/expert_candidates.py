@@ -58,7 +58,7 @@ class Job:
     tile: Tile
 
     @classmethod
-    def of(cls, shape: str, halves: int, tile: Tile) -> Job:
+    def for_tile(cls, shape: str, halves: int, tile: Tile) -> Job:
         return cls(
             shape, halves, tile if tile.by_expert else replace(tile, per_multiprocessor=FLAT)
         )
@@ -67,7 +67,7 @@ class Job:
 def compile_all(shape: str, tokens: Sequence[int], num_workers: int, seconds: float) -> set[Job]:
     """Those that compile and load within so many seconds."""
     jobs = {
-        Job.of(shape, halves, tile): None
+        Job.for_tile(shape, halves, tile): None
         for count in tokens
         for halves in (2, 1)
         for tile in candidates(count, halves)

@@ -45,7 +45,7 @@ class Busy:
     collectives_us: float
 
     @classmethod
-    def of(cls, profile: Profile, step_us: float) -> Busy:
+    def from_profile(cls, profile: Profile, step_us: float) -> Busy:
         waits = [
             time for name, _, time in profile.kernels if any(part in name for part in COLLECTIVES)
         ]
@@ -103,7 +103,7 @@ def measure(
         window = Window(tuple(counts), 10, 20)
         profile = rank.run(load, window).profile
         assert profile is not None, "every load has enough decode steps to profile some"
-        results.append(Busy.of(profile, median(steps) * 1e6))
+        results.append(Busy.from_profile(profile, median(steps) * 1e6))
     return results
 
 

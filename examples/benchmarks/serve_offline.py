@@ -139,8 +139,8 @@ def decode_gaps(handles: list[RequestHandle], begin: float, end: float) -> np.nd
 def floor_ms(args: argparse.Namespace, requests: int) -> float:
     """Milliseconds a rank needs to read what a decode step of the fixed load needs."""
     model = read_model_config(args.model)
-    least = DecodeBytes.of(model, args.dp_size, requests / args.dp_size, MEAN_CONTEXT)
-    return round(least.milliseconds(args.read_rate * 1e12), 2)
+    floor_bytes = DecodeBytes.for_step(model, args.dp_size, requests / args.dp_size, MEAN_CONTEXT)
+    return round(floor_bytes.milliseconds(args.read_rate * 1e12), 2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the first --prompt-tokens of consecutive pieces of its documents. They get --new
 tokens, past an end of text too. The load is served once to count verifications and to compare the
 tokens with those of the first number of steps, then --rounds times for the rate. A verification
 emits the drafts that it accepts and one more token. One JSON line for each number of steps. Exits
-with 1 if one that drafts made fewer than --least-verifications.
+with 1 if one that drafts made fewer than --min-verifications.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
         print(describe_gpu())
     for num_steps, served in measured.items():
-        if num_steps and served.report.verifications < args.least_verifications:
+        if num_steps and served.report.verifications < args.min_verifications:
             sys.exit(f"{num_steps} steps: only {served.report.verifications} verifications")
 
 
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--max-num-requests", type=int, default=64, help="of a rank at a time")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--least-verifications", type=int, default=5000)
+    parser.add_argument("--min-verifications", type=int, default=5000)
     return parser.parse_args()
 
 

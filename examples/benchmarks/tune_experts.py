@@ -86,8 +86,8 @@ class Bench:
             matmul_rate,
         )
 
-    def route(self, rows: Tensor, layout: Tensor, i: int) -> Routing:
-        return route(rows, self.routers[i], layout, TOP_K, True, 0, len(self.down[i]))
+    def route(self, rows: Tensor, row_ranges: Tensor, i: int) -> Routing:
+        return route(rows, self.routers[i], row_ranges, TOP_K, True, 0, len(self.down[i]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +113,8 @@ class Product:
 
 def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None:
     rows = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
-    layout = torch.tensor([[0], [tokens]], dtype=torch.int32, device="cuda")
-    routings = [bench.route(rows, layout, i) for i in range(SETS)]
+    row_ranges = torch.tensor([[0], [tokens]], dtype=torch.int32, device="cuda")
+    routings = [bench.route(rows, row_ranges, i) for i in range(SETS)]
     say(f"{bench.name}, {tokens} tokens, {tokens * TOP_K / EXPERTS:g} pairs an expert")
     best: dict[tuple[bool, int], tuple[float, Tile]] = {}  # by expert, halves
     for part in products(bench, rows, routings):
@@ -130,7 +130,7 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
         both = [best.get((by_expert, halves)) for halves in (2, 1)]
         if both[0] is not None and both[1] is not None:
             tiles = ExpertTiles(both[0][1], both[1][1])
-            whole(bench, rows, layout, routings, tiles)
+            whole(bench, rows, row_ranges, routings, tiles)
 
 
 def rank(
@@ -141,7 +141,7 @@ def rank(
     tiles = [
         tile
         for tile in candidates(tokens, part.halves)
-        if Job.of(shape, part.halves, tile) in compiled
+        if Job.for_tile(shape, part.halves, tile) in compiled
     ]
     torch.manual_seed(tokens)
     for done, at in enumerate(torch.randperm(len(tiles)).tolist()):  # a fair part if time runs out
@@ -210,7 +210,7 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
 
 
 def whole(
-    bench: Bench, rows: Tensor, layout: Tensor, routings: list[Routing], tiles: ExpertTiles
+    bench: Bench, rows: Tensor, row_ranges: Tensor, routings: list[Routing], tiles: ExpertTiles
 ) -> None:
     """The parts of the stage with the best tiles of one kind, and all of it."""
 
@@ -219,12 +219,12 @@ def whole(
         return down_pairs(activated, bench.down[i], routing, tiles.down)
 
     def stage(i: int) -> Tensor:
-        routing = bench.route(rows, layout, i)
+        routing = bench.route(rows, row_ranges, i)
         return run_experts(rows, bench.gate_up[i], bench.down[i], routing, tiles)
 
     runs: dict[str, Callable[[int], object]] = {
         "router by cuBLAS": lambda i: F.linear(rows, bench.routers[i]),
-        "route": lambda i: bench.route(rows, layout, i),
+        "route": lambda i: bench.route(rows, row_ranges, i),
         "products": lambda i: pairs(i, routings[i]),
         "stage": stage,
     }

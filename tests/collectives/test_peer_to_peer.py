@@ -37,7 +37,7 @@ class Peers:
         self.heard = [torch.zeros(PROGRAMS, FLAGS, dtype=torch.int32) for _ in range(size)]
         self.stop = torch.zeros(1, dtype=torch.int32)
 
-    def of(self, rank: int) -> tuple[Tensor | int, ...]:
+    def arguments_for(self, rank: int) -> tuple[Tensor | int, ...]:
         """A kernel's arguments from `buffers` to `rank`."""
         for flags in self.flags:
             flags.fill_(RAISED)
@@ -85,7 +85,7 @@ def test_real_rows_come_to_every_rank_and_nothing_else_moves(
     own = [torch.randn(BUCKET, HIDDEN).bfloat16() for _ in range(size)]
     for rank in range(size):
         gather_kernel[(PROGRAMS,)](
-            own[rank].view(-1).view(torch.int32), layout, BUCKET, words, *peers.of(rank),
+            own[rank].view(-1).view(torch.int32), layout, BUCKET, words, *peers.arguments_for(rank),
             SIZE=size, RANKS=peers.ranks, COLS=COLS, WIDTH=width, POISON=poison, PDL=False,
         )  # fmt: skip
         tiles = [count * width for count in real]
@@ -106,7 +106,8 @@ def test_rows_one_after_the_other_are_gathered_as_they_are(counts: tuple[int, ..
     own = [torch.randint(0, 255, (n, HIDDEN), dtype=torch.uint8) for n in counts]
     for rank in range(3):
         gather_kernel[(PROGRAMS,)](
-            own[rank].view(-1), layout_of(starts, counts), max(counts), HIDDEN, *peers.of(rank),
+            own[rank].view(-1), layout_of(starts, counts), max(counts), HIDDEN,
+            *peers.arguments_for(rank),
             SIZE=3, RANKS=4, COLS=COLS, WIDTH=3, POISON=False, PDL=False,
         )  # fmt: skip
     for buffer in peers.buffers:
@@ -125,7 +126,7 @@ def scatter(
         for rank in range(size):
             reduce_scatter_kernel[(PROGRAMS,)](
                 partial[rank], outs[rank], layout, own_rows[rank], rows_per_rank, HIDDEN,
-                *peers.of(rank), SIZE=size, RANKS=peers.ranks, COLS=COLS, WIDTH=width,
+                *peers.arguments_for(rank), SIZE=size, RANKS=peers.ranks, COLS=COLS, WIDTH=width,
                 SUM=SUM_OF[dtype], PDL=False,
             )  # fmt: skip
             peers.check_flags(rank, call, tiles, [tiles[rank]] * size)
@@ -168,7 +169,7 @@ def test_rows_are_scattered_one_after_the_other(dtype: torch.dtype) -> None:
 def test_a_wait_ends_once_the_host_says_stop() -> None:
     peers = Peers(2, BUCKET * HIDDEN, torch.int32)
     peers.stop.fill_(1)
-    arguments = peers.of(0)
+    arguments = peers.arguments_for(0)
     peers.flags[0].zero_()  # the peer has not come
     gather_kernel[(PROGRAMS,)](
         torch.zeros(0, dtype=torch.int32), layout_of((0, 0), (0, 0)), BUCKET, HIDDEN, *arguments,
@@ -180,7 +181,7 @@ def test_a_wait_ends_once_the_host_says_stop() -> None:
 @pytest.mark.timeout(30)
 def test_a_peer_that_is_a_call_ahead_is_seen_where_the_count_wraps_around() -> None:
     peers = Peers(2, BUCKET * HIDDEN, torch.int32)
-    arguments = peers.of(0)
+    arguments = peers.arguments_for(0)
     peers.heard[0].fill_(2**31 - 2)
     peers.flags[0].fill_(-(2**31))
     gather_kernel[(PROGRAMS,)](

@@ -73,7 +73,7 @@ class DraftRank:
         self.target = build_model(
             target, weights(str(path)), sharding,
             backends(target.num_layers, target.num_heads, target.num_kv_heads, target.head_dim),
-        ).with_features(self.config.aux_hidden_state_layers)  # fmt: skip
+        ).with_aux_hidden_states(self.config.aux_hidden_state_layers)  # fmt: skip
         own = self.config
         self.draft = build_draft(
             own, self.target, weights(own.directory), sharding,
@@ -114,7 +114,7 @@ class DraftRank:
         self, new: Sequence[list[int]], before: Sequence[int], following: Sequence[list[int]]
     ) -> Hidden:
         """Feed new tokens to the target, and their rows to the draft: what the draft returns."""
-        features = self.draft.project(self.run_target(new, before).features)
+        features = self.draft.project(self.run_target(new, before).aux_hidden_states)
         return self.run_draft(following, before, features)
 
 

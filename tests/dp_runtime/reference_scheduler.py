@@ -17,7 +17,7 @@ class Request:
 
     request_id: int
     prompt: int
-    most: int  # prompt and outputs
+    max_tokens: int  # prompt and outputs
     known: int
     computed: int = 0
     pages: int = 0
@@ -27,7 +27,7 @@ class Request:
 
     @property
     def needed(self) -> int:
-        return self.known - self.computed if self.known < self.most else 0
+        return self.known - self.computed if self.known < self.max_tokens else 0
 
     @property
     def prefilling(self) -> bool:
@@ -46,8 +46,8 @@ class ReferenceScheduler:
         self.running: list[Request] = []
 
     def add(self, request_id: int, prompt: int, outputs: int) -> None:
-        most = min(prompt + outputs, self.limits.max_model_len)
-        self.requests[request_id] = Request(request_id, prompt, most, prompt)
+        max_tokens = min(prompt + outputs, self.limits.max_model_len)
+        self.requests[request_id] = Request(request_id, prompt, max_tokens, prompt)
         self.waiting.append(self.requests[request_id])
 
     def schedule(self) -> Rows:

@@ -20,7 +20,7 @@ class Differences:
     ours: Tensor
     theirs: Tensor  # of transformers in bf16
 
-    def check(self, what: str, most: float = 1.25) -> None:
+    def check(self, what: str, max_ratio: float = 1.25) -> None:
         """Print the figures, and assert that ours are at most `most` times theirs."""
         ours, theirs = figures(self.ours), figures(self.theirs)
         ratios = [one / other for one, other in zip(ours, theirs)]
@@ -29,7 +29,9 @@ class Differences:
             f"transformers in bf16 {theirs[0]:.5f}, {theirs[1]:.4f}; "
             f"ratios {ratios[0]:.2f}, {ratios[1]:.2f}"
         )
-        assert max(ratios) <= most, f"{what}: mean and p99 are {ratios} times transformers' own"
+        assert max(ratios) <= max_ratio, (
+            f"{what}: mean and p99 are {ratios} times transformers' own"
+        )
 
 
 def figures(differences: Tensor) -> tuple[float, float]:

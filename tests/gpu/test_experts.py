@@ -8,11 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.kernels.expert_tiles import choose_tiles
 from dp_runtime.kernels.experts import run_experts
 from dp_runtime.kernels.router import Routing, route
 from dp_runtime.layers.experts import fused_experts
-from dp_runtime.weights.fp8_blocks import FP8, ExpertScales, dequantize
+from dp_runtime.weights.fp8_blocks import ExpertScales, dequantize
 
 HIDDEN, EXPERTS, TOP_K = 2048, 128, 8
 SHARDS = {"ep4": (32, 768), "tp4": (128, 192)}
@@ -31,11 +32,11 @@ class Stage:
         shape = self.num_local, HIDDEN, self.intermediate
         self.down = torch.randn(shape, device=device).bfloat16() * 0.02
 
-    def route(self, rows: Tensor, layout: Tensor) -> Routing:
-        return route(rows, self.router, layout, TOP_K, True, 0, self.num_local)
+    def route(self, rows: Tensor, row_ranges: Tensor) -> Routing:
+        return route(rows, self.router, row_ranges, TOP_K, True, 0, self.num_local)
 
-    def run(self, rows: Tensor, layout: Tensor) -> tuple[Routing, Tensor]:
-        routing = self.route(rows, layout)
+    def run(self, rows: Tensor, row_ranges: Tensor) -> tuple[Routing, Tensor]:
+        routing = self.route(rows, row_ranges)
         tiles = choose_tiles(len(rows), TOP_K, EXPERTS, self.intermediate)
         return routing, run_experts(rows, self.gate_up, self.down, routing, tiles)
 
@@ -78,7 +79,7 @@ def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """e4m3 matrices of the same shape, their scales, and what they stand for in bf16."""
     num_local, outputs, inputs = weights.shape
     scales = torch.rand(num_local, outputs // 128, inputs // 128, device="cuda") * 1e-3 + 1e-4
-    values = torch.randn(weights.shape, device="cuda").mul_(20).to(FP8)
+    values = torch.randn(weights.shape, device="cuda").mul_(20).to(E4M3)
     wide = [dequantize(*pair).bfloat16() for pair in zip(values, scales)]
     return values, scales, torch.stack(wide)
 
@@ -126,12 +127,12 @@ def test_a_graph_follows_rows_and_counts(shard: str, gathered: int) -> None:
     """Several layers in a row, as in a model: a kernel may start while the one before it ends."""
     stage = Stage(shard)
     rows, _ = poisoned(gathered, gathered, gathered)
-    layout = layout_of(gathered, gathered, gathered)
+    row_ranges = layout_of(gathered, gathered, gathered)
 
     def layers() -> Tensor:
         x = rows
         for _ in range(6):
-            x = x + stage.run(x, layout)[1]
+            x = x + stage.run(x, row_ranges)[1]
         return x
 
     layers()
@@ -142,7 +143,7 @@ def test_a_graph_follows_rows_and_counts(shard: str, gathered: int) -> None:
     for first, second in ((gathered, 1), (0, 0), (gathered // 2, gathered), (0, gathered)):
         new, real = poisoned(gathered, first, second)
         rows.copy_(new)
-        layout.copy_(layout_of(first, second, gathered))
+        row_ranges.copy_(layout_of(first, second, gathered))
         for _ in range(3):
             graph.replay()
         assert torch.equal(found[real], layers()[real])

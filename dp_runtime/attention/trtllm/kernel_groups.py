@@ -63,8 +63,8 @@ def build_group(metadata: AttentionMetadata, members: Int64, query_len: int | No
     whole = slice(int(members[0]), int(members[-1]) + 1)
     row_ids = _rows(starts, query_lens)
     arrays = (offsets(query_lens), offsets(seq_lens), members, row_ids)
-    cu_seqlens_q, cu_seqlens_kv, some, rows = all_on_device(arrays, device)
-    which = whole if in_one_piece else some
+    cu_seqlens_q, cu_seqlens_kv, member_ids, rows = all_on_device(arrays, device)
+    requests = whole if in_one_piece else member_ids
     return KernelGroup(
         members=members,
         rows=slice(first, first + num_rows) if in_one_piece else rows,
@@ -72,8 +72,8 @@ def build_group(metadata: AttentionMetadata, members: Int64, query_len: int | No
         query_len=query_len,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
-        seq_lens=metadata.seq_lens[which],
-        page_table=metadata.page_table[which],
+        seq_lens=metadata.seq_lens[requests],
+        page_table=metadata.page_table[requests],
         max_query_len=int(query_lens.max()),
         max_seq_len=int(seq_lens.max()),
         mask=causal_mask(len(members), query_len, device) if query_len and query_len > 1 else None,

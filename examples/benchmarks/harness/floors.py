@@ -19,7 +19,7 @@ class DecodeBytes:
     kv_cache: float
 
     @classmethod
-    def of(
+    def for_step(
         cls,
         model: ModelConfig,
         dp_size: int,

@@ -25,7 +25,7 @@ class Profile:
     short_us: float  # of that, in gaps shorter than SHORT_US: between kernels of one graph
 
     @classmethod
-    def of(cls, profiler: Any, steps: int) -> Profile:
+    def from_profiler(cls, profiler: Any, steps: int) -> Profile:
         spans = sorted(
             (event.time_range.start, event.time_range.end, event.name)
             for event in profiler.events()

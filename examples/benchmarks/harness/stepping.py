@@ -27,7 +27,7 @@ from dp_runtime.metrics.trace import Recorder, StepTrace
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.step_loop import Inbox, StepLoop
-from dp_runtime.startup.assembly import assemble, kernels_of, load_rank, profile
+from dp_runtime.startup.assembly import assemble, jit_modules_of, load_rank, profile
 from dp_runtime.startup.graph_capture import MakeBuckets, capture
 from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.harness.kernel_profile import Profile
@@ -120,7 +120,7 @@ class Driver:
     def _stop(self, steps: int) -> None:
         torch.cuda.synchronize()
         self._profiler.stop()
-        self.kernels = Profile.of(self._profiler, steps)
+        self.kernels = Profile.from_profiler(self._profiler, steps)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class SteppedRank:
         if cuda:
             torch.cuda.set_device(device)
         plan = plan_rank(config, dp_rank, str(device))
-        builds = KernelBuilds(kernels_of(plan), device)
+        builds = KernelBuilds(jit_modules_of(plan), device)
         with builds:
             loaded = load_rank(config, plan, lambda count: None)
             builds.wait()
@@ -220,7 +220,7 @@ class _Counting:
         self,
         gathered: Tensor,
         plan: PaddingPlan,
-        layout: Tensor | None,
+        row_ranges: Tensor | None,
         router: Router,
         experts: Experts,
     ) -> Tensor:
@@ -229,7 +229,7 @@ class _Counting:
             rows = gathered if real is None else gathered[real.to(gathered.device)]
             choices = torch.bincount(router(rows)[1].flatten(), minlength=len(router.gate.weight))
             self.counted.append(choices.cpu())
-        return self.kernels.partial_sums(gathered, plan, layout, router, experts)
+        return self.kernels.partial_sums(gathered, plan, row_ranges, router, experts)
 
     def activation_bytes(
         self, gathered_rows: int, padded: bool, router: Router, experts: Experts
@@ -245,7 +245,7 @@ class Routed:
     load: float  # the busiest rank's pairs over the mean rank's, mean over layers
 
     @classmethod
-    def of(cls, counted: Sequence[Tensor], dp_size: int) -> Routed:
+    def from_counts(cls, counted: Sequence[Tensor], dp_size: int) -> Routed:
         stages = torch.stack(list(counted)).float()
         ranks = torch.stack([part.sum(1) for part in stages.tensor_split(dp_size, 1)], 1)
         active = (stages > 0).sum(1).float().mean()

@@ -124,8 +124,10 @@ def changed_at_random(draw: random.Random) -> LocalBatch:
     for _ in range(draw.randint(0, 2)):
         name = draw.choice(["page_table", "seq_lens", "positions", "slot_mapping", "sample_rows"])
         array = getattr(changed, name).copy()
-        most = np.iinfo(array.dtype).max - 100
-        array.reshape(-1)[draw.randrange(array.size)] += draw.choice([-50, -4, -1, 1, 2, 4, most])
+        maximum = np.iinfo(array.dtype).max - 100
+        array.reshape(-1)[draw.randrange(array.size)] += draw.choice(
+            [-50, -4, -1, 1, 2, 4, maximum]
+        )
         changed = replace(changed, **{name: array})
     return changed
 

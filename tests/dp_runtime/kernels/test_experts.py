@@ -26,7 +26,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) ->
     return (torch.randn(shape) * scale).to(DEVICE, dtype)
 
 
-def layout(starts: list[int], real: list[int]) -> Tensor:
+def row_ranges(starts: list[int], real: list[int]) -> Tensor:
     return torch.tensor([starts, real], dtype=torch.int32, device=DEVICE)
 
 
@@ -56,7 +56,7 @@ def test_routing_takes_real_rows_and_local_experts_only(
     mine = [r for s, n in zip(starts, real) for r in range(s, s + n)]
     padded = sorted(set(range(rows)) - set(mine))
     logits[padded] = float("nan")
-    routing = routed(logits, layout(starts, real), 3, renormalize, 4, 5)
+    routing = routed(logits, row_ranges(starts, real), 3, renormalize, 4, 5)
     weights, ids = logits[mine].softmax(-1).topk(3, -1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -82,10 +82,10 @@ def check_pairs(routing: Routing) -> None:
 def test_the_product_is_the_routers(
     rows: int, split: bool, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_router, "MOST_SPLIT_ROWS", rows if split else rows - 1)
+    monkeypatch.setattr(triton_router, "MAX_SPLIT_ROWS", rows if split else rows - 1)
     torch.manual_seed(6)
     router, x = draw(20, hidden, dtype=dtype), draw(rows, hidden, dtype=dtype)
-    routing = route(x, router, layout([0], [rows]), 4, True, 5, 6)
+    routing = route(x, router, row_ranges([0], [rows]), 4, True, 5, 6)
     logits = (x.double() @ router.double().T).to(dtype)
     best = logits.float().sort(dim=-1, descending=True)
     near = (best.values[:, :5].diff(dim=-1).abs() < 0.05).any(-1)  # may be ordered either way
@@ -129,7 +129,7 @@ def test_experts_equal_the_torch_loop(
     logits[:, first + 1] = -30.0  # a local expert without rows
     real = [*range(7), *range(10, 20)]
     rows[7:10] = float("nan")
-    routing = routed(logits, layout([0, 10], [7, 10]), 2, True, first, local)
+    routing = routed(logits, row_ranges([0, 10], [7, 10]), 2, True, first, local)
     tile = Tile(*blocks, 4, 2, tma, per_multiprocessor)
     out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, tile))
     weights, ids = logits[real].softmax(-1, dtype=torch.float32).topk(2, -1)
@@ -158,7 +158,7 @@ def test_e4m3_experts_equal_widened_ones(
     stacked = [quantized(local * 2, intermediate, hidden), quantized(local, hidden, intermediate)]
     (gate_up, gate_up_scales, wide_gate_up), (down, down_scales, wide_down) = stacked
     rows = draw(9, hidden, dtype=dtype)
-    routing = routed(draw(9, 5, dtype=torch.float32), layout([0], [9]), 2, True, first, local)
+    routing = routed(draw(9, 5, dtype=torch.float32), row_ranges([0], [9]), 2, True, first, local)
     tile = Tile(16, block_n, block_k, 4, 2, tma, per_multiprocessor)
     out = run_experts(
         rows,
@@ -203,7 +203,7 @@ def test_every_e4m3_value_is_widened_exactly() -> None:
 
 
 def test_tiles_that_cross_scales_are_refused() -> None:
-    routing = routed(draw(4, 6), layout([0], [4]), 2, True, 0, 1)
+    routing = routed(draw(4, 6), row_ranges([0], [4]), 2, True, 0, 1)
     values, scales, _ = quantized(1, 256, 128)
     for tile in (Tile(16, 256, 64, 4, 2, False), Tile(16, 64, 256, 4, 2, False)):
         with pytest.raises(AssertionError, match="crosses scales"):
@@ -223,7 +223,7 @@ def test_pairs_are_summed_in_the_order_of_their_experts() -> None:
 
 
 def test_a_rank_without_experts_gives_zeros() -> None:
-    routing = routed(draw(4, 6), layout([0], [4]), 2, True, 0, 0)
+    routing = routed(draw(4, 6), row_ranges([0], [4]), 2, True, 0, 0)
     tiles = choose_tiles(4, 2, 6, 16)
     out = run_experts(draw(4, 32), draw(0, 32, 32), draw(0, 32, 16), routing, tiles)
     assert out.shape == (4, 32)

@@ -187,7 +187,7 @@ def test_dummy_weights_give_the_same_model_on_any_number_of_ranks(qwen: Path) ->
 
 def test_rotary_is_computed_in_float32(qwen: Path) -> None:
     config = read_model_config(str(qwen))
-    rotary = Rotary.of(config.rope, config.head_dim, CPU)
+    rotary = Rotary.from_config(config.rope, config.head_dim, CPU)
     cos, _ = rotary(torch.tensor([2047]), torch.bfloat16)
     exact = (2047 * rotary.inv_freq.double()).cos()
     assert cos.dtype == torch.bfloat16

@@ -77,7 +77,7 @@ def test_every_combination_of_layouts(base: str, scaling: str, tmp_path: Path) -
             continue
         taken += 1
         inv_freq, scale = transformers_rope(tmp_path)
-        ours = Rotary.of(config.rope, config.head_dim, CPU)
+        ours = Rotary.from_config(config.rope, config.head_dim, CPU)
         torch.testing.assert_close(ours.inv_freq, inv_freq, msg=f"{rope}")
         assert ours.attention_factor == pytest.approx(scale), f"{rope}"
     assert taken > 10

@@ -13,14 +13,16 @@ from dp_runtime.parallel.buckets import (
     PiecewiseBuckets,
 )
 
-MOST = st.integers(1, 512)
+MAX_REQUESTS = st.integers(1, 512)
 LENGTHS = st.integers(1, 8)
 
 
-@given(MOST, LENGTHS, st.lists(st.integers(0, 512), min_size=1, max_size=8))
-def test_every_step_has_a_graph_that_holds_it(most: int, length: int, counts: list[int]) -> None:
-    buckets = GraphBuckets(most, length)
-    rows = [min(count, most) * length for count in counts]
+@given(MAX_REQUESTS, LENGTHS, st.lists(st.integers(0, 512), min_size=1, max_size=8))
+def test_every_step_has_a_graph_that_holds_it(
+    max_requests: int, length: int, counts: list[int]
+) -> None:
+    buckets = GraphBuckets(max_requests, length)
+    rows = [min(count, max_requests) * length for count in counts]
     if not any(rows):
         return
     gathered = buckets.gathered(max(rows))
@@ -32,16 +34,18 @@ def test_every_step_has_a_graph_that_holds_it(most: int, length: int, counts: li
         assert GraphKey(own, gathered) in buckets.graph_keys()
 
 
-@given(MOST, LENGTHS)
-def test_there_are_few_graphs_and_idle_ranks_run_no_attention(most: int, length: int) -> None:
-    buckets = GraphBuckets(most, length)
-    keys, most = buckets.graph_keys(), buckets.max_rows
+@given(MAX_REQUESTS, LENGTHS)
+def test_there_are_few_graphs_and_idle_ranks_run_no_attention(
+    max_requests: int, length: int
+) -> None:
+    buckets = GraphBuckets(max_requests, length)
+    keys, max_rows = buckets.graph_keys(), buckets.max_rows
     assert len(set(keys)) == len(keys)
     sizes = {key.gathered_rows for key in keys}
-    assert len(sizes) <= 2 + max(most // MIN_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)
+    assert len(sizes) <= 2 + max(max_rows // MIN_GATHERED, 1).bit_length() // (GATHERED_FACTOR // 2)
     assert all(GraphKey(0, size) in keys for size in sizes), "a rank without rows"
-    assert max(key.local_rows for key in keys) == most
-    assert keys[0].local_rows == most, "the largest comes first, the others fit its memory"
+    assert max(key.local_rows for key in keys) == max_rows
+    assert keys[0].local_rows == max_rows, "the largest comes first, the others fit its memory"
 
 
 @given(st.integers(1, 10_000), st.integers(0, 10_000))

@@ -328,17 +328,17 @@ def chances(tokens: np.ndarray, exact: np.ndarray) -> list[float]:
     [{}, {"temperature": 0.5, "top_p": 0.9}, {"temperature": 1.6, "min_p": 0.2, "top_k": 4}],
     ids=str,
 )
-@pytest.mark.parametrize(("drafter", "least", "most"), [
+@pytest.mark.parametrize(("drafter", "min_accepted", "max_accepted"), [
     ("good", 0.5, 2.5), ("bad", 0.05, 0.5), ("useless", 0.0, 0.2),
 ])  # fmt: skip
 def test_verified_tokens_have_the_targets_distribution(
-    drafter: str, least: float, most: float, params: dict[str, Any]
+    drafter: str, min_accepted: float, max_accepted: float, params: dict[str, Any]
 ) -> None:
     target, sampling = Markov(3), SamplingParams(**params)
     with patch.object(logprobs, "ROWS_AT_ONCE", 10**9):
         tokens, accepted = emitted(target, drafter, sampling, 3, None)
     assert len(tokens) == DRAWS
-    assert least <= accepted < most
+    assert min_accepted <= accepted < max_accepted
     assert min(chances(tokens, target.probabilities(sampling))) > 1e-3
 
 

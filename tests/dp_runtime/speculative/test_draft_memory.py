@@ -54,7 +54,7 @@ def test_a_draft_s_forward_is_predicted(
     exchange = PaddedExchange(plan, InProcessGroup(1, 1.0).collective(0), False)
     with torch.inference_mode(), LiveBytes() as live:
         out = draft.forward(inputs, attention, exchange)
-    assert out.last.dtype == out.features.dtype == dtype
+    assert out.last.dtype == out.aux_hidden_states.dtype == dtype
     predicted = draft.forward_bytes(ROWS, ROWS, False)
     print(f"{name}: predicted {predicted}, live {live.peak}")
     assert 0.95 * live.peak < predicted < 1.25 * live.peak

@@ -128,17 +128,17 @@ def check(
     for count in chunks:
         new = tokens[done : done + count]
         out = rank.follow([new], [done], [tokens[done + 1 : done + count + 1]])
-        close(out.features, expected[done : done + count])
+        close(out.aux_hidden_states, expected[done : done + count])
         close(rank.draft.logits(out.last), own.logits(expected[done : done + count]))
         done += count
         following = tokens[done + 1 : done + 1 + STEPS] if count else []
         wanted = own.chain(tokens[1:], hidden, done) if count else []
-        before = out.features[-1:]
+        before = out.aux_hidden_states[-1:]
         for step in range(STEPS):
             found = rank.run_draft([following[step : step + 1]], [done + step], before)
-            before = found.features
+            before = found.aux_hidden_states
             if count:
-                close(found.features[0], wanted[step])
+                close(found.aux_hidden_states[0], wanted[step])
                 close(rank.draft.logits(found.last)[0], own.logits(wanted[step]))
 
 
@@ -184,7 +184,7 @@ def test_sequences_of_several_lengths_in_one_slot(target: Path, tmp_path: Path) 
             new = [text[at : at + count] for text, at, count in zip(texts, done, counts)]
             after = [text[at + 1 : at + 1 + count] for text, at, count in zip(texts, done, counts)]
             out = rank.follow(new, done, after)
-            for rows, at, found in zip(wanted, done, out.features.split(counts)):
+            for rows, at, found in zip(wanted, done, out.aux_hidden_states.split(counts)):
                 close(found, rows[at : at + len(found)])
             done = [at + count for at, count in zip(done, counts)]
 
@@ -227,7 +227,7 @@ def test_zero_rows(target: Path, tmp_path: Path) -> None:
     def run(collective: RowCollective) -> tuple[Tensor, Tensor]:
         rank = DraftRank(target, head, collective)
         out = rank.follow([[]], [0], [[]])
-        return out.features, rank.draft.logits(out.last)
+        return out.aux_hidden_states, rank.draft.logits(out.last)
 
     for features, logits in on_ranks(2, run):
         assert features.shape == (0, HIDDEN)

@@ -75,14 +75,14 @@ def check_texts(rank: DraftRank, texts: list[Expected], chunks: list[list[int]])
         new = [[text.tokens[t] for t in span] for text, span in zip(texts, spans)]
         following = [[text.tokens[t + 1] for t in span] for text, span in zip(texts, spans)]
         out = rank.follow(new, done, following)
-        for text, span, own in zip(texts, spans, out.features.split(counts)):
+        for text, span, own in zip(texts, spans, out.aux_hidden_states.split(counts)):
             close(own, text.hidden[0][span.start : span.stop])
             close(rank.draft.logits(own), text.logits[0][span.start : span.stop])
-        assert out.last is out.features
+        assert out.last is out.aux_hidden_states
         done = [start + count for start, count in zip(done, counts)]
         live = [i for i, count in enumerate(counts) if count]
         ends = torch.tensor(counts).cumsum(0)[live] - 1
-        chain_from(rank, texts, done, live, out.features[ends])
+        chain_from(rank, texts, done, live, out.aux_hidden_states[ends])
 
 
 def chain_from(
@@ -94,7 +94,7 @@ def chain_from(
         for i in live:
             tokens[i] = [texts[i].tokens[done[i] + step]]
         out = rank.run_draft(tokens, [count + step - 1 for count in done], hidden)
-        hidden = out.features
+        hidden = out.aux_hidden_states
         for row, i in enumerate(live):
             close(hidden[row], texts[i].hidden[step][done[i] - 1])
             close(rank.draft.logits(hidden[row]), texts[i].logits[step][done[i] - 1])
@@ -148,7 +148,7 @@ def test_zero_rows_on_all_ranks() -> None:
     def run(collective: RowCollective) -> tuple[Tensor, Tensor]:
         rank = DraftRank(CHECKPOINT, None, collective)
         out = rank.run_draft([[]], [0], torch.zeros(0, rank.draft.hidden_size))
-        return out.features, rank.draft.logits(out.last)
+        return out.aux_hidden_states, rank.draft.logits(out.last)
 
     for features, logits in on_ranks(2, run):
         assert features.shape == (0, 192)

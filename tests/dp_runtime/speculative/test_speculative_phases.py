@@ -176,8 +176,8 @@ def check_random_script(
     script: Script, ranks: SpeculativeRanks, alone: Sequence[Alone], changing: bool
 ) -> None:
     if changing:
-        most = replace(script, num_steps=MAX_DRAFTS, num_pages=None)
-        served = most.serve(ranks, policy=cycle, speculative_adaptive=True)
+        adaptive = replace(script, num_steps=MAX_DRAFTS, num_pages=None)
+        served = adaptive.serve(ranks, policy=cycle, speculative_adaptive=True)
     else:
         served = script.serve(ranks)
     script.check(served, alone)
@@ -212,7 +212,7 @@ class Unrolled:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, oracle: TinyMoe, text: Sequence[int], num_steps: int) -> Unrolled:
+    def from_oracle(cls, oracle: TinyMoe, text: Sequence[int], num_steps: int) -> Unrolled:
         ids = torch.tensor([list(text)])
         trunk, _ = oracle(ids[:, :-1])
         following, drafts, margins = [ids[:, 1:]], [], []
@@ -259,7 +259,7 @@ def test_drafts_of_the_trained_model_are_those_of_its_module() -> None:
     found = compared = accepted = 0
     for number, length in enumerate(lengths):
         text = (*ids[:length], *served.outputs[number])
-        unrolled = Unrolled.of(oracle, text, 4)
+        unrolled = Unrolled.from_oracle(oracle, text, 4)
         assert [one.num_known for one in everywhere.verified[number]] == [
             *range(length + 1, length + 16)
         ]

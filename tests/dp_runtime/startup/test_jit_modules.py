@@ -20,12 +20,12 @@ from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.router import Router
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.startup.jit_modules import modules
+from dp_runtime.startup.jit_modules import moe_jit_modules
 from dp_runtime.weights.fp8_blocks import ExpertScales
 
 TINY_MOE = Path(__file__).parents[3] / "examples" / "tiny_moe" / "checkpoint"
 CPU, HALF = torch.device("cpu"), torch.float16
-MOST_ROWS = 6000
+MAX_ROWS = 6000
 
 
 @dataclass
@@ -50,8 +50,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     names = {triton_router: ["_product_kernel", "_route_kernel"]}
     names[triton_experts] = ["gate_up_kernel", "down_kernel", "sum_kernel"]
     found = []
-    for module, kernels_of in names.items():
-        for name in kernels_of:
+    for module, jit_modules_of in names.items():
+        for name in jit_modules_of:
             found.append(Recorder())
             monkeypatch.setattr(module, name, found[-1])
     return found
@@ -77,7 +77,7 @@ def test_every_number_of_rows_finds_its_kernels_built(
     shard = RankSharding(sharding, dp_rank, dp_size).shard(
         model.num_experts, model.moe_intermediate_size
     )
-    built = modules(model, shard, dp_size, MOST_ROWS, HALF, CPU)
+    built = moe_jit_modules(model, shard, dp_size, MAX_ROWS, HALF, CPU)
     assert len(built) == 1
     built[0].build()
     before = [set(kernel.compiled) for kernel in kernels]
@@ -95,8 +95,8 @@ def test_every_number_of_rows_finds_its_kernels_built(
         shard.experts.start,
         ExpertScales(scale, scale) if fp8 else None,
     )
-    moe, gathered = TritonMoe(), torch.empty(MOST_ROWS, model.hidden_size, dtype=HALF)
-    for rows in (*range(1, 700, 3), *range(700, MOST_ROWS, 97), MOST_ROWS):
+    moe, gathered = TritonMoe(), torch.empty(MAX_ROWS, model.hidden_size, dtype=HALF)
+    for rows in (*range(1, 700, 3), *range(700, MAX_ROWS, 97), MAX_ROWS):
         plan = PaddingPlan.for_mode(PaddingMode.RAGGED, (rows, *(0,) * (dp_size - 1)))
         moe.partial_sums(gathered[:rows], plan, None, router, experts)
     assert [kernel.compiled for kernel in kernels] == before

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.layers import moe_kernels
 from dp_runtime.layers.expert_layouts import ExpertShape
 from dp_runtime.layers.experts import Experts, ExpertShard
@@ -26,7 +27,7 @@ from dp_runtime.startup import rank_plan as sizing
 from dp_runtime.startup.inspection import describe
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.rank_plan import plan_rank
-from dp_runtime.weights.fp8_blocks import FP8, dequantize, quantize
+from dp_runtime.weights.fp8_blocks import dequantize, quantize
 from dp_runtime.weights.generated import DummyWeights, MetaWeights
 from dp_runtime.weights.loader import Checkpoint
 from dp_runtime.weights.source import WeightSource
@@ -48,12 +49,12 @@ def by_blocks(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """e4m3 values, their scales, and what they stand for, block by block."""
     rows, columns = weight.shape
     scales = torch.empty(-(-rows // 128), -(-columns // 128))
-    values, wide = torch.empty(rows, columns, dtype=FP8), torch.empty(rows, columns)
+    values, wide = torch.empty(rows, columns, dtype=E4M3), torch.empty(rows, columns)
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             at = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
             scale = (weight[at].abs().max() / 448 * (1 + 0.25 * ((i + j) % 3))).bfloat16().float()
-            values[at] = (weight[at] / scale).to(FP8)
+            values[at] = (weight[at] / scale).to(E4M3)
             wide[at] = values[at].float() * scale
             scales[i, j] = scale
     return values, scales, wide
@@ -92,7 +93,7 @@ def test_quantising_loses_what_e4m3_loses(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape) * torch.logspace(-3, 3, shape[1])
     weight[:, :1] = 0.0
     values, scales = quantize(weight)
-    assert (values.dtype, values.shape) == (FP8, shape)
+    assert (values.dtype, values.shape) == (E4M3, shape)
     assert scales.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
     wide = dequantize(values, scales)
     finest = scales.max() * 2**-10  # half a step of e4m3's least numbers
@@ -191,8 +192,8 @@ def test_kernels_that_read_e4m3_get_it(checkpoints: tuple[Path, Path], load_form
         held[backend] = param_bytes(model)
         assert held[backend] == param_bytes(counted)
         experts = model.layers[2].mlp.experts
-        assert (experts.gate_up.dtype == FP8) == (experts.scales is not None)
-        assert experts.gate_up.dtype == (FP8 if backend == "triton" else bf16)
+        assert (experts.gate_up.dtype == E4M3) == (experts.scales is not None)
+        assert experts.gate_up.dtype == (E4M3 if backend == "triton" else bf16)
         assert model.layers[1].mlp.down.weight.dtype == bf16
     experts_bytes = 2 * 2 * 3 * HIDDEN * INTERMEDIATE  # two layers, two of five experts
     assert held["torch"] - held["triton"] == experts_bytes - experts_bytes // 128**2 * 4
@@ -227,7 +228,7 @@ def test_the_plan_counts_e4m3_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     due = 2 * (experts + experts // 128**2 * 4) + 2 * parameters
     assert plan.memory.weights == pytest.approx(due, rel=1e-3)
     assert plan.load_bytes == pytest.approx(due, rel=1e-3)
-    monkeypatch.setattr("dp_runtime.startup.inspection.kernels_of", lambda plan: ())
+    monkeypatch.setattr("dp_runtime.startup.inspection.jit_modules_of", lambda plan: ())
     assert "top 8, e4m3 in the checkpoint and in memory" in describe(config, "cuda:0")
     assert plan.attention.kv_dtype == torch.bfloat16, "the KV cache has a dtype of its own"
 
