@@ -39,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Schedul
     return FilesTogether(config, log)
 
 
-class FilesTogether(LoadFileScheduling):
+class FilesTogether(LoadFileScheduling):  # type: ignore[misc]  # xdist is not typed
     """Gives a process whole files, for their fixtures, and all of one cluster of Ray.
 
     NOTE: xdist's own groups do nothing under pytest 9.2: they are told by a changed `_nodeid`.

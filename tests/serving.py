@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic, sleep
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +27,10 @@ def check_load(
     prompts: list[Prompt] = [item.prompt for item in items]
     if extra == "embeds":
         prompts = [in_disguise(item.prompt, reference) for item in items]
-    logprobs = {"logprobs": {"logprobs": 3}, "prompt_logprobs": {"prompt_logprobs": 2}}
+    logprobs: dict[str, dict[str, Any]] = {
+        "logprobs": {"logprobs": 3},
+        "prompt_logprobs": {"prompt_logprobs": 2},
+    }
     greedy = SamplingParams(temperature=0.0, ignore_eos=True, **logprobs.get(extra, {}))
     params = [replace(greedy, max_tokens=item.max_tokens) for item in items]
     serve = generate_among_aborts if extra == "aborts" else Engine.generate
@@ -86,14 +90,16 @@ def check_pages_free(engine: Engine) -> None:
 
 
 def joined_ranks(engine: Engine) -> list[Joined]:
-    stages = [handle.worker._stage for handle in engine._group._handles]
+    group: Any = engine._group
+    stages = [handle.worker._stage for handle in group._handles]
     assert all(isinstance(stage, Joined) for stage in stages), stages
     return stages
 
 
 def models_of(engine: Engine) -> list[CausalLM]:
     """The model every rank has loaded, of an engine whose ranks are threads."""
-    return [rank.connected.loaded.rank.models.target for rank in joined_ranks(engine)]
+    models: list[Any] = [r.connected.loaded.rank.models.target for r in joined_ranks(engine)]
+    return models
 
 
 def loops_of(engine: Engine) -> list[StepLoop]:

@@ -133,6 +133,6 @@ TRAINED = Drafted(Path(__file__).parents[1] / "examples/tiny_moe/checkpoint")  #
 
 def engine_of(drafted: Drafted, num_steps: int, dp_size: int = 2, **others: Any) -> Engine:
     """Ranks as threads that draft so many tokens, 0 for none."""
-    fields = {"launcher": "thread", "max_model_len": 128, "page_size": 16, "max_num_requests": 8}
-    fields |= drafted.fields(num_steps) | others
+    fields: dict[str, Any] = {"launcher": "thread", "max_model_len": 128, "page_size": 16}
+    fields |= {"max_num_requests": 8} | drafted.fields(num_steps) | others
     return Engine(EngineConfig(str(drafted.model), dp_size=dp_size, **fields))

@@ -44,15 +44,15 @@ Act = Callable[[Place], object]
 
 def config(**fields: Any) -> Act:
     """Construct a configuration."""
-    return lambda place: EngineConfig(**{"model": str(place.model)} | fields)
+    return lambda place: EngineConfig(**dict[str, Any](model=str(place.model)) | fields)
 
 
 def start(**fields: Any) -> Act:
     """Start an engine with a configuration that looks right by itself."""
-    fields = {"dp_size": 2, "launcher": "thread"} | fields
+    fields = dict[str, Any](dp_size=2, launcher="thread") | fields
 
     def act(place: Place) -> None:
-        Engine(EngineConfig(**{"model": str(place.model)} | fields)).close()
+        Engine(EngineConfig(**dict[str, Any](model=str(place.model)) | fields)).close()
 
     return act
 

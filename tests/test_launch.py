@@ -69,11 +69,11 @@ def test_generate_from_a_file_to_a_file(
             ],
             [1, 0, None],
         )
-    for index, (line, output) in enumerate(zip(written, expected, strict=True)):
+    for index, (line, result) in enumerate(zip(written, expected, strict=True)):
         assert line["index"] == index
-        assert tuple(line["token_ids"]) == output.token_ids
-        assert line["text"] == output.text
-        assert line["finish_reason"] == output.finish_reason
+        assert tuple(line["token_ids"]) == result.token_ids
+        assert line["text"] == result.text
+        assert line["finish_reason"] == result.finish_reason
     assert [line["dp_rank"] for line in written[:2]] == [1, 0]
     assert len(written[1]["text"]) == len(written[1]["token_ids"]) == 3
     shown = capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_a_file_for_results_is_checked_before_anything_starts(
 def test_prompts_from_a_pipe(model: Path) -> None:
     flags = ["--model", model, "--launcher", "thread", "--prompts", "/dev/stdin"]
     done = subprocess.run(
-        [sys.executable, "launch.py", "generate", *flags],
+        [sys.executable, "launch.py", "generate", *map(str, flags)],
         input='{"prompt": "abc", "max_tokens": 2, "ignore_eos": true}\n',
         cwd=ROOT,
         capture_output=True,

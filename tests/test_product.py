@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_full_product(
 
     About 4,800 of the 518,400 points, which would take three days.
     """
-    fixed = {"checkpoint": checkpoint, "dp_size": dp_size}
+    fixed: dict[str, Any] = {"checkpoint": checkpoint, "dp_size": dp_size}
     others = {name: choices for name, choices in DIMENSIONS.items() if name not in fixed}
     seed = list(CHECKPOINTS).index(checkpoint)
     for row in covering_rows(others, every(3, tuple(others)), seed):

@@ -27,7 +27,7 @@ ReferenceOf = Callable[[str], Reference]
 
 
 def threads(path: Path, dp_size: int = 1, **others: Any) -> Engine:
-    values = {"launcher": "thread", "max_model_len": 128, "page_size": 16, "max_num_requests": 8}
+    values = dict[str, Any](launcher="thread", max_model_len=128, page_size=16, max_num_requests=8)
     return Engine(EngineConfig(str(path), dp_size=dp_size, **(values | others)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def faults_after(change: Callable[[Outcome], Outcome | None]) -> list[str]:
     return find_faults(load, SMALL, served, report, health)
 
 
-def change_output(index: int, **fields: object) -> Callable[[Outcome], None]:
+def change_output(index: int, **fields: Any) -> Callable[[Outcome], None]:
     def change(outcome: Outcome) -> None:
         outcome[0].outputs[index] = replace(outcome[0].outputs[index], **fields)
 
@@ -91,7 +92,7 @@ def change_output(index: int, **fields: object) -> Callable[[Outcome], None]:
 
 
 FAULTS: dict[str, Callable[[Outcome], Outcome | None]] = {
-    "request 7 is lost": lambda o: o[0].outputs.pop(7) and None,
+    "request 7 is lost": lambda o: o[0].outputs.__delitem__(7),
     "outputs of 59 requests": change_output(7, request_id=106),
     "59 ended": lambda o: (o[0], replace(o[1], requests=59), o[2]),
     "request 7 ended as length after 1 of": change_output(7, token_ids=(1,)),
@@ -124,8 +125,10 @@ def test_a_fault_is_seen(fault: str) -> None:
 def test_quiet_steps_are_counted_in_a_row_and_only_beside_others() -> None:
     def step(number: int, rows: tuple[int, ...], rank: int) -> StepTrace:
         one = PassTrace("target", rows, rows, 0, 0.0, 0.0)
-        return StepTrace(rank, number, 0, *[0.0] * 7, passes=(one,), output_tokens=0,
-                         prompt_tokens=0)  # fmt: skip
+        return StepTrace(
+            rank, number, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, passes=(one,), output_tokens=0,
+            prompt_tokens=0,
+        )  # fmt: skip
 
     rows = [(1, 0), (1, 0), (1, 1), (2, 0), (0, 0), (1, 0), (1, 0), (3, 0), (0, 5)]
     steps = [step(number, one, rank) for number, one in enumerate(rows) for rank in (0, 1)]

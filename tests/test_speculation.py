@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_full_product(
     oracle_of: Callable[[str], Reference],
 ) -> None:
     """Every draft model with every number of steps, and all pairs of the other dimensions."""
-    fixed = {"checkpoint": checkpoint, "num_steps": num_steps}
+    fixed: dict[str, Any] = {"checkpoint": checkpoint, "num_steps": num_steps}
     others = {n: choices for n, choices in SPECULATIVE_DIMENSIONS.items() if n not in fixed}
     for row in covering_rows(others, every(2, tuple(others)), num_steps):
         case = SpeculativeCase(**fixed, **row)

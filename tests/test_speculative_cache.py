@@ -99,7 +99,8 @@ def test_the_last_accepted_token_is_attended(layers: str, drafted_of: DraftedOf)
         histogram = engine.report().accepted_histogram
     with engine_of(drafted, 3, 1) as engine:
         ((*target, draft),) = pools_of(engine)
-        Spoiler(*loops_of(engine), target if layers == "target" else [draft], kept=-1)
+        (loop,) = loops_of(engine)
+        Spoiler(loop, target if layers == "target" else [draft], kept=-1)
         outputs = engine.generate(PROMPTS, GREEDY)
         spoiled = engine.report().accepted_histogram
     same = [one.token_ids for one in outputs] == [one.token_ids for one in expected]

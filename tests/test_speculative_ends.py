@@ -27,6 +27,10 @@ DraftedOf = Callable[[str], Drafted]
 Load = Sequence[tuple[Any, SamplingParams]]  # prompt, parameters
 
 
+def unzip(load: Load) -> tuple[list[Any], list[SamplingParams]]:
+    return [prompt for prompt, _ in load], [params for _, params in load]
+
+
 def check_same(
     drafted: Drafted, load: Load, num_steps: int, dp_size: int = 2, **fields: Any
 ) -> tuple[list[RequestOutput], int]:
@@ -35,10 +39,10 @@ def check_same(
     Returns the outputs, and how many ended inside of what a verification gave.
     """
     with engine_of(drafted, 0, dp_size, **fields) as engine:
-        plain = engine.generate(*zip(*load))
+        plain = engine.generate(*unzip(load))
     with engine_of(drafted, num_steps, dp_size, **fields) as engine:
         watches = [Watch(loop) for loop in loops_of(engine)]
-        outputs = engine.generate(*zip(*load))
+        outputs = engine.generate(*unzip(load))
         check_pages_free(engine)
     for output, due in zip(outputs, plain):
         check_output(output, due)
@@ -64,7 +68,7 @@ def check_output(output: RequestOutput, due: RequestOutput) -> None:
             torch.testing.assert_close(found, values, atol=1e-4, rtol=0)
 
 
-SAMPLED = {
+SAMPLED: dict[str, dict[str, Any]] = {
     "dp4": {"num_steps": 3, "dp_size": 4, "poison_padding": True, "padding": "ragged"},
     "adaptive": {"num_steps": 5, "speculative_adaptive": True, "moe_sharding": "tp"},
     "preempted": {"num_steps": 7, "num_pages": 10, "max_num_tokens": 64},
@@ -84,9 +88,9 @@ def test_sampled_tokens(
     adaptive = fields.pop("speculative_adaptive", False)
     drafted, num_steps = drafted_of(checkpoint), fields.pop("num_steps")
     with engine_of(drafted, 0, 1) as engine:
-        plain = engine.generate(*zip(*load))
+        plain = engine.generate(*unzip(load))
     with engine_of(drafted, num_steps, speculative_adaptive=adaptive, **fields) as engine:
-        outputs = engine.generate(*zip(*load))
+        outputs = engine.generate(*unzip(load))
         check_pages_free(engine)
         report = engine.report()
     check_drawn(oracle_of(checkpoint), outputs, PARAMS)
@@ -109,7 +113,8 @@ def test_stop_tokens(overlap: bool, drafted_of: DraftedOf) -> None:
     with engine_of(drafted_of("agreeing"), 0) as engine:
         plain = engine.generate(PROMPTS[:8], GREEDY)
     ends = [output.token_ids[3 + 2 * number] for number, output in enumerate(plain)]
-    logprobs = {} if overlap else {"logprobs": 2}  # none are asked for where steps run ahead
+    # Steps do not run ahead where log probabilities are asked for.
+    logprobs: dict[str, Any] = {} if overlap else {"logprobs": 2}
     load = [(p, replace(GREEDY, stop_token_ids=(e,), **logprobs)) for p, e in zip(PROMPTS, ends)]
     outputs, inside = check_same(drafted_of("agreeing"), load, 5, 3, overlap=overlap)
     assert {output.finish_reason for output in outputs} == {FinishReason.STOP}

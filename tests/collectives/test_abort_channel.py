@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torch.distributed import FileStore
+from torch._C._distributed_c10d import FileStore
 
 from collectives.torch_distributed.abort_channel import AbortChannel
 

@@ -5,11 +5,13 @@ Real rows move through the very calls that NCCL would get; tests/gpu has the rea
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +78,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
     monkeypatch.setattr(Event, "machine", machine, raising=False)
     monkeypatch.setattr(StandIn, "machine", machine, raising=False)
-    monkeypatch.setattr(nccl.dist, "ProcessGroupNCCL", StandIn, raising=False)
-    monkeypatch.setattr(nccl.torch.cuda, "Event", Event)
-    monkeypatch.setattr(nccl.torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", StandIn, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("set_device", "synchronize", "current_stream"):
-        monkeypatch.setattr(nccl.torch.cuda, name, lambda device: None)
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
     for name in nccl.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     return machine
@@ -97,7 +99,7 @@ def run(path: Path, dp_size: int, case: Callable[..., Any], timeout_s: float = 2
         finally:
             group.close()
 
-    threads = [RankThread(lambda dp_rank=each: rank(dp_rank)) for each in range(dp_size)]
+    threads = [RankThread(partial(rank, each)) for each in range(dp_size)]
     return [thread.result() for thread in threads]
 
 
@@ -195,5 +197,5 @@ def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
     monkeypatch.delenv("TORCH_FR_BUFFER_SIZE", raising=False)
     nccl.set_environment()
-    assert nccl.os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "0"
-    assert nccl.os.environ.pop("TORCH_FR_BUFFER_SIZE") == "0"
+    assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "0"
+    assert os.environ.pop("TORCH_FR_BUFFER_SIZE") == "0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -47,8 +48,8 @@ class Device:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(buffers.Shared, "make", device.make)
-    monkeypatch.setattr(buffers.torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(buffers.torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: device.capturing)
     return device
 
 

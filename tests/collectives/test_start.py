@@ -8,12 +8,13 @@ import stat
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import psutil
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from collectives.in_process import InProcessGroup
 from collectives.shared_memory import rendezvous
@@ -127,7 +128,7 @@ def test_wrong_names_are_refused() -> None:
 def test_small_areas_carry_any_rows(ranks: Ranks, dp_size: int) -> None:
     patterns = ((40,) * dp_size, (90,) + (1,) * (dp_size - 1), (0,) * (dp_size - 1) + (33,))
     dtypes = (torch.float32, torch.bfloat16, torch.int64)
-    small = {"area_bytes": 320}
+    small: dict[str, Any] = {"area_bytes": 320}
     ranks.run("shared_memory", dp_size, cases.gather_case, patterns, (1, 9, 101), dtypes, **small)
     arguments = (patterns, (1, 9, 101), dtypes, True)
     ranks.run("shared_memory", dp_size, cases.reduce_scatter_case, *arguments, **small)

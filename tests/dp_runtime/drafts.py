@@ -57,7 +57,7 @@ class DraftRank:
     ) -> None:  # fmt: skip
         self.collective = collective
         target = read_model_config(str(path))
-        self.config = read_draft_config(str(path), target, draft and str(draft))
+        self.config = read_draft_config(str(path), target, str(draft) if draft else None)
         rng = np.random.default_rng(collective.dp_rank)
         self.table, self.num_pages = random_page_table([CAPACITY] * num_sequences, PAGE_SIZE, rng)
         sharding = RankSharding(moe_sharding, collective.dp_rank, collective.dp_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,7 +87,10 @@ class ReferenceBatches:
             list(self.draft_rows(verified, index, pages))
             for index in range(program.passes.count(Pass.DRAFT))
         ]
-        target, extend, samples, ends, firsts = [], [], [], [], []
+        target: list[Any] = []
+        extend: list[Any] = []
+        ends: list[Any] = []
+        samples, firsts = [], []
         scores: list[int] = []
         for number, part in enumerate(parts):
             first = len(target)

@@ -32,7 +32,7 @@ MODEL_LEN = LONGEST + MORE
 def request_of(shape: int, request_id: int, more: int = 0) -> RankRequest:
     """Request number `shape`; equal but for its id wherever it comes up."""
     prompt, outputs, fields = SHAPES[shape]
-    params = SamplingParams(**{"temperature": 0.0, "ignore_eos": True} | fields)
+    params = SamplingParams(**dict[str, Any](temperature=0.0, ignore_eos=True) | fields)
     params = replace(params, max_tokens=outputs + more)
     return RankRequest(request_id, random_prompt(prompt, "phase"), params, 71 + shape, frozenset())
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import reduce
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from dp_runtime.parallel.collective import RowCollective
 
 Result = TypeVar("Result")
 TIMEOUT_S = 30
@@ -24,6 +27,11 @@ class ThreadCollective:
         self._shelf = shelf
         self._barrier = barrier
 
+    @property
+    def row_collective(self) -> RowCollective:
+        """This rank's end for an exchange, which needs no more than is here."""
+        return cast(RowCollective, self)
+
     def all_gather(self, rows: Tensor, counts: tuple[int, ...]) -> Tensor:
         return self._meet(
             "gather", rows, counts[self.dp_rank], lambda all_rows: torch.cat(all_rows)
@@ -33,7 +41,10 @@ class ThreadCollective:
         start = sum(counts[: self.dp_rank])
         stop = start + counts[self.dp_rank]
         return self._meet(
-            "reduce_scatter", rows, sum(counts), lambda parts: sum(p[start:stop] for p in parts)
+            "reduce_scatter",
+            rows,
+            sum(counts),
+            lambda parts: reduce(torch.add, [p[start:stop] for p in parts]),
         )
 
     def _meet(

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def main(rank: int, transport: str, address: str, how: str, where: str) -> None:
     group = connect(transport, address, rank, 2)
     c = group.collective
     for name in ("gather", "uneven gather", "reduce_scatter", "uneven reduce_scatter"):
-        wait_for(c, lambda name=name: move(c, name))
+        wait_for(c, partial(move, c, name))
     c.barrier()
     if how == "orderly":
         group.board.all_gather_records(StepRecord(0, 0, 0, (1,)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ PATHS = {  # prompts, output tokens of each, limits of a step
     "chunks of 96": (4 * LENGTHS, 128, {"max_num_tokens": 96}),
     "one token a step": (LENGTHS, 1, {"max_num_tokens": 1, "max_num_requests": 1}),
 }
-RANKS = {
+RANKS: dict[str, dict[str, Any]] = {
     "1 rank": {"dp_size": 1},
     "2 ranks": {"dp_size": 2, "moe_sharding": "tp", "padding": "ragged"},
     "4 ranks": {"dp_size": 4, "overlap": True, "poison_padding": True},
@@ -53,11 +54,11 @@ def held_out(lengths: tuple[int, ...]) -> list[list[int]]:
     return prompts
 
 
-def serve(lengths: tuple[int, ...], num_outputs: int, **fields: object) -> list[RequestOutput]:
+def serve(lengths: tuple[int, ...], num_outputs: int, **fields: Any) -> list[RequestOutput]:
     """Force the text, and go on greedily behind it."""
     config = EngineConfig(
         str(CHECKPOINT), launcher="local", num_pages=600, max_model_len=1400,
-        start_timeout_s=600.0, **{"device": "cuda", **fields},
+        start_timeout_s=600.0, **dict[str, Any](device="cuda") | fields,
     )  # fmt: skip
     params = SamplingParams(
         max_tokens=num_outputs, temperature=0.0, ignore_eos=True, logprobs=0, prompt_logprobs=0

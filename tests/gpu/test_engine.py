@@ -1,6 +1,7 @@
 """The whole runtime on GPU ranks with a random model, against transformers in float32."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ def prompts() -> list[list[int]]:
     return [torch.randint(1, 199, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def serve(model: Path, **changes: object) -> list[RequestOutput]:
+def serve(model: Path, **changes: Any) -> list[RequestOutput]:
     config = EngineConfig(
         str(model), launcher="local", max_model_len=512, num_pages=200,
-        **{"device": "cuda", **changes},
+        **dict[str, Any](device="cuda") | changes,
     )  # fmt: skip
     with Engine(config) as engine:
         params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=0)
@@ -59,7 +60,7 @@ CASES = [
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("backend", "dp_size", "changes"), CASES)
 def test_bf16_is_as_near_to_float32_as_transformers_is(
-    checkpoint: Path, backend: str, dp_size: int, changes: dict[str, object]
+    checkpoint: Path, backend: str, dp_size: int, changes: dict[str, Any]
 ) -> None:
     if torch.cuda.device_count() < dp_size:
         pytest.skip(f"{dp_size} GPUs are needed, {torch.cuda.device_count()} are here")
@@ -69,14 +70,14 @@ def test_bf16_is_as_near_to_float32_as_transformers_is(
 
 def mixed_params(number: int) -> SamplingParams:
     """Greedy, drawn, penalised and biased requests, with log probabilities or without."""
-    kinds: tuple[dict[str, object], ...] = (
+    kinds: tuple[dict[str, Any], ...] = (
         {"temperature": 0.0},
         {"temperature": 0.7, "seed": number},
         {"temperature": 0.0, "logprobs": 2, "presence_penalty": 0.5},
         {"temperature": 0.7, "seed": number, "top_k": 5, "logit_bias": {7: 1.0}, "min_tokens": 3},
         {"temperature": 0.0, "prompt_logprobs": 1},
     )
-    return SamplingParams(max_tokens=4, ignore_eos=True, **kinds[number % len(kinds)])  # type: ignore[arg-type]
+    return SamplingParams(max_tokens=4, ignore_eos=True, **kinds[number % len(kinds)])
 
 
 @pytest.mark.timeout(300)

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def start(model: str, **fields: Any) -> Engine:
-    fields = {"device": "cuda", "launcher": "local", "start_timeout_s": 900.0} | fields
+    fields = dict[str, Any](device="cuda", launcher="local", start_timeout_s=900.0) | fields
     return Engine(EngineConfig(model, load_format="dummy", max_model_len=4096, **fields))
 
 

@@ -66,7 +66,7 @@ def serve(model: str, graphs: bool, num_steps: int) -> None:
 def test_a_launch_does_not_wait_for_the_device(
     tmp_path: Path, graphs: bool, num_steps: int
 ) -> None:
-    sizes = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = str(add_mtp(tiny_checkpoint(tmp_path, **sizes)))
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=serve, args=(model, graphs, num_steps))

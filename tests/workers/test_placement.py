@@ -40,7 +40,7 @@ def node(domain: str | None, gpus: int, alive: bool = True) -> dict[str, Any]:
     ],
 )
 def test_strategy(nodes: list[Any], fields: dict[str, Any], expected: dict[str, Any]) -> None:
-    config = EngineConfig("x", **({"dp_size": 4, "device": "cuda"} | fields))
+    config = EngineConfig("x", **dict[str, Any](dp_size=4, device="cuda") | fields)
     assert strategy_of(config, nodes) == expected
 
 

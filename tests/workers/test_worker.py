@@ -49,7 +49,7 @@ def worker(request: pytest.FixtureRequest, directory: Path) -> Iterator[Worker]:
 
 
 def new_worker(directory: Path, **fields: Any) -> Worker:
-    fields = {"launcher": "thread", "max_num_requests": 4} | fields
+    fields = dict[str, Any](launcher="thread", max_num_requests=4) | fields
     return Worker(0, EngineConfig(str(directory), **fields), "cpu")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from dp_runtime.attention.query_groups import group_pieces, split_queries
 from dp_runtime.attention.registry import backend_class, choose_backend
 from dp_runtime.attention.torch_ref import QueryPlan, TorchRefBackend
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.paged import CPU, attend, metadata_of, paged_batch, random_page_table, spec_of
 
@@ -173,11 +176,18 @@ def test_appends_at_slot_mapping_only() -> None:
         ),
     ],
 )  # fmt: skip
-def test_contract_violations_name_layer_and_both_numbers(change, numbers) -> None:
+def test_contract_violations_name_layer_and_both_numbers(
+    change: Callable[[Case], dict[str, Any]], numbers: tuple[str, ...]
+) -> None:
     case = Case([(4, 9), (1, 5)], 4)
     pool, paged = case.pool.clone(), case.backend.layer(0)
 
-    def call(k=case.k, v=case.v, q=None, metadata=case.metadata) -> None:
+    def call(
+        k: Tensor = case.k,
+        v: Tensor = case.v,
+        q: Tensor | None = None,
+        metadata: AttentionMetadata = case.metadata,
+    ) -> None:
         plan = case.backend.plan(metadata)
         if q is not None:
             paged.run(q, plan)

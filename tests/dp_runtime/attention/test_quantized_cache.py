@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +73,9 @@ def test_a_page_takes_a_quarter_of_float32(plain: Path) -> None:
 
 
 def logprobs(
-    model: Path, prompts: list[list[int]], tokens: int, **fields: object
+    model: Path, prompts: list[list[int]], tokens: int, **fields: Any
 ) -> list[RequestOutput]:
-    config = EngineConfig(str(model), launcher="thread", max_model_len=128, **fields)  # type: ignore[arg-type]
+    config = EngineConfig(str(model), launcher="thread", max_model_len=128, **fields)
     with Engine(config) as engine:
         params = SamplingParams(max_tokens=tokens, temperature=0.0, prompt_logprobs=0)
         return engine.generate(prompts, params)
@@ -84,7 +85,7 @@ def logprobs(
 def test_log_probabilities_are_near_those_of_a_full_cache(scaled: Path, dp_size: int) -> None:
     """Prompts in chunks, so that most rows attend to quantised pages."""
     prompts = [[(7 * i + 3 * j) % 199 for j in range(n)] for i, n in enumerate((40, 33, 64, 5))]
-    fields = {"dp_size": dp_size, "max_num_tokens": 16, "max_num_requests": 4}
+    fields: dict[str, Any] = {"dp_size": dp_size, "max_num_tokens": 16, "max_num_requests": 4}
     full, small = (
         logprobs(scaled, prompts, 1, kv_cache_dtype=kind, check_device_values=True, **fields)
         for kind in ("auto", "fp8_e4m3")
@@ -92,7 +93,7 @@ def test_log_probabilities_are_near_those_of_a_full_cache(scaled: Path, dp_size:
     pairs = [
         (one.logprob, other.logprob)
         for a, b in zip(full, small)
-        for one, other in zip(a.prompt_logprobs, b.prompt_logprobs)
+        for one, other in zip(a.prompt_logprobs or (), b.prompt_logprobs or (), strict=True)
     ]
     one, other = torch.tensor(pairs).unbind(1)
     assert len(pairs) == sum(len(prompt) - 1 for prompt in prompts)

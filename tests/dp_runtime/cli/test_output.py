@@ -40,7 +40,7 @@ def flags(model: Path) -> list[str]:
     return ["generate", "--model", str(model), "--launcher", "thread", "--max-model-len", "256"]
 
 
-def launched(model: Path, *arguments: str, **how: Any) -> subprocess.Popen[bytes]:
+def launched(model: Path, *arguments: str, **how: Any) -> subprocess.Popen[Any]:
     environment = os.environ | how.pop("env", {})
     return subprocess.Popen(
         [sys.executable, "launch.py", *flags(model), *arguments],
@@ -185,13 +185,16 @@ def test_results_that_are_finished_are_delivered_when_the_engine_fails(model: Pa
 
         def fail_later(*arguments: Any) -> Any:
             handle = second(*arguments)
+
+            def end() -> None:
+                handle.result()
+                engine._end(RankFailed("gone"))
+
             if handle.request_id == 1:
-                threading.Thread(
-                    target=lambda: handle.result() and engine._end(RankFailed("gone"))
-                ).start()
+                threading.Thread(target=end).start()
             return handle
 
-        engine._start = fail_later  # type: ignore[method-assign]
+        engine._start = fail_later  # type: ignore[method-assign, assignment]
         with pytest.raises(RankFailed, match="gone"):
             engine.generate(["a", "b"], params, on_output=delivered.__setitem__)
     assert {index: len(made.token_ids) for index, made in delivered.items()} == {1: 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,11 +41,14 @@ def test_every_field_of_the_config_is_described_and_a_flag() -> None:
 
 def test_numbers_of_numpy_become_python_s_own() -> None:
     """A sum of small numpy integers would wrap."""
-    params = SamplingParams(max_tokens=np.uint8(100), min_tokens=np.int8(3), top_p=np.float32(0.5))
+    fields: dict[str, Any] = {"max_tokens": np.uint8(100), "min_tokens": np.int8(3)}
+    fields["top_p"] = np.float32(0.5)
+    params = SamplingParams(**fields)
     values = (params.max_tokens, params.min_tokens, params.top_p, params.temperature)
     assert values == (100, 3, 0.5, 1.0)
     assert [type(value) for value in values] == [int, int, float, float]
-    config = EngineConfig("x", dp_size=np.uint8(200), step_timeout_s=np.float32(3))
+    fields = {"dp_size": np.uint8(200), "step_timeout_s": np.float32(3)}
+    config = EngineConfig("x", **fields)
     assert (type(config.dp_size), type(config.step_timeout_s)) == (int, float)
     assert config.dp_size * 100 == 20_000
 
@@ -62,7 +66,7 @@ def test_numbers_of_numpy_become_python_s_own() -> None:
 )
 def test_a_mistake_names_what_is_allowed(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EngineConfig("x", **{name: value})
+        EngineConfig("x", **dict[str, Any]({name: value}))
 
 
 def test_without_a_model_the_packaged_tiny_one_is_served() -> None:

@@ -75,7 +75,7 @@ def test_derived() -> None:
     assert not SamplingParams().greedy
     assert not SamplingParams().has_penalties
     for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
-        assert SamplingParams(**{name: 0.5}).has_penalties
+        assert SamplingParams(**dict[str, Any]({name: 0.5})).has_penalties
     assert SamplingParams(stop="end").stop_strings == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
 

@@ -1,5 +1,8 @@
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dp_runtime.core.transfer import ALIGNMENT, all_on_device
 
@@ -7,7 +10,7 @@ from dp_runtime.core.transfer import ALIGNMENT, all_on_device
 def test_arrays_arrive_as_they_are_in_one_piece_of_memory() -> None:
     read_only = np.arange(5, dtype=np.int64)
     read_only.flags.writeable = False
-    arrays = [
+    arrays: list[NDArray[Any]] = [
         read_only,
         np.zeros((0, 0), np.float32),
         np.arange(12, dtype=np.int32).reshape(3, 4),

@@ -19,7 +19,13 @@ def with_end(kind: str) -> tuple[HfTokenizer, Tokenizer, int]:
     """A tokenizer with one more special token, as chat models have them."""
     oracle = HfTokenizer.from_str(PAIRS[kind][0].to_str())
     oracle.add_special_tokens([END, "<|end|>x"])
-    return oracle, Tokenizer(oracle.to_str()), oracle.token_to_id(END)
+    return oracle, Tokenizer(oracle.to_str()), id_of(oracle, END)
+
+
+def id_of(oracle: HfTokenizer, token: str) -> int:
+    token_id = oracle.token_to_id(token)
+    assert token_id is not None, token
+    return token_id
 
 
 @each_kind
@@ -47,8 +53,8 @@ def test_prompt_and_text_are_the_text_of_all_tokens(kind: str, seed: int, skip: 
 @pytest.mark.parametrize("prompt", [["▁the"], ["<s>", "▁the", "<s>"], ["<0xC3>", "<0xA9>"], ["▁"]])
 def test_a_continuation_keeps_its_first_space(kind: str, prompt: list[str]) -> None:
     oracle, tokenizer = PAIRS[kind]
-    before = [oracle.token_to_id(token) for token in prompt]
-    after = [oracle.token_to_id("▁cat"), oracle.token_to_id("▁the")]
+    before = [id_of(oracle, token) for token in prompt]
+    after = [id_of(oracle, "▁cat"), id_of(oracle, "▁the")]
     assert run(OutputText(tokenizer, (), 0, before), [after])[0] == " cat the"
     shown, stop, kept = run(OutputText(tokenizer, [" cat"], 0, before), [after])
     assert (shown, stop, kept) == ("", " cat", 1)
@@ -101,7 +107,7 @@ def test_a_stop_string_may_contain_a_special_token() -> None:
 def test_an_unfinished_character_before_a_special_stop_token_is_shown() -> None:
     for kind in ("byte_level", "byte_fallback"):
         oracle, tokenizer, end = with_end(kind)
-        byte = oracle.token_to_id("Ã") if kind == "byte_level" else oracle.token_to_id("<0xC3>")
+        byte = id_of(oracle, "Ã" if kind == "byte_level" else "<0xC3>")
         shown, stop, _ = run(OutputText(tokenizer, [END]), [[byte], [end]])
         assert (shown, stop) == ("\N{REPLACEMENT CHARACTER}", END)
 

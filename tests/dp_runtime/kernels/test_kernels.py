@@ -6,6 +6,7 @@ The interpreter has no bfloat16 products; float32 and float16 show the same code
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_queries_come_back_rotated_and_keys_and_values_go_to_the_pool(
     slots = torch.tensor([31, 8, 9, 0, 0], dtype=torch.int32, device=DEVICE)  # two null rows
     due = pool.clone()
     q = rotate_and_append(pool, slots, rows.qkv, rows.rotation, 1.0, 1.0)
-    tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    tolerance: dict[str, Any] = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     assert q.is_contiguous()
     torch.testing.assert_close(q, rows.q, **tolerance)
     for row, slot in enumerate(slots.tolist()[:3]):

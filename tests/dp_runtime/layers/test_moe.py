@@ -19,6 +19,7 @@ from dp_runtime.layers.router import Router
 from dp_runtime.parallel.exchange import PaddedExchange
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.weights.generated import DummyWeights
+from dp_runtime.weights.source import Part
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 
 HIDDEN, TOP_K = 32, 2
@@ -29,7 +30,7 @@ BOTH = (PaddingMode.MAX_LEN, PaddingMode.RAGGED)
 class LargeWeights(DummyWeights):
     """Dummy weights, scaled so that experts and routing matter."""
 
-    def load(self, name, shape, part=None):
+    def load(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
         return super().load(name, shape, part) * 10
 
 
@@ -89,7 +90,9 @@ def run_stage(
         rank = collective.dp_rank
         sharding = RankSharding(moe_sharding, rank, len(counts))
         stage = build_stage(sharding, num_experts, intermediate)
-        exchange = PaddedExchange(PaddingPlan.for_mode(mode, counts), collective, poison)
+        exchange = PaddedExchange(
+            PaddingPlan.for_mode(mode, counts), collective.row_collective, poison
+        )
         return stage(rank_rows(counts)[rank], exchange), collective.calls
 
     return run_ranks(len(counts), run)
@@ -142,7 +145,7 @@ def test_rows_without_real_content_are_zero_where_a_bucket_is_larger() -> None:
 
     def run(collective: ThreadCollective, real: int) -> Tensor:
         stage = build_stage(RankSharding("ep", 0, 1), 5, 11)
-        exchange = PaddedExchange(PaddingPlan((real,), (8,)), collective, True)
+        exchange = PaddedExchange(PaddingPlan((real,), (8,)), collective.row_collective, True)
         return stage(rows[:real], exchange)
 
     out = run_ranks(1, lambda c: run(c, 3))[0]

@@ -64,7 +64,7 @@ class Rank:
                 replaced,
             ),
             self.model.backend.plan(metadata_of(batch, self.num_pages, PAGE_SIZE)),
-            PaddedExchange(plan, self.collective, self.poison),
+            PaddedExchange(plan, self.collective.row_collective, self.poison),
         ).last
         logits = self.model.logits(hidden)
         split = logits.split([len(tokens) for tokens in new])

@@ -64,7 +64,7 @@ def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    overrides = {"num_experts": 7, "num_hidden_layers": 3, "mlp_only_layers": [1]}
+    overrides: dict[str, Any] = {"num_experts": 7, "num_hidden_layers": 3, "mlp_only_layers": [1]}
     return tiny_checkpoint(tmp_path_factory.mktemp("qwen"), QWEN, **overrides)
 
 

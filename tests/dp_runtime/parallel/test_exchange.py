@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from collectives.rows import sum_in_rank_order
 from dp_runtime.core.program import SERVING_PROGRAMS, Pass
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage, RankSharding
+from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.layers.router import Router
 from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.buckets import GraphBuckets
@@ -62,12 +64,12 @@ class Counted(InProcessCollective):
         sum_in_rank_order(mine, out[: real[self.dp_rank]])
         return out
 
-    def _cross(self, value: Tensor | list[Tensor]) -> Sequence:
+    def _cross(self, value: Tensor | list[Tensor]) -> Sequence[Any]:
         self.crossed.append(len(value) if isinstance(value, Tensor) else sum(map(len, value)))
         return self._meet(value, "counted rows")
 
 
-class LayoutMoe:
+class LayoutMoe(TorchMoe):
     """As the kernels for graphs: reads from the row_ranges which rows are real."""
 
     def partial_sums(

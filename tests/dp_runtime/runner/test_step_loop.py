@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,7 @@ def run_ranks(
             ranks[0].loop.coordinator.board.wake()
 
     with ThreadPoolExecutor(size) as pool:
-        runs = [
-            pool.submit(rank.loop.run, rank.take, lambda items, rank=rank: deliver(rank, items))
-            for rank in ranks
-        ]
+        runs = [pool.submit(rank.loop.run, rank.take, partial(deliver, rank)) for rank in ranks]
         for run in runs:
             run.result(60)
     return ranks
@@ -249,7 +247,7 @@ def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
         launches.append(captured.piecewise[loop.runner.model].plans)  # type: ignore[attr-defined]
         loop.use_graphs(captured)
 
-    fields = {"speculative_num_steps": num_steps, "overlap": True}
+    fields: dict[str, Any] = {"speculative_num_steps": num_steps, "overlap": True}
     plain = run_ranks(checkpoint, (2, 1), **fields)
     ranks = run_ranks(checkpoint, (2, 1), prepare=prepare, **fields)
     assert [rank.tokens for rank in plain] == [rank.tokens for rank in ranks]

@@ -226,7 +226,9 @@ def test_order_of_the_steps() -> None:
     entry = host.logprobs[0]
     assert entry is not None
     assert entry.logprob == pytest.approx(float(expected[3]))
-    assert entry.top == ((0, pytest.approx(float(expected[0]))),)
+    ((token_id, logprob),) = entry.top
+    assert token_id == 0
+    assert logprob == pytest.approx(float(expected[0]))
 
 
 def test_logits_are_left_as_they_are() -> None:
@@ -424,7 +426,8 @@ def test_state_in_another_row_goes_on_after_the_outputs(num_before: int) -> None
         presence_penalty=0.5, frequency_penalty=0.8, repetition_penalty=1.4, temperature=0
     )
     item, logits = request(1, params, prompt=(4, 9)), logits_of(12).repeat(6, 1)
-    staying, outputs = sampler_of(item), []
+    staying = sampler_of(item)
+    outputs: list[int] = []
     for index, row in enumerate(logits.split(1)):
         outputs += sample(staying, row, rows_of((1, index))).to_host().token_ids
     assert outputs[0] not in outputs[3:], "the outputs before make no difference"

@@ -42,7 +42,7 @@ def test_a_draft_s_forward_is_predicted(
     target = build_model(
         config, weights, sharding, backend_over(config, NUM_PAGES, PAGE_SIZE, dtype)
     )
-    draft_config = read_draft_config(str(path), config, head and str(head))
+    draft_config = read_draft_config(str(path), config, str(head) if head else None)
     own = backend_over(draft_config, NUM_PAGES, PAGE_SIZE, dtype)
     draft = build_draft(draft_config, target, weights, sharding, own, "torch")
     table, _ = random_page_table([ROWS], PAGE_SIZE, np.random.default_rng(0))

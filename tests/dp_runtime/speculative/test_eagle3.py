@@ -17,6 +17,7 @@ from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
+from dp_runtime.speculative.eagle3 import Eagle3
 from dp_runtime.weights.generated import MetaWeights
 from dp_runtime.weights.loader import open_weights
 from tests.checkpoints import eagle3_checkpoint, oracle, tiny_checkpoint
@@ -250,10 +251,15 @@ def test_without_a_map_the_vocabulary_is_the_target_s(target: Path, tmp_path: Pa
     assert torch.equal(on_one_rank(target, head, lambda rank: rank.draft.token_ids(best)), best)
 
 
+def shares_embedding(rank: DraftRank) -> bool:
+    assert isinstance(rank.draft, Eagle3)
+    return rank.draft.embedding is rank.target.embedding
+
+
 def test_the_embedding_is_the_target_s_unless_it_has_one(target: Path, tmp_path: Path) -> None:
     for own in (False, True):
         head = eagle3_checkpoint(tmp_path / str(own), target, own_embedding=own)
-        shared = on_one_rank(target, head, lambda r: r.draft.embedding is r.target.embedding)
+        shared = on_one_rank(target, head, shares_embedding)
         assert shared is not own
 
 

@@ -16,6 +16,7 @@ from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
+from dp_runtime.speculative.mtp import Mtp
 from dp_runtime.weights.generated import MetaWeights
 from dp_runtime.weights.loader import open_weights
 from examples.tiny_moe.model import TinyMoe, load_model
@@ -158,6 +159,7 @@ def test_zero_rows_on_all_ranks() -> None:
 def test_embedding_and_head_are_the_target_s() -> None:
     def run(collective: RowCollective) -> None:
         rank = DraftRank(CHECKPOINT, None, collective)
+        assert isinstance(rank.draft, Mtp)
         assert rank.draft.embedding is rank.target.embedding
         assert rank.draft.head is rank.target.head
         ids = torch.tensor([5, 0])

@@ -74,8 +74,9 @@ def alone_of(ranks_of: RanksOf) -> AloneOf:
         ranks, found = ranks_of(name, 1), []
         for shape in range(len(SHAPES)):
             request = request_of(shape, shape, MORE)
-            none = {"speculative_forced_tokens": 1.0}
-            served = ranks.serve([Event(0, 0, request)], MAX_DRAFTS, num_requests=1, **none)
+            served = ranks.serve(
+                [Event(0, 0, request)], MAX_DRAFTS, num_requests=1, speculative_forced_tokens=1.0
+            )
             chains = {one.num_known: one.drafts for one in served.verified[shape]}
             found.append(Alone(request.prompt_token_ids + served.outputs[shape], chains))
         return found

@@ -70,10 +70,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 def test_every_number_of_rows_finds_its_kernels_built(
     sharding: str, dp_rank: int, dp_size: int, fp8: bool, kernels: list[Recorder]
 ) -> None:
-    model = read_model_config(TINY_MOE)
+    model = read_model_config(str(TINY_MOE))
     if fp8:
-        sizes = {"hidden_size": 256, "moe_intermediate_size": 128}
-        model = replace(model, **sizes, fp8_experts=(True,) * model.num_layers)
+        every_layer = (True,) * model.num_layers
+        model = replace(model, hidden_size=256, moe_intermediate_size=128, fp8_experts=every_layer)
     shard = RankSharding(sharding, dp_rank, dp_size).shard(
         model.num_experts, model.moe_intermediate_size
     )

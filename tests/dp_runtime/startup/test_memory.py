@@ -12,18 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from collectives.in_process import InProcessGroup
 from dp_runtime import EngineConfig
+from dp_runtime.core.metadata import PageGeometry
 from dp_runtime.errors import StartError
 from dp_runtime.layers import experts
 from dp_runtime.metrics.memory import MemoryUse, RankMemory, memory_table
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.scheduler.limits import Limits
-from dp_runtime.startup import device_memory
 from dp_runtime.startup import rank_plan as sizing
 from dp_runtime.startup.assembly import LoadedRank, assemble, check_free, load_rank
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, CUDA_RESERVE
@@ -63,7 +64,7 @@ class Ready:
 
 def on_ranks(model: str, run: Callable[[Ready], Any], **fields: Any) -> list[Any]:
     """What `run` returns on every rank of a config."""
-    fields = {"max_model_len": 300, "load_format": "dummy"} | fields
+    fields = dict[str, Any](max_model_len=300, load_format="dummy") | fields
     config = EngineConfig(model, launcher="thread", **fields)
     group = InProcessGroup(config.dp_size, 30.0)
 
@@ -180,7 +181,7 @@ def test_the_largest_steps_leave_no_trace(
 def test_the_largest_load_fits_its_limits(
     requests: int, tokens: int, length: int, pages: int, dp_rank: int
 ) -> None:
-    limits, geometry = Limits(requests, tokens, length), sizing.PageGeometry(pages, 64)
+    limits, geometry = Limits(requests, tokens, length), PageGeometry(pages, 64)
     load = list(largest_load(limits, geometry, dp_rank, 500))
     lengths = [len(request.prompt_token_ids) for request in load]
     rows = max(1, tokens - (dp_rank > 0))
@@ -197,7 +198,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     properties = SimpleNamespace(total_memory=int(gib * 2**30), major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(sizing, "choose_backend", lambda *arguments: ("trtllm", "for the test"))
-    monkeypatch.setattr(device_memory.psutil, "virtual_memory", None)
+    monkeypatch.setattr(psutil, "virtual_memory", None)
 
 
 @pytest.mark.parametrize("sharding", ["ep", "tp"])

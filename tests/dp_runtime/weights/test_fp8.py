@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,7 +179,10 @@ def test_dummy_experts_are_normal_and_the_same_on_any_number_of_ranks() -> None:
 def test_kernels_that_read_e4m3_get_it(checkpoints: tuple[Path, Path], load_format: str) -> None:
     path, bf16 = str(checkpoints[0]), torch.bfloat16
     config = read_model_config(path)
-    source = {"safetensors": Checkpoint, "dummy": lambda *args: DummyWeights(0, *args[1:])}
+    source: dict[str, Callable[..., WeightSource]] = {
+        "safetensors": Checkpoint,
+        "dummy": lambda *args: DummyWeights(0, *args[1:]),
+    }
     held = {}
     for backend in ("triton", "torch"):
         sharding = RankSharding("ep", 0, 2)

@@ -7,11 +7,13 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
@@ -19,7 +21,7 @@ from dp_runtime.models.model import Model
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.weights.generated import DummyWeights, MetaWeights
 from dp_runtime.weights.loader import Checkpoint, open_weights
-from dp_runtime.weights.source import WeightSource
+from dp_runtime.weights.source import Part, WeightSource
 from tests.checkpoints import tiny_checkpoint
 from tests.dp_runtime.paged import spec_of
 
@@ -65,7 +67,7 @@ class Recording(Checkpoint):
         super().__init__(str(path), CPU, torch.float32)
         self.reads: Counter[str] = Counter()
 
-    def load(self, name, shape, part=None):
+    def load(self, name: str, shape: tuple[int, ...], part: Part | None = None) -> Tensor:
         tensor = super().load(name, shape, part)
         self.reads[name] += tensor.numel()
         return tensor
@@ -103,7 +105,7 @@ def test_ranks_read_their_experts_and_what_is_replicated(
     for rank in range(dp_size):
         sharding = RankSharding(moe_sharding, rank, dp_size)
         source, counted = Recording(sharded), MetaWeights(torch.float32)
-        model = build(sharded, source, sharding)
+        model: Any = build(sharded, source, sharding)
         build(sharded, counted, sharding)
         assert source.bytes_read == counted.bytes_read == 4 * source.reads.total()
         replicated = {name: size for name, size in sizes.items() if ".experts." not in name}
@@ -127,7 +129,9 @@ def test_tensors_of_other_parts_of_a_checkpoint_are_not_read(copy: Path) -> None
 
 
 def test_dummy_values_depend_on_seed_and_name_alone() -> None:
-    def load(seed: int, name: str, dtype: torch.dtype = torch.float32, part=None):
+    def load(
+        seed: int, name: str, dtype: torch.dtype = torch.float32, part: Part | None = None
+    ) -> Tensor:
         return DummyWeights(seed, CPU, dtype).load(name, (40, 30), part)
 
     whole = load(0, "a.weight")
