@@ -29,12 +29,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 
+@pytest.hookimpl(optionalhook=True)  # a run without xdist is one process
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Run the whole suite in two processes, and parts that are named in this one."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     return 0 if named or torch.cuda.is_available() else 2
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
     return FilesTogether(config, log)
 
