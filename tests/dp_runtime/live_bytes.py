@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from collectives.in_process import InProcessCollective
 from dp_runtime.attention import torch_ref
 from dp_runtime.attention.plan import LayerCache
 from dp_runtime.attention.torch_ref import QueryPlan
@@ -45,6 +47,24 @@ class LiveBytes(TorchDispatchMode):
                     self._live[ref] = tensor.untyped_storage().nbytes()
         self.peak = max(self.peak, self.now)
         return result
+
+
+def exchange_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a rank go on after an exchange only when no other rank holds the rows that it brought.
+
+    Those rows are the bringer's own storage: a slow reader would add them to its later peaks.
+    """
+
+    def in_step(exchange: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(collective: InProcessCollective, *arguments: Any) -> Tensor:
+            result = exchange(collective, *arguments)
+            collective.barrier()
+            return result
+
+        return run
+
+    for exchange in (InProcessCollective.all_gather, InProcessCollective.reduce_scatter):
+        monkeypatch.setattr(InProcessCollective, exchange.__name__, in_step(exchange))
 
 
 def attend_frugally(monkeypatch: pytest.MonkeyPatch) -> None:

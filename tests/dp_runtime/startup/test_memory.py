@@ -30,7 +30,7 @@ from dp_runtime.startup.assembly import LoadedRank, assemble, check_free, load_r
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, CUDA_RESERVE
 from dp_runtime.startup.profiling import largest_load, run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
-from tests.dp_runtime.live_bytes import LiveBytes, attend_frugally
+from tests.dp_runtime.live_bytes import LiveBytes, attend_frugally, exchange_in_step
 from tests.test_bytes_read import storage_bytes, weights_in
 
 MIB = 2**20
@@ -104,6 +104,7 @@ def test_activations_are_predicted(
     monkeypatch.setattr(experts, "PAIRS_AT_ONCE", fields.pop("pairs", 700))
     model = directory(tmp_path, **fields.pop("model", {}))
     attend_frugally(monkeypatch)
+    exchange_in_step(monkeypatch)
     for predicted, live in on_ranks(model, predicted_and_live, **fields):
         print(f"{name}: predicted {predicted / MIB:.2f} MiB, live {live / MIB:.2f} MiB")
         assert live > 4 * MIB
