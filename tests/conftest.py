@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling, Scheduling
 
@@ -20,6 +21,8 @@ from tests.reference import Reference
 from tests.speculative_cases import DRAFTED, Drafted
 
 TESTS = Path(__file__).parent
+settings.register_profile("unhurried", parent=settings(), deadline=None)  # others use the cores
+settings.load_profile("unhurried")
 USE_THE_CLUSTER = ("tests/workers/test_ray.py", "tests/test_processes.py")  # the fixture below
 # Other engines on this machine are not of this session, nor is another xdist worker's.
 os.environ["DP_RUNTIME_SESSION"] = f"test{os.getpid()}x{secrets.token_hex(4)}"
