@@ -8,6 +8,7 @@ import torch
 
 from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.support import NOT_INSTALLED, has_flashinfer
 from dp_runtime.errors import require
 
 BACKENDS = {
@@ -16,6 +17,7 @@ BACKENDS = {
     "flashinfer": "dp_runtime.attention.flashinfer.backend:FlashinferBackend",
 }
 GPU_PREFERENCE = ("trtllm", "flashinfer", "torch_ref")
+CHOSEN = "chosen in the configuration"
 
 
 def backend_class(name: str) -> type[AttentionBackend]:
@@ -35,7 +37,9 @@ def choose_backend(name: str, spec: AttentionSpec, device: torch.device) -> tupl
         return "torch_ref", "the only backend for device cpu"
     if name != "auto":
         backend_class(name).check(spec, device)
-        return name, "chosen in the configuration"
+        return name, CHOSEN
+    if not has_flashinfer():
+        return "torch_ref", NOT_INSTALLED
     refused = []
     for candidate in GPU_PREFERENCE:
         try:

@@ -27,13 +27,15 @@ MAX_DECODE_QUERY_LEN = 8
 QUANTIZED_GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 # include/flashinfer/utils.cuh, DISPATCH_HEAD_DIM
 NATIVE_HEAD_DIMS = (64, 128, 256)
+NOT_INSTALLED = "flashinfer is not installed: pip install 'dp-runtime[gpu]'"
+
+
+def has_flashinfer() -> bool:
+    return find_spec("flashinfer") is not None
 
 
 def check_flashinfer(name: str) -> None:
-    """ValueError if the library that `name` calls is not there."""
-    found = find_spec("flashinfer") is not None
-    allowed = "flashinfer is not installed: pip install 'dp-runtime[gpu]', or use torch_ref"
-    require(found, "attention_backend", name, allowed)
+    require(has_flashinfer(), "attention_backend", name, f"{NOT_INSTALLED}, or use torch_ref")
 
 
 def check_trtllm(spec: AttentionSpec, major: int) -> None:

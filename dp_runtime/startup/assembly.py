@@ -12,7 +12,7 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.registry import backend_class
+from dp_runtime.attention.registry import CHOSEN, backend_class
 from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.per_request_state import PerRequestState
@@ -112,7 +112,7 @@ def _open_weights(
 def log_choices(plan: RankPlan) -> None:
     """Say what runs and why: once where it is the same on all ranks, and this rank's memory."""
     if plan.sharding.dp_rank == 0:
-        logger.info("attention backend %s: %s", plan.backend, plan.backend_reason)
+        _log_attention(plan)
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
         logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
     use, gib = plan.memory, 2**30
@@ -121,6 +121,14 @@ def log_choices(plan: RankPlan) -> None:
         plan.pages.num_pages, plan.pages.page_size, use.kv_cache / gib,
         use.weights / gib, use.workspaces / gib, use.activations / gib,
     )  # fmt: skip
+
+
+def _log_attention(plan: RankPlan) -> None:
+    backend, reason, device = plan.backend, plan.backend_reason, plan.device
+    if backend == "torch_ref" and device != "cpu" and reason != CHOSEN:
+        logger.warning("attention backend %s is slow on %s: %s", backend, device, reason)
+    else:
+        logger.info("attention backend %s: %s", backend, reason)
 
 
 def check_free(plan: RankPlan, free: int) -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dp_runtime import EngineConfig
+from dp_runtime.attention.registry import choose_backend
 from dp_runtime.startup.assembly import log_choices
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import tiny_checkpoint
@@ -28,3 +30,29 @@ def test_choices_are_said_once_and_memory_by_every_rank(
     assert [line.startswith("200 KV pages of 64 tokens, ") for line in lines] == [
         False, False, False, True, True,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "backend", "level"), [
+    ("cuda:0", "auto", logging.WARNING), ("cuda:0", "torch_ref", logging.INFO),
+    ("cpu", "auto", logging.INFO),
+])  # fmt: skip
+def test_a_gpu_without_the_gpu_extra_is_a_warning(
+    device: str,
+    backend: str,
+    level: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dp_runtime.attention.support.find_spec", lambda name: None)
+    plan = plan_rank(EngineConfig(str(tiny_checkpoint(tmp_path)), num_pages=200), 0, "cpu")
+    chosen, reason = choose_backend(backend, plan.attention, torch.device(device))
+    with caplog.at_level(logging.INFO, logger="dp_runtime"):
+        log_choices(replace(plan, device=device, backend=chosen, backend_reason=reason))
+    record = caplog.records[0]
+    assert record.levelno == level
+    if level == logging.WARNING:
+        assert record.getMessage() == (
+            "attention backend torch_ref is slow on cuda:0: flashinfer is not installed: "
+            "pip install 'dp-runtime[gpu]'"
+        )
