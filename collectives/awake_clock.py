@@ -10,10 +10,7 @@ _PAUSE_COUNTS_S = 0.1  # ... of which this much counts, so that every wait ends
 
 
 class AwakeClock:
-    """Seconds that this process has run, for one thread that looks every LOOK_EVERY_S.
-
-    Ranks that are paused together, as in a frozen container, do not take each other for lost.
-    """
+    """Counts seconds without pauses: ranks frozen together do not take each other for lost."""
 
     def __init__(self) -> None:
         self._now = 0.0
@@ -27,11 +24,11 @@ class AwakeClock:
 
 
 class Deadline:
-    """When a wait is over, by such a clock."""
+    """Ends a wait by such a clock."""
 
     def __init__(self, timeout_s: float) -> None:
         self._clock, self._timeout_s = AwakeClock(), timeout_s
 
     def left(self) -> float:
-        """Seconds until then; look every LOOK_EVERY_S."""
+        # NOTE: look every LOOK_EVERY_S, or looking late counts as a pause.
         return self._timeout_s - self._clock.now()

@@ -63,7 +63,7 @@ class _Meeting:
         self._broken: dict[int, str] = {}
 
     def meet(self, dp_rank: int, value: Any, what: str) -> tuple[tuple[Any, ...], float]:
-        """All ranks' values of this rank's next turn, and the seconds spent waiting."""
+        """Return all ranks' values of this rank's next turn, and the seconds spent waiting."""
         with self._changed:
             self.raise_if_failed(dp_rank)
             turn = self._turns[dp_rank]
@@ -123,8 +123,6 @@ class _Meeting:
 
 
 class InProcessCollective(GroupMember):
-    """RowCollective of one thread; sums in rank order, in float32 for half types."""
-
     def __init__(self, rank: _Rank, meeting: _Meeting, dp_size: int) -> None:
         super().__init__(rank, rank.dp_rank, dp_size)
         self._meeting = meeting
@@ -156,7 +154,7 @@ class InProcessCollective(GroupMember):
         self._meet(None, "barrier")
 
     def arm_watchdog(self, what: str) -> None:
-        """Nothing to bound: the host waits for every call."""
+        pass  # the host waits for every call
 
     def _meet(self, value: Any, what: str) -> tuple[Any, ...]:
         values, waited = self._meeting.meet(self.dp_rank, value, what)

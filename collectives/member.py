@@ -1,4 +1,4 @@
-"""What the collective and the board of a rank have in common: they fail and end together."""
+"""The collective and the board of a rank are members of one group: they fail and end together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Protocol
 class Group(Protocol):
     """One rank's end of a group."""
 
-    def raise_if_failed(self) -> None:
-        """Raise CollectiveAborted or CollectiveTimeout if the group can not be used any more."""
+    def raise_if_failed(self) -> None: ...  # CollectiveAborted or CollectiveTimeout
 
     def abort(self, reason: str) -> None:
-        """Free every waiter of every rank with CollectiveAborted; the first reason stays."""
+        """Free all waiters with CollectiveAborted, from any thread; the first reason stays."""
 
     def close(self) -> None:
-        """Leave the group; this rank's own waiters are freed, peers are not told."""
+        """Leave the group, once or again: own waiters are freed, peers are not told."""
 
 
 class GroupMember:
@@ -29,9 +28,7 @@ class GroupMember:
         self._group.raise_if_failed()
 
     def abort(self, reason: str) -> None:
-        """Callable from any thread."""
         self._group.abort(reason)
 
     def close(self) -> None:
-        """Callable more than once."""
         self._group.close()

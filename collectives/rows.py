@@ -1,4 +1,4 @@
-"""What every collective does with rows: check them, cut them, sum them."""
+"""Checking, cutting and summing rows, as every collective does."""
 
 from __future__ import annotations
 
@@ -25,15 +25,12 @@ def check_reduce_scatter(rows: Tensor, counts: Counts, dp_size: int) -> None:
 
 
 def cut(size: int, chunk: int, num_chunks: int) -> slice:
-    """The chunk-th of num_chunks almost equal pieces, each at most ceil(size / num_chunks)."""
+    """Return a chunk of num_chunks almost equal ones, each at most ceil(size / num_chunks)."""
     return slice(size * chunk // num_chunks, size * (chunk + 1) // num_chunks)
 
 
 def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor) -> None:
-    """out = the sum of all parts, added rank after rank, so that every run gives the same bits.
-
-    Half types are summed in float32.
-    """
+    """Add rank after rank, half types in float32, so that every run gives the same bits."""
     dtype = summing_dtype(out.dtype)
     total = out if dtype == out.dtype else torch.empty_like(out, dtype=dtype)
     total.copy_(parts[0])

@@ -11,5 +11,5 @@ VARIABLE = "DP_RUNTIME_SESSION"
 
 @cache
 def session_token() -> str:
-    """A few letters that a driver chooses, or inherits from VARIABLE, as its ranks do."""
+    """Return a few letters that a driver chooses, or inherits from VARIABLE, as its ranks do."""
     return os.environ.get(VARIABLE) or secrets.token_hex(4)

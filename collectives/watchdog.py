@@ -1,4 +1,4 @@
-"""Notices when a device does not get past what was queued on it."""
+"""Watchdog: notices when a device does not get past what was queued on it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ LOOK_EVERY_S = 0.05
 
 
 class Completion(Protocol):
-    """What tells that the device has got past a point, without waiting: a CUDA event."""
-
-    def query(self) -> bool: ...
+    def query(self) -> bool: ...  # whether the device has got past it, as of a CUDA event
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,8 @@ class _Flight:
 class Watchdog:
     """Calls on_failure once, from its own thread, if nothing ends within timeout_s.
 
-    It counts from the last end or from the launch, whichever is later. The failure is a
-    CollectiveTimeout naming the operation, a CollectiveAborted if the device failed, or what
-    `check` raises at a look.
+    It counts from the last end or launch. The failure is a CollectiveTimeout, a CollectiveAborted
+    if the device failed, or what `check` raised.
     """
 
     def __init__(
@@ -86,7 +83,7 @@ class Watchdog:
                 return
 
     def _late(self) -> str | None:
-        """Forget what is done; the operation that has been holding the device up for too long."""
+        """Forget what is done; name the operation that holds the device up for too long, if any."""
         flights, now = self._flights, time.monotonic()
         num_done = bisect_left(flights, True, key=lambda flight: not flight.done.query())
         if num_done:

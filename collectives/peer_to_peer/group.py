@@ -18,11 +18,7 @@ LEAVE_S = 2.0  # for the device to end, where nothing has failed
 
 
 class PeerToPeerGroup:
-    """One rank's end of a group of GPU ranks on one host; several may share a GPU.
-
-    path and timeouts are as in SharedMemoryGroup. Raises StartError if ranks are missing, or can't
-    reach each other's memory.
-    """
+    """One rank's end of a group of GPU ranks on one host, over a SharedMemoryGroup."""
 
     def __init__(
         self,
@@ -66,7 +62,7 @@ class PeerToPeerGroup:
         self._rows.abort()
 
     def abort(self, reason: str) -> None:
-        """Free every waiter of every rank; peers' devices hear of it within a fraction of a s."""
+        """Free every waiter of every rank; peers' devices hear of it soon after."""
         self._host.abort(reason)
         self._rows.abort()
 
@@ -88,7 +84,6 @@ class PeerToPeerCollective(GroupMember):
 
     @property
     def waited_s(self) -> float:
-        """Seconds the host has waited for peers; for rows it is the device that waits."""
         return self._host.waited_s
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:

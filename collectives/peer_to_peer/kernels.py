@@ -1,23 +1,8 @@
-"""Triton kernels that move rows between GPUs by writing into the peers' memory.
+"""Triton kernels that move rows between GPUs through peers' memory; docs/collectives.md says how.
 
-Rows are read by a layout on the device, [2, SIZE] int32: where each rank's rows begin among all
-ranks' rows, and how many of them are real. Only real rows cross the wire, whatever the shapes are.
-
-A row is cut into WIDTH tiles of COLS columns, and tile t of every rank's rows belongs to program t
-modulo the number of programs, which is the same on all ranks. So program b of a rank writes its
-share into every peer, then raises flag (b, rank) there, waits for the flags that the peers'
-programs b raise here, and may then read what they wrote. Without a share for a peer no flag is
-raised there, and none is waited for: all ranks know the layout. Only programs 0 always meet, so
-that no kernel ends before all ranks have begun it. Flags count up, and what a program has waited
-for is counted on the device as well: a captured graph can be replayed. A wait ends early once the
-host sets `stop`; what it waited for is not there then.
-
-NOTE: the layout and the counts are read before gdc_wait. They are complete, since a kernel lets its
-successor start only once its own gdc_wait has returned, that is, once all earlier kernels ended:
-    layout copied, then gather k    reads the layout, and counts that gather k-1 wrote
-    scatter k   starts when gather k has passed gdc_wait: gather k-1 and scatter k-1 have ended
-    gather k+1  starts when scatter k has passed gdc_wait: gather k has ended, its counts are there
-    scatter k+1 starts when gather k+1 has passed gdc_wait: scatter k has ended, likewise
+NOTE: layout and counts are read before gdc_wait. They are complete: a kernel lets its successor
+start once its own gdc_wait has returned, so all kernels but the last have ended, and gathers and
+reduce-scatters, whose counts are apart, alternate.
 """
 
 from __future__ import annotations
@@ -35,7 +20,7 @@ LINE: tl.constexpr = tl.constexpr(32)  # flags of a program, of which each rank 
 def _places(
     table, layout, rank, SIZE: tl.constexpr, dtype: tl.constexpr
 ):  # fmt: skip
-    """Each rank's buffer, first row and real rows; the next rank first, the own one last."""
+    """Return each rank's (buffer, first row, real rows), the next rank first, the own one last."""
     places = ()
     for i in tl.static_range(1, SIZE + 1):
         to = (rank + i) % SIZE
@@ -49,7 +34,7 @@ def _places(
 
 @triton.jit
 def _takes_part(ranks, tiles):
-    """Of some ranks those with whom this program shares tiles; program 0 meets all."""
+    """Select the ranks with whom this program shares tiles; program 0 meets all."""
     return tl.where(tl.program_id(0) < tl.maximum(tiles, 1), ranks, False)
 
 
@@ -57,7 +42,7 @@ def _takes_part(ranks, tiles):
 def _flags(
     flags, own_flags, heard, rank, SIZE: tl.constexpr, RANKS: tl.constexpr
 ):  # fmt: skip
-    """The other ranks, this program's flags there and here, its count of theirs, and the next."""
+    """Return the peers, this program's flags there and here, its count of theirs, and the next."""
     peer = tl.arange(0, RANKS)
     others = (peer < SIZE) & (peer != rank)
     line = tl.program_id(0) * LINE
@@ -95,10 +80,7 @@ def gather_kernel(
     SIZE: tl.constexpr, RANKS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     POISON: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Own real rows, as integer words, go to their place in every rank's gathered rows.
-
-    POISON: the rest of each rank's rows_per_rank becomes NaN here: all bits set, in any float type.
-    """
+    """Write own real rows, as integer words, to all ranks; POISON sets all bits of others: NaN."""
     block, peer = tl.program_id(0), tl.arange(0, RANKS)
     places = _places(buffers, layout, rank, SIZE, own.dtype.element_ty)
     mine, own_first, own_real = places[SIZE - 1]
@@ -137,10 +119,7 @@ def reduce_scatter_kernel(
     SIZE: tl.constexpr, RANKS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     SUM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Each peer's real rows go to slot `rank` of its buffer; the own rows are summed in order.
-
-    A slot has rows_per_rank rows; own_rows of the sum are written, 0 beyond the real ones.
-    """
+    """Write each peer's rows to its slot `rank`; sum the own in rank order, 0 where not real."""
     block, peer = tl.program_id(0), tl.arange(0, RANKS)
     slot_size = tl.cast(rows_per_rank, tl.int64) * row_size
     places = _places(buffers, layout, rank, SIZE, partial.dtype.element_ty)

@@ -1,7 +1,4 @@
-"""Device memory that other processes of the host map, through the CUDA driver's IPC handles.
-
-A peer's GPU need not be visible here (CUDA 10.1): actors that each see one GPU can share.
-"""
+"""Device memory that other processes of the host map, through the CUDA driver's IPC handles."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class PeerMemory:
         torch.cuda.synchronize()
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor over `shape` elements from byte `offset` on; valid until `free`."""
+        """Make a tensor over the memory from byte `offset` on; valid until `free`."""
         key = (offset, shape, dtype)
         if key not in self._views:
             if len(self._views) >= MAX_VIEWS:

@@ -40,7 +40,7 @@ MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
 
 @dataclass(frozen=True)
 class GroupEnds:
-    """What the rows need of their group, whose ranks meet on the host."""
+    """Connects the rows to their group, whose ranks meet on the host."""
 
     raise_if_failed: Callable[[], None]
     fail: Callable[[RuntimeError], None]
@@ -49,15 +49,13 @@ class GroupEnds:
 
 @dataclass(frozen=True, eq=False)
 class RowLayout:
-    """Where each rank's rows begin among all ranks' rows, and how many of them are real."""
-
-    table: Tensor  # [2, dp_size] int32 on the device
+    table: Tensor  # [2, dp_size] int32 on the device: each rank's first row, and its real rows
     total: int  # rows in all
     largest: int  # of them, the largest rank's
 
 
 class Alternation:
-    """Whether an operation follows one of its own kind, after which peers may still read."""
+    """Tells whether an operation follows one of its own kind, which peers may still be reading."""
 
     def __init__(self) -> None:
         self._last: int | None = None
@@ -68,14 +66,10 @@ class Alternation:
 
 
 class PeerRows:
-    """One rank's end of peer-to-peer collectives; sums in float32, in the order of the ranks.
+    """One rank's end of peer-to-peer collectives; StartError if it can't map its peers' memory.
 
-    Both can be captured in CUDA graphs, whose replays follow the counts on the device. Gathered
-    rows are valid until the next gather. A gather tells peers that the reduce-scatter buffer may be
-    written again, and the other way round; an empty call comes between two of one kind. A graph is
-    captured over sizes that were used before. Partial sums must not lie in the gathered rows, which
-    a peer may be writing. GPUs need native atomics on each other's memory, as over NVLink.
-    Raises StartError if a GPU can't reach its peers' memory.
+    Gathered rows are valid until the next gather. Partial sums must not lie in them, for a peer may
+    be writing there. Graphs are captured over sizes that were used before, since buffers grow.
     """
 
     def __init__(
@@ -121,10 +115,7 @@ class PeerRows:
         return known
 
     def gather(self, rows: Tensor, layout: RowLayout, poison: bool = False) -> Tensor:
-        """All ranks' contiguous real rows where the layout has them, [layout.total, hidden].
-
-        Other rows are NaN with poison, else whatever was there.
-        """
+        """Return [layout.total, hidden]; rows that are not real are NaN with poison, else stale."""
         self._ends.raise_if_failed()
         self._alternate(GATHER)
         buffer = self._gather(rows, layout, poison)
@@ -132,10 +123,7 @@ class PeerRows:
         return buffer.memory.view(0, (layout.total, *rows.shape[1:]), rows.dtype)
 
     def reduce_scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
-        """The sum of all ranks' contiguous partial sums of the own rows, [own_rows, hidden].
-
-        Rows beyond the own real ones are 0.
-        """
+        """Return [own_rows, hidden], summed over the ranks; rows beyond the own real ones are 0."""
         self._ends.raise_if_failed()
         self._alternate(SCATTER)
         out = self._scatter(partial, layout, own_rows)
@@ -143,7 +131,7 @@ class PeerRows:
         return out
 
     def _alternate(self, operation: int) -> None:
-        """Keep a rank that is ahead from writing what a peer has not read yet."""
+        """Keep a rank that is ahead from writing over what a peer still reads, by an empty call."""
         if self._alternation.repeats(operation):
             none, empty = self._stop.new_empty(0, 4), self.layout((0,) * self._size)
             if operation == GATHER:
@@ -210,7 +198,7 @@ class PeerRows:
 
 
 def _split(rows: int, row_size: int, item_bytes: int) -> tuple[int, int, int]:
-    """Columns of a tile, tiles of a row, and programs: equal on all ranks, as their flags meet."""
+    """Return columns of a tile, tiles of a row, and programs, which all ranks must have alike."""
     cols = min(power_of_two(max(row_size, 1)), TILE_BYTES // item_bytes)
     width = -(-row_size // cols)
     return cols, width, max(1, min(rows * width, MAX_PROGRAMS))

@@ -10,19 +10,17 @@ from collectives.shared_memory.channel import Channel
 from dp_runtime.parallel.agreement import StepRecord
 
 LOOK_EVERY_S = 0.002
-# A rank that waited for less than SHORT_WAIT_S in the last turn expects to do so again, and looks
-# NUM_YIELDS times before it sleeps: waking up would take longer. Where ranks compute between
-# turns their waits are longer, and a rank that yields would only take time from them.
+# A rank whose last wait was short looks NUM_YIELDS times before it sleeps: waking takes longer.
+# Where ranks compute between turns, waits are longer, and yielding would only take time from them.
 SHORT_WAIT_S = 500e-6
 NUM_YIELDS = 20
 
 
 class SharedMemoryBoard(GroupMember):
-    """StepBoard over the records of a SharedMemoryGroup.
+    """StepBoard over the records of a SharedMemoryGroup; one is there when turn and checksum are.
 
-    A record is there when its turn and checksum are. The last rank to post wakes the others; two
-    that post at once may each miss the other's record, and look again after LOOK_EVERY_S. After
-    `idle` the first to post rings as well.
+    The last rank to post wakes the others, and after `idle` the first does too. Two that post at
+    once may each miss the other's record: they look again after LOOK_EVERY_S.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class SharedMemoryBoard(GroupMember):
             return tuple([found[rank] for rank in range(self.dp_size)])
 
     def newest(self) -> tuple[StepRecord | None, ...]:
-        """The newest record of every rank, without taking part; callable from any thread."""
+        """Return every rank's newest record without taking part; callable from any thread."""
         return tuple(self._newest_record(rank) for rank in range(self.dp_size))
 
     def idle(self, timeout_s: float) -> None:

@@ -19,9 +19,8 @@ CLOSED = "this rank has closed its group"
 class Channel:
     """Turns that all ranks take together, each by publishing and then waiting for all others.
 
-    Two buffers are enough: a rank writes buffer t % 2 in turn t once every rank has rung for turn
-    t - 1, and a rank rings for t - 1 only after it has read all it wanted from turn t - 2. Hence
-    every rank waits for all ranks in every turn, also for those that bring no rows.
+    Two buffers suffice since every rank waits for all, also for those that bring no rows:
+    docs/collectives.md.
     """
 
     def __init__(self, region: Region, bell: Doorbell, timeout_s: float) -> None:
@@ -53,10 +52,7 @@ class Channel:
         look_every_s: float | None = None,
         num_yields: int = 0,
     ) -> None:
-        """Wait until no rank is missing; looks at every ring, and every look_every_s.
-
-        Before it first sleeps it gives the core away num_yields times.
-        """
+        """Yield num_yields times, then sleep until no rank is missing; look every look_every_s."""
         start = time.monotonic()
         deadline = Deadline(self._timeout_s)
         pause = look_every_s or LOOK_EVERY_S

@@ -27,21 +27,19 @@ AREA_BYTES = 1 << 20
 
 
 def shared_root() -> str:
-    """Where groups of this host meet: in memory where the system has /dev/shm."""
+    """Return where groups of this host meet: in memory where the system has /dev/shm."""
     return "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 
 
 def new_rendezvous_path(root: str | None = None) -> str:
-    """A path for one group, below this host's or another host's `root`; nothing is created."""
+    """Choose a path for one group, below this or another host's `root`; nothing is created."""
     return os.path.join(root or shared_root(), f"dp-runtime-{session_token()}-{uuid.uuid4().hex}")
 
 
 class SharedMemoryGroup:
-    """One rank's end of a group of ranks on one host.
+    """One rank's end of a group of ranks on one host; StartError names missing ranks or space.
 
-    path: a directory that is new for every group; its file system needs room for
-    2 * dp_size * area_bytes. timeout_s bounds every wait of a step, attach_timeout_s the start.
-    Rows beyond area_bytes travel in chunks. Raises StartError naming missing ranks or space.
+    path: a directory that is new for every group, with room for 2 * dp_size * area_bytes.
     """
 
     def __init__(
@@ -49,9 +47,9 @@ class SharedMemoryGroup:
         path: str,
         dp_rank: int,
         dp_size: int,
-        timeout_s: float,
-        area_bytes: int = AREA_BYTES,
-        attach_timeout_s: float = 60.0,
+        timeout_s: float,  # of every wait of a step
+        area_bytes: int = AREA_BYTES,  # rows beyond them travel in chunks
+        attach_timeout_s: float = 60.0,  # of the start
     ) -> None:
         require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
         min_bytes = 64 * dp_size
@@ -104,11 +102,7 @@ class SharedMemoryGroup:
 
 
 class SharedMemoryCollective(GroupMember):
-    """RowCollective over the areas of a SharedMemoryGroup.
-
-    Sums are taken in rank order, in float32 for half types: the same bits on each run. Rows of a
-    GPU are copied to the host and back, for experiments with more ranks than GPUs.
-    """
+    """RowCollective over the areas of a SharedMemoryGroup; a GPU's rows pass through the host."""
 
     def __init__(
         self,
@@ -182,7 +176,7 @@ class SharedMemoryCollective(GroupMember):
             self._channel.finish("barrier")
 
     def arm_watchdog(self, what: str) -> None:
-        """Nothing to bound: the host waits for every call."""
+        pass  # the host waits for every call
 
     def _capacity(self, dtype: torch.dtype) -> int:
         return self._area_bytes // dtype.itemsize

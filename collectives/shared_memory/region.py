@@ -1,4 +1,4 @@
-"""The memory that the ranks of one host map: who aborted and why, step records, row areas.
+"""Region: memory that the ranks of one host map, with aborts, step records and areas for rows.
 
 Layout, in bytes: abort marks [dp_size] int64, abort texts [dp_size][512], records
 [dp_size][2][RECORD_WORDS + 2] int64 (turn, words, checksum), areas [2][dp_size][area_bytes].
@@ -64,7 +64,7 @@ class Region:
 
     @classmethod
     def create(cls, path: str, layout: RegionLayout) -> None:
-        """Write a zeroed region; it appears under its name when it is complete."""
+        """Write a zeroed region, which appears under its name when it is complete."""
         unfinished = f"{path}.new"
         fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as file:
@@ -101,7 +101,7 @@ class Region:
         self._memory[start : start + _RECORD.size] = body + _CHECKSUM.pack(zlib.crc32(body))
 
     def read_record(self, dp_rank: int, turn: int) -> StepRecord | None:
-        """The record of a rank and turn; None while it is not, or only partly, there."""
+        """Return the record of a rank and turn; None while it is not, or only partly, there."""
         start = self._layout.record(dp_rank, turn)
         posted = self._memory[start : start + _RECORD.size]
         words = _RECORD.unpack(posted)
@@ -122,7 +122,7 @@ class Region:
         self._marks[self._rank] = _MARKED | zlib.crc32(text)
 
     def abort_reason(self) -> str | None:
-        """Why a rank aborted, or None. A text that has not fully arrived counts from then on."""
+        """Return why a rank aborted, or None; a text counts once it has fully arrived."""
         if not any(self._marks):
             return None
         for dp_rank, mark in enumerate(self._marks):

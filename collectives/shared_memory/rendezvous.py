@@ -1,4 +1,4 @@
-"""How the ranks of one host find each other: a private directory that is gone once all attached."""
+"""Ranks of one host find each other in a private directory that is gone once all attached."""
 
 from __future__ import annotations
 
@@ -23,11 +23,9 @@ def remove_rendezvous(path: str) -> None:
 
 
 class Rendezvous:
-    """One rank's attempt to attach to the directory `path`.
+    """One rank's attempt to meet the others in a directory (0700) of FIFOs and the region (0600).
 
-    The directory (0700) holds a FIFO per rank and channel and the region (all 0600). As soon as
-    all ranks have opened everything, the names are removed, so that nothing is left behind
-    however the ranks end.
+    Names are removed once all ranks have opened everything: nothing is left however ranks end.
     """
 
     def __init__(self, path: str, dp_rank: int, layout: RegionLayout, timeout_s: float) -> None:

@@ -1,7 +1,4 @@
-"""Tells all ranks of an abort and of the orderly end, over TCP from every rank to every other.
-
-A store that one rank hosts would not do: with that rank stopped, nobody could read the alarm.
-"""
+"""AbortChannel: tells all ranks of an abort and of the orderly end, over TCP between every two."""
 
 from __future__ import annotations
 
@@ -38,8 +35,8 @@ def own_address(init_method: str) -> str:
 class AbortChannel:
     """Connects to all ranks, then calls on_alarm(reason) if a peer sounds.
 
-    Raises TimeoutError or a store error if a rank is missing after timeout_s. Connections without
-    the secret are dropped: it comes through the launcher, since anyone may read the store.
+    Raises TimeoutError or a store error if a rank is missing after timeout_s. The secret comes
+    through the launcher, since anyone may read the store; connections without it are dropped.
     """
 
     def __init__(
@@ -72,7 +69,7 @@ class AbortChannel:
         self._all_left.wait(timeout_s)
 
     def close(self) -> None:
-        """End the watch and the connections; not from on_alarm."""
+        """End the watch and the connections; NOTE: not from on_alarm, which runs in that watch."""
         self._quit.close()
         self._thread.join()
         for end in (*self._peers, self._quit_seen):
@@ -127,7 +124,7 @@ def _connect_all(
 
 
 def _receive(peer: socket.socket, size: int) -> bytes:
-    """Exactly size bytes; b"" if the connection ends before."""
+    """Read exactly size bytes; b"" if the connection ends before."""
     message = b""
     with suppress(OSError):
         while len(message) < size and (more := peer.recv(size - len(message))):

@@ -1,8 +1,4 @@
-"""Row collectives and a step board over torch.distributed, for ranks of several hosts or GPUs.
-
-Backends are made without `init_process_group`: a process that has aborted a group must be able to
-join the next one at once, while Gloo may not give up the old one's operations until its timeout.
-"""
+"""Row collectives and a step board over torch.distributed, for ranks of several hosts or GPUs."""
 
 from __future__ import annotations
 
@@ -32,26 +28,19 @@ _PAUSES = 4  # times timeout_s until Gloo gives up itself: its clock goes on whi
 
 
 class TorchDistributedGroup:
-    """One rank's end of a torch.distributed group.
-
-    init_method: file:///path (one host) or tcp://host:port, the same for all ranks and new for
-    every group. backend "nccl" moves rows of `device` over NCCL; counts, barriers and records
-    always go over Gloo. timeout_s bounds every wait of a step, attach_timeout_s the start.
-    secret lets ranks in; with tcp, rank 0 hosts the store, on `listener` if it listens already.
-    Raises StartError if the ranks do not come together.
-    """
+    """One rank's end of a torch.distributed group; StartError if the ranks do not come together."""
 
     def __init__(
         self,
-        init_method: str,
+        init_method: str,  # file:///path (one host) or tcp://host:port; new for every group
         dp_rank: int,
         dp_size: int,
-        timeout_s: float,
-        backend: str = "gloo",
+        timeout_s: float,  # of every wait of a step
+        backend: str = "gloo",  # of rows; counts, barriers and records always go over Gloo
         device: torch.device = _CPU,
-        attach_timeout_s: float = 60.0,
-        secret: str = "",
-        listener: socket | None = None,
+        attach_timeout_s: float = 60.0,  # of the start
+        secret: str = "",  # lets ranks in
+        listener: socket | None = None,  # rank 0's, for the store
     ) -> None:
         require(backend in ("gloo", "nccl"), "backend", backend, "gloo or nccl")
         require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
@@ -91,10 +80,7 @@ class TorchDistributedGroup:
             self._state.close(CollectiveAborted(text))
 
     def close(self) -> None:
-        """Leave the group; peers are not told.
-
-        With NCCL, healthy ranks leave together: a peer's device may still read this rank's memory.
-        """
+        """Leave; with NCCL together, for a peer's device may still read this rank's memory."""
         if self._nccl is not None and self._state.phase is Phase.OPEN:
             self._nccl.drain(_LEAVE_S)
             self._alarm.leave(_LEAVE_S)
@@ -132,7 +118,7 @@ class TorchDistributedGroup:
 
 
 class Rows(Protocol):
-    """How rows move, once their counts are checked and some rank has any."""
+    """Moves rows whose counts are checked, where some rank has any."""
 
     def gather(self, out: Tensor, rows: Tensor, counts: Counts) -> None: ...
 
@@ -142,11 +128,6 @@ class Rows(Protocol):
 
 
 class TorchDistributedCollective(GroupMember):
-    """RowCollective over a torch.distributed group.
-
-    Gloo sums half types in float32, NCCL as it does; the order of the ranks is the backend's.
-    """
-
     def __init__(
         self, group: Group, control: GlooBackend, rows: Rows, dp_rank: int, dp_size: int
     ) -> None:
@@ -156,8 +137,7 @@ class TorchDistributedCollective(GroupMember):
 
     @property
     def waited_s(self) -> float:
-        """Seconds spent in calls of the backend: it does not tell waiting from moving."""
-        return self._waited_s
+        return self._waited_s  # in calls of the backend, which does not tell waiting from moving
 
     def all_gather_ints(self, values: Sequence[int]) -> tuple[Counts, ...]:
         own = torch.tensor([list(values)], dtype=torch.int64)

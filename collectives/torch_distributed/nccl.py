@@ -26,11 +26,8 @@ from collectives.watchdog import Watchdog
 from dp_runtime.errors import StartError
 from dp_runtime.parallel.collective import Counts
 
-# Torch's own watchdog ends the whole process when a peer is lost, or keeps quiet about it (all
-# other values of TORCH_NCCL_ASYNC_ERROR_HANDLING), and its monitor asks rank 0's store once a
-# second and complains when that rank has left. Torch starts neither where waits are blocking. No
-# call here waits in that sense: without a watchdog of torch's, a Watchdog has its task. Nobody
-# retires what the flight recorder would keep then, so it is off.
+# These keep torch from starting its own watchdog, which ends the process when a peer is lost, and
+# its monitor; a Watchdog has their task here (docs/collectives.md).
 ENVIRONMENT = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_FR_BUFFER_SIZE": "0"}
 _GRACE_S = 1.0  # for a launch to end before an abort; one that is stuck is ended by it
 
@@ -44,9 +41,8 @@ def set_environment() -> None:
 class NcclRows:
     """One rank's NCCL communicator, connected when the constructor returns (else StartError).
 
-    The host does not wait for kernels, so a lost peer shows where the host next waits for its
-    device, which only `abort` can end. A watchdog closes the group if the device stands still for
-    timeout_s. After an abort the device is as usable as before.
+    A lost peer shows where the host next waits for its device; only `abort` ends that wait, and the
+    device is usable afterwards. A watchdog aborts if the device stands still for timeout_s.
     """
 
     def __init__(
@@ -114,10 +110,7 @@ class NcclRows:
         self._watch.drain(timeout_s)
 
     def abort(self) -> None:
-        """End the kernels of this rank, also those that wait for a peer, and the communicator.
-
-        Returns when that has happened; callable from any thread, more than once.
-        """
+        """End this rank's kernels and communicator, and wait for that; callable from any thread."""
         with self._aborting:
             if self._aborted:
                 return

@@ -1,4 +1,4 @@
-"""What a group over torch.distributed is in: open, failed or closed, and why."""
+"""GroupState: whether a group over torch.distributed is open, failed or closed, and why."""
 
 from __future__ import annotations
 
@@ -45,10 +45,7 @@ class GroupState:
             raise type(failure)(*failure.args)
 
     def start(self, backend: str, operation: Callable[[Any], Any]) -> Any:
-        """Start an operation on a backend.
-
-        A backend's destructor waits for its operations, so a rank must not drop the last reference.
-        """
+        """Start an operation; no rank keeps a backend, whose destructor waits for operations."""
         with self._lock:
             self.raise_if_failed()
             return operation(self._backends[backend])

@@ -17,11 +17,7 @@ def open_store(
     timeout_s: float,
     listener: socket.socket | None = None,
 ) -> Store:
-    """Return the store of that address. Rank 0 hosts it, on `listener` if it listens already.
-
-    torch itself would listen on all interfaces; this store listens on the address that the ranks
-    were given, and on no other.
-    """
+    """Open the store; rank 0 hosts it, on that address only, while torch's own listens on all."""
     url, wait = urlparse(init_method), timedelta(seconds=timeout_s)
     if url.scheme != "tcp":
         store: Store = next(rendezvous(init_method, dp_rank, dp_size, timeout=wait))[0]
