@@ -1,1 +1,1 @@
-"""What ranks agree on, and how rows travel between them."""
+"""Agreement of ranks on each step, and the exchange of rows between them."""

@@ -15,7 +15,7 @@ DRAFT_COST = 0.15
 
 
 def mean_accepted(p: float, num_drafts: int) -> float:
-    """p + p^2 + ... + p^num_drafts."""
+    """Return p + p^2 + ... + p^num_drafts (Leviathan et al., 2023, equation 1, less its 1)."""
     total = 0.0
     for _ in range(num_drafts):
         total = p * (1.0 + total)
@@ -35,12 +35,7 @@ def acceptance(mean: float, num_drafts: int) -> float:
 
 
 class AdaptiveLength:
-    """A ProgramPolicy that chooses the draft length with the most output per time.
-
-    Program id i drafts i + 1 tokens. With p the chance that a draft is accepted if all before it
-    were, s drafts emit 1 + p + ... + p^s tokens a request (Leviathan et al., 2023, equation 1) and
-    take 1 + s * cost, in units of a step without drafts. p solves accepted / verifications =
-    p + ... + p^s for smoothed sums.
+    """Chooses the draft length with the most output per time (docs/speculation.md, "Adaptive").
 
     NOTE: all ranks must choose alike, so its state depends on nothing but the sums agreed on since
     the epoch began, by operations that round alike everywhere.

@@ -22,7 +22,7 @@ _STOP = int(FaultBits.STOP)  # plain: an IntFlag's `&` is slow
 
 
 class StepRecord(NamedTuple):
-    """One rank posts this before a step; a tuple, since each step makes and reads several."""
+    """Holds what a rank posts before a step; a tuple, since each step makes and reads several."""
 
     epoch: int
     step_id: int
@@ -34,8 +34,7 @@ class StepRecord(NamedTuple):
     graph_votes: int = 0  # bit n: this rank's rows of pass n fit a captured graph
     fault_bits: int = 0  # FaultBits
 
-    def to_words(self) -> tuple[int, ...]:
-        """RECORD_WORDS integers: the fields, with the rows in MAX_PASSES places."""
+    def to_words(self) -> tuple[int, ...]:  # [RECORD_WORDS]; rows take MAX_PASSES places
         rows = self.real_rows
         unused = _UNUSED[len(rows) :]
         return (*self[:3], len(rows), *rows, *unused, *self[4:])
@@ -75,9 +74,7 @@ class Agreement(NamedTuple):
         return all(plan.mode is ExecutionMode.EMPTY for plan in self.plans)
 
 
-class StepTotals(NamedTuple):
-    """Sums over all ranks, by which a ProgramPolicy chooses the next program."""
-
+class StepTotals(NamedTuple):  # over all ranks
     program_id: int
     drafts_proposed: int
     drafts_accepted: int

@@ -1,4 +1,4 @@
-"""Sizes at which graphs are captured; the same on all ranks."""
+"""GraphBuckets: sizes at which graphs are captured, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ class GraphBuckets:
     def max_rows(self) -> int:
         return self.max_requests * self.query_len
 
-    def gathered(self, largest: int) -> int:
-        """The gathered rows of every rank where the largest rank has so many."""
+    def gathered(self, largest: int) -> int:  # rows of every rank, from the largest rank's
         assert 0 < largest <= self.max_rows, f"{largest} rows, graphs go to {self.max_rows}"
         return _gathered(self.local(largest), self.max_rows)
 
@@ -52,7 +51,7 @@ class GraphBuckets:
         return min(-(-count // LOCAL_STEP) * LOCAL_STEP, self.max_requests)
 
     def graph_keys(self) -> tuple[GraphKey, ...]:
-        """Every key a step may need, the largest first: the others fit into its memory."""
+        """Return every key a step may need, the largest first: the others fit into its memory."""
         locals_ = {self.local(count * self.query_len) for count in range(self.max_requests + 1)}
         sizes = {self.gathered(rows) for rows in locals_ if rows}
         keys = {GraphKey(rows, size) for size in sizes for rows in locals_ if rows <= size}
@@ -78,7 +77,6 @@ class PiecewiseBuckets:
     def cover(self, largest: int) -> bool:
         return 0 < largest <= self.max_rows
 
-    def gathered(self, largest: int) -> int:
-        """The gathered rows of every rank where the largest rank has so many."""
+    def gathered(self, largest: int) -> int:  # rows of every rank, from the largest rank's
         assert self.cover(largest), f"{largest} rows, stages go to {self.max_rows}"
         return _gathered(largest, self.max_rows)

@@ -54,7 +54,7 @@ class StepCoordinator:
 
     @property
     def step_key(self) -> tuple[int, int, int]:
-        """The first fields of the next record; all ranks must have the same."""
+        """Return the first fields of the next record; all ranks must have the same."""
         return self.epoch, self.step_id, self._program_id
 
     def agree(self, records: Sequence[StepRecord]) -> Agreement:

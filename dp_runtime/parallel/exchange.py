@@ -19,13 +19,11 @@ class RowExchange(Protocol):
 
     @property
     def row_ranges(self) -> Tensor | None:
-        """As DeviceCountCollective has them, where only the device knows which rows are real."""
+        """Return PaddingPlan.row_ranges where only the device knows which rows are real."""
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Local rows [local, hidden] -> all ranks' rows [total gathered, hidden]."""
+    def gather(self, rows: Tensor) -> Tensor: ...  # [local, hidden] -> [total gathered, hidden]
 
-    def reduce_scatter(self, partial: Tensor) -> Tensor:
-        """Partial sums [total gathered, hidden] -> local rows [local, hidden], summed."""
+    def reduce_scatter(self, partial: Tensor) -> Tensor: ...  # and back, summed
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +64,7 @@ class CountedExchange:
 
 
 def counts_real_rows(collective: RowCollective) -> bool:
-    """Whether only real rows cross the wire in graphs, whatever their shapes are."""
+    """Tell whether only real rows cross the wire in graphs, whatever their shapes are."""
     return collective.dp_size > 1 and isinstance(collective, DeviceCountCollective)
 
 

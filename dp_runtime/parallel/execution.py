@@ -29,7 +29,7 @@ class ExecutionPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class ExecutionPolicy:
-    """What an ExecutionPlan depends on besides the ranks' records; equal on all ranks."""
+    """Plans passes from the ranks' rows and votes; equal on all ranks."""
 
     padding: PaddingPolicy = field(default_factory=PaddingPolicy)  # of eager passes
     graphs: Mapping[tuple[Pass, int], GraphBuckets] = field(default_factory=dict)  # by query_len
@@ -37,9 +37,12 @@ class ExecutionPolicy:
     counted: bool = False  # in passes from graphs only real rows cross the wire
 
     def plan(
-        self, pass_kind: Pass, query_len: int, real_rows: tuple[int, ...], all_fit_graphs: bool
+        self,
+        pass_kind: Pass,
+        query_len: int,
+        real_rows: tuple[int, ...],
+        all_fit_graphs: bool,  # every rank has a graph for its rows
     ) -> ExecutionPlan:
-        """all_fit_graphs: every rank has a graph for its rows of the pass."""
         largest = max(real_rows)
         if largest == 0:
             mode, padding = ExecutionMode.EMPTY, self.padding.plan(real_rows)

@@ -62,7 +62,7 @@ class PaddingPlan:
 
     @property
     def rows_per_rank(self) -> int:
-        """Gathered rows of each rank, where a graph's bucket makes them equal."""
+        """Return the gathered rows of each rank, where a graph's bucket makes them equal."""
         return self.gathered_rows[0]
 
     @property
@@ -74,8 +74,7 @@ class PaddingPlan:
         return sum(self.gathered_rows)
 
     @property
-    def wire_rows(self) -> int:
-        """Rows that reach another rank in one collective of this plan."""
+    def wire_rows(self) -> int:  # those that reach another rank in one collective
         crossing = self.total_real if self.counted else self.total_gathered
         return crossing * (len(self.real_rows) - 1)
 
@@ -85,11 +84,11 @@ class PaddingPlan:
 
     @cached_property
     def row_ranges(self) -> NDArray[np.int32]:
-        """[2, dp_size]: each rank's first row, and how many are real."""
+        """Return each rank's first row among the gathered, and how many are real: [2, dp_size]."""
         return np.array([self.offsets, self.real_rows], np.int32)
 
     def row_ranges_on(self, device: torch.device) -> Tensor:
-        """row_ranges, copied once: the MoE stages of a pass share the copy."""
+        """Copy row_ranges once: the MoE stages of a pass share the copy."""
         if device not in self._copies:
             self._copies[device] = on_device(self.row_ranges, device)
         return self._copies[device]
@@ -100,7 +99,7 @@ class PaddingPlan:
 
     @cached_property
     def real_index(self) -> Tensor | None:
-        """[total_real] int64: the real rows among the gathered ones; None if all are real."""
+        """Find the real rows among the gathered, [total_real] int64; None if all are real."""
         if self.total_real == self.total_gathered:
             return None
         return torch.cat(
@@ -122,7 +121,7 @@ class PaddingPolicy:
 
 
 def pad(rows: Tensor, plan: PaddingPlan, dp_rank: int, poison: bool = False) -> Tensor:
-    """A rank's real rows [real, hidden] -> [gathered, hidden]; the tail is 0, or NaN."""
+    """Fill a rank's rows [real, hidden] up to [gathered, hidden] with 0, or NaN."""
     real, gathered = plan.real_rows[dp_rank], plan.gathered_rows[dp_rank]
     assert rows.shape[0] == real, f"{rows.shape[0]} rows, the plan says {real}"
     if gathered == real:
@@ -132,7 +131,7 @@ def pad(rows: Tensor, plan: PaddingPlan, dp_rank: int, poison: bool = False) -> 
 
 
 def strip(rows: Tensor, plan: PaddingPlan, dp_rank: int) -> Tensor:
-    """A rank's gathered rows [gathered, hidden] -> its real rows [real, hidden]."""
+    """Cut a rank's rows [gathered, hidden] back to [real, hidden]."""
     gathered = plan.gathered_rows[dp_rank]
     assert rows.shape[0] == gathered, f"{rows.shape[0]} rows, the plan says {gathered}"
     return rows[: plan.real_rows[dp_rank]]

@@ -47,7 +47,7 @@ def _time(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Median nanoseconds of a gather and a reduce-scatter with these counts."""
+    """Measure the median nanoseconds of a gather and a reduce-scatter with these counts."""
     rows = torch.zeros((counts[collective.dp_rank], hidden_size), dtype=dtype, device=device)
     times = []
     for _ in range(PROBE_ROUNDS):

@@ -8,7 +8,7 @@ from dp_runtime.parallel.agreement import StepRecord
 
 
 class StepBoard(Protocol):
-    """Each rank posts its records and reads everyone's, from one thread."""
+    """Gathers records by turns that it counts itself: records of unequal steps still meet."""
 
     dp_rank: int
     dp_size: int
@@ -17,22 +17,17 @@ class StepBoard(Protocol):
     def waited_s(self) -> float: ...  # for peers' records, since the start
 
     def all_gather_records(self, record: StepRecord) -> tuple[StepRecord, ...]:
-        """Post a record, and return what all ranks posted in the same turn, [rank].
-
-        The board counts turns, so that records which differ in epoch, step or program still meet.
-        Raises CollectiveTimeout naming the ranks that are missing.
-        """
+        """Return all ranks' records of this turn, [rank]; CollectiveTimeout names missing ranks."""
 
     def idle(self, timeout_s: float) -> None:
         """Sleep until `wake`, a peer's next record, or the timeout.
 
-        All ranks call it after the same records: the next to post then knows that others sleep.
+        NOTE: all ranks call it after the same records, so that the next to post wakes the others.
         """
 
     def wake(self) -> None:
         """End this rank's current or next `idle`; callable from any thread."""
 
-    def abort(self, reason: str) -> None:
-        """As RowCollective.abort."""
+    def abort(self, reason: str) -> None: ...  # as RowCollective's
 
     def close(self) -> None: ...  # callable more than once

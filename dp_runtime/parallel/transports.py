@@ -1,4 +1,4 @@
-"""What each transport of the MoE collectives can do; `workers.communicators` connects them."""
+"""Transports of rows and records, and what each can do; `workers.communicators` connects them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Transport:
-    """A way for rows and step records to travel between ranks."""
-
     name: str
     device_types: tuple[str, ...] = ("cpu", "cuda")
     spans_hosts: bool = False

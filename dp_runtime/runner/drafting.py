@@ -39,7 +39,7 @@ class DraftChains:
 
     @property
     def rows(self) -> Tensor:
-        """[requests * (1 + drafts)] int64: what the target reads to verify them."""
+        """Return what the target reads to verify them, [requests * (1 + drafts)] int64."""
         return torch.stack(self.tokens, 1).flatten()
 
 
@@ -109,7 +109,7 @@ class Drafting:
         return self.state.read(decodes, target.lengths_are_bounds[: len(decodes)])
 
     def extend(self, chains: DraftChains, output: PassOutput) -> DraftChains:
-        """One more token of each, from a draft pass."""
+        """Append a draft pass's token to each chain."""
         last, hidden = output.hidden
         logits = output.logits
         if logits is None:

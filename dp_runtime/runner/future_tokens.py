@@ -1,4 +1,4 @@
-"""FutureTokens: what only the device knows of a pass's rows when they are launched."""
+"""FutureTokens: tokens and hidden states that only the device knows when a pass is launched."""
 
 from __future__ import annotations
 

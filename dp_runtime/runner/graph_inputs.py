@@ -156,7 +156,7 @@ def _host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> _HostBuffer:
 
 
 def _offsets(shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Each field's first word, and last the number of words."""
+    """Return each field's first word, and last the number of words."""
     sizes = [math.prod(shape) * WORD for shape in shapes.values()]
     return tuple(offset // WORD for offset in aligned_offsets(sizes))
 

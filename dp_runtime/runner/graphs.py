@@ -139,7 +139,7 @@ class PassGraphs:
         return _Captured(graph, output, attention)
 
     def _metadata(self, rows: int) -> AttentionMetadata:
-        """Metadata over the graph's inputs; its host mirrors are bounds, for kernels to plan by."""
+        """Make metadata over the graph's inputs, with bounds on the host for kernels to plan by."""
         inputs, length = self._inputs, self.buckets.query_len
         requests, table_pages = rows // length, inputs.page_table.shape[1]
         longest = table_pages * self._pages.page_size

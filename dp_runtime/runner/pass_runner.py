@@ -59,7 +59,7 @@ class PassRunner:
         return PassOutput(forward(inputs, attention, exchange), None)
 
     def fits_graph(self, query_len: int, batch: LocalBatch) -> bool:
-        """Whether there is a graph for these rows, on this rank."""
+        """Tell whether this rank has a graph for these rows."""
         graphs = self.graphs.get(query_len)
         return graphs is not None and graphs.covers(batch)
 

@@ -89,10 +89,9 @@ class StepLoop:
     def step(self, inbox: Inbox, deliver: Deliver) -> bool:
         """Schedule, post a record, agree, build metadata, run passes, sample, commit.
 
-        Ranks agree before any of them builds metadata: sizes are final when they are first used,
-        and nothing is padded or resized later. With one step in flight, the step committed here is
-        the one before, so the host schedules and agrees while the device computes. With none, the
-        same lines commit this step. False once all ranks have agreed to stop.
+        Ranks agree before any of them builds metadata, so sizes are final when they are first used.
+        With one step in flight the step committed here is the one before: the host schedules and
+        agrees while the device computes. Returns False once all ranks have agreed to stop.
         """
         deliver(self._apply(inbox))
         if not self.runner.may_run_ahead:

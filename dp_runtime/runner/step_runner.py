@@ -88,7 +88,7 @@ class StepRunner:
         }
 
     def graph_votes(self, scheduled: SchedulerOutput, program: Program) -> int:
-        """Bit n: this rank's rows of the program's pass n can be replayed."""
+        """Set bit n if this rank's rows of the program's pass n can be replayed."""
         votes = 0
         for index, (pass_kind, batch) in enumerate(zip(program.passes, scheduled.batches)):
             # A target's graph ends with the logits of all its rows.
@@ -101,7 +101,7 @@ class StepRunner:
 
     @property
     def may_run_ahead(self) -> bool:
-        """Whether a step can be scheduled before the one before it is committed."""
+        """Tell whether a step can be scheduled before the last one is committed."""
         # Tokens that are drawn, penalised or scored depend on output indices, of which the host has
         # only upper bounds while a verification is in flight.
         return self.drafting is None or self.sampler.all_plain

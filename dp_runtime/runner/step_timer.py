@@ -12,7 +12,7 @@ from dp_runtime.parallel.step_board import StepBoard
 
 
 class StepTimer:
-    """Seconds of a step's first phases, from its making on."""
+    """Measures the seconds of a step's first phases, from its making on."""
 
     schedule_s = agree_s = agree_wait_s = 0.0
 
@@ -29,14 +29,14 @@ class StepTimer:
 
 
 class PassTimer:
-    """Seconds of one pass, from its making on."""
+    """Measures the seconds of one pass, from its making on."""
 
     def __init__(self, collective: RowCollective) -> None:
         self._collective, self._waited = collective, collective.waited_s
         self._started = self._forward_start = perf_counter()
 
     def end_prepare(self) -> None:
-        """Never called where a graph takes its inputs in: replaying is all forward."""
+        """End preparing; a replay, which takes its inputs in, never does: it is all forward."""
         self._forward_start = perf_counter()
 
     @property

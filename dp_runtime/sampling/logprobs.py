@@ -73,10 +73,8 @@ def _rows_logprobs(
 
 
 def _top_ids(values: Tensor, k: int) -> Tensor:
-    """Find the ids [n, k] of the largest float32 values, ties to the lowest id.
-
-    topk leaves ties open: it gets integers, the float's ordered bits above, the inverted id below.
-    """
+    """Find the ids [n, k] of the largest float32 values, ties to the lowest id."""
+    # topk leaves ties open; it gets integers: the float's ordered bits above, the inverted id below
     if k == 0:
         return torch.empty((len(values), 0), dtype=torch.int64, device=values.device)
     bits = values.view(torch.int32)

@@ -33,11 +33,8 @@ def derive_seed(seed: int, request_id: int) -> int:
 
 
 def uniform(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:
-    """Draw from [0, 1) for each (seed, index, stream): [n] float64 with 53 random bits.
-
-    SplitMix64's finaliser (Steele, Lea and Flood, 2014) takes seed, stream and index in turn, so
-    that neighbouring seeds share no sequence.
-    """
+    """Draw [n] float64 from [0, 1) by SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
+    # Seed, stream and index are mixed in turn, so that neighbouring seeds share no sequence.
     key = _mix(_mix(seeds + _signed(_GOLDEN)) + _signed(_GOLDEN * (stream + 1)))
     bits = _mix(key + (indices + 1) * _signed(_GOLDEN))
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53

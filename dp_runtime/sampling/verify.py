@@ -1,10 +1,4 @@
-"""Verification of drafted tokens against what the target's own rows gave.
-
-A draft d is the draft model's most likely token, so the proposal is a point mass, and rejection
-sampling (Leviathan et al. 2023; Chen et al. 2023) accepts it with probability p(d), else draws from
-p without d. Drawing y from p and accepting d where y == d does both: so every row is sampled as if
-it stood alone, and tokens are those of serving without speculation, one for one.
-"""
+"""Verification of drafted tokens; docs/speculation.md proves that it is rejection sampling."""
 
 from __future__ import annotations
 
@@ -25,10 +19,7 @@ _FORCED_STREAM = 1  # of random numbers; tokens are drawn from stream 0
 
 
 def accepted_drafts(sampled: Tensor, drafts: Tensor) -> Tensor:
-    """Count each chain's drafts up to the first that the target's sampled tokens differ from.
-
-    sampled [n, s + 1], drafts [n, s] int64 -> [n] int64 in 0..s, on the device.
-    """
+    """Count the drafts [n, s] before each chain's first that differs from sampled [n, s + 1]."""
     num_drafts = drafts.shape[1]
     assert sampled.shape == (len(drafts), num_drafts + 1), (
         f"tokens {tuple(sampled.shape)} sampled for drafts {tuple(drafts.shape)}"
@@ -39,10 +30,7 @@ def accepted_drafts(sampled: Tensor, drafts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ForcedAcceptance:
-    """Accepts so many tokens whatever was drafted, to measure what better drafts would be worth.
-
-    The text makes no sense: rows after a rejected draft were computed from it.
-    """
+    """Accepts so many tokens whatever was drafted, for measurements; the text is meaningless."""
 
     mean_tokens: float  # that a verification emits, the one after the drafts included; >= 1
 
@@ -93,10 +81,7 @@ class Verification:
         return [one for one in verified for _ in range(self.rows_each)] + others
 
     def assumed(self, rows: Int64) -> tuple[Int64, Int64]:
-        """Pair rows of the batch with the drafts among their own inputs, as if these were accepted.
-
-        Returns for every pair the place in `rows` and that in `drafts.flatten()`.
-        """
+        """Pair places in `rows` with those in `drafts.flatten()` that the rows have as inputs."""
         chains, depths = np.divmod(rows, self.rows_each)
         depths[rows >= self.num_rows] = 0
         places = np.arange(len(rows)).repeat(depths)
@@ -127,10 +112,8 @@ def first_positions(positions: SamplePositions, verification: Verification) -> S
 
 @dataclass(frozen=True, eq=False)
 class LastAccepted:
-    """The last emitted token of each request in a draft_extend pass, and the row that read it."""
-
-    rows: Tensor  # [requests] int64, of the pass
-    token_ids: Tensor  # [requests] int64
+    rows: Tensor  # [requests] int64, of a draft_extend pass: those that read the next field
+    token_ids: Tensor  # [requests] int64, the last emitted
     num_rejected: Tensor  # [requests] int64 drafts; 0 for chunks
 
     @classmethod
@@ -138,16 +121,13 @@ class LastAccepted:
         cls,
         *,
         first_rows: Tensor,  # [requests] int64, as the next three; verifications, then chunks
-        first_samples: Tensor,
+        first_samples: Tensor,  # index into sampled_tokens [n]; -1: take known_tokens
         known_tokens: Tensor,
         max_accepted: Tensor,
         sampled_tokens: Tensor,
         num_accepted: Tensor,  # [verifications] int64
     ) -> LastAccepted:
-        """Advance each request's first row by its accepted drafts; of chunks it is the last row.
-
-        first_samples: the index of the row's token in sampled_tokens [n]; -1: in known_tokens.
-        """
+        """Advance each request's first row by its accepted drafts; of chunks it is the last row."""
         num_chunks = len(first_rows) - len(num_accepted)
         accepted = torch.nn.functional.pad(num_accepted, (0, num_chunks))
         rows, samples, token_ids = first_rows + accepted, first_samples + accepted, known_tokens

@@ -1,4 +1,4 @@
-"""Limits: what a step and a sequence of one rank may hold."""
+"""Limits of a step and of a sequence on one rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Limits:
 
     @property
     def max_cached_len(self) -> int:
-        """Positions that a sequence needs pages for; drafts may lie beyond max_model_len."""
+        """Count positions that a sequence needs pages for; drafts may lie beyond max_model_len."""
         return self.max_model_len + self.max_drafts
 
     @property
@@ -23,5 +23,5 @@ class Limits:
 
     @property
     def num_table_rows(self) -> int:
-        """Running requests, and as many that stopped while a step with them is in flight."""
+        """Count running requests, and as many that stopped while a step with them is in flight."""
         return 2 * self.max_num_requests

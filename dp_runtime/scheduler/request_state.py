@@ -1,4 +1,4 @@
-"""RequestState: a request that a rank is serving, and what the host knows of it."""
+"""RequestState: one request on its rank, and what the host knows of it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ NO_ROW = -1
 
 
 class RequestStatus(Enum):
-    """Where a request of a rank stands.
-
-    WAITING ──> RUNNING ──> STOPPING ──> ENDED
-       ^           v           ^
-       └────── PREEMPTED ──────┘        (WAITING ──> STOPPING: aborted in the queue)
+    """WAITING ──> RUNNING ──> STOPPING ──> ENDED
+    ^           v           ^
+    └────── PREEMPTED ──────┘        (WAITING ──> STOPPING: aborted in the queue)
     """
 
     WAITING = "waiting"  # queued, without a row in the request table
@@ -47,8 +45,6 @@ _SUCCESSORS = {
 
 @dataclass(eq=False, slots=True)
 class RequestState:
-    """One request on its rank: what the host knows of it."""
-
     request: RankRequest
     max_outputs: int
     prompt: Int64 = field(init=False)

@@ -11,8 +11,7 @@ from dp_runtime.scheduler.request_state import NO_ROW, RequestState
 class RequestTable:
     """One row for each admitted request; its columns are written by its methods alone.
 
-    `num_tokens` and `num_computed_tokens` count the steps in flight as if all drafts were accepted:
-    both are upper bounds until the commit.
+    `num_tokens` and `num_computed_tokens` count steps in flight as if all drafts were accepted.
     """
 
     def __init__(self, num_rows: int) -> None:

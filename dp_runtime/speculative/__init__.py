@@ -1,1 +1,1 @@
-"""Where draft models and verification go; the passes they run in are in `dp_runtime.program`."""
+"""Draft models; the passes they run in are in `dp_runtime.core.program`."""

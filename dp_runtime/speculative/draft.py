@@ -47,7 +47,7 @@ class DraftConfig:
 
 
 class DraftModel(PassModel, Protocol):
-    """A forward's `hidden` is the target's, projected, or what the draft's last one returned."""
+    """Reads as `hidden` what `project` makes of the target's, or what its last forward returned."""
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> DraftModel: ...
 
@@ -95,10 +95,7 @@ def concat_normed(
 def read_draft_config(
     model_directory: str, target: ModelConfig, draft_directory: str | None
 ) -> DraftConfig:
-    """Read the EAGLE-3 head in draft_directory, or with None the target's own MTP layer.
-
-    Raises ValueError, in one line, for whatever is missing, malformed or does not fit the target.
-    """
+    """Read the EAGLE-3 head in draft_directory, or with None the target's own MTP layer."""
     if draft_directory is None:
         return find_method("mtp").read_config(model_directory, target)
     return find_method("eagle3").read_config(draft_directory, target)

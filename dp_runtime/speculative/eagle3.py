@@ -33,10 +33,7 @@ from dp_runtime.weights.source import WeightSource
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Eagle3(LmHeadMixin):
-    """EAGLE-3 head.
-
-    A chained draft reads the hidden state *before* the final norm, un-normed as the target's are.
-    """
+    """Chains drafts by the hidden state *before* the final norm, un-normed like the target's."""
 
     config: Eagle3Config
     embedding: Tensor  # [vocab, hidden], its own or the target's

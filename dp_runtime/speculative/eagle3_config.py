@@ -109,11 +109,9 @@ def check_sizes(fields: ConfigFields, config: Eagle3Config) -> None:
 
 
 def parse_aux_hidden_state_layers(fields: ConfigFields, num_layers: int) -> tuple[int, ...]:
-    """Read which of the target's layers the head reads the inputs of.
-
-    Heads name layers either by their inputs, or by the outputs of the layers before, which always
-    begin with 1. They are told apart as SGLang does (its PR #25454).
-    """
+    """Read which of the target's layers the head reads the inputs of."""
+    # Heads name layers by their inputs, or by the outputs of the layers before: these begin with 1.
+    # SGLang tells them apart in the same way (its PR #25454).
     section = fields.section("eagle_config")
     layers: tuple[int, ...] = ()
     if section is not None:

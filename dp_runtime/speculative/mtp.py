@@ -69,10 +69,7 @@ def read_config(directory: str, target: ModelConfig) -> MtpConfig:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mtp(LmHeadMixin):
-    """One MTP layer, which reads hidden states after the final norm and returns such.
-
-    Checkpoints in which that makes a difference are trained so (Qwen3-Next, Qwen3.5).
-    """
+    """Reads and returns hidden states *after* the final norm, as Qwen3-Next is trained to."""
 
     config: MtpConfig
     embedding: Tensor  # [vocab, hidden], the target's
