@@ -19,7 +19,7 @@ from dp_runtime.kernels.builds import JitModule
 
 @dataclass(frozen=True, eq=False)
 class PagedAttention:
-    """Causal grouped-query attention over one layer's pages, to which new keys were written."""
+    """Causal grouped-query attention over one layer's pages, which already have the new keys."""
 
     cache: LayerCache
 
@@ -32,16 +32,18 @@ class PagedAttention:
 class AttentionBackend(ABC):
     """Attention of all layers of a model over their page pools, which share its workspaces.
 
-    It sees rows and metadata, and can reach neither a batch, an agreement nor a config. What a
-    class can do is known without a GPU library: backends import theirs when they are made.
+    It knows no batch, agreement or config. A class imports its GPU library only in __init__, so
+    that `check` and the byte counts work without it.
     """
 
     capturable: ClassVar[bool]  # a plan serves a graph, whose lengths change on the device
 
     def __init__(
-        self, spec: AttentionSpec, pools: Sequence[Tensor], scales: Sequence[KvScales] = ()
+        self,
+        spec: AttentionSpec,
+        pools: Sequence[Tensor],  # [layer]
+        scales: Sequence[KvScales] = (),  # [layer], or all 1.0
     ) -> None:
-        """Bind to pools [layer]; scales [layer] are 1.0 by default."""
         self.spec = spec
         self.device = pools[0].device
         self._caches = tuple(
@@ -57,8 +59,7 @@ class AttentionBackend(ABC):
         """Raise ValueError for what its kernels do not support, with field and alternative."""
 
     @classmethod
-    def workspace_bytes(cls, spec: AttentionSpec) -> int:
-        """Count the device memory that a backend allocates, whatever the number of layers."""
+    def workspace_bytes(cls, spec: AttentionSpec) -> int:  # whatever the number of layers
         return 0
 
     @classmethod
@@ -70,10 +71,7 @@ class AttentionBackend(ABC):
         return PagedAttention(self._caches[index])
 
     def plan(self, metadata: AttentionMetadata) -> AttentionPlan:
-        """Plan a pass and check all that its kernels will read, once for all layers.
-
-        Raises ContractViolation, which names rank, step, pass, layers and both numbers.
-        """
+        """Plan a pass for all layers; ContractViolation for anything a kernel would misread."""
         where = f"{metadata.place}, layers 0..{len(self._caches) - 1}"
         compare(metadata_comparisons(metadata, self.spec, self.device), where)
         plan = self._plan(metadata) if metadata.num_tokens else self._plan_no_rows(metadata)
@@ -82,7 +80,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def _plan(self, metadata: AttentionMetadata) -> AttentionPlan:
-        """Plan a pass that has rows; the metadata is in order."""
+        """Plan a pass that has rows and was checked."""
 
     def _plan_no_rows(self, metadata: AttentionMetadata) -> AttentionPlan:
         return _NoRows(metadata, self._slots(metadata), self.spec)

@@ -1,9 +1,7 @@
-"""What attention kernels take for granted and check nowhere.
+"""The checks between a plan and its kernels, which crash or return garbage instead of checking.
 
-The values in a metadata (page ids, lengths, offsets) are checked on the host when it is built. A
-plan compares shapes, dtypes, strides and devices of what kernels read, once for all layers; a layer
-compares the tensors that it is called with. Nothing here waits for the device, except with
-`check_device_values`, which reads device tensors back.
+Values are checked on the host when a metadata is built. Here shapes, dtypes and devices are
+compared, per pass and per layer; only `check_device_values` reads device tensors back and waits.
 """
 
 from __future__ import annotations
@@ -66,7 +64,6 @@ def metadata_comparisons(
 def tensor_comparisons(
     name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Iterable[Comparison]:
-    """Compare what a kernel takes for granted beside a pointer."""
     found = (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
     due = (shape, dtype, device, True)
     if found != due:

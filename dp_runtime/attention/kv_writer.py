@@ -14,8 +14,6 @@ from dp_runtime.core.rotation import QkNormRope
 
 @dataclass(frozen=True, eq=False)
 class KvWriter:
-    """Writes to one layer's page pool, at the slots that a plan has."""
-
     cache: LayerCache
 
     def write(self, qkv: Tensor, rotation: QkNormRope, plan: AttentionPlan) -> Tensor:

@@ -1,4 +1,4 @@
-"""AttentionPlan: what all layers of a pass have in common, made once before the first of them."""
+"""AttentionPlan: what all layers of a pass have in common, made before the first of them."""
 
 from __future__ import annotations
 
@@ -25,28 +25,24 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's page pool [num_pages, 2, num_kv_heads, page_size, head_dim] and its scales."""
-
     layer: int
-    pool: Tensor
+    pool: Tensor  # [num_pages, 2, num_kv_heads, page_size, head_dim]
     scales: KvScales
 
 
 @dataclass(frozen=True, eq=False)
 class CacheSlots:
-    """Where a pass's new keys and values go; the same in every layer."""
+    """The slots of a pass's new keys and values, the same in every layer."""
 
     mapping: Tensor  # [rows] int32: page * page_size + offset
     page_size: int
 
     @cached_property
-    def pages(self) -> Tensor:
-        """[rows] int64; kernels of a GPU work with the mapping alone."""
+    def pages(self) -> Tensor:  # [rows] int64, for torch; GPU kernels read the mapping
         return self.mapping.long() // self.page_size
 
     @cached_property
-    def offsets(self) -> Tensor:
-        """[rows] int64, within the pages."""
+    def offsets(self) -> Tensor:  # [rows] int64, within the pages
         return self.mapping.long() % self.page_size
 
 

@@ -1,4 +1,4 @@
-"""Splitting a pass's queries into groups that one batched product can serve."""
+"""Groups of a pass's queries, each of which one batched product serves."""
 
 from __future__ import annotations
 
@@ -10,31 +10,27 @@ from torch import Tensor
 
 from dp_runtime.core.metadata import AttentionMetadata
 
-QUERY_BLOCK = 256  # most query rows in a piece: bounds masks, and skips keys no row may see
-PAIR_BUDGET = 2**18  # most (query row, key) pairs in a group of several pieces
+QUERY_BLOCK = 256  # query rows of a piece: bounds masks, and skips keys that no row may see
+PAIR_BUDGET = 2**18  # (query row, key) pairs of a group of several pieces
 
 
 @dataclass(frozen=True)
 class QueryPiece:
-    """Consecutive query rows of one request; the last one sees kv_len keys."""
-
     request: int
     first_row: int
     query_len: int
-    kv_len: int
+    kv_len: int  # keys that the last row sees
 
 
 @dataclass(frozen=True, eq=False)
 class QueryGroup:
-    """Pieces of equal query length and similar kv length.
-
-    `blocks` index the pool as [num_pages * 2 * num_kv_heads, page_size, head_dim]; `beyond` index
-    the tokens of the gathered blocks that lie past the end of their piece.
-    """
+    """Pieces of equal query length and similar kv length."""
 
     rows: Tensor  # [pieces, query_len] int64
-    blocks: Tensor  # [2, pieces, num_kv_heads, pages] int64
-    beyond: Tensor  # [tokens beyond] int64
+    blocks: (
+        Tensor  # [2, pieces, num_kv_heads, pages] int64, of the pool as [..., page_size, head_dim]
+    )
+    beyond: Tensor  # [n] int64, tokens of the gathered blocks past the end of their piece
     kv_len: int  # of the longest piece
     mask: Tensor | None  # [pieces, 1, query_len, kv_len] float32, 0 or -inf; None: all visible
 
@@ -49,7 +45,6 @@ def build_groups(
 
 
 def split_queries(metadata: AttentionMetadata) -> list[QueryPiece]:
-    """Every request's query rows, in pieces of QUERY_BLOCK at most."""
     pieces, row = [], 0
     lengths = zip(metadata.query_lens_host.tolist(), metadata.seq_lens_host.tolist())
     for request, (query_len, seq_len) in enumerate(lengths):
@@ -62,7 +57,7 @@ def split_queries(metadata: AttentionMetadata) -> list[QueryPiece]:
 
 
 def group_pieces(pieces: list[QueryPiece], page_size: int) -> list[list[QueryPiece]]:
-    """Equal query lengths, kv lengths within a factor of two, and a bounded number of pairs."""
+    """Group equal query lengths, kv lengths within a factor of two, and few enough pairs."""
     alike: dict[tuple[int, int], list[QueryPiece]] = defaultdict(list)
     for piece in pieces:
         alike[piece.query_len, (piece.kv_len // page_size).bit_length()].append(piece)
@@ -77,7 +72,6 @@ def group_pieces(pieces: list[QueryPiece], page_size: int) -> list[list[QueryPie
 def build_group(
     members: list[QueryPiece], page_table: Tensor, num_kv_heads: int, page_size: int
 ) -> QueryGroup:
-    """Index tensors of one group, on the page table's device."""
     device, query_len = page_table.device, members[0].query_len
     requests, first_rows, kv_lens = (
         torch.tensor(column, device=device)
@@ -101,13 +95,13 @@ def build_group(
 
 
 def tokens_beyond(kv_lens: Tensor, blocks: Tensor, page_size: int) -> Tensor:
-    """Flat index into [2, pieces, num_kv_heads, pages * page_size] of tokens past kv_lens."""
+    """Find tokens past kv_lens in the flat [2, pieces, num_kv_heads, pages * page_size]."""
     capacity = blocks.shape[-1] * page_size
     past = torch.arange(capacity, device=kv_lens.device) >= kv_lens[:, None, None]
     return past.expand(*blocks.shape[:-1], capacity).flatten().nonzero().squeeze(1)
 
 
 def causal_mask(last_seen: Tensor, kv_len: int) -> Tensor:
-    """[pieces, query_len] last visible key -> [pieces, 1, query_len, kv_len], 0 or -inf."""
+    """Turn last_seen [pieces, query_len] into [pieces, 1, query_len, kv_len], 0 or -inf."""
     hidden = torch.arange(kv_len, device=last_seen.device) > last_seen[:, None, :, None]
     return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)

@@ -14,11 +14,6 @@ ONE_TOKEN = frozenset({1})
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Heads, cache and dtypes of a model's attention on one rank.
-
-    check_device_values: for debugging, compare device tensors with host mirrors in every pass.
-    """
-
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -26,20 +21,18 @@ class AttentionSpec:
     dtype: torch.dtype
     kv_dtype: torch.dtype  # of the page pools: `dtype` or float8_e4m3fn
     decode_query_lens: frozenset[int] = ONE_TOKEN  # lengths that a decode kernel serves
-    check_device_values: bool = False
+    check_device_values: bool = False  # debug: compare device tensors with host mirrors
 
     @property
     def cache(self) -> PagedKv:
         return PagedKv(self.num_kv_heads, self.head_dim, self.page_size, self.kv_dtype)
 
     @property
-    def group_size(self) -> int:
-        """Query heads that share a KV head."""
+    def group_size(self) -> int:  # query heads that share a KV head
         return self.num_heads // self.num_kv_heads
 
     @property
-    def dtypes(self) -> str:
-        """For the names of kernels."""
+    def dtypes(self) -> str:  # for the names of kernels
         names = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
         return " over ".join(names)
 

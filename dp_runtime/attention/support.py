@@ -1,4 +1,4 @@
-"""What flashinfer's kernels support, as ValueErrors at start; they themselves crash, or are wrong.
+"""The limits of flashinfer's kernels, as ValueErrors at start: the kernels crash or are wrong.
 
 Read in the sources of flashinfer 0.7.2; the file is named at each limit.
 """
@@ -14,19 +14,16 @@ from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.errors import require
 
 HALVES = (torch.bfloat16, torch.float16)
-# flashinfer/jit/xqa.py, gen_xqa_module; FMHAv2 divides its KV tile of 64, 128 or 256 tokens by the
-# page or the page by it: csrc/fmha_v2/fmha/warpspec/dma.h
+# XQA: flashinfer/jit/xqa.py, gen_xqa_module. FMHAv2: page and KV tile (64, 128 or 256 tokens) must
+# divide one another: csrc/fmha_v2/fmha/warpspec/dma.h.
 TRTLLM_PAGE_SIZES = (16, 32, 64, 128)
-# Sizes that neither pads: csrc/xqa/mha.h (headElems) and jit/attention/fmha_v2/fmha_library.py
-# (head_size_qk_warpspec_values)
+# Not padded by csrc/xqa/mha.h (headElems), nor by jit/attention/fmha_v2/fmha_library.py.
 TRTLLM_HEAD_DIMS = (64, 128, 256)
-# csrc/xqa/mha.cu: the query heads of a KV head are the rows of one tile of at most 32
-MAX_GROUP_SIZE = 32
+MAX_GROUP_SIZE = 32  # rows of a tile, which are the query heads of a KV head: csrc/xqa/mha.cu
 MAX_DECODE_QUERY_LEN = 8
-# csrc/xqa/mha_sm90.cu: with an e4m3 cache a verification puts 64 / group_size tokens into a tile
+# With an e4m3 cache a verification puts 64 / group_size tokens into a tile: csrc/xqa/mha_sm90.cu.
 QUANTIZED_GROUP_SIZES = (1, 2, 4, 8, 16, 32)
-# include/flashinfer/utils.cuh, DISPATCH_HEAD_DIM
-NATIVE_HEAD_DIMS = (64, 128, 256)
+NATIVE_HEAD_DIMS = (64, 128, 256)  # include/flashinfer/utils.cuh, DISPATCH_HEAD_DIM
 NOT_INSTALLED = "flashinfer is not installed: pip install 'dp-runtime[gpu]'"
 
 
@@ -38,11 +35,8 @@ def check_flashinfer(name: str) -> None:
     require(has_flashinfer(), "attention_backend", name, f"{NOT_INSTALLED}, or use torch_ref")
 
 
-def check_trtllm(spec: AttentionSpec, major: int) -> None:
-    """ValueError for a spec that FMHAv2 and XQA, or trtllm-gen, do not serve.
-
-    `major` of the device's compute capability.
-    """
+def check_trtllm(spec: AttentionSpec, major: int) -> None:  # major: of the compute capability
+    """Raise ValueError for a spec that FMHAv2 and XQA, or trtllm-gen, do not serve."""
     one_of(
         "attention_backend", "trtllm", major in (9, 10),
         f"compute capability 9 or 10 (this device has {major})", "flashinfer",
@@ -64,7 +58,7 @@ def check_trtllm(spec: AttentionSpec, major: int) -> None:
 
 
 def check_native(spec: AttentionSpec, major: int) -> None:
-    """ValueError for a spec that flashinfer's own kernels do not serve."""
+    """Raise ValueError for a spec that flashinfer's own kernels do not serve."""
     ok, what = major >= 8, f"compute capability 8 or newer (this device has {major})"
     one_of("attention_backend", "flashinfer", ok, what, "torch_ref")
     check_dtypes(spec, "torch_ref")
@@ -73,7 +67,6 @@ def check_native(spec: AttentionSpec, major: int) -> None:
 
 
 def check_dtypes(spec: AttentionSpec, alternative: str) -> None:
-    """q in 16 bits; the cache in the same or in e4m3."""
     name = str(spec.dtype).removeprefix("torch.")
     one_of("dtype", name, spec.dtype in HALVES, "bfloat16, float16", alternative)
     ok = spec.kv_dtype in (spec.dtype, E4M3)

@@ -18,8 +18,6 @@ from dp_runtime.core.metadata import AttentionMetadata
 
 
 class TorchRefBackend(AttentionBackend):
-    """Serves every spec on every device."""
-
     capturable: ClassVar[bool] = False
 
     @classmethod
@@ -33,7 +31,7 @@ class TorchRefBackend(AttentionBackend):
 
 @dataclass(frozen=True, eq=False)
 class QueryPlan(AttentionPlan):
-    """Queries in groups that one batched product each serves, in float32 over any cache."""
+    """Attends group by group, each in one batched product, in float32 over any cache."""
 
     groups: tuple[QueryGroup, ...]
 
@@ -49,7 +47,7 @@ def _attend_group(q: Tensor, group: QueryGroup, cache: LayerCache) -> Tensor:
     pieces, query_len, num_heads, head_dim = q.shape
     k, v = _gather(group, cache)
     kv_heads = k.shape[1]
-    # Query heads that share a KV head become rows beside each other: no KV head is repeated.
+    # Query heads that share a KV head become rows of one product: no KV head is repeated.
     folded = q.float().view(pieces, query_len, kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     mask = group.mask
     if mask is not None and query_len > 1:
@@ -60,7 +58,7 @@ def _attend_group(q: Tensor, group: QueryGroup, cache: LayerCache) -> Tensor:
 
 
 def _gather(group: QueryGroup, cache: LayerCache) -> tuple[Tensor, Tensor]:
-    """K and V of the group's pages, each [pieces, num_kv_heads, kv_len, head_dim] float32.
+    """Return k and v of a group, each [pieces, num_kv_heads, kv_len, head_dim] float32.
 
     Positions beyond a sequence become 0: they are masked, but 0 * NaN would be NaN.
     """

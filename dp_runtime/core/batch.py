@@ -28,7 +28,7 @@ def _no_embeds() -> Float32:
 
 
 def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
-    """Compute each row's place in the pool [rows]; owner [rows] is the row's request."""
+    """Compute the slot of each row [rows], whose request is owner [rows]."""
     pages = page_table[owner, positions // page_size].astype(np.int64)
     slots: Int64 = pages * page_size + positions % page_size
     return slots
@@ -36,9 +36,9 @@ def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) 
 
 @dataclass(frozen=True, eq=False)
 class LocalBatch:
-    """This rank's rows for one pass, request after request; its arrays are read-only.
+    """A rank's rows for one pass, request after request, in read-only arrays.
 
-    While a verification is in flight, the host knows only upper bounds of its request's lengths,
+    While a verification is in flight, the host knows only upper bounds of its requests' lengths,
     positions and slots. The true ones are `num_rejected` lower, which only the device knows.
     """
 
@@ -75,7 +75,7 @@ class LocalBatch:
         return len(self.query_lens)
 
     def rewound(self, num_rejected: Int64, page_size: int) -> LocalBatch:
-        """Move each request's rows num_rejected [requests] positions back, to their true ones."""
+        """Move each request's rows back to their true positions, num_rejected [requests] lower."""
         owner = np.arange(self.num_requests).repeat(self.query_lens)
         positions = self.positions - num_rejected[owner]
         return replace(
@@ -88,7 +88,6 @@ class LocalBatch:
 
     @classmethod
     def empty(cls) -> LocalBatch:
-        """The idle rank: zero rows."""
         long, short = np.zeros(0, np.int64), np.zeros(0, np.int32)
         return cls(
             token_ids=long,

@@ -1,4 +1,4 @@
-"""CacheSpec: what a layer keeps of every token or sequence between passes."""
+"""CacheSpec: what a layer keeps of a request between passes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from dp_runtime.core.metadata import PageGeometry
 
 @dataclass(frozen=True)
 class PagedKv:
-    """Keys and values of an attention layer, in pages that requests take as they grow."""
-
     num_kv_heads: int
     head_dim: int
     page_size: int
@@ -28,14 +26,9 @@ class PagedKv:
         return 2 * self.num_kv_heads * self.page_size * self.head_dim
 
     def allocate(self, pages: PageGeometry, device: torch.device) -> Tensor:
-        """Return a zeroed pool [num_pages, 2, num_kv_heads, page_size, head_dim] (HND).
-
-        Zeroed, because a masked column still multiplies V by 0, and 0 * NaN is NaN.
-        """
-        shape = (pages.num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)
+        """Return a zeroed pool, for a masked column still multiplies V by 0, and 0 * NaN is NaN."""
+        shape = (pages.num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)  # HND
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
 
-# A model lists one for each of its layers. A kind of layer that keeps something else (a recurrent
-# state of fixed shapes for each request) adds its class to this union.
-CacheSpec = PagedKv
+CacheSpec = PagedKv  # one a layer; a layer with a recurrent state would add a class to this union

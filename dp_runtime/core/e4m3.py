@@ -10,5 +10,5 @@ E4M3_MAX = 448.0
 
 
 def quantize(x: Tensor, scale: float | Tensor) -> Tensor:
-    """Round x / scale to e4m3; what lies beyond its range becomes its largest value."""
+    """Round x / scale to e4m3 and clamp it to the largest e4m3 value."""
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)

@@ -1,4 +1,4 @@
-"""AttentionMetadata: what an attention kernel reads, built from a LocalBatch alone."""
+"""AttentionMetadata: the inputs of an attention kernel, built from a LocalBatch alone."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from dp_runtime.errors import ContractViolation
 
 @dataclass(frozen=True)
 class PageGeometry:
-    """The shape of a rank's page pool; page 0 is the null page."""
-
-    num_pages: int
+    num_pages: int  # the null page 0 included
     page_size: int
 
     def __post_init__(self) -> None:
@@ -29,8 +27,6 @@ class PageGeometry:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a run something happened, for messages."""
-
     dp_rank: int
     step_id: int
     pass_kind: str
@@ -41,10 +37,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
-    """The real sequences of one pass on one rank; `batch_size` is derived, never set.
-
-    The host mirrors hold the same numbers as the device tensors.
-    """
+    """The sequences of one pass on one rank, on the device and in equal host mirrors."""
 
     cu_seqlens_q: Tensor  # [requests + 1] int32
     seq_lens: Tensor  # [requests] int32
@@ -74,10 +67,8 @@ class AttentionMetadata:
     ) -> AttentionMetadata:
         """Check the batch's values once on the host and copy them to the device.
 
-        num_rejected [n] int64, on the device, if the batch's lengths are upper bounds: how much
-        shorter the first n sequences, which have equally many rows, really are. The host mirrors
-        keep the bounds.
-        Raises ContractViolation if a page id, a length or an offset does not fit the pool.
+        num_rejected [n] int64, on the device: how much shorter than their bounds the first n
+        requests, which have equally many rows, really are; the host mirrors keep the bounds.
         """
         check_values(batch, pages, place)
         cu_seqlens_q = np.zeros(batch.num_requests + 1, np.int32)
@@ -109,11 +100,7 @@ def rewind_sequences(
     page_table: Tensor,
     page_size: int,
 ) -> None:
-    """Shorten the first sequences, in place, by `num_rejected` [n], and move their rows' slots.
-
-    Each of them has query_len rows. seq_lens [requests], slots [rows], page_table [requests,
-    pages]; a slot is page * page_size + offset.
-    """
+    """Shorten the first n sequences by num_rejected [n], in place, and move their rows' slots."""
     count = len(num_rejected)
     lengths = seq_lens[:count]
     lengths -= num_rejected
@@ -123,13 +110,13 @@ def rewind_sequences(
     slots[: count * query_len] = (pages * page_size + positions % page_size).flatten()
 
 
-# The ufuncs themselves: an array's own min, max and all go through a layer of Python to them.
+# An array's own min, max and all would add a layer of Python to these ufuncs.
 _min, _max, _all = np.minimum.reduce, np.maximum.reduce, np.logical_and.reduce
 
 
 @dataclass(eq=False)
 class _Checked:
-    """A batch and what its rows must be by its lengths and its page table."""
+    """A batch, and the values that follow from its lengths and its page table."""
 
     batch: LocalBatch
     pages: PageGeometry
@@ -145,20 +132,17 @@ class _Checked:
 
     @property
     def unused(self) -> NDArray[np.bool_]:
-        """[requests, pages]: the page begins after the sequence's end."""
         starts = np.arange(0, self.capacity, self.pages.page_size, dtype=np.int32)
-        unused: NDArray[np.bool_] = starts >= self.batch.seq_lens[:, None]
+        unused: NDArray[np.bool_] = starts >= self.batch.seq_lens[:, None]  # [requests, pages]
         return unused
 
     @property
-    def _owner(self) -> Int64:
-        """[rows], each row's request."""
+    def _owner(self) -> Int64:  # [rows], request of each row
         requests = np.arange(self.batch.num_requests)
         return requests if self.only_decodes else requests.repeat(self.batch.query_lens)
 
     @property
-    def positions(self) -> Int64:
-        """[rows]: those of each request run up to its seq_len - 1."""
+    def positions(self) -> Int64:  # [rows], of each request up to its seq_len - 1
         batch = self.batch
         if self.only_decodes:
             return batch.seq_lens.astype(np.int64) - 1
@@ -173,7 +157,7 @@ class _Checked:
 
 
 class _Rule(NamedTuple):
-    """A condition on a field; those before it hold when it is evaluated."""
+    """A condition on a field; it may rely on the rules before it."""
 
     field: str
     holds: Callable[[_Checked], bool | np.bool_]
@@ -182,7 +166,6 @@ class _Rule(NamedTuple):
 
 
 def _out_of_range(values: NDArray[Any]) -> object:
-    """Find the value outside of [0, limit): a negative one, else the largest."""
     return values.min() if values.min() < 0 else values.max()
 
 
@@ -246,9 +229,9 @@ RULES = (
 
 
 def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
-    """Compare every value a kernel will trust with the pool; flashinfer compares none of them.
+    """Raise ContractViolation for a value that would lead a kernel out of the pool.
 
-    Source of the trap: SGLang PR #21649, where a kernel walked past its metadata.
+    flashinfer checks none of them: in SGLang PR #21649 a kernel walked past its metadata.
     """
     if not batch.num_requests:
         return

@@ -1,4 +1,4 @@
-"""PerRequestState: what a rank keeps of a request while it has a row in the request table."""
+"""PerRequestState: a rank's state of a request while it has a row in the request table."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from dp_runtime.core.request import RankRequest
 class PerRequestState(Protocol):
     """One kind of state of the requests in the table, indexed by their rows.
 
-    A preempted request loses its row and gets another later: what `add` makes follows from the
-    request and its outputs so far.
+    A preempted request later gets another row, so `add` starts from the request and its outputs.
     """
 
-    def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None:
-        """Begin the state of a request that has taken this row, after these output tokens."""
+    def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None: ...
 
     def remove(self, req_index: int) -> None:
         """Drop a row's state; no step in flight has tokens of its request any more."""
 
     def check(self, req_indices: Sequence[int]) -> None:
-        """Assert that there is state for these rows, sound, and for no others."""
+        """Assert that there is sound state for these rows, and for no others."""

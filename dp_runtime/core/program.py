@@ -1,4 +1,4 @@
-"""Step programs: which forwards a step consists of, in which order, on every rank."""
+"""Step programs: the passes of a step and their order, equal on every rank."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ MAX_DRAFTS = MAX_PASSES - 1  # tokens that a program drafts: all but the first n
 
 
 class Pass(StrEnum):
-    """One forward of a step program.
-
-    draft: the draft model's next token of every decoding request. target: the model, over decodes
-    or verifications, and prefill chunks. draft_extend: the draft model over the target's rows,
-    which leaves the first token of the next drafts.
-    """
-
-    DRAFT = "draft"
-    TARGET = "target"
-    DRAFT_EXTEND = "draft_extend"
+    DRAFT = "draft"  # the draft model gives every decoding request its next token
+    TARGET = "target"  # the model runs decodes or verifications, and prefill chunks
+    DRAFT_EXTEND = "draft_extend"  # the draft model runs the target's rows: a next first draft
 
 
 @dataclass(frozen=True)
@@ -38,16 +31,16 @@ class Program:
 
     @property
     def num_drafts(self) -> int:
-        """Tokens of each decoding request that are drafted, and that the target verifies."""
+        """Count the drafts of each decoding request that the target verifies."""
         return self.passes.count(Pass.DRAFT) + self.passes.count(Pass.DRAFT_EXTEND)
 
     def query_len(self, pass_kind: Pass) -> int:
-        """Rows of each decoding request in a pass: its last token, and its drafts to verify."""
+        """Count a decoding request's rows in a pass: its last token, and the drafts to verify."""
         return 1 if pass_kind is Pass.DRAFT else 1 + self.num_drafts
 
     @classmethod
     def speculative(cls, num_drafts: int) -> Program:
-        """Drafts so many tokens, the first of which the last draft_extend left."""
+        """Draft num_drafts tokens; the last step's draft_extend left the first of them."""
         drafts = (Pass.DRAFT,) * (num_drafts - 1)
         return cls((*drafts, Pass.TARGET, Pass.DRAFT_EXTEND))
 
@@ -56,6 +49,5 @@ SERVING_PROGRAMS: tuple[Program, ...] = (Program((Pass.TARGET,)),)  # a program'
 
 
 def speculative_programs(num_drafts: int, adaptive: bool) -> tuple[Program, ...]:
-    """The programs of an engine that drafts num_drafts tokens, or up to so many."""
     lengths = range(1, num_drafts + 1) if adaptive else (num_drafts,)
     return tuple(Program.speculative(length) for length in lengths)

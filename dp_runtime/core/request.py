@@ -27,7 +27,7 @@ class PromptEmbeds:
 
 @dataclass(frozen=True, eq=False)
 class TokensPrompt:
-    """A prompt of token ids; embeddings, of an image say, may replace those of some tokens."""
+    """A prompt of token ids, some of which embeddings (of an image, say) may replace."""
 
     token_ids: Sequence[int]
     prompt_embeds: NDArray[np.float32] | None = None  # [embeds, hidden]
@@ -39,7 +39,7 @@ Prompt = str | Sequence[int] | TokensPrompt
 
 @dataclass(frozen=True, eq=False)
 class RankRequest:
-    """A request as a rank gets it: plain data, complete, replayable."""
+    """A request as a rank gets it: plain data that can be replayed."""
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
@@ -57,10 +57,10 @@ class TokenLogprob:
 
 
 class RequestUpdate(NamedTuple):
-    """What a rank did for one request in one step; `first_index` counts output tokens."""
+    """The progress of one request in one step."""
 
     request_id: int
-    first_index: int
+    first_index: int  # of token_ids, in the output
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -80,8 +80,6 @@ class RequestDelta:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request."""
-
     request_id: int
     prompt_token_ids: tuple[int, ...]
     text: str

@@ -1,4 +1,4 @@
-"""QkNormRope: the norm and the rotation of query and key heads before attention."""
+"""QkNormRope: norm and rotation of query and key heads before attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class QkNormRope:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467), in float32.
+    """Compute x / sqrt(mean(x^2) + eps) * weight in float32 (arXiv 1910.07467).
 
     The quotient is rounded to x's dtype before it is scaled, as the models were trained.
     """

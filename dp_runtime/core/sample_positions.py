@@ -1,4 +1,4 @@
-"""SamplePositions: which output tokens the sampled rows of a step become."""
+"""SamplePositions: the output tokens that the sampled rows of a step become."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dp_runtime.core.batch import Int64
 
 @dataclass(frozen=True, eq=False)
 class SamplePositions:
-    """Rows of logits that yield a token each; those of a verification in turn."""
-
     req_indices: Int64  # [n] rows of the request table
     output_indices: Int64  # [n] which output token of its request this is, from 0
 

@@ -17,10 +17,7 @@ SURROGATES = re.compile("[\ud800-\udfff]")  # no text has them
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Per-request sampling; the defaults follow the other engines' (temperature 1, 16 tokens).
-
-    Raises ValueError naming the field. docs/settings.md is the list of the fields with their texts.
-    """
+    """How a request samples, with other engines' defaults; docs/settings.md explains each field."""
 
     max_tokens: int = setting(16, "output tokens", at_least=1)
     min_tokens: int = setting(0, "output tokens before anything may end the request", at_least=0)
@@ -84,7 +81,7 @@ class SamplingParams:
 
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """SamplingParams of a JSON object; an unknown field is an error."""
+        """Read a JSON object; an unknown field is an error."""
         require(isinstance(values, Mapping), "sampling parameters", values, "a mapping")
         known = {item.name for item in fields(cls)}
         for name, value in values.items():
@@ -103,7 +100,7 @@ class SamplingParams:
         return cls(**values)
 
     def check_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> None:
-        """ValueError for a token outside the vocabulary; `stop_token_ids` are all that end it."""
+        """Raise ValueError for a token outside the vocabulary."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             ok = all(token < vocab_size for token in ids)
             require(ok, name, getattr(self, name), f"token ids below {vocab_size}")

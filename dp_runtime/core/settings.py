@@ -16,7 +16,7 @@ from dp_runtime.errors import is_finite, is_int, require
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a field is for, and which values it takes."""
+    """A field's documentation and allowed values."""
 
     doc: str  # a phrase that begins in lower case
     choices: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Setting:
 
 
 def setting(default: Any, doc: str, **limits: Any) -> Any:
-    """A dataclass field with a Setting; one with MISSING as default must be given."""
+    """Make a dataclass field with a Setting; a default of MISSING makes it required."""
     return field(default=default, metadata={"setting": Setting(doc=doc, **limits)})
 
 
@@ -73,7 +73,7 @@ class Field:
         return f"None or {words}" if self.optional else words
 
     def plain(self, value: Any) -> Any:
-        """The value as one of Python's own; ValueError if it is not allowed."""
+        """Return the value as one of Python's own; ValueError if it is not allowed."""
         if value is None and self.optional:
             return None
         require(self._allows(value), self.name, value, self.allowed)
@@ -91,7 +91,7 @@ class Field:
 
 @cache
 def settings_of(owner: Any) -> tuple[Field, ...]:
-    """The fields that have a Setting, of a class made by `dataclass`."""
+    """List the fields of a dataclass that have a Setting."""
     hints = get_type_hints(owner)
     found = []
     for item in fields(owner):

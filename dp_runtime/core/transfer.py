@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array as a tensor there, without waiting for the device."""
+    """Copy an array to a device without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -22,12 +22,12 @@ ALIGNMENT = 128  # bytes, between arrays that travel together: kernels load wide
 
 
 def aligned_offsets(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Where each array of so many bytes begins in one buffer, and last the buffer's size."""
+    """Return where each array of so many bytes begins in a shared buffer, then its total size."""
     return tuple(accumulate((-(-n // ALIGNMENT) * ALIGNMENT for n in sizes), initial=0))
 
 
 def all_on_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
-    """The arrays as tensors there, in one copy, without waiting for the device."""
+    """Copy arrays to a device in one transfer, without waiting for it."""
     starts = aligned_offsets([array.nbytes for array in arrays])
     packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     words = packed.numpy()
@@ -45,9 +45,9 @@ def _torch_dtype(array: NDArray[Any]) -> torch.dtype:
 
 
 class HostCopy:
-    """Tensors on their way to the host: started here, waited for in `wait`.
+    """Tensors on their way to the host; `wait` waits for them.
 
-    NOTE: with overlap the next step is queued behind the copy, so reading the tensors themselves
+    NOTE: with overlap the next step is queued after the copy, so reading the tensors themselves
     would wait for that step too.
     """
 

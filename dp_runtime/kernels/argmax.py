@@ -1,4 +1,4 @@
-"""The largest entry of each row of a wide matrix in Triton: rows are split over programs."""
+"""The largest entry of each row of a wide matrix in Triton; several programs share a row."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048
-BLOCKS_AT_ONCE = 4  # of a row, one after the other in one program
+BLOCKS_AT_ONCE = 4  # a program goes through so many blocks of a row
 
 
 def row_maxima(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """values [n, size] -> their maxima [n] float32, where these are first [n] int64, if finite [n].
-
-    A row with a NaN has the maximum NaN.
-    """
+    """Return each row's maximum (NaN if there is one), its first column, and if it is finite."""
     rows, size = values.shape
     assert values.stride(1) == 1, "a row is in one piece"
     parts = triton.cdiv(size, BLOCK * BLOCKS_AT_ONCE)
@@ -36,7 +33,7 @@ def row_maxima(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @triton.jit
 def _part_maxima(values, keys, size, stride, parts, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """A part's largest value above, inverted column below: the largest key is the first maximum."""
+    """Pack a maximum above its inverted column, so that the largest key is the first maximum."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)

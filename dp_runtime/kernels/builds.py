@@ -1,4 +1,4 @@
-"""Compiling and loading a rank's kernels before it is ready, and never after."""
+"""Compile and load a rank's kernels before it is ready, and never after."""
 
 from __future__ import annotations
 
@@ -18,20 +18,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JitModule:
-    """A module that is compiled on first use; `build` compiles and loads it into this process.
+    """A module that `build` compiles on first use and loads into this process."""
 
-    Its name tells it from any other module.
-    """
-
-    name: str
+    name: str  # unique
     build: Callable[[], object]
 
 
 class KernelBuilds:
-    """Builds kernels in threads from `with` on; other work may go on until `wait`.
-
-    Ranks of one host share what is compiled: flashinfer locks each module's files.
-    """
+    """Builds in threads while other work goes on; flashinfer's file locks let ranks share files."""
 
     def __init__(self, kernels: Sequence[JitModule], device: torch.device) -> None:
         self.total = len(kernels)
@@ -45,7 +39,7 @@ class KernelBuilds:
         return sum(build.done() for build in tuple(self._builds))
 
     def wait(self) -> None:
-        """Return once all are loaded; RuntimeError names the first that can not be."""
+        """Return once all are loaded; RuntimeError names the first that can't be."""
         for build in as_completed(self._builds):
             error = build.exception()
             if error is not None:
@@ -72,7 +66,7 @@ class KernelBuilds:
 
 
 def forbid_compilation() -> None:
-    """From here on a kernel that was not built is an error of this process, not a long pause."""
+    """Make a kernel that was not built an error from now on, instead of a long pause."""
     os.environ["FLASHINFER_DISABLE_JIT"] = "1"
     if find_spec("triton") is not None:
         from triton import knobs
@@ -81,5 +75,5 @@ def forbid_compilation() -> None:
 
 
 def _refuse(*, repr: str, **call: object) -> NoReturn:
-    """What Triton calls before it compiles a kernel, or loads a compiled one."""
+    """Triton calls this before it compiles a kernel or loads a compiled one."""
     raise RuntimeError(f"the Triton kernel {repr} was not built before the rank was ready")

@@ -1,12 +1,9 @@
 """The experts' products in Triton: gate-up with SiLU, down with weights, and the sum of pairs.
 
-Where experts have few rows there is a program for each expert and block of columns. Else the tiles
-of a product are counted on the device, from the pairs that each expert has, and a program takes
-every so-manyth. No count is read back to the host: a graph can capture the kernels, and its replays
-follow the counts.
-
-Weights in e4m3 are widened to the dtype of the rows, which is exact, and what a step over one block
-of them adds is scaled in float32.
+With few rows an expert, each expert and block of columns has its own program; else programs take
+turns at tiles that the device counts. No count is read back to the host: a graph can capture the
+kernels. e4m3 weights are widened to the rows' dtype, which is exact, and the product of each block
+is scaled in float32.
 """
 
 from __future__ import annotations
@@ -65,7 +62,7 @@ def _gate_up_tile(
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A block of one expert's pairs, a block of columns: to rows `target` of activated."""
+    """Compute a block of one expert's pairs and of columns, into rows `target` of activated."""
     k = tl.arange(0, BLOCK_K)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_row = expert * 2 * intermediate + column * BLOCK_N
@@ -87,7 +84,7 @@ def _gate_up_tile(
             u = _block(up_at, start + k, HIDDEN, BLOCK_K)
         gate = _add_product(a, g, gate, scales, of_gate + start // SCALE_BLOCK)
         up = _add_product(a, u, up, scales, of_up + start // SCALE_BLOCK)
-    # The halves are rounded first, as a product of its own would round them.
+    # Gate and up are rounded first, as separate products would round them.
     dtype = activated.dtype.element_ty
     gate = gate.to(dtype).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
@@ -141,7 +138,7 @@ def _down_tile(
     INTERMEDIATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows `source` of activated, a block of columns: to rows `pair` of weighted."""
+    """Compute a block of columns of rows `source` of activated, into rows `pair` of weighted."""
     k = tl.arange(0, BLOCK_K)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.min(source, 0)
@@ -169,14 +166,13 @@ def _down_tile(
 
 @triton.jit
 def _scales_of(matrix, row, rows, WIDTH: tl.constexpr):
-    """Where the scales of a row's blocks begin, in stacked matrices of `rows` rows."""
+    """Find where the scales of a row's blocks begin, in stacked matrices of `rows` rows."""
     block_row = matrix * tl.cdiv(rows, SCALE_BLOCK) + row // SCALE_BLOCK
     return block_row * tl.cdiv(WIDTH, SCALE_BLOCK)
 
 
 @triton.jit
 def _add_product(a, weights, total, scales, at):
-    """total + a @ weights.T, scaled where there are scales."""
     if scales is None:
         return tl.dot(a, weights.T, total, input_precision="ieee")
     else:  # noqa: RET505 - the branch is chosen while compiling
@@ -186,10 +182,9 @@ def _add_product(a, weights, total, scales, at):
 
 @triton.jit
 def _widen(weights, DTYPE: tl.constexpr):
-    """e4m3 in another dtype, exactly, but for NaN, which may become 480.
+    """Convert e4m3 exactly, but NaN may become 480; the GPU's own way to bf16 is too slow.
 
-    To bf16 four at a time in integer operations: the GPU's own conversion takes longer than reading
-    the weights. Bits s eeee mmm are moved to s 0000eeee mmm0000, which is 2^-120 of the value.
+    Integer operations move bits s eeee mmm to s 0000eeee mmm0000, which is 2^-120 of the value.
     """
     if tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
@@ -216,7 +211,7 @@ def _widen(weights, DTYPE: tl.constexpr):
 
 @triton.jit
 def _row_blocks(counts, num_local, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Each expert's pairs, and the blocks of BLOCK_M of them up to the end of each expert."""
+    """Count each expert's pairs, and the blocks of BLOCK_M pairs up to each expert's end."""
     expert = tl.arange(0, LOCAL)
     count = tl.load(counts + expert, mask=expert < num_local, other=0)
     return count, tl.cumsum((count + BLOCK_M - 1) // BLOCK_M, 0)
@@ -224,10 +219,7 @@ def _row_blocks(counts, num_local, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _place(block, count, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A block of rows: its expert, where that one's pairs begin, its slots, and which are filled.
-
-    Pairs lie in the order of their experts.
-    """
+    """Find a block's expert, its first pair in expert order, its slots, and which hold pairs."""
     before = ends <= block
     expert = tl.sum(before.to(tl.int32), 0)
     begin = tl.sum(tl.where(before, count, 0), 0)
@@ -238,7 +230,7 @@ def _place(block, count, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _block(rows_at, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns k of the rows that begin at rows_at, 0 past their end."""
+    """Load columns k of the rows that begin at rows_at; 0 past their end."""
     if WIDTH % BLOCK_K == 0:
         return tl.load(rows_at + k)
     return tl.load(rows_at + k, mask=(k < WIDTH)[None, :], other=0.0)

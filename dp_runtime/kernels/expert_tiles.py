@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLAT = 16  # more programs to a multiprocessor than run at once: one tile each
+FLAT = 16  # programs of a multiprocessor, more than fit it at once: each takes one tile
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tiling: block_m pairs by block_n columns, in steps of block_k.
-
-    tma: whether the copy engine reads weights (capability 9.0 and newer; elsewhere the same loads
-    are spelled out). per_multiprocessor: tiles are counted on the device, and at most so many
-    programs are started for each multiprocessor; None: a program for each expert and block of
-    columns.
-    """
+    """The tiling of one kernel: block_m pairs by block_n columns, in steps of block_k."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    tma: bool
-    per_multiprocessor: int | None = None
+    tma: bool  # the copy engine reads weights, from capability 9.0 on
+    per_multiprocessor: int | None = None  # max programs that share the tiles; None: by expert
 
     @property
     def by_expert(self) -> bool:
@@ -32,17 +26,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class ExpertTiles:
-    """The tiles of the two products; both by expert, or neither."""
-
-    gate_up: Tile
+    gate_up: Tile  # by expert if `down` is, and not if it is not
     down: Tile
 
 
 def choose_tiles(rows: int, top_k: int, num_experts: int, intermediate: int) -> ExpertTiles:
-    """Tiles for a number of gathered rows.
+    """Choose by the measurements of examples/benchmarks/tune_experts.py.
 
-    Found on an H200 for hidden 2048, 128 experts, top 8 and intermediate sizes of 768 and 192:
-    examples/benchmarks/tune_experts.py.
+    An H200, hidden 2048, 128 experts, top 8, intermediate sizes of 768 and 192.
     """
     per_expert = rows * top_k / num_experts
     narrow = intermediate < 512
@@ -61,7 +52,6 @@ def choose_tiles(rows: int, top_k: int, num_experts: int, intermediate: int) -> 
     return ExpertTiles(Tile(128, 128, 64, 8, 4, True, FLAT), Tile(128, 128, 64, 4, 3, True, 2))
 
 
-def _down_by_expert(block_m: int, narrow: bool) -> Tile:
-    """narrow: the product is over few columns."""
+def _down_by_expert(block_m: int, narrow: bool) -> Tile:  # narrow: a product over few columns
     block_k, num_stages = (64, 5) if narrow else (128, 3)
     return Tile(block_m, 128, block_k, 8 if block_m == 16 else 4, num_stages, True)

@@ -1,4 +1,4 @@
-"""Runs the experts over their pairs: two products in Triton, and the sum of each row's pairs."""
+"""The experts run over their pairs: two products in Triton, and the sum of each row's pairs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def run_experts(
     tiles: ExpertTiles,
     scales: ExpertScales | None = None,
 ) -> Tensor:
-    """Sum over a row's chosen local experts of weight * down(silu(gate(row)) * up(row)).
+    """Sum weight * down(silu(gate(row)) * up(row)) over the local experts that a row chose.
 
-    rows [n, hidden]; gate_up [local, 2 * intermediate, hidden]; down [local, hidden,
-    intermediate], both contiguous -> [n, hidden]; a row without local experts is 0. Weights are in
-    the dtype of rows, or e4m3 with their scales.
+    rows [n, hidden]; gate_up [local, 2 * intermediate, hidden]; down [local, hidden, intermediate],
+    both contiguous, in the dtype of rows or e4m3 with scales -> [n, hidden].
     """
     if len(down) == 0:
         weighted = rows.new_empty(routing.local_ids.numel(), rows.shape[1])
@@ -40,15 +39,11 @@ def run_experts(
 def gate_up_pairs(
     rows: Tensor, gate_up: Tensor, routing: Routing, tile: Tile, scales: Tensor | None = None
 ) -> Tensor:
-    """silu(gate(row)) * up(row) of every local pair, [n * k, intermediate].
-
-    Shapes as for `run_experts`. A tile by expert writes each at its pair, any other one behind the
-    other in the order of the experts.
-    """
+    """Compute silu(gate(row)) * up(row) of local pairs: [n * k, intermediate]."""
     num_local, both, hidden = gate_up.shape
     n, top_k = routing.local_ids.shape
     intermediate, pairs = both // 2, n * top_k
-    activated = rows.new_empty(pairs, intermediate)
+    activated = rows.new_empty(pairs, intermediate)  # by pair if by expert, else by expert order
     pdl = overlaps(rows.device)
     _check_scales(gate_up, scales, tile)
     gate_up_kernel[_grid(rows, num_local, pairs, intermediate, tile)](
@@ -63,7 +58,7 @@ def gate_up_pairs(
 def down_pairs(
     activated: Tensor, down: Tensor, routing: Routing, tile: Tile, scales: Tensor | None = None
 ) -> Tensor:
-    """weight * down(row) of what `gate_up_pairs` gives, each at its pair: [n * k, hidden]."""
+    """Compute weight * down(row) from the result of `gate_up_pairs`: [n * k, hidden] by pair."""
     num_local, hidden, intermediate = down.shape
     pairs = len(activated)
     weighted = activated.new_empty(pairs, hidden)
@@ -81,11 +76,7 @@ def down_pairs(
 
 
 def sum_pairs(weighted: Tensor, local_ids: Tensor) -> Tensor:
-    """The sum of each row's local pairs, in float32 in the order of its experts.
-
-    weighted [n * k, hidden]; local_ids [n, k] int32, -1 where a pair is not local and its part of
-    weighted is not read -> [n, hidden].
-    """
+    """Sum each row's local pairs (id >= 0) in float32 in the order of its experts: [n, hidden]."""
     rows, top_k = local_ids.shape
     hidden = weighted.shape[1]
     out = weighted.new_empty(rows, hidden)
@@ -98,7 +89,6 @@ def sum_pairs(weighted: Tensor, local_ids: Tensor) -> Tensor:
 
 
 def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) -> tuple[int]:
-    """As many programs as there can be tiles, at most `per_multiprocessor` of them."""
     if tile.per_multiprocessor is None:
         return (num_local * triton.cdiv(columns, tile.block_n),)
     row_blocks = min(pairs, num_local + pairs // tile.block_m)
@@ -107,7 +97,6 @@ def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) ->
 
 
 def _check_scales(weights: Tensor, scales: Tensor | None, tile: Tile) -> None:
-    """A step of a tile reads weights of one scale."""
     assert (scales is not None) == (weights.dtype.itemsize == 1), "e4m3 weights have scales"
     if scales is not None:
         assert BLOCK % tile.block_n == BLOCK % tile.block_k == 0, f"{tile} crosses scales"
@@ -117,7 +106,7 @@ def _check_scales(weights: Tensor, scales: Tensor | None, tile: Tile) -> None:
 def _by_tma(
     matrix: Tensor, rows: int, columns: int, block: int, tile: Tile
 ) -> TensorDescriptor | None:
-    """How the copy engine reads blocks of `block` rows of a contiguous matrix."""
+    """Describe a contiguous matrix for the copy engine."""
     if not tile.tma:
         return None
     return TensorDescriptor(matrix, [rows, columns], [columns, 1], [block, tile.block_k])

@@ -1,4 +1,4 @@
-"""Writing new keys and values into a paged pool with Triton, alone or with what goes before it."""
+"""Triton kernels that write new keys and values into a paged pool, also with norm and rotation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from torch import Tensor
 from dp_runtime.core.rotation import QkNormRope
 from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
 
-HEADS_AT_ONCE = 8  # of a row, in one program
+HEADS_AT_ONCE = 8  # heads of a row that one program takes
 
 
 def append_rows(pool: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
-    """k and v [rows, num_kv_heads, head_dim] go to slots [rows] (page * page_size + offset).
+    """Write k and v [rows, num_kv_heads, head_dim] to slots [rows] (page * page_size + offset).
 
-    pool [num_pages, 2, num_kv_heads, page_size, head_dim], in the same dtype; heads of k and v lie
-    one behind the other, their rows need not.
+    pool [num_pages, 2, num_kv_heads, page_size, head_dim], in the same dtype.
     """
     rows, kv_heads, head_dim = k.shape
     assert k.stride()[1:] == v.stride()[1:] == (head_dim, 1), "a row's heads are in one piece"
@@ -36,12 +35,11 @@ def rotate_and_append(
     k_scale: float,
     v_scale: float,
 ) -> Tensor:
-    """Norm and rotate query and key heads; keys and values go to their slots, queries come back.
+    """Norm and rotate query and key heads, write keys and values, and return the queries.
 
-    qkv [rows, num_heads + 2 * num_kv_heads, head_dim], at least one row, heads one behind the
-    other; pool as above, or its bytes (uint8) where it is in e4m3: then a value is divided by its
-    scale, and what lies beyond e4m3 becomes its largest -> q [rows, num_heads, head_dim].
-    Norm and rotation are taken in float32, each rounded to qkv's dtype, as the models were trained.
+    qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> q [rows, num_heads, head_dim]. Norm and
+    rotation are float32, each rounded to qkv's dtype, as the models were trained. An e4m3 pool
+    comes as bytes (uint8); a value is divided by its scale and clamped to +-448.
     """
     rows, all_heads, head_dim = qkv.shape
     kv_heads, page_size = pool.shape[2:4]
@@ -49,7 +47,7 @@ def rotate_and_append(
     weight, cos, sin = rotation.norm_weight, rotation.cos, rotation.sin
     assert qkv.stride()[1:] == (head_dim, 1), "a row's heads are in one piece"
     together = [x for x in (pool, weight, cos, sin) if x is not None]
-    assert all(x.is_contiguous() for x in together), "rows lie one behind the other"
+    assert all(x.is_contiguous() for x in together), "the pool, weights and angles are contiguous"
     q = torch.empty(rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     pdl = overlaps(qkv.device)
     _rotate_and_append_kernel[(rows, triton.cdiv(all_heads, HEADS_AT_ONCE))](
@@ -130,13 +128,10 @@ def _rotate_and_append_kernel(
 
 @triton.jit
 def _e4m3(x):
-    """The bits of float32 values in float8_e4m3fn, ties to even; beyond 448 that, NaN stays NaN.
-
-    In integers, for GPUs before SM89 have no such conversion.
-    """
+    """Round float32 to float8_e4m3fn bits in integers: GPUs before SM89 have no such conversion."""
     bits = x.to(tl.int32, bitcast=True)
     sign, size = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
-    clamped = tl.minimum(size, 0x43E00000)  # 448
+    clamped = tl.minimum(size, 0x43E00000)  # to 448; ties go to even; NaN stays NaN
     normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (
         120 << 3
     )  # 3 bits, bias 7 for 127

@@ -1,4 +1,4 @@
-"""What launches of Triton kernels depend on: the device's multiprocessors, and overlapped starts.
+"""Overlapped starts of Triton kernels, and the number of a device's multiprocessors.
 
 With programmatic dependent launch a kernel starts while the one before it ends. Until it has called
 `gdc_wait` it writes nothing, and reads only weights and what was written by a copy or by kernels
@@ -18,13 +18,11 @@ __all__ = ["gdc_launch_dependents", "gdc_wait", "num_multiprocessors", "overlaps
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 2 for the interpreter, so that its programs take several tiles as well."""
     if device.type != "cuda":
-        return 2
+        return 2  # the interpreter: its programs take several tiles too
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Whether the device knows programmatic dependent launch (capability 9.0 and newer)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9  # has PDL

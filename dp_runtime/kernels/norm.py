@@ -11,10 +11,9 @@ from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add x to `residual` in place, and return the RMSNorm of that sum, [rows, size].
+    """Add x [rows, size] to `residual`, if given, in place; return the RMSNorm of the sum.
 
-    Without a residual the norm of x. Sums and squares are taken in float32; the sum and the
-    quotient are rounded to x's dtype first, as the models were trained.
+    Arithmetic is float32; sum and quotient are rounded to x's dtype, as the models were trained.
     """
     assert x.is_contiguous(), "x is contiguous"
     out = torch.empty_like(x)

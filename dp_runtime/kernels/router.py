@@ -1,7 +1,6 @@
 """Routing in Triton: the router's product, softmax, top k, and each expert's pairs.
 
-The product of few rows is split over programs, for one program would read the router alone. Padded
-rows are never chosen from; no count is read back to the host.
+Padded rows are never chosen from; no count is read back to the host.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
 
-MAX_SPLIT_ROWS = 512  # above it cuBLAS has enough programs
-SPLIT = 128  # columns of hidden that a program adds up
+MAX_SPLIT_ROWS = 512  # few rows are split over programs; of more, cuBLAS makes enough programs
+SPLIT = 128  # columns of hidden that a program sums
 BLOCK_M = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Which pairs (a row and one of its experts) go to this rank's experts, and their weights."""
+    """The pairs (a row and one of its experts) of this rank's experts, and their weights."""
 
     weights: Tensor  # [rows, k] float32, 0 where the expert is not local or the row is padding
     local_ids: Tensor  # [rows, k] int32, -1 where the expert is not local or the row is padding
@@ -67,16 +66,12 @@ def route(
 
 
 def parts_shape(rows: int, hidden: int, num_experts: int) -> tuple[int, int, int]:
-    """Of what is added up to the logits."""
     splits = triton.cdiv(hidden, SPLIT) if rows <= MAX_SPLIT_ROWS else 1
     return splits, rows, num_experts
 
 
 def logits_in_parts(rows: Tensor, router: Tensor, counts: Tensor) -> Tensor:
-    """Products whose sum is rows @ router.T, [parts, rows, experts]; also sets counts to 0.
-
-    In float32, or in the dtype of rows where there is one part only.
-    """
+    """Compute [parts, rows, experts], whose sum is rows @ router.T; also set counts to 0."""
     (n, hidden), num_experts = rows.shape, len(router)
     if n > MAX_SPLIT_ROWS:
         counts.zero_()
@@ -158,7 +153,7 @@ def _top_k(
     score, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     K: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """A row's best experts and their probabilities, both [K]."""
+    """Return a row's best experts and their probabilities, both [K]."""
     expert = tl.arange(0, EXPERTS)
     score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
     score = tl.exp(score - tl.max(score, 0))

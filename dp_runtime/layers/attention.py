@@ -18,8 +18,6 @@ from dp_runtime.weights.source import WeightSource
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes of an attention layer, its biases, and the eps of the q/k norm (None: no such norm)."""
-
     hidden_size: int
     num_heads: int
     num_kv_heads: int
@@ -51,9 +49,9 @@ class Attention:
         return QkNormRope(weight, eps, *cos_sin)
 
     def activation_bytes(self, rows: int) -> int:
-        """Most bytes a call allocates at once, its result included.
+        """Count the most bytes a call allocates at once, its result included.
 
-        A backend is taken to copy q, k and v once and to have no other need than its workspace.
+        A backend is taken to copy q, k and v once and to need only its workspace otherwise.
         """
         shape, size = self.shape, self.output.weight.dtype.itemsize
         q = rows * shape.num_heads * shape.head_dim * size
@@ -71,9 +69,8 @@ class Attention:
         weights: WeightSource,
         prefix: str,
         paged: PagedAttention,
-        input_size: int | None = None,
+        input_size: int | None = None,  # by default hidden_size
     ) -> Attention:
-        """input_size: of the rows it is called with, if it is not hidden_size."""
         q_size = shape.num_heads * shape.head_dim
         kv_size = shape.num_kv_heads * shape.head_dim
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
@@ -90,7 +87,7 @@ class Attention:
 
 
 def load_qk_norm(shape: AttentionShape, weights: WeightSource, prefix: str) -> RMSNorm | None:
-    """The norms of q and k as one over all their heads."""
+    """Load the norms of q and k as one over all their heads."""
     if shape.qk_norm_eps is None:
         return None
     q, k = (weights.load(f"{prefix}.{name}_norm.weight", (shape.head_dim,)) for name in "qk")

@@ -53,7 +53,7 @@ class Experts:
         )
 
     def activation_bytes(self, rows: int, top_k: int) -> int:
-        """Most bytes a call allocates at once, if all choices are local."""
+        """Count the most bytes a call allocates at once, if all choices are local."""
         num_local, hidden, inner = self.down.shape
         size = self.down.dtype.itemsize
         if num_local == 0:
@@ -96,7 +96,7 @@ class Experts:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Matrices in the making; what no slice fills stays zero."""
+    """Matrices that are being filled; what no slice fills stays zero."""
 
     values: Tensor  # [..., outputs, inputs]
     scales: Tensor | None  # [..., blocks of outputs, blocks of inputs]
@@ -136,7 +136,7 @@ def fused_experts(
     topk_weights: Tensor,
     first_expert: int,
 ) -> Tensor:
-    """Sum over a row's chosen local experts of weight * down(silu(gate(row)) * up(row)).
+    """Sum weight * down(silu(gate(row)) * up(row)) over the local experts that a row chose.
 
     rows [n, hidden], topk_ids and topk_weights [n, k] -> [n, hidden], summed in float32.
     """
@@ -159,6 +159,6 @@ def fused_experts(
 
 
 def _products(pairs: Tensor, gate_up: Tensor, down: Tensor, ends: Tensor) -> Tensor:
-    """Rows [n, hidden] are in the order of their experts; ends [local] int32 are cumulative."""
+    """Multiply pairs [n, hidden] in the order of their experts; ends [local] int32, cumulative."""
     gate, up = F.grouped_mm(pairs, gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
     return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)

@@ -34,7 +34,7 @@ class Linear:
     def load(
         cls, weights: WeightSource, outputs: Mapping[str, int], inputs: int, bias: bool = False
     ) -> Linear:
-        """Stack modules (name -> output size), each read into its place: the peak is one."""
+        """Stack modules (name -> output size), each read into its place, so memory peaks at one."""
         total = sum(outputs.values())
         weight = torch.empty(total, inputs, dtype=weights.dtype, device=weights.device)
         biases = weight.new_empty(total) if bias else None

@@ -14,9 +14,7 @@ from dp_runtime.parallel.exchange import RowExchange
 
 @dataclass(frozen=True)
 class RankSharding:
-    """How experts are split over the ranks ("ep" or "tp"), and which rank this is."""
-
-    moe_sharding: str
+    moe_sharding: str  # "ep" or "tp"
     dp_rank: int
     dp_size: int
 
@@ -47,7 +45,7 @@ class MoeStage:
     kernels: MoeKernels
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        """Most bytes a call allocates at once; padded: some gathered rows are not real."""
+        """Count the most bytes a call allocates at once; padded: not all gathered rows are real."""
         hidden = self.experts.down.shape[1]
         row = hidden * self.router.dtype.itemsize
         run = self.kernels.activation_bytes(gathered_rows, padded, self.router, self.experts)

@@ -18,7 +18,7 @@ from dp_runtime.parallel.padding import PaddingPlan
 
 
 class MoeKernels(Protocol):
-    """Routes gathered rows, and runs this rank's experts over those of them that are real."""
+    """Routes gathered rows, and runs this rank's experts over the real ones."""
 
     reads_fp8: ClassVar[bool]  # experts may be e4m3 with scales; else they are widened at load
     capturable: ClassVar[bool]  # nothing is read back to the host, so a CUDA graph may hold a call
@@ -28,19 +28,15 @@ class MoeKernels(Protocol):
         self,
         gathered: Tensor,
         plan: PaddingPlan,
-        row_ranges: Tensor | None,
+        row_ranges: Tensor | None,  # as `RowExchange` has them
         router: Router,
         experts: Experts,
     ) -> Tensor:
-        """Sum this rank's experts' share of every real row of [rows, hidden]; padded rows get 0.
-
-        row_ranges: as `RowExchange` has them.
-        """
+        """Sum this rank's experts' share of every row of [rows, hidden]; 0 for padded rows."""
 
     def activation_bytes(
         self, gathered_rows: int, padded: bool, router: Router, experts: Experts
-    ) -> int:
-        """Most bytes a call allocates at once; padded: some gathered rows are not real."""
+    ) -> int: ...
 
 
 class TorchMoe:
@@ -83,7 +79,7 @@ class TorchMoe:
 
 
 class TritonMoe:
-    """Kernels that skip padded rows where they lie."""
+    """Skips padded rows where they lie."""
 
     reads_fp8: ClassVar[bool] = True
     capturable: ClassVar[bool] = True
@@ -135,10 +131,7 @@ class TritonMoe:
 def choose_moe_backend(
     name: str, dtype: torch.dtype, device: torch.device, fp8: bool = False
 ) -> tuple[str, str]:
-    """Resolve "auto" for a device: the kernels' name, and why; fp8: some experts are e4m3.
-
-    Raises ValueError for kernels that do not serve the device or the dtype.
-    """
+    """Resolve "auto" to a name, and say why; ValueError if it does not serve device or dtype."""
     if device.type == "cpu":
         ok = name in ("auto", "torch")
         require(ok, "moe_backend", name, "auto or torch on device cpu")
@@ -175,5 +168,4 @@ MOE_KERNELS: Mapping[str, type[MoeKernels]] = {"torch": TorchMoe, "triton": Trit
 
 
 def make_moe_kernels(name: str) -> MoeKernels:
-    """The kernels of a resolved name."""
     return MOE_KERNELS[name]()

@@ -32,7 +32,7 @@ class RMSNorm:
         return self(total), total
 
     def activation_bytes(self, rows: int) -> int:
-        """Most bytes a call allocates at once: two in float32, its argument's and the quotient."""
+        """Count two tensors in float32, its argument's and the quotient, at once."""
         return rows * self.weight.numel() * 8
 
     @classmethod

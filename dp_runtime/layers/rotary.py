@@ -13,8 +13,6 @@ from dp_runtime.core.rotation import CosSin
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding; fields beyond `theta` belong to the types that are named beside them."""
-
     type: str = "default"  # default, linear, yarn, llama3
     theta: float = 10_000.0
     factor: float = 1.0  # linear, yarn, llama3
@@ -29,13 +27,13 @@ class RopeConfig:
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """Cosines and sines of positions; computed once per forward and handed to all layers."""
+    """Cosines and sines of positions, computed once per forward and handed to all layers."""
 
     inv_freq: Tensor  # [head_dim / 2] float32
     attention_factor: float
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> CosSin:
-        """positions [rows] int64 -> cos and sin, computed in float32."""
+        """Compute cos and sin of positions [rows] int64 in float32, and round them to dtype."""
         angles = (positions.float()[:, None] * self.inv_freq)[:, None, :]
         factor = self.attention_factor
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -47,7 +45,7 @@ class Rotary:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """theta^(-2i / head_dim), scaled, [head_dim / 2] float32."""
+    """Compute theta^(-2i / head_dim), scaled, [head_dim / 2] float32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents
     match rope.type:
@@ -65,10 +63,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def yarn_ramp(rope: RopeConfig, head_dim: int) -> Tensor:
-    """How far each frequency is interpolated, 0 to 1 (arXiv 2309.00071, section 3.2)."""
+    """Compute how far each frequency is interpolated, 0 to 1 (arXiv 2309.00071, section 3.2)."""
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns this often within the original context."""
+        """Find the dimension that turns this often within the original context."""
         context = rope.original_max_position_embeddings
         return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
@@ -81,10 +79,7 @@ def yarn_ramp(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def llama3_frequencies(rope: RopeConfig, frequencies: Tensor) -> Tensor:
-    """Long waves are slowed by `factor`, short ones kept, those between are blended.
-
-    Source: Llama 3.1 reference code, `apply_scaling`.
-    """
+    """Slow long waves by `factor`, keep short ones, blend between (Llama 3.1, `apply_scaling`)."""
     turns = rope.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)

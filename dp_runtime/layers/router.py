@@ -1,4 +1,4 @@
-"""Router: which experts a row goes to, and with what weight."""
+"""Router: the choice of each row's experts, and their weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Router:
     renormalize: bool
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [n, hidden] -> weights [n, k] float32 and expert ids [n, k] int64."""
+        """Route rows [n, hidden] -> weights [n, k] float32 and expert ids [n, k] int64."""
         weights, ids = self.gate(rows).softmax(-1, dtype=torch.float32).topk(self.top_k, -1)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)

@@ -50,10 +50,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LoadedRank:
-    """A rank's share of its models bound to their page pools, and what the driver should know."""
+    """A rank's models over their page pools, and the facts that the driver asks for."""
 
     models: ServedModels
-    pools: Sequence[Tensor]  # [layer], those of a draft behind the model's
+    pools: Sequence[Tensor]  # [layer], those of a draft after the model's
     info: ModelInfo
     load_s: float
     allocated_before: int  # bytes of the GPU's memory; 0 on a CPU
@@ -99,8 +99,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
 
 def _open_weights(
     config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]
-) -> list[WeightSource]:
-    """Of the model, and of its draft if there is one."""
+) -> list[WeightSource]:  # of the model, then of its draft
     draft = [] if plan.draft is None else [plan.draft.directory]
     format_, seed, device = config.load_format, config.seed, torch.device(plan.device)
     return [
@@ -110,7 +109,7 @@ def _open_weights(
 
 
 def log_choices(plan: RankPlan) -> None:
-    """Say what runs and why: once where it is the same on all ranks, and this rank's memory."""
+    """Log what runs and why, once for all ranks, and this rank's memory."""
     if plan.sharding.dp_rank == 0:
         _log_attention(plan)
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
@@ -132,7 +131,6 @@ def _log_attention(plan: RankPlan) -> None:
 
 
 def check_free(plan: RankPlan, free: int) -> None:
-    """StartError if what is planned is more than `free` bytes."""
     use, gib = plan.memory, 2**30
     if use.total <= free:
         return
@@ -146,15 +144,13 @@ def check_free(plan: RankPlan, free: int) -> None:
 
 
 def _allocated(device: torch.device) -> int:
-    """Bytes of a GPU's memory that this process has allocated."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
-    """The scales of a quantised KV cache, [layer]; 1.0 where the checkpoint has none.
+    """Read the scales of a quantised KV cache, [layer], under the names that vLLM and SGLang read.
 
-    Their names are those that vLLM and SGLang read: of the attention module, or of its k_proj and
-    v_proj (ModelOpt). Raises ValueError for a scale that is not a positive number.
+    Those of the attention module, or of its k_proj and v_proj (ModelOpt); 1.0 if there is neither.
     """
     if not plan.attention.quantized:
         return [KvScales()] * plan.model.num_layers
@@ -223,7 +219,7 @@ def assemble(
 
 
 def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
-    """All that is compiled before a plan can be served."""
+    """List all that is compiled before a plan can be served."""
     device = torch.device(plan.device)
     cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
     attention = [module for spec in specs for module in cls.jit_modules(spec, device)]
@@ -243,10 +239,9 @@ def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
 
 
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
-    """Run the largest steps on a GPU rank, with all others, and return what it uses; see there.
+    """Run the largest steps on a GPU rank, with all others, and measure the memory in use.
 
-    What is allocated after them, and is neither a weight nor a page, counts as workspace: also
-    cuBLAS's, and what kernels keep.
+    Bytes that are neither weights, pages nor activations count as workspace, cuBLAS's too.
     """
     device = loop.runner.device
     torch.cuda.reset_peak_memory_stats(device)

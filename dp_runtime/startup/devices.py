@@ -1,4 +1,4 @@
-"""Which device the ranks of a config run on."""
+"""The choice of the device that the ranks of a config run on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dp_runtime.config import EngineConfig
 
 
 def resolve_device(config: EngineConfig, num_gpus: int, where: str) -> EngineConfig:
-    """Replace device "auto": no GPU at all is cpu, room for all ranks on the GPUs is cuda.
+    """Replace device "auto" by cuda if the ranks fit the GPUs, and by cpu if there is no GPU.
 
-    Raises ValueError, naming the numbers, if there are some GPUs but too few for the ranks, or if
-    what the config asks for does not go with the device.
+    Raises ValueError if some GPUs are there but too few, or if the config does not go with the
+    device.
     """
     wanted = config.device
     if wanted == "auto":

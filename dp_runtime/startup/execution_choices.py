@@ -11,7 +11,6 @@ from dp_runtime.parallel.transports import choose_transport
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """Resolve a config's dtype; "auto" is float32 on a CPU and bfloat16 on a GPU."""
     if dtype == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16
     resolved = getattr(torch, dtype)
@@ -22,10 +21,7 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 def choose_graphs(
     config: EngineConfig, device: str, backend: str, moe_backend: str
 ) -> tuple[bool, str]:
-    """Decide whether decode steps are captured, and say why.
-
-    Raises ValueError if the config asks for graphs that can't be captured.
-    """
+    """Decide whether decode steps are captured, and why; ValueError if they can't be but must."""
     transport = choose_transport(  # on several hosts auto takes another one that can be captured
         config.collective,
         "cuda",
@@ -52,10 +48,7 @@ def choose_graphs(
 
 
 def choose_depth(config: EngineConfig, device: str, backend: str) -> int:
-    """Decide how many steps may be uncommitted when the next one is scheduled.
-
-    Raises ValueError if the config asks for overlap that can't be had.
-    """
+    """Decide how many steps may be uncommitted in flight; ValueError if overlap can't be had."""
     hindrances = {
         **_host_plans(backend),
         "check_device_values compares with lengths that the host has": config.check_device_values,
@@ -69,6 +62,6 @@ def choose_depth(config: EngineConfig, device: str, backend: str) -> int:
 
 
 def _host_plans(backend: str) -> dict[str, bool]:
-    """A plan that needs exact lengths on the host serves neither a graph nor a step run ahead."""
+    """Say if a plan needs exact lengths on the host, which graphs and overlapped steps lack."""
     plans_on_host = not backend_class(backend).capturable
     return {f"attention_backend {backend} plans each pass on the host": plans_on_host}

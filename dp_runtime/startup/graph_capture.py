@@ -1,4 +1,4 @@
-"""Capturing the graphs of a rank, an event of all ranks at once."""
+"""The capture of a rank's graphs, an event of all ranks at once."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _pass_graphs(
 
 def _piecewise_graphs(runner: StepRunner, max_num_tokens: int) -> dict[PassModel, PiecewiseGraphs]:
     collective, buckets = runner.collective, PiecewiseBuckets()
-    # Where padding crosses the wire, a stage at a bucket's size would cost more than an eager one.
+    # If padding crosses the wire, a stage at a bucket's size costs more than an eager one.
     if collective.dp_size == 1 or counts_real_rows(collective):
         buckets = PiecewiseBuckets.for_steps(max_num_tokens)
     models = {each.model: None for each in runner.passes.values()}

@@ -1,4 +1,4 @@
-"""What would run: shapes, bytes per rank and backends, without loading a model."""
+"""A description of what would run: shapes, bytes per rank and backends, without loading a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 
 
 def describe(config: EngineConfig, device: str) -> str:
-    """The plan of every rank as text; ValueError if it could not start."""
+    """Describe every rank's plan as text; ValueError if it could not start."""
     plans = [plan_rank(config, rank, device) for rank in range(config.dp_size)]
     first = plans[0]
     return "\n".join([*_model_lines(first), *_choice_lines(config, first), *_rank_lines(plans)])
@@ -61,7 +61,6 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
 
 
 def _kernel_names(plan: RankPlan) -> str:
-    """What is compiled before ready; a device without any compiles nothing."""
     return ", ".join(kernel.name for kernel in jit_modules_of(plan)) or "none to compile"
 
 

@@ -1,4 +1,4 @@
-"""What Triton compiles for a rank's MoE stage, so that none of it is compiled while serving."""
+"""The MoE stage's Triton kernels, compiled at start so that none is compiled while serving."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def moe_jit_modules(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[JitModule, ...]:
-    """The stage's kernels with all tiles that 1 to max_rows gathered rows of dp_size ranks choose.
+    """List the stage's kernels with all tiles that 1 to max_rows gathered rows choose.
 
-    One module: Triton's compiler runs in one thread of a process.
+    They are one module, for Triton's compiler runs in one thread of a process.
     """
     if not model.num_moe_layers:
         return ()
@@ -51,10 +51,7 @@ def _build(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Run the kernels over rows that are not real: they are compiled, and read no expert's weight.
-
-    formats: whether experts are e4m3; shard: local experts and their intermediate size.
-    """
+    """Run the kernels over padding only: they are compiled, and read no expert's weight."""
     num_local, inner = shard
     rows = torch.zeros(MAX_SPLIT_ROWS + 1, model.hidden_size, dtype=dtype, device=device)
     router = rows.new_zeros(model.num_experts, model.hidden_size)

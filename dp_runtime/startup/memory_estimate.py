@@ -1,4 +1,4 @@
-"""What a model's weights and steps will take, from shapes alone; the layers know their own part."""
+"""Bytes of a model's weights and steps, from shapes alone; each layer counts its own."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: bool) -> int:
-    """Most bytes that a step within the limits allocates at once.
+    """Count the most bytes that a step within the limits allocates at once.
 
-    padded: ranks may contribute rows that are not real to the MoE collectives. Not counted, since
-    small beside the rest: prompt embeddings, and what kernels allocate for themselves.
+    padded: ranks may contribute padding to the MoE collectives. Not counted, as small beside the
+    rest: prompt embeddings, and what kernels allocate for themselves.
     """
     model, draft = models.target, models.draft
     rows, vocab = limits.max_num_tokens, model.vocab_size
@@ -65,7 +65,7 @@ def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: 
 
 
 def _extend_bytes(draft: DraftModel, limits: Limits, dp_size: int, padded: bool) -> int:
-    """Of a draft_extend pass, beside the target's rows; the draft passes have fewer."""
+    """Count a draft_extend pass beside the target's rows; draft passes have fewer rows."""
     rows, requests = limits.max_num_tokens, limits.max_num_requests
     row = draft.hidden_size * draft.dtype.itemsize
     forward = draft.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
@@ -73,7 +73,7 @@ def _extend_bytes(draft: DraftModel, limits: Limits, dp_size: int, padded: bool)
 
 
 def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
-    """What graphs keep: the memory of the largest of each kind, and what they share."""
+    """Count what graphs keep: the memory of the largest of each kind, and what they share."""
     rows, requests = limits.max_decode_rows, limits.max_num_requests
     kinds: list[tuple[PassModel, int, bool]] = [(models.target, rows, True)]
     if models.draft is not None:
@@ -87,7 +87,7 @@ def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
 
 
 def _captured_stages(model: PassModel, limits: Limits, dp_size: int) -> int:
-    """Of a model's MoE stages, captured alone."""
+    """Count what the graphs of a model's MoE stages keep."""
     if not model.num_moe_layers:
         return 0
     rows = PiecewiseBuckets.for_steps(limits.max_num_tokens).max_rows

@@ -23,15 +23,13 @@ KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config ha
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The pages of a rank, and the bytes of these and of all else."""
-
     pages: PageGeometry
     use: MemoryUse
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryNeeds:
-    """What takes memory on a rank: models on the meta device, and how they run."""
+    """A rank's models on the meta device, and what they allocate with."""
 
     device: str
     models: ServedModels
@@ -65,8 +63,8 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
 def _page_geometry(config: EngineConfig, needs: MemoryNeeds, used: int) -> PageGeometry:
     """Take the pages asked for; else what the limits can use, within a fraction of the rest.
 
-    NOTE: from the size of the memory, not from what happens to be free: every run of a rank, and
-    `inspect`, come to the same number.
+    NOTE: a fraction of all memory, not of what happens to be free: every start, and `inspect`,
+    come to the same number.
     """
     size, one_page, length = config.page_size, needs.page_bytes, needs.limits.max_cached_len
     memory = rank_memory(needs.device, config.dp_size, config.ranks_per_gpu)

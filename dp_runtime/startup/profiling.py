@@ -1,8 +1,8 @@
 """The largest step the limits allow, run on all ranks before they serve.
 
-It loads every kernel and connects every collective before the first request, and what it allocates
-at most is the measured activation peak. Nothing of it stays: its requests have a scheduler, a
-sampler and a recorder of their own, no step id is used, and the pages it wrote are zeroed.
+It loads every kernel and connects every collective before the first request, and its peak is the
+measured need for activations. Nothing of it stays: requests, sampler and recorder are its own, no
+step id is used, and the pages it wrote are zeroed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ NUM_STEPS = 2  # all prompts at once, then a decode of all requests
 
 
 def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
-    """A step of max_num_tokens rows and one of decodes, with everything a request can ask for.
+    """Run max_num_tokens rows, then decodes, with everything a request can ask for.
 
-    All ranks call it at the same time, while no request is there. All but the first rank have a
-    row less, so that the MoE stage pads as it does in most steps.
+    All ranks call it at the same time, without requests. All but the first rank have a row less, so
+    that the MoE stage pads as in most steps.
     """
     pages, runner = loop.scheduler.pages, loop.runner
     limits, drafting = loop.scheduler.limits, runner.drafting
@@ -71,7 +71,7 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
 
 
 def _agree(loop: StepLoop, scheduled: SchedulerOutput) -> Agreement:
-    """What the step board would agree on, without using up one of its turns."""
+    """Agree as the step board would, without using up one of its turns."""
     coordinator = loop.coordinator
     records = [
         StepRecord(coordinator.epoch, coordinator.step_id, 0, rows)
@@ -83,7 +83,7 @@ def _agree(loop: StepLoop, scheduled: SchedulerOutput) -> Agreement:
 def largest_load(
     limits: Limits, pages: PageGeometry, dp_rank: int, vocab_size: int
 ) -> Iterator[RankRequest]:
-    """Requests whose prompts fill a step: the first as long as can be, the others of one token."""
+    """Fill a step with prompts: the first as long as can be, the others of one token."""
     rows = max(1, limits.max_num_tokens - (dp_rank > 0))
     free_pages = pages.num_pages - 1
     count = min(limits.max_num_requests, rows)
@@ -99,7 +99,6 @@ def largest_load(
 
 
 def _params(scored: bool) -> SamplingParams:
-    """Everything that sampling can be asked for."""
     return SamplingParams(
         max_tokens=NUM_STEPS,
         min_tokens=NUM_STEPS,

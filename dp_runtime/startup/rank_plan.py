@@ -41,11 +41,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """Everything that follows from a config, a model and a device, for one rank.
-
-    load_bytes: what its share of the checkpoint takes in memory; memory.weights adds what is
-    derived from it.
-    """
+    """Everything that follows from a config, a model and a device, for one rank."""
 
     model: ModelConfig
     draft: DraftConfig | None
@@ -78,8 +74,7 @@ class RankPlan:
         return (self.pages.num_pages - 1) * self.pages.page_size
 
 
-def page_bytes(layers: Sequence[LayerPlan]) -> int:
-    """Count the bytes of one page over all layers."""
+def page_bytes(layers: Sequence[LayerPlan]) -> int:  # of a page over all layers
     return sum(cache.page_bytes for plan in layers for cache in plan.caches)
 
 
@@ -129,7 +124,6 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
 
 
 def attention_spec(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> AttentionSpec:
-    """Collect what the attention backend of a rank must serve, in all passes of its programs."""
     query_lens = {
         program.query_len(pass_kind) for program in config.programs for pass_kind in program.passes
     }
@@ -147,7 +141,7 @@ def attention_spec(config: EngineConfig, model: ModelConfig, dtype: torch.dtype)
 
 
 def read_draft(config: EngineConfig, model: ModelConfig) -> DraftConfig | None:
-    """Read what drafts for a model, if anything does; ValueError if it does not fit the model."""
+    """Read the draft model's config, if any; ValueError if it does not fit the model."""
     if not config.speculative_num_steps:
         return None
     return read_draft_config(config.model, model, config.speculative_draft_model)

@@ -16,8 +16,6 @@ from dp_runtime.weights.source import WeightSource
 
 @dataclass(frozen=True, eq=False)
 class ServedModels:
-    """One rank's part of all that it runs."""
-
     target: Model
     draft: DraftModel | None
 
@@ -35,7 +33,6 @@ class ServedModels:
         sharding: RankSharding,
         moe_backend: str,
     ) -> ServedModels:
-        """Load a model and its draft from weights and over backends of each."""
         target = build_model(config, weights[0], sharding, backends[0], moe_backend)
         if draft is None:
             return cls(target, None)

@@ -16,13 +16,12 @@ from dp_runtime.attention.support import check_flashinfer, check_native
 from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.kernels.builds import JitModule
 
-WORKSPACE_BYTES = 256 << 20
-# What flashinfer's two wrappers allocate beside it: 8 MiB of integers each, and KV lengths
-WRAPPER_BYTES = 2 * (8 << 20) + 4 * 32768
+WORKSPACE_BYTES = 256 << 20  # shared by the two wrappers
+WRAPPER_BYTES = 2 * (8 << 20) + 4 * 32768  # 8 MiB of integers in each wrapper, and KV lengths
 
 
 class Wrappers(Protocol):
-    """flashinfer's wrappers, or a test's; they keep the plan that was made last, and only that."""
+    """flashinfer's wrappers, or a test's; they keep only the last plan."""
 
     def plan(self, metadata: AttentionMetadata) -> None: ...
 
@@ -37,9 +36,7 @@ class Wrappers(Protocol):
 
 
 class FlashinferBackend(AttentionBackend):
-    """Plans on the host with exact lengths."""
-
-    capturable: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False  # planned on the host, with exact lengths
 
     def __init__(
         self, spec: AttentionSpec, pools: Sequence[Tensor], scales: Sequence[KvScales] = ()
@@ -56,7 +53,6 @@ class FlashinferBackend(AttentionBackend):
 
     @classmethod
     def workspace_bytes(cls, spec: AttentionSpec) -> int:
-        """Prefill and decode share one workspace, to which their wrappers add."""
         return WORKSPACE_BYTES + WRAPPER_BYTES
 
     @classmethod

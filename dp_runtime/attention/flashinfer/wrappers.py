@@ -18,10 +18,7 @@ from dp_runtime.kernels.builds import JitModule
 
 
 class PagedWrappers:
-    """flashinfer's prefill and decode wrappers over one workspace.
-
-    A pass of decodes alone takes the decode wrapper (on tensor cores), any other the prefill one.
-    """
+    """Decodes alone take the decode wrapper (on tensor cores), all other passes the prefill one."""
 
     def __init__(self, spec: AttentionSpec, workspace_bytes: int, device: torch.device) -> None:
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)

@@ -1,8 +1,4 @@
-"""TRT-LLM attention through flashinfer: FMHAv2 and XQA on SM90, trtllm-gen on SM100.
-
-This module plans, checks and scatters, and imports no GPU library. The calls of each GPU
-architecture are in sm90.py and sm100.py.
-"""
+"""TRT-LLM attention through flashinfer: FMHAv2 and XQA on SM90, trtllm-gen on SM100."""
 
 from __future__ import annotations
 
@@ -34,7 +30,7 @@ class GpuArch(Protocol):
 
 
 class TrtllmBackend(AttentionBackend):
-    """Serves requests by query length: short ones by a decode kernel, all others by prefill."""
+    """Serves short queries by a decode kernel, all others by prefill; imports no GPU library."""
 
     capturable: ClassVar[bool] = True
 
@@ -43,9 +39,8 @@ class TrtllmBackend(AttentionBackend):
         spec: AttentionSpec,
         pools: Sequence[Tensor],
         scales: Sequence[KvScales] = (),
-        calls: TrtllmCalls | None = None,
+        calls: TrtllmCalls | None = None,  # by default those of the device's architecture
     ) -> None:
-        """Without `calls` those of the device's architecture are made."""
         super().__init__(spec, pools, scales)
         self._calls = calls or _arch(self.device).make_calls(spec, self.device)
 
@@ -56,7 +51,7 @@ class TrtllmBackend(AttentionBackend):
 
     @classmethod
     def workspace_bytes(cls, spec: AttentionSpec) -> int:
-        """Prefill and decode have one each: a decode kernel's must stay as the kernel left it."""
+        """Count one for prefill and one for decode, which must stay as its kernel left it."""
         return 2 * WORKSPACE_BYTES
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a kernel call reads about its group of requests, compared with the pass's metadata."""
+"""Comparisons of what a kernel call reads about its group with the pass's metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def members_comparisons(
     groups: Iterable[KernelGroup], metadata: AttentionMetadata
 ) -> Iterable[Comparison]:
-    """Compare the requests of all groups with those there are: each is in one group."""
+    """Check that each request is in exactly one group."""
     members = np.sort(np.concatenate([group.members for group in groups]))
     everyone = np.arange(len(metadata.query_lens_host))
     if not np.array_equal(members, everyone):
@@ -63,7 +63,6 @@ def group_comparisons(
 
 
 def _group_values(group: KernelGroup, metadata: AttentionMetadata) -> Iterable[Comparison]:
-    """Compare device tensors of a group with the host mirrors; waits for the device."""
     query_lens = metadata.query_lens_host[group.members]
     seq_lens = metadata.seq_lens_host[group.members]
     table = metadata.page_table_host[group.members]

@@ -1,4 +1,4 @@
-"""Splitting a pass's requests into groups, each of which one GPU kernel call serves."""
+"""Groups of a pass's requests, each of which one GPU kernel call serves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASK_WORD_BITS = 16
 
 @dataclass(frozen=True, eq=False)
 class KernelGroup:
-    """Requests of a pass that one call serves, and what that call reads about them."""
+    """Requests that one call serves, and what it reads about them."""
 
     members: Int64  # [requests] their numbers in the pass, ascending
     rows: slice | Tensor  # their rows of the pass: a slice, or an index [rows] if scattered
@@ -54,7 +54,6 @@ def build_groups(
 
 
 def build_group(metadata: AttentionMetadata, members: Int64, query_len: int | None) -> KernelGroup:
-    """Gather what a call reads about `members`, the ascending numbers of some requests."""
     device = metadata.seq_lens.device
     query_lens, seq_lens = metadata.query_lens_host[members], metadata.seq_lens_host[members]
     starts = offsets(metadata.query_lens_host)[members]
@@ -94,8 +93,7 @@ def mask_words(query_len: int) -> int:
 def causal_mask(batch_size: int, query_len: int, device: torch.device) -> Tensor:
     """Pack XQA's mask, [batch, query_len, words] uint16: row i sees the new tokens 0..i.
 
-    NOTE: a row takes two words even for a few tokens. With one word the kernel reads the next row's
-    too, and the result is silently wrong by some percent.
+    NOTE: with one word a row, the kernel reads the next row's too: silently wrong by some percent.
     """
     rows = np.zeros((query_len, mask_words(query_len)), np.uint16)
     for row in range(query_len):

@@ -32,19 +32,12 @@ class TrtllmCalls(Protocol):
     def decode(
         self, q: Tensor, pool: Tensor, scales: KvScales, group: KernelGroup, out: Tensor
     ) -> None:
-        """Attend with one short query length of all requests, causally among the new tokens."""
+        """Attend causally with one short query length; q is of the model's dtype."""
 
 
 @dataclass(frozen=True, eq=False)
 class KernelPlan(AttentionPlan):
-    """Attends group by group.
-
-    A captured graph reads the tensors of its plan at every replay, so it keeps the plan.
-
-    Over a pool in e4m3 prefill takes q in e4m3 too, with a scale of 1.0 and clamped to 448: the
-    kernels take the scale as a host number, so one found in the data would wait for the device, and
-    e4m3 keeps the same bits at any magnitude that q has. Decode takes q as it is.
-    """
+    """Attends group by group; a captured graph keeps it, as each replay reads its tensors."""
 
     groups: tuple[KernelGroup, ...]
     calls: TrtllmCalls
@@ -56,6 +49,8 @@ class KernelPlan(AttentionPlan):
             rows = q[group.rows].contiguous()
             target = out[group.rows] if in_one_piece else torch.empty_like(rows)
             if group.query_len is None and self.spec.quantized:
+                # The kernel takes q's scale as a host number: one found in the data would wait for
+                # the device, and e4m3 keeps the same bits at any magnitude that q has.
                 rows = quantize(rows, 1.0)
             self.check_call(rows, target, group, cache)
             call = self.calls.decode if group.query_len else self.calls.prefill
@@ -65,10 +60,7 @@ class KernelPlan(AttentionPlan):
         return out
 
     def check_call(self, q: Tensor, out: Tensor, group: KernelGroup, cache: LayerCache) -> None:
-        """Compare q and out: a kernel takes its batch from them, and its dtype from q or the pool.
-
-        A prefill kernel takes q in the pool's dtype, a decode kernel in the model's.
-        """
+        """Compare q and out, from which a kernel takes its batch and its dtype."""
         spec = self.spec
         dtype = spec.kv_dtype if group.query_len is None else spec.dtype
         shape = (group.num_rows, spec.num_heads, spec.head_dim)

@@ -1,4 +1,4 @@
-"""The TRT-LLM kernels of SM100 and SM103: trtllm-gen for prefill and decode.
+"""trtllm-gen, the TRT-LLM kernels of SM100 and SM103, for prefill and decode.
 
 Written against flashinfer's signatures, not run by us.
 """
@@ -19,8 +19,6 @@ from dp_runtime.kernels.builds import JitModule
 
 
 class Sm100Calls:
-    """Calls over two workspaces, as on SM90."""
-
     def __init__(self, scale: float, device: torch.device) -> None:
         self._scale = scale
         self._context = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -70,5 +68,5 @@ def make_calls(spec: AttentionSpec, device: torch.device) -> Sm100Calls:
 
 
 def jit_modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
-    """One launcher; the kernels themselves come precompiled with flashinfer."""
+    """Return one launcher; the kernels themselves come precompiled with flashinfer."""
     return (JitModule("trtllm-gen", lambda: (load_decode(), load_prefill())),)

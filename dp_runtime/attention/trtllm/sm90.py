@@ -23,10 +23,7 @@ LAYOUT = "Q_PAGED_KV_HND"
 
 
 class Sm90Calls:
-    """Calls over two workspaces.
-
-    NOTE: they are apart, for XQA's must be zero where its semaphores are.
-    """
+    """Calls over a workspace each: XQA's must be zero where its semaphores are."""
 
     def __init__(self, scale: float, device: torch.device) -> None:
         self._scale = scale
@@ -58,8 +55,8 @@ class Sm90Calls:
     ) -> None:
         length = group.query_len
         assert length is not None, "a decode group has one query length"
-        # NOTE: the e4m3 kernel waits for the kernel before it only when it comes to the newest key,
-        # and with several new ones that is too late for the others.
+        # NOTE: the e4m3 kernel waits for its predecessor only when it comes to the newest key: too
+        # late for the others, if several are new.
         late = length > 1 and pool.dtype == E4M3
         shaped = out if length == 1 else out.view(group.batch_size, length, *out.shape[1:])
         trtllm_batch_decode_with_kv_cache(
@@ -85,10 +82,7 @@ def make_calls(spec: AttentionSpec, device: torch.device) -> Sm90Calls:
 
 
 def jit_modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
-    """FMHAv2 for the cache's dtype, and an XQA module for each decode length.
-
-    They are loaded through flashinfer's own cached functions, so that calls find them loaded.
-    """
+    """List what flashinfer's own cached functions load, so that calls find it loaded."""
     out_dtype = spec.dtype if spec.quantized else None
     prefill = partial(get_trtllm_fmha_v2_module, LAYOUT, spec.kv_dtype, out_dtype)
     shape = f"page {spec.page_size}, head_dim {spec.head_dim}, {spec.group_size} to 1"
@@ -100,7 +94,6 @@ def jit_modules(spec: AttentionSpec) -> tuple[JitModule, ...]:
 
 
 def load_xqa(spec: AttentionSpec, query_len: int) -> object:
-    """Compile and load XQA for one query length."""
     module: object = get_xqa_module(
         spec.dtype, spec.kv_dtype, spec.page_size, spec.head_dim, spec.group_size,
         False, spec.dtype, query_len,
