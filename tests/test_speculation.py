@@ -117,7 +117,7 @@ def test_report_and_trace_count_what_was_verified(
         watches = [Watch(loop) for loop in loops_of(engine)]
         if adaptive:
             for loop in loops_of(engine):
-                loop.coordinator._policy = AdaptiveLength(4, cost=0.01)  # more drafts pay soon
+                loop.coordinator.policy = AdaptiveLength(4, cost=0.01)  # more drafts pay soon
         outputs = engine.generate(PROMPTS, params)
         check_pages_free(engine)
         report, trace = engine.report(), engine.step_trace()

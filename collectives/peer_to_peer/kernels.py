@@ -27,8 +27,8 @@ def _places(
         buffer = tl.multiple_of(tl.load(table + to).to(tl.pointer_type(dtype)), 16)
         first = tl.load(layout + to, volatile=True).to(tl.int64)
         real = tl.load(layout + SIZE + to, volatile=True)
-        one = (buffer, first, real)
-        places = places + (one,)  # type: ignore[assignment]  # noqa: RUF005
+        place = (buffer, first, real)
+        places = places + (place,)  # type: ignore[assignment]  # noqa: RUF005
     return places
 
 
@@ -48,13 +48,13 @@ def _flags(
     line = tl.program_id(0) * LINE
     there = tl.load(flags + peer, mask=others, other=0).to(tl.pointer_type(tl.int32)) + line + rank
     count = heard + line + peer
-    due = tl.load(count, mask=others, other=0, volatile=True) + 1
-    return others, there, own_flags + line + peer, count, due
+    awaited = tl.load(count, mask=others, other=0, volatile=True) + 1
+    return others, there, own_flags + line + peer, count, awaited
 
 
 @triton.jit
 def _raise_and_wait(
-    there, here, count, due, sent, coming, stop, RANKS: tl.constexpr,
+    there, here, count, awaited, sent, coming, stop, RANKS: tl.constexpr,
     POLLS_PER_LOOK: tl.constexpr = 64,
 ):  # fmt: skip
     """Raise the flags of the peers that rows were sent to, and wait for those that send some."""
@@ -65,13 +65,13 @@ def _raise_and_wait(
     while missing > 0:
         seen = tl.atomic_add(here, one - 1, mask=coming, sem="acquire", scope="sys")
         # NOTE: the difference is right where the count wraps around
-        missing = tl.sum((coming & (seen - due < 0)).to(tl.int32), 0)
+        missing = tl.sum((coming & (seen - awaited < 0)).to(tl.int32), 0)
         polls += 1
         if polls % POLLS_PER_LOOK == 0:  # noqa: SIM102 (`and` would load in every poll)
             if tl.load(stop, volatile=True) != 0:
                 missing = 0
     tl.debug_barrier()
-    tl.store(count, due, mask=coming)
+    tl.store(count, awaited, mask=coming)
 
 
 @triton.jit(do_not_specialize=["rows_per_rank", "rank"])
@@ -85,7 +85,7 @@ def gather_kernel(
     places = _places(buffers, layout, rank, SIZE, own.dtype.element_ty)
     mine, own_first, own_real = places[SIZE - 1]
     theirs = tl.load(layout + SIZE + peer, mask=peer < SIZE, other=0, volatile=True) * WIDTH
-    others, there, here, count, due = _flags(flags, own_flags, heard, rank, SIZE, RANKS)
+    others, there, here, count, awaited = _flags(flags, own_flags, heard, rank, SIZE, RANKS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -109,7 +109,7 @@ def gather_kernel(
                 tl.store(mine + (first + row) * row_words + col, nan, mask=col < row_words)
                 tile += tl.num_programs(0)
     sent, coming = _takes_part(others, own_real * WIDTH), _takes_part(others, theirs)
-    _raise_and_wait(there, here, count, due, sent, coming, stop, RANKS)
+    _raise_and_wait(there, here, count, awaited, sent, coming, stop, RANKS)
 
 
 @triton.jit(do_not_specialize=["own_rows", "rows_per_rank", "rank"])
@@ -125,7 +125,7 @@ def reduce_scatter_kernel(
     places = _places(buffers, layout, rank, SIZE, partial.dtype.element_ty)
     mine, own_first, own_real = places[SIZE - 1]
     theirs = tl.load(layout + SIZE + peer, mask=peer < SIZE, other=0, volatile=True) * WIDTH
-    others, there, here, count, due = _flags(flags, own_flags, heard, rank, SIZE, RANKS)
+    others, there, here, count, awaited = _flags(flags, own_flags, heard, rank, SIZE, RANKS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -140,7 +140,7 @@ def reduce_scatter_kernel(
             tl.store(at + col, value, mask=col < row_size)
             tile += tl.num_programs(0)
     sent, coming = _takes_part(others, theirs), _takes_part(others, own_real * WIDTH)
-    _raise_and_wait(there, here, count, due, sent, coming, stop, RANKS)
+    _raise_and_wait(there, here, count, awaited, sent, coming, stop, RANKS)
     own = partial + own_first * row_size
     tile = block
     while tile < own_rows * WIDTH:

@@ -18,7 +18,7 @@ from collectives.session import session_token
 from collectives.shared_memory.board import SharedMemoryBoard
 from collectives.shared_memory.channel import CLOSED, Channel
 from collectives.shared_memory.region import RegionLayout
-from collectives.shared_memory.rendezvous import CHANNELS, Rendezvous
+from collectives.shared_memory.rendezvous import CHANNELS, MeetingDirectory
 from dp_runtime.errors import CollectiveAborted, require
 from dp_runtime.parallel.agreement import StepRecord
 from dp_runtime.parallel.collective import Counts
@@ -56,7 +56,7 @@ class SharedMemoryGroup:
         ok = area_bytes >= min_bytes and area_bytes % 64 == 0
         require(ok, "area_bytes", area_bytes, f"a multiple of 64, at min_bytes {min_bytes}")
         layout = RegionLayout(dp_size, area_bytes)
-        region, bells = Rendezvous(path, dp_rank, layout, attach_timeout_s).attach()
+        region, bells = MeetingDirectory(path, dp_rank, layout, attach_timeout_s).attach()
         self._region, self._lock, self._closed = region, threading.Lock(), False
         rows, board = (Channel(region, bells[name], timeout_s) for name in CHANNELS)
         self._channels = (rows, board)

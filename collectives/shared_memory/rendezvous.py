@@ -22,7 +22,7 @@ def remove_rendezvous(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-class Rendezvous:
+class MeetingDirectory:
     """One rank's attempt to meet the others in a directory (0700) of FIFOs and the region (0600).
 
     Names are removed once all ranks have opened everything: nothing is left however ranks end.

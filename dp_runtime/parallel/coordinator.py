@@ -37,7 +37,7 @@ class StepCoordinator:
         self.step_id = 0  # of the next step
         self.programs = programs
         self._execution = execution
-        self._policy = policy
+        self.policy = policy
         self._program_id = 0  # the first program is part of the epoch
 
     @property
@@ -59,7 +59,7 @@ class StepCoordinator:
 
     def agree(self, records: Sequence[StepRecord]) -> Agreement:
         """Fold the next step's records; RankDisagreement comes before any of its collectives."""
-        agreement = agree(records, self.programs, self._policy, self._execution)
+        agreement = agree(records, self.programs, self.policy, self._execution)
         self.step_id += 1
         self._program_id = agreement.next_program_id
         return agreement

@@ -74,7 +74,7 @@ class StepRunner:
         if drafting is not None:
             self.passes[Pass.DRAFT] = pass_runner(drafting.model)
             self.passes[Pass.DRAFT_EXTEND] = pass_runner(drafting.model)
-        self._last_sampled = torch.zeros(0, dtype=torch.int64, device=device)
+        self.last_sampled = torch.zeros(0, dtype=torch.int64, device=device)
         self._no_hidden = torch.zeros(0, 0, device=device)
 
     def use_graphs(self, captured: CapturedGraphs) -> None:
@@ -115,7 +115,7 @@ class StepRunner:
         return self.run_plain(step)
 
     def run_plain(self, step: _LaunchedStep) -> StepOutput:
-        future = FutureTokens(self._last_sampled, self._no_hidden)
+        future = FutureTokens(self.last_sampled, self._no_hidden)
         output = step.run_pass(0, future)
         return step.output(*self._sample(step, 0, output, None))
 
@@ -152,7 +152,7 @@ class StepRunner:
                 self.model.logits(hidden[rows[: len(scheduled.samples)]])
             )
         sampled = self.sampler.sample(logits, scheduled.samples, verification)
-        self._last_sampled = sampled.token_ids
+        self.last_sampled = sampled.token_ids
         step.sample_s = perf_counter() - started
         return sampled, scores
 

@@ -44,9 +44,9 @@ def keep_weights(
     scaled = (logits - peaks[:, None]) / temperatures[:, None]
     rows = np.flatnonzero(top_k < logits.shape[1])
     counts = top_k[rows].astype(np.int64)
-    weights = change_rows(scaled, rows, lambda some: _keep_top_k(some, counts)).softmax(-1)
+    weights = change_rows(scaled, rows, lambda limited: _keep_top_k(limited, counts)).softmax(-1)
     rows = np.flatnonzero(top_p < 1)
-    weights = change_rows(weights, rows, lambda some: _keep_top_p(some, top_p[rows]))
+    weights = change_rows(weights, rows, lambda limited: _keep_top_p(limited, top_p[rows]))
     if min_p.any():
         shares = on_device(min_p.astype(np.float32), device)
         weights = weights.masked_fill(weights < (shares * weights.amax(-1))[:, None], 0)

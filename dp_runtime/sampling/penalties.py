@@ -77,10 +77,10 @@ def penalise_rows(
     rows = np.array([row for row, state in enumerate(states) if state is not None], np.int64)
     if not len(rows):
         return logits
-    some, device = [state for state in states if state is not None], logits.device
-    settings = np.array([state.settings for state in some], np.float32)
-    in_prompt = torch.stack([state.in_prompt for state in some])
-    counts = torch.stack([state.output_counts for state in some])
+    penalised, device = [state for state in states if state is not None], logits.device
+    settings = np.array([state.settings for state in penalised], np.float32)
+    in_prompt = torch.stack([state.in_prompt for state in penalised])
+    counts = torch.stack([state.output_counts for state in penalised])
     places, sources = verification.assumed(rows + first_row)
     if len(places):
         drafts = verification.drafts.flatten()[on_device(sources, device)]

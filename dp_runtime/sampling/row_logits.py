@@ -1,4 +1,4 @@
-"""RowLogits: the logits of some rows, and the largest of each."""
+"""RowLogits: the logits of rows, and the largest of each."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class RowLogits:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, some: slice) -> RowLogits:
-        return RowLogits(self.values[some], self.peaks[some], self.best[some], self.valid[some])
+    def __getitem__(self, rows: slice) -> RowLogits:
+        return RowLogits(self.values[rows], self.peaks[rows], self.best[rows], self.valid[rows])

@@ -133,8 +133,8 @@ class Sampler:
         accepted = self._accepted(token_ids, firsts, verification)
         if seen:
             emitted = drafted.emitted(accepted, len(rows))
-            for some, penalties in seen:
-                penalties.count(token_ids[some], emitted[some])
+            for span, penalties in seen:
+                penalties.count(token_ids[span], emitted[span])
         logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
         copy = _copied(token_ids, valid, accepted)
         return Sampled(request_ids, token_ids, logprobs, logprob_rows, accepted, copy)
@@ -212,10 +212,10 @@ class Sampler:
             for number, request in enumerate(requests)
             if request.penalties is not None
         ]
-        for some, penalties in seen:
-            request_id = int(self._request_ids[rows.req_indices[some.start]])
-            index = int(rows.output_indices[some.start])
-            penalties.begin(request_id, index, some.stop - some.start, self.vocab_size)
+        for span, penalties in seen:
+            request_id = int(self._request_ids[rows.req_indices[span.start]])
+            index = int(rows.output_indices[span.start])
+            penalties.begin(request_id, index, span.stop - span.start, self.vocab_size)
         return seen
 
     def _draw(
@@ -232,8 +232,8 @@ class Sampler:
         counters = np.stack([self._seeds[rows.req_indices], rows.output_indices])
         device_index = on_device(index, self.device)
         seeds, outputs = on_device(counters[:, index], self.device)
-        some, fallback = take_rows(logits, index), best[device_index]
-        weights = keep_weights(some, peaks[device_index], draws[index])
+        drawn, fallback = take_rows(logits, index), best[device_index]
+        weights = keep_weights(drawn, peaks[device_index], draws[index])
         picked = invert(weights, uniform(seeds, outputs), fallback)
         return best.index_copy(0, device_index, picked)
 

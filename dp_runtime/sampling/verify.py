@@ -78,14 +78,14 @@ class Verification:
 
     def each_row(self, requests: list[T]) -> list[T]:
         verified, others = requests[: len(self)], requests[len(self) :]
-        return [one for one in verified for _ in range(self.rows_each)] + others
+        return [request for request in verified for _ in range(self.rows_each)] + others
 
     def assumed(self, rows: Int64) -> tuple[Int64, Int64]:
         """Pair places in `rows` with those in `drafts.flatten()` that the rows have as inputs."""
-        chains, depths = np.divmod(rows, self.rows_each)
-        depths[rows >= self.num_rows] = 0
-        places = np.arange(len(rows)).repeat(depths)
-        within = np.arange(len(places)) - (depths.cumsum() - depths).repeat(depths)
+        chains, num_read = np.divmod(rows, self.rows_each)
+        num_read[rows >= self.num_rows] = 0
+        places = np.arange(len(rows)).repeat(num_read)
+        within = np.arange(len(places)) - (num_read.cumsum() - num_read).repeat(num_read)
         return places, chains[places] * self.num_drafts + within
 
     def emitted(self, accepted: Tensor | None, num_rows: int) -> Tensor:

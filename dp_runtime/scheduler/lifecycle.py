@@ -38,7 +38,7 @@ class RequestLifecycle:
 
     @property
     def num_queued_tokens(self) -> int:
-        preempted = [one for one in self._leaving if one.status is RequestStatus.PREEMPTED]
+        preempted = [r for r in self._leaving if r.status is RequestStatus.PREEMPTED]
         return self._waiting_tokens + sum(request.num_tokens for request in preempted)
 
     def add(self, request: RequestState) -> None:

@@ -187,13 +187,13 @@ class Scheduler:
         req_indices, table = self.running, self.table
         needed = np.minimum(table.num_needed(req_indices), self.limits.max_num_tokens)
         decoding = (needed == 1) & ~table.prefilling(req_indices, needed)
-        due = table.num_computed_tokens[req_indices] + np.where(decoding, decode_query_len, needed)
+        ends = table.num_computed_tokens[req_indices] + np.where(decoding, decode_query_len, needed)
         ready = np.ones(len(req_indices), np.bool_)
-        for place in (due > self.page_table.max_tokens(req_indices)).nonzero()[0].tolist():
+        for place in (ends > self.page_table.max_tokens(req_indices)).nonzero()[0].tolist():
             if place >= len(self.running):
                 break  # preempted for an older one, as are all that follow
             req_index = int(req_indices[place])
-            missing = self.page_table.num_missing(req_index, int(due[place]))
+            missing = self.page_table.num_missing(req_index, int(ends[place]))
             if missing <= self.num_free_pages or self._preempt_for(req_index, missing):
                 self.page_table.append(req_index, missing)
             else:

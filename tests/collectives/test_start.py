@@ -44,13 +44,13 @@ def test_what_lies_there_meanwhile_is_private(
 ) -> None:
     path, modes = tmp_path / "meet", {}
 
-    def note(self: rendezvous.Rendezvous) -> None:
+    def note(self: rendezvous.MeetingDirectory) -> None:
         modes[""] = stat.S_IMODE(path.stat().st_mode)
         modes.update({file.name: stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()})
         remove(self)
 
-    remove = rendezvous.Rendezvous._remove_names
-    monkeypatch.setattr(rendezvous.Rendezvous, "_remove_names", note)
+    remove = rendezvous.MeetingDirectory._remove_names
+    monkeypatch.setattr(rendezvous.MeetingDirectory, "_remove_names", note)
     SharedMemoryGroup(str(path), 0, 1, 1.0).close()
     assert modes == {"": 0o700, "region": 0o600, "rows.0": 0o600, "board.0": 0o600}
 

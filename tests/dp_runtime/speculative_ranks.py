@@ -160,7 +160,7 @@ class SpeculativeRanks:
             pages = PageGeometry(num_pages or plan.pages.num_pages, plan.pages.page_size)
             part = replace(plan, limits=limits, pages=pages, depth=config.depth)
             loop = _loop(config, part, loaded, group, rank)
-            loop.coordinator._policy = policy
+            loop.coordinator.policy = policy
             ranks.append(ScriptedRank(loop, [one for one in script if one.dp_rank == rank]))
         _run(ranks)
         served = Served()

@@ -101,7 +101,7 @@ def run_ranks(
 
     def build(dp_rank: int) -> Rank:
         loop = make_loop(config, group, dp_rank)
-        loop.coordinator._policy = policy
+        loop.coordinator.policy = policy
         prepare(loop)
         rank_params = params[dp_rank] if params else SamplingParams(max_tokens=6)
         return Rank(loop, loads[dp_rank], rank_params)

@@ -147,7 +147,7 @@ def traces(loop: StepLoop) -> tuple[Any, ...]:
         scheduler.num_free_pages, list(scheduler.page_table.allocator._free), scheduler.has_work,
         scheduler.num_preemptions, coordinator.step_id, coordinator.epoch, coordinator.program,
         len(loop.sampler), list(loop.recorder.steps), replace(loop.recorder.totals),
-        loop.last_finished[0], loop.runner._last_sampled.tolist(),
+        loop.last_finished[0], loop.runner.last_sampled.tolist(),
     )  # fmt: skip
 
 
