@@ -45,7 +45,7 @@ def test_imports_go_down_only_but_for_the_engine_s_ranks() -> None:
 
 def test_actors_are_started_in_one_place() -> None:
     users = {line.split(":")[0] for line in offenders("workers", ("ray",))}
-    assert users == {"workers/ray_group.py"}
+    assert all(user.startswith(("workers/ray_group.py", "workers/ray_cluster/")) for user in users)
 
 
 def test_flashinfer_is_imported_by_its_backends_only() -> None:

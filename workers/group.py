@@ -113,22 +113,22 @@ class WorkerGroup:
         self._owner = os.getpid()
         _groups.add(self)
 
-    def start(self, show_progress: bool) -> None:
+    def start(self, show_progress: bool, timeout_s: float) -> None:
         """Bring all ranks to ready; on any failure, or interrupt, none of them is left.
 
         Raises ValueError if the config or the model is at fault, else StartError.
         """
         try:
-            uninterrupted(lambda: self._start(show_progress), self._give_up)
+            uninterrupted(lambda: self._start(show_progress, timeout_s), self._give_up)
         except BaseException:
             self.close()  # an interrupt may have come once the ranks were ready
             raise
 
-    def _start(self, show_progress: bool) -> None:
+    def _start(self, show_progress: bool, timeout_s: float) -> None:
         try:
             limits = SilenceLimits.while_starting(self._config)
             watch = self._watch = RankWatch(self._handles, limits, self._give_up)
-            deadline = Deadline(self._config.start_timeout_s)
+            deadline = Deadline(timeout_s)
             hosts = self._all(Prepare(), deadline)
             with ProgressBar("load", 0, "byte", show_progress) as bar:
                 infos = self._all(Load(), deadline, lambda: show_loading(bar, watch.healths))

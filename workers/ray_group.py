@@ -2,163 +2,232 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
-from concurrent.futures import Future
-from contextlib import ExitStack
-from logging import WARNING
-from pathlib import Path
+import pickle
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, InvalidStateError, wait
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from time import monotonic
 from typing import Any, TypeVar
 
-from collectives.session import session_token
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.startup.devices import resolve_device
+from workers.deadline import within
 from workers.group import WorkerGroup
-from workers.messages import ConcurrencyGroup, Message
-from workers.placement import bundle_of, cpus_for, strategy_of
-from workers.worker import Worker
+from workers.messages import Message
+from workers.placement import bundle_of, describe_room, strategy_of
+from workers.ray_cluster.connection import LOST, RayConnection, connect
+from workers.ray_cluster.errors import cause_of, plain
+from workers.ray_cluster.nodes import held_cpus, living_nodes
+from workers.ray_cluster.packages import packages_for_ranks
+from workers.ray_cluster.rank_actor import RayWorker, actor_class, search_path
 
-PLACEMENT_S = 60.0
+GONE_S = 2.0  # for Ray to take note that the room of the ranks is given back
+POLL_S = 0.2
+WAITING_S = 5.0  # until the log says that there is no room yet
+SAME_TROUBLE_S = 1.0  # for ranks with the same trouble to be named together
 Answer = TypeVar("Answer")
 # What the driver's environment says about GPUs and their network holds for the ranks too.
 PASSED_ON = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "FLASHINFER_", "CUDA_MODULE_")
 
+_log = logging.getLogger(__name__)
+
 
 class RayRank:
-    def __init__(self, dp_rank: int, actor: Any) -> None:
+    def __init__(self, dp_rank: int, actor: Any, connection: RayConnection) -> None:
         self.dp_rank = dp_rank
-        self._actor = actor
+        self._actor, self._connection = actor, connection
+        self._lock = threading.Lock()
+        self._unanswered: set[Future[Any]] = set()
+        connection.on_loss(self._lose)
+
+    def created(self) -> Future[Any]:
+        """Ray's own future, which fails with what the actor's creation raised."""
+        future: Future[Any] = self._actor.__ray_ready__.remote().future()
+        return future
 
     def call(self, message: Message[Answer]) -> Future[Answer]:
         outer: Future[Answer] = Future()
-        answer = getattr(self._actor, message.group).remote(message)
-        answer.future().add_done_callback(lambda done: self._pass_on(done, outer))
+        with self._lock:
+            self._unanswered.add(outer)
+        outer.add_done_callback(self._forget)
+        if not self._connection.connected:
+            self._fail(outer, RankFailed(LOST))
+            return outer
+        try:
+            answer = getattr(self._actor, message.group).remote(message).future()
+        except Exception as error:
+            self._fail(outer, RankFailed(f"rank {self.dp_rank} can't be called: {cause_of(error)}"))
+        else:
+            answer.add_done_callback(lambda done: self._pass_on(done, outer))
         return outer
 
     def kill(self) -> None:
         import ray
 
-        ray.kill(self._actor)
+        if self._connection.connected:  # NOTE: without a connection Ray would make one
+            ray.kill(self._actor)
+
+    def _forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._unanswered.discard(future)
+
+    def _lose(self, why: str) -> None:
+        with self._lock:
+            unanswered = list(self._unanswered)
+        for future in unanswered:
+            self._fail(future, RankFailed(why))
+
+    def _fail(self, future: Future[Any], error: BaseException) -> None:
+        with suppress(InvalidStateError):  # it has its answer
+            future.set_exception(error)
 
     def _pass_on(self, done: Future[Any], outer: Future[Any]) -> None:
         """Unwrap what Ray wraps: the worker's own exception, or the death of the actor."""
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         match done.exception():
             case None:
-                outer.set_result(done.result())
-            case RayTaskError() as error:
-                outer.set_exception(error.cause)
-            case RayActorError() as error:
-                first = str(error).strip().splitlines()[0]
-                text = f"the actor of rank {self.dp_rank} died: {first}"
-                outer.set_exception(RankFailed(text))
+                with suppress(InvalidStateError):
+                    outer.set_result(done.result())
+            case RayTaskError(cause=BaseException() as cause):
+                self._fail(outer, cause)
+            case RayError() as error:
+                _log.info("rank %d: %s", self.dp_rank, plain(error))
+                text = f"the actor of rank {self.dp_rank} died: {cause_of(error)}"
+                self._fail(outer, RankFailed(text))
             case error:
-                outer.set_exception(error)
+                self._fail(outer, error)
 
 
-def start_ray(config: EngineConfig) -> WorkerGroup:
+def start_ray(config: EngineConfig, deadline: float) -> WorkerGroup:
+    """Connect, reserve room for the ranks and create their actors, all before the deadline."""
     import ray
 
     with ExitStack() as undo:
-        if _connect(config):
-            undo.callback(ray.shutdown)
-        num_gpus = int(ray.cluster_resources().get("GPU", 0))
-        config = resolve_device(config, num_gpus, "the Ray cluster")
-        placement = place(config)
-        undo.callback(ray.util.remove_placement_group, placement)
-        handles = [_actor(config, rank, placement) for rank in range(config.dp_size)]
-        return WorkerGroup(config, handles, undo.pop_all().close)
+        connection = connect(config, deadline)
+        undo.callback(connection.release)
+        found = within(deadline, "ask Ray for its resources", ray.cluster_resources)
+        config = resolve_device(config, int(found.get("GPU", 0)), "the Ray cluster")
+        config = with_absolute_paths(config)
+        placement = place(config, deadline)
+        undo.callback(_remove, placement, connection)
+        ranks = within(deadline, "create actors", lambda: _create(config, placement, connection))
+        _wait_created(ranks, connection, deadline)
+        return WorkerGroup(config, ranks, undo.pop_all().close)
 
 
-def place(config: EngineConfig) -> Any:
-    """Reserve a bundle for each rank (StartError if there is no room in PLACEMENT_S)."""
+def with_absolute_paths(config: EngineConfig) -> EngineConfig:
+    """Give the full path of what the driver sees: ranks may have another working directory."""
+    draft = config.speculative_draft_model
+    return replace(
+        config,
+        model=_absolute(config.model),
+        speculative_draft_model=None if draft is None else _absolute(draft),
+    )
+
+
+def _absolute(path: str) -> str:
+    try:
+        return os.path.abspath(path) if os.path.isdir(path) else path
+    except (ValueError, OSError):  # the ranks will say what is wrong with it
+        return path
+
+
+def place(config: EngineConfig, deadline: float) -> Any:
+    """Reserve a bundle for each rank; StartError if there is no room for them in time."""
     import ray
 
-    resources, nodes = ray.cluster_resources(), ray.nodes()
+    nodes = within(deadline, "ask Ray for its nodes", lambda: living_nodes(deadline))
     strategy = strategy_of(config, nodes)
-    bundle = bundle_of(config, cpus_for(strategy, nodes))
-    placement = ray.util.placement_group([bundle] * config.dp_size, **strategy)
+    bundle = bundle_of(config, nodes, strategy, held_cpus())
+    bundles = [bundle] * config.dp_size
+    placement = within(
+        deadline, "reserve room", lambda: ray.util.placement_group(bundles, **strategy)
+    )
+    need = f"room for {config.dp_size} ranks of {bundle} ({strategy})"
+    _log.info("placement: %s; %s", need, describe_room(nodes))
     try:
-        if not placement.wait(PLACEMENT_S):
-            raise StartError(
-                f"no room for {config.dp_size} ranks of {bundle} ({strategy}) in "
-                f"{PLACEMENT_S:g} s; the cluster has {resources}"
-            )
+        _wait_for_room(placement, need, deadline)
     except BaseException:
         ray.util.remove_placement_group(placement)
         raise
     return placement
 
 
-def _connect(config: EngineConfig) -> bool:
-    """Join the cluster that the config or the environment names, else start one.
+def _wait_for_room(placement: Any, need: str, deadline: float) -> None:
+    warn_at = monotonic() + WAITING_S
+    while not placement.wait(min(POLL_S, max(deadline - monotonic(), 0.0))):
+        now = monotonic()
+        if now >= deadline:
+            raise StartError(
+                f"no {need} in start_timeout_s; {describe_room(living_nodes(now + GONE_S))}"
+            )
+        if now >= warn_at:
+            _log.warning("waiting for %s; %s", need, describe_room(living_nodes(deadline)))
+            warn_at = deadline + 1
 
-    Returns whether this call has connected the process, which the engine then undoes at its end.
 
-    NOTE: a cluster's ports listen on all interfaces, and who may talk to it runs code as its user.
-    One started here asks for the user's token (~/.ray) unless RAY_AUTH_MODE says no.
-    """
+def _remove(placement: Any, connection: RayConnection) -> None:
+    """Give the room back, which ends the actors in it."""
     import ray
 
-    if ray.is_initialized():
-        return False
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=WARNING,
-                runtime_env={"py_modules": _packages()},
+    if connection.connected:
+        with suppress(StartError):  # Ray does not answer; the room is given back with the job
+            within(
+                monotonic() + GONE_S,
+                "give room back",
+                lambda: ray.util.remove_placement_group(placement),
             )
-        except (ConnectionError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise StartError(f"ray_address: no cluster answers at {address!r}: {reason}") from error
-        return True
-    ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
-    return True
-
-
-def _packages() -> list[str]:
-    """Directories of this program, which workers of a running cluster may not have."""
-    root = Path(__file__).parents[1]
-    return [str(root / name) for name in ("dp_runtime", "collectives", "workers")]
 
 
 def environment_of_ranks(driver: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in driver.items() if name.startswith(PASSED_ON)}
 
 
-def _actor(config: EngineConfig, dp_rank: int, placement: Any) -> RayRank:
+def _create(config: EngineConfig, placement: Any, connection: RayConnection) -> list[RayRank]:
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     gpu = config.device == "cuda"
-    bundle = placement.bundle_specs[dp_rank]
-    actor = (
-        _actor_class()
-        .options(
-            num_cpus=bundle["CPU"],
+    environment = {} if connection.starts_cluster else packages_for_ranks()
+    if gpu and (variables := environment_of_ranks(os.environ)):
+        environment["env_vars"] = variables
+    search = search_path(connection.starts_cluster)
+    bundle, actor = placement.bundle_specs[0], actor_class()
+    ranks = []
+    for rank in range(config.dp_size):
+        options = actor.options(
+            num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, dp_rank),
-            runtime_env={"env_vars": environment_of_ranks(os.environ)} if gpu else None,
+            memory=bundle.get("memory"),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank),
+            runtime_env=environment or None,
         )
-        .remote(dp_rank, config, "cuda:0" if gpu else "cpu")
-    )
-    return RayRank(dp_rank, actor)
+        worker = pickle.dumps((RayWorker, (rank, config, "cuda:0" if gpu else "cpu")))
+        ranks.append(RayRank(rank, options.remote(*search, worker), connection))
+    return ranks
 
 
-def _actor_class() -> Any:
-    """Make the Worker an actor; Ray Client has no options of calls, so each group is a method."""
-    import ray
-
-    def method(group: ConcurrencyGroup) -> Any:
-        def answer(self: Worker, message: Message[Any]) -> Any:
-            return self.answer(message)
-
-        return ray.method(concurrency_group=group.value)(answer)
-
-    title = f"Rank_{session_token()}"  # how `ps` shows the actor's process
-    methods = {group.value: method(group) for group in ConcurrencyGroup}
-    return ray.remote(concurrency_groups=dict.fromkeys(methods, 1))(type(title, (Worker,), methods))
+def _wait_created(ranks: Sequence[RayRank], connection: RayConnection, deadline: float) -> None:
+    """StartError that names the cause, and for which ranks, if an actor can't be created."""
+    futures = [rank.created() for rank in ranks]
+    while not all(future.done() for future in futures) and monotonic() < deadline:
+        done, _ = wait(futures, POLL_S, FIRST_EXCEPTION)
+        if not connection.connected:
+            raise StartError(LOST)
+        if any(future.exception() for future in done):
+            wait(futures, SAME_TROUBLE_S)
+            break
+    causes: dict[str, list[int]] = {}
+    for rank, future in enumerate(futures):
+        if future.done() and (error := future.exception()):
+            _log.info("actor of rank %d: %s", rank, plain(error))
+            causes.setdefault(cause_of(error), []).append(rank)
+    if causes:
+        raise StartError("; ".join(f"actors of ranks {who}: {why}" for why, who in causes.items()))
+    if late := [rank for rank, future in enumerate(futures) if not future.done()]:
+        raise StartError(f"the actors of ranks {late} were not created in start_timeout_s")

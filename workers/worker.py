@@ -14,6 +14,7 @@ from dp_runtime.core.request import RankRequest
 from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.trace import StepTrace, Totals
+from dp_runtime.startup.host_limits import usable_cpus
 from workers.communicators import OpenedRendezvous, open_rendezvous
 from workers.messages import (
     Abandon,
@@ -178,4 +179,4 @@ class Worker:
             torch.cuda.set_device(self.device)
 
     def _fair_threads(self) -> int:
-        return max(1, (os.cpu_count() or 1) // self.config.dp_size)
+        return max(1, usable_cpus() // self.config.dp_size)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
+
+from dp_runtime.startup.host_limits import usable_memory
 
 CUDA_RESERVE = 2 << 30  # for the CUDA context and kernels, NCCL's buffers, fragmentation
 CUBLAS_BYTES = 32 << 20  # its workspace on SM90 and later, which torch allocates and keeps
@@ -12,7 +13,7 @@ CUBLAS_BYTES = 32 << 20  # its workspace on SM90 and later, which torch allocate
 def rank_memory(device: str, dp_size: int, ranks_per_gpu: int) -> int:
     """Share memory among ranks, the same on every run, whatever is free; needs no CUDA context."""
     if device == "cpu":
-        return int(psutil.virtual_memory().total) // dp_size
+        return usable_memory() // dp_size
     total = torch.cuda.get_device_properties(torch.device(device)).total_memory
     return max(total // ranks_per_gpu - CUDA_RESERVE, 0)
 

@@ -92,7 +92,7 @@ def test_errors_of_a_start_are_one_message(answers: Any, kind: Any, message: str
     group, ranks = group_of(*({"load": answer} for answer in answers), start_timeout_s=0.5)
     started = time.monotonic()
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
-        group.start(show_progress=False)
+        group.start(False, 0.5)
     assert time.monotonic() - started < 20
     assert [rank.killed for rank in ranks] == [1] * len(ranks)
     assert released == [True]
@@ -162,7 +162,7 @@ def test_other_ranks_meet_at_the_first_one(
     for rank, name in zip(ranks, hosts):
         rank.answers |= {"prepare": HostInfo(rank.dp_rank, name), "openrendezvous": met}
     with caplog.at_level("INFO", "workers"):
-        group.start(show_progress=False)
+        group.start(False, 5.0)
     names = ", ".join(sorted(set(hosts)))
     said = f"ranks on {names} meet over torch_distributed at tcp://10.0.0.0:5000"
     assert caplog.messages == [said]
@@ -197,7 +197,7 @@ def test_a_rendezvous_that_was_not_left_is_removed(tmp_path: Path) -> None:
     group, ranks = group_of(answers, device="cpu", start_timeout_s=0.3)
     ranks[0].on_join = lambda point: Path(point.address).mkdir()
     with pytest.raises(StartError):
-        group.start(show_progress=False)
+        group.start(False, 0.3)
     assert list(tmp_path.iterdir()) == []
 
 

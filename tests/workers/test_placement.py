@@ -12,16 +12,17 @@ import pytest
 
 from dp_runtime import EngineConfig
 from tests.workers.engines import REPOSITORY
-from workers.placement import GPU_DOMAIN, bundle_of, cpus_for, strategy_of
+from workers.placement import GPU_DOMAIN, Node, bundle_of, cpu_share, describe_room, strategy_of
 from workers.ray_group import environment_of_ranks
 
 DOMAIN = {"topology_strategy": {GPU_DOMAIN: "STRICT_PACK"}}
 FEW_HOSTS, ONE_HOST = {"strategy": "PACK"}, {"strategy": "STRICT_PACK"}
 
 
-def node(domain: str | None, gpus: int, alive: bool = True) -> dict[str, Any]:
+def node(domain: str | None, gpus: int, cpus: float = 8.0, **free: float) -> Node:
     labels = {} if domain is None else {GPU_DOMAIN: domain}
-    return {"Alive": alive, "Labels": labels, "Resources": {"CPU": 8.0, "GPU": float(gpus)}}
+    total = {"CPU": cpus, "GPU": float(gpus)}
+    return Node(total, total | free, labels)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ def node(domain: str | None, gpus: int, alive: bool = True) -> dict[str, Any]:
     [
         ([node("a", 2), node("a", 2)], {}, DOMAIN),
         ([node("a", 2), node("b", 2)], {}, FEW_HOSTS),
-        ([node("a", 2), node("a", 2, alive=False)], {}, FEW_HOSTS),
+        ([node("a", 2)], {}, FEW_HOSTS),
         ([node(None, 8)], {}, FEW_HOSTS),
         ([node(None, 8), node("b", 4)], {}, DOMAIN),
         ([node("a", 8)], {"device": "cpu"}, FEW_HOSTS),
@@ -47,23 +48,51 @@ def test_strategy(nodes: list[Any], fields: dict[str, Any], expected: dict[str, 
 @pytest.mark.parametrize("ranks_per_gpu", [1, 2, 3, 6, 7])
 def test_shares_of_a_gpu_fit_into_it(ranks_per_gpu: int) -> None:
     config = EngineConfig("x", dp_size=4, device="cuda", ranks_per_gpu=ranks_per_gpu)
-    share = round(bundle_of(config, 8.0)["GPU"] * 10_000)  # Ray's unit
+    share = round(bundle_of(config, [node(None, 4)], {}, 0.0)["GPU"] * 10_000)  # Ray's unit
     assert share * ranks_per_gpu <= 10_000 < share * (ranks_per_gpu + 1)
 
 
 def test_no_gpu_without_gpus() -> None:
     config = EngineConfig("x", dp_size=4, device="cpu")
-    assert bundle_of(config, 2.0) == {"CPU": 0.5}
+    assert bundle_of(config, [node(None, 8, cpus=2.0)], FEW_HOSTS, 0.0) == {"CPU": 0.5}
 
 
-def test_ranks_of_one_host_share_the_cpus_of_the_largest() -> None:
-    nodes = [
-        {"Alive": True, "Resources": {"CPU": 4.0}},
-        {"Alive": True, "Resources": {"CPU": 6.0}},
-        {"Alive": False, "Resources": {"CPU": 64.0}},
-    ]
-    assert cpus_for({"strategy": "STRICT_PACK"}, nodes) == 6.0
-    assert cpus_for({"strategy": "PACK"}, nodes) == 10.0
+@pytest.mark.parametrize(
+    ("free", "num_ranks", "spread", "one_host"),
+    [
+        ((4.0, 6.0), 20, 0.5, 0.3),
+        ((4.0, 6.0), 10, 1.0, 0.6),
+        ((4.0, 6.0), 5, 1.0, 1.0),
+        ((1.0, 1.0), 3, 0.5, 0.33),  # 2 CPUs for 3 ranks, but no host has room for two of 0.66
+        ((0.0, 3.0), 4, 0.75, 0.75),
+        ((0.5, 0.2), 2, 0.25, 0.25),
+        ((0.01,), 2, 0.0, 0.0),
+        ((0.0, 0.0), 2, 0.0, 0.0),
+        ((1.0,), 3, 0.33, 0.33),
+    ],
+)
+def test_ranks_share_the_cpus_that_are_free(
+    free: tuple[float, ...], num_ranks: int, spread: float, one_host: float
+) -> None:
+    nodes = [node(None, 0, CPU=cpus) for cpus in free]
+    assert cpu_share(nodes, num_ranks, 0.0, one_host=False) == spread
+    assert cpu_share(nodes, num_ranks, 0.0, one_host=True) == one_host
+
+
+def test_ranks_with_gpus_share_the_cpus_beside_these() -> None:
+    nodes = [node(None, 4, CPU=2.0), node(None, 0, cpus=64.0)]
+    assert cpu_share(nodes, 4, 1.0, one_host=False) == 0.5
+    config = EngineConfig("x", dp_size=4, device="cuda")
+    assert bundle_of(config, nodes, FEW_HOSTS, 0.0) == {"CPU": 0.5, "GPU": 1.0}
+
+
+def test_a_caller_that_holds_all_cpus_shares_them_with_its_ranks() -> None:
+    config = EngineConfig("x", dp_size=2, device="cpu")
+    busy, rest = [node(None, 0, CPU=0.0)], [node(None, 0, CPU=1.0)]
+    assert bundle_of(config, busy, FEW_HOSTS, 1.0) == {"memory": 1.0}
+    assert bundle_of(config, rest, FEW_HOSTS, 1.0) == {"CPU": 0.5}
+    assert bundle_of(config, busy, FEW_HOSTS, 0.0) == {"CPU": 0.01}  # it waits for others to end
+    assert describe_room(busy) == "free on its 1 nodes are 0 of 8 CPUs and 0 of 0 GPUs"
 
 
 def test_the_environment_is_passed_on_and_nothing_is_added() -> None:
@@ -80,16 +109,16 @@ def test_the_environment_is_passed_on_and_nothing_is_added() -> None:
 
 CLUSTER = f"""
 import json, ray
-import workers.ray_group
+from time import monotonic
 from dp_runtime import EngineConfig
 from workers.ray_group import place
 ray.init("local", num_cpus=4, num_gpus=4, labels={{"{GPU_DOMAIN}": "rack1"}},
          include_dashboard=False, log_to_driver=False)
 seen = {{}}
 for fields in ({{"dp_size": 4}}, {{"dp_size": 8, "ranks_per_gpu": 2}}, {{"dp_size": 5}}):
-    workers.ray_group.PLACEMENT_S = 0.3 if fields["dp_size"] == 5 else 20.0
+    deadline = monotonic() + (0.3 if fields["dp_size"] == 5 else 20.0)
     try:
-        placement = place(EngineConfig("x", device="cuda", **fields))
+        placement = place(EngineConfig("x", device="cuda", **fields), deadline)
     except Exception as error:
         seen[fields["dp_size"]] = str(error)
         continue
