@@ -10,6 +10,8 @@ from dp_runtime.errors import require
 from dp_runtime.parallel.padding import PaddingMode
 from dp_runtime.parallel.transports import TRANSPORTS, Transport
 
+MAX_TIMEOUT_S = 604_800  # a week; poll() and Gloo can not wait for more than 2**31 - 1 ms
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -173,9 +175,15 @@ class EngineConfig:
         at_least=1,
         shown_default="off",
     )
-    start_timeout_s: float = setting(300.0, "seconds until all ranks must serve", above=0)
+    start_timeout_s: float = setting(
+        300.0, "seconds until all ranks must serve", above=0, at_most=MAX_TIMEOUT_S
+    )
     step_timeout_s: float = setting(
-        60.0, "seconds that a rank waits for another in a step", above=0
+        60.0,
+        "seconds that a rank waits for another in a step; a rank whose process does not answer "
+        "the driver for a little longer has failed",
+        above=0,
+        at_most=MAX_TIMEOUT_S,
     )
     torch_threads: int | None = setting(
         None, "threads of a CPU rank", at_least=1, shown_default="cores / dp_size"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,8 +14,8 @@ from collectives.shared_memory.group import new_rendezvous_path
 from dp_runtime.config import EngineConfig
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.step_board import StepBoard
-from dp_runtime.parallel.transports import TRANSPORTS
-from workers.messages import AnyRendezvous, InProcessRendezvous, Rendezvous
+from dp_runtime.parallel.transports import TRANSPORTS, Transport, choose_transport
+from workers.messages import AnyRendezvous, HostInfo, InProcessRendezvous, Rendezvous
 
 LOOPBACK = "127.0.0.1"
 
@@ -97,3 +98,22 @@ def cluster_address() -> str:
         except OSError:
             return LOOPBACK
         return str(probe.getsockname()[0])
+
+
+def transport_of(config: EngineConfig, hosts: Sequence[HostInfo]) -> Transport:
+    """Choose how ranks on these hosts meet; ValueError if the config's way needs one host."""
+    names = sorted({host.host for host in hosts})
+    transport = choose_transport(
+        config.collective,
+        config.device,
+        threads=config.launcher == "thread",
+        shared_gpus=config.device == "cuda" and config.ranks_per_gpu > 1,
+        one_host=len(names) == 1,
+    )
+    if len(names) > 1 and not transport.spans_hosts:
+        raise ValueError(f"collective: {transport.name!r} is not allowed; ranks are on {names}")
+    return transport
+
+
+def where(hosts: Sequence[HostInfo], met: Rendezvous) -> tuple[str, str, str]:
+    return ", ".join(sorted({host.host for host in hosts})), met.transport, met.address

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import replace
 from typing import Protocol, TypeVar
-from weakref import WeakSet
 
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from collectives.shared_memory.rendezvous import remove_rendezvous
@@ -19,10 +16,9 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FailureListener, RankRequest, RequestUpdate, UpdateListener
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.progress_bar import ProgressBar
-from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
+from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import StepTrace, Totals
-from workers.interrupts import uninterrupted
-from workers.meeting import transport_of, where
+from workers.communicators import transport_of, where
 from workers.messages import (
     Abandon,
     Abort,
@@ -42,8 +38,12 @@ from workers.messages import (
     Submit,
 )
 from workers.start_errors import raise_failures
-from workers.start_progress import show_capture, show_loading
-from workers.watch import RankWatch, SilenceLimits, name_silent
+from workers.supervision.at_exit import close_at_exit
+from workers.supervision.group_state import GroupState, Phase
+from workers.supervision.interrupts import uninterrupted
+from workers.supervision.reach import health_of, in_child
+from workers.supervision.start_progress import show_capture, show_loading
+from workers.supervision.watch import RankWatch, SilenceLimits, name_silent
 
 _log = logging.getLogger(__name__)
 
@@ -64,22 +64,6 @@ class RankHandle(Protocol):
 
     def kill(self) -> None:
         """End the rank at once; callable more than once."""
-
-
-class Phase(IntEnum):
-    """How far a group is; it never goes back."""
-
-    STARTING = 0
-    SERVING = 1
-    FAILED = 2
-    CLOSED = 3
-
-
-@dataclass(frozen=True)
-class GroupState:
-    phase: Phase = Phase.STARTING
-    epoch: int = 0
-    rendezvous: AnyRendezvous | None = None  # of the epoch
 
 
 class WorkerGroup:
@@ -111,7 +95,7 @@ class WorkerGroup:
         self._given_up = ""  # why the start, or the orderly end, is not waited for any more
         self._ended = threading.Event()
         self._owner = os.getpid()
-        _groups.add(self)
+        close_at_exit(self)
 
     def start(self, show_progress: bool, timeout_s: float) -> None:
         """Bring all ranks to ready; on any failure, or interrupt, none of them is left.
@@ -183,10 +167,10 @@ class WorkerGroup:
 
     def health(self) -> tuple[RankHealth, ...]:
         if not self.belongs_here:
-            return tuple(_foreign(handle.dp_rank, self._owner) for handle in self._handles)
+            return tuple(in_child(handle.dp_rank, self._owner) for handle in self._handles)
         futures = [handle.call(ReadHealth()) for handle in self._handles]
         wait(futures, STATUS_S)
-        return tuple(_health_of(rank, future) for rank, future in enumerate(futures))
+        return tuple(health_of(rank, future) for rank, future in enumerate(futures))
 
     def trace(self) -> tuple[StepTrace, ...]:
         ranks = self._all(ReadTrace(), Deadline(STATUS_S))
@@ -233,7 +217,7 @@ class WorkerGroup:
 
     def _check_owner(self) -> None:
         if not self.belongs_here:
-            raise RankFailed(_foreign(0, self._owner).error)
+            raise RankFailed(in_child(0, self._owner).error)
 
     def _meet(self, hosts: Sequence[HostInfo], deadline: Deadline) -> AnyRendezvous:
         if self._state.rendezvous is None:
@@ -311,30 +295,3 @@ class WorkerGroup:
             show()
         raise_failures(message.name, futures)
         return [future.result() for future in futures]
-
-
-def _foreign(dp_rank: int, owner: int) -> RankHealth:
-    error = f"the engine belongs to process {owner}; a forked child can not use it"
-    return RankHealth(dp_rank, RankState.UNREACHABLE, error=error)
-
-
-def _health_of(dp_rank: int, future: Future[RankHealth]) -> RankHealth:
-    if not future.done():
-        return RankHealth(dp_rank, RankState.UNREACHABLE, error="does not answer")
-    error = future.exception()
-    if error is not None:
-        return RankHealth(dp_rank, RankState.UNREACHABLE, error=str(error))
-    return future.result()
-
-
-_groups: WeakSet[WorkerGroup] = WeakSet()
-
-
-def _close_all() -> None:
-    """Close what was not closed when the interpreter ends."""
-    for group in list(_groups):
-        if group.belongs_here:
-            group.close_now()
-
-
-atexit.register(_close_all)

@@ -22,10 +22,10 @@ from dp_runtime.errors import RankFailed
 from dp_runtime.startup.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
 from workers.group import WorkerGroup
-from workers.interrupts import uninterrupted
 from workers.messages import ConcurrencyGroup, InProcessRendezvous, Message
 from workers.rank_connection import RankConnection
 from workers.serial_thread import SerialThread
+from workers.supervision.interrupts import uninterrupted
 from workers.worker import Worker
 
 EXIT_S = 1.0

@@ -67,6 +67,12 @@ class AttentionBackend(ABC):
         """List what must be compiled before the spec can be served."""
         return ()
 
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Zero pages of all layers: a masked column is 0 * V, and 0 * NaN would be NaN."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for cache in self._caches:
+            cache.pool.view(torch.uint8).index_fill_(0, index, 0)
+
     def layer(self, index: int) -> PagedAttention:
         return PagedAttention(self._caches[index])
 

@@ -17,6 +17,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-text token, a stop token or a stop string
     LENGTH = "length"  # max_tokens
     ABORT = "abort"
+    ERROR = "error"  # the request failed; nobody else's did
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,12 @@ class RequestUpdate(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token
     error: str = ""  # why the rank could not go on with the request, which has ended
+
+    @classmethod
+    def failed(cls, request_id: int, num_outputs: int, error: Exception | str) -> RequestUpdate:
+        """A request that has ended for a reason of its own."""
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        return cls(request_id, num_outputs, finish_reason=FinishReason.ERROR, error=text)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class RequestHandle:
     def result(self, timeout: float | None = None) -> RequestOutput:
         """The finished request; raises TimeoutError after `timeout` seconds, or why it failed."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
+            limit = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
+            if not self._changed.wait_for(lambda: self.done, limit):
                 raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
             if self._error:
                 raise self._error

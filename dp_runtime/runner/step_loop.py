@@ -98,6 +98,7 @@ class StepLoop:
             self._commit_down_to(0, deliver)
         timer = StepTimer(self.coordinator.board)
         scheduled = self.scheduler.schedule(self.coordinator.program)
+        deliver(self.scheduler.take_failed())
         record = self._record(scheduled, inbox.stop)
         timer.end_schedule()
         records = self.coordinator.board.all_gather_records(record)
@@ -108,6 +109,7 @@ class StepLoop:
         if agreement.idle:
             self._rest(deliver)
             return True
+        self.runner.clear_pages(self.scheduler.page_table.take_pages_to_clear())
         output = self.runner.run(scheduled, agreement)
         self._inflight.append(InflightStep(scheduled, agreement, output, timer))
         self._commit_down_to(self._max_inflight_steps, deliver)
@@ -154,7 +156,9 @@ class StepLoop:
         self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels
         tokens = output.sampled.to_host()
         num_accepted = tokens.num_accepted
-        prompt_logprobs = [score.to_host() for score in output.scores]
+        prompt_logprobs = [
+            score if isinstance(score, Exception) else score.to_host() for score in output.scores
+        ]
         progress = self.scheduler.commit(step.scheduled, tokens, prompt_logprobs)
         proposed, accepted = len(num_accepted) * step.scheduled.num_drafts, sum(num_accepted)
         self._num_drafts = (self._num_drafts[0] + proposed, self._num_drafts[1] + accepted)

@@ -39,7 +39,7 @@ class CapturedGraphs:
 @dataclass(frozen=True, eq=False)
 class StepOutput:
     sampled: Sampled  # on its way to the host
-    scores: tuple[Logprobs, ...]
+    scores: tuple[Logprobs | Exception, ...]  # of each chunk that scores
     passes: tuple[PassTrace, ...]
     prepare_s: float
     sample_s: float
@@ -107,6 +107,13 @@ class StepRunner:
         return self.drafting is None or self.sampler.all_plain
 
     @torch.inference_mode()
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Zero pages that a request left with values that may not be finite, in stream order."""
+        if pages:
+            for model in {runner.model for runner in self.passes.values()}:
+                model.backend.clear_pages(pages)
+
+    @torch.inference_mode()
     def run(self, scheduled: SchedulerOutput, agreement: Agreement) -> StepOutput:
         """Build metadata, run every pass of the program and sample, without waiting for any."""
         step = _LaunchedStep(self.passes, self.collective, scheduled, agreement)
@@ -137,9 +144,9 @@ class StepRunner:
 
     def _sample(
         self, step: _LaunchedStep, index: int, output: PassOutput, verification: Verification | None
-    ) -> tuple[Sampled, list[Logprobs]]:
+    ) -> tuple[Sampled, list[Logprobs | Exception]]:
         started = perf_counter()
-        logits, scores = output.logits, list[Logprobs]()
+        logits, scores = output.logits, list[Logprobs | Exception]()
         scheduled = step.scheduled
         if logits is None:
             hidden, first = output.hidden.last, len(scheduled.samples)
@@ -156,14 +163,18 @@ class StepRunner:
         step.sample_s = perf_counter() - started
         return sampled, scores
 
-    def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs:
+    def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs | Exception:
+        """Score a chunk's prompt rows; what fails here concerns its request alone."""
         request = chunk.state.request
         following = request.prompt_token_ids[chunk.score_start + 1 : chunk.score_end + 1]
-        return self.sampler.prompt_logprobs(
-            lambda some: self.model.logits(hidden[some]).float(),
-            on_device(np.array(following, np.int64), self.device),
-            request.params.prompt_logprobs or 0,
-        )
+        try:
+            return self.sampler.prompt_logprobs(
+                lambda some: self.model.logits(hidden[some]).float(),
+                on_device(np.array(following, np.int64), self.device),
+                request.params.prompt_logprobs or 0,
+            )
+        except Exception as error:
+            return error
 
 
 @dataclass(eq=False)
@@ -186,5 +197,5 @@ class _LaunchedStep:
         self.prepare_s += timer.prepare_s
         return output
 
-    def output(self, sampled: Sampled, scores: Sequence[Logprobs]) -> StepOutput:
+    def output(self, sampled: Sampled, scores: Sequence[Logprobs | Exception]) -> StepOutput:
         return StepOutput(sampled, tuple(scores), tuple(self.traces), self.prepare_s, self.sample_s)

@@ -28,11 +28,17 @@ class SampledTokens(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]  # None where none were asked for
     num_accepted: tuple[int, ...] = ()  # of each verification, whose next row gave a token too
+    invalid: frozenset[int] = (
+        frozenset()
+    )  # rows with NaN or infinite logits, whose tokens say nothing
+
+    def valid_end(self, first: int, end: int) -> int:
+        """The end of the rows from `first` on whose logits were valid."""
+        return min((row for row in self.invalid if first <= row < end), default=end)
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    request_ids: Array  # [n] int64
     token_ids: Tensor  # [n] int64
     logprobs: Logprobs | None  # of the rows in logprob_rows
     logprob_rows: tuple[int, ...]
@@ -42,14 +48,13 @@ class Sampled:
     def to_host(self) -> SampledTokens:
         """Wait for the copy, the first that the host sees of the device's results; so check it."""
         token_ids, valid, *accepted = self.copy.wait()
-        broken = self.request_ids[~valid.numpy()].tolist()
-        assert not broken, f"the model gave NaN or infinite logits for requests {broken}"
+        invalid = frozenset(np.flatnonzero(~valid.numpy()).tolist())
         logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
         if self.logprobs is not None:
             for row, entry in zip(self.logprob_rows, self.logprobs.to_host()):
                 logprobs[row] = entry
         num_accepted = tuple(accepted[0].tolist()) if accepted else ()
-        return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs), num_accepted)
+        return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs), num_accepted, invalid)
 
 
 CHOICE_BYTES = 38  # per logit, for all filters together
@@ -117,11 +122,10 @@ class Sampler:
             f"logits {tuple(logits.values.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
         )
         firsts = rows if verification is None else first_positions(rows, verification)
-        request_ids = self._request_ids[rows.req_indices]
         if self._plain[firsts.req_indices].all():
             accepted = self._accepted(logits.best, firsts, verification)
             copy = _copied(logits.best, logits.valid, accepted)
-            return Sampled(request_ids, logits.best, None, (), accepted, copy)
+            return Sampled(logits.best, None, (), accepted, copy)
         requests = [self._requests[index] for index in firsts.req_indices.tolist()]
         drafted = Verification.none(self.device) if verification is None else verification
         seen, of_rows = self._begin(rows, requests, drafted), drafted.each_row(requests)
@@ -137,7 +141,7 @@ class Sampler:
                 penalties.count(token_ids[span], emitted[span])
         logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
         copy = _copied(token_ids, valid, accepted)
-        return Sampled(request_ids, token_ids, logprobs, logprob_rows, accepted, copy)
+        return Sampled(token_ids, logprobs, logprob_rows, accepted, copy)
 
     def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
         """Score the tokens target_ids [n] int64 that follow n prompt rows, and the top_n best."""

@@ -111,7 +111,9 @@ def _target_batch(step: _Layout) -> LocalBatch:
     future_token_index = np.full(len(owner), -1, np.int64)
     future_token_index[: len(future_indices)] = future_indices
     return LocalBatch(
-        token_ids=np.concatenate([tokens, *(c.state.tokens(c.start, c.end) for c in step.chunks)]),
+        token_ids=np.concatenate(
+            [tokens, *(chunk.token_ids[: chunk.length] for chunk in step.chunks)]
+        ),
         future_token_index=future_token_index,
         positions=positions,
         slot_mapping=slots_of(page_table, owner, positions, step.pages.page_size),
@@ -173,8 +175,7 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
     for chunk, first_row, last_row in zip(
         step.chunks, step.chunk_first_rows, step.chunk_last_rows, strict=True
     ):
-        known_end = chunk.end - chunk.samples  # what the chunk itself samples is not known yet
-        known = chunk.state.tokens(chunk.start + 1, known_end + 1)
+        known = chunk.token_ids[1:]  # what the chunk itself samples is not known yet
         tokens[first_row : first_row + len(known)] = known
         if chunk.samples:
             future_token_index[last_row] = sample
@@ -215,7 +216,7 @@ def _embeds(step: _Layout, token_offset: int) -> tuple[Int64, Float32]:
     """Find rows whose token, token_offset positions after the row's own, has an embedding given."""
     rows, values = [], []
     for chunk, first_row in zip(step.chunks, step.chunk_first_rows, strict=True):
-        embeds = chunk.state.request.embeds
+        embeds = chunk.embeds
         if embeds is not None:
             positions = embeds.positions - token_offset
             inside = (positions >= chunk.start) & (positions < chunk.end)

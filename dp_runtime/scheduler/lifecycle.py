@@ -52,9 +52,15 @@ class RequestLifecycle:
         self.transition(request, RequestStatus.STOPPING)
 
     def transition(self, request: RequestState, status: RequestStatus) -> None:
-        """Change a request's status, and with it the queue, the running requests and its row."""
-        before, request.status = request.status, status
+        """Change a request's status, and with it the queue, the running requests and its row.
+
+        What a state raises as it begins a request leaves everything as it was.
+        """
+        before = request.status
         assert status in before.successors, f"request {request.request_id}: {before} -> {status}"
+        if status is RequestStatus.RUNNING:
+            self._take_row(request)
+        request.status = status
         if before is RequestStatus.RUNNING:
             self.running = self.running[self.running != request.req_index]
         if before is RequestStatus.WAITING:
@@ -63,7 +69,6 @@ class RequestLifecycle:
             self.waiting.remove(request)
         match status:
             case RequestStatus.RUNNING:
-                self._take_row(request)
                 self.running = np.append(self.running, request.req_index)
             case RequestStatus.PREEMPTED:
                 self.waiting.appendleft(request)
@@ -105,8 +110,16 @@ class RequestLifecycle:
 
     def _take_row(self, request: RequestState) -> None:
         req_index = self.table.take(request)
-        for state in self.states:
-            state.add(req_index, request.request, request.outputs)
+        begun: list[PerRequestState] = []
+        try:
+            for state in self.states:
+                state.add(req_index, request.request, request.outputs)
+                begun.append(state)
+        except Exception:
+            for state in begun:
+                state.remove(req_index)
+            self.table.free(request)
+            raise
 
     def _release_row(self, request: RequestState) -> None:
         if request.req_index != NO_ROW:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dp_runtime.core.batch import NULL_PAGE, Int32, Int64
+from dp_runtime.core.batch import NULL_PAGE, Bool, Int32, Int64
 from dp_runtime.core.metadata import PageGeometry
 from dp_runtime.core.request import RankRequest
 from dp_runtime.scheduler.pages import PageAllocator
@@ -22,6 +22,8 @@ class PageTable:
         self._pages: Int32 = np.full(shape, NULL_PAGE, np.int32)
         self._num_pages: Int64 = np.zeros(num_rows, np.int64)
         self._request_ids: Int64 = np.zeros(num_rows, np.int64)
+        self._doubtful: Bool = np.zeros(num_rows, np.bool_)  # may hold NaN or infinite values
+        self._to_clear: list[int] = []
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -32,9 +34,25 @@ class PageTable:
         self._request_ids[req_index] = request.request_id
 
     def remove(self, req_index: int) -> None:
+        if self._doubtful[req_index]:
+            self._to_clear += self.pages(req_index)
+            self._doubtful[req_index] = False
         self.allocator.release(int(self._request_ids[req_index]), self.pages(req_index))
         self._pages[req_index] = NULL_PAGE
         self._num_pages[req_index] = 0
+
+    def doubt(self, req_index: int) -> None:
+        """Have the row's pages cleared before others use them: their values may not be finite."""
+        self._doubtful[req_index] = True
+
+    def trust(self, req_index: int) -> None:
+        """Its newest logits were finite, and they depend on all that it wrote."""
+        self._doubtful[req_index] = False
+
+    def take_pages_to_clear(self) -> list[int]:
+        """Pages that must be zeroed before the next step runs, and after those in flight."""
+        pages, self._to_clear = self._to_clear, []
+        return pages
 
     def check(self, req_indices: Sequence[int]) -> None:
         ids = self._request_ids.tolist()

@@ -36,6 +36,7 @@ class RequestTable:
     def take(self, request: RequestState) -> int:
         assert request.req_index == NO_ROW, f"request {request.request_id} has a row already"
         assert self._free, f"{len(self._requests)} rows, and none is free"
+        (last_token,) = request.tokens(request.num_tokens - 1, request.num_tokens)
         index = request.req_index = self._free.pop()
         self._requests[index] = request
         self.request_ids[index] = request.request_id
@@ -43,7 +44,7 @@ class RequestTable:
         self.max_tokens[index] = request.num_prompt_tokens + request.max_outputs
         self.num_tokens[index] = request.num_tokens
         self.num_computed_tokens[index] = self.num_inflight_steps[index] = 0
-        self.last_token[index] = request.tokens(request.num_tokens - 1, request.num_tokens)[0]
+        self.last_token[index] = last_token
         self.last_sample_index[index] = -1
         return index
 

@@ -21,7 +21,7 @@ from dp_runtime.scheduler.request_state import RequestState, RequestStatus
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
 
-PromptLogprobs = Sequence[tuple[TokenLogprob, ...]]  # of each chunk that scores
+PromptLogprobs = Sequence[tuple[TokenLogprob, ...] | Exception]  # of each chunk that scores
 
 
 class Scheduler:
@@ -41,6 +41,7 @@ class Scheduler:
         self.page_table = PageTable(pages, limits.num_table_rows, limits.max_cached_len)
         self.requests = RequestLifecycle(self.table, (self.page_table, *states))
         self.num_preemptions = 0
+        self._failed: list[RequestUpdate] = []
 
     @property
     def has_work(self) -> bool:
@@ -65,7 +66,18 @@ class Scheduler:
         return int(needed[prefilling].sum()) + self.requests.num_queued_tokens
 
     def add(self, request: RankRequest) -> None:
-        """Queue a request, which fits the cache alone."""
+        """Queue a request; if it can not be served, `take_failed` says so."""
+        try:
+            self.requests.add(self._admitted(request))
+        except Exception as error:
+            self._failed.append(RequestUpdate.failed(request.request_id, 0, error))
+
+    def take_failed(self) -> list[RequestUpdate]:
+        """Return what has ended for a reason of its own since the last call."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _admitted(self, request: RankRequest) -> RequestState:
         num_prompt_tokens = len(request.prompt_token_ids)
         room = self.limits.max_model_len - num_prompt_tokens
         max_outputs = min(request.params.max_tokens, room)
@@ -73,7 +85,7 @@ class Scheduler:
         assert max_outputs >= 1, f"request {request.request_id} leaves no room for a token"
         needed = self.page_table.pages_for(max_cached)
         assert needed < self.pages.num_pages, "a sequence fits the pool"
-        self.requests.add(RequestState(request, max_outputs))
+        return RequestState(request, max_outputs)
 
     def abort(self, request_id: int) -> RequestUpdate | None:
         """End a request now; None if it has ended already."""
@@ -96,16 +108,21 @@ class Scheduler:
         for index, count in zip(req_indices[prefilling].tolist(), needed[prefilling].tolist()):
             if budget:
                 start = int(self.table.num_computed_tokens[index])
-                chunks.append(Chunk.for_budget(self.table.request(index), start, count, budget))
-                budget -= chunks[-1].length
+                chunk = self._chunk(self.table.request(index), start, count, budget)
+                if chunk is not None:
+                    chunks.append(chunk)
+                    budget -= chunk.length
         if ready.all():
             chunks += self._admit(budget)
+        if self._failed:
+            self.requests.settle()
         return self._launch(decodes, chunks, program)
 
     def commit(
         self, step: SchedulerOutput, tokens: SampledTokens, prompt_logprobs: PromptLogprobs = ()
     ) -> list[RequestUpdate]:
         self.table.committed(step.req_indices)
+        self._trust_pages(step, tokens.invalid)
         updates = self._commit_decodes(step, tokens)
         if step.chunks:
             updates += self._commit_chunks(step, tokens, prompt_logprobs)
@@ -123,7 +140,8 @@ class Scheduler:
             request, end = self.table.request(req_index), first + count
             if not request.finish_reason:
                 entries = logprobs[first:end] if scored else ()
-                updates.append(self._append_outputs(request, token_ids[first:end], entries))
+                end = tokens.valid_end(first, end)
+                updates.append(self._append_outputs(request, token_ids[first:end], entries, count))
             first += query_len
         return updates
 
@@ -134,39 +152,51 @@ class Scheduler:
             return (1,) * len(step.decodes)
         accepted = np.array(tokens.num_accepted, np.int64)
         self.table.rewind(step.decodes, step.num_drafts - accepted)
-        counts: list[int] = (accepted + 1).tolist()
-        return counts
+        return [int(count) + 1 for count in accepted]
 
     def _commit_chunks(
         self, step: SchedulerOutput, tokens: SampledTokens, prompt_logprobs: PromptLogprobs
     ) -> list[RequestUpdate]:
         first = len(step.decodes) * (1 + step.num_drafts)
-        sampled = zip(tokens.token_ids[first:], tokens.logprobs[first:], strict=True)
+        rows = iter(range(first, len(tokens.token_ids)))
         scores = iter(prompt_logprobs)
         updates = []
         for chunk in step.chunks:
             request, entries = chunk.state, next(scores) if chunk.scores else ()
-            sample = next(sampled) if chunk.samples else None
+            row = next(rows) if chunk.samples else None
             if request.finish_reason:
                 continue
-            if sample is not None:
-                token, logprob = sample
-                updates.append(self._append_outputs(request, (token,), (logprob,), entries))
+            if isinstance(entries, Exception):
+                self._fail(request, entries)
+            elif row is not None:
+                some = slice(row, tokens.valid_end(row, row + 1))
+                token_ids, logprobs = tokens.token_ids[some], tokens.logprobs[some]
+                updates.append(self._append_outputs(request, token_ids, logprobs, 1, entries))
             elif entries:
-                num_outputs = len(request.outputs)
-                updates.append(
-                    RequestUpdate(request.request_id, num_outputs, prompt_logprobs=entries)
-                )
+                at = len(request.outputs)
+                updates.append(RequestUpdate(request.request_id, at, prompt_logprobs=entries))
         return updates
+
+    def _trust_pages(self, step: SchedulerOutput, invalid: frozenset[int]) -> None:
+        """Trust what led to finite logits, which depend on all pages of a request."""
+        for row in invalid:
+            self.page_table.doubt(int(step.samples.req_indices[row]))
+        first = len(step.decodes) * (1 + step.num_drafts)
+        sampling = [chunk.state.req_index for chunk in step.chunks if chunk.samples]
+        for row, req_index in enumerate(sampling, first):
+            if row not in invalid:
+                self.page_table.trust(req_index)
 
     def _append_outputs(
         self,
         state: RequestState,
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprob | None, ...],
+        num_sampled: int,  # more than there are tokens: the logits of the next were not valid
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
     ) -> RequestUpdate:
         request, index, stop = state.request, len(state.outputs), None
+        broken = len(tokens) < num_sampled
         if len(tokens) > state.max_outputs - index:
             tokens = tokens[: state.max_outputs - index]
         if not request.stop_token_ids.isdisjoint(tokens):
@@ -177,6 +207,10 @@ class Scheduler:
             self.requests.finish(state, FinishReason.STOP)
         elif len(state.outputs) == state.max_outputs:
             self.requests.finish(state, FinishReason.LENGTH)
+        elif broken:
+            self.requests.finish(state, FinishReason.ERROR)
+            cause = f"the model gave NaN or infinite logits for its token {len(state.outputs)}"
+            return RequestUpdate.failed(request.request_id, index, cause)
         known = tuple(entry for entry in logprobs[: len(tokens)] if entry) if logprobs else ()
         return RequestUpdate(
             request.request_id, index, tokens, known, prompt_logprobs, state.finish_reason, stop
@@ -222,12 +256,36 @@ class Scheduler:
             fits = self.page_table.pages_for(request.num_tokens + 1) <= self.num_free_pages
             if request.status is RequestStatus.PREEMPTED or not fits:
                 break  # NOTE: nobody overtakes a preempted request that still has a step in flight
-            self.requests.transition(request, RequestStatus.RUNNING)
-            chunk = Chunk.for_budget(request, 0, request.num_tokens, budget)
+            if (chunk := self._begin(request, budget)) is None:
+                continue
             self.page_table.append(request.req_index, self.page_table.pages_for(chunk.length))
             chunks.append(chunk)
             budget -= chunk.length
         return chunks
+
+    def _begin(self, request: RequestState, budget: int) -> Chunk | None:
+        try:
+            self.requests.transition(request, RequestStatus.RUNNING)
+        except Exception as error:
+            self._fail(request, error)
+            return None
+        return self._chunk(request, 0, request.num_tokens, budget)
+
+    def _chunk(self, request: RequestState, start: int, needed: int, budget: int) -> Chunk | None:
+        """Take the next rows of a request, which fails alone if it can not give them."""
+        try:
+            chunk = Chunk.for_budget(request, start, needed, budget)
+            self.page_table.doubt(request.req_index)
+            return chunk
+        except Exception as error:
+            self._fail(request, error)
+            return None
+
+    def _fail(self, request: RequestState, error: Exception) -> None:
+        """End a request, and no other; the caller settles."""
+        self.requests.finish(request, FinishReason.ERROR)
+        at = len(request.outputs)
+        self._failed.append(RequestUpdate.failed(request.request_id, at, error))
 
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> SchedulerOutput:
         step = build_batches(self.table, self.page_table, decodes, chunks, program)

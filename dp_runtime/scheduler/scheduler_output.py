@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dp_runtime.core.batch import Int64, LocalBatch
+from dp_runtime.core.request import PromptEmbeds
 from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.scheduler.request_state import RequestState
 
@@ -19,6 +20,8 @@ class Chunk:
     samples: bool  # its last row yields a new token
     score_start: int  # prompt positions [score_start, score_end) get log probabilities
     score_end: int
+    token_ids: Int64  # of its rows, and of the position after them if that is known
+    embeds: PromptEmbeds | None  # of these positions
 
     @classmethod
     def for_budget(cls, state: RequestState, start: int, needed: int, budget: int) -> Chunk:
@@ -27,7 +30,10 @@ class Chunk:
         score_start = max(start, state.num_scored)
         last = min(end, state.num_prompt_tokens - 1)
         score_end = max(score_start, last) if scored else score_start
-        return cls(state, start, end, needed <= budget, score_start, score_end)
+        token_ids = state.tokens(start, min(end + 1, state.num_tokens))
+        embeds = _embeds_within(state.request.embeds, start, end + 1)
+        samples = needed <= budget
+        return cls(state, start, end, samples, score_start, score_end, token_ids, embeds)
 
     @property
     def length(self) -> int:
@@ -40,6 +46,13 @@ class Chunk:
     @property
     def scores(self) -> bool:
         return self.score_end > self.score_start
+
+
+def _embeds_within(embeds: PromptEmbeds | None, start: int, end: int) -> PromptEmbeds | None:
+    if embeds is None:
+        return None
+    inside = (embeds.positions >= start) & (embeds.positions < end)
+    return PromptEmbeds(embeds.positions[inside], embeds.values[inside])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

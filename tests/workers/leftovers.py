@@ -18,7 +18,8 @@ def rank_processes() -> dict[int, str]:
     token, found = session_token(), {}
     for process in psutil.process_iter(["pid", "name", "cmdline"]):
         words = process.info["cmdline"] or []
-        ours = process.info["name"].startswith("dp-rank-") or "workers.local_rank" in words
+        fresh = "workers.local_rank" in words and "workers.forkserver" not in words  # not a server
+        ours = process.info["name"].startswith("dp-rank-") or fresh
         if (ours and token in words) or (words and words[0].startswith(f"ray::Rank_{token}")):
             found[process.info["pid"]] = " ".join(words)
     return found

@@ -18,9 +18,8 @@ from dp_runtime import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.startup.devices import resolve_device
-from workers.communicators import cluster_address, open_rendezvous
+from workers.communicators import cluster_address, open_rendezvous, transport_of
 from workers.group import WorkerGroup
-from workers.meeting import transport_of
 from workers.messages import HostInfo, Join, Message, OpenRendezvous, Polled, Rendezvous
 
 HUNG = "never answers"

@@ -391,7 +391,12 @@ def test_ties_of_logprobs_go_to_the_lowest_id() -> None:
 
 
 def test_no_rows() -> None:
-    assert sample(sampler_of(), torch.zeros(0, VOCAB), rows_of()).to_host() == ((), (), ())
+    assert sample(sampler_of(), torch.zeros(0, VOCAB), rows_of()).to_host() == (
+        (),
+        (),
+        (),
+        frozenset(),
+    )
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 3, "top_p": 0.5}], ids=str)
@@ -403,8 +408,7 @@ def test_broken_logits_are_named_at_commit(params: dict[str, Any], bad: float) -
     sampler = sampler_of(*items)
     sampled = sample(sampler, logits, rows_of(*((i, 0) for i in (11, 12, 13))))
     assert ((sampled.token_ids >= 0) & (sampled.token_ids < VOCAB)).all(), "the next step reads it"
-    with pytest.raises(AssertionError, match=r"NaN or infinite logits for requests \[12\]"):
-        sampled.to_host()
+    assert sampled.to_host().invalid == {1}
 
 
 def test_remove_drops_the_state() -> None:

@@ -1,0 +1,184 @@
+"""What goes wrong with one request ends that request, with its reason; the others are served on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime.core.request import FinishReason, PromptEmbeds, RankRequest
+from dp_runtime.engine.inputs import RequestFactory
+from dp_runtime.errors import RequestFailed
+from dp_runtime.sampling.request_sampling import RequestSampling
+from dp_runtime.sampling.sampler import Sampler
+from dp_runtime.scheduler.request_state import RequestState
+from dp_runtime.scheduler.scheduler import Scheduler
+from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.serving import check_pages_free
+from tests.workers.engines import engine as process_engine
+
+HIDDEN = 64
+MARKED = (7, 7, 7)  # the prompt of the request that fails
+PROMPTS = [[1, 2, 3], [9] * 20, [4, 5]]
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("one_fails")))
+
+
+def thread_engine(model: Path, **fields: Any) -> Engine:
+    pages = {"num_pages": 24, "page_size": 8, "max_model_len": 160}
+    limits = {"max_num_requests": 4, "max_num_tokens": 64}
+    fields = {**pages, **limits, **fields}
+    return Engine(EngineConfig(str(model), dp_size=2, launcher="thread", device="cpu", **fields))
+
+
+@pytest.fixture(scope="module")
+def serving(model: Path) -> Iterator[Engine]:
+    with thread_engine(model) as one:
+        yield one
+
+
+def check_the_others(one: Engine, bad: Callable[[int], Any], reason: str) -> None:
+    """Serve requests on all ranks with failing ones before, among and after them."""
+    expected = [one.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
+    failing, handles = [bad(0)], []
+    for prompt in PROMPTS:
+        handles += [one.submit(prompt, GREEDY, dp_rank) for dp_rank in range(2)]
+        failing.append(bad(1))
+    for handle in failing:
+        with pytest.raises(RequestFailed, match=reason):
+            handle.result(60)
+    tokens = [handle.result(60).token_ids for handle in handles]
+    assert tokens == [one_of for one_of in expected for _ in range(2)]
+    again = [one.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
+    assert again == expected
+    check_pages_free(one)
+    assert one._admission.num_unfinished == 0
+
+
+def raising_for_marked(real: Callable[..., Any], prompt_of: Callable[..., Sequence[int]]) -> Any:
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if tuple(prompt_of(*args, **kwargs)[:3]) == MARKED:
+            raise KeyError("planted")
+        return real(*args, **kwargs)
+
+    return patched
+
+
+STAGES: dict[str, tuple[type, str, Callable[..., Sequence[int]]]] = {
+    "scheduling": (Scheduler, "_admitted", lambda self, request: request.prompt_token_ids),
+    "batch": (RequestState, "tokens", lambda self, start, end: self.request.prompt_token_ids),
+    "sampling": (
+        RequestSampling, "from_request", lambda request, *args: request.prompt_token_ids
+    ),
+    "log probabilities": (
+        Sampler, "prompt_logprobs", lambda self, logits_of, ids, n: [7, *ids.tolist()]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_exception_ends_its_request(
+    stage: str, serving: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, prompt_of = STAGES[stage]
+    patched = raising_for_marked(getattr(owner, name), prompt_of)
+    monkeypatch.setattr(owner, name, patched)
+    scored = SamplingParams(max_tokens=4, prompt_logprobs=1, temperature=0.5)
+    check_the_others(
+        serving,
+        lambda dp_rank: serving.submit(MARKED, scored, dp_rank),
+        r"^request \d+: KeyError: 'planted'$",
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"overlap": True},
+        {"speculative_num_steps": 2},
+        {"speculative_num_steps": 2, "overlap": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "params",
+    [GREEDY, SamplingParams(temperature=0.8, top_k=5, frequency_penalty=0.5, logprobs=2)],
+    ids=["greedy", "drawn"],
+)
+def test_nan_logits_end_their_request(
+    fields: dict[str, Any],
+    params: SamplingParams,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pages that it wrote are those that the next requests get, in a pool that has few."""
+    with thread_engine(model, **fields) as one:
+        monkeypatch.setattr(RequestFactory, "make", with_embeds(nan_embeds))
+        check_the_others(
+            one,
+            lambda dp_rank: one.submit([*MARKED, *range(8, 28)], params, dp_rank),
+            r"^request \d+: the model gave NaN or infinite logits for its token 0$",
+        )
+
+
+def nan_embeds(request: RankRequest) -> PromptEmbeds:
+    """What a bad weight or an overflow makes of all positions."""
+    positions = np.arange(len(request.prompt_token_ids))
+    return PromptEmbeds(positions, np.full((len(positions), HIDDEN), np.nan, np.float32))
+
+
+def with_embeds(embeds_of: Callable[[RankRequest], PromptEmbeds]) -> Any:
+    """RequestFactory.make that gives marked requests embeddings which no check lets pass."""
+    real = RequestFactory.make
+
+    def make(*args: Any) -> RankRequest:
+        request = real(*args)
+        if tuple(request.prompt_token_ids[:3]) == MARKED:
+            return replace(request, embeds=embeds_of(request))
+        return request
+
+    return make
+
+
+def test_an_aborted_prefill_leaves_no_nan(serving: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits were never seen, and other requests get its pages."""
+    monkeypatch.setattr(RequestFactory, "make", with_embeds(nan_embeds))
+    expected = serving.generate([[9] * 20], GREEDY)[0].token_ids
+    for _ in range(4):
+        handle = serving.submit([*MARKED] * 45, GREEDY, 0)
+        handle.abort()
+        with suppress(RequestFailed):  # it may be faster than the abort
+            assert handle.result(60).finish_reason is FinishReason.ABORT
+        outputs = serving.generate([[9] * 20] * 3, GREEDY, [0] * 3)
+        assert [output.token_ids for output in outputs] == [expected] * 3
+
+
+class Unreadable(PromptEmbeds):
+    """Arrives at a rank as something that can not be read."""
+
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+def test_a_message_that_a_rank_can_not_read_ends_its_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"page_size": 8, "num_pages": 24, "max_model_len": 160}
+    with process_engine(model, "local", dp_size=2, **fields) as one:
+        nothing = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+        unreadable = with_embeds(lambda request: Unreadable(*nothing))
+        monkeypatch.setattr(RequestFactory, "make", unreadable)
+        check_the_others(
+            one, lambda dp_rank: one.submit(MARKED, GREEDY, dp_rank), r"ValueError: invalid literal"
+        )

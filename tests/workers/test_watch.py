@@ -1,0 +1,210 @@
+"""Ranks that are stopped while they start, serve or close, and engines that nobody closes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from collectives.session import VARIABLE, session_token
+from dp_runtime import Engine, TokensPrompt
+from dp_runtime.errors import EngineClosed, RankFailed, StartError
+from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, engine
+from tests.workers.leftovers import left_overs, rank_processes, wait_until
+from workers.group import STOP_S
+
+
+@pytest.fixture
+def frozen() -> Iterator[list[int]]:
+    """Processes that a test has stopped, which go on after it, however it ends."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGCONT)
+
+
+def freeze(pids: list[int], frozen: list[int]) -> None:
+    for pid in pids:
+        frozen.append(pid)
+        os.kill(pid, signal.SIGSTOP)
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    before = left_overs()
+    yield
+    wait_until(lambda: left_overs() == before, "nothing is left")
+
+
+def test_a_single_rank_that_is_stopped_is_named(model: Path, frozen: list[int]) -> None:
+    with nothing_left(), engine(model, "local", dp_size=1, step_timeout_s=1.0) as one:
+        handle = one.submit([1, 2, 3], ENDLESS)
+        freeze([one.health()[0].pid], frozen)
+        with pytest.raises(RankFailed, match=r"^rank 0 has not answered for .* s: the process"):
+            handle.result(TOLD_S)
+        with pytest.raises(RankFailed, match="rank 0 has not answered"):
+            one.submit([1])
+
+
+def test_no_caller_waits_for_a_rank_that_reads_nothing(model: Path, frozen: list[int]) -> None:
+    """More than a pipe holds goes to a stopped rank, and the ranks close in bounded time."""
+    with nothing_left(), engine(model, "local", step_timeout_s=1.0) as one:
+        freeze([one.health()[1].pid], frozen)
+        values = np.zeros((2000, one.model.hidden_size), np.float32)
+        big = TokensPrompt([1] * 2000, values, list(range(2000)))
+        handles = [one.submit(big, dp_rank=1) for _ in range(8)]  # returns, long before it is read
+        with pytest.raises(RankFailed, match=r"(^rank 1 has not|for ranks 1)"):
+            handles[0].result(TOLD_S)
+        closing = time.monotonic()
+    assert time.monotonic() - closing < STOP_S
+
+
+def test_a_close_does_not_wait_for_a_rank_that_is_stopped(model: Path, frozen: list[int]) -> None:
+    """... and a second close() returns once the ranks are gone, not before."""
+    with nothing_left():
+        one = engine(model, "local")
+        pids = [rank.pid for rank in one.health()]
+        freeze(pids[1:], frozen)
+        first = threading.Thread(target=one.close)
+        closing = time.monotonic()
+        first.start()
+        wait_until(lambda: "closed" in str(one._closed), "the first close has begun")
+        one.close()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert time.monotonic() - closing < STOP_S
+        first.join()
+
+
+@pytest.mark.parametrize("collective", ["shared_memory", "torch_distributed"])
+def test_ranks_that_are_paused_together_are_not_lost(
+    collective: str, model: Path, frozen: list[int]
+) -> None:
+    with engine(model, "local", step_timeout_s=1.5, collective=collective) as one:
+        expected = one.generate([[1, 2, 3]], SHORT)[0].token_ids
+        handle = one.submit([1, 2, 3], ENDLESS)
+        next(iter(handle))
+        freeze([rank.pid for rank in one.health()], frozen)
+        time.sleep(3.5)
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        assert one.generate([[1, 2, 3]], SHORT)[0].token_ids == expected
+        assert not handle.done
+        handle.abort()
+        handle.result(TOLD_S)
+
+
+def test_the_stopped_rank_is_named_over_gloo(model: Path, frozen: list[int]) -> None:
+    gloo = "torch_distributed"
+    with nothing_left(), engine(model, "local", collective=gloo, step_timeout_s=1.0) as one:
+        handle = one.submit([1, 2, 3], ENDLESS, dp_rank=0)
+        next(iter(handle))
+        freeze([one.health()[1].pid], frozen)
+        with pytest.raises(RankFailed, match=r"^rank 1 has not answered"):
+            handle.result(TOLD_S)
+
+
+def test_a_rank_that_is_stopped_while_it_starts_is_named(model: Path, frozen: list[int]) -> None:
+    known = rank_processes().keys()
+
+    def stop_one() -> None:
+        wait_until(lambda: len(rank_processes().keys() - known) == 2, "two ranks", 60)
+        freeze([max(rank_processes().keys() - known)], frozen)
+
+    with nothing_left():
+        stopper = threading.Thread(target=stop_one)
+        stopper.start()
+        with pytest.raises(StartError, match=r"^rank [01] has not answered for .* \(during '"):
+            engine(model, "local", start_timeout_s=12.0, step_timeout_s=4.0)
+        stopper.join()
+
+
+def test_a_forked_child_can_not_use_the_engine(model: Path) -> None:
+    with engine(model, "local", dp_size=1) as one:
+        handle = one.submit([1, 2, 3], ENDLESS)
+        told: multiprocessing.SimpleQueue[list[str]] = multiprocessing.get_context(
+            "fork"
+        ).SimpleQueue()
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: told.put(_use_in_child(one, handle.result))
+        )
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        texts = told.get()
+        assert all(f"belongs to process {os.getpid()}" in text for text in texts), texts
+        assert len(one.generate([[1, 2]], SHORT)[0].token_ids) == SHORT.max_tokens
+        assert not handle.done
+
+
+def _use_in_child(one: Engine, result: object) -> list[str]:
+    texts = []
+    uses = (result, one.health, one.report, lambda: one.submit([1]), lambda: one.generate([[1]]))
+    for use in uses:
+        try:
+            use()  # type: ignore[operator]
+        except EngineClosed as error:
+            texts.append(str(error))
+    one.close()  # ends nobody
+    return texts
+
+
+def test_an_engine_that_nobody_holds_leaves_no_rank(model: Path) -> None:
+    with nothing_left():
+        handle = engine(model, "local", dp_size=1).submit([1, 2], SHORT)
+        assert len(handle.result(TOLD_S).token_ids) == SHORT.max_tokens  # it holds its engine
+        del handle
+
+
+UNCLOSED = """
+import sys
+from tests.workers.engines import ENDLESS, engine
+one = engine(sys.argv[1], sys.argv[2])
+next(iter(one.submit([1, 2, 3], ENDLESS)))
+"""
+
+
+@pytest.mark.parametrize("launcher", ["thread", pytest.param("local", marks=pytest.mark.slow)])
+def test_a_program_ends_without_close(launcher: str, model: Path) -> None:
+    with nothing_left():
+        ended = subprocess.run(
+            [sys.executable, "-c", UNCLOSED, str(model), launcher],
+            cwd=REPOSITORY, env=os.environ | {VARIABLE: session_token()},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from tests.workers.engines import engine
+engine(Path(sys.argv[1]), "local", dp_size=4)
+"""
+
+
+def test_a_burst_of_interrupts_during_a_start_leaves_no_rank(model: Path) -> None:
+    with nothing_left():
+        known = rank_processes().keys()
+        program = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, str(model)],
+            cwd=REPOSITORY, env=os.environ | {VARIABLE: session_token()},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        wait_until(lambda: len(rank_processes().keys() - known) >= 2, "ranks", 90)
+        for _ in range(6):
+            program.send_signal(signal.SIGINT)
+            time.sleep(0.01)
+        _, errors = program.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
