@@ -17,10 +17,7 @@ class KvWriter:
     cache: LayerCache
 
     def write(self, qkv: Tensor, rotation: QkNormRope, plan: AttentionPlan) -> Tensor:
-        """Norm and rotate queries and keys, append keys and values, and return the queries.
-
-        qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> q [rows, num_heads, head_dim].
-        """
+        """Norm, rotate and append qkv [rows, num_heads + 2 * num_kv_heads, head_dim]; return q."""
         self._check(qkv, rotation, plan)
         num_heads, num_kv_heads = plan.spec.num_heads, plan.spec.num_kv_heads
         if plan.num_tokens == 0:

@@ -27,9 +27,7 @@ class QueryGroup:
     """Pieces of equal query length and similar kv length."""
 
     rows: Tensor  # [pieces, query_len] int64
-    blocks: (
-        Tensor  # [2, pieces, num_kv_heads, pages] int64, of the pool as [..., page_size, head_dim]
-    )
+    blocks: Tensor  # [2, pieces, num_kv_heads, pages] int64, rows of the pool by (page, k/v, head)
     beyond: Tensor  # [n] int64, tokens of the gathered blocks past the end of their piece
     kv_len: int  # of the longest piece
     mask: Tensor | None  # [pieces, 1, query_len, kv_len] float32, 0 or -inf; None: all visible

@@ -27,10 +27,7 @@ def backend_class(name: str) -> type[AttentionBackend]:
 
 
 def choose_backend(name: str, spec: AttentionSpec, device: torch.device) -> tuple[str, str]:
-    """Resolve "auto" for a spec and a device to a backend's name, and say why it was chosen.
-
-    Raises ValueError, with the alternative, if the backend asked for can't serve the spec.
-    """
+    """Resolve "auto", and say why; ValueError if the backend asked for can't serve the spec."""
     if device.type == "cpu":
         ok = name in ("auto", "torch_ref")
         require(ok, "attention_backend", name, "auto or torch_ref on device cpu")

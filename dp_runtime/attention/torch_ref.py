@@ -58,16 +58,14 @@ def _attend_group(q: Tensor, group: QueryGroup, cache: LayerCache) -> Tensor:
 
 
 def _gather(group: QueryGroup, cache: LayerCache) -> tuple[Tensor, Tensor]:
-    """Return k and v of a group, each [pieces, num_kv_heads, kv_len, head_dim] float32.
-
-    Positions beyond a sequence become 0: they are masked, but 0 * NaN would be NaN.
-    """
+    """Return k and v of a group, each [pieces, num_kv_heads, kv_len, head_dim] float32."""
     pool, scales = cache.pool, cache.scales
     page_size, head_dim = pool.shape[3:]
     quantized = pool.dtype == E4M3
     stored = pool.view(torch.uint8) if quantized else pool
     kv = stored.view(-1, page_size * head_dim).index_select(0, group.blocks.flatten())
-    kv.view(-1, head_dim).index_fill_(0, group.beyond, 0)  # NOTE: zero is 0 in e4m3 too
+    # NOTE: what is beyond a sequence is masked, but 0 * NaN would be NaN; zero is 0 in e4m3 too.
+    kv.view(-1, head_dim).index_fill_(0, group.beyond, 0)
     kv = kv.view(*group.blocks.shape[:3], -1, head_dim)[..., : group.kv_len, :]
     if quantized:
         k, v = kv.view(pool.dtype).float()

@@ -229,10 +229,7 @@ RULES = (
 
 
 def check_values(batch: LocalBatch, pages: PageGeometry, place: Place) -> None:
-    """Raise ContractViolation for a value that would lead a kernel out of the pool.
-
-    flashinfer checks none of them: in SGLang PR #21649 a kernel walked past its metadata.
-    """
+    """Raise ContractViolation for what leads a kernel out of the pool, as in SGLang PR #21649."""
     if not batch.num_requests:
         return
     checked = _Checked(batch, pages)

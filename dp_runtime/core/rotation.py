@@ -20,19 +20,16 @@ class QkNormRope:
     cos: Tensor  # [rows, 1, head_dim / 2]
     sin: Tensor  # [rows, 1, head_dim / 2]
 
-    def __call__(self, qk: Tensor) -> Tensor:
-        """Norm and rotate [rows, num_heads + num_kv_heads, head_dim] in torch."""
+    def __call__(self, qk: Tensor) -> Tensor:  # [rows, num_heads + num_kv_heads, head_dim]
         if self.norm_weight is not None:
             qk = rms_norm(qk, self.norm_weight, self.eps)
         return rotate(qk, (self.cos, self.sin))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute x / sqrt(mean(x^2) + eps) * weight in float32 (arXiv 1910.07467).
-
-    The quotient is rounded to x's dtype before it is scaled, as the models were trained.
-    """
-    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    """Compute x / sqrt(mean(x^2) + eps) * weight, rounding the quotient (arXiv 1910.07467)."""
+    quotient = F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+    return weight * quotient.to(x.dtype)  # rounded first, as the models were trained
 
 
 def rotate(x: Tensor, cos_sin: CosSin) -> Tensor:

@@ -1,6 +1,4 @@
-"""Dataclass fields that carry their documentation and their allowed values.
-
-    dp_size: int = setting(1, "number of ranks", at_least=1)
+"""Dataclass fields with documentation and allowed values: `setting(1, "ranks", at_least=1)`.
 
 Checks, command-line flags and docs/settings.md all come from there.
 """
@@ -16,8 +14,6 @@ from dp_runtime.errors import is_finite, is_int, require
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A field's documentation and allowed values."""
-
     doc: str  # a phrase that begins in lower case
     choices: tuple[str, ...] = ()
     at_least: float | None = None
@@ -91,7 +87,6 @@ class Field:
 
 @cache
 def settings_of(owner: Any) -> tuple[Field, ...]:
-    """List the fields of a dataclass that have a Setting."""
     hints = get_type_hints(owner)
     found = []
     for item in fields(owner):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -47,8 +46,7 @@ def _torch_dtype(array: NDArray[Any]) -> torch.dtype:
 class HostCopy:
     """Tensors on their way to the host; `wait` waits for them.
 
-    NOTE: with overlap the next step is queued after the copy, so reading the tensors themselves
-    would wait for that step too.
+    NOTE: reading the tensors would also wait for the next step, which is queued after the copy.
     """
 
     def __init__(self, *tensors: Tensor) -> None:

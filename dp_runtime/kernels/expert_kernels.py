@@ -230,7 +230,6 @@ def _place(block, count, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _block(rows_at, k, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load columns k of the rows that begin at rows_at; 0 past their end."""
     if WIDTH % BLOCK_K == 0:
         return tl.load(rows_at + k)
     return tl.load(rows_at + k, mask=(k < WIDTH)[None, :], other=0.0)

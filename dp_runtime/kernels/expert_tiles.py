@@ -31,11 +31,8 @@ class ExpertTiles:
 
 
 def choose_tiles(rows: int, top_k: int, num_experts: int, intermediate: int) -> ExpertTiles:
-    """Choose by the measurements of examples/benchmarks/tune_experts.py.
-
-    An H200, hidden 2048, 128 experts, top 8, intermediate sizes of 768 and 192.
-    """
-    per_expert = rows * top_k / num_experts
+    """Choose tiles found by examples/benchmarks/tune_experts.py on an H200 for 128 experts."""
+    per_expert = rows * top_k / num_experts  # hidden 2048, top 8, intermediate 768 and 192
     narrow = intermediate < 512
     if per_expert <= 2:
         return ExpertTiles(Tile(16, 64, 64, 8, 3, False), _down_by_expert(16, narrow))

@@ -106,7 +106,6 @@ def _check_scales(weights: Tensor, scales: Tensor | None, tile: Tile) -> None:
 def _by_tma(
     matrix: Tensor, rows: int, columns: int, block: int, tile: Tile
 ) -> TensorDescriptor | None:
-    """Describe a contiguous matrix for the copy engine."""
     if not tile.tma:
         return None
     return TensorDescriptor(matrix, [rows, columns], [columns, 1], [block, tile.block_k])

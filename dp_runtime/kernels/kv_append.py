@@ -14,10 +14,7 @@ HEADS_AT_ONCE = 8  # heads of a row that one program takes
 
 
 def append_rows(pool: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write k and v [rows, num_kv_heads, head_dim] to slots [rows] (page * page_size + offset).
-
-    pool [num_pages, 2, num_kv_heads, page_size, head_dim], in the same dtype.
-    """
+    """Write k and v [rows, num_kv_heads, head_dim] to their slots of a pool of the same dtype."""
     rows, kv_heads, head_dim = k.shape
     assert k.stride()[1:] == v.stride()[1:] == (head_dim, 1), "a row's heads are in one piece"
     _append_kernel[(rows,)](
@@ -28,8 +25,8 @@ def append_rows(pool: Tensor, slot_mapping: Tensor, k: Tensor, v: Tensor) -> Non
 
 
 def rotate_and_append(
-    pool: Tensor,
-    slot_mapping: Tensor,
+    pool: Tensor,  # [num_pages, 2, num_kv_heads, page_size, head_dim]
+    slot_mapping: Tensor,  # [rows] page * page_size + offset
     qkv: Tensor,
     rotation: QkNormRope,
     k_scale: float,

@@ -11,10 +11,7 @@ from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add x [rows, size] to `residual`, if given, in place; return the RMSNorm of the sum.
-
-    Arithmetic is float32; sum and quotient are rounded to x's dtype, as the models were trained.
-    """
+    """Add x [rows, size] to `residual`, if given, in place; return the RMSNorm of the sum."""
     assert x.is_contiguous(), "x is contiguous"
     out = torch.empty_like(x)
     rows, size = x.shape
@@ -43,7 +40,7 @@ def _add_rms_norm_kernel(
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        value = value.to(dtype).to(tl.float32)
+        value = value.to(dtype).to(tl.float32)  # sum and quotient rounded, as models were trained
         tl.store(residual + at, value.to(dtype), mask=inside)
     quotient = value * tl.rsqrt(tl.sum(value * value, 0) / size + eps)
     tl.store(out + at, (quotient.to(dtype).to(tl.float32) * scale).to(dtype), mask=inside)

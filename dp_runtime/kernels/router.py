@@ -1,7 +1,4 @@
-"""Routing in Triton: the router's product, softmax, top k, and each expert's pairs.
-
-Padded rows are never chosen from; no count is read back to the host.
-"""
+"""Routing in Triton, of real rows only, and without reading a count back to the host."""
 
 from __future__ import annotations
 
@@ -42,8 +39,7 @@ def route(
     """Softmax rows @ router.T in float32 over all experts and list the top k by local expert.
 
     rows [n, hidden]; router [experts, hidden]; row_ranges [2, dp_size] int32: each rank's first
-    gathered row and its number of real rows. Logits are rounded to the dtype of rows. Ranks with
-    equal rows choose the same experts, to the bit.
+    gathered row and its number of real rows. Ranks choose alike for equal rows, to the bit.
     """
     n, num_experts, device = len(rows), len(router), rows.device
     routing = Routing(

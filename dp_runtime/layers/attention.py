@@ -49,10 +49,7 @@ class Attention:
         return QkNormRope(weight, eps, *cos_sin)
 
     def activation_bytes(self, rows: int) -> int:
-        """Count the most bytes a call allocates at once, its result included.
-
-        A backend is taken to copy q, k and v once and to need only its workspace otherwise.
-        """
+        """Count the most bytes a call allocates; a backend is taken to copy q, k and v once."""
         shape, size = self.shape, self.output.weight.dtype.itemsize
         q = rows * shape.num_heads * shape.head_dim * size
         kv = rows * shape.num_kv_heads * shape.head_dim * size

@@ -35,10 +35,7 @@ class RankSharding:
 
 @dataclass(frozen=True, eq=False)
 class MoeStage:
-    """reduce_scatter(experts(all_gather(x))), [rows, hidden] -> [rows, hidden].
-
-    Gathered rows that are not real enter neither routing nor a product.
-    """
+    """reduce_scatter(experts(all_gather(x))), [rows, hidden]; padding is neither routed nor run."""
 
     router: Router
     experts: Experts

@@ -111,12 +111,6 @@ class DecoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class CausalLM(LmHeadMixin):
-    """Embedding, decoder layers, final norm and LM head.
-
-    aux_hidden_state_layers: layers at whose input a forward copies the residual stream, for a
-    draft model.
-    """
-
     config: ModelConfig
     embedding: Tensor  # [vocab, hidden]
     rotary: Rotary
@@ -124,7 +118,7 @@ class CausalLM(LmHeadMixin):
     norm: RMSNorm
     head: Linear
     backend: AttentionBackend
-    aux_hidden_state_layers: tuple[int, ...] = ()
+    aux_hidden_state_layers: tuple[int, ...] = ()  # whose inputs a draft model reads
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,8 +146,8 @@ class CausalLM(LmHeadMixin):
         aux_hidden_states = x.new_empty(len(x), len(self.aux_hidden_state_layers), x.shape[1])
         residual: Tensor | None = None
         for index, layer in enumerate(self.layers):
-            for place, feature_layer in enumerate(self.aux_hidden_state_layers):
-                if feature_layer == index:
+            for place, aux_layer in enumerate(self.aux_hidden_state_layers):
+                if aux_layer == index:
                     _copy_sum(x, residual, aux_hidden_states[:, place])
             x, residual = layer(x, residual, cos_sin, plan, exchange)
         last = self.norm.add(x, residual)[0]

@@ -20,7 +20,7 @@ MAX_EXPERTS = 2**18  # of all layers together
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the layers need to know of a model; sizes are those of the whole model."""
+    """The facts of a whole model that its layers need."""
 
     architecture: str
     vocab_size: int
@@ -87,7 +87,6 @@ class ModelConfig:
         )  # fmt: skip
 
     def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]:
-        """List what each layer keeps between passes, [layer]."""
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
         return (kv,) * self.num_layers
 

@@ -46,8 +46,7 @@ class ConfigFields:
     def is_null(self, name: str) -> bool:
         return name in self._values and self._values[name] is None
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Take a value as it is; null counts as absent."""
+    def get(self, name: str, default: Any = None) -> Any:  # null counts as absent
         value = self._values.get(name)
         self._known[name] = default if value is None else value
         return self._known[name]
@@ -71,7 +70,7 @@ class ConfigFields:
         return bool(value)
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """An integer, a list of them, or absent; all >= 0."""
+        """Read an integer, a list of them, or nothing; all >= 0."""
         value = self.get(name, [])
         items = value if isinstance(value, list) else [value]
         ok = all(
@@ -109,10 +108,9 @@ class ConfigFields:
             self.require(False, name, self._values[name], "this field is not supported")
 
     def finish_known(self, fixed: Mapping[str, tuple[Any, ...]]) -> tuple[str, ...]:
-        """Judge fields that nobody read by `known_fields`, and return the names of unknown ones.
+        """Judge fields that nobody read by `known_fields`; return the unknown ones.
 
-        fixed: of the architecture, before `FIXED`. Raises ValueError for a value that changes the
-        mathematics, or contradicts another spelling of the field.
+        Raises ValueError for a value that changes the mathematics or contradicts another field.
         """
         unknown = []
         for name in self._left():

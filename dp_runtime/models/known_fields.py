@@ -1,4 +1,4 @@
-"""What config.json may say besides the fields that a model reads, as data.
+"""The fields of config.json that no model reads, as data.
 
 A field in none of these tables is unknown: it is named in a warning and changes nothing.
 """
@@ -200,7 +200,7 @@ def is_irrelevant(name: str) -> bool:
 
 
 def fixed_values(name: str) -> tuple[Any, ...] | None:
-    """Values that say what the runtime computes; None where any may."""
+    """Return the values that say what the runtime computes; None where any may."""
     if name not in FIXED and name.startswith(FIXED_PREFIXES):
         return OFF
     return FIXED.get(name)

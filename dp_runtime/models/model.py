@@ -18,7 +18,7 @@ from dp_runtime.parallel.exchange import RowExchange
 
 
 class PassModel(Protocol):
-    """What runs in a pass: a model, or a draft model, as one rank holds it."""
+    """A model, or a draft model, as one rank holds it."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -30,12 +30,11 @@ class PassModel(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def backend(self) -> AttentionBackend:
-        """Plans the attention of a pass for all layers."""
+    def backend(self) -> AttentionBackend: ...
 
     @property
     def num_moe_layers(self) -> int:
-        """Each of these is an all-gather and a reduce-scatter in every forward."""
+        """Count the layers that all-gather and reduce-scatter in every forward."""
 
     @property
     def moe_stages(self) -> tuple[MoeStage, ...]: ...
@@ -49,7 +48,7 @@ class PassModel(Protocol):
         """Apply the LM head to [n, hidden] of `Hidden.last` -> [n, vocab], or `out`."""
 
     def forward_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        """Most bytes `forward` allocates at once; padded: some gathered rows are not real."""
+        """Count the most bytes `forward` allocates; padded: not all gathered rows are real."""
 
     def logits_bytes(self, num_rows: int) -> int: ...
 
@@ -62,11 +61,11 @@ class Model(PassModel, Protocol):
 
     @property
     def aux_hidden_state_layers(self) -> tuple[int, ...]:
-        """Layers whose inputs a draft model reads; none: it reads the final hidden state."""
+        """List layers whose inputs a draft model reads; none: it reads the final hidden state."""
 
     @property
-    def embedding(self) -> Tensor:
-        """A draft model may share it, [vocab, hidden], and the head."""
+    def embedding(self) -> Tensor:  # [vocab, hidden], which a draft model may share
+        ...
 
     @property
     def head(self) -> Linear: ...

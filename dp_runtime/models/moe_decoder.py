@@ -30,7 +30,7 @@ MAX_NAMED = 20  # unknown fields in the warning
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What transformers takes where config.json does not have a field."""
+    """The values that transformers takes for fields that config.json does not have."""
 
     num_key_value_heads: int
     max_position_embeddings: int
@@ -40,7 +40,7 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyFields:
-    """What each family reads in a way of its own."""
+    """The fields that each family reads in a way of its own."""
 
     attention_bias: bool
     norm_topk_prob: bool
@@ -145,7 +145,7 @@ class MoeDecoder:
 
 
 def parse_head_dim(fields: ConfigFields, hidden_size: int, num_heads: int) -> int:
-    """`head_dim`, or hidden_size / num_attention_heads where it is absent."""
+    """Read `head_dim`, by default hidden_size / num_attention_heads."""
     if "head_dim" not in fields:
         fields.require(
             hidden_size % num_heads == 0, "num_attention_heads", num_heads,
@@ -156,7 +156,6 @@ def parse_head_dim(fields: ConfigFields, hidden_size: int, num_heads: int) -> in
 
 @cache
 def warn_of_unknown(names: tuple[str, ...]) -> None:
-    """Warn once in a process."""
     if names:
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         logger.warning(

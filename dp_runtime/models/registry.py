@@ -27,8 +27,8 @@ class Architecture(Protocol):
     """A model family; its module has one, named ARCHITECTURE."""
 
     @property
-    def model_type(self) -> str:
-        """What config.json has beside `architectures`."""
+    def model_type(self) -> str:  # of config.json
+        ...
 
     def parse_config(self, fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> ModelConfig:
         """Read every field on which a result depends; ValueError for what is not supported."""

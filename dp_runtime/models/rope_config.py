@@ -1,7 +1,7 @@
 """Rotary embedding fields of config.json, resolved as transformers 5 does it.
 
-`rope_scaling`, of version 4, goes before `rope_parameters`, and a theta in a section before the one
-beside it. What would be dropped so is refused.
+`rope_scaling` (version 4) goes before `rope_parameters`, and a theta inside a section before one
+beside it. A file in which this would drop a value is refused.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ def _require_original(fields: ConfigFields, rope: RopeConfig, max_positions: int
 
 
 def max_context(rope: RopeConfig, max_positions: int) -> int:
-    """Published files leave max_position_embeddings as it was before YaRN."""
+    """Return the context with YaRN, which published files leave out of max_position_embeddings."""
     if rope.type != "yarn":
         return max_positions
     return max(max_positions, int(rope.original_max_position_embeddings * rope.factor))
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """Attention temperature of YaRN (arXiv 2309.00071, section 3.4)."""
+    """Compute YaRN's attention temperature (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0

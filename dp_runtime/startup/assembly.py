@@ -60,10 +60,7 @@ class LoadedRank:
 
 
 def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
-    """Allocate the pages and read this rank's weights; `on_bytes` hears of each slice.
-
-    Raises StartError if a GPU's free memory does not hold what was planned.
-    """
+    """Allocate the pages and read this rank's weights; StartError if GPU memory is not free."""
     log_choices(plan)
     started = monotonic()
     device, model = torch.device(plan.device), plan.model
@@ -148,10 +145,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
-    """Read the scales of a quantised KV cache, [layer], under the names that vLLM and SGLang read.
-
-    Those of the attention module, or of its k_proj and v_proj (ModelOpt); 1.0 if there is neither.
-    """
+    """Read the scales of a quantised KV cache, [layer]; 1.0 where the checkpoint has none."""
     if not plan.attention.quantized:
         return [KvScales()] * plan.model.num_layers
     scales = []
@@ -163,7 +157,8 @@ def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
 
 
 def _scale(weights: WeightSource, prefix: str, part: str) -> float:
-    names = (f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale")
+    attention, model_opt = f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale"
+    names = (attention, model_opt)  # as vLLM and SGLang read them
     found = {name: scale for name in names if (scale := weights.scalar(name)) is not None}
     value = next(iter(found.values()), 1.0)
     for name, scale in found.items():
@@ -239,10 +234,7 @@ def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
 
 
 def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
-    """Run the largest steps on a GPU rank, with all others, and measure the memory in use.
-
-    Bytes that are neither weights, pages nor activations count as workspace, cuBLAS's too.
-    """
+    """Run the largest steps on a GPU rank, with all others, and measure the memory in use."""
     device = loop.runner.device
     torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -255,7 +247,7 @@ def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
     pages = sum(pool.nbytes for pool in loaded.pools)
     return MemoryUse(
         weights=weights,
-        workspaces=after - loaded.allocated_before - weights - pages,
+        workspaces=after - loaded.allocated_before - weights - pages,  # cuBLAS's too
         activations=torch.cuda.max_memory_allocated(device) - after,
         kv_cache=pages,
     )

@@ -8,11 +8,7 @@ from dp_runtime.config import EngineConfig
 
 
 def resolve_device(config: EngineConfig, num_gpus: int, where: str) -> EngineConfig:
-    """Replace device "auto" by cuda if the ranks fit the GPUs, and by cpu if there is no GPU.
-
-    Raises ValueError if some GPUs are there but too few, or if the config does not go with the
-    device.
-    """
+    """Replace "auto" by cuda if the ranks fit the GPUs, by cpu without any; else ValueError."""
     wanted = config.device
     if wanted == "auto":
         wanted = "cpu" if num_gpus == 0 else "cuda"

@@ -25,10 +25,7 @@ def moe_jit_modules(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[JitModule, ...]:
-    """List the stage's kernels with all tiles that 1 to max_rows gathered rows choose.
-
-    They are one module, for Triton's compiler runs in one thread of a process.
-    """
+    """List the stage's kernels with all tiles that 1 to max_rows gathered rows choose."""
     if not model.num_moe_layers:
         return ()
     num_local = 0 if shard.is_empty else len(shard.experts)
@@ -39,6 +36,7 @@ def moe_jit_modules(
     build = partial(
         _build, tuple(tilings), formats, model, (num_local, inner), dp_size, dtype, device
     )
+    # One module, for Triton's compiler runs in one thread of a process.
     return (JitModule(f"Triton experts ({len(tilings)} tilings)", build),)
 
 

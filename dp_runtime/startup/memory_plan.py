@@ -63,8 +63,7 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
 def _page_geometry(config: EngineConfig, needs: MemoryNeeds, used: int) -> PageGeometry:
     """Take the pages asked for; else what the limits can use, within a fraction of the rest.
 
-    NOTE: a fraction of all memory, not of what happens to be free: every start, and `inspect`,
-    come to the same number.
+    NOTE: of all memory, not of what happens to be free: every start comes to the same number.
     """
     size, one_page, length = config.page_size, needs.page_bytes, needs.limits.max_cached_len
     memory = rank_memory(needs.device, config.dp_size, config.ranks_per_gpu)

@@ -1,7 +1,4 @@
-"""RankPlan: what a rank would run, and how many bytes it takes; decided before any weight is read.
-
-`inspect` prints it, and the rank that starts is built from the same value.
-"""
+"""RankPlan: what a rank runs and how many bytes it takes, for `inspect` and for the rank alike."""
 
 from __future__ import annotations
 
@@ -79,10 +76,7 @@ def page_bytes(layers: Sequence[LayerPlan]) -> int:  # of a page over all layers
 
 
 def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
-    """Decide what a rank runs on "cpu" or "cuda:i".
-
-    Raises ValueError if the model, the lengths or the memory do not fit; the message has the fix.
-    """
+    """Decide what a rank runs on "cpu" or "cuda:i"; ValueError, with the fix, if it can't fit."""
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention = attention_spec(config, model, dtype)

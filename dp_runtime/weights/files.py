@@ -13,7 +13,7 @@ MAX_BYTES = 256 << 20
 
 
 def is_present(path: Path) -> bool:
-    """Whether there is a file; ValueError for a FIFO or a device, which could be read forever."""
+    """Tell if there is a file; ValueError for a FIFO or a device, which could be read forever."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

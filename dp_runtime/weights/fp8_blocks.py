@@ -23,7 +23,7 @@ def num_blocks(size: int) -> int:
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, columns] -> e4m3 values, and float32 scales [blocks of rows, blocks of columns]."""
+    """Turn [rows, columns] into e4m3 and float32 scales [blocks of rows, blocks of columns]."""
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(num_blocks(rows), BLOCK, num_blocks(columns), BLOCK)

@@ -31,11 +31,10 @@ class WeightSource(Protocol):
     def scalar(self, name: str) -> float | None:
         """Read a tensor of one element; None if there is no such tensor."""
 
-    def has(self, name: str) -> bool:
-        """Whether a checkpoint names this tensor."""
+    def has(self, name: str) -> bool: ...
 
     def equals(self, name: str, tensor: Tensor) -> bool:
-        """Whether this matrix of the checkpoint is `tensor`; it is read in small parts."""
+        """Tell if this matrix of the checkpoint is `tensor`; it is read in small parts."""
 
     def leave(self, names: Iterable[str]) -> None:
         """Name tensors of the model that need not be read, as other ranks read them."""
@@ -49,7 +48,7 @@ def ignore_bytes(num_bytes: int) -> None:
 
 
 class NoCheckpoint:
-    """Answers what a `WeightSource` is asked of its checkpoint, where there is none."""
+    """The part of a `WeightSource` that has no checkpoint."""
 
     def scalar(self, name: str) -> float | None:
         return None

@@ -85,10 +85,7 @@ def _decodes(metadata: AttentionMetadata) -> bool:
 
 
 def jit_modules(spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
-    """List FA2 for decode and, where FA3 does not serve the dtypes, for prefill too.
-
-    They are loaded through flashinfer's own cached function, so that `plan` finds them loaded.
-    """
+    """List FA2 for decode and, where FA3 does not serve the dtypes, for prefill too."""
     mode = PosEncodingMode.NONE.value
     prefill = determine_attention_backend(
         device, mode, False, False, spec.dtype, spec.kv_dtype,
@@ -99,7 +96,8 @@ def jit_modules(spec: AttentionSpec, device: torch.device) -> tuple[JitModule, .
         spec.dtype, spec.kv_dtype, spec.dtype, torch.int32, *dims, mode, False, False, False
     )  # fmt: skip
     what = f"{spec.dtypes}, head_dim {spec.head_dim}"
+    load = get_batch_prefill_module  # cached by flashinfer: `plan` will find the module loaded
     return tuple(
-        JitModule(f"{name} ({what})", partial(get_batch_prefill_module, name, *arguments))
+        JitModule(f"{name} ({what})", partial(load, name, *arguments))
         for name in sorted({"fa2", prefill})
     )

@@ -86,15 +86,12 @@ def _rows(starts: Int32, lengths: Int32) -> Int64:
 
 
 def mask_words(query_len: int) -> int:
-    """Count the uint16 words of a row of XQA's packed mask, which is padded to 32 bits."""
-    return -(-query_len // 32) * 2
+    """Count the uint16 words of a row of XQA's mask, padded to 32 bits."""
+    return -(-query_len // 32) * 2  # NOTE: with one word a row, results are silently wrong
 
 
 def causal_mask(batch_size: int, query_len: int, device: torch.device) -> Tensor:
-    """Pack XQA's mask, [batch, query_len, words] uint16: row i sees the new tokens 0..i.
-
-    NOTE: with one word a row, the kernel reads the next row's too: silently wrong by some percent.
-    """
+    """Pack XQA's mask, [batch, query_len, words] uint16: row i sees the new tokens 0..i."""
     rows = np.zeros((query_len, mask_words(query_len)), np.uint16)
     for row in range(query_len):
         for bit in range(row + 1):

@@ -1,7 +1,4 @@
-"""trtllm-gen, the TRT-LLM kernels of SM100 and SM103, for prefill and decode.
-
-Written against flashinfer's signatures, not run by us.
-"""
+"""trtllm-gen on SM100 and SM103; written against flashinfer's signatures, not run by us."""
 
 from __future__ import annotations
 
