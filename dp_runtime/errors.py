@@ -1,4 +1,4 @@
-"""What can go wrong, one type per cause. Mistakes of the user are plain ValueErrors."""
+"""Errors, one type per cause. Mistakes of the user are plain ValueErrors."""
 
 from __future__ import annotations
 

@@ -37,10 +37,7 @@ Target = Callable[[Connection, int], None]  # a channel to the driver, and the d
 
 
 def import_path() -> str:
-    """Return the PYTHONPATH with which a process imports what this one imports.
-
-    An empty entry of sys.path is the working directory; without one, ranks must not search it.
-    """
+    """Return sys.path as PYTHONPATH; without its empty entry ranks skip the working directory."""
     return os.pathsep.join(entry or os.getcwd() for entry in sys.path)
 
 
@@ -50,10 +47,8 @@ def rank_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ForkRequest:
-    """What a child runs: `module:function` of kind Target; `name` is what `ps -o comm` shows."""
-
-    target: str
-    name: str
+    target: str  # `module:function` of kind Target
+    name: str  # which `ps -o comm` shows
     environment: dict[str, str]
     directory: str
 

@@ -1,4 +1,4 @@
-"""What travels between the driver and its ranks, besides the runtime's own request types."""
+"""Messages between the driver and its ranks, besides the runtime's own request types."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ AnyRendezvous = Rendezvous | InProcessRendezvous
 
 @dataclass(frozen=True)
 class Polled:
-    """What a rank did since the last poll; `error` says why it stopped serving."""
+    """A rank's output since the last poll; `error` says why it stopped serving."""
 
     progress: Sequence[RequestUpdate]
     error: str | None = None

@@ -28,7 +28,7 @@ STOP_S = 5.0
 
 @dataclass(eq=False)
 class StartProgress:
-    """How far a rank is before it serves; written by its start, read by `health` meanwhile."""
+    """Tells how far a rank is before it serves: its start writes, `health` reads meanwhile."""
 
     state: RankState = RankState.STARTING
     bytes_loaded: int = 0

@@ -12,8 +12,6 @@ from dp_runtime.errors import RankFailed, StartError
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that some ranks have in common."""
-
     kind: type[BaseException]
     text: str
     dp_ranks: tuple[int, ...]

@@ -43,7 +43,7 @@ def new_file(text: str) -> Path:
 
 
 def utf8_text(text: str) -> str:
-    """The argument read as UTF-8, whatever the locale; as the locale's only if it is not UTF-8."""
+    """Read an argument as UTF-8, whatever the locale; as the locale's only if it is not UTF-8."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:

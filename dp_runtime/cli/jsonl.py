@@ -66,7 +66,7 @@ def _parse(text: str, defaults: SamplingParams) -> PromptLine:
 
 
 def output_line(index: int, output: RequestOutput) -> str:
-    """One line for a result: index, token_ids, text, finish_reason, dp_rank."""
+    """Write a result in one line: index, token_ids, text, finish_reason, dp_rank."""
     line = {
         "index": index,
         "token_ids": output.token_ids,

@@ -18,7 +18,7 @@ FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, WriteFailed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 2 for a mistake of the user, 1 if ranks or writing failed, 130 after Ctrl-C."""
+    """Return 2 for a mistake of the user, 1 if ranks or writing failed, 130 after Ctrl-C."""
     escape_unprintable()
     options = _parser().parse_args(arguments)
     log_to_stderr(getattr(options, "log_level", "warning"))

@@ -13,7 +13,7 @@ DEMO_RANKS = 4
 
 
 def config_from(options: argparse.Namespace) -> EngineConfig:
-    """The engine's fields that are given; without a model, the tiny one on DEMO_RANKS ranks."""
+    """Take the fields that are given; without a model, the tiny one on DEMO_RANKS ranks."""
     given = given_fields(options, EngineConfig)
     if "model" not in given:
         given = {"model": str(TINY_MODEL), "dp_size": DEMO_RANKS} | given

@@ -1,4 +1,4 @@
-"""Where commands write: files that are opened before the work, and the console."""
+"""Output of commands: files that are opened before the work, and the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print of ranks and steps."""
+"""Reports on ranks and steps, as commands print them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""docs/settings.md, from the fields of EngineConfig and SamplingParams.
-
-python -m dp_runtime.cli.settings_page > docs/settings.md
-"""
+"""Writes docs/settings.md: `python -m dp_runtime.cli.settings_page > docs/settings.md`."""
 
 from __future__ import annotations
 

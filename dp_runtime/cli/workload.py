@@ -12,7 +12,7 @@ from dp_runtime.errors import require
 
 @dataclass(frozen=True)
 class Workload:
-    """How many requests, and the ranges (inclusive) of their prompt and output lengths."""
+    """A number of requests, and inclusive ranges of their prompt and output lengths."""
 
     num_requests: int = 64
     input_len: tuple[int, int] = (16, 512)
@@ -26,7 +26,7 @@ class Workload:
             require(1 <= low <= high, name, (low, high), "1 <= shortest <= longest")
 
     def make(self, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
-        """Prompts of token ids, and greedy parameters that fix each output length."""
+        """Draw prompts of token ids, and greedy parameters that fix each output length."""
         rng = np.random.default_rng(self.seed)
         inputs, outputs = self._lengths(rng, self.input_len), self._lengths(rng, self.output_len)
         prompts = [rng.integers(0, vocab_size, length).tolist() for length in inputs]

@@ -1,4 +1,4 @@
-"""Which rank serves a request, and how many requests may be unfinished."""
+"""Admission of requests: choosing their ranks, and bounding how many are unfinished."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from dp_runtime.errors import QueueFull
 
 @dataclass
 class Outstanding:
-    """The work that a rank was given and has not finished."""
-
     requests: int = 0
     tokens: int = 0  # prompt and, at most, output tokens
 
@@ -73,7 +71,7 @@ class Admission:
         return sum(rank.requests for rank in self._ranks)
 
     def enter(self, tokens: int, dp_rank: int | None, wait: bool) -> int:
-        """Returns the rank of a new request; waits for a place, or raises QueueFull."""
+        """Return the rank of a new request; waits for a place, or raises QueueFull."""
         with self._changed:
             while self.num_unfinished >= self._limit and not self._closed:
                 if not wait:

@@ -120,7 +120,7 @@ class Engine:
         return self._start(request, dp_rank, wait=False)
 
     def step_trace(self) -> tuple[StepTrace, ...]:
-        """The steps that the ranks remember, with their rows and times."""
+        """Return the steps that the ranks remember, with their rows and times."""
         self._check_open()
         return self._group.trace()
 
@@ -129,7 +129,7 @@ class Engine:
         return Report.from_totals(self._group.totals(), self._num_finished, self._clock.elapsed_s)
 
     def health(self) -> tuple[RankHealth, ...]:
-        """The state of every rank; answers also after a failure, until the engine is closed."""
+        """Return the state of every rank; also after a failure, until the engine is closed."""
         if isinstance(self._closed, EngineClosed):
             raise self._closed
         return self._group.health()

@@ -1,4 +1,4 @@
-"""What a user holds of a running request."""
+"""RequestHandle and RequestStream: what a user holds of a running request."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ class RequestHandle:
         return self._log.token_ids
 
     @property
-    def arrivals(self) -> Sequence[tuple[float, int]]:
-        """When output tokens came (time.monotonic()), and how many at that time."""
+    def arrivals(self) -> Sequence[tuple[float, int]]:  # time.monotonic(), number of tokens
         return self._log.arrivals
 
     @property
@@ -51,7 +50,7 @@ class RequestHandle:
         return self._output
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """The finished request; raises TimeoutError after `timeout` seconds, or why it failed."""
+        """Return the finished request; raises TimeoutError after `timeout` s, or why it failed."""
         with self._changed:
             limit = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
             if not self._changed.wait_for(lambda: self.done, limit):
@@ -66,7 +65,7 @@ class RequestHandle:
         self._on_abort(self.dp_rank, self.request_id)
 
     def __iter__(self) -> Iterator[RequestDelta]:
-        """What comes in, as it comes in; the last delta has the finish reason."""
+        """Iterate over deltas as they come in; the last one has the finish reason."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._deltas or self.done)

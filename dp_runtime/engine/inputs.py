@@ -1,4 +1,4 @@
-"""From what a user submits to what a rank gets, checked against the model."""
+"""RequestFactory: makes what a rank gets from what a user submits, checked against the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class RequestFactory:
     seed: int
 
     def make(self, request_id: int, prompt: Prompt, params: SamplingParams) -> RankRequest:
-        """The request as a rank gets it."""
         require(
             isinstance(params, SamplingParams), "params", params, "an instance of SamplingParams"
         )

@@ -1,4 +1,4 @@
-"""How long an engine's ranks live: as long as it is held, and in the process that started them."""
+"""Ranks live as long as their engine is held, and in the process that started them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ class EngineInChild(EngineClosed):
 
 
 class Disownable(Protocol):
-    """What a forked child lets go of."""
-
     def disown(self, error: EngineInChild) -> None:
         """Refuse all use from now on, without a lock that a thread may have held at the fork."""
 
 
 def weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """The method, without keeping its object alive; once that is gone a call does nothing."""
+    """Call the method without keeping its object alive; once that is gone a call does nothing."""
     reference = weakref.WeakMethod(method)
 
     def call(*arguments: Any) -> None:

@@ -16,10 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 class OutputSink(Protocol):
-    """Where the outputs of one request go. Threads of ranks call it, so it must not block."""
+    """Takes the outputs of one request. Threads of ranks call it, so it must not block."""
 
-    def put(self, delta: RequestDelta, output: RequestOutput | None) -> None:
-        """Take what is new; with the last of it comes the output."""
+    def put(self, delta: RequestDelta, output: RequestOutput | None) -> None: ...
 
     def fail(self, error: BaseException) -> None: ...
 
@@ -64,7 +63,7 @@ class OutputProcessor:
             self._live[log.request_id] = (log, sink)
 
     def remove(self, request_id: int) -> bool:
-        """Returns False if the request is not live any more."""
+        """Return False if the request is not live any more."""
         with self._lock:
             return self._live.pop(request_id, None) is not None
 

@@ -21,8 +21,7 @@ class OutputText:
     """Holds back incomplete characters, and text that may begin a stop string.
 
     The first complete stop string ends the text (the longest of several that end together), unless
-    it ends within the first min_tokens tokens. The texts of all steps concatenate to the decoding
-    of all kept tokens, cut before the stop string.
+    it ends within the first min_tokens tokens. Steps concatenate to the text of all kept tokens.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The running ranks as the engine sees them."""
+"""RankGroup: the running ranks as the engine sees them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ class RankGroup(Protocol):
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None: ...
 
     def health(self) -> tuple[RankHealth, ...]:
-        """The state of every rank, also of those that do not answer."""
+        """Return the state of every rank, also of those that do not answer."""
 
-    def trace(self) -> tuple[StepTrace, ...]:
-        """The steps that the ranks remember, ordered by step and rank."""
+    def trace(self) -> tuple[StepTrace, ...]: ...  # ordered by step and rank
 
     def totals(self) -> tuple[Totals, ...]: ...
 
@@ -46,7 +45,7 @@ def start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
 
 
 def _check_not_shadowed(*packages: str) -> None:
-    """StartError if Python finds packages of another project under the names of our own."""
+    """Raise StartError if Python finds another project's packages under the names of ours."""
     home = Path(__file__).parents[2]  # the directory that holds dp_runtime
     for name in packages:
         spec = find_spec(name)

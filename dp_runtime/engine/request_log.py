@@ -36,7 +36,6 @@ class RequestLog:
 
     @property
     def num_reserved_tokens(self) -> int:
-        """The tokens that it may take at most, prompt included."""
         return len(self.request.prompt_token_ids) + self.request.params.max_tokens
 
     def apply(self, update: RequestUpdate) -> RequestDelta | None:
@@ -63,7 +62,7 @@ class RequestLog:
         return RequestDelta(self.request_id, text.text, token_ids, reason, shown_logprobs)
 
     def _read(self, update: RequestUpdate) -> TextStep:
-        """The text of new tokens, with what was held back if they are the last ones."""
+        """Return the text of new tokens, with what was held back if they are the last ones."""
         if self._text is None:
             return TextStep("", None, len(update.token_ids))
         step = self._text.push(update.token_ids)

@@ -26,7 +26,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str, may_match: bool) -> str:
-        """Returns the text that may be shown; stop strings that end here count if may_match."""
+        """Return the text that may be shown; stop strings that end here count if may_match."""
         assert self.matched is None, "no text after a stop string"
         if not self._automata:
             return text
@@ -59,8 +59,7 @@ class _Automaton:
         self._borders = _borders(pattern)
         self._skips_marks = not _MARK.search(pattern)
 
-    def advance(self, char: str) -> bool:
-        """Returns whether the pattern is complete with this character."""
+    def advance(self, char: str) -> bool:  # whether the pattern is complete with it
         if self._skips_marks and _MARK.match(char):
             return False
         state = self.num_followed
@@ -73,7 +72,7 @@ class _Automaton:
         return complete
 
     def start(self, text: str, length: int) -> int:
-        """The index at which the last `length` characters begin, skipped ones not counted."""
+        """Find where the last `length` characters begin, skipped ones not counted."""
         if not self._skips_marks or not _MARK.search(text):
             return len(text) - length
         followed = [index for index, char in enumerate(text) if not _MARK.match(char)]

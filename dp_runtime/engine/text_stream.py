@@ -1,9 +1,4 @@
-"""The text of a growing token sequence, piece by piece.
-
-`tokenizers.decoders.DecodeStream` does not serve here. Where a run of byte tokens is not UTF-8 it
-raises or gives other text than `decode`; and while tokens end in a byte that is not UTF-8 it shows
-nothing and decodes all of them anew: 4,000 such tokens take it 4 s (tokenizers 0.23).
-"""
+"""TextStream: the text of a growing token sequence, piece by piece (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -21,11 +16,9 @@ _MAX_PROMPT_CONTEXT = 64  # tokens; more than one matters only where none has te
 class TextStream(Protocol):
     """Text of a growing sequence: `step`s and one `flush` concatenate to its decoded text."""
 
-    def step(self, token_id: int) -> str:
-        """The text that no later token can change."""
+    def step(self, token_id: int) -> str: ...  # the text that no later token can change
 
-    def flush(self) -> str:
-        """The rest, as if no token came after."""
+    def flush(self) -> str: ...  # what is left, as if no token came after
 
 
 def text_stream(
@@ -54,9 +47,8 @@ class _ByteLevelStream:
 class _WindowStream:
     """Decodes new tokens together with the last one before them that has text.
 
-    The decoders here work token by token, except that the first one of a sequence is special
-    (hence the context) and that a run of byte tokens becomes characters as a whole, or all of it
-    replacement characters if any byte is wrong: so a run is held until it ends.
+    The first token of a sequence is special, hence the context. A run of byte tokens is held until
+    it ends: it becomes characters as a whole, or replacement characters if any byte is wrong.
     """
 
     def __init__(
@@ -83,7 +75,7 @@ class _WindowStream:
         return text[len(before) :]
 
     def _context_of(self, window: list[int]) -> list[int]:
-        """The last tokens, from one with text on, and without bytes, which the next could join."""
+        """Return the last tokens, from one with text on; no bytes, which the next could join."""
         end = len(window)
         while end and _BYTE_TOKEN.fullmatch(self._shown(window[end - 1]) or ""):
             end -= 1

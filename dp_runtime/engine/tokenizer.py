@@ -1,4 +1,4 @@
-"""Text to tokens and back."""
+"""Tokenizer: text to tokens and back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, special tokens of the post-processor included."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -48,16 +47,16 @@ class Tokenizer:
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; ids that the tokenizer does not have are left out."""
+        """Return the text of token ids; ids that the tokenizer does not have are left out."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def shown_token(self, token_id: int, skip_special_tokens: bool = True) -> str | None:
-        """The token as the vocabulary spells it; None if it is unknown or skipped."""
+        """Spell the token as the vocabulary does; None if it is unknown or skipped."""
         token: str | None = self._tokenizer.id_to_token(token_id)
         return None if skip_special_tokens and token in self._special else token
 
     def token_bytes(self, token: str) -> bytes:
-        """What the byte-level decoder makes of a token; one with other characters is literal."""
+        """Decode a token as the byte-level decoder does; one with other characters is literal."""
         try:
             return bytes(map(self._bytes.__getitem__, token))
         except KeyError:
@@ -65,7 +64,7 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> dict[str, int]:
-        """Byte of each character of the byte-level alphabet (OpenAI's GPT-2 encoder, 2019)."""
+        """Map the byte-level alphabet to bytes (OpenAI's GPT-2 encoder, 2019)."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         own = {char: ord(char) for char in alphabet if ord(char) < 256}
         others = sorted(set(range(256)) - set(own.values()))
@@ -73,7 +72,7 @@ class Tokenizer:
 
 
 def _decoders(decoder: dict[str, Any] | None) -> list[str]:
-    """Types of a decoder and of those in it; a Strip at the end of texts is named `StripRight`."""
+    """List types of a decoder and those in it; a Strip at the end of texts is `StripRight`."""
     if decoder is None:
         return []
     if decoder["type"] == "Sequence":
@@ -82,7 +81,7 @@ def _decoders(decoder: dict[str, Any] | None) -> list[str]:
 
 
 def _local(decoders: list[str]) -> bool:
-    """Whether a token's text depends on no more than its place and its run of byte tokens."""
+    """Tell whether a token's text depends only on its place and its run of byte tokens."""
     fused = decoders.index("Fuse") if "Fuse" in decoders else len(decoders)
     return _PER_TOKEN.issuperset(decoders[:fused]) and {"Fuse", "Strip"}.issuperset(
         decoders[fused:]

@@ -1,1 +1,1 @@
-"""What a rank tells about itself: state, steps, memory."""
+"""State, steps and memory of ranks, and the log."""

@@ -1,4 +1,4 @@
-"""What a rank's device memory is used for."""
+"""A rank's device memory, planned and in use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank was planned to use, and on a GPU what it uses."""
-
     dp_rank: int
     predicted: MemoryUse
     measured: MemoryUse | None = None

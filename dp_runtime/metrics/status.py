@@ -1,4 +1,4 @@
-"""What a rank tells about itself and about the model it loaded."""
+"""The health of a rank, and facts about the model that it loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dp_runtime.metrics.memory import RankMemory
 
 
 class RankState(StrEnum):
-    """The phase a rank is in."""
-
     STARTING = "starting"
     LOADING = "loading"
     COMPILING = "compiling"  # weights are there, kernels are not all built
@@ -25,7 +23,7 @@ class RankState(StrEnum):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the driver must know of the model; read by rank 0, for the driver may not see it."""
+    """Facts about the model that rank 0 reads, since the driver may not see its files."""
 
     architecture: str
     vocab_size: int
@@ -39,8 +37,6 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GraphUse:
-    """What a rank's captured graphs cost."""
-
     count: int
     capture_s: float  # warm-up included
     num_bytes: int  # of the device's memory, the driver's part included

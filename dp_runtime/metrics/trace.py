@@ -51,13 +51,11 @@ class StepTrace:
     accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
 
     @property
-    def wait_s(self) -> float:
-        """Time for which this rank waited for slower ones."""
+    def wait_s(self) -> float:  # for slower ranks
         return self.agree_wait_s + sum(each.wait_s for each in self.passes)
 
     @property
     def busy_s(self) -> float:
-        """Time for which this rank worked."""
         forward = sum(each.forward_s for each in self.passes)
         phases = self.schedule_s + self.agree_s + self.prepare_s + self.sample_s + self.commit_s
         return phases + forward - sum(each.wait_s for each in self.passes)
@@ -126,7 +124,7 @@ def _add(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """What an engine has done since its start; `str()` prints it as a table."""
+    """Sums up an engine since its start; `str()` prints it as a table."""
 
     dp_size: int
     elapsed_s: float  # while at least one request was unfinished

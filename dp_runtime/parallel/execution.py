@@ -20,7 +20,7 @@ class ExecutionMode(Enum):
 
 
 class ExecutionPlan(NamedTuple):
-    """How a pass runs. NOTE: identical on every rank; never add a per-rank value to it."""
+    """Says how a pass runs. NOTE: identical on every rank; never add a per-rank value to it."""
 
     mode: ExecutionMode
     query_len: int  # rows of each request that decodes; a graph is captured for one

@@ -44,7 +44,7 @@ class DraftChains:
 
 
 class DraftState:
-    """What each request's next chain begins with, on the device; a PerRequestState.
+    """Holds what each request's next chain begins with, on the device; a PerRequestState.
 
     The draft_extend pass writes it, of every prefill chunk too: `add` has nothing to prepare.
     """
@@ -129,7 +129,7 @@ class Drafting:
     def keep(
         self, scheduled: SchedulerOutput, batch: LocalBatch, sampled: Sampled, output: PassOutput
     ) -> None:
-        """Keep what each request's next step needs; batch_builder draws the indices of `batch`."""
+        """Keep what each request's next step needs; docs/architecture.md draws its indices."""
         first_rows = batch.sample_rows
         max_accepted = np.zeros(len(first_rows), np.int64)
         max_accepted[: len(scheduled.decodes)] = scheduled.num_drafts

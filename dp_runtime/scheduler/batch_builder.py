@@ -1,16 +1,4 @@
-"""From scheduled decodes and prefill chunks to the LocalBatch of every pass of a program.
-
-Two requests are verified with 2 drafts each, a third prefills 3 tokens and samples. Five indices
-lead through such a step:
-
-    request of the step         0         1         2
-    req_indices                 4         7         0           its row of the request table
-    row of target, draft_extend 0  1  2   3  4  5   6  7  8
-    row's future token: target  0  1  2   3  4  5   -  -  -     in DraftChains.rows
-                 draft_extend   0  1  2   3  4  5   -  -  6     in the samples
-    sample (SamplePositions)    0  1  2   3  4  5         6     of the target
-    sample_rows of draft_extend 0         3               8     a decode's first, a chunk's last
-"""
+"""Builds the LocalBatch of every pass of a program: docs/architecture.md shows its five indices."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Draft models: what the runtime asks of one, and how one is read and built.
 
-A draft's row at position p reads the token at p + 1 and the target's hidden state of position p,
-and predicts the token at p + 2. A chained draft reads the hidden state of the forward before it.
+A row at position p reads token p + 1 and the target's hidden state of p, and predicts token p + 2.
 """
 
 from __future__ import annotations

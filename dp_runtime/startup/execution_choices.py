@@ -1,4 +1,4 @@
-"""How a rank's steps are executed: their dtype, captured or not, overlapped or not."""
+"""Choices of how a rank's steps are executed: their dtype, captured or not, overlapped or not."""
 
 from __future__ import annotations
 

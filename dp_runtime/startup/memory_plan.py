@@ -1,4 +1,4 @@
-"""How a rank's memory is divided: weights, workspaces, activations, and pages from the rest."""
+"""MemoryPlan: a rank's memory for weights, workspaces and activations; pages get the rest."""
 
 from __future__ import annotations
 

@@ -29,10 +29,9 @@ NUM_STEPS = 2  # all prompts at once, then a decode of all requests
 
 
 def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
-    """Run max_num_tokens rows, then decodes, with everything a request can ask for.
+    """Run max_num_tokens rows, then decodes, with everything a request can ask for, on all ranks.
 
-    All ranks call it at the same time, without requests. All but the first rank have a row less, so
-    that the MoE stage pads as in most steps.
+    All but the first rank have a row less, so that the MoE stage pads as in most steps.
     """
     pages, runner = loop.scheduler.pages, loop.runner
     limits, drafting = loop.scheduler.limits, runner.drafting
