@@ -20,7 +20,7 @@ from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.request_state import RequestState
 from dp_runtime.scheduler.scheduler import Scheduler
 from tests.checkpoints import add_mtp, tiny_checkpoint
-from tests.serving import check_pages_free
+from tests.serving import check_pages_free, pools_of
 from tests.workers.engines import engine as process_engine
 
 HIDDEN = 64
@@ -130,6 +130,12 @@ def test_nan_logits_end_their_request(
             lambda dp_rank: one.submit([*MARKED, *range(8, 28)], params, dp_rank),
             r"^request \d+: the model gave NaN or infinite logits for its token 0$",
         )
+        check_finite(one)
+
+
+def check_finite(one: Engine) -> None:
+    """No page has what an ended request left: other kernels read masked columns too."""
+    assert all(pool.isfinite().all() for pools in pools_of(one) for pool in pools)
 
 
 def nan_embeds(request: RankRequest) -> PromptEmbeds:
@@ -162,6 +168,7 @@ def test_an_aborted_prefill_leaves_no_nan(serving: Engine, monkeypatch: pytest.M
             assert handle.result(60).finish_reason is FinishReason.ABORT
         outputs = serving.generate([[9] * 20] * 3, GREEDY, [0] * 3)
         assert [output.token_ids for output in outputs] == [expected] * 3
+        check_finite(serving)
 
 
 class Unreadable(PromptEmbeds):

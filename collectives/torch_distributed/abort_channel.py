@@ -7,6 +7,7 @@ import hmac
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -113,14 +114,49 @@ def _connect_all(
             peer = socket.create_connection((host, int(port)), timeout_s)
             peer.sendall(token)
             peers.append(peer)
-        while len(peers) < dp_size - 1:
-            peer, _ = listener.accept()
-            peer.settimeout(timeout_s)
-            if hmac.compare_digest(_receive(peer, _TOKEN_BYTES), token):
-                peers.append(peer)
-            else:
-                peer.close()
+        return peers + _admit(listener, token, dp_size - 1 - dp_rank, timeout_s)
+
+
+def _admit(
+    listener: socket.socket, token: bytes, count: int, timeout_s: float
+) -> list[socket.socket]:
+    """Accept so many peers that know the token; strangers hold up nobody, whatever they send."""
+    deadline = time.monotonic() + timeout_s
+    peers: list[socket.socket] = []
+    heard: dict[socket.socket, bytes] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while len(peers) < count:
+            if not (ready := selector.select(max(0.0, deadline - time.monotonic()))):
+                raise TimeoutError(f"{count - len(peers)} ranks are missing")
+            for key, _ in ready:
+                if key.fileobj is listener:
+                    one, _ = listener.accept()
+                    one.setblocking(False)
+                    heard[one] = b""
+                    selector.register(one, selectors.EVENT_READ)
+                    continue
+                one = key.fileobj  # type: ignore[assignment]
+                more = _read(one, _TOKEN_BYTES - len(heard[one]))
+                heard[one] += more
+                if more and len(heard[one]) < _TOKEN_BYTES:
+                    continue
+                selector.unregister(one)
+                if hmac.compare_digest(heard.pop(one), token):
+                    one.settimeout(timeout_s)
+                    peers.append(one)
+                else:
+                    one.close()
+    for stranger in heard:
+        stranger.close()
     return peers
+
+
+def _read(peer: socket.socket, size: int) -> bytes:
+    try:
+        return peer.recv(size)
+    except OSError:
+        return b""
 
 
 def _receive(peer: socket.socket, size: int) -> bytes:

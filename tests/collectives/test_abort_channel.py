@@ -108,3 +108,28 @@ def test_a_connection_without_the_secret_is_dropped_and_the_store_does_not_tell_
     assert len(lines) == 2
     for line in lines:
         line.close()
+
+
+def test_strangers_that_say_little_or_nothing_hold_up_nobody(
+    tmp_path: Path, heard: list[str]
+) -> None:
+    path, lines = str(tmp_path / "store"), []
+
+    def connect(rank: int) -> None:
+        place = (rank, 2, "127.0.0.1", 10.0)
+        lines.append(AbortChannel(FileStore(path, 2), *place, SECRET, heard.append))
+
+    first = threading.Thread(target=connect, args=(0,))
+    first.start()
+    port, host = FileStore(path, 2).get("alarm/0").decode().split()
+    strangers = [socket.create_connection((host, int(port)), 10.0) for _ in range(6)]
+    for stranger, said in zip(strangers, (b"", b"", b"x", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 999)):
+        stranger.sendall(said)
+    connect(1)
+    first.join(10)
+    assert len(lines) == 2
+    assert heard == []
+    for line in lines:
+        line.close()
+    for stranger in strangers:
+        stranger.close()
