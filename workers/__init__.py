@@ -5,21 +5,34 @@ from __future__ import annotations
 from time import monotonic
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.errors import StartError
 from workers.group import WorkerGroup
+from workers.start_errors import explained
 
 
 def start(config: EngineConfig, show_progress: bool = False) -> WorkerGroup:
+    """Start all ranks and return them when they serve; ValueError or StartError if they can't."""
     deadline = monotonic() + config.start_timeout_s
+    try:
+        group = _launch(config, deadline)
+        group.start(show_progress, max(deadline - monotonic(), 0.0))
+    except (OSError, MemoryError) as error:
+        raise StartError(f"{type(error).__name__}: {explained(error)}") from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:
+            raise
+        raise StartError(explained(error)) from error  # threading's, of a limit
+    return group
+
+
+def _launch(config: EngineConfig, deadline: float) -> WorkerGroup:
     match config.launcher:
         case "ray":
             from workers.ray_group import start_ray
 
-            group = start_ray(config, deadline)
+            return start_ray(config, deadline)
         case "local" | "thread":
             from workers.local_group import start_local
 
-            group = start_local(config)
-        case _:
-            raise AssertionError(f"launcher {config.launcher} was checked by the config")
-    group.start(show_progress, max(deadline - monotonic(), 0.0))
-    return group
+            return start_local(config)
+    raise AssertionError(f"launcher {config.launcher} was checked by the config")

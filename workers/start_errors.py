@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from dp_runtime.errors import RankFailed, StartError
+
+_THREADS = (
+    "raise the limit of processes and threads (ulimit -u, or the pids limit of the container), or "
+    "lower dp_size"
+)
+_WRITABLE = "set TMPDIR, and with Ray RAY_TMPDIR, to a directory that can be written to"
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,28 @@ class Failure:
         if len(self.dp_ranks) == num_ranks:
             return text
         return f"rank {', '.join(map(str, self.dp_ranks))}: {text}"
+
+
+def explained(error: BaseException) -> str:
+    """Return an error's text, and the remedy if it is one of the machine's limits."""
+    remedies = {
+        errno.EMFILE: f"raise the limit of open files (ulimit -n), now {_soft_limit('NOFILE')}",
+        errno.ENFILE: "the machine has too many open files",
+        errno.EAGAIN: _THREADS,
+        errno.ENOMEM: "the machine, or its container, is out of memory",
+        errno.ENOSPC: "free some space there, or set TMPDIR",
+    } | dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _WRITABLE)
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        remedy = remedies.get(error.errno or 0, "")
+        remedy = _WRITABLE if "temporary directory" in text else remedy
+    else:
+        remedy = _THREADS if "start new thread" in text else ""
+    return f"{text}; {remedy}" if remedy else text
+
+
+def _soft_limit(name: str) -> int:
+    return resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0]
 
 
 def raise_failures(step: str, futures: Sequence[Future[Any]]) -> None:
@@ -45,6 +75,6 @@ def failures_of(futures: Sequence[Future[Any]]) -> list[Failure]:
     for rank, future in enumerate(futures):
         error = future.exception() if future.done() else None
         if error is not None:
-            key = (type(error), str(error))
+            key = (type(error), explained(error))
             ranks[key] = (*ranks.get(key, ()), rank)
     return [Failure(kind, text, who) for (kind, text), who in ranks.items()]

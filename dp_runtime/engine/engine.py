@@ -35,6 +35,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
+        ok, allowed = isinstance(config, EngineConfig), "an EngineConfig, as EngineConfig('path')"
+        require(ok, "config", config, allowed)
         self.config = config
         self._group = start_ranks(config, show_progress)
         model = self._group.model

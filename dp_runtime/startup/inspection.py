@@ -6,14 +6,19 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import RankMemory, memory_table
 from dp_runtime.startup.assembly import jit_modules_of
-from dp_runtime.startup.rank_plan import RankPlan, plan_rank
+from dp_runtime.startup.rank_plan import RankPlan, sketch_rank
 
 
 def describe(config: EngineConfig, device: str) -> str:
-    """Describe every rank's plan as text; ValueError if it could not start."""
-    plans = [plan_rank(config, rank, device) for rank in range(config.dp_size)]
+    """Describe every rank's plan as text, also one for which the memory is too small.
+
+    Raises ValueError if it could not start for any other reason.
+    """
+    plans = [sketch_rank(config, rank, device) for rank in range(config.dp_size)]
     first = plans[0]
-    return "\n".join([*_model_lines(first), *_choice_lines(config, first), *_rank_lines(plans)])
+    lines = [*_model_lines(first), *_choice_lines(config, first), *_rank_lines(plans)]
+    missing = dict.fromkeys(plan.shortage for plan in plans if plan.shortage)
+    return "\n".join([*lines, *(f"does not fit: {shortage}" for shortage in missing)])
 
 
 def _model_lines(plan: RankPlan) -> list[str]:

@@ -16,6 +16,7 @@ from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, rank_memory
 from dp_runtime.startup.memory_estimate import activation_peak, captured_bytes, param_bytes
+from dp_runtime.startup.memory_shortage import MemoryBudget
 from dp_runtime.startup.served_models import ServedModels
 
 KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config has none
@@ -25,6 +26,7 @@ KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config ha
 class MemoryPlan:
     pages: PageGeometry
     use: MemoryUse
+    shortage: str  # why it does not fit; empty if it does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class MemoryNeeds:
 
 
 def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
-    """Count bytes from shapes alone; ValueError, with the fix, if too few pages fit."""
+    """Count bytes from shapes alone, and say what is missing if they do not fit."""
     models, limits, size = needs.models, needs.limits, config.dp_size
     on_gpu = needs.device != "cpu"
     cls = backend_class(needs.backend)
@@ -56,38 +58,39 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
     exchanged = size * limits.max_num_tokens * target.hidden_size * target.dtype.itemsize
     buffers = 2 * exchanged if on_gpu and size > 1 else 0
     captured = captured_bytes(models, limits, size) if needs.graphs else 0
-    pages = _page_geometry(config, needs, memory.total + buffers + captured)
-    return MemoryPlan(pages, replace(memory, kv_cache=pages.num_pages * needs.page_bytes))
+    length, page = limits.max_cached_len, config.page_size
+    budget = MemoryBudget(
+        memory=rank_memory(needs.device, size, config.ranks_per_gpu),
+        use=memory,
+        other=buffers + captured,
+        page_bytes=needs.page_bytes,
+        max_model_len=limits.max_model_len,
+        one_sequence=-(-length // page) + 1,
+        dtype_bytes=target.dtype.itemsize,
+    )
+    fraction = config.kv_memory_fraction or KV_MEMORY_FRACTION[torch.device(needs.device).type]
+    num_pages = _num_pages(config, budget, length, fraction)
+    return MemoryPlan(
+        PageGeometry(num_pages, page),
+        replace(memory, kv_cache=num_pages * needs.page_bytes),
+        budget.shortage(config, fraction),
+    )
 
 
-def _page_geometry(config: EngineConfig, needs: MemoryNeeds, used: int) -> PageGeometry:
+def _num_pages(config: EngineConfig, budget: MemoryBudget, length: int, fraction: float) -> int:
     """Take the pages asked for; else what the limits can use, within a fraction of the rest.
 
     NOTE: of all memory, not of what happens to be free: every start comes to the same number.
+    Where too few fit it is what one sequence needs.
     """
-    size, one_page, length = config.page_size, needs.page_bytes, needs.limits.max_cached_len
-    memory = rank_memory(needs.device, config.dp_size, config.ranks_per_gpu)
-    one_sequence = -(-length // size) + 1
-    drafts = config.speculative_num_steps
-    sequence = f"max_model_len {length - drafts}" + (f" and {drafts} drafts" if drafts else "")
+    one_sequence, drafts = budget.one_sequence, config.speculative_num_steps
     if config.num_pages is not None:
+        sequence = f"max_model_len {length - drafts}" + (f" and {drafts} drafts" if drafts else "")
         require(
             config.num_pages >= one_sequence, "num_pages", config.num_pages,
-            f"at least {one_sequence}: {sequence} in pages of {size}, and the null page; or lower "
-            "max_model_len",
+            f"at least {one_sequence}: {sequence} in pages of {config.page_size}, and the null "
+            "page; or lower max_model_len",
         )  # fmt: skip
-        max_pages = max(memory - used, 0) // one_page
-        require(
-            config.num_pages <= max_pages, "num_pages", config.num_pages,
-            f"at most {max_pages}: {one_page:,} bytes each in what {used:,} leave of {memory:,}",
-        )  # fmt: skip
-        return PageGeometry(config.num_pages, size)
-    fraction = config.kv_memory_fraction or KV_MEMORY_FRACTION[torch.device(needs.device).type]
-    affordable = int((memory - used) * fraction // one_page)
-    require(
-        affordable >= one_sequence, "kv_memory_fraction", fraction,
-        f"memory for {one_sequence} pages: {sequence} needs them and "
-        f"{max(affordable, 0)} fit; lower max_model_len or raise kv_memory_fraction",
-    )  # fmt: skip
+        return config.num_pages
     wanted = (one_sequence - 1) * config.max_num_requests + 1
-    return PageGeometry(min(wanted, affordable), size)
+    return max(min(wanted, budget.pages_within(fraction)), one_sequence)

@@ -57,6 +57,7 @@ class RankPlan:
     pages: PageGeometry
     load_bytes: int
     memory: MemoryUse
+    shortage: str  # of memory, in one line; empty if it is enough
 
     @property
     def attention(self) -> AttentionSpec:
@@ -77,6 +78,14 @@ def page_bytes(layers: Sequence[LayerPlan]) -> int:  # of a page over all layers
 
 def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     """Decide what a rank runs on "cpu" or "cuda:i"; ValueError, with the fix, if it can't fit."""
+    plan = sketch_rank(config, dp_rank, device)
+    if plan.shortage:
+        raise ValueError(plan.shortage)
+    return plan
+
+
+def sketch_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
+    """Decide it without a look at whether the memory is enough: `shortage` says what is missing."""
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention = attention_spec(config, model, dtype)
@@ -114,6 +123,7 @@ def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         backend=backend, backend_reason=reason, moe_backend=moe_backend, moe_reason=moe_reason,
         graphs=graphs, graphs_reason=graphs_reason, depth=depth, sharding=sharding, limits=limits,
         pages=memory.pages, load_bytes=weights.bytes_read, memory=memory.use,
+        shortage=memory.shortage,
     )  # fmt: skip
 
 

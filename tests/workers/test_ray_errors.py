@@ -37,7 +37,8 @@ KILLED = """The actor died unexpectedly before finishing this task.
 \tclass_name: Rank_1
 \tactor_id: 9a
 \tpid: 7
-The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"""
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR \
+Some common causes include: (1) the process was killed by the OOM killer, (2) ray stop"""
 DURING = CHAINED.replace(
     "The above exception was the direct cause of the following exception:",
     "During handling of the above exception, another exception occurred:",
@@ -53,8 +54,7 @@ DURING = CHAINED.replace(
         (NESTED, "ModuleNotFoundError: No module named 'workers'"),
         (
             KILLED,
-            "The actor died unexpectedly before finishing this task. The actor is dead because "
-            "its worker process has died. Worker exit type: SYSTEM_ERROR",
+            "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR",
         ),
         ("\x1b[31mVersion mismatch:\n  Ray: 2.1\x1b[0m", "Version mismatch: Ray: 2.1"),
         (IMPORT.replace("No module", "No\x1b[0m module"), "ModuleNotFoundError: No module named "

@@ -17,6 +17,7 @@ from dp_runtime.errors import StartError, require
 from workers.deadline import result_within
 from workers.ray_cluster.address import ClusterAddress
 from workers.ray_cluster.errors import cause_of
+from workers.start_errors import explained
 
 WATCH_S = 0.2
 SHUTDOWN_S = 10.0
@@ -119,6 +120,7 @@ def connect(config: EngineConfig, deadline: float) -> RayConnection:
         reason = cause_of(error)
         _log.info("%s: %s", phase, error)
         if connection.starts_cluster:
+            reason = explained(error) if isinstance(error, OSError) else reason
             raise StartError(f"no Ray cluster could be started here: {reason}") from error
         text = f"ray_address: no cluster answers at {address.text!r}: {reason}"
         raise StartError(text) from error

@@ -7,6 +7,7 @@ import re
 MAX_CAUSE = 500  # characters
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _CHAINED = re.compile(r"\n\n(?:The above exception was the direct|During handling of the above)")
+_SAYS_NOTHING = "The actor died unexpectedly before finishing this task."
 _EXCEPTION = re.compile(
     r"(?:[A-Za-z_][\w]*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)\b(?:: |$)"
 )
@@ -38,7 +39,9 @@ def cause_in(text: str) -> str:
         lines = [line.strip() for line in first.splitlines()]
         if found := [line for line in lines if _EXCEPTION.match(line)]:
             return _bounded(found[-1])
-    return _bounded(" ".join(line for line in text.splitlines() if not line.startswith("\t")))
+    lines = [line for line in text.splitlines() if not line.startswith("\t")]
+    lines = [line for line in lines if line != _SAYS_NOTHING] or lines
+    return _bounded(" ".join(lines).split(" Some common causes include:")[0])
 
 
 def _bounded(text: str) -> str:

@@ -1,0 +1,88 @@
+"""What a rank's memory lacks, and what would fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.metrics.memory import MemoryUse
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBudget:
+    """A rank's memory, what is taken of it before the first page, and what a sequence takes."""
+
+    memory: int  # bytes of the rank
+    use: MemoryUse  # without pages
+    other: int  # bytes of buffers and graphs
+    page_bytes: int
+    max_model_len: int
+    one_sequence: int  # pages of a sequence of that length with its drafts, and the null page
+    dtype_bytes: int  # of a weight
+
+    @property
+    def left(self) -> int:
+        return self.memory - self.use.total - self.other
+
+    @property
+    def max_pages(self) -> int:
+        return max(self.left, 0) // self.page_bytes
+
+    def pages_within(self, fraction: float) -> int:
+        return max(int(self.left * fraction // self.page_bytes), 0)
+
+    def shortage(self, config: EngineConfig, fraction: float) -> str:
+        """Return one line, or nothing if a sequence of max_model_len fits.
+
+        NOTE: it only advises what helps: no fraction makes room where the weights leave none.
+        """
+        if self.left < self.page_bytes:
+            return self._before_pages(config)
+        fits = self.max_pages if config.num_pages is not None else self.pages_within(fraction)
+        wanted = config.num_pages or self.one_sequence
+        if fits >= wanted:
+            return ""
+        length = (fits - 1) * config.page_size - config.speculative_num_steps
+        advice = [f"max_model_len {length} fits"] if length >= 2 else []
+        if config.num_pages is not None:
+            name, value = "num_pages", config.num_pages
+            advice = [f"at most {fits} fit"]
+        else:
+            name, value = "max_model_len", self.max_model_len
+        if config.num_pages is None and self.max_pages >= wanted:
+            needed = math.ceil(1000 * wanted * self.page_bytes / self.left) / 1000
+            advice.append(f"kv_memory_fraction {min(needed, 1.0):g} is enough")
+        part = "" if config.num_pages is not None else f" and kv_memory_fraction is {fraction:g}"
+        return (
+            f"{name}: {value} is not allowed; {_gib(wanted * self.page_bytes)} of KV pages "
+            f"({wanted} of {self.page_bytes:,} bytes) do not fit: {_gib(self.left)} of "
+            f"{_gib(self.memory)} are left{part}; {'; '.join(advice) or self._remedy(config)}"
+        )
+
+    def _before_pages(self, config: EngineConfig) -> str:
+        taken = self.use.total + self.other
+        return (
+            f"model: {config.model!r} is not allowed; a rank has {_gib(self.memory)} of memory and "
+            f"needs {_gib(taken)} before its first KV page: weights {_gib(self.use.weights)}, "
+            f"workspaces {_gib(self.use.workspaces)}, activations {_gib(self.use.activations)}, "
+            f"buffers and graphs {_gib(self.other)}; {self._remedy(config)}"
+        )
+
+    def _remedy(self, config: EngineConfig) -> str:
+        if self.use.weights + self.page_bytes <= self.memory:
+            return "lower max_num_tokens or max_num_requests, by which the activations grow"
+        half = f"dtype bfloat16 halves the weights to {_gib(self.use.weights // 2)}"
+        halved = [half] if self.dtype_bytes == 4 else []
+        more = (
+            "more memory, since the ranks of a host share it"
+            if config.device == "cpu"
+            else "larger GPUs, or a larger dp_size, over which the experts are divided"
+        )
+        return "; ".join([*halved, f"it needs {more}"])
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{max(num_bytes, 0) / GIB:,.2f} GiB"
