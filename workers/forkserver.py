@@ -1,7 +1,7 @@
-"""A process that has imported torch once and forks ranks, each in milliseconds.
+"""ForkServer: a process that has imported torch once and forks ranks, each in milliseconds.
 
-multiprocessing.forkserver searches the working directory first, imports the caller's script in
-every child, and gives all children the environment of its start.
+Unlike multiprocessing's it imports no script of the caller, does not search the working directory
+first, and gives children the environment of now.
 """
 
 from __future__ import annotations

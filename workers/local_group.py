@@ -98,10 +98,7 @@ def _fork(dp_rank: int, timeout_s: float) -> tuple[ChildProcess, Connection]:
 
 
 def _spawn(dp_rank: int, timeout_s: float) -> tuple[ChildProcess, Connection]:
-    """Start a rank in a fresh interpreter, as GPUs need: what CUDA sets up does not survive a fork.
-
-    It runs a module of ours and does not import the caller's script again.
-    """
+    """Start a rank in a fresh interpreter, as GPUs need: CUDA's state does not survive a fork."""
     ours, theirs = socket.socketpair()
     fds = (theirs.fileno(), os.pidfd_open(os.getpid()))
     process = subprocess.Popen(
@@ -117,7 +114,7 @@ _servers: list[ForkServer] = []  # the one in use, started with the first rank
 
 
 def _fork_server() -> ForkServer:
-    """The server of this process, which later engines find warm."""
+    """Return the server of this process, which later engines find warm."""
     with _STARTING:
         if not (_servers and _servers[-1].usable):
             for outdated in _servers:

@@ -38,8 +38,7 @@ class Rendezvous:
     secret: str = field(default="", repr=False)  # hex; opens the ranks' connections
 
     @property
-    def in_host_memory(self) -> bool:
-        """The address is a directory that the last rank removes."""
+    def in_host_memory(self) -> bool:  # the address is a directory that the last rank removes
         return not TRANSPORTS[self.transport].spans_hosts
 
 
@@ -76,33 +75,29 @@ class Message(Generic[Answer]):
 
 @dataclass(frozen=True)
 class Prepare(Message[HostInfo]):
-    """Check the model against the config, before anything is loaded."""
+    pass  # check the model against the config, before anything is loaded
 
 
 @dataclass(frozen=True)
 class Load(Message[ModelInfo]):
-    """Read the weights and build the kernels."""
+    pass
 
 
 @dataclass(frozen=True)
 class OpenRendezvous(Message[Rendezvous]):
-    """Make a place on this rank's host where all ranks can meet."""
-
     transport: str
     one_host: bool
 
 
 @dataclass(frozen=True)
 class Join(Message[None]):
-    """Meet the other ranks and begin to step."""
-
     rendezvous: AnyRendezvous
     epoch: int
 
 
 @dataclass(frozen=True)
 class Leave(Message[None]):
-    """End the steps of this epoch together with the other ranks; the weights stay."""
+    pass  # end the steps of this epoch together with the other ranks; the weights stay
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,7 @@ class Abandon(Message[None]):
 
 @dataclass(frozen=True)
 class Stop(Message[None]):
-    """Leave for good."""
+    pass
 
 
 @dataclass(frozen=True)

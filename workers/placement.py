@@ -1,4 +1,4 @@
-"""Where Ray puts the ranks: their shares of CPUs and GPUs, on one host or in one NVLink domain."""
+"""Placement by Ray: ranks' shares of CPUs and GPUs, on one host or in one NVLink domain."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ class Node:
 def bundle_of(
     config: EngineConfig, nodes: Sequence[Node], strategy: Mapping[str, Any], held: float
 ) -> dict[str, float]:
-    """CPU and GPU shares of a rank, of what is free.
+    """Return a rank's shares of what is free: a fraction of a CPU if ranks are more than CPUs.
 
-    Ranks get a fraction of a CPU if they are more than the CPUs. Where none is free, they run on
-    the CPUs that the caller holds (`held`), an actor for example, or wait for the smallest share.
+    Where none is free, they run on those the caller, such as an actor, holds (`held`), or wait.
     """
     gpus = _SHARES // config.ranks_per_gpu / _SHARES if config.device == "cuda" else 0.0
     one_host = strategy.get("strategy") == "STRICT_PACK"
@@ -58,10 +57,9 @@ def cpu_share(nodes: Sequence[Node], num_ranks: int, gpus: float, one_host: bool
 
 
 def strategy_of(config: EngineConfig, nodes: Sequence[Node]) -> dict[str, Any]:
-    """Return arguments of Ray's placement_group.
+    """Return arguments of Ray's placement_group: one host for ranks that share memory, else few.
 
-    Ranks that share memory are packed into one host; GPU ranks into one NVLink domain, if one has
-    room for all of them when it is empty; others into few hosts.
+    GPU ranks are packed into one NVLink domain, if one has room for all of them when it is empty.
     """
     gpus = config.device == "cuda"
     transport = TRANSPORTS.get(config.collective)  # None for auto, which goes by the hosts

@@ -19,10 +19,9 @@ Answer = TypeVar("Answer")
 
 
 class RankConnection:
-    """Sends calls and takes in their answers, in two threads of its own.
+    """Sends calls, which never wait for the rank, and takes in answers, in two threads of its own.
 
-    A call never waits for the rank. How much may lie here unsent is bounded by max_queued_requests;
-    a rank that does not read does not answer either, which the RankWatch sees.
+    What lies unsent is bounded by max_queued_requests; RankWatch sees a rank that does not read.
     """
 
     def __init__(self, connection: Connection, why_ended: Callable[[], RankFailed]) -> None:
@@ -38,7 +37,7 @@ class RankConnection:
         _connections.add(self)
 
     def call(self, message: Message[Answer]) -> Future[Answer]:
-        """Send a message; raises what pickling it raises, in the caller."""
+        """Send a message; raises what pickling it raises."""
         call = Call.with_message(next(self._ids), message)
         future: Future[Answer] = Future()
         with self._lock:

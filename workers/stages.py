@@ -120,10 +120,8 @@ class Connected:
     epoch: int
 
     def begin(self, progress: StartProgress) -> Joined:
-        """Begin to step, once memory is measured and graphs are captured, at every join.
-
-        Both are events of all ranks, some of which may be new, over the communicator's buffers.
-        """
+        """Begin to step, once all ranks have measured memory and captured graphs, at every join."""
+        # Both are events of all ranks, some of which may be new, over the communicator's buffers.
         prepared, rank = self.loaded.prepared, self.loaded.rank
         config, plan = prepared.config, prepared.plan
         loop = assemble(

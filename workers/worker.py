@@ -44,8 +44,8 @@ Stage = Prepared | Loaded | Connected | Joined
 class Worker:
     """One rank; `health`, `trace`, `totals`, `abandon` are for any time and thread.
 
-    Call `prepare`, `load` and `join` on all ranks, each once all have done the one before. After
-    `leave` a rank can join again, in a new epoch.
+    Call `prepare`, `load` and `join` on all ranks, each once all have done the one before, and
+    `join` again after `leave`.
     """
 
     def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
@@ -121,7 +121,6 @@ class Worker:
             raise
 
     def leave(self) -> None:
-        """End the epoch together with the other ranks; weights and kernels stay."""
         if isinstance(self._stage, Joined):
             self._progress.state = RankState.READY
             self._stage = self._stage.leave()

@@ -1,4 +1,4 @@
-"""Which cluster a config names, and whether it answers; ray.init itself waits for minutes."""
+"""ClusterAddress: finds the cluster a config names, and asks it; ray.init waits for minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the nodes of the cluster have, and what of it is free."""
+"""Nodes of the cluster: what they have, and what of it is free."""
 
 from __future__ import annotations
 

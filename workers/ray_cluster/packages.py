@@ -18,8 +18,7 @@ _log = logging.getLogger(__name__)
 def packages_for_ranks() -> dict[str, Any]:
     """Return a runtime environment with our packages, beside those that the job has brought.
 
-    NOTE: a job has one runtime environment, which may be there already; an actor's is put on top
-    of it, field by field. Ray uploads only those of jobs by itself.
+    NOTE: an actor's is put on top of the job's, field by field; Ray uploads only the job's itself.
     """
     import ray
 

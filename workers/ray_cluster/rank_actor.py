@@ -44,10 +44,9 @@ def check_directories(directories: Mapping[str, str | None]) -> None:
 
 
 def actor_class() -> Any:
-    """Make a class whose instances import nothing of ours before they search as the driver does.
+    """Make a class, pickled by value, that imports nothing of ours before its path is set.
 
-    It is pickled by value, since it is local. Ray Client has no options of calls, so each group of
-    messages is a method.
+    Ray Client has no options of calls, so each group of messages is a method.
     """
     import ray
 
@@ -79,11 +78,8 @@ def actor_class() -> Any:
 
 
 def search_path(same_host: bool) -> tuple[list[str], list[str]]:
-    """Return what a rank searches first, and what it must not search.
-
-    Ranks of a cluster that the driver has started search as the driver does. Ray has all workers
-    search the driver's working directory, which the driver may not do itself.
-    """
+    """Return what a rank searches first, as its driver does if on one host, and must not search."""
+    # Ray has all workers search the driver's working directory, which the driver may not do itself.
     here = os.getcwd()
     driver = [os.path.abspath(entry) for entry in sys.path]
     return (driver if same_host else []), ([] if here in driver else [here])

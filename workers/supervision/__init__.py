@@ -1,1 +1,1 @@
-"""What keeps the ranks of a group in sight, and ends them with those who hold it."""
+"""Keeps the ranks of a group in sight, and ends them with those who hold it."""

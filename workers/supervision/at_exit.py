@@ -9,11 +9,9 @@ from weakref import WeakSet
 
 class Closable(Protocol):
     @property
-    def belongs_here(self) -> bool:
-        """This process is the one that made it, and no forked child."""
+    def belongs_here(self) -> bool: ...  # False in a forked child
 
-    def close_now(self) -> None:
-        """End it in this thread."""
+    def close_now(self) -> None: ...  # in this thread
 
 
 _open: WeakSet[Closable] = WeakSet()

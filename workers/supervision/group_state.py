@@ -1,4 +1,4 @@
-"""How far a group of ranks is."""
+"""GroupState: the phase of a group of ranks, which never goes back."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from workers.messages import AnyRendezvous
 
 
 class Phase(IntEnum):
-    """How far a group is; it never goes back."""
-
     STARTING = 0
     SERVING = 1
     FAILED = 2

@@ -8,10 +8,7 @@ from concurrent.futures import Future, wait
 
 
 def uninterrupted(work: Callable[[], None], on_interrupt: Callable[[], None]) -> None:
-    """Do the work in a thread, where no KeyboardInterrupt is raised.
-
-    However many come, each calls on_interrupt, and the first is raised once the work has ended.
-    """
+    """Do the work in a thread; interrupts call on_interrupt, and the first is raised at the end."""
     ended: Future[None] = Future()
 
     def run() -> None:

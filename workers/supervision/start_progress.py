@@ -1,4 +1,4 @@
-"""What a start shows on its progress bars."""
+"""The progress bars of a start."""
 
 from __future__ import annotations
 

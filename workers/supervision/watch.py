@@ -21,8 +21,6 @@ ASK_S = 1.0
 
 
 class Answering(Protocol):
-    """What the watch needs of a rank."""
-
     dp_rank: int
 
     def call(self, message: Message[RankHealth]) -> Future[RankHealth]: ...
@@ -30,20 +28,20 @@ class Answering(Protocol):
 
 @dataclass(frozen=True)
 class SilenceLimits:
-    """How long a rank may be silent before it counts as lost, in seconds."""
+    """Bounds how long a rank may be silent before it counts as lost, in seconds."""
 
     first: float  # before it has answered for the first time
     later: float
 
     @classmethod
     def while_starting(cls, config: EngineConfig) -> SilenceLimits:
-        """Half the start for its process to come up, and less once it answers."""
+        """Allow half the start for its process to come up, and less once it answers."""
         half = max(config.start_timeout_s / 2, MIN_SILENCE_S)
         return cls(half, min(half, max(config.step_timeout_s, 5 * MIN_SILENCE_S)))
 
     @classmethod
     def while_serving(cls, config: EngineConfig) -> SilenceLimits:
-        """Longer than ranks wait for each other, who can say more of what was waited for."""
+        """Allow longer than ranks wait for each other, who can say more of what they waited for."""
         limit = max(config.step_timeout_s, MIN_SILENCE_S) + 2 * BEAT_S
         return cls(limit, limit)
 
@@ -84,23 +82,20 @@ class RankWatch:
 
     @property
     def healths(self) -> tuple[RankHealth, ...]:
-        """What ranks answered last; of those that have answered."""
         return tuple(pulse.health for pulse in self._pulses if pulse.health is not None)
 
     def silent(self, limit: float = RECENT_S) -> list[int]:
-        """The ranks that have not answered for so long."""
         now = self._now
         return [one.rank.dp_rank for one in self._pulses if now - one.answered_at > limit]
 
     def ask(self) -> list[int]:
-        """Ask all ranks now; those that do not answer within ASK_S."""
+        """Ask all ranks now, and return those that do not answer within ASK_S."""
         questions = [pulse.rank.call(ReadHealth()) for pulse in self._pulses]
         wait(questions, ASK_S)
         pairs = zip(self._pulses, questions, strict=True)
         return [pulse.rank.dp_rank for pulse, question in pairs if not question.done()]
 
     def serve(self, limits: SilenceLimits, on_silence: Callable[[str], None]) -> None:
-        """Judge by these from now on."""
         self._judging = (limits, on_silence)
 
     def end(self) -> None:
