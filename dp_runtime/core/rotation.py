@@ -28,8 +28,7 @@ class QkNormRope:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute x / sqrt(mean(x^2) + eps) * weight, rounding the quotient (arXiv 1910.07467)."""
-    quotient = F.rms_norm(x.float(), x.shape[-1:], eps=eps)
-    return weight * quotient.to(x.dtype)  # rounded first, as the models were trained
+    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)  # as in training
 
 
 def rotate(x: Tensor, cos_sin: CosSin) -> Tensor:

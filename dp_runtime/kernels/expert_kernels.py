@@ -32,24 +32,24 @@ def gate_up_kernel(
     if BY_EXPERT:
         expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
         count = tl.load(counts + expert)
-        slot = tl.arange(0, BLOCK_M)
-        while tl.min(slot, 0) < count:
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=slot < count, other=0)
+        index = tl.arange(0, BLOCK_M)
+        while tl.min(index, 0) < count:
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=index < count, other=0)
             _gate_up_tile(
                 x, gate_up, gate_up_blocks, scales, activated, expert, column, pair, pair,
-                slot < count, x_stride, intermediate,
+                index < count, x_stride, intermediate,
                 HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            slot += BLOCK_M
+            index += BLOCK_M
     else:
         count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
         tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
         while tile < num_tiles:
-            expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=ours, other=0)
+            expert, begin, index, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=ours, other=0)
             _gate_up_tile(
                 x, gate_up, gate_up_blocks, scales, activated, expert, tile % columns, pair,
-                begin + slot, ours, x_stride, intermediate,
+                begin + index, ours, x_stride, intermediate,
                 HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             tile += tl.num_programs(0)
@@ -108,24 +108,24 @@ def down_kernel(
     if BY_EXPERT:
         expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
         count = tl.load(counts + expert)
-        slot = tl.arange(0, BLOCK_M)
-        while tl.min(slot, 0) < count:
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=slot < count, other=0)
+        index = tl.arange(0, BLOCK_M)
+        while tl.min(index, 0) < count:
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=index < count, other=0)
             _down_tile(
                 activated, activated_blocks, down, down_blocks, scales, weights, weighted,
-                expert, column, pair, pair, slot < count, hidden,
+                expert, column, pair, pair, index < count, hidden,
                 INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            slot += BLOCK_M
+            index += BLOCK_M
     else:
         count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
         tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
         while tile < num_tiles:
-            expert, begin, slot, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + slot, mask=ours, other=0)
+            expert, begin, index, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
+            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=ours, other=0)
             _down_tile(
                 activated, activated_blocks, down, down_blocks, scales, weights, weighted,
-                expert, tile % columns, pair, begin + slot, ours, hidden,
+                expert, tile % columns, pair, begin + index, ours, hidden,
                 INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             tile += tl.num_programs(0)
@@ -219,13 +219,13 @@ def _row_blocks(counts, num_local, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _place(block, count, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Find a block's expert, its first pair in expert order, its slots, and which hold pairs."""
+    """Find a block's expert, its first pair in expert order, its indices, and which hold pairs."""
     before = ends <= block
     expert = tl.sum(before.to(tl.int32), 0)
     begin = tl.sum(tl.where(before, count, 0), 0)
-    slot = (block - tl.max(tl.where(before, ends, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = (block - tl.max(tl.where(before, ends, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     own = tl.sum(tl.where(tl.arange(0, LOCAL) == expert, count, 0), 0)
-    return expert, begin, slot, slot < own
+    return expert, begin, index, index < own
 
 
 @triton.jit

@@ -128,11 +128,9 @@ def _e4m3(x):
     """Round float32 to float8_e4m3fn bits in integers: GPUs before SM89 have no such conversion."""
     bits = x.to(tl.int32, bitcast=True)
     sign, size = (bits >> 24) & 0x80, bits & 0x7FFFFFFF
-    clamped = tl.minimum(size, 0x43E00000)  # to 448; ties go to even; NaN stays NaN
-    normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - (
-        120 << 3
-    )  # 3 bits, bias 7 for 127
+    value = tl.minimum(size, 0x43E00000)  # to 448; ties go to even; NaN stays NaN
+    normal = ((value + 0x7FFFF + ((value >> 20) & 1)) >> 20) - (120 << 3)  # 3 bits, bias 7 for 127
     # Below 2^-6 values are multiples of 2^-9, and those are all that float32 has from 2^14 on
-    small = (clamped.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    rounded = tl.where(clamped < 0x3C800000, small, normal)
+    small = (value.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    rounded = tl.where(value < 0x3C800000, small, normal)
     return (tl.where(size > 0x7F800000, 0x7F, rounded) | sign).to(tl.uint8)

@@ -96,8 +96,7 @@ def jit_modules(spec: AttentionSpec, device: torch.device) -> tuple[JitModule, .
         spec.dtype, spec.kv_dtype, spec.dtype, torch.int32, *dims, mode, False, False, False
     )  # fmt: skip
     what = f"{spec.dtypes}, head_dim {spec.head_dim}"
-    load = get_batch_prefill_module  # cached by flashinfer: `plan` will find the module loaded
     return tuple(
-        JitModule(f"{name} ({what})", partial(load, name, *arguments))
-        for name in sorted({"fa2", prefill})
+        JitModule(f"{name} ({what})", partial(get_batch_prefill_module, name, *arguments))
+        for name in sorted({"fa2", prefill})  # cached by flashinfer: `plan` will find them loaded
     )
