@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, MISSING, dataclass
 
 from dp_runtime.core.program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
-from dp_runtime.core.settings import check_settings, setting
+from dp_runtime.core.settings import check_settings, setting, settings_of
 from dp_runtime.errors import require
 from dp_runtime.parallel.padding import PaddingMode
 from dp_runtime.parallel.transports import TRANSPORTS, Transport
@@ -24,7 +24,9 @@ class EngineConfig:
         MISSING, "a Hugging Face directory, as the ranks see it", allowed="the path of a directory"
     )
     _: KW_ONLY
-    dp_size: int = setting(1, "number of ranks; need not divide the number of experts", at_least=1)
+    dp_size: int = setting(
+        1, "number of ranks; need not divide the number of experts", at_least=1, at_most=4096
+    )
     ranks_per_gpu: int = setting(
         1,
         "ranks that share a GPU; more than one, which then meet in host memory, is for "
@@ -186,7 +188,11 @@ class EngineConfig:
         at_most=MAX_TIMEOUT_S,
     )
     torch_threads: int | None = setting(
-        None, "threads of a CPU rank", at_least=1, shown_default="cores / dp_size"
+        None,
+        "threads of a CPU rank",
+        at_least=1,
+        at_most=4096,
+        shown_default="cores / dp_size",
     )
     log_level: str = setting(
         "warning",
@@ -208,6 +214,11 @@ class EngineConfig:
             f"at most {self.max_num_tokens // feeds}: a decoding request feeds {feeds} of the "
             f"max_num_tokens {self.max_num_tokens} of a step",
         )  # fmt: skip
+
+    def copied(self) -> EngineConfig:
+        """The configuration as it is now, checked again; a subclass is left behind."""
+        names = [item.name for item in settings_of(EngineConfig)]
+        return EngineConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def programs(self) -> tuple[Program, ...]:

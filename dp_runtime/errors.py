@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Integral, Real
+from copy import copy
+from typing import TypeVar
 
-MAX_SHOWN = 200  # characters of a value in a message
+MAX_SHOWN = 200  # characters of a field or a value in a message
+MAX_TEXT = 2000  # characters of a message
+
+Error = TypeVar("Error", bound=BaseException)
 
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
     if not ok:
-        text = repr(value)
-        text = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
-        raise ValueError(f"{field}: {text} is not allowed; {allowed}")
+        name = one_line(field, MAX_SHOWN)
+        raise ValueError(one_line(f"{name}: {shown(value)} is not allowed; {allowed}"))
+
+
+def shown(value: object, limit: int = MAX_SHOWN) -> str:
+    """The value's repr for a message, or its type where it has none."""
+    try:
+        text = str.__str__(repr(value))
+    except Exception:  # nested too deeply, an int of too many digits, a user's own __repr__
+        text = f"<{type(value).__name__}>"
+    return one_line(text, limit)
+
+
+def one_line(text: str, limit: int = MAX_TEXT) -> str:
+    """The text cut to `limit` characters, with escapes for those that do not print."""
+    text = text[: limit + 1]
+    if not text.isprintable():
+        text = "".join(map(_printable, text))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def fresh(error: Error) -> Error:
+    """An equal error for one more caller: the traceback of one object grows with each raise."""
+    again = copy(error)
+    again.__cause__ = error.__cause__
+    return again
 
 
 class RankDisagreement(RuntimeError):
@@ -31,34 +57,32 @@ class CollectiveTimeout(RuntimeError):
     """A peer did not arrive at a collective or a step in time."""
 
 
-class StartError(RuntimeError):
+class OneLineError(RuntimeError):
+    """Its text is one line of bounded length, whatever files, ranks and requests put into it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
+
+
+class StartError(OneLineError):
     """The ranks could not be started; names the ranks and the reason."""
 
 
-class RankFailed(RuntimeError):
+class RankFailed(OneLineError):
     """A rank died or stopped while it served."""
 
 
-class RequestFailed(RuntimeError):
+class RequestFailed(OneLineError):
     """One request could not be served; its engine serves on."""
 
 
-class QueueFull(RuntimeError):
+class QueueFull(OneLineError):
     """The engine holds as many unfinished requests as it may."""
 
 
-class EngineClosed(RuntimeError):
+class EngineClosed(OneLineError):
     """The engine was used after close()."""
 
 
-def is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond the floats
-        return False
+def _printable(char: str) -> str:
+    return char if char.isprintable() else char.encode("unicode_escape").decode("ascii")

@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dp_runtime.core.plain_values import plain_int
 from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
-from dp_runtime.errors import is_int, require
+from dp_runtime.errors import one_line, require, shown
 
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dp_rank")
 
@@ -27,31 +28,35 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
     A line may have `dp_rank` and any field of SamplingParams; `defaults` fills the others.
     Raises ValueError naming file, line and field; blank lines are skipped.
     """
-    ok = path.exists() and not path.is_dir()
-    require(ok, "prompts", str(path), "an existing JSONL file")
     lines = []
     for number, text in enumerate(_read(path).split("\n"), 1):
         if text.strip():
             try:
                 lines.append(_parse(text, defaults))
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+                raise ValueError(one_line(f"{path}:{number}: {error}")) from None
     require(bool(lines), "prompts", str(path), "a file with at least one line")
     return lines
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        why = error.strerror
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
+        raise ValueError(one_line(f"{path}: not UTF-8: {error}")) from None
+    raise ValueError(f"prompts: {shown(str(path))} is not allowed; an existing JSONL file ({why})")
 
 
 def _parse(text: str, defaults: SamplingParams) -> PromptLine:
     try:
-        line: Any = json.loads(text)
+        line: Any = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}: {text[:40]!r}") from None
+        where = f"{error.msg} at column {error.colno}"
+        raise ValueError(f"not JSON: {where}: {shown(text, 40)}") from None
+    except RecursionError:
+        raise ValueError(f"not JSON: nested too deeply: {shown(text, 40)}") from None
     require(isinstance(line, dict), "line", line, "a JSON object")
     given = [name for name in ("prompt", "prompt_token_ids") if name in line]
     require(len(given) == 1, "prompt", given, "either prompt or prompt_token_ids")
@@ -60,9 +65,18 @@ def _parse(text: str, defaults: SamplingParams) -> PromptLine:
     known = {item.name: getattr(defaults, item.name) for item in fields(defaults)}
     sampling = {name: value for name, value in line.items() if name not in PROMPT_FIELDS}
     rank = line.get("dp_rank")
-    ok = rank is None or (is_int(rank) and rank >= 0)
+    ok = rank is None or (plain_int(rank) is not None and rank >= 0)
     require(ok, "dp_rank", rank, "null or the number of a rank")
     return PromptLine(prompt, SamplingParams.from_fields(known | sampling), rank)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a name given twice, of which one value would be lost."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        require(name not in values, name, value, "a name is given once")
+        values[name] = value
+    return values
 
 
 def output_line(index: int, output: RequestOutput) -> str:

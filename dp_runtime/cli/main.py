@@ -11,7 +11,7 @@ from dp_runtime.cli.flags import add_flags
 from dp_runtime.cli.inspect import inspect
 from dp_runtime.cli.output import WriteFailed, escape_unprintable
 from dp_runtime.config import EngineConfig
-from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, StartError
+from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, StartError, one_line
 from dp_runtime.metrics.log import log_to_stderr
 
 FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, WriteFailed)
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
         return 0
     except (ValueError, *FAILURES) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130

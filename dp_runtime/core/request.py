@@ -49,6 +49,11 @@ class RankRequest:
     stop_token_ids: frozenset[int]  # end-of-text ids included, unless ignored
     embeds: PromptEmbeds | None = None
 
+    @property
+    def num_reserved_tokens(self) -> int:
+        """The tokens that it may take at most, prompt included."""
+        return len(self.prompt_token_ids) + self.params.max_tokens
+
 
 @dataclass(frozen=True)
 class TokenLogprob:

@@ -7,17 +7,28 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dp_runtime.core.settings import check_settings, setting
-from dp_runtime.errors import is_finite, is_int, require
+from dp_runtime.core.plain_values import (
+    plain_float,
+    plain_int,
+    plain_items,
+    plain_list,
+    plain_str,
+)
+from dp_runtime.core.settings import MAX_INT, check_settings, setting
+from dp_runtime.errors import require, shown
 
 MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1e9  # added to a float32 logit, it stays finite
+DECIMAL = re.compile("0|[1-9][0-9]{0,18}")  # as JSON writes a number
 SURROGATES = re.compile("[\ud800-\udfff]")  # no text has them
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request samples, with other engines' defaults; docs/settings.md explains each field."""
+    """How a request samples, with other engines' defaults; docs/settings.md explains each field.
+
+    What is given is copied: fields hold numbers, texts, tuples and dicts of Python's own types.
+    """
 
     max_tokens: int = setting(16, "output tokens", at_least=1)
     min_tokens: int = setting(0, "output tokens before anything may end the request", at_least=0)
@@ -64,8 +75,9 @@ class SamplingParams:
             self.min_tokens <= self.max_tokens,
             "min_tokens", self.min_tokens, f"at most max_tokens {self.max_tokens}",
         )  # fmt: skip
-        self._check_logit_bias()
-        self._check_ends()
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        object.__setattr__(self, "stop", _stop(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -82,50 +94,84 @@ class SamplingParams:
     @classmethod
     def from_fields(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Read a JSON object; an unknown field is an error."""
-        require(isinstance(values, Mapping), "sampling parameters", values, "a mapping")
+        items = plain_items(values)
+        require(items is not None, "sampling parameters", values, "a mapping")
         known = {item.name for item in fields(cls)}
-        for name, value in values.items():
-            require(name in known, name, value, f"known fields: {', '.join(sorted(known))}")
-        values = dict(values)
-        if isinstance(bias := values.get("logit_bias"), Mapping):
-            try:
-                values["logit_bias"] = {
-                    int(token) if isinstance(token, str) else token: value
-                    for token, value in bias.items()
-                }
-            except ValueError:
-                raise ValueError(
-                    f"logit_bias: {bias!r} is not allowed; keys are token ids"
-                ) from None
-        return cls(**values)
+        given: dict[str, Any] = {}
+        for key, value in items or ():
+            name = plain_str(key)
+            ok = name is not None and name in known
+            require(ok, name or shown(key), value, f"known fields: {', '.join(sorted(known))}")
+            given[str(name)] = value
+        if "logit_bias" in given:
+            given["logit_bias"] = _with_token_ids(given["logit_bias"])
+        return cls(**given)
+
+    def copied(self) -> SamplingParams:
+        """The parameters as they are now, checked again; a subclass is left behind."""
+        return SamplingParams(**{item.name: getattr(self, item.name) for item in fields(self)})
 
     def check_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> None:
         """Raise ValueError for a token outside the vocabulary."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             ok = all(token < vocab_size for token in ids)
-            require(ok, name, getattr(self, name), f"token ids below {vocab_size}")
+            given = list(ids) if isinstance(ids, tuple) else ids
+            require(ok, name, given, f"token ids below {vocab_size}")
         ok = (
             self.min_tokens == 0
             or sum(token < vocab_size for token in set(stop_token_ids)) < vocab_size
         )
         require(ok, "min_tokens", self.min_tokens, "0 where every token is a stop token")
 
-    def _check_logit_bias(self) -> None:
-        ok = isinstance(self.logit_bias, Mapping) and all(
-            is_int(token) and token >= 0 and is_finite(bias) and abs(bias) <= MAX_LOGIT_BIAS
-            for token, bias in self.logit_bias.items()
-        )
-        require(
-            ok, "logit_bias", self.logit_bias,
-            f"a mapping from token id to a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
-        )  # fmt: skip
 
-    def _check_ends(self) -> None:
-        ok = isinstance(self.stop, str | Sequence) and all(
-            isinstance(text, str) and text and not SURROGATES.search(text)
-            for text in self.stop_strings
-        )
-        require(ok, "stop", self.stop, "a non-empty string or a list of them, without surrogates")
-        ok = isinstance(self.stop_token_ids, Sequence) and not isinstance(self.stop_token_ids, str)
-        ok = ok and all(is_int(token) and token >= 0 for token in self.stop_token_ids)
-        require(ok, "stop_token_ids", self.stop_token_ids, "a list of token ids")
+def _token_id(value: object) -> int | None:
+    token = plain_int(value)
+    return token if token is not None and 0 <= token <= MAX_INT else None
+
+
+def _logit_bias(given: object) -> dict[int, float]:
+    items = plain_items(given)
+    biases: dict[int, float] = {}
+    for key, value in items or ():
+        token, bias = _token_id(key), plain_float(value)
+        if token is not None and bias is not None and abs(bias) <= MAX_LOGIT_BIAS:
+            biases[token] = bias
+    require(
+        items is not None and len(biases) == len(items), "logit_bias", given,
+        "a mapping from token id, each once, "
+        f"to a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
+    )  # fmt: skip
+    return biases
+
+
+def _stop(given: object) -> tuple[str, ...] | str:
+    one = plain_str(given)
+    entries = plain_list(given) if one is None else [one]
+    texts = [plain_str(entry) for entry in entries or ()]
+    stops = tuple(text for text in texts if text and not SURROGATES.search(text))
+    ok = entries is not None and len(stops) == len(texts)
+    require(ok, "stop", given, "a non-empty string or a list of them, without surrogates")
+    return stops if one is None else one
+
+
+def _stop_token_ids(given: object) -> tuple[int, ...]:
+    entries = plain_list(given)
+    tokens = tuple(token for token in map(_token_id, entries or ()) if token is not None)
+    ok = entries is not None and len(tokens) == len(entries)
+    require(ok, "stop_token_ids", given, "a list of token ids")
+    return tokens
+
+
+def _with_token_ids(given: object) -> object:
+    """A bias of JSON, whose keys are texts: `"12"`, never `"012"`, `"+12"` or `"1_2"`."""
+    items = plain_items(given)
+    if items is None:
+        return given
+    biases: dict[int, object] = {}
+    for key, bias in items:
+        text = plain_str(key)
+        number = int(text) if text is not None and DECIMAL.fullmatch(text) else plain_int(key)
+        if number is not None:
+            biases[number] = bias
+    require(len(biases) == len(items), "logit_bias", given, "keys are token ids, each once")
+    return biases

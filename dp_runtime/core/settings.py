@@ -5,11 +5,15 @@ Checks, command-line flags and docs/settings.md all come from there.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from dp_runtime.errors import is_finite, is_int, require
+from dp_runtime.core.plain_values import plain_bool, plain_float, plain_int, plain_str
+from dp_runtime.errors import require
+
+MAX_INT = 2**31 - 1  # of a field that names no other limit: all sizes fit into int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class Setting:
     @property
     def range(self) -> str:
         limits = ((">=", self.at_least), ("above", self.above), ("at most", self.at_most))
-        return ", ".join(f"{word} {limit:g}" for word, limit in limits if limit is not None)
+        return ", ".join(f"{word} {_number(limit)}" for word, limit in limits if limit is not None)
 
 
 def setting(default: Any, doc: str, **limits: Any) -> Any:
@@ -72,17 +76,21 @@ class Field:
         """Return the value as one of Python's own; ValueError if it is not allowed."""
         if value is None and self.optional:
             return None
-        require(self._allows(value), self.name, value, self.allowed)
-        return self.kind(value)
+        own = _READERS[self.kind](value)
+        require(own is not None and self._allows(own), self.name, value, self.allowed)
+        return own
 
     def _allows(self, value: Any) -> bool:
         if self.kind is bool:
-            return isinstance(value, bool)
+            return True
         if self.kind is str:
-            ok = isinstance(value, str) and bool(value)
-            return ok and (not self.setting.choices or value in self.setting.choices)
-        number = is_int(value) if self.kind is int else is_finite(value)
-        return number and self.setting.in_range(value)
+            return bool(value) and (not self.setting.choices or value in self.setting.choices)
+        return self.setting.in_range(value)
+
+
+_READERS: dict[type, Callable[[object], Any]] = {
+    bool: plain_bool, int: plain_int, float: plain_float, str: plain_str,
+}  # fmt: skip
 
 
 @cache
@@ -95,12 +103,20 @@ def settings_of(owner: Any) -> tuple[Field, ...]:
             optional = type(None) in members
             kind = next(member for member in members if member is not type(None))
             setting: Setting = item.metadata["setting"]
+            if kind is int and setting.at_most is None:
+                setting = replace(setting, at_most=MAX_INT)
             found.append(Field(item.name, kind, optional, item.default, setting))
     return tuple(found)
 
 
 def check_settings(owner: Any) -> None:
-    """Check the fields in `__post_init__`; numpy's numbers, whose sums wrap, become Python's."""
+    """Check the fields in `__post_init__`, and keep them as Python's own types."""
     kind: Any = type(owner)
     for item in settings_of(kind):
         object.__setattr__(owner, item.name, item.plain(getattr(owner, item.name)))
+
+
+def _number(limit: float) -> str:
+    if limit == MAX_INT:
+        return "2**31-1"
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"

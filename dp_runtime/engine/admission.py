@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dp_runtime.errors import QueueFull
+from dp_runtime.errors import QueueFull, fresh
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Admission:
                     raise QueueFull(f"{self._limit} requests are unfinished (max_queued_requests)")
                 self._changed.wait()
             if self._closed:
-                raise self._closed
+                raise fresh(self._closed)
             rank = self._balancer.choose(self._ranks, tokens) if dp_rank is None else dp_rank
             self._ranks[rank].requests += 1
             self._ranks[rank].tokens += tokens

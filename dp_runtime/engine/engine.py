@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -10,17 +9,17 @@ from time import monotonic
 from types import TracebackType
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import Prompt, RankRequest, RequestOutput, RequestUpdate
+from dp_runtime.core.request import Prompt, RequestOutput, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.admission import LOAD_BALANCERS, Admission
 from dp_runtime.engine.handle import RequestHandle, RequestStream
-from dp_runtime.engine.inputs import RequestFactory
+from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.output_processor import OutputProcessor
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.tokenizer import Tokenizer
-from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, is_int, require
+from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, fresh, require
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import Report, StepTrace
@@ -37,19 +36,19 @@ class Engine:
     def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
         ok, allowed = isinstance(config, EngineConfig), "an EngineConfig, as EngineConfig('path')"
         require(ok, "config", config, allowed)
-        self.config = config
+        self.config = config = config.copied()
         self._group = start_ranks(config, show_progress)
         model = self._group.model
         try:
-            self.tokenizer = Tokenizer(model.tokenizer_json) if model.tokenizer_json else None
+            text = model.tokenizer_json
+            self.tokenizer = None if text is None else Tokenizer(text)
         except BaseException:
             self._group.close()
             raise
-        self._factory = RequestFactory(model, self.tokenizer, config.seed)
+        self._factory = RequestFactory(model, self.tokenizer, config.seed, config.dp_size)
         balancer = LOAD_BALANCERS[config.routing]()
         self._admission = Admission(balancer, config.dp_size, config.max_queued_requests)
         self._outputs = OutputProcessor()
-        self._ids = itertools.count()
         self._lock = threading.Lock()
         self._closed: BaseException | None = None
         self._clock = BusyClock()
@@ -80,7 +79,10 @@ class Engine:
         checked before any is submitted (ValueError). `on_output` gets index and output as soon as
         this and all earlier ones are finished; if the engine fails, all that are finished.
         """
-        requests = self._make_all(prompts, params, dp_ranks)
+        ok = on_output is None or callable(on_output)
+        require(ok, "on_output", on_output, "None or a function of index and output")
+        self._check_open()
+        requests = self._factory.make_all(prompts, params, dp_ranks)
         handles: list[RequestHandle] = []
         outputs: list[RequestOutput] = []
         with ProgressBar("generate", len(requests), "request", show_progress) as progress:
@@ -92,8 +94,8 @@ class Engine:
                 progress.update(len(outputs))
 
             try:
-                for request, rank in requests:
-                    handles.append(self._start(request, rank))
+                for request in requests:
+                    handles.append(self._start(request))
                     while len(outputs) < len(handles) and handles[len(outputs)].done:
                         take()
                 while len(outputs) < len(handles):
@@ -117,9 +119,8 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
     ) -> RequestHandle:
         """Start one prompt; ValueError for a mistake, QueueFull above max_queued_requests."""
-        request = self._make(prompt, params or SamplingParams())
-        self._check_rank(dp_rank)
-        return self._start(request, dp_rank, wait=False)
+        self._check_open()
+        return self._start(self._factory.make(prompt, params, dp_rank), wait=False)
 
     def step_trace(self) -> tuple[StepTrace, ...]:
         """Return the steps that the ranks remember, with their rows and times."""
@@ -133,7 +134,7 @@ class Engine:
     def health(self) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""
         if isinstance(self._closed, EngineClosed):
-            raise self._closed
+            raise fresh(self._closed)
         return self._group.health()
 
     def close(self) -> None:
@@ -154,58 +155,28 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _make(self, prompt: Prompt, params: SamplingParams) -> RankRequest:
-        self._check_open()
-        return self._factory.make(next(self._ids), prompt, params)
-
-    def _make_all(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        dp_ranks: Sequence[int | None] | None,
-    ) -> list[tuple[RankRequest, int | None]]:
-        ok = isinstance(prompts, Sequence) and not isinstance(prompts, str)
-        require(ok, "prompts", prompts, "a list of prompts")
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        ranks = [None] * len(prompts) if dp_ranks is None else dp_ranks
-        for name, values in (("params", params), ("dp_ranks", ranks)):
-            ok = isinstance(values, Sequence) and len(values) == len(prompts)
-            require(ok, name, values, f"a list with one entry per prompt ({len(prompts)})")
-        requests = []
-        for index, (prompt, one, rank) in enumerate(zip(prompts, params, ranks)):
-            try:
-                self._check_rank(rank)
-                requests.append((self._make(prompt, one), rank))
-            except ValueError as error:
-                raise ValueError(f"prompts[{index}]: {error}") from None
-        return requests
-
-    def _check_rank(self, dp_rank: int | None) -> None:
-        size = self.config.dp_size
-        ok = dp_rank is None or (is_int(dp_rank) and 0 <= dp_rank < size)
-        require(ok, "dp_rank", dp_rank, f"None or a rank in 0..{size - 1}")
-
     def _check_open(self) -> None:
-        if self._closed:
-            raise self._closed
+        if self._closed is not None:
+            raise fresh(self._closed)
 
-    def _start(self, request: RankRequest, dp_rank: int | None, wait: bool = True) -> RequestHandle:
-        tokens = len(request.prompt_token_ids) + request.params.max_tokens
-        rank = self._admission.enter(tokens, dp_rank, wait)
+    def _start(self, new: NewRequest, wait: bool = True) -> RequestHandle:
+        tokens = new.request.num_reserved_tokens
+        rank = self._admission.enter(tokens, new.dp_rank, wait)
         try:
-            log = RequestLog(request, rank, self.tokenizer)
+            log = RequestLog(new.request, rank, self.tokenizer)
             handle = RequestHandle(log, self._abort)
             with self._lock:
                 self._check_open()
                 self._outputs.add(log, handle)
                 self._clock.enter()
-            self._group.submit(rank, [request])
         except BaseException:
-            if self._outputs.remove(request.request_id):
-                with self._lock:
-                    self._clock.leave()
             self._admission.leave(rank, tokens)
+            raise
+        try:
+            self._group.submit(rank, [new.request])
+        except BaseException:
+            if self._outputs.remove(log.request_id):  # else it was counted as it ended
+                self._count_out(log)
             raise
         return handle
 
@@ -217,17 +188,18 @@ class Engine:
         deliveries = self._outputs.process(updates)
         if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
             self._group.abort(dp_rank, running)
-        for delivery in deliveries:
-            if delivery.ends:
-                self._count_finished(delivery.log)
+        ended = [each.log for each in deliveries if each.ends]
+        for log in ended:
+            self._count_out(log)
+        with self._lock:
+            self._num_finished += len(ended)
         for delivery in deliveries:
             delivery.deliver()
 
-    def _count_finished(self, log: RequestLog) -> None:
+    def _count_out(self, log: RequestLog) -> None:
         with self._lock:
             self._clock.leave()
-            self._num_finished += 1
-        self._admission.leave(log.dp_rank, log.num_reserved_tokens)
+        self._admission.leave(log.dp_rank, log.request.num_reserved_tokens)
 
     def _on_failure(self, error: BaseException) -> None:
         logger.error("the engine has failed, and all its requests with it: %s", error)
@@ -242,7 +214,8 @@ class Engine:
         with self._lock:
             self._closed = error
         self._admission.close(error)
-        self._outputs.fail_all(error)
+        for log in self._outputs.fail_all(error):
+            self._count_out(log)
 
 
 class BusyClock:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from dp_runtime.core.plain_values import plain_float
 from dp_runtime.core.request import RankRequest, RequestDelta, RequestOutput
 from dp_runtime.engine.delta_queue import DeltaQueue
 from dp_runtime.engine.request_log import RequestLog
+from dp_runtime.errors import fresh, require
 
 
 class RequestHandle:
@@ -51,12 +53,12 @@ class RequestHandle:
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Return the finished request; raises TimeoutError after `timeout` s, or why it failed."""
+        seconds = None if timeout is None else _seconds(timeout)
         with self._changed:
-            limit = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-            if not self._changed.wait_for(lambda: self.done, limit):
+            if not self._changed.wait_for(lambda: self.done, seconds):
                 raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
             if self._error:
-                raise self._error
+                raise fresh(self._error)
             assert self._output is not None, "a request without an error has an output"
             return self._output
 
@@ -71,7 +73,7 @@ class RequestHandle:
                 self._changed.wait_for(lambda: self._deltas or self.done)
                 if not self._deltas:
                     if self._error:
-                        raise self._error
+                        raise fresh(self._error)
                     return
                 delta = self._deltas.get()
             yield delta
@@ -93,6 +95,14 @@ class RequestHandle:
         self._changed = threading.Condition()
         if not self.done:
             self._error = error
+
+
+def _seconds(timeout: object) -> float:
+    seconds = plain_float(timeout)
+    ok = seconds is not None and seconds >= 0
+    require(ok, "timeout", timeout, "None or seconds >= 0")
+    assert seconds is not None, "checked above"
+    return min(seconds, threading.TIMEOUT_MAX)
 
 
 class RequestStream:

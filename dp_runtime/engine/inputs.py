@@ -2,70 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dp_runtime.core.request import Prompt, PromptEmbeds, RankRequest, TokensPrompt
+from dp_runtime.core.plain_values import plain_int, plain_ints, plain_list, plain_str
+from dp_runtime.core.request import PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.embeds import copied_embeds
 from dp_runtime.engine.tokenizer import Tokenizer
-from dp_runtime.errors import is_int, require
+from dp_runtime.errors import one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
 
 
 @dataclass(frozen=True, eq=False)
+class NewRequest:
+    """A request that was checked, and the rank that it is pinned to, if any."""
+
+    request: RankRequest
+    dp_rank: int | None
+
+
+@dataclass(frozen=True, eq=False)
 class RequestFactory:
-    """Makes complete requests; every mistake is a ValueError that names field and value."""
+    """Makes complete requests; every mistake is a ValueError that names field and value.
+
+    Whatever a caller gives is copied into plain values, which are then checked.
+    """
 
     model: ModelInfo
     tokenizer: Tokenizer | None
     seed: int
+    dp_size: int
+    _ids: Iterator[int] = field(default_factory=count)
 
-    def make(self, request_id: int, prompt: Prompt, params: SamplingParams) -> RankRequest:
-        require(
-            isinstance(params, SamplingParams), "params", params, "an instance of SamplingParams"
-        )
-        tokens = self._tokens(prompt)
-        self._check_tokens(tokens)
+    def make(self, prompt: object, params: object, dp_rank: object) -> NewRequest:
+        own = SamplingParams() if params is None else copied_params(params)
+        return self._make(prompt, own, dp_rank)
+
+    def make_all(self, prompts: object, params: object, dp_ranks: object) -> list[NewRequest]:
+        """A request for each prompt; `params` are for all of them or one for each."""
+        given = _entries("prompts", prompts)
+        size = len(given)
+        shared = SamplingParams() if params is None else None
+        if isinstance(params, SamplingParams):
+            shared = copied_params(params)
+        each = [None] * size if shared else _entries("params", params, size)
+        ranks = [None] * size if dp_ranks is None else _entries("dp_ranks", dp_ranks, size)
+        made = []
+        for index, (prompt, one, rank) in enumerate(zip(given, each, ranks)):
+            try:
+                made.append(self._make(prompt, shared or copied_params(one), rank))
+            except ValueError as error:
+                raise ValueError(one_line(f"prompts[{index}]: {error}")) from None
+        return made
+
+    def _make(self, prompt: object, params: SamplingParams, dp_rank: object) -> NewRequest:
+        """The request as a rank gets it."""
+        given = _GivenPrompt.read(prompt)
+        tokens = self._tokens(given)
+        self._check_tokens(given.field, tokens)
         eos = () if params.ignore_eos else self.model.eos_token_ids
         ends = frozenset((*eos, *params.stop_token_ids))
         self._check_params(params, ends)
-        return RankRequest(
-            request_id=request_id,
-            prompt_token_ids=tokens,
-            params=params,
-            seed=derive_seed(self.seed, request_id) if params.seed is None else params.seed,
-            stop_token_ids=ends,
-            embeds=self._embeds(prompt, len(tokens)) if isinstance(prompt, TokensPrompt) else None,
-        )
+        rank = self._pinned(dp_rank)
+        embeds = self._embeds(given, len(tokens))
+        request_id = next(self._ids)
+        seed = derive_seed(self.seed, request_id) if params.seed is None else params.seed
+        request = RankRequest(request_id, tokens, params, seed, ends, embeds)
+        return NewRequest(request, rank)
 
-    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
+    def _tokens(self, given: _GivenPrompt) -> tuple[int, ...]:
+        text = plain_str(given.tokens)
+        if text is not None:
             require(
-                self.tokenizer is not None, "prompt", _short(prompt),
+                self.tokenizer is not None, "prompt", _short(text),
                 "token ids: the model's directory has no tokenizer.json",
             )  # fmt: skip
             assert self.tokenizer is not None, "checked above"
-            return tuple(self.tokenizer.encode(prompt))
-        ids = prompt.token_ids if isinstance(prompt, TokensPrompt) else prompt
-        require(isinstance(ids, Sequence | np.ndarray), "prompt", _short(ids), "text or token ids")
-        for token in ids:
-            require(is_int(token), "prompt", _short(token), "text or token ids")
-        return tuple(int(token) for token in ids)
+            return tuple(self.tokenizer.encode(text))
+        entries = plain_list(given.tokens)
+        require(entries is not None, given.field, _short(given.tokens), "text or token ids")
+        return tuple(_token(given.field, entry) for entry in entries or ())
 
-    def _check_tokens(self, tokens: tuple[int, ...]) -> None:
-        require(len(tokens) > 0, "prompt", "", "at least one token")
-        max_tokens = self.model.max_model_len - 1
+    def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
+        require(len(tokens) > 0, field, "", "at least one token")
+        most = self.model.max_model_len - 1
         require(
-            len(tokens) <= max_tokens, "prompt", f"{len(tokens)} tokens",
-            f"at max_tokens {max_tokens} tokens: max_model_len is {self.model.max_model_len}",
+            len(tokens) <= most, field, f"{len(tokens)} tokens",
+            f"at most {most} tokens: max_model_len is {self.model.max_model_len}",
         )  # fmt: skip
         size = self.model.vocab_size
         for token in tokens:
-            require(0 <= token < size, "prompt", token, f"token ids are in 0..{size - 1}")
+            require(0 <= token < size, field, token, f"token ids are in 0..{size - 1}")
+
+    def _pinned(self, dp_rank: object) -> int | None:
+        if dp_rank is None:
+            return None
+        rank = plain_int(dp_rank)
+        ok = rank is not None and 0 <= rank < self.dp_size
+        require(ok, "dp_rank", dp_rank, f"None or a rank in 0..{self.dp_size - 1}")
+        return rank
 
     def _check_params(self, params: SamplingParams, ends: frozenset[int]) -> None:
         require(
@@ -74,35 +115,80 @@ class RequestFactory:
         )  # fmt: skip
         params.check_vocabulary(self.model.vocab_size, ends)
 
-    def _embeds(self, prompt: TokensPrompt, length: int) -> PromptEmbeds | None:
-        if prompt.prompt_embeds is None:
-            given = list(prompt.embed_positions)
-            require(not given, "embed_positions", given, "none without prompt_embeds")
+    def _embeds(self, given: _GivenPrompt, length: int) -> PromptEmbeds | None:
+        positions = plain_ints(given.positions)
+        shown = plain_list(given.positions) or given.positions
+        if given.embeds is None:
+            require(positions == [], "embed_positions", shown, "none without prompt_embeds")
             return None
-        positions = list(prompt.embed_positions)
-        ok = all(is_int(at) and 0 <= at < length for at in positions)
         require(
-            ok and len(set(positions)) == len(positions), "embed_positions", positions,
-            f"distinct positions of the prompt, 0..{length - 1}",
+            positions is not None
+            and all(0 <= at < length for at in positions)
+            and len(set(positions)) == len(positions),
+            "embed_positions", shown, f"distinct positions of the prompt, 0..{length - 1}",
         )  # fmt: skip
-        values, shape = _floats(prompt.prompt_embeds), (len(positions), self.model.hidden_size)
-        require(
-            values.shape == shape, "prompt_embeds", values.shape,
-            f"shape {shape}: one row of hidden_size per embed position",
-        )  # fmt: skip
-        require(bool(np.isfinite(values).all()), "prompt_embeds", "NaN or inf", "finite values")
+        assert positions is not None, "checked above"
+        values = copied_embeds(given.embeds, (len(positions), self.model.hidden_size))
         return PromptEmbeds(np.asarray(positions, np.int64), values)
 
 
-def _floats(values: object) -> NDArray[np.float32]:
+@dataclass(frozen=True, eq=False)
+class _GivenPrompt:
+    """What a prompt has, read once: attributes of a user's own kind may change."""
+
+    field: str
+    tokens: object  # text or token ids
+    embeds: object = None
+    positions: object = ()
+
+    @classmethod
+    def read(cls, prompt: object) -> _GivenPrompt:
+        try:
+            if not isinstance(prompt, TokensPrompt):
+                return cls("prompt", prompt)
+            given = cls("token_ids", prompt.token_ids, prompt.prompt_embeds, prompt.embed_positions)
+        except Exception as error:  # of a user's own kind
+            raise _unreadable("prompt", prompt, error) from None
+        text = plain_str(given.tokens)
+        require(text is None, given.field, text, "token ids; a text is a prompt by itself")
+        return given
+
+
+def copied_params(params: object) -> SamplingParams:
+    """The engine's own copy, which nobody changes; ValueError if they are not, or changed badly."""
     try:
-        return np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"prompt_embeds: {_short(values)!r} is not allowed; an array of floats"
-        ) from None
+        ok = isinstance(params, SamplingParams)
+        require(ok, "params", params, "an instance of SamplingParams")
+        return SamplingParams.copied(cast(SamplingParams, params))
+    except ValueError:
+        raise
+    except Exception as error:  # of a user's own kind
+        raise _unreadable("params", params, error) from None
+
+
+def _token(field: str, entry: object) -> int:
+    if type(entry) is int:
+        return entry
+    token = plain_int(entry)
+    require(token is not None, field, _short(entry), "text or token ids")
+    assert token is not None, "checked above"
+    return token
+
+
+def _entries(field: str, given: object, length: int | None = None) -> list[object]:
+    """The entries of a list, of one per prompt if a length is given."""
+    entries = plain_list(given)
+    ok = entries is not None and length in (None, len(entries))
+    allowed = "a list of prompts" if length is None else f"a list, one per prompt ({length})"
+    require(ok, field, given, allowed)
+    return entries or []
+
+
+def _unreadable(field: str, value: object, error: Exception) -> ValueError:
+    return ValueError(
+        one_line(f"{field}: {shown(value)} can't be read: {type(error).__name__}: {error}", 400)
+    )
 
 
 def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:40] + "..."
+    return one_line(value, 43) if type(value) is str else shown(value, 43)

@@ -86,11 +86,13 @@ class OutputProcessor:
         for _, sink in live.values():
             sink.disown(error)
 
-    def fail_all(self, error: BaseException) -> None:
+    def fail_all(self, error: BaseException) -> list[RequestLog]:
+        """Fail all live requests, and return their logs."""
         with self._lock:
             live, self._live = self._live, {}
         for _, sink in live.values():
             sink.fail(error)
+        return [log for log, _ in live.values()]
 
 
 def _apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery | None:

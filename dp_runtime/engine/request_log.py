@@ -34,10 +34,6 @@ class RequestLog:
     def request_id(self) -> int:
         return self.request.request_id
 
-    @property
-    def num_reserved_tokens(self) -> int:
-        return len(self.request.prompt_token_ids) + self.request.params.max_tokens
-
     def apply(self, update: RequestUpdate) -> RequestDelta | None:
         """Take over what the rank did; returns what is new for the user."""
         assert update.first_index == len(self.token_ids), (

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import pre_tokenizers
 
-from dp_runtime.errors import require
+from dp_runtime.errors import one_line, require, shown
 
 _PER_TOKEN = {"Metaspace", "WordPiece", "BPEDecoder", "Replace", "ByteFallback", "Strip"}
 
@@ -22,7 +22,7 @@ class Tokenizer:
         try:
             self._tokenizer = HfTokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises nothing more precise
-            raise ValueError(f"tokenizer.json: not a tokenizer; {error}") from error
+            raise ValueError(one_line(f"tokenizer.json: not a tokenizer; {error}", 400)) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         decoders = _decoders(json.loads(tokenizer_json).get("decoder"))
@@ -43,7 +43,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"prompt: {text[:40]!r} is not allowed; {error}") from error
+            raise ValueError(f"prompt: {shown(text, 40)} is not allowed; {error}") from None
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

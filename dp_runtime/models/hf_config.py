@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dp_runtime.errors import is_finite, require
+from dp_runtime.core.plain_values import plain_float
+from dp_runtime.errors import require
 from dp_runtime.models.known_fields import ALIASES, fixed_values, is_irrelevant
 from dp_runtime.weights.files import read_json, shown
 
@@ -60,7 +61,8 @@ class ConfigFields:
 
     def number(self, name: str, default: float | None = None, minimum: float = 0.0) -> float:
         value = self.get(name, default)
-        ok = is_finite(value) and value > minimum
+        number = plain_float(value)
+        ok = number is not None and number > minimum
         self.require(ok, name, value, f"a number above {minimum:g}")
         return float(value)
 

@@ -1,0 +1,79 @@
+"""Ranks that do as they are told: an Engine's driver side without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import (
+    FailureListener,
+    FinishReason,
+    RankRequest,
+    RequestUpdate,
+    UpdateListener,
+)
+from dp_runtime.engine.engine import Engine
+from dp_runtime.metrics.status import ModelInfo, RankHealth
+from dp_runtime.metrics.trace import StepTrace, Totals
+
+VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN = 100, 4, 64
+MODEL = ModelInfo("Fake", VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN, (7,), None, 1000, 0)
+
+
+class FakeGroup:
+    model = MODEL
+    on_progress: UpdateListener
+    on_failure: FailureListener
+
+    def __init__(self) -> None:
+        self.taken: dict[int, tuple[int, RankRequest]] = {}  # by request id: rank and request
+        self.refusal: BaseException | None = None  # raised by the next submit
+
+    def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
+        self.on_progress, self.on_failure = on_progress, on_failure
+
+    def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
+        refusal, self.refusal = self.refusal, None
+        if refusal is not None:
+            raise refusal
+        self.taken |= {request.request_id: (dp_rank, request) for request in requests}
+
+    def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
+        for request_id in request_ids:
+            self.end(request_id, finish_reason=FinishReason.ABORT)
+
+    def end(self, request_id: int, **how: Any) -> None:
+        """Tell the engine that a request has ended; a rank tells it once."""
+        if request_id in self.taken:
+            rank, _ = self.taken.pop(request_id)
+            self.on_progress(rank, [RequestUpdate(request_id, 0, **how)])
+
+    def health(self) -> tuple[RankHealth, ...]:
+        return ()
+
+    def trace(self) -> tuple[StepTrace, ...]:
+        return ()
+
+    def totals(self) -> tuple[Totals, ...]:
+        return ()
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def fake_engine(**fields: Any) -> Iterator[tuple[Engine, FakeGroup]]:
+    group = FakeGroup()
+    given: dict[str, Any] = {"dp_size": 2, "launcher": "thread"} | fields
+    with (
+        patch("dp_runtime.engine.engine.start_ranks", lambda *given: group),
+        Engine(EngineConfig("fake", **given)) as engine,
+    ):
+        yield engine, group
+
+
+def outstanding(engine: Engine) -> list[tuple[int, int]]:
+    """Requests and tokens that the engine counts on each rank."""
+    return [(rank.requests, rank.tokens) for rank in engine._admission._ranks]
