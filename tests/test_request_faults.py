@@ -13,7 +13,7 @@ import pytest
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.core.request import FinishReason, PromptEmbeds, RankRequest
-from dp_runtime.engine.inputs import RequestFactory
+from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.errors import RequestFailed
 from dp_runtime.sampling.request_sampling import RequestSampling
 from dp_runtime.sampling.sampler import Sampler
@@ -148,11 +148,11 @@ def with_embeds(embeds_of: Callable[[RankRequest], PromptEmbeds]) -> Any:
     """RequestFactory.make that gives marked requests embeddings which no check lets pass."""
     real = RequestFactory.make
 
-    def make(*args: Any) -> RankRequest:
-        request = real(*args)
-        if tuple(request.prompt_token_ids[:3]) == MARKED:
-            return replace(request, embeds=embeds_of(request))
-        return request
+    def make(*args: Any) -> NewRequest:
+        new = real(*args)
+        if tuple(new.request.prompt_token_ids[:3]) == MARKED:
+            return replace(new, request=replace(new.request, embeds=embeds_of(new.request)))
+        return new
 
     return make
 
