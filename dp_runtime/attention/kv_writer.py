@@ -39,7 +39,6 @@ class KvWriter:
         )
 
     def append(self, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
-        """Append keys and values [rows, num_kv_heads, head_dim] as they are."""
         plan.check_rows(self.cache, "k", k, plan.kv_shape)
         plan.check_rows(self.cache, "v", v, plan.kv_shape)
         if plan.num_tokens:

@@ -59,7 +59,6 @@ class AttentionPlan(ABC):
         """Attend causally from q [rows, num_heads, head_dim], at least one row; the same shape."""
 
     def comparisons(self, device: torch.device) -> Iterable[Comparison]:
-        """Compare what kernels will read with the host mirrors of the metadata."""
         mapping, size = self.slots.mapping, self.spec.page_size
         yield "slots.page_size", self.slots.page_size, size
         yield from tensor_comparisons(

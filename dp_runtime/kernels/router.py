@@ -149,7 +149,6 @@ def _top_k(
     score, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     K: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Return a row's best experts and their probabilities, both [K]."""
     expert = tl.arange(0, EXPERTS)
     score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
     score = tl.exp(score - tl.max(score, 0))
@@ -166,4 +165,4 @@ def _top_k(
         left = tl.where(expert == at, -1.0, left)
     if RENORMALIZE:
         weight = weight / tl.sum(weight, 0)
-    return chosen, weight
+    return chosen, weight  # both [K]

@@ -21,9 +21,7 @@ WORKSPACE_BYTES = 128 << 20
 GPU_ARCHS = {9: "dp_runtime.attention.trtllm.sm90", 10: "dp_runtime.attention.trtllm.sm100"}
 
 
-class GpuArch(Protocol):
-    """A module with the calls of one GPU architecture."""
-
+class GpuArch(Protocol):  # the module of an architecture
     def make_calls(self, spec: AttentionSpec, device: torch.device) -> TrtllmCalls: ...
 
     def jit_modules(self, spec: AttentionSpec) -> tuple[JitModule, ...]: ...
