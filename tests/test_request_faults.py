@@ -125,6 +125,10 @@ def test_nan_logits_end_their_request(
     """Pages that it wrote are those that the next requests get, in a pool that has few."""
     with thread_engine(model, **fields) as one:
         monkeypatch.setattr(RequestFactory, "make", with_embeds(nan_embeds))
+        with pytest.raises(RequestFailed):
+            one.submit([*MARKED, *range(8, 28)], params, 0).result(60)
+        one.generate([[1]], SamplingParams(max_tokens=1))  # a step, which needs one other page
+        check_finite(one)
         check_the_others(
             one,
             lambda dp_rank: one.submit([*MARKED, *range(8, 28)], params, dp_rank),

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from collectives.session import VARIABLE, session_token
-from dp_runtime import Engine, TokensPrompt
+from dp_runtime import Engine, EngineConfig, TokensPrompt
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, engine
 from tests.workers.leftovers import left_overs, rank_processes, wait_until
@@ -189,6 +190,7 @@ def test_a_program_ends_without_close(launcher: str, model: Path) -> None:
 INTERRUPTED = """
 import sys
 from pathlib import Path
+from typing import Any
 from tests.workers.engines import engine
 engine(Path(sys.argv[1]), "local", dp_size=4)
 """
@@ -208,3 +210,35 @@ def test_a_burst_of_interrupts_during_a_start_leaves_no_rank(model: Path) -> Non
             time.sleep(0.01)
         _, errors = program.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors
+
+
+@pytest.mark.parametrize("name", ["start_timeout_s", "step_timeout_s"])
+@pytest.mark.parametrize("seconds", [604_801, 2.2e6, 1e300, float("inf"), 0, -1, float("nan")])
+def test_timeouts_that_no_wait_can_have_are_refused(name: str, seconds: float) -> None:
+    fields: dict[str, Any] = {name: seconds}
+    with pytest.raises(ValueError, match=rf"^{name}: .*604800"):
+        EngineConfig("x", **fields)
+
+
+@pytest.mark.parametrize("launcher", ["thread", "local"])
+def test_the_longest_timeouts_work(launcher: str, model: Path) -> None:
+    week: dict[str, Any] = {"start_timeout_s": 604_800.0, "step_timeout_s": 604_800.0}
+    with engine(model, launcher, **week) as one:
+        handles = [one.submit([1, 2], SHORT, dp_rank) for dp_rank in range(2)]
+        for handle in handles:
+            assert len(handle.result(float("inf")).token_ids) == SHORT.max_tokens
+
+
+def test_a_rank_that_ends_while_all_close_is_not_waited_for(model: Path) -> None:
+    """Rank 0 is in a step that would take until its timeout."""
+    with nothing_left():
+        one = engine(model, "local")
+        pids = [rank.pid for rank in one.health()]
+        for dp_rank in range(2):
+            next(iter(one.submit([1, 2, 3], ENDLESS, dp_rank)))
+        closing = time.monotonic()
+        closer = threading.Thread(target=one.close)
+        closer.start()
+        os.kill(pids[1], signal.SIGTERM)
+        closer.join()
+        assert time.monotonic() - closing < STOP_S
