@@ -25,8 +25,7 @@ def copied_embeds(given: object, shape: tuple[int, int]) -> NDArray[np.float32]:
         f"shape {shape}: one row of hidden_size per embed position",
     )  # fmt: skip
     if isinstance(values, Tensor):
-        require(not values.is_meta, "prompt_embeds", str(values.device), "a device with values")
-        values = values.to("cpu", torch.float32).numpy()
+        values = _on_host(values)
     with np.errstate(over="ignore"):  # too large a double becomes inf
         copy = np.array(values, np.float32, order="C")
     require(bool(np.isfinite(copy).all()), "prompt_embeds", "NaN or inf", "finite values")
@@ -40,3 +39,11 @@ def _array(given: object) -> NDArray[np.generic]:
     except Exception:  # nested unevenly or too deeply, or not to be read
         pass
     raise ValueError(f"prompt_embeds: {shown(given, 40)} is not allowed; {ALLOWED}")
+
+
+def _on_host(tensor: Tensor) -> NDArray[np.float32]:
+    try:
+        return tensor.to("cpu", torch.float32).numpy()
+    except Exception:  # sparse, quantized, or on a device without values
+        kind = f"{tensor.layout} on {tensor.device}"
+    raise ValueError(f"prompt_embeds: {kind} is not allowed; a dense tensor of floats")
