@@ -61,7 +61,8 @@ def test_the_same_tokens_as_threads(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+    "number",
+    [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
 )
 def test_a_lost_rank_fails_all_requests(model: Path, number: signal.Signals) -> None:
     with engine(model, "ray", step_timeout_s=1.0) as one:
@@ -74,7 +75,7 @@ def test_a_lost_rank_fails_all_requests(model: Path, number: signal.Signals) -> 
             with pytest.raises(RankFailed, match=r"rank 1 died|rank 0: .* for ranks 1"):
                 handle.result(TOLD_S)
         assert time.monotonic() - lost < TOLD_S
-        if number == signal.SIGKILL:
+        if number != signal.SIGSTOP:
             wait_until(lambda: one.health()[0].state is RankState.FAILED, "rank 0 has stopped")
             assert one.health()[1].state is RankState.UNREACHABLE
         closing = time.monotonic()
@@ -94,7 +95,8 @@ def test_a_start_that_fails_on_one_rank(tmp_path: Path) -> None:
 def test_mistakes_that_only_the_cluster_knows(model: Path) -> None:
     with pytest.raises(ValueError, match=r"^device: 'cuda' is not allowed; the Ray cluster has no"):
         engine(model, "ray", device="cuda")
-    with pytest.raises(ValueError, match=r"^model: '/nowhere' is not allowed; an existing"):
+    looked = r"^model: '/nowhere' is not allowed; .* on host \S+, in /\S*, as user \S+$"
+    with pytest.raises(ValueError, match=looked):
         engine(Path("/nowhere"), "ray", dp_size=1)  # all ranks say it, whichever is late
 
 
