@@ -87,7 +87,8 @@ def test_the_users_connection_is_never_ended(fake: FakeRay) -> None:
 @pytest.mark.parametrize("own", [True, False])
 def test_a_shutdown_by_the_user_is_told(fake: FakeRay, own: bool, later: str | None) -> None:
     fake.identity = None if own else "the user's"
-    one, told = connect(), []
+    one = connect()
+    told: list[str] = []
     one.on_loss(told.append)
     fake.identity = later
     wait_until(lambda: told == [LOST], "the loss is told")
