@@ -68,9 +68,11 @@ class Scheduler:
     def add(self, request: RankRequest) -> None:
         """Queue a request; if it can not be served, `take_failed` says so."""
         try:
-            self.requests.add(self._admitted(request))
+            admitted = self._admitted(request)
         except Exception as error:
             self._failed.append(RequestUpdate.failed(request.request_id, 0, error))
+        else:
+            self.requests.add(admitted)  # an id that is there twice is no request's own mistake
 
     def take_failed(self) -> list[RequestUpdate]:
         """Return what has ended for a reason of its own since the last call."""
@@ -79,12 +81,10 @@ class Scheduler:
 
     def _admitted(self, request: RankRequest) -> RequestState:
         num_prompt_tokens = len(request.prompt_token_ids)
-        room = self.limits.max_model_len - num_prompt_tokens
-        max_outputs = min(request.params.max_tokens, room)
+        max_outputs = min(request.params.max_tokens, self.limits.max_model_len - num_prompt_tokens)
         max_cached = num_prompt_tokens + max_outputs + self.limits.max_drafts
         assert max_outputs >= 1, f"request {request.request_id} leaves no room for a token"
-        needed = self.page_table.pages_for(max_cached)
-        assert needed < self.pages.num_pages, "a sequence fits the pool"
+        assert self.page_table.pages_for(max_cached) < self.pages.num_pages, "it fits the pool"
         return RequestState(request, max_outputs)
 
     def abort(self, request_id: int) -> RequestUpdate | None:
