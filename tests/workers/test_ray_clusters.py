@@ -61,14 +61,13 @@ def still_there():
 assert ray.get(still_there.remote()) == 1
 """
 ACTOR = """
-started_by_user()
+started_by_user(runtime_env={"env_vars": {"PYTHONPATH": sys.path[0]}})
 @ray.remote(num_cpus=2)  # all of them
 class Holder:
-    def serve(self, model, path):
-        sys.path[:0] = path
+    def serve(self, model):
         with engine(model, dp_size=2, start_timeout_s=100.0) as one:
             return serves(one)
-assert ray.get(Holder.remote().serve.remote(sys.argv[1], sys.path))
+assert ray.get(Holder.remote().serve.remote(sys.argv[1]))
 """
 
 
