@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dp_runtime.cli import bench, generate
 from dp_runtime.cli.flags import add_flags
 from dp_runtime.cli.inspect import inspect
-from dp_runtime.cli.output import WriteFailed, escape_unprintable
+from dp_runtime.cli.output import WriteFailed, escape_unprintable, open_closed_streams
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, StartError, one_line
 from dp_runtime.metrics.log import log_to_stderr
@@ -19,6 +19,7 @@ FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, WriteFailed)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 2 for a mistake of the user, 1 if ranks or writing failed, 130 after Ctrl-C."""
+    open_closed_streams()
     escape_unprintable()
     options = _parser().parse_args(arguments)
     log_to_stderr(getattr(options, "log_level", "warning"))

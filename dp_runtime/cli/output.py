@@ -65,6 +65,21 @@ def print_line(text: str) -> None:
         raise WriteFailed(f"stdout: {error.strerror}") from error
 
 
+def open_closed_streams() -> None:
+    """Reopen streams that the caller closed, or the next files would get their descriptors.
+
+    Writing to stdout stays an error, stderr goes nowhere.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def escape_unprintable() -> None:
     """Let the console show what its encoding lacks as escapes, where it would raise an error."""
     for stream in (sys.stdout, sys.stderr):

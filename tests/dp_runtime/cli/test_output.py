@@ -198,3 +198,19 @@ def test_results_that_are_finished_are_delivered_when_the_engine_fails(model: Pa
         with pytest.raises(RankFailed, match="gone"):
             engine.generate(["a", "b"], params, on_output=delivered.__setitem__)
     assert {index: len(made.token_ids) for index, made in delivered.items()} == {1: 3}
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_caller_closed(closed: str, model: Path, tmp_path: Path) -> None:
+    """Files that are opened later do not become stdout, and a traceback loses nothing."""
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, "launch.py", *flags(model), *SHORT, "--output", str(output)]
+    run = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
+        cwd=ROOT, capture_output=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert len(lines_of(output)) == 6
+    written = closed == "2>&-"
+    assert run.returncode == (0 if written else 1), "the report could not be printed"
+    assert bool(run.stdout) is written
+    assert run.stderr == (b"error: stdout: Bad file descriptor\n" if closed == ">&-" else b"")
