@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +20,8 @@ class Tokenizer:
     """A tokenizer.json; ValueError if it can't be read, or its decoder's text can't be streamed."""
 
     def __init__(self, tokenizer_json: str) -> None:
-        try:
+        with _as_value_error("tokenizer.json: not a tokenizer"):
             self._tokenizer = HfTokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises nothing more precise
-            raise ValueError(one_line(f"tokenizer.json: not a tokenizer; {error}", 400)) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         decoders = _decoders(json.loads(tokenizer_json).get("decoder"))
@@ -44,7 +43,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"prompt: {shown(text, 40)} is not allowed; {error}") from None
-        return list(self._tokenizer.encode(text).ids)
+        with _as_value_error(f"prompt: {shown(text, 40)} is not allowed; tokenizer.json fails"):
+            return list(self._tokenizer.encode(text).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; ids that the tokenizer does not have are left out."""
@@ -69,6 +69,16 @@ class Tokenizer:
         own = {char: ord(char) for char in alphabet if ord(char) < 256}
         others = sorted(set(range(256)) - set(own.values()))
         return own | dict(zip((char for char in alphabet if ord(char) >= 256), others))
+
+
+@contextmanager
+def _as_value_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        raise ValueError(one_line(f"{what}: {error}", 400)) from error
 
 
 def _decoders(decoder: dict[str, Any] | None) -> list[str]:

@@ -1,3 +1,4 @@
+import json
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -287,3 +288,18 @@ def test_time_is_linear_in_the_output(kind: str) -> None:
             text.push([one])
         text.finish()
         assert time.process_time() - started < 3, "0.2 s when linear, minutes when quadratic"
+
+
+def test_what_the_library_panics_at_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    words = json.loads(HfTokenizer(models.WordLevel({"a": 0}, "?")).to_str())
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    with pytest.raises(ValueError, match=r"^tokenizer\.json: not a tokenizer: Precompiled"):
+        Tokenizer(json.dumps(words | {"normalizer": charsmap}))
+    capfd.readouterr()  # the library prints where it was
+
+
+def test_text_that_the_vocabulary_lacks_is_one_line() -> None:
+    tokenizer = Tokenizer(HfTokenizer(models.WordLevel({"a": 0}, "?")).to_str())
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(ValueError, match=r"^prompt: 'b' is not allowed; .*Missing \[UNK\]"):
+        tokenizer.encode("b")
