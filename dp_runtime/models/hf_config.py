@@ -13,6 +13,7 @@ from dp_runtime.models.known_fields import ALIASES, fixed_values, is_irrelevant
 from dp_runtime.weights.files import read_json, shown
 
 MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e30  # far below the largest float32
 MAX_INTEGERS: Mapping[str, int] = {
     # Far beyond any model: a larger number is a mistake that would cost hours or all memory.
     "num_hidden_layers": 1024, "num_experts": 4096, "num_local_experts": 4096,
@@ -64,6 +65,7 @@ class ConfigFields:
         number = plain_float(value)
         ok = number is not None and number > minimum
         self.require(ok, name, value, f"a number above {minimum:g}")
+        self.require(value <= MAX_NUMBER, name, value, f"a number <= {MAX_NUMBER:g}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -98,7 +100,9 @@ class ConfigFields:
     def only(self, name: str, allowed: Any) -> None:
         """Refuse any other value; absent is fine."""
         value = self.get(name, allowed)
-        self.require(value == allowed, name, value, f"only {json.dumps(allowed)} is supported")
+        self.require(
+            value == allowed, name, value, f"only {shown(json.dumps(allowed))} is supported"
+        )
 
     def skip(self, names: Iterable[str]) -> None:
         """Ignore fields that can't change a result of this architecture."""

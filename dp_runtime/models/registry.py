@@ -55,6 +55,8 @@ def read_model_config(directory: str) -> ModelConfig:
     require(root.is_dir(), "model", directory, "an existing directory")
     path = root / "config.json"
     require(is_present(path), "model", directory, "a directory with a config.json")
+    adapter = root / "adapter_config.json"
+    require(not is_present(adapter), str(adapter), "present", "an adapter is not applied: merge it")
     fields = ConfigFields.read(path)
     architecture = find_architecture(check_architecture(fields))
     eos = fields.integers("eos_token_id")

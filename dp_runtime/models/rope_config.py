@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 
 from dp_runtime.layers.rotary import RopeConfig
-from dp_runtime.models.hf_config import ConfigFields
+from dp_runtime.models.hf_config import MAX_INTEGERS, ConfigFields
 
 TYPES = ("default", "linear", "yarn", "llama3")
 ORIGINAL = "original_max_position_embeddings"
+MAX_POSITIONS = MAX_INTEGERS["max_position_embeddings"]
+MIN_FACTOR = 1e-3  # the frequencies are divided by it
 
 
 def parse_rope(fields: ConfigFields, default_theta: float, max_positions: int) -> RopeConfig:
     fields.only("partial_rotary_factor", 1.0)
     sections = [fields.section(name) for name in ("rope_scaling", "rope_parameters")]
     stated = [section for section in sections if section is not None and not section.is_empty]
-    theta = fields.number("rope_theta", default_theta)
+    theta = fields.number("rope_theta", default_theta, minimum=1.0)
     found = [_parse_section(section, theta, max_positions) for section in stated]
     rope = found[0] if found else RopeConfig(theta=theta)
     if len(found) == 2:
@@ -36,11 +38,11 @@ def _parse_section(section: ConfigFields, theta: float, max_positions: int) -> R
     section.only("extrapolation_factor", 1.0)  # vLLM reads both; transformers neither
     section.only("attn_factor", 1.0)
     section.skip(["finetuned"])
-    theta = section.number("rope_theta", theta)
+    theta = section.number("rope_theta", theta, minimum=1.0)
     original = section.integer(ORIGINAL, max_positions)
     match kind:
         case "linear":
-            rope = RopeConfig("linear", theta, section.number("factor"))
+            rope = RopeConfig("linear", theta, section.number("factor", minimum=MIN_FACTOR))
         case "yarn":
             rope = _parse_yarn(section, theta, original, max_positions)
         case "llama3":
@@ -55,7 +57,11 @@ def _parse_section(section: ConfigFields, theta: float, max_positions: int) -> R
 def _parse_yarn(
     section: ConfigFields, theta: float, original: int, max_positions: int
 ) -> RopeConfig:
-    factor = section.number("factor", max_positions / original)
+    factor = section.number("factor", max_positions / original, minimum=MIN_FACTOR)
+    section.require(
+        factor * original <= MAX_POSITIONS, "factor", factor,
+        f"at most {MAX_POSITIONS:,} positions, {ORIGINAL} of which is {original}",
+    )  # fmt: skip
     mscale, all_dim = section.get("mscale"), section.get("mscale_all_dim")
     attention = yarn_mscale(factor)
     if mscale and all_dim:
@@ -74,7 +80,7 @@ def _parse_llama3(section: ConfigFields, theta: float, original: int) -> RopeCon
     low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
     section.require(low < high, "high_freq_factor", high, f"above low_freq_factor {low:g}")
     return RopeConfig(
-        "llama3", theta, section.number("factor"), original,
+        "llama3", theta, section.number("factor", minimum=MIN_FACTOR), original,
         low_freq_factor=low, high_freq_factor=high,
     )  # fmt: skip
 

@@ -20,6 +20,8 @@ def is_present(path: Path) -> bool:
         return False
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from None
+    except ValueError as error:  # a null character or a surrogate
+        raise ValueError(f"{shown(path)}: no file can have this name: {shown(error)}") from None
     require(stat.S_ISREG(mode), shown(path), stat.filemode(mode), "a regular file")
     return True
 

@@ -139,8 +139,11 @@ class Checkpoint:
 
     def require_all_read(self, skippable: Iterable[str], hints: Mapping[str, str]) -> None:
         skip, file_of = re.compile("|".join(skippable)), dict(self._file_of)
-        for file in set(self._file_of.values()):
-            file_of |= dict.fromkeys(self._open(file).keys() - file_of.keys(), file)
+        for file in dict.fromkeys(self._file_of.values()):
+            names = self._open(file).keys()
+            for name in names:
+                if (other := file_of.setdefault(name, file)) != file:
+                    self._require_same(name, other, file)
         left = sorted(n for n in file_of.keys() - self._known if not skip.search(n))
         if not left:
             return
@@ -150,6 +153,18 @@ class Checkpoint:
         raise ValueError(
             f"{self._root / file_of[left[0]]}: {shown(left[0])}: the model that config.json "
             f"describes has no such tensor{hint}{more}"
+        )
+
+    def _require_same(self, name: str, *files: str) -> None:
+        """Refuse a tensor of two shards that differs: libraries choose one by other rules."""
+        one, other = (self._open(file).get_tensor(name) for file in files)
+        same = one.shape == other.shape and one.dtype == other.dtype
+        same = same and torch.equal(*(t.flatten().view(torch.uint8) for t in (one, other)))
+        require(
+            same,
+            f"{self._root / files[1]}: {shown(name)}",
+            "in this shard",
+            f"{files[0]} has another",
         )
 
     def _read_index(self) -> dict[str, str]:

@@ -240,6 +240,16 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 127}, "head_dim: 127 is not allowed; an even number"),
     ({"norm_topk_prob": 1}, "norm_topk_prob: 1 is not allowed; true or false"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps: nan"),
+    ({"rope_theta": 1.0, "rope_scaling": YARN}, "rope_theta: 1.0 is not allowed; a number above 1"),
+    ({"rope_scaling": {**YARN, "rope_theta": 0.5}}, "rope_theta: 0.5"),
+    ({"rope_scaling": {**YARN, "factor": 1e300}}, "rope_scaling: factor: 1e+300"),
+    ({"rope_scaling": {**YARN, "factor": 5000.0}}, "factor: 5000.0 is not allowed; at most 134"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}, "factor: 1e-300"),
+    ({"rope_scaling": {**YARN, "attention_factor": 1e300}}, "attention_factor: 1e+300"),
+    ({"window_size": 128}, "window_size: 128"),
+    ({"final_logit_softcap": 30.0}, "final_logit_softcap: 30.0"),
+    ({"headwise_attn_output_gate": True}, "headwise_attn_output_gate: True"),
+    ({"router_score_function": "sigmoid"}, "router_score_function: 'sigmoid'"),
     ({"mlp_only_layers": [48]}, "mlp_only_layers: (48,)"),
     ({"eos_token_id": "</s>"}, "eos_token_id: '</s>'"),
     ({"model_type": "qwen3"}, "model_type: 'qwen3'"),
@@ -257,6 +267,7 @@ def test_unsupported_fields_are_one_line(
         parse(tmp_path, QWEN3_30B_A3B | fields)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_experts", "moe_intermediate_size"])
@@ -319,6 +330,12 @@ def test_only_regular_files_are_read(tmp_path: Path, file: str) -> None:
     os.mkfifo(tmp_path / file)
     with pytest.raises(ValueError, match=f"{file}: 'p.*' is not allowed; a regular file"):
         read_model_config(str(tmp_path))
+
+
+def test_an_adapter_beside_the_model_is_not_overlooked(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json: 'present' .*merge it"):
+        parse(tmp_path, QWEN3_30B_A3B)
 
 
 def test_missing_directory_and_file(tmp_path: Path) -> None:

@@ -250,3 +250,13 @@ def test_a_single_file_beside_shards_of_another_save(sharded_copy: Path, single:
     """transformers would read the one and ignore the others."""
     shutil.copy(single / "model.safetensors", sharded_copy)
     refuse(sharded_copy, "model.safetensors.index.json", "keep one")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_shard_whose_name_no_file_can_have(sharded_copy: Path, name: str) -> None:
+    index = sharded_copy / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, name)}))
+    with pytest.raises(ValueError, match=r"/a\\.*b: no file can have this name") as caught:
+        checkpoint(sharded_copy)
+    str(caught.value).encode("ascii")

@@ -186,3 +186,17 @@ def test_a_tensor_of_a_shard_that_the_index_does_not_name(tmp_path: Path) -> Non
     name = f"{LAYER}self_attn.q_proj.bias"
     save_file(load_file(shard) | {name: torch.ones(64)}, shard)
     refuse(path, name, "attention_bias", shard.name)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0])
+def test_a_tensor_of_two_shards_must_be_one(tmp_path: Path, delta: float) -> None:
+    path = tiny_checkpoint(tmp_path, max_shard_size="200KB")
+    name = f"{LAYER}self_attn.q_proj.weight"
+    shard_of = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    own, other = shard_of[name], next(s for s in shard_of.values() if s != shard_of[name])
+    value = load_file(path / own)[name] + delta
+    save_file(load_file(path / other) | {name: value}, path / other)
+    if delta:
+        refuse(path, name, own, other)
+    else:
+        load(path)
