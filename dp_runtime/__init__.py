@@ -10,7 +10,7 @@ from dp_runtime.core.request import (
 )
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.engine import Engine
-from dp_runtime.engine.handle import RequestHandle
+from dp_runtime.engine.request_handle import RequestHandle
 
 __version__ = "0.2.0"
 

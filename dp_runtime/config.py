@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, MISSING, dataclass
 
-from dp_runtime.core.program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.core.settings import check_settings, setting, settings_of
+from dp_runtime.core.step_program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.errors import require
 from dp_runtime.parallel.padding import PaddingMode
 from dp_runtime.parallel.transports import TRANSPORTS, Transport

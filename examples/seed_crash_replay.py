@@ -24,8 +24,8 @@ import torch
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.errors import ContractViolation
 from examples.paged_batch import paged_batch
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dp_runtime.core.metadata import PageGeometry
-from dp_runtime.core.program import SERVING_PROGRAMS, Pass
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.step_program import SERVING_PROGRAMS, Pass
 from dp_runtime.metrics.trace import PassTrace, Recorder, StepTrace, Totals
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits

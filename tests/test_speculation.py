@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
-from dp_runtime.core.program import Program
+from dp_runtime.core.step_program import Program
 from dp_runtime.metrics.trace import chrome_trace
-from dp_runtime.parallel.adaptive_drafts import AdaptiveLength
+from dp_runtime.speculative.adaptive_length import AdaptiveLength
 from tests.dp_runtime.speculative_ranks import Verified, Watch
 from tests.product_cases import covering_rows, every, random_prompt
 from tests.reference import Reference, check_greedy

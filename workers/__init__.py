@@ -6,8 +6,8 @@ from time import monotonic
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import StartError
-from workers.group import WorkerGroup
 from workers.start_errors import explained
+from workers.worker_group import WorkerGroup
 
 
 def start(config: EngineConfig, show_progress: bool = False) -> WorkerGroup:

@@ -21,12 +21,12 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed
 from dp_runtime.startup.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
-from workers.group import WorkerGroup
 from workers.messages import ConcurrencyGroup, InProcessRendezvous, Message
 from workers.rank_connection import RankConnection
 from workers.serial_thread import SerialThread
 from workers.supervision.interrupts import uninterrupted
 from workers.worker import Worker
+from workers.worker_group import WorkerGroup
 
 EXIT_S = 1.0
 KILL_S = 5.0

@@ -17,7 +17,6 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.startup.devices import resolve_device
 from workers.deadline import within
-from workers.group import WorkerGroup
 from workers.messages import Message
 from workers.placement import bundle_of, describe_room, strategy_of
 from workers.ray_cluster.connection import LOST, RayConnection, connect
@@ -25,6 +24,7 @@ from workers.ray_cluster.errors import cause_of, plain
 from workers.ray_cluster.nodes import held_cpus, living_nodes
 from workers.ray_cluster.packages import packages_for_ranks
 from workers.ray_cluster.rank_actor import RayWorker, actor_class, search_path
+from workers.worker_group import WorkerGroup
 
 GONE_S = 2.0  # for Ray to take note that the room of the ranks is given back
 POLL_S = 0.2

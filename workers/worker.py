@@ -36,7 +36,7 @@ from workers.messages import (
     Stop,
     Submit,
 )
-from workers.stages import Connected, Joined, Loaded, Prepared, StartProgress
+from workers.rank_stages import Connected, Joined, Loaded, Prepared, StartProgress
 
 Stage = Prepared | Loaded | Connected | Joined
 

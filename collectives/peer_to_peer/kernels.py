@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait
+from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 
 MAX_PROGRAMS = 512
 LINE: tl.constexpr = tl.constexpr(32)  # flags of a program, of which each rank has one: 128 bytes

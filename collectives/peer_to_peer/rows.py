@@ -25,9 +25,9 @@ from collectives.peer_to_peer.kernels import (
     reduce_scatter_kernel,
 )
 from collectives.watchdog import Watchdog
-from dp_runtime.core.transfer import on_device
+from dp_runtime.core.device_copy import on_device
 from dp_runtime.errors import StartError
-from dp_runtime.kernels.launch import overlaps
+from dp_runtime.kernels.triton_launch import overlaps
 from dp_runtime.parallel.collective import Counts
 
 TILE_BYTES = 4096  # of a row, that a program moves at a time: 16 for each of its threads

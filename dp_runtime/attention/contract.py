@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.attention_metadata import AttentionMetadata
 from dp_runtime.core.batch import Int32, Int64, slots_of
-from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.errors import ContractViolation
 
 Comparison = tuple[str, object, object]  # what, as found, as due

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dp_runtime.attention.plan import AttentionPlan, LayerCache
 from dp_runtime.core.e4m3 import E4M3, quantize
-from dp_runtime.core.rotation import QkNormRope
+from dp_runtime.core.qk_norm_rope import QkNormRope
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from dp_runtime.attention.contract import (
     value_comparisons,
 )
 from dp_runtime.attention.spec import AttentionSpec, KvScales
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.attention_metadata import AttentionMetadata
 
 Shape = tuple[int, ...]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.attention_metadata import AttentionMetadata
 
 QUERY_BLOCK = 256  # query rows of a piece: bounds masks, and skips keys that no row may see
 PAIR_BUDGET = 2**18  # (query row, key) pairs of a group of several pieces

@@ -13,8 +13,8 @@ from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.attention.plan import AttentionPlan, LayerCache
 from dp_runtime.attention.query_groups import QueryGroup, build_groups
 from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.attention_metadata import AttentionMetadata
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.core.metadata import AttentionMetadata
 
 
 class TorchRefBackend(AttentionBackend):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.attention_metadata import PageGeometry
 
 
 @dataclass(frozen=True)

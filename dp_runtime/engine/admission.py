@@ -1,59 +1,11 @@
-"""Admission of requests: choosing their ranks, and bounding how many are unfinished."""
+"""Admission of requests: each gets a rank, and so many may be unfinished."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
+from dp_runtime.engine.load_balancer import LoadBalancer, Outstanding
 from dp_runtime.errors import QueueFull, fresh
-
-
-@dataclass
-class Outstanding:
-    requests: int = 0
-    tokens: int = 0  # prompt and, at most, output tokens
-
-
-class LoadBalancer(Protocol):
-    """Chooses a rank for a request of so many tokens that is not pinned to one."""
-
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int: ...
-
-
-class RoundRobin:
-    def __init__(self) -> None:
-        self._next = 0
-
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
-        rank = self._next % len(ranks)
-        self._next = rank + 1
-        return rank
-
-
-class LeastTokens:
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
-        return min(range(len(ranks)), key=lambda rank: (ranks[rank].tokens, rank))
-
-
-class LeastPaddedCost:
-    """A decode step costs the largest rank's requests on every rank: keep that number low."""
-
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
-        largest = max(each.requests for each in ranks)
-
-        def cost(rank: int) -> tuple[int, int, int]:
-            return max(largest, ranks[rank].requests + 1), ranks[rank].tokens, rank
-
-        return min(range(len(ranks)), key=cost)
-
-
-LOAD_BALANCERS: dict[str, type[LoadBalancer]] = {
-    "round_robin": RoundRobin,
-    "least_tokens": LeastTokens,
-    "least_padded_cost": LeastPaddedCost,
-}
 
 
 class Admission:

@@ -11,12 +11,13 @@ from types import TracebackType
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import Prompt, RequestOutput, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
-from dp_runtime.engine.admission import LOAD_BALANCERS, Admission
-from dp_runtime.engine.handle import RequestHandle, RequestStream
+from dp_runtime.engine.admission import Admission
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
+from dp_runtime.engine.load_balancer import LOAD_BALANCERS
 from dp_runtime.engine.output_processor import OutputProcessor
 from dp_runtime.engine.rank_group import start_ranks
+from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.tokenizer import Tokenizer
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, fresh, require

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait
+from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 from dp_runtime.weights.fp8_blocks import BLOCK
 
 SCALE_BLOCK = tl.constexpr(BLOCK)

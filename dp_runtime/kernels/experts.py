@@ -8,8 +8,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dp_runtime.kernels.expert_kernels import down_kernel, gate_up_kernel, sum_kernel
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile
-from dp_runtime.kernels.launch import num_multiprocessors, overlaps
-from dp_runtime.kernels.router import Routing
+from dp_runtime.kernels.moe_router import Routing
+from dp_runtime.kernels.triton_launch import num_multiprocessors, overlaps
 from dp_runtime.weights.fp8_blocks import BLOCK, ExpertScales
 
 

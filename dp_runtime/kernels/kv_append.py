@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_runtime.core.rotation import QkNormRope
-from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
+from dp_runtime.core.qk_norm_rope import QkNormRope
+from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
 
 HEADS_AT_ONCE = 8  # heads of a row that one program takes
 

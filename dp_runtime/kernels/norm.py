@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
+from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:

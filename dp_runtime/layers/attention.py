@@ -10,7 +10,7 @@ from torch import Tensor
 from dp_runtime.attention.backend import PagedAttention
 from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.plan import AttentionPlan
-from dp_runtime.core.rotation import CosSin, QkNormRope
+from dp_runtime.core.qk_norm_rope import CosSin, QkNormRope
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.weights.source import WeightSource

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dp_runtime.layers.experts import Experts, ExpertShard, balanced_part
 from dp_runtime.layers.moe_kernels import MoeKernels
-from dp_runtime.layers.router import Router
-from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.layers.moe_router import Router
+from dp_runtime.parallel.row_exchange import RowExchange
 
 
 @dataclass(frozen=True)

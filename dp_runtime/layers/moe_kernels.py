@@ -13,7 +13,7 @@ from torch import Tensor
 from dp_runtime.errors import require
 from dp_runtime.kernels.expert_tiles import choose_tiles
 from dp_runtime.layers.experts import Experts
-from dp_runtime.layers.router import Router
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.padding import PaddingPlan
 
 
@@ -94,7 +94,7 @@ class TritonMoe:
         experts: Experts,
     ) -> Tensor:
         from dp_runtime.kernels.experts import run_experts
-        from dp_runtime.kernels.router import route
+        from dp_runtime.kernels.moe_router import route
 
         rows, (num_local, _, intermediate) = gathered.shape[0], experts.down.shape
         num_experts = router.gate.weight.shape[0]
@@ -121,7 +121,7 @@ class TritonMoe:
         return routing + max(self._logits_bytes(gathered_rows, router), products)
 
     def _logits_bytes(self, rows: int, router: Router) -> int:
-        from dp_runtime.kernels.router import MAX_SPLIT_ROWS, parts_shape
+        from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, parts_shape
 
         num_experts, hidden = router.gate.weight.shape
         size = 4 if rows <= MAX_SPLIT_ROWS else router.dtype.itemsize

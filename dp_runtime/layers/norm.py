@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dp_runtime.core.rotation import rms_norm
+from dp_runtime.core.qk_norm_rope import rms_norm
 from dp_runtime.weights.source import WeightSource
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.core.rotation import CosSin
+from dp_runtime.core.qk_norm_rope import CosSin
 
 
 @dataclass(frozen=True)

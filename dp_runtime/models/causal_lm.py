@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dp_runtime.attention.backend import AttentionBackend, PagedAttention
 from dp_runtime.attention.plan import AttentionPlan
-from dp_runtime.core.rotation import CosSin
+from dp_runtime.core.qk_norm_rope import CosSin
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
@@ -21,7 +21,7 @@ from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import Rotary
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
-from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.weights.source import WeightSource
 
 HEAD = "lm_head.weight"

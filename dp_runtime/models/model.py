@@ -14,7 +14,7 @@ from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.config import ModelConfig
-from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.parallel.row_exchange import RowExchange
 
 
 class PassModel(Protocol):

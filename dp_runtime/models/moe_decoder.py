@@ -15,7 +15,7 @@ from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels
-from dp_runtime.layers.router import Router
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.fp8_config import parse_fp8_experts

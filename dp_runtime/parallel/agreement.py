@@ -8,9 +8,9 @@ from functools import reduce
 from operator import and_
 from typing import NamedTuple
 
-from dp_runtime.core.program import MAX_PASSES, Program
+from dp_runtime.core.step_program import MAX_PASSES, Program
 from dp_runtime.errors import RankDisagreement
-from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan, ExecutionPolicy
+from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan, ExecutionPolicy
 
 
 class FaultBits(IntFlag):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_runtime.core.attention_metadata import AttentionMetadata, rewind_sequences
 from dp_runtime.core.batch import Int32, LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata, rewind_sequences
-from dp_runtime.core.transfer import aligned_offsets
+from dp_runtime.core.device_copy import aligned_offsets
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.future_tokens import FutureTokens

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from dp_runtime.attention.plan import AttentionPlan
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
-from dp_runtime.core.transfer import all_on_device
+from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.exchange import PaddedExchange
-from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan
+from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
+from dp_runtime.parallel.row_exchange import PaddedExchange
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.graphs import PassGraphs, PassOutput
+from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.step_timer import PassTimer
 

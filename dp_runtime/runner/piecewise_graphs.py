@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.plan import AttentionPlan
-from dp_runtime.core.transfer import on_device
+from dp_runtime.core.device_copy import on_device
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.exchange import RowExchange, graph_exchange, graph_plan
+from dp_runtime.parallel.row_exchange import RowExchange, graph_exchange, graph_plan
 from dp_runtime.runner.cuda_graph import capture_graph
 
 

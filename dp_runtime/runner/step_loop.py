@@ -11,8 +11,8 @@ from time import monotonic, perf_counter
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.metrics.trace import Recorder, StepTrace
 from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
-from dp_runtime.parallel.coordinator import StepCoordinator
-from dp_runtime.parallel.exchange import counts_real_rows
+from dp_runtime.parallel.row_exchange import counts_real_rows
+from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.step_runner import CapturedGraphs, StepOutput, StepRunner
 from dp_runtime.runner.step_timer import StepTimer
 from dp_runtime.scheduler.scheduler import Scheduler

@@ -10,23 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.core.metadata import PageGeometry, Place
-from dp_runtime.core.program import Pass, Program
-from dp_runtime.core.transfer import all_on_device, on_device
+from dp_runtime.core.attention_metadata import PageGeometry, Place
+from dp_runtime.core.device_copy import all_on_device, on_device
+from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.metrics.trace import PassTrace
 from dp_runtime.models.model import Model, PassModel
 from dp_runtime.parallel.agreement import Agreement
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.runner.drafting import Drafting
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.graphs import PassGraphs, PassOutput
+from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.step_timer import PassTimer
+from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.sampling.logprobs import Logprobs
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler
-from dp_runtime.sampling.verify import Verification
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from dp_runtime.core.program import Pass
+from dp_runtime.core.step_program import Pass
 from dp_runtime.metrics.trace import PassTrace
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.padding import PaddingPlan

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dp_runtime.core.transfer import on_device
+from dp_runtime.core.device_copy import on_device
 
 Array = NDArray[Any]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dp_runtime.core.device_copy import HostCopy
 from dp_runtime.core.request import TokenLogprob
-from dp_runtime.core.transfer import HostCopy
 
 ROWS_AT_ONCE = 64  # rows of logits that are looked at together; bounds what that needs
 _LOW_WORD = 0xFFFFFFFF

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_runtime.core.device_copy import on_device
 from dp_runtime.core.request import RankRequest
-from dp_runtime.core.transfer import on_device
+from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.sampling.filters import Array, change_rows, penalise
-from dp_runtime.sampling.verify import Verification
 
 
 @dataclass(eq=False, kw_only=True)

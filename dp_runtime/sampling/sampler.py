@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_runtime.core.device_copy import HostCopy, on_device
 from dp_runtime.core.request import RankRequest, TokenLogprob
 from dp_runtime.core.sample_positions import SamplePositions
-from dp_runtime.core.transfer import HostCopy, on_device
+from dp_runtime.sampling.draft_verification import Verification, accepted_drafts, first_positions
 from dp_runtime.sampling.filters import Array, invert, keep_weights, take_rows
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, LogitsOf, Logprobs, row_parts, token_logprobs
 from dp_runtime.sampling.penalties import Penalties, penalise_rows
 from dp_runtime.sampling.request_sampling import RequestSampling
 from dp_runtime.sampling.rng import uniform
 from dp_runtime.sampling.row_logits import RowLogits
-from dp_runtime.sampling.verify import Verification, accepted_drafts, first_positions
 
 
 class SampledTokens(NamedTuple):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dp_runtime.core.batch import Bool, Float32, Int64, LocalBatch, slots_of
-from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.batch import NULL_PAGE, Bool, Int32, Int64
-from dp_runtime.core.metadata import PageGeometry
 from dp_runtime.core.request import RankRequest
 from dp_runtime.scheduler.pages import PageAllocator
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.batch import Bool, Int64
-from dp_runtime.core.metadata import PageGeometry
 from dp_runtime.core.per_request_state import PerRequestState
-from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, TokenLogprob
+from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.batch_builder import build_batches
 from dp_runtime.scheduler.lifecycle import RequestLifecycle

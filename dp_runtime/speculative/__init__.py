@@ -1,1 +1,1 @@
-"""Draft models; the passes they run in are in `dp_runtime.core.program`."""
+"""Draft models; the passes they run in are in `dp_runtime.core.step_program`."""

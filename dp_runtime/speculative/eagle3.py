@@ -25,7 +25,7 @@ from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.models.model import Model
-from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.speculative.draft import DraftConfig, concat_normed
 from dp_runtime.speculative.eagle3_config import EMBEDDING, MAP, Eagle3Config, read_config
 from dp_runtime.weights.source import WeightSource

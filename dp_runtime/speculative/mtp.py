@@ -28,7 +28,7 @@ from dp_runtime.models.known_tensors import SKIPPABLE_WHILE_DRAFTING
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.models.model import Model
 from dp_runtime.models.qwen3_moe import ARCHITECTURE
-from dp_runtime.parallel.exchange import RowExchange
+from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.speculative.draft import DraftConfig, concat_normed
 from dp_runtime.weights.source import WeightSource
 

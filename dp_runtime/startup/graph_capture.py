@@ -8,12 +8,12 @@ from time import monotonic
 
 import torch
 
-from dp_runtime.core.program import Pass
+from dp_runtime.core.step_program import Pass
 from dp_runtime.metrics.status import GraphUse
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
-from dp_runtime.parallel.exchange import counts_real_rows
-from dp_runtime.runner.graphs import PassGraphs
+from dp_runtime.parallel.row_exchange import counts_real_rows
+from dp_runtime.runner.pass_graphs import PassGraphs
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner

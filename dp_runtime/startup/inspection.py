@@ -5,7 +5,7 @@ from __future__ import annotations
 from dp_runtime.config import EngineConfig
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import RankMemory, memory_table
-from dp_runtime.startup.assembly import jit_modules_of
+from dp_runtime.startup.build_rank import jit_modules_of
 from dp_runtime.startup.rank_plan import RankPlan, sketch_rank
 
 

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.builds import JitModule
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.kernels.experts import run_experts
-from dp_runtime.kernels.router import MAX_SPLIT_ROWS, route
+from dp_runtime.kernels.jit_build import JitModule
+from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, route
 from dp_runtime.layers.experts import ExpertShard, aligned
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.weights.fp8_blocks import ExpertScales

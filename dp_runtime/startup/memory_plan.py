@@ -10,7 +10,7 @@ import torch
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.errors import require
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.scheduler.limits import Limits

@@ -11,8 +11,8 @@ from dp_runtime.attention.registry import choose_backend
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.cache_spec import CacheSpec
-from dp_runtime.core.metadata import PageGeometry
 from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import choose_moe_backend
@@ -24,8 +24,8 @@ from dp_runtime.speculative.draft import DraftConfig, read_draft_config
 from dp_runtime.startup.execution_choices import choose_depth, choose_graphs, resolve_dtype
 from dp_runtime.startup.memory_plan import MemoryNeeds, plan_memory
 from dp_runtime.startup.served_models import ServedModels
+from dp_runtime.weights.dummy import MetaWeights
 from dp_runtime.weights.fp8_blocks import BLOCK
-from dp_runtime.weights.generated import MetaWeights
 
 
 @dataclass(frozen=True)

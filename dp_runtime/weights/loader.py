@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.errors import require
+from dp_runtime.weights.dummy import DummyWeights
 from dp_runtime.weights.files import is_present, read_json, shown
 from dp_runtime.weights.fp8_blocks import (
     SCALE_SUFFIX,
@@ -21,7 +22,6 @@ from dp_runtime.weights.fp8_blocks import (
     scale_part,
     scale_shape,
 )
-from dp_runtime.weights.generated import DummyWeights
 from dp_runtime.weights.source import Part, Shape, WeightSource, ignore_bytes
 
 INTEGERS = ("I64",)

@@ -21,8 +21,8 @@ from torch import Tensor
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm.backend import TrtllmBackend
 from dp_runtime.attention.trtllm.kernel_groups import KernelGroup, build_groups, causal_mask
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
-from dp_runtime.kernels.builds import KernelBuilds
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
+from dp_runtime.kernels.jit_build import KernelBuilds
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import captured, event_us

@@ -32,8 +32,8 @@ from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.trtllm.backend import TrtllmBackend
 from dp_runtime.attention.trtllm.kernel_plan import KernelPlan
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.nvl4.shape import QWEN3_30B_A3B, write_shape

@@ -13,7 +13,7 @@ import torch
 
 from dp_runtime.kernels.expert_tiles import FLAT, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
-from dp_runtime.kernels.router import Routing
+from dp_runtime.kernels.moe_router import Routing
 from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SHAPES, TOP_K
 
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0

@@ -23,9 +23,9 @@ from unittest.mock import patch
 import torch
 
 from dp_runtime import SamplingParams
-from dp_runtime.core.metadata import PageGeometry, Place, check_values
-from dp_runtime.core.program import SERVING_PROGRAMS
+from dp_runtime.core.attention_metadata import PageGeometry, Place, check_values
 from dp_runtime.core.request import RankRequest
+from dp_runtime.core.step_program import SERVING_PROGRAMS
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler
 from dp_runtime.scheduler import scheduler

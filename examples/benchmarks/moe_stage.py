@@ -19,7 +19,7 @@ from torch import Tensor
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
-from dp_runtime.layers.router import Router
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.weights.fp8_blocks import BLOCK, ExpertScales, quantize

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dp_runtime import Engine, SamplingParams
-from dp_runtime.engine.handle import RequestHandle
+from dp_runtime.engine.request_handle import RequestHandle
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser, write_figures

@@ -21,7 +21,7 @@ import torch
 from collectives.in_process import InProcessGroup
 from collectives.shared_memory.group import SharedMemoryGroup, new_rendezvous_path
 from collectives.torch_distributed.group import TorchDistributedGroup
-from dp_runtime.core.program import SERVING_PROGRAMS
+from dp_runtime.core.step_program import SERVING_PROGRAMS
 from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.step_board import StepBoard
 from examples.benchmarks.harness import machine

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts
-from dp_runtime.kernels.router import Routing, route
+from dp_runtime.kernels.moe_router import Routing, route
 from examples.benchmarks.expert_candidates import Job, candidates, compile_all
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser

@@ -6,7 +6,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from dp_runtime.core.program import SERVING_PROGRAMS
+from dp_runtime.core.step_program import SERVING_PROGRAMS
 from dp_runtime.errors import RankDisagreement
 from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.collective import RowCollective

@@ -18,8 +18,8 @@ from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.exchange import PaddedExchange
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
+from dp_runtime.parallel.row_exchange import PaddedExchange
 from dp_runtime.speculative.draft import build_draft, read_draft_config
 from dp_runtime.weights.loader import open_weights
 from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table, spec_of

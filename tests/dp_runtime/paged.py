@@ -12,9 +12,9 @@ from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.torch_ref import TorchRefBackend
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.cache_spec import CacheSpec
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
 
 CPU = torch.device("cpu")
 PLACE = Place(0, 0, "target")

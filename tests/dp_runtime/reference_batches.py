@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.request import RankRequest
+from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.scheduler.limits import Limits
 
 Rows = list[tuple[int, int, int]]  # request id, [start, end) of its tokens

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler
-from dp_runtime.sampling.verify import Verification
 
 NUM_ROWS = 10_000
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.parallel.agreement import ProgramPolicy, keep_program
 from dp_runtime.runner.drafting import DraftChains
 from dp_runtime.runner.step_loop import Inbox, InflightStep, StepLoop
-from dp_runtime.sampling.verify import Verification
-from dp_runtime.startup.assembly import LoadedRank, assemble, load_rank
+from dp_runtime.sampling.draft_verification import Verification
+from dp_runtime.startup.build_rank import LoadedRank, assemble, load_rank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 
 TIMEOUT_S = 60.0

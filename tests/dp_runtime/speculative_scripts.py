@@ -8,9 +8,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from dp_runtime.core.program import MAX_DRAFTS
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.step_program import MAX_DRAFTS
 from dp_runtime.parallel.agreement import StepTotals
 from tests.dp_runtime.speculative_ranks import Event, Served, SpeculativeRanks, Verified
 from tests.product_cases import random_prompt

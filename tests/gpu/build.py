@@ -9,7 +9,7 @@ import torch
 
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import AttentionSpec
-from dp_runtime.kernels.builds import KernelBuilds
+from dp_runtime.kernels.jit_build import KernelBuilds
 
 
 def build_all(needs: Iterable[tuple[str, AttentionSpec]], device: torch.device) -> None:

@@ -13,10 +13,10 @@ from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.torch_ref import TorchRefBackend
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.e4m3 import quantize
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
-from dp_runtime.core.rotation import QkNormRope, rotate
+from dp_runtime.core.qk_norm_rope import QkNormRope, rotate
 from dp_runtime.layers.norm import RMSNorm
 from tests.dp_runtime.paged import attend, paged_batch, random_page_table
 

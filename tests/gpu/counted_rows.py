@@ -12,10 +12,15 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TritonMoe
-from dp_runtime.layers.router import Router
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.collective import Counts, DeviceCountCollective, RowCollective
-from dp_runtime.parallel.exchange import CountedExchange, PaddedExchange, graph_exchange, graph_plan
 from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.row_exchange import (
+    CountedExchange,
+    PaddedExchange,
+    graph_exchange,
+    graph_plan,
+)
 from dp_runtime.parallel.step_board import StepBoard
 
 BUCKET, OWN_ROWS, HIDDEN, TOP_K = 64, 48, 2048, 8

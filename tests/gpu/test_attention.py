@@ -16,10 +16,10 @@ from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.registry import backend_class, choose_backend
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.trtllm.kernel_groups import build_groups
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.e4m3 import quantize
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry
-from dp_runtime.core.rotation import QkNormRope
+from dp_runtime.core.qk_norm_rope import QkNormRope
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.paged import attend
 from tests.gpu.build import build_all
@@ -274,7 +274,7 @@ def test_a_module_that_was_not_built_is_an_error_after_ready() -> None:
     code = (
         "import torch; from dp_runtime.attention.spec import AttentionSpec;"
         "from dp_runtime.attention.trtllm.backend import TrtllmBackend;"
-        "from dp_runtime.kernels.builds import forbid_compilation; forbid_compilation();"
+        "from dp_runtime.kernels.jit_build import forbid_compilation; forbid_compilation();"
         "b = torch.bfloat16; spec = AttentionSpec(12, 4, 128, 64, b, b);"
         "TrtllmBackend.jit_modules(spec, torch.device('cuda', 0))[1].build()"
     )

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.kernels.expert_tiles import choose_tiles
 from dp_runtime.kernels.experts import run_experts
-from dp_runtime.kernels.router import Routing, route
+from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import fused_experts
 from dp_runtime.weights.fp8_blocks import ExpertScales, dequantize
 

@@ -11,8 +11,8 @@ import torch
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.sampling.draft_verification import ForcedAcceptance, Verification
 from dp_runtime.sampling.sampler import Sampler
-from dp_runtime.sampling.verify import ForcedAcceptance, Verification
 from tests.dp_runtime.samplers import sample
 from tests.dp_runtime.samplers import sampler_of as rank_sampler
 

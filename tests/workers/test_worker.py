@@ -17,7 +17,7 @@ from collectives.shared_memory.group import new_rendezvous_path
 from dp_runtime import EngineConfig, FinishReason, SamplingParams
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.errors import StartError
-from dp_runtime.kernels.builds import JitModule
+from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.metrics.status import RankState
 from tests.checkpoints import oracle, tiny_checkpoint
 from tests.workers.engines import ENDLESS

@@ -13,8 +13,8 @@ from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.attention.plan import AttentionPlan, LayerCache
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.support import check_flashinfer, check_native
-from dp_runtime.core.metadata import AttentionMetadata
-from dp_runtime.kernels.builds import JitModule
+from dp_runtime.core.attention_metadata import AttentionMetadata
+from dp_runtime.kernels.jit_build import JitModule
 
 WORKSPACE_BYTES = 256 << 20  # shared by the two wrappers
 WRAPPER_BYTES = 2 * (8 << 20) + 4 * 32768  # 8 MiB of integers in each wrapper, and KV lengths

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dp_runtime.attention.contract import offsets
 from dp_runtime.attention.spec import AttentionSpec, KvScales
-from dp_runtime.core.metadata import AttentionMetadata
-from dp_runtime.kernels.builds import JitModule
+from dp_runtime.core.attention_metadata import AttentionMetadata
+from dp_runtime.kernels.jit_build import JitModule
 
 
 class PagedWrappers:

@@ -14,8 +14,8 @@ from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.support import check_flashinfer, check_trtllm
 from dp_runtime.attention.trtllm.kernel_groups import build_groups
 from dp_runtime.attention.trtllm.kernel_plan import KernelPlan, TrtllmCalls
-from dp_runtime.core.metadata import AttentionMetadata
-from dp_runtime.kernels.builds import JitModule
+from dp_runtime.core.attention_metadata import AttentionMetadata
+from dp_runtime.kernels.jit_build import JitModule
 
 WORKSPACE_BYTES = 128 << 20
 GPU_ARCHS = {9: "dp_runtime.attention.trtllm.sm90", 10: "dp_runtime.attention.trtllm.sm100"}

@@ -15,7 +15,7 @@ from dp_runtime.attention.contract import (
 )
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.trtllm.kernel_groups import KernelGroup, causal_mask, mask_words
-from dp_runtime.core.metadata import AttentionMetadata
+from dp_runtime.core.attention_metadata import AttentionMetadata
 
 CPU = torch.device("cpu")
 

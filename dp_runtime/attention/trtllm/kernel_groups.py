@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.contract import offsets
+from dp_runtime.core.attention_metadata import AttentionMetadata
 from dp_runtime.core.batch import Int32, Int64
-from dp_runtime.core.metadata import AttentionMetadata
-from dp_runtime.core.transfer import all_on_device, on_device
+from dp_runtime.core.device_copy import all_on_device, on_device
 
 MASK_WORD_BITS = 16
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm.backend import WORKSPACE_BYTES
 from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
-from dp_runtime.kernels.builds import JitModule
+from dp_runtime.kernels.jit_build import JitModule
 
 
 class Sm100Calls:

@@ -17,7 +17,7 @@ from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm.backend import WORKSPACE_BYTES
 from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.builds import JitModule
+from dp_runtime.kernels.jit_build import JitModule
 
 LAYOUT = "Q_PAGED_KV_HND"
 

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.program import Pass
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
-from dp_runtime.kernels.builds import KernelBuilds
+from dp_runtime.core.step_program import Pass
+from dp_runtime.kernels.jit_build import KernelBuilds
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.layers.moe_kernels import MoeKernels
-from dp_runtime.layers.router import Router
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.metrics.trace import Recorder, StepTrace
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.step_loop import Inbox, StepLoop
-from dp_runtime.startup.assembly import assemble, jit_modules_of, load_rank, profile
+from dp_runtime.startup.build_rank import assemble, jit_modules_of, load_rank, profile
 from dp_runtime.startup.graph_capture import MakeBuckets, capture
 from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.harness.kernel_profile import Profile

@@ -17,8 +17,8 @@ from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.query_groups import group_pieces, split_queries
 from dp_runtime.attention.registry import backend_class, choose_backend
 from dp_runtime.attention.torch_ref import QueryPlan, TorchRefBackend
+from dp_runtime.core.attention_metadata import AttentionMetadata
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.paged import CPU, attend, metadata_of, paged_batch, random_page_table, spec_of
 

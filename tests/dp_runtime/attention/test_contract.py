@@ -21,10 +21,10 @@ from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.attention.trtllm.backend import TrtllmBackend
 from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
 from dp_runtime.attention.trtllm.kernel_plan import KernelPlan
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.e4m3 import quantize
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place
-from dp_runtime.core.rotation import QkNormRope, rotate
+from dp_runtime.core.qk_norm_rope import QkNormRope, rotate
 from dp_runtime.errors import ContractViolation
 from dp_runtime.layers.norm import RMSNorm
 from tests.dp_runtime.fake_kernels import FakeKernels

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dp_runtime import Engine, EngineConfig, RequestOutput, SamplingParams
 from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.torch_ref import TorchRefBackend
-from dp_runtime.startup.assembly import read_kv_scales
+from dp_runtime.startup.build_rank import read_kv_scales
 from dp_runtime.startup.rank_plan import plan_rank
 from dp_runtime.weights.loader import open_weights
 from tests.checkpoints import tiny_checkpoint

@@ -6,14 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_runtime.engine.admission import (
-    LOAD_BALANCERS,
-    Admission,
-    LeastPaddedCost,
-    LeastTokens,
-    RoundRobin,
-)
-from dp_runtime.engine.admission import Outstanding as Queue
+from dp_runtime.engine.admission import Admission
+from dp_runtime.engine.load_balancer import LOAD_BALANCERS, LeastPaddedCost, LeastTokens, RoundRobin
+from dp_runtime.engine.load_balancer import Outstanding as Queue
 from dp_runtime.errors import EngineClosed, QueueFull
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dp_runtime.kernels import router as triton_router
+from dp_runtime.kernels import moe_router as triton_router
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts, sum_pairs
-from dp_runtime.kernels.router import Routing, route
+from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import fused_experts
 from dp_runtime.weights.fp8_blocks import ExpertScales, dequantize
 

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.core.e4m3 import quantize
-from dp_runtime.core.rotation import QkNormRope, rotate
+from dp_runtime.core.qk_norm_rope import QkNormRope, rotate
 from dp_runtime.kernels.argmax import BLOCK, BLOCKS_AT_ONCE, row_maxima
 from dp_runtime.kernels.kv_append import append_rows, rotate_and_append
 from dp_runtime.kernels.norm import add_rms_norm

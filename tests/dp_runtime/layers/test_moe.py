@@ -15,10 +15,10 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TorchMoe
-from dp_runtime.layers.router import Router
-from dp_runtime.parallel.exchange import PaddedExchange
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.weights.generated import DummyWeights
+from dp_runtime.parallel.row_exchange import PaddedExchange
+from dp_runtime.weights.dummy import DummyWeights
 from dp_runtime.weights.source import Part
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 

@@ -78,6 +78,6 @@ def test_ranks_inherit_the_level_and_name_themselves(tmp_path: Path) -> None:
          "--dp-size", "2", "--log-level", "info", "--prompts", str(prompts), *model],
         cwd=ROOT, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    assert "rank 0 INFO dp_runtime.startup.assembly: attention backend torch_ref" in run.stderr
+    assert "rank 0 INFO dp_runtime.startup.build_rank: attention backend torch_ref" in run.stderr
     assert "\nrank 1 INFO dp_runtime." in "\n" + run.stderr
     assert "INFO" not in run.stdout

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_runtime.core.program import MAX_DRAFTS, MAX_PASSES, SERVING_PROGRAMS, Pass, Program
+from dp_runtime.core.step_program import MAX_DRAFTS, MAX_PASSES, SERVING_PROGRAMS, Pass, Program
 from dp_runtime.errors import RankDisagreement
 from dp_runtime.parallel.agreement import RECORD_WORDS, FaultBits, StepRecord, StepTotals, agree
 from dp_runtime.parallel.buckets import GraphBuckets
-from dp_runtime.parallel.execution import ExecutionMode, ExecutionPolicy
+from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
 
 SPECULATIVE = Program((Pass.DRAFT, Pass.DRAFT, Pass.TARGET, Pass.DRAFT_EXTEND))
 PROGRAMS = (*SERVING_PROGRAMS, SPECULATIVE)

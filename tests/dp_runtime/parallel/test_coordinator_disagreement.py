@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from dp_runtime.core.program import Pass, Program
+from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.parallel.agreement import Agreement, StepRecord
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.coordinator import StepCoordinator
 from dp_runtime.parallel.step_board import StepBoard
+from dp_runtime.parallel.step_coordinator import StepCoordinator
 from tests.collectives.ranks import SOON_S, Outcome, Ranks, outcome
 
 DP_SIZE = 3

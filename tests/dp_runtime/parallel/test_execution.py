@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_runtime.core.program import Pass
+from dp_runtime.core.step_program import Pass
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
-from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan, ExecutionPolicy
+from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan, ExecutionPolicy
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan, PaddingPolicy
 
 QUERY_LEN = 4

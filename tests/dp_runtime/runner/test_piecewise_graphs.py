@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from collectives.in_process import InProcessGroup
-from dp_runtime.core.program import Pass
+from dp_runtime.core.step_program import Pass
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.exchange import PaddedExchange, RowExchange, graph_plan
-from dp_runtime.parallel.execution import ExecutionMode, ExecutionPolicy
+from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
+from dp_runtime.parallel.row_exchange import PaddedExchange, RowExchange, graph_plan
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 
 HIDDEN = 4

@@ -12,28 +12,28 @@ import torch
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.attention_metadata import Place
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import Place
-from dp_runtime.core.program import Pass, Program
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.agreement import StepTotals
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
-from dp_runtime.parallel.exchange import RowExchange
-from dp_runtime.parallel.execution import ExecutionMode, ExecutionPlan
+from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.padding_cost import measure_padding_cost
+from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.runner import step_loop
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.graphs import PassGraphs, PassOutput
+from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.runner.step_runner import CapturedGraphs
 from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.row_logits import RowLogits
-from dp_runtime.startup.assembly import assemble, load_rank
+from dp_runtime.startup.build_rank import assemble, load_rank
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import add_mtp, tiny_checkpoint
 

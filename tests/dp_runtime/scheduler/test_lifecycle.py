@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.request import FinishReason, RankRequest
 from dp_runtime.scheduler.lifecycle import RequestLifecycle
 from dp_runtime.scheduler.limits import Limits

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.cache_spec import PagedKv
-from dp_runtime.core.metadata import PageGeometry
 from dp_runtime.scheduler.pages import PageAllocator
 
 

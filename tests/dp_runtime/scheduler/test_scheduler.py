@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
-from dp_runtime.core.program import SERVING_PROGRAMS
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.core.request import FinishReason, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.step_program import SERVING_PROGRAMS
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.request_state import RequestStatus

@@ -9,11 +9,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dp_runtime.core.attention_metadata import PageGeometry, Place, check_values
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import PageGeometry, Place, check_values
-from dp_runtime.core.program import MAX_DRAFTS, Pass, Program
 from dp_runtime.core.request import PromptEmbeds, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.step_program import MAX_DRAFTS, Pass, Program
 from dp_runtime.sampling.rng import derive_seed
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits

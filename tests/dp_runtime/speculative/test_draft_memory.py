@@ -13,8 +13,8 @@ from collectives.in_process import InProcessGroup
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.models.registry import build_model, read_model_config
-from dp_runtime.parallel.exchange import PaddedExchange
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
+from dp_runtime.parallel.row_exchange import PaddedExchange
 from dp_runtime.speculative.draft import build_draft, read_draft_config
 from dp_runtime.weights.loader import open_weights
 from tests.checkpoints import add_mtp, eagle3_checkpoint, tiny_checkpoint

@@ -18,7 +18,7 @@ from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
 from dp_runtime.speculative.eagle3 import Eagle3
-from dp_runtime.weights.generated import MetaWeights
+from dp_runtime.weights.dummy import MetaWeights
 from dp_runtime.weights.loader import open_weights
 from tests.checkpoints import eagle3_checkpoint, oracle, tiny_checkpoint
 from tests.dp_runtime.drafts import DraftRank, change_tensors, on_one_rank, on_ranks

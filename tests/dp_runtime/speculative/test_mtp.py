@@ -17,7 +17,7 @@ from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.speculative.draft import build_draft, read_draft_config
 from dp_runtime.speculative.mtp import Mtp
-from dp_runtime.weights.generated import MetaWeights
+from dp_runtime.weights.dummy import MetaWeights
 from dp_runtime.weights.loader import open_weights
 from examples.tiny_moe.model import TinyMoe, load_model
 from tests.checkpoints import add_mtp, tiny_checkpoint

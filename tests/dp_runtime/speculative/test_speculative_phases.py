@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dp_runtime.core.program import MAX_DRAFTS
 from dp_runtime.core.request import PromptEmbeds, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.step_program import MAX_DRAFTS
 from examples.tiny_moe.model import TinyMoe, load_model
 from tests.dp_runtime.speculative_ranks import Event, SpeculativeRanks, Verified
 from tests.dp_runtime.speculative_scripts import (

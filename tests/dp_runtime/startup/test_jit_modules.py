@@ -12,12 +12,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.kernels import experts as triton_experts
-from dp_runtime.kernels import router as triton_router
+from dp_runtime.kernels import moe_router as triton_router
 from dp_runtime.layers.experts import Experts, aligned
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import TritonMoe
-from dp_runtime.layers.router import Router
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.startup.jit_modules import moe_jit_modules

@@ -11,7 +11,7 @@ import torch
 
 from dp_runtime import EngineConfig
 from dp_runtime.attention.registry import choose_backend
-from dp_runtime.startup.assembly import log_choices
+from dp_runtime.startup.build_rank import log_choices
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import tiny_checkpoint
 

@@ -19,16 +19,16 @@ from safetensors.torch import save_file
 
 from collectives.in_process import InProcessGroup
 from dp_runtime import EngineConfig
-from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.errors import StartError
 from dp_runtime.layers import experts
 from dp_runtime.metrics.memory import MemoryUse, RankMemory, memory_table
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.startup import rank_plan as sizing
-from dp_runtime.startup.assembly import LoadedRank, assemble, check_free, load_rank
+from dp_runtime.startup.build_rank import LoadedRank, assemble, check_free, load_rank
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, CUDA_RESERVE
-from dp_runtime.startup.profiling import largest_load, run_largest_steps
+from dp_runtime.startup.memory_profile import largest_load, run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from tests.dp_runtime.live_bytes import LiveBytes, attend_frugally, exchange_in_step
 from tests.test_bytes_read import storage_bytes, weights_in

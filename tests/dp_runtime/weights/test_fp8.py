@@ -28,8 +28,8 @@ from dp_runtime.startup import rank_plan as sizing
 from dp_runtime.startup.inspection import describe
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.rank_plan import plan_rank
+from dp_runtime.weights.dummy import DummyWeights, MetaWeights
 from dp_runtime.weights.fp8_blocks import dequantize, quantize
-from dp_runtime.weights.generated import DummyWeights, MetaWeights
 from dp_runtime.weights.loader import Checkpoint
 from dp_runtime.weights.source import WeightSource
 from tests.checkpoints import tiny_checkpoint

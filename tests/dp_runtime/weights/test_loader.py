@@ -19,7 +19,7 @@ from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.model import Model
 from dp_runtime.models.registry import build_model, read_model_config
-from dp_runtime.weights.generated import DummyWeights, MetaWeights
+from dp_runtime.weights.dummy import DummyWeights, MetaWeights
 from dp_runtime.weights.loader import Checkpoint, open_weights
 from dp_runtime.weights.source import Part, WeightSource
 from tests.checkpoints import tiny_checkpoint

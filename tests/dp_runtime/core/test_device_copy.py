@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dp_runtime.core.transfer import ALIGNMENT, all_on_device
+from dp_runtime.core.device_copy import ALIGNMENT, all_on_device
 
 
 def test_arrays_arrive_as_they_are_in_one_piece_of_memory() -> None:

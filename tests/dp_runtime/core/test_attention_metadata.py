@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.errors import ContractViolation
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.pass_runner import pass_inputs

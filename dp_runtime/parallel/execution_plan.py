@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from dp_runtime.core.program import Pass
+from dp_runtime.core.step_program import Pass
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan, PaddingPolicy
 

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_runtime.parallel.adaptive_drafts import (
+from dp_runtime.parallel.agreement import StepTotals
+from dp_runtime.speculative.adaptive_length import (
     LATE_STEPS,
     REVIEW_STEPS,
     AdaptiveLength,
     acceptance,
     mean_accepted,
 )
-from dp_runtime.parallel.agreement import StepTotals
 
 NUM_PROGRAMS = 7
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dp_runtime.core.program import SERVING_PROGRAMS, Program
+from dp_runtime.core.step_program import SERVING_PROGRAMS, Program
 from dp_runtime.parallel.agreement import (
     EAGER,
     Agreement,
@@ -14,7 +14,7 @@ from dp_runtime.parallel.agreement import (
     keep_program,
 )
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.execution import ExecutionPolicy
+from dp_runtime.parallel.execution_plan import ExecutionPolicy
 from dp_runtime.parallel.step_board import StepBoard
 
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from collectives.in_process import InProcessCollective, InProcessGroup
 from collectives.rows import sum_in_rank_order
-from dp_runtime.core.program import SERVING_PROGRAMS, Pass
+from dp_runtime.core.step_program import SERVING_PROGRAMS, Pass
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TorchMoe
-from dp_runtime.layers.router import Router
+from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.buckets import GraphBuckets
 from dp_runtime.parallel.collective import DeviceCountCollective
-from dp_runtime.parallel.exchange import (
+from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
+from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.row_exchange import (
     CountedExchange,
     PaddedExchange,
     RowExchange,
@@ -27,8 +29,6 @@ from dp_runtime.parallel.exchange import (
     graph_exchange,
     graph_plan,
 )
-from dp_runtime.parallel.execution import ExecutionMode, ExecutionPolicy
-from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives.ranks import run_threads
 from tests.dp_runtime.layers.test_moe import HIDDEN, build_stage, dense, rank_rows

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from dp_runtime.attention.plan import AttentionPlan
+from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.errors import ContractViolation
 from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, GraphKey
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.exchange import graph_exchange, graph_plan
 from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.row_exchange import graph_exchange, graph_plan
 from dp_runtime.runner.cuda_graph import capture_graph
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graph_inputs import GraphInputs

@@ -17,8 +17,13 @@ from dp_runtime.core.request import RankRequest, TokenLogprob
 from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.sampling import logprobs
+from dp_runtime.sampling.draft_verification import (
+    ForcedAcceptance,
+    LastAccepted,
+    Verification,
+    accepted_drafts,
+)
 from dp_runtime.sampling.sampler import Sampler, sampling_bytes
-from dp_runtime.sampling.verify import ForcedAcceptance, LastAccepted, Verification, accepted_drafts
 from tests.dp_runtime.live_bytes import LiveBytes
 from tests.dp_runtime.samplers import rows_of, sample, sampler_of
 from tests.dp_runtime.sampling.test_sampler import (

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_runtime.kernels.launch import gdc_launch_dependents, gdc_wait, overlaps
+from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
 
 MAX_SPLIT_ROWS = 512  # few rows are split over programs; of more, cuBLAS makes enough programs
 SPLIT = 128  # columns of hidden that a program sums

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 TRY = """
-from dp_runtime.kernels.builds import forbid_compilation
+from dp_runtime.kernels.jit_build import forbid_compilation
 forbid_compilation()
 import os
 assert os.environ["FLASHINFER_DISABLE_JIT"] == "1"

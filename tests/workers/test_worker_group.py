@@ -19,8 +19,8 @@ from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.startup.devices import resolve_device
 from workers.communicators import cluster_address, open_rendezvous, transport_of
-from workers.group import WorkerGroup
 from workers.messages import HostInfo, Join, Message, OpenRendezvous, Polled, Rendezvous
+from workers.worker_group import WorkerGroup
 
 HUNG = "never answers"
 
@@ -122,7 +122,7 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
 
 
 def test_health_of_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.group.STATUS_S", 0.2)
+    monkeypatch.setattr("workers.worker_group.STATUS_S", 0.2)
     group, _ = group_of({"readhealth": HUNG}, {"readhealth": RankFailed("rank 1 ended")})
     hung, dead = group.health()
     assert (hung.state, hung.error) == (RankState.UNREACHABLE, "does not answer")

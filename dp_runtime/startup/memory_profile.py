@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from dp_runtime.core.metadata import PageGeometry
+from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sampling_params import SamplingParams

@@ -12,11 +12,11 @@ import torch
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
-from dp_runtime.kernels.builds import KernelBuilds, forbid_compilation
+from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
 from dp_runtime.runner.step_loop import StepLoop
-from dp_runtime.startup.assembly import LoadedRank, assemble, jit_modules_of, load_rank, profile
+from dp_runtime.startup.build_rank import LoadedRank, assemble, jit_modules_of, load_rank, profile
 from dp_runtime.startup.graph_capture import capture
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from workers.communicators import Communicator, connect

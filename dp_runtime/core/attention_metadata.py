@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dp_runtime.core.batch import NULL_PAGE, Int32, Int64, LocalBatch, slots_of
-from dp_runtime.core.transfer import all_on_device
+from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.errors import ContractViolation
 
 

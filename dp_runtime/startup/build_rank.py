@@ -17,28 +17,28 @@ from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.errors import StartError, require
-from dp_runtime.kernels.builds import JitModule
+from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.metrics.trace import Recorder, Totals
-from dp_runtime.parallel.adaptive_drafts import AdaptiveLength
 from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.coordinator import StepCoordinator
-from dp_runtime.parallel.execution import ExecutionPolicy
+from dp_runtime.parallel.execution_plan import ExecutionPolicy
 from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
 from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.parallel.step_board import StepBoard
+from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.drafting import Drafting, DraftState
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import StepRunner
+from dp_runtime.sampling.draft_verification import ForcedAcceptance
 from dp_runtime.sampling.sampler import Sampler
-from dp_runtime.sampling.verify import ForcedAcceptance
 from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.speculative.adaptive_length import AdaptiveLength
 from dp_runtime.startup.device_memory import free_bytes
 from dp_runtime.startup.memory_estimate import param_bytes
-from dp_runtime.startup.profiling import run_largest_steps
+from dp_runtime.startup.memory_profile import run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.weights.files import is_present, read_text
