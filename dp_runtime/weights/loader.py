@@ -88,36 +88,40 @@ class Checkpoint:
 
     def _read(self, name: str, shape: Shape, part: Part | None, dtypes: tuple[str, ...]) -> Tensor:
         """Map a part of a tensor; it must be copied before the next read."""
-        file = self._file_of.get(name)
-        if file is None:
-            raise ValueError(f"{self._root}: tensor {name} is missing")
-        self._known.add(name)
         if self._mapped > MAPPED_BYTES:
             self._open_files.clear()  # NOTE: pages of a mapped file stay in memory once read
             self._mapped = 0
-        where = f"{self._root / file}: {name}"
-        try:
-            view = self._open(file).get_slice(name)
-        except SafetensorError as error:
-            raise ValueError(f"{where}: {shown(error)}") from None
+        where, view = self._find(name, dtypes)
         found = tuple(view.get_shape())
         require(found == shape, f"{where}: shape", found, f"config.json asks for {shape}")
-        dtype = view.get_dtype()
-        require(dtype in dtypes, f"{where}: dtype", dtype, f"one of {', '.join(dtypes)}")
         mapped: Tensor = view[part if part is not None else ...]
         self.bytes_read += mapped.nbytes
         stacked = len(mapped) if mapped.dim() == 3 else shape[0]
         self._mapped += stacked * math.prod(shape[1:]) * mapped.dtype.itemsize
         return mapped
 
-    def scalar(self, name: str) -> float | None:
+    def _find(self, name: str, dtypes: tuple[str, ...]) -> tuple[str, Any]:
+        """Return where a tensor is, for messages, and the view that reads parts of it."""
         file = self._file_of.get(name)
         if file is None:
-            return None
+            raise ValueError(f"{self._root}: tensor {name} is missing")
         self._known.add(name)
-        tensor: Tensor = self._open(file).get_tensor(name)
-        where = f"{self._root / file}: {name}: shape"
-        require(tensor.numel() == 1, where, tuple(tensor.shape), "one element")
+        where = f"{self._root / file}: {name}"
+        try:
+            view = self._open(file).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{where}: {shown(error)}") from None
+        dtype = view.get_dtype()
+        require(dtype in dtypes, f"{where}: dtype", dtype, f"one of {', '.join(dtypes)}")
+        return where, view
+
+    def scalar(self, name: str) -> float | None:
+        if not self.has(name):
+            return None
+        where, view = self._find(name, DTYPES)
+        shape = tuple(view.get_shape())
+        require(math.prod(shape) == 1, f"{where}: shape", shape, "one element")
+        tensor: Tensor = self._open(self._file_of[name]).get_tensor(name)
         self.bytes_read += tensor.element_size()
         return float(tensor)
 

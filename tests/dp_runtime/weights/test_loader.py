@@ -260,3 +260,20 @@ def test_a_shard_whose_name_no_file_can_have(sharded_copy: Path, name: str) -> N
     with pytest.raises(ValueError, match=r"/a\\.*b: no file can have this name") as caught:
         checkpoint(sharded_copy)
     str(caught.value).encode("ascii")
+
+
+def test_a_scale_that_is_not_in_its_shard_or_no_number(sharded_copy: Path, copy: Path) -> None:
+    name = "model.layers.0.self_attn.k_scale"
+    index = sharded_copy / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())["weight_map"]
+    shard = next(iter(weights.values()))
+    index.write_text(json.dumps({"weight_map": weights | {name: shard}}))
+    with pytest.raises(ValueError, match=rf"{shard}: {name}: .* does not contain"):
+        checkpoint(sharded_copy).scalar(name)
+    file = copy / "model.safetensors"
+    for value, found in (torch.tensor(0.5), 0.5), (torch.tensor([[0.25]]), 0.25):
+        save_file(load_file(file) | {name: value}, file)
+        assert checkpoint(copy).scalar(name) == found
+    save_file(load_file(file) | {name: torch.tensor([1j])}, file)
+    with pytest.raises(ValueError, match=rf"{name}: dtype: 'C64' is not allowed"):
+        checkpoint(copy).scalar(name)
