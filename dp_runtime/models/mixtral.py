@@ -27,6 +27,7 @@ ARCHITECTURE = MoeDecoder(
         num_key_value_heads=8, max_position_embeddings=131_072, rms_norm_eps=1e-5, rope_theta=1e6
     ),
     read_family=read_family,
+    fixed={"use_sliding_window": (False, True)},  # its window counts either way
     moe_modules=("block_sparse_moe", "mlp"),
     expert_names=ExpertNames(gate="w1", up="w3", down="w2"),
 )

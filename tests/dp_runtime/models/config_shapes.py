@@ -218,6 +218,8 @@ LOADS = [
     Shape("8x7B", M),
     Shape("8x7B instruct", M, {"transformers_version": "4.36.0"}),
     Shape("8x7B as first published", M, {"sliding_window": 4096}),
+    Shape("8x7B, window in use", M, {"sliding_window": 4096, "use_sliding_window": True}),
+    Shape("8x7B, no window in use", M, {"use_sliding_window": True, "max_window_layers": 28}),
     Shape("8x7B fine-tune", M, {"eos_token_id": 32000, "vocab_size": 32002, "use_cache": False}),
     Shape("8x7B, head_dim null", M, DUMP_5 | {"head_dim": None, "router_jitter_noise": 0.0}),
     Shape("8x7B of 5", M, DUMP_5 | {"rope_parameters": THETA}, ("rope_theta", "torch_dtype")),

@@ -276,10 +276,11 @@ def test_missing_fields(tmp_path: Path, name: str) -> None:
         parse(tmp_path, without(name))
 
 
+@pytest.mark.parametrize("used", [None, False, True])
 def test_mixtral_serves_its_sliding_window_and_no_more(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, used: bool | None
 ) -> None:
-    config = parse(tmp_path, MIXTRAL_8X7B | {"sliding_window": 4096})
+    config = parse(tmp_path, MIXTRAL_8X7B | {"sliding_window": 4096, "use_sliding_window": used})
     with caplog.at_level("INFO", "dp_runtime"):
         assert config.resolve_max_model_len(None) == 4096
     assert "max_model_len is 4096: the model's sliding_window" in caplog.text
