@@ -28,7 +28,7 @@ from collectives.session import VARIABLE, session_token
 from dp_runtime.errors import StartError
 
 GRACE_S = 1.0  # for children to end by themselves once the driver has ended
-TELL_S = 3.0  # for the server to tell of a child that has ended
+TELL_S = 2.0  # for the server to tell of a child that has ended
 LOST = 255  # exit status where the server ended before it could tell
 _STATUS = struct.Struct("=i")  # first the pid, then the exit status
 _PR_SET_NAME = 15
@@ -56,8 +56,12 @@ class ForkRequest:
 class ForkedProcess:
     """A child of the server; it is known by a pidfd, which no later process can take over."""
 
-    def __init__(self, pid: int, pidfd: int, status: socket.socket) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, status: socket.socket, server_stopped: threading.Event
+    ) -> None:
+        """Share `server_stopped` with the server's other children, of which one waits for it."""
         self.pid, self._pidfd, self._status = pid, pidfd, status
+        self._server_stopped = server_stopped
         self._code: int | None = None
         self._lock = threading.Lock()
 
@@ -72,8 +76,10 @@ class ForkedProcess:
                 if not wait([self._status, self._pidfd], timeout):
                     raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
                 told = b""
-                if wait([self._status], TELL_S):  # else the server is stopped
+                if wait([self._status], 0.0 if self._server_stopped.is_set() else TELL_S):
                     told = self._status.recv(_STATUS.size)
+                else:
+                    self._server_stopped.set()
                 self._code = _STATUS.unpack(told)[0] if told else LOST
                 self._status.close()
             return self._code
@@ -91,6 +97,7 @@ class ForkServer:
     def __init__(self, *preload: str) -> None:
         self.driver, self.import_path = os.getpid(), import_path()
         self._lock = threading.Lock()
+        self._stopped = threading.Event()  # it could not tell of a child, and may go on later
         self._control, theirs = socket.socketpair()
         self._requests = Connection(os.dup(self._control.fileno()))
         fds = (theirs.fileno(), os.pidfd_open(self.driver))
@@ -130,7 +137,8 @@ class ForkServer:
             code = self._process.wait(GRACE_S)
             raise StartError(f"{name}: the process that starts ranks ended (exit status {code})")
         status.settimeout(None)
-        process = ForkedProcess(_STATUS.unpack(told)[0], fds[0], status)
+        self._stopped.clear()
+        process = ForkedProcess(_STATUS.unpack(told)[0], fds[0], status, self._stopped)
         return process, Connection(channel.detach())
 
     def close(self) -> None:

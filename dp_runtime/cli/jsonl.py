@@ -12,6 +12,7 @@ from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.errors import one_line, require, shown
 
+MAX_BYTES = 1 << 30  # of a prompt file: a device may have no end
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "dp_rank")
 
 
@@ -41,7 +42,10 @@ def read_prompts(path: Path, defaults: SamplingParams) -> list[PromptLine]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        require(len(content) <= MAX_BYTES, "prompts", str(path), f"at most {MAX_BYTES:,} bytes")
+        return content.decode("utf-8-sig")
     except OSError as error:
         why = error.strerror
     except UnicodeDecodeError as error:

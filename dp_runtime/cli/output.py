@@ -55,6 +55,14 @@ class OutputFile:
                 raise WriteFailed(f"{self._name}: {failed.strerror}") from failed
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Tell if both name one regular file; a terminal may well be read and written."""
+    try:
+        return one.is_file() and one.samefile(other)
+    except OSError:
+        return False
+
+
 def print_line(text: str) -> None:
     """Print to stdout, above a progress bar if there is one; WriteFailed if nobody reads it."""
     try:

@@ -75,6 +75,37 @@ def test_how_a_child_ended(server: ForkServer) -> None:
     assert second[0].wait(10) == 3
 
 
+def test_one_child_waits_for_a_stopped_server(
+    server: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end at once; when the server goes on it tells again."""
+    waits: list[float | None] = []
+    wait = forkserver.wait
+
+    def counted(awaited: list[Any], timeout: float | None = None) -> list[Any]:
+        if len(awaited) == 1:  # the status alone: the child has ended
+            waits.append(timeout)
+            timeout = min(timeout or 0.0, 0.1)
+        return wait(awaited, timeout)
+
+    children = [server.fork(TELL, f"dp-rank-{rank}", 60.0) for rank in range(3)]
+    assert all(channel.recv() for _, channel in children)
+    os.kill(server._process.pid, signal.SIGSTOP)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(forkserver, "wait", counted)
+            for child, _ in children:
+                child.kill()
+                assert child.wait(10) == forkserver.LOST
+    finally:
+        os.kill(server._process.pid, signal.SIGCONT)
+    assert waits == [forkserver.TELL_S, 0.0, 0.0]
+    again, channel = server.fork(TELL, "dp-rank-0", 60.0)
+    channel.recv()
+    channel.send(4)
+    assert again.wait(10) == 4
+
+
 def test_a_server_that_can_not_import_is_a_start_error() -> None:
     server = ForkServer("tests.no_such_module")
     with pytest.raises(StartError, match=r"dp-rank-0: the process that starts ranks ended \(exit"):

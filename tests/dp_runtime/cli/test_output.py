@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dp_runtime import Engine, EngineConfig, RequestOutput, SamplingParams
+from dp_runtime.cli import jsonl
 from dp_runtime.cli.generate import Results
 from dp_runtime.cli.main import main
 from dp_runtime.errors import RankFailed
@@ -152,6 +153,29 @@ def test_a_file_keeps_its_results_until_there_are_new_ones(model: Path, tmp_path
     assert output.read_text() == "old\n" * 500
     assert main([*flags(model), *SHORT, "--prompt", "a", "--output", str(output)]) == 0
     assert [line["index"] for line in lines_of(output)] == [0]
+
+
+def test_the_file_of_the_prompts_is_never_the_output(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, link, other = (tmp_path / name for name in ("in.jsonl", "link.jsonl", "out.jsonl"))
+    prompts.write_text('{"prompt": "a"}')
+    link.symlink_to(prompts)
+    for output in (prompts, link):
+        files = ["--prompts", str(prompts), "--output", str(output)]
+        assert main([*flags(model), *SHORT, *files]) == 2
+        expected = f"error: output: {str(output)!r} is not allowed; a file other than the one of"
+        assert capsys.readouterr().err.startswith(expected)
+        assert prompts.read_text() == '{"prompt": "a"}'
+    shutil.copy(prompts, other)  # its text is the same, the file is not
+    assert main([*flags(model), *SHORT, "--prompts", str(prompts), "--output", str(other)]) == 0
+    assert lines_of(other)[0]["index"] == 0
+
+
+def test_a_device_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MAX_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match=r"^prompts: '/dev/zero' .* at most 1,048,576 bytes$"):
+        jsonl.read_prompts(Path("/dev/zero"), SamplingParams())
 
 
 def test_results_are_in_the_file_while_others_run(
