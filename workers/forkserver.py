@@ -132,6 +132,8 @@ class ForkServer:
             told, fds, _, _ = socket.recv_fds(status, _STATUS.size, 1)
         except TimeoutError:
             self._process.kill()  # it is stopped, and the next engine needs one that runs
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)  # else it might still look usable
             raise StartError(f"{name}: no process was started within {timeout_s:g} s") from None
         if not told:
             code = self._process.wait(GRACE_S)

@@ -106,6 +106,15 @@ def test_one_child_waits_for_a_stopped_server(
     assert again.wait(10) == 4
 
 
+def test_a_stopped_server_is_replaced() -> None:
+    server = ForkServer("tests.workers.forked")
+    os.kill(server._process.pid, signal.SIGSTOP)
+    with pytest.raises(StartError, match=r"dp-rank-0: no process was started within 0\.2 s"):
+        server.fork(TELL, "dp-rank-0", 0.2)
+    assert not server.usable, "the next engine starts another"
+    server.close()
+
+
 def test_a_server_that_can_not_import_is_a_start_error() -> None:
     server = ForkServer("tests.no_such_module")
     with pytest.raises(StartError, match=r"dp-rank-0: the process that starts ranks ended \(exit"):
