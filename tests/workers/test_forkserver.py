@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,6 @@ def test_one_child_waits_for_a_stopped_server(
 ) -> None:
     """The others end at once; when the server goes on it tells again."""
     waits: list[float | None] = []
-    wait = forkserver.wait
 
     def counted(awaited: list[Any], timeout: float | None = None) -> list[Any]:
         if len(awaited) == 1:  # the status alone: the child has ended
@@ -111,6 +111,7 @@ def test_a_stopped_server_is_replaced() -> None:
     os.kill(server._process.pid, signal.SIGSTOP)
     with pytest.raises(StartError, match=r"dp-rank-0: no process was started within 0\.2 s"):
         server.fork(TELL, "dp-rank-0", 0.2)
+    assert server._process.returncode == -signal.SIGKILL, "it has ended by now"
     assert not server.usable, "the next engine starts another"
     server.close()
 
