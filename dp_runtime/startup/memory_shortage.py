@@ -47,6 +47,7 @@ class MemoryBudget:
             return ""
         length = (fits - 1) * config.page_size - config.speculative_num_steps
         advice = [f"max_model_len {length} fits"] if length >= 2 else []
+        value: float
         if config.num_pages is not None:
             name, value = "num_pages", config.num_pages
             advice = [f"at most {fits} fit"]
@@ -54,6 +55,8 @@ class MemoryBudget:
             name, value = "max_model_len", self.max_model_len
         if config.num_pages is None and self.max_pages >= wanted:
             needed = math.ceil(1000 * wanted * self.page_bytes / self.left) / 1000
+            if not advice:  # no length fits, so it is the fraction that is at fault
+                name, value = "kv_memory_fraction", fraction
             advice.append(f"kv_memory_fraction {min(needed, 1.0):g} is enough")
         part = "" if config.num_pages is not None else f" and kv_memory_fraction is {fraction:g}"
         return (
