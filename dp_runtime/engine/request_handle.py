@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -98,6 +99,8 @@ class RequestHandle:
 
 
 def _seconds(timeout: object) -> float:
+    if type(timeout) is float and timeout == math.inf:
+        return threading.TIMEOUT_MAX
     seconds = plain_float(timeout)
     ok = seconds is not None and seconds >= 0
     require(ok, "timeout", timeout, "None or seconds >= 0")

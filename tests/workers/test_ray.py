@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 def nothing_is_left() -> Iterator[None]:
     before = left_overs()
     yield
-    wait_until(lambda: left_overs() == before, "no rank and no shared memory is left", 10)
-    wait_until(all_resources_free, "all shares of CPUs are given back", 10)
+    wait_until(lambda: left_overs() == before, "no rank and no shared memory is left", 30)
+    wait_until(all_resources_free, "all shares of CPUs are given back", 30)
 
 
 def all_resources_free() -> bool:
