@@ -9,12 +9,16 @@ from dp_runtime.core.request import (
     TokensPrompt,
 )
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.async_engine import AsyncEngine
+from dp_runtime.engine.async_handle import AsyncRequestHandle
 from dp_runtime.engine.engine import Engine
 from dp_runtime.engine.request_handle import RequestHandle
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "AsyncEngine",
+    "AsyncRequestHandle",
     "Engine",
     "EngineConfig",
     "FinishReason",

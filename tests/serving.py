@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dp_runtime import Engine, RequestOutput, SamplingParams
+from dp_runtime import AsyncEngine, Engine, RequestOutput, SamplingParams
 from dp_runtime.core.request import FinishReason, Prompt, TokensPrompt
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.runner.step_loop import StepLoop
@@ -81,16 +81,16 @@ def generate_among_aborts(
     return outputs
 
 
-def check_pages_free(engine: Engine) -> None:
+def check_pages_free(engine: Engine | AsyncEngine) -> None:
     """Assert that all ranks soon have all their pages back; page 0 is nobody's."""
     deadline = monotonic() + IDLE_S
-    while held := [rank for rank in engine.health() if rank.free_pages != rank.num_pages - 1]:
+    while held := [rank for rank in engine._core.health() if rank.free_pages != rank.num_pages - 1]:
         assert monotonic() < deadline, f"pages are still held: {held}"
         sleep(0.005)
 
 
 def joined_ranks(engine: Engine) -> list[Joined]:
-    group: Any = engine._group
+    group: Any = engine._core._group
     stages = [handle.worker._stage for handle in group._handles]
     assert all(isinstance(stage, Joined) for stage in stages), stages
     return stages

@@ -62,7 +62,7 @@ def check_the_others(one: Engine, bad: Callable[[int], Any], reason: str) -> Non
     again = [one.generate([prompt], GREEDY)[0].token_ids for prompt in PROMPTS]
     assert again == expected
     check_pages_free(one)
-    assert one._admission.num_unfinished == 0
+    assert one._core._admission.num_unfinished == 0
 
 
 def raising_for_marked(real: Callable[..., Any], prompt_of: Callable[..., Sequence[int]]) -> Any:

@@ -1,1 +1,1 @@
-"""The driver side: the public Engine, its inputs, admission, and text."""
+"""The driver side: the public engines, their inputs, admission, and outputs."""

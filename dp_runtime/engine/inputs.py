@@ -13,10 +13,10 @@ from dp_runtime.core.plain_values import plain_int, plain_ints, plain_list, plai
 from dp_runtime.core.request import PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.embeds import copied_embeds
-from dp_runtime.engine.tokenizer import Tokenizer
 from dp_runtime.errors import one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
+from dp_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)

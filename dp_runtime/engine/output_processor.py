@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class OutputSink(Protocol):
-    """Takes the outputs of one request. Threads of ranks call it, so it must not block."""
+    """Takes the outputs of one request, and must not block whoever delivers them."""
 
     def put(self, delta: RequestDelta, output: RequestOutput | None) -> None: ...
 
@@ -30,16 +30,16 @@ class OutputSink(Protocol):
 class Delivery:
     log: RequestLog
     sink: OutputSink
-    news: RequestDelta | RequestFailed
+    news: RequestDelta | BaseException
     output: RequestOutput | None = None  # with the last delta
     rank_goes_on: bool = False  # although the request has ended
 
     @property
     def ends(self) -> bool:
-        return self.output is not None or isinstance(self.news, RequestFailed)
+        return self.output is not None or isinstance(self.news, BaseException)
 
     def deliver(self) -> None:
-        if isinstance(self.news, RequestFailed):
+        if isinstance(self.news, BaseException):
             self.sink.fail(self.news)
         else:
             self.sink.put(self.news, self.output)
@@ -86,13 +86,11 @@ class OutputProcessor:
         for _, sink in live.values():
             sink.disown(error)
 
-    def fail_all(self, error: BaseException) -> list[RequestLog]:
-        """Fail all live requests, and return their logs."""
+    def fail_all(self, error: BaseException) -> list[Delivery]:
+        """End all live requests; returns what to tell them."""
         with self._lock:
             live, self._live = self._live, {}
-        for _, sink in live.values():
-            sink.fail(error)
-        return [log for log, _ in live.values()]
+        return [Delivery(log, sink, error) for log, sink in live.values()]
 
 
 def _apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery | None:

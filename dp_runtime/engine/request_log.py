@@ -12,8 +12,8 @@ from dp_runtime.core.request import (
     RequestUpdate,
     TokenLogprob,
 )
-from dp_runtime.engine.output_text import OutputText, TextStep
-from dp_runtime.engine.tokenizer import Tokenizer
+from dp_runtime.text.output_text import OutputText, TextStep
+from dp_runtime.text.tokenizer import Tokenizer
 
 
 class RequestLog:
@@ -28,7 +28,7 @@ class RequestLog:
         self._text = _output_text(request, tokenizer) if tokenizer is not None else None
         self._shown: list[str] = []
         self._logprobs: list[TokenLogprob] = []
-        self._prompt_logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
 
     @property
     def request_id(self) -> int:
@@ -40,7 +40,7 @@ class RequestLog:
             f"request {self.request_id}: token {update.first_index} came, "
             f"{len(self.token_ids)} is next"
         )
-        self._prompt_logprobs += update.prompt_logprobs
+        self.prompt_logprobs += update.prompt_logprobs
         text = self._read(update)
         token_ids = update.token_ids[: text.num_kept]
         logprobs = update.logprobs[: text.num_kept]
@@ -79,7 +79,7 @@ class RequestLog:
             dp_rank=self.dp_rank,
             logprobs=None if params.logprobs is None else tuple(self._logprobs),
             prompt_logprobs=(
-                None if params.prompt_logprobs is None else tuple(self._prompt_logprobs)
+                None if params.prompt_logprobs is None else tuple(self.prompt_logprobs)
             ),
         )
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dp_runtime import Engine, EngineConfig, RequestOutput, SamplingParams
-from dp_runtime.engine.tokenizer import Tokenizer
+from dp_runtime.text.tokenizer import Tokenizer
 from tests.gpu.peers import compare
 from tests.serving import check_pages_free
 

@@ -81,7 +81,7 @@ def test_a_close_does_not_wait_for_a_rank_that_is_stopped(model: Path, frozen: l
         first = threading.Thread(target=one.close)
         closing = time.monotonic()
         first.start()
-        wait_until(lambda: "closed" in str(one._closed), "the first close has begun")
+        wait_until(lambda: "closed" in str(one._core._closed), "the first close has begun")
         one.close()
         assert not any(psutil.pid_exists(pid) for pid in pids)
         assert time.monotonic() - closing < STOP_S

@@ -68,7 +68,7 @@ def fake_engine(**fields: Any) -> Iterator[tuple[Engine, FakeGroup]]:
     group = FakeGroup()
     given: dict[str, Any] = {"dp_size": 2, "launcher": "thread"} | fields
     with (
-        patch("dp_runtime.engine.engine.start_ranks", lambda *given: group),
+        patch("dp_runtime.engine.core.start_ranks", lambda *given: group),
         Engine(EngineConfig("fake", **given)) as engine,
     ):
         yield engine, group
@@ -76,4 +76,4 @@ def fake_engine(**fields: Any) -> Iterator[tuple[Engine, FakeGroup]]:
 
 def outstanding(engine: Engine) -> list[tuple[int, int]]:
     """Requests and tokens that the engine counts on each rank."""
-    return [(rank.requests, rank.tokens) for rank in engine._admission._ranks]
+    return [(rank.requests, rank.tokens) for rank in engine._core._admission._ranks]

@@ -6,6 +6,7 @@ import pytest
 
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, TokenLogprob
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.core import deliver_here
 from dp_runtime.engine.delta_queue import MAX_WAITING_DELTAS
 from dp_runtime.engine.output_processor import OutputProcessor
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
@@ -76,7 +77,7 @@ def test_a_failure_reaches_those_who_wait_and_those_who_iterate() -> None:
     waiter = threading.Thread(target=wait)
     waiter.start()
     served.apply(progress(0, 7))
-    served.processor.fail_all(RankFailed("rank 1 died"))
+    deliver_here(served.processor.fail_all(RankFailed("rank 1 died")))
     waiter.join(5)
     assert len(errors) == 1
     with pytest.raises(RankFailed, match="rank 1 died"):

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 
-from dp_runtime.engine.output_text import OutputText
-from dp_runtime.engine.stop_strings import StopStrings
-from dp_runtime.engine.tokenizer import Tokenizer
-from tests.dp_runtime.engine.test_tokenizer import PAIRS, SENTENCES, each_kind, run, some_tokens
+from dp_runtime.text.output_text import OutputText
+from dp_runtime.text.stop_strings import StopStrings
+from dp_runtime.text.tokenizer import Tokenizer
+from tests.dp_runtime.text.test_tokenizer import PAIRS, SENTENCES, each_kind, run, some_tokens
 
 END = "<|end|>"
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HfTokenizer
 
-from dp_runtime.engine.output_text import OutputText
-from dp_runtime.engine.stop_strings import StopStrings
-from dp_runtime.engine.tokenizer import Tokenizer
+from dp_runtime.text.output_text import OutputText
+from dp_runtime.text.stop_strings import StopStrings
+from dp_runtime.text.tokenizer import Tokenizer
 
 SENTENCES = (
     "The cat sat on the mat, and the hat lay on the cat.",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dp_runtime.engine.stop_strings import StopStrings
-from dp_runtime.engine.text_stream import text_stream
-from dp_runtime.engine.tokenizer import Tokenizer
+from dp_runtime.text.stop_strings import StopStrings
+from dp_runtime.text.text_stream import text_stream
+from dp_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from dp_runtime.engine.tokenizer import Tokenizer
+from dp_runtime.text.tokenizer import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MAX_PROMPT_CONTEXT = 64  # tokens; more than one matters only where none has text of its own

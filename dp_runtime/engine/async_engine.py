@@ -1,0 +1,137 @@
+"""AsyncEngine: the public API for programs that run on asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import Prompt, RequestOutput
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStream, deliver_in_loops
+from dp_runtime.engine.core import EngineCore
+from dp_runtime.engine.inputs import NewRequest
+from dp_runtime.errors import QueueFull
+from dp_runtime.metrics.status import ModelInfo, RankHealth
+from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.text.tokenizer import Tokenizer
+
+ASK_FOR_PLACE_S = 0.01
+
+
+class AsyncEngine:
+    """Serves a model as `Engine` does, to any number of tasks and without a thread for each.
+
+    Making it starts the ranks and blocks: `await asyncio.to_thread(AsyncEngine, config)` does so
+    beside a running event loop. Requests belong to the loop that submits them.
+    Raises ValueError for a configuration mistake, StartError if the ranks can't be started.
+    """
+
+    def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
+        self._core = EngineCore(config, show_progress, deliver_in_loops)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._core.config
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._core.model
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._core.tokenizer
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._core.num_unfinished
+
+    async def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        dp_ranks: Sequence[int | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Finish all prompts and return their outputs in order; cancellation aborts them.
+
+        `params` are for all or one per prompt; `dp_ranks` pins prompts to ranks. All prompts are
+        checked before any is submitted (ValueError).
+        """
+        self._core.check_open()
+        handles: list[AsyncRequestHandle] = []
+        try:
+            for new in self._core.factory.make_all(prompts, params, dp_ranks):
+                handles.append(await self._placed(new))
+            return [await handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.abort()
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
+    ) -> AsyncRequestStream:
+        """Start a prompt as `submit` does, and iterate over its deltas; leaving early aborts it."""
+        return AsyncRequestStream(self.submit(prompt, params, dp_rank))
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
+    ) -> AsyncRequestHandle:
+        """Start one prompt; ValueError for a mistake, QueueFull above max_queued_requests."""
+        return self.submit_all([self.checked(prompt, params, dp_rank)])[0]
+
+    def checked(
+        self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
+    ) -> NewRequest:
+        """Check a prompt and make its request, which `submit_all` starts; for any thread."""
+        self._core.check_open()
+        return self._core.factory.make(prompt, params, dp_rank)
+
+    def submit_all(self, requests: Sequence[NewRequest]) -> list[AsyncRequestHandle]:
+        """Start all of them or, raising QueueFull, none."""
+        handles: list[AsyncRequestHandle] = []
+        try:
+            for new in requests:
+                handles.append(self._core.start(new, AsyncRequestHandle, wait=False))
+        except BaseException:
+            for handle in handles:
+                handle.abort()
+            raise
+        return handles
+
+    async def step_trace(self) -> tuple[StepTrace, ...]:
+        return await asyncio.to_thread(self._core.step_trace)
+
+    async def report(self) -> Report:
+        return await asyncio.to_thread(self._core.report)
+
+    async def health(self) -> tuple[RankHealth, ...]:
+        """Return the state of every rank; also after a failure, until the engine is closed."""
+        return await asyncio.to_thread(self._core.health)
+
+    async def close(self) -> None:
+        """Stop all ranks; unfinished requests fail with EngineClosed."""
+        await asyncio.to_thread(self.close_now)
+
+    def close_now(self) -> None:
+        """Close the engine from a thread that may wait."""
+        self._core.close()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _placed(self, new: NewRequest) -> AsyncRequestHandle:
+        """Start a request as soon as fewer than max_queued_requests are unfinished."""
+        while True:
+            try:
+                return self._core.start(new, AsyncRequestHandle, wait=False)
+            except QueueFull:
+                await asyncio.sleep(ASK_FOR_PLACE_S)

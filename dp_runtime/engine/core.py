@@ -1,0 +1,165 @@
+"""EngineCore: the driver's side of the ranks, which every kind of engine is a face of."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import RequestUpdate
+from dp_runtime.engine.admission import Admission
+from dp_runtime.engine.busy_clock import BusyClock
+from dp_runtime.engine.inputs import NewRequest, RequestFactory
+from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
+from dp_runtime.engine.load_balancer import LOAD_BALANCERS
+from dp_runtime.engine.output_processor import Delivery, OutputProcessor, OutputSink
+from dp_runtime.engine.rank_group import start_ranks
+from dp_runtime.engine.request_log import RequestLog
+from dp_runtime.errors import EngineClosed, fresh, require
+from dp_runtime.metrics.status import ModelInfo, RankHealth
+from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[Sequence[Delivery]], None]
+Abort = Callable[[int, int], None]  # dp_rank, request id
+Sink = TypeVar("Sink", bound=OutputSink)
+
+
+def deliver_here(deliveries: Sequence[Delivery]) -> None:
+    for delivery in deliveries:
+        delivery.deliver()
+
+
+class EngineCore:
+    """Starts ranks, gives them requests, and delivers what they report to each request's sink.
+
+    `deliver` gets all that a rank reports in one poll, in the thread that asks this rank.
+    """
+
+    def __init__(
+        self, config: EngineConfig, show_progress: bool = False, deliver: Deliver = deliver_here
+    ) -> None:
+        ok, allowed = isinstance(config, EngineConfig), "an EngineConfig, as EngineConfig('path')"
+        require(ok, "config", config, allowed)
+        self.config = config = config.copied()
+        self._deliver = deliver
+        self._group = start_ranks(config, show_progress)
+        model = self._group.model
+        try:
+            text = model.tokenizer_json
+            self.tokenizer = None if text is None else Tokenizer(text)
+        except BaseException:
+            self._group.close()
+            raise
+        self.factory = RequestFactory(model, self.tokenizer, config.seed, config.dp_size)
+        balancer = LOAD_BALANCERS[config.routing]()
+        self._admission = Admission(balancer, config.dp_size, config.max_queued_requests)
+        self._outputs = OutputProcessor()
+        self._lock = threading.Lock()
+        self._closed: BaseException | None = None
+        self._clock = BusyClock()
+        self._num_finished = 0
+        self._group.listen(weakly(self._on_updates), weakly(self._on_failure))
+        bind_lifetime(self, self._group)
+        logger.info(
+            "%s on %d ranks (%s): requests go by %s, at most %d are unfinished, %d tokens at most",
+            model.architecture, config.dp_size, config.launcher, config.routing,
+            config.max_queued_requests, model.max_model_len,
+        )  # fmt: skip
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._group.model
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._admission.num_unfinished
+
+    def check_open(self) -> None:
+        if self._closed is not None:
+            raise fresh(self._closed)
+
+    def start(
+        self, new: NewRequest, sink_of: Callable[[RequestLog, Abort], Sink], wait: bool
+    ) -> Sink:
+        """Give a request to a rank; without a place for it wait, or raise QueueFull."""
+        tokens = new.request.num_reserved_tokens
+        rank = self._admission.enter(tokens, new.dp_rank, wait)
+        try:
+            log = RequestLog(new.request, rank, self.tokenizer)
+            sink = sink_of(log, self.abort)
+            with self._lock:
+                self.check_open()
+                self._outputs.add(log, sink)
+                self._clock.enter()
+        except BaseException:
+            self._admission.leave(rank, tokens)
+            raise
+        try:
+            self._group.submit(rank, [new.request])
+        except BaseException:
+            if self._outputs.remove(log.request_id):  # else it was counted as it ended
+                self._count_out(log)
+            raise
+        return sink
+
+    def abort(self, dp_rank: int, request_id: int) -> None:
+        if request_id in self._outputs:
+            self._group.abort(dp_rank, [request_id])
+
+    def step_trace(self) -> tuple[StepTrace, ...]:
+        self.check_open()
+        return self._group.trace()
+
+    def report(self) -> Report:
+        self.check_open()
+        return Report.from_totals(self._group.totals(), self._num_finished, self._clock.elapsed_s)
+
+    def health(self) -> tuple[RankHealth, ...]:
+        if isinstance(self._closed, EngineClosed):
+            raise fresh(self._closed)
+        return self._group.health()
+
+    def close(self) -> None:
+        if isinstance(self._closed, EngineInChild):
+            return
+        self._end(EngineClosed("the engine is closed"))
+        self._group.close()
+
+    def disown(self, error: EngineInChild) -> None:
+        self._closed = error
+        self._lock = threading.Lock()
+        self._outputs.disown(error)
+
+    def _on_updates(self, dp_rank: int, updates: Sequence[RequestUpdate]) -> None:
+        deliveries = self._outputs.process(updates)
+        if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
+            self._group.abort(dp_rank, running)
+        ended = [each.log for each in deliveries if each.ends]
+        for log in ended:
+            self._count_out(log)
+        with self._lock:
+            self._num_finished += len(ended)
+        self._deliver(deliveries)
+
+    def _count_out(self, log: RequestLog) -> None:
+        with self._lock:
+            self._clock.leave()
+        self._admission.leave(log.dp_rank, log.request.num_reserved_tokens)
+
+    def _on_failure(self, error: BaseException) -> None:
+        logger.error("the engine has failed, and all its requests with it: %s", error)
+        self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        with self._lock:
+            self._closed = error
+        self._admission.close(error)
+        deliveries = self._outputs.fail_all(error)
+        for delivery in deliveries:
+            self._count_out(delivery.log)
+        self._deliver(deliveries)

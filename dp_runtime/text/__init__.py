@@ -1,0 +1,1 @@
+"""Text and tokens: the tokenizer, text as tokens come, stop strings."""
