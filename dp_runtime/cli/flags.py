@@ -25,8 +25,10 @@ def add_flags(
         how: dict[str, Any] = {"type": item.kind, "choices": item.setting.choices or None}
         if item.kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
+        if item.repeated:
+            how = {"action": "append", "type": utf8_text if item.kind is str else item.kind}
         shown = defaults.get(item.name, item.shown_default)
-        text = f"{item.setting.doc} (default: {shown})"
+        text = f"{item.setting.doc} (default: {shown}{'; may be repeated' * item.repeated})"
         parser.add_argument(item.flag, help=text, default=argparse.SUPPRESS, **how)
 
 

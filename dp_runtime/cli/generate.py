@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dp_runtime.cli.flags import add_flags, given_fields, new_file, utf8_text
 from dp_runtime.cli.jsonl import PromptLine, output_line, read_prompts
@@ -30,16 +29,17 @@ DEMO_PROMPTS = (
 )
 SAMPLING_FLAGS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "ignore_eos", "skip_special_tokens",
+    "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos",
+    "skip_special_tokens",
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    repeated: dict[str, Any] = {"action": "append", "type": utf8_text}
-    parser.add_argument("--prompt", **repeated, help="a prompt; may be repeated")
+    parser.add_argument(
+        "--prompt", action="append", type=utf8_text, help="a prompt; may be repeated"
+    )
     parser.add_argument("--prompts", type=Path, help="JSONL file of prompts, or /dev/stdin")
     parser.add_argument("--output", type=new_file, help="JSONL file for the results")
-    parser.add_argument("--stop", **repeated, help="text that ends a request; may be repeated")
     add_flags(parser, SamplingParams, SAMPLING_FLAGS, DEFAULTS)
 
 
@@ -89,7 +89,7 @@ class Results:
 
 
 def _prompts(options: argparse.Namespace) -> list[PromptLine]:
-    sampling = DEFAULTS | given_fields(options, SamplingParams) | {"stop": options.stop or ()}
+    sampling = DEFAULTS | given_fields(options, SamplingParams)
     sampling.pop("seed", None)  # the flag is the engine's, from which requests derive their own
     defaults = SamplingParams.from_fields(sampling)
     if options.prompts is not None:

@@ -15,9 +15,8 @@ Each field of `EngineConfig` is also a flag of `dp-runtime generate`, `bench` an
 `max_num_requests` is `--max-num-requests`, a bool has a `--no-` form.
 """
 PARAMS = """
-A request's `SamplingParams`, which are also fields of a line of a prompt file, have besides
-`logit_bias` (token id to a number that is added to its logit), `stop` (one text or several that end
-the request; special tokens may be among them) and `stop_token_ids`:
+A request's `SamplingParams`, which are also fields of a line of a prompt file; there the keys of
+`logit_bias` are texts, as JSON has no others:
 """
 
 

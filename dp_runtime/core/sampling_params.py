@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dp_runtime.core.plain_values import (
@@ -21,6 +21,40 @@ MAX_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1e9  # added to a float32 logit, it stays finite
 DECIMAL = re.compile("0|[1-9][0-9]{0,18}")  # as JSON writes a number
 SURROGATES = re.compile("[\ud800-\udfff]")  # no text has them
+
+
+def _token_id(value: object) -> int | None:
+    token = plain_int(value)
+    return token if token is not None and 0 <= token <= MAX_INT else None
+
+
+def _logit_bias(given: object) -> dict[int, float] | None:
+    items = plain_items(given)
+    biases: dict[int, float] = {}
+    for key, value in items or ():
+        token, bias = _token_id(key), plain_float(value)
+        if token is not None and bias is not None and abs(bias) <= MAX_LOGIT_BIAS:
+            biases[token] = bias
+    return biases if items is not None and len(biases) == len(items) else None
+
+
+def _texts(given: object) -> tuple[str, ...] | None:
+    entries = plain_list(given)
+    texts = [plain_str(entry) for entry in entries or ()]
+    kept = tuple(text for text in texts if text and not SURROGATES.search(text))
+    return kept if entries is not None and len(kept) == len(texts) else None
+
+
+def _stop(given: object) -> tuple[str, ...] | str | None:
+    one = plain_str(given)
+    stops = _texts(given if one is None else [one])
+    return stops if one is None or stops is None else one
+
+
+def _token_ids(given: object) -> tuple[int, ...] | None:
+    entries = plain_list(given)
+    tokens = tuple(token for token in map(_token_id, entries or ()) if token is not None)
+    return tokens if entries is not None and len(tokens) == len(entries) else None
 
 
 @dataclass(frozen=True)
@@ -50,13 +84,24 @@ class SamplingParams:
     repetition_penalty: float = setting(
         1.0, "divides the logits of tokens that prompt or output have", at_least=1e-3, at_most=1e3
     )
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = setting(
+        {}, "numbers that are added to the logits of tokens", read=_logit_bias,
+        allowed="a mapping from token id, each once, "
+        f"to a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}", shown_default="none",
+    )  # fmt: skip
     seed: int | None = setting(
         None, "makes the tokens a pure function of the request", at_least=0, at_most=2**63 - 1,
         allowed="an integer in 0..2**63-1", shown_default="one that the engine chooses",
     )  # fmt: skip
-    stop: Sequence[str] | str = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: Sequence[str] | str = setting(
+        (), "texts that end the request, special tokens among them; not part of its text",
+        read=_stop, allowed="a non-empty string or a list of them, without surrogates",
+        shown_default="none",
+    )  # fmt: skip
+    stop_token_ids: Sequence[int] = setting(
+        (), "tokens that end the request", read=_token_ids, allowed="a list of token ids",
+        shown_default="none",
+    )  # fmt: skip
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
     logprobs: int | None = setting(
@@ -75,9 +120,6 @@ class SamplingParams:
             self.min_tokens <= self.max_tokens,
             "min_tokens", self.min_tokens, f"at most max_tokens {self.max_tokens}",
         )  # fmt: skip
-        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
-        object.__setattr__(self, "stop", _stop(self.stop))
-        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -122,44 +164,6 @@ class SamplingParams:
             or sum(token < vocab_size for token in set(stop_token_ids)) < vocab_size
         )
         require(ok, "min_tokens", self.min_tokens, "0 where every token is a stop token")
-
-
-def _token_id(value: object) -> int | None:
-    token = plain_int(value)
-    return token if token is not None and 0 <= token <= MAX_INT else None
-
-
-def _logit_bias(given: object) -> dict[int, float]:
-    items = plain_items(given)
-    biases: dict[int, float] = {}
-    for key, value in items or ():
-        token, bias = _token_id(key), plain_float(value)
-        if token is not None and bias is not None and abs(bias) <= MAX_LOGIT_BIAS:
-            biases[token] = bias
-    require(
-        items is not None and len(biases) == len(items), "logit_bias", given,
-        "a mapping from token id, each once, "
-        f"to a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}",
-    )  # fmt: skip
-    return biases
-
-
-def _stop(given: object) -> tuple[str, ...] | str:
-    one = plain_str(given)
-    entries = plain_list(given) if one is None else [one]
-    texts = [plain_str(entry) for entry in entries or ()]
-    stops = tuple(text for text in texts if text and not SURROGATES.search(text))
-    ok = entries is not None and len(stops) == len(texts)
-    require(ok, "stop", given, "a non-empty string or a list of them, without surrogates")
-    return stops if one is None else one
-
-
-def _stop_token_ids(given: object) -> tuple[int, ...]:
-    entries = plain_list(given)
-    tokens = tuple(token for token in map(_token_id, entries or ()) if token is not None)
-    ok = entries is not None and len(tokens) == len(entries)
-    require(ok, "stop_token_ids", given, "a list of token ids")
-    return tokens
 
 
 def _with_token_ids(given: object) -> object:

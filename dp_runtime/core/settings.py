@@ -5,10 +5,11 @@ Checks, command-line flags and docs/settings.md all come from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dp_runtime.core.plain_values import plain_bool, plain_float, plain_int, plain_str
 from dp_runtime.errors import require
@@ -25,6 +26,7 @@ class Setting:
     at_most: float | None = None
     shown_default: str = ""  # the default in words, where its value says little
     allowed: str = ""  # the allowed values in words, where the fields above don't say it
+    read: Callable[[object], Any] | None = None  # makes the value kept; None if it is not allowed
 
     def in_range(self, value: float) -> bool:
         return (
@@ -41,13 +43,17 @@ class Setting:
 
 def setting(default: Any, doc: str, **limits: Any) -> Any:
     """Make a dataclass field with a Setting; a default of MISSING makes it required."""
-    return field(default=default, metadata={"setting": Setting(doc=doc, **limits)})
+    metadata = {"setting": Setting(doc=doc, **limits)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Field:
     name: str
-    kind: type  # bool, int, float or str
+    kind: type  # bool, int, float or str; any that its setting reads itself
+    repeated: bool  # a sequence of that kind
     optional: bool  # None is allowed too
     default: Any  # MISSING if it must be given
     setting: Setting
@@ -76,12 +82,12 @@ class Field:
         """Return the value as one of Python's own; ValueError if it is not allowed."""
         if value is None and self.optional:
             return None
-        own = _READERS[self.kind](value)
+        own = (self.setting.read or _READERS[self.kind])(value)
         require(own is not None and self._allows(own), self.name, value, self.allowed)
         return own
 
     def _allows(self, value: Any) -> bool:
-        if self.kind is bool:
+        if self.kind is bool or self.setting.read:
             return True
         if self.kind is str:
             return bool(value) and (not self.setting.choices or value in self.setting.choices)
@@ -99,14 +105,20 @@ def settings_of(owner: Any) -> tuple[Field, ...]:
     found = []
     for item in fields(owner):
         if "setting" in item.metadata:
-            members = get_args(hints[item.name]) or (hints[item.name],)
-            optional = type(None) in members
-            kind = next(member for member in members if member is not type(None))
+            kind, repeated, optional = _kind(hints[item.name])
             setting: Setting = item.metadata["setting"]
             if kind is int and setting.at_most is None:
                 setting = replace(setting, at_most=MAX_INT)
-            found.append(Field(item.name, kind, optional, item.default, setting))
+            found.append(Field(item.name, kind, repeated, optional, item.default, setting))
     return tuple(found)
+
+
+def _kind(hint: Any) -> tuple[type, bool, bool]:
+    """Return a type's first kind, or that of its entries, and if it is a sequence or optional."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    first = next(member for member in members if member is not type(None))
+    repeated = get_origin(first) is Sequence
+    return get_args(first)[0] if repeated else first, repeated, type(None) in members
 
 
 def check_settings(owner: Any) -> None:

@@ -39,6 +39,17 @@ def test_every_field_of_the_config_is_described_and_a_flag() -> None:
     }  # fmt: skip
 
 
+def test_a_field_with_several_values_is_a_flag_that_may_be_repeated() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, SamplingParams, ("stop", "stop_token_ids", "seed"))
+    options = parser.parse_args(["--stop", "a", "--stop", "b", "--stop-token-ids", "7"])
+    given = given_fields(options, SamplingParams)
+    assert given == {"stop": ["a", "b"], "stop_token_ids": [7]}
+    assert "may be repeated" in parser.format_help()
+    described = {item.name for item in settings_of(SamplingParams)}
+    assert described == SamplingParams.__dataclass_fields__.keys()
+
+
 def test_numbers_of_numpy_become_python_s_own() -> None:
     """A sum of small numpy integers would wrap."""
     fields: dict[str, Any] = {"max_tokens": np.uint8(100), "min_tokens": np.int8(3)}
