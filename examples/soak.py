@@ -30,7 +30,7 @@ from dp_runtime import Engine, EngineConfig, RequestHandle
 from dp_runtime.cli.flags import add_flags
 from dp_runtime.core.settings import settings_of
 from dp_runtime.metrics.progress_bar import ProgressBar
-from dp_runtime.metrics.trace import Report
+from dp_runtime.metrics.report import Report
 from dp_runtime.models.registry import read_model_config
 from examples.nvl4.shape import SHAPES, write_shape
 from examples.soak_checks import (

@@ -10,8 +10,9 @@ import numpy as np
 
 from dp_runtime import Engine, FinishReason, RequestOutput
 from dp_runtime.metrics.progress_bar import ProgressBar
+from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.status import RankHealth
-from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.metrics.trace import StepTrace
 from examples.soak_load import LoadShape, SoakRequest
 
 QUIET_STEPS, MIN_PREEMPTIONS = 50, 2

@@ -8,7 +8,8 @@ from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import SERVING_PROGRAMS, Pass
-from dp_runtime.metrics.trace import PassTrace, Recorder, StepTrace, Totals
+from dp_runtime.metrics.totals import Recorder
+from dp_runtime.metrics.trace import PassTrace, StepTrace
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
 from examples.benchmarks.interference import (
@@ -66,13 +67,13 @@ def test_separate_steps_prefill_once_all_know_and_decode_once_nobody_prefills() 
 
 @pytest.fixture
 def recorder() -> Recorder:
-    return Recorder(Totals(1))
+    return Recorder(1)
 
 
 def step(recorder: Recorder, rows: tuple[int, ...], *driven: tuple[Driver, dict[int, int]]) -> None:
     passes = (
-        PassTrace(Pass.DRAFT, (9,) * len(rows), (9,) * len(rows), 0, 0.0, 0.0),
-        PassTrace(Pass.TARGET, rows, rows, 0, 0.0, 0.0),
+        PassTrace(Pass.DRAFT, (9,) * len(rows), (9,) * len(rows), 0, 0.0, 0.0, "eager"),
+        PassTrace(Pass.TARGET, rows, rows, 0, 0.0, 0.0, "eager"),
     )
     number = recorder.totals.steps
     recorder.add(StepTrace(1, number, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, passes, 0, 0))

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from dp_runtime import EngineConfig, FinishReason, RequestOutput
+from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.status import RankHealth, RankState
-from dp_runtime.metrics.trace import PassTrace, Report, StepTrace, Totals
+from dp_runtime.metrics.totals import Totals
+from dp_runtime.metrics.trace import PassTrace, StepTrace
 from examples.soak import soak
 from examples.soak_checks import Served, find_faults, longest_quiet
 from examples.soak_load import LoadShape, SoakRequest, make_load, scarce_pages
@@ -124,7 +126,7 @@ def test_a_fault_is_seen(fault: str) -> None:
 
 def test_quiet_steps_are_counted_in_a_row_and_only_beside_others() -> None:
     def step(number: int, rows: tuple[int, ...], rank: int) -> StepTrace:
-        one = PassTrace("target", rows, rows, 0, 0.0, 0.0)
+        one = PassTrace("target", rows, rows, 0, 0.0, 0.0, "eager")
         return StepTrace(
             rank, number, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, passes=(one,), output_tokens=0,
             prompt_tokens=0,

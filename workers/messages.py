@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 from collectives.in_process import InProcessGroup
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.metrics.status import ModelInfo, RankHealth
-from dp_runtime.metrics.trace import StepTrace, Totals
+from dp_runtime.metrics.totals import Totals
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.transports import TRANSPORTS
 
 Answer = TypeVar("Answer", covariant=True)

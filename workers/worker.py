@@ -13,7 +13,8 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import RankRequest
 from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
-from dp_runtime.metrics.trace import StepTrace, Totals
+from dp_runtime.metrics.totals import Totals
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.startup.host_limits import usable_cpus
 from workers.communicators import OpenedRendezvous, open_rendezvous
 from workers.messages import (
@@ -154,8 +155,10 @@ class Worker:
         return tuple(stage.loop.recorder.steps) if isinstance(stage, Joined) else ()
 
     def totals(self) -> Totals:
-        stage = self._stage
-        return stage.loop.recorder.totals if isinstance(stage, Joined) else Totals(self.dp_rank)
+        match self._stage:
+            case Joined(loop=loop):
+                return loop.recorder.totals.copied()
+        return Totals(self.dp_rank)
 
     def stop(self) -> None:
         self.leave()

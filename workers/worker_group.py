@@ -17,7 +17,8 @@ from dp_runtime.core.request import FailureListener, RankRequest, RequestUpdate,
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
-from dp_runtime.metrics.trace import StepTrace, Totals
+from dp_runtime.metrics.totals import Totals
+from dp_runtime.metrics.trace import StepTrace
 from workers.communicators import transport_of, where
 from workers.messages import (
     Abandon,

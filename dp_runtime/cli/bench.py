@@ -16,8 +16,9 @@ from dp_runtime.cli.output import OutputFile, print_line
 from dp_runtime.cli.reports import rank_memory, step_times
 from dp_runtime.cli.workload import Workload
 from dp_runtime.engine.engine import Engine
+from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.status import RankHealth
-from dp_runtime.metrics.trace import Report, chrome_trace
+from dp_runtime.metrics.trace import chrome_trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

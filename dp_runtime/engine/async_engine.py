@@ -13,8 +13,9 @@ from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStrea
 from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest
 from dp_runtime.errors import QueueFull
+from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.status import ModelInfo, RankHealth
-from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.text.tokenizer import Tokenizer
 
 ASK_FOR_PLACE_S = 0.01

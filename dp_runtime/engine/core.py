@@ -18,8 +18,9 @@ from dp_runtime.engine.output_processor import Delivery, OutputProcessor, Output
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import EngineClosed, fresh, require
+from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.status import ModelInfo, RankHealth
-from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

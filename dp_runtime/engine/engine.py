@@ -12,8 +12,9 @@ from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
 from dp_runtime.metrics.progress_bar import ProgressBar
+from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.status import ModelInfo, RankHealth
-from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.text.tokenizer import Tokenizer
 
 

@@ -33,6 +33,7 @@ class StepRecord(NamedTuple):
     drafts_accepted: int = 0
     graph_votes: int = 0  # bit n: this rank's rows of pass n fit a captured graph
     fault_bits: int = 0  # FaultBits
+    waited_us: int = 0  # for slower ranks, in the step before this one
 
     def to_words(self) -> tuple[int, ...]:  # [RECORD_WORDS]; rows take MAX_PASSES places
         rows = self.real_rows
@@ -60,6 +61,7 @@ class Agreement(NamedTuple):
     queued_tokens: tuple[int, ...]  # [rank]
     stop: bool
     next_program_id: int
+    slowest_rank: int  # of the step before this one: it waited least
 
     @property
     def real_rows(self) -> tuple[tuple[int, ...], ...]:  # [pass][rank]
@@ -97,7 +99,8 @@ def agree(
 ) -> Agreement:
     """Fold all ranks' records; RankDisagreement, with a table, if steps or programs differ."""
     size = len(records)
-    epochs, steps, ids, rows, queued, proposed, accepted, votes, faults = zip(*records, strict=True)
+    columns = zip(*records, strict=True)
+    epochs, steps, ids, rows, queued, proposed, accepted, votes, faults, waits = columns
     epoch, step_id, program_id = epochs[0], steps[0], ids[0]
     if not epochs.count(epoch) == steps.count(step_id) == ids.count(program_id) == size:
         raise RankDisagreement(_table("ranks disagree about the step", records))
@@ -124,6 +127,7 @@ def agree(
         queued_tokens=queued,
         stop=any(bits & _STOP for bits in faults),
         next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
+        slowest_rank=waits.index(min(waits)),
     )
 
 

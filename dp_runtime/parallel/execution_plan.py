@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import StrEnum, auto
 from typing import NamedTuple
 
 from dp_runtime.core.step_program import Pass
@@ -12,7 +12,7 @@ from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan, PaddingPolicy
 
 
-class ExecutionMode(Enum):
+class ExecutionMode(StrEnum):
     GRAPH = auto()  # the whole forward is replayed
     PIECEWISE = auto()  # the MoE stages are replayed, all else is launched kernel by kernel
     EAGER = auto()

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
 
 from dp_runtime.core.request import RankRequest, RequestUpdate
-from dp_runtime.metrics.trace import Recorder, StepTrace
+from dp_runtime.metrics.totals import Recorder
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
@@ -57,6 +58,7 @@ class StepLoop:
         self._max_inflight_steps = max_inflight_steps
         self._inflight: deque[InflightStep] = deque()
         self._num_drafts = (0, 0)  # proposed and accepted since the last record
+        self._wait_s = 0.0  # for slower ranks, in the last step
         self._dp_rank = coordinator.collective.dp_rank
 
     def use_graphs(self, captured: CapturedGraphs) -> None:
@@ -104,6 +106,7 @@ class StepLoop:
         records = self.coordinator.board.all_gather_records(record)
         agreement = self.coordinator.agree(records)
         timer.end_agree()
+        self._count(agreement)
         if agreement.stop:
             return False
         if agreement.idle:
@@ -111,6 +114,7 @@ class StepLoop:
             return True
         self.runner.clear_pages(self.scheduler.page_table.take_pages_to_clear())
         output = self.runner.run(scheduled, agreement)
+        self._wait_s = timer.agree_wait_s + sum(each.wait_s for each in output.passes)
         self._inflight.append(InflightStep(scheduled, agreement, output, timer))
         self._commit_down_to(self._max_inflight_steps, deliver)
         return True
@@ -132,6 +136,13 @@ class StepLoop:
         self.coordinator.board.idle(0.0 if goes_on else IDLE_S)
         self.idle.clear()
 
+    def _count(self, agreement: Agreement) -> None:
+        """Count what only the agreement after a step, or before its end, tells."""
+        self.recorder.totals.add_wait(agreement.slowest_rank, self._wait_s)
+        self._wait_s = 0.0
+        for seconds in self.scheduler.requests.take_queue_times():
+            self.recorder.totals.queue_s.add(seconds)
+
     def _apply(self, commands: Inbox) -> list[RequestUpdate]:
         for request in commands.add:
             self.scheduler.add(request)
@@ -148,6 +159,7 @@ class StepLoop:
             drafts_accepted=accepted,
             graph_votes=self.runner.graph_votes(scheduled, self.coordinator.program),
             fault_bits=FaultBits.STOP if stop else FaultBits.NONE,
+            waited_us=round(self._wait_s * 1e6),
         )
 
     def commit(self, step: InflightStep) -> list[RequestUpdate]:

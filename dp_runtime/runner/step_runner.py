@@ -193,7 +193,7 @@ class _LaunchedStep:
         place = Place(self.collective.dp_rank, self.agreement.step_id, pass_kind)
         runner = self.passes[pass_kind]
         output = runner.run(plan, self.scheduled.batches[index], future, place, timer)
-        self.traces.append(timer.trace(pass_kind, plan.padding, runner.model.num_moe_layers))
+        self.traces.append(timer.trace(pass_kind, plan, runner.model.num_moe_layers))
         self.prepare_s += timer.prepare_s
         return output
 

@@ -7,7 +7,7 @@ from time import perf_counter
 from dp_runtime.core.step_program import Pass
 from dp_runtime.metrics.trace import PassTrace
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.execution_plan import ExecutionPlan
 from dp_runtime.parallel.step_board import StepBoard
 
 
@@ -43,12 +43,14 @@ class PassTimer:
     def prepare_s(self) -> float:
         return self._forward_start - self._started
 
-    def trace(self, pass_kind: Pass, plan: PaddingPlan, num_moe_layers: int) -> PassTrace:
+    def trace(self, pass_kind: Pass, plan: ExecutionPlan, num_moe_layers: int) -> PassTrace:
+        padding = plan.padding
         return PassTrace(
             pass_kind=pass_kind,
-            real_rows=plan.real_rows,
-            gathered_rows=plan.gathered_rows,
-            wire_rows=plan.wire_rows * 2 * num_moe_layers,
+            mode=plan.mode,
+            real_rows=padding.real_rows,
+            gathered_rows=padding.gathered_rows,
+            wire_rows=padding.wire_rows * 2 * num_moe_layers,
             forward_s=perf_counter() - self._forward_start,
             wait_s=self._collective.waited_s - self._waited,
         )

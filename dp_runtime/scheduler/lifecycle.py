@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class RequestLifecycle:
         self._requests: dict[int, RequestState] = {}  # by request id, until they have ended
         self._leaving: list[RequestState] = []  # preempted or stopping
         self._waiting_tokens = 0
+        self._queue_times: list[float] = []
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -70,6 +72,7 @@ class RequestLifecycle:
         match status:
             case RequestStatus.RUNNING:
                 self.running = np.append(self.running, request.req_index)
+                self._end_queueing(request)
             case RequestStatus.PREEMPTED:
                 self.waiting.appendleft(request)
                 self._leaving.append(request)
@@ -81,6 +84,11 @@ class RequestLifecycle:
             case RequestStatus.ENDED:
                 self._release_row(request)
                 del self._requests[request.request_id]
+
+    def take_queue_times(self) -> list[float]:
+        """Return the seconds in the queue of each request that has begun since the last call."""
+        times, self._queue_times = self._queue_times, []
+        return times
 
     def settle(self) -> None:
         """Take the rows of requests that stopped running and have no step in flight any more.
@@ -107,6 +115,11 @@ class RequestLifecycle:
             assert request.status.is_queued == (request in self.waiting), f"{request.status}"
             has_row = request.status is not RequestStatus.WAITING
             assert has_row == (request.req_index != NO_ROW), f"{request.status}"
+
+    def _end_queueing(self, request: RequestState) -> None:
+        if request.queued_at is not None:  # else it was preempted
+            self._queue_times.append(perf_counter() - request.queued_at)
+            request.queued_at = None
 
     def _take_row(self, request: RequestState) -> None:
         req_index = self.table.take(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from time import perf_counter
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class RequestState:
     req_index: int = NO_ROW  # its row in the request table
     num_scored: int = 0  # prompt positions whose log probabilities were asked for
     finish_reason: FinishReason | None = None
+    queued_at: float | None = field(default_factory=perf_counter)  # until it runs first
 
     def __post_init__(self) -> None:
         self.prompt = np.array(self.request.prompt_token_ids, np.int64)

@@ -21,7 +21,7 @@ from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.metrics.status import ModelInfo
-from dp_runtime.metrics.trace import Recorder, Totals
+from dp_runtime.metrics.totals import Recorder
 from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
@@ -208,9 +208,7 @@ def assemble(
         device=device,
         poison=config.poison_padding,
     )
-    return StepLoop(
-        scheduler, coordinator, runner, Recorder(Totals(plan.sharding.dp_rank)), plan.depth
-    )
+    return StepLoop(scheduler, coordinator, runner, Recorder(plan.sharding.dp_rank), plan.depth)
 
 
 def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:

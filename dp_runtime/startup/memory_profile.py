@@ -15,7 +15,7 @@ from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
-from dp_runtime.metrics.trace import Recorder, Totals
+from dp_runtime.metrics.totals import Recorder
 from dp_runtime.parallel.agreement import Agreement, StepRecord, agree
 from dp_runtime.runner.step_loop import InflightStep, StepLoop
 from dp_runtime.runner.step_runner import StepRunner
@@ -50,7 +50,7 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
         device=runner.device,
         poison=runner.poison,
     )
-    trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(Totals(dp_rank)))
+    trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(dp_rank))
     for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):
         scheduler.add(request)
     last_page = 0

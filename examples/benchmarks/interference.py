@@ -14,7 +14,8 @@ import torch
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.step_program import Pass, Program
-from dp_runtime.metrics.trace import Recorder, StepTrace
+from dp_runtime.metrics.totals import Recorder
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.agreement import Agreement
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.scheduler.limits import Limits

@@ -23,7 +23,7 @@ from time import perf_counter
 from tokenizers import Tokenizer
 
 from dp_runtime import Engine, SamplingParams
-from dp_runtime.metrics.trace import Report
+from dp_runtime.metrics.report import Report
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser
 

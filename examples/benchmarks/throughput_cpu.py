@@ -22,7 +22,8 @@ import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.cli.workload import Workload
-from dp_runtime.metrics.trace import Report, StepTrace
+from dp_runtime.metrics.report import Report
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine

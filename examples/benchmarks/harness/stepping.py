@@ -23,7 +23,8 @@ from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.moe_router import Router
-from dp_runtime.metrics.trace import Recorder, StepTrace
+from dp_runtime.metrics.totals import Recorder
+from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.step_loop import Inbox, StepLoop

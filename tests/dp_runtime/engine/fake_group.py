@@ -17,7 +17,8 @@ from dp_runtime.core.request import (
 )
 from dp_runtime.engine.engine import Engine
 from dp_runtime.metrics.status import ModelInfo, RankHealth
-from dp_runtime.metrics.trace import StepTrace, Totals
+from dp_runtime.metrics.totals import Totals
+from dp_runtime.metrics.trace import StepTrace
 
 VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN = 100, 4, 64
 MODEL = ModelInfo("Fake", VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN, (7,), None, 1000, 0)

@@ -5,18 +5,15 @@ from itertools import pairwise
 
 import pytest
 
-from dp_runtime.metrics.trace import (
-    PassTrace,
-    Recorder,
-    Report,
-    StepTrace,
-    Totals,
-    chrome_trace,
-)
+from dp_runtime.metrics.report import Report
+from dp_runtime.metrics.totals import Recorder, Totals
+from dp_runtime.metrics.trace import PassTrace, StepTrace, chrome_trace
 
 
 def step(rank: int, step_id: int, real: tuple[int, ...], gathered: tuple[int, ...]) -> StepTrace:
-    one = PassTrace("target", real, gathered, sum(gathered) * 2, forward_s=0.5, wait_s=0.2)
+    one = PassTrace(
+        "target", real, gathered, sum(gathered) * 2, forward_s=0.5, wait_s=0.2, mode="eager"
+    )
     return StepTrace(
         rank, step_id, 0, 10.0 + step_id, schedule_s=0.01, agree_s=0.02, agree_wait_s=0.06,
         prepare_s=0.03,
@@ -26,7 +23,7 @@ def step(rank: int, step_id: int, real: tuple[int, ...], gathered: tuple[int, ..
 
 
 def recorders(steps: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Recorder]:
-    ranks = [Recorder(Totals(rank)) for rank in range(len(steps[0][0]))]
+    ranks = [Recorder(rank) for rank in range(len(steps[0][0]))]
     for number, (real, gathered) in enumerate(steps):
         for rank, recorder in enumerate(ranks):
             recorder.add(step(rank, number, real, gathered))

@@ -146,7 +146,7 @@ def traces(loop: StepLoop) -> tuple[Any, ...]:
     return (
         scheduler.num_free_pages, list(scheduler.page_table.allocator._free), scheduler.has_work,
         scheduler.num_preemptions, coordinator.step_id, coordinator.epoch, coordinator.program,
-        len(loop.sampler), list(loop.recorder.steps), replace(loop.recorder.totals),
+        len(loop.sampler), list(loop.recorder.steps), loop.recorder.totals.copied(),
         loop.last_finished[0], loop.runner.last_sampled.tolist(),
     )  # fmt: skip
 

@@ -1,0 +1,113 @@
+"""Report: what an engine has done since its start, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from statistics import fmean
+
+from dp_runtime.metrics.totals import Totals, add_counts
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sums up an engine since its start; `str()` prints it as a table."""
+
+    dp_size: int
+    elapsed_s: float  # while at least one request was unfinished
+    requests: int
+    steps: int
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+    padding_waste: float  # 1 - sum of real rows / sum of gathered rows
+    row_balance: float  # mean rows of a rank / rows of the largest rank
+    wire_rows: int
+    busy_s: tuple[float, ...]  # [rank]
+    wait_s: tuple[float, ...]  # [rank] for slower ranks
+    idle_steps: tuple[int, ...]  # [rank]
+    output_tokens_by_rank: tuple[int, ...]
+    drafts_proposed: int = 0
+    accepted_histogram: tuple[int, ...] = ()  # verifications by accepted drafts, all ranks
+    pass_s: Mapping[str, float] = field(default_factory=dict)  # mean of the ranks, without waits
+
+    @property
+    def verifications(self) -> int:
+        return sum(self.accepted_histogram)
+
+    @property
+    def drafts_accepted(self) -> int:
+        return sum(length * count for length, count in enumerate(self.accepted_histogram))
+
+    @property
+    def tokens_per_verification(self) -> float:
+        count = self.verifications
+        return 1 + self.drafts_accepted / count if count else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.output_tokens / self.elapsed_s if self.elapsed_s else 0.0
+
+    @classmethod
+    def from_totals(cls, ranks: Sequence[Totals], requests: int, elapsed_s: float) -> Report:
+        first = ranks[0]
+        real_rows, gathered_rows = (
+            sum(rank.real_rows for rank in ranks), sum(rank.gathered_rows for rank in ranks),
+        )  # fmt: skip
+        waste = 1 - real_rows / gathered_rows if gathered_rows else 0.0
+        balance = real_rows / (len(ranks) * first.max_rows) if first.max_rows else 1.0
+        return cls(
+            dp_size=len(ranks),
+            elapsed_s=elapsed_s,
+            requests=requests,
+            steps=first.steps,
+            prompt_tokens=sum(rank.prompt_tokens for rank in ranks),
+            output_tokens=sum(rank.output_tokens for rank in ranks),
+            preemptions=sum(rank.preemptions for rank in ranks),
+            padding_waste=waste,
+            row_balance=balance,
+            wire_rows=first.wire_rows,
+            busy_s=tuple(rank.busy_s for rank in ranks),
+            wait_s=tuple(rank.wait_s for rank in ranks),
+            idle_steps=tuple(rank.idle_steps for rank in ranks),
+            output_tokens_by_rank=tuple(rank.output_tokens for rank in ranks),
+            drafts_proposed=sum(rank.drafts_proposed for rank in ranks),
+            accepted_histogram=reduce(add_counts, (rank.accepted for rank in ranks)),
+            pass_s={
+                pass_kind: fmean(rank.pass_s.get(pass_kind, 0.0) for rank in ranks)
+                for pass_kind in first.pass_s
+            },
+        )
+
+    def __str__(self) -> str:
+        lines = [
+            f"requests {self.requests}   steps {self.steps}   preemptions {self.preemptions}",
+            f"prompt tokens {self.prompt_tokens}   output tokens {self.output_tokens}   "
+            f"{self.tokens_per_s:.1f} output tok/s over {self.elapsed_s:.2f} s",
+            f"padding_waste {self.padding_waste:.3f}   row_balance {self.row_balance:.3f}   "
+            f"wire_rows {self.wire_rows}",
+            *self._speculation(),
+            "rank  output tokens  idle steps  busy s  wait for the slowest rank s",
+        ]
+        lines += [
+            f"{rank:>4}  {self.output_tokens_by_rank[rank]:>13}  {self.idle_steps[rank]:>10}  "
+            f"{self.busy_s[rank]:>6.2f}  {self.wait_s[rank]:>6.2f}"
+            for rank in range(self.dp_size)
+        ]
+        lines.append(f" all  mean busy {fmean(self.busy_s):.2f} s, wait {fmean(self.wait_s):.2f} s")
+        return "\n".join(lines)
+
+    def _speculation(self) -> list[str]:
+        if not self.verifications:
+            return []
+        lengths = "  ".join(f"{n}: {count}" for n, count in enumerate(self.accepted_histogram))
+        times = "  ".join(
+            f"{pass_kind} {seconds:.2f} s" for pass_kind, seconds in self.pass_s.items()
+        )
+        return [
+            f"verifications {self.verifications}   drafts accepted {self.drafts_accepted} of "
+            f"{self.drafts_proposed}   tokens per verification {self.tokens_per_verification:.3f}",
+            f"verifications by accepted drafts  {lengths}",
+            f"mean time of a rank by pass  {times}",
+        ]
