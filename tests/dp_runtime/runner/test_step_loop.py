@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.runner.step_runner import CapturedGraphs
 from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.row_logits import RowLogits
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from dp_runtime.startup.build_rank import assemble, load_rank
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import add_mtp, tiny_checkpoint
@@ -151,6 +153,29 @@ def test_idle_ranks_join_with_zero_rows_and_all_idle_runs_nothing(checkpoint: Pa
     assert idle.totals.idle_steps == idle.totals.steps == busy.totals.steps
     assert idle.totals.output_tokens == 0
     assert all(sum(step.passes[0].real_rows) > 0 for step in busy.steps)
+
+
+def test_every_wait_is_counted_by_the_rank_that_made_the_others_wait(checkpoint: Path) -> None:
+    def slow_down(loop: StepLoop) -> None:
+        schedule = loop.scheduler.schedule
+
+        def slowly(program: Program) -> SchedulerOutput:
+            sleep(0.02)
+            return schedule(program)
+
+        if loop.coordinator.collective.dp_rank == 1:
+            loop.scheduler.schedule = slowly  # type: ignore[method-assign]
+
+    for rank in run_ranks(checkpoint, (2, 1, 0), prepare=slow_down):
+        totals = rank.loop.recorder.totals
+        assert sum(totals.wait_for_s.values()) == pytest.approx(totals.wait_s)
+        if totals.dp_rank != 1:
+            assert max(totals.wait_for_s, key=totals.wait_for_s.__getitem__) == 1
+
+
+def test_each_request_queues_once(checkpoint: Path) -> None:
+    ranks = run_ranks(checkpoint, (9, 1), max_num_requests=2)
+    assert [rank.loop.recorder.totals.queue_s.count for rank in ranks] == [9, 1]
 
 
 def test_an_error_on_one_rank_frees_the_others(checkpoint: Path) -> None:
