@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from dp_runtime.cli import bench, generate
+from dp_runtime.cli import bench, generate, serve
 from dp_runtime.cli.flags import add_flags
 from dp_runtime.cli.inspect import inspect
 from dp_runtime.cli.output import WriteFailed, escape_unprintable, open_closed_streams
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dp-runtime", description=__doc__)
     parser.set_defaults(command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(metavar="{generate,bench,inspect}")
+    commands = parser.add_subparsers(metavar="{generate,serve,bench,inspect}")
 
     def add(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     generate.add_arguments(add("generate", generate.generate))
+    serve.add_arguments(add("serve", serve.serve))
     bench.add_arguments(add("bench", bench.bench))
     add("inspect", inspect)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 
 from dp_runtime.config import EngineConfig
@@ -89,11 +90,12 @@ class AsyncEngine:
         return self._core.factory.make(prompt, params, dp_rank)
 
     def submit_all(self, requests: Sequence[NewRequest]) -> list[AsyncRequestHandle]:
-        """Start all of them or, raising QueueFull, none."""
+        """Start all of them or, raising QueueFull, none; they share one event of news."""
         handles: list[AsyncRequestHandle] = []
+        sink_of = partial(AsyncRequestHandle, news=asyncio.Event())
         try:
             for new in requests:
-                handles.append(self._core.start(new, AsyncRequestHandle, wait=False))
+                handles.append(self._core.start(new, sink_of, wait=False))
         except BaseException:
             for handle in handles:
                 handle.abort()
@@ -133,6 +135,6 @@ class AsyncEngine:
         """Start a request as soon as fewer than max_queued_requests are unfinished."""
         while True:
             try:
-                return self._core.start(new, AsyncRequestHandle, wait=False)
+                return self.submit_all([new])[0]
             except QueueFull:
                 await asyncio.sleep(ASK_FOR_PLACE_S)

@@ -19,12 +19,12 @@ class AsyncRequestHandle:
     It belongs to the event loop in which it was made, and only that loop's thread uses it.
     """
 
-    def __init__(self, log: RequestLog, on_abort: Abort) -> None:
+    def __init__(self, log: RequestLog, on_abort: Abort, news: asyncio.Event) -> None:
         self.loop = asyncio.get_running_loop()
+        self.news = news  # set when something has come, for any of those submitted together
         self._log = log
         self._on_abort = on_abort
         self._deltas = DeltaQueue()
-        self._news = asyncio.Event()
         self._ended = asyncio.Event()
         self._output: RequestOutput | None = None
         self._error: BaseException | None = None
@@ -76,18 +76,22 @@ class AsyncRequestHandle:
 
     async def next_delta(self) -> RequestDelta | None:
         """Return the next delta once there is one, None after the last; cancellation aborts."""
-        while not self._deltas:
-            if self._error:
-                raise fresh(self._error)
-            if self._output is not None:
-                return None
-            self._news.clear()
+        while (delta := self.take_delta()) is None and not self.done:
+            self.news.clear()
             try:
-                await self._news.wait()
+                await self.news.wait()
             except asyncio.CancelledError:
                 self.abort()
                 raise
-        return self._deltas.get()
+        return delta
+
+    def take_delta(self) -> RequestDelta | None:
+        """Return a delta that has come, if any; raises why the request failed."""
+        if self._deltas:
+            return self._deltas.get()
+        if self._error:
+            raise fresh(self._error)
+        return None
 
     def put(self, delta: RequestDelta, output: RequestOutput | None) -> None:
         if self._error is None:
@@ -105,7 +109,7 @@ class AsyncRequestHandle:
             self._error = error
 
     def _tell(self) -> None:
-        self._news.set()
+        self.news.set()
         if self.done:
             self._ended.set()
 

@@ -1,0 +1,27 @@
+"""`serve`: an OpenAI endpoint over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.util import find_spec
+
+from dp_runtime.cli.flags import add_flags, given_fields
+from dp_runtime.cli.model_choice import config_from
+from dp_runtime.server.config import ServerConfig
+
+KEY_VARIABLE = "DP_RUNTIME_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser, ServerConfig)
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve OpenAI's endpoints over HTTP until Ctrl-C or SIGTERM."""
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise ValueError("serve needs the extra 'serve': pip install 'dp-runtime[serve]'")
+    from dp_runtime.server.run import serve as run
+
+    given = {"api_key": os.environ.get(KEY_VARIABLE) or None} | given_fields(options, ServerConfig)
+    run(config_from(options), ServerConfig(**given))

@@ -1,0 +1,119 @@
+"""Answers that end when their client goes: whole ones, and event streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from dp_runtime.server.errors import as_api_error
+
+DONE = b"data: [DONE]\n\n"
+Content = Mapping[str, Any]
+Write = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
+
+
+def as_json(content: Content) -> bytes:
+    """Encode a body; half of a surrogate pair, which no JSON text may have, becomes `?`."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="replace")
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who waits for an answer: `on_end` is called however that ends."""
+
+    on_end: Callable[[], None]
+    write_timeout_s: float  # a client that takes nothing for so long has gone
+
+
+class Answer(Response):
+    """A response that is worked on as it is sent, as long as the client is there."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(media_type=self.media_type)
+        del self.headers["content-length"]
+        self._client = client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(message: dict[str, Any]) -> None:
+            async with asyncio.timeout(self._client.write_timeout_s):
+                await send(message)
+
+        work = asyncio.ensure_future(self.send_to(write))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            self._client.on_end()
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def send_to(self, write: Write) -> None:
+        raise NotImplementedError
+
+
+class JsonAnswer(Answer):
+    """A body that takes a while to come."""
+
+    media_type = "application/json"
+
+    def __init__(self, body: Callable[[], Coroutine[Any, Any, Content]], client: Client) -> None:
+        super().__init__(client)
+        self._body = body
+
+    async def send_to(self, write: Write) -> None:
+        status, headers = 200, self.raw_headers
+        try:
+            body = as_json(await self._body())
+        except Exception as error:
+            if (known := as_api_error(error)) is None:
+                raise
+            response = known.response()
+            status, headers = response.status_code, response.raw_headers
+            body = bytes(response.body)
+        await write({"type": "http.response.start", "status": status, "headers": headers})
+        await write({"type": "http.response.body", "body": body})
+
+
+class EventStream(Answer):
+    """Server-sent events; an error after the first of them is an event too."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[Content], client: Client) -> None:
+        super().__init__(client)
+        self.headers["cache-control"] = "no-cache"
+        self._events = events
+
+    async def send_to(self, write: Write) -> None:
+        await write({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for content in self._events:
+                await write(_chunk(_event(content)))
+        except Exception as error:
+            if (known := as_api_error(error)) is None:
+                raise
+            await write(_chunk(_event(known.body)))
+        await write(_chunk(DONE, more=False))
+
+
+def _event(content: Content) -> bytes:
+    return b"data: " + as_json(content) + b"\n\n"
+
+
+def _chunk(body: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,21 @@
+"""The application: endpoints behind the guard."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+import dp_runtime
+from dp_runtime.server.completions import completion_routes
+from dp_runtime.server.errors import add_error_handlers
+from dp_runtime.server.guard import Guard
+from dp_runtime.server.service import control_routes, model_routes, token_routes
+from dp_runtime.server.state import ServerState
+
+
+def make_app(state: ServerState) -> FastAPI:
+    app = FastAPI(title="dp-runtime", version=dp_runtime.__version__, docs_url=None, redoc_url=None)
+    for routes in (completion_routes, model_routes, token_routes, control_routes):
+        app.include_router(routes(state))
+    add_error_handlers(app)
+    app.add_middleware(Guard, config=state.config)
+    return app

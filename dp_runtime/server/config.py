@@ -1,0 +1,44 @@
+"""ServerConfig: what an operator chooses about the HTTP server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dp_runtime.core.settings import check_settings, setting
+
+MAX_PORT = 65_535
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Configuration of the server; every value is checked on construction (ValueError)."""
+
+    host: str = setting(LOOPBACK, "address to listen on; 0.0.0.0 is every network of this host")
+    port: int = setting(8000, "port to listen on; 0: a free one", at_least=0, at_most=MAX_PORT)
+    served_model_name: str | None = setting(
+        None, "name of the model in requests and answers", shown_default="the directory's"
+    )
+    api_key: str | None = setting(
+        None,
+        "key that clients must bring as a bearer token, except to /health and /metrics",
+        shown_default="$DP_RUNTIME_API_KEY, else none",
+    )
+    unknown_fields: str = setting(
+        "refuse", "what to do with fields that nobody reads", choices=("refuse", "ignore")
+    )
+    max_in_flight: int = setting(
+        4096, "requests that are answered at a time; more get 429", at_least=1
+    )
+    max_body_bytes: int = setting(16 * 2**20, "bytes of a request's body", at_least=1)
+    max_choices: int = setting(1024, "choices of a request: prompts times n", at_least=1)
+    read_timeout_s: float = setting(60.0, "seconds to wait for a request's body", above=0)
+    write_timeout_s: float = setting(
+        300.0, "seconds to wait for a client that takes nothing of its answer", above=0
+    )
+    drain_timeout_s: float = setting(
+        30.0, "seconds that running requests get to end after SIGTERM or Ctrl-C", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)

@@ -1,0 +1,88 @@
+"""Jobs: the running requests behind each HTTP request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from time import time
+
+from dp_runtime.core.request import RequestDelta, RequestOutput
+from dp_runtime.engine.async_handle import AsyncRequestHandle
+from dp_runtime.server.errors import refuse
+
+MAX_ID_LENGTH = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """The engine's requests for one HTTP request, in the order of its choices."""
+
+    id: str
+    handles: Sequence[AsyncRequestHandle]
+    num_prompts: int
+    created: int = field(default_factory=lambda: int(time()))
+
+    @property
+    def choices_per_prompt(self) -> int:
+        return len(self.handles) // self.num_prompts
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts; the choices of one prompt share it."""
+        firsts = self.handles[:: self.choices_per_prompt]
+        return sum(len(handle.request.prompt_token_ids) for handle in firsts)
+
+    async def outputs(self) -> list[RequestOutput]:
+        return [await handle.result() for handle in self.handles]
+
+    async def deltas(self) -> AsyncIterator[tuple[int, RequestDelta]]:
+        """Yield the deltas of all choices as they come, each with its choice's index."""
+        news, unfinished = self.handles[0].news, dict(enumerate(self.handles))
+        while unfinished:
+            news.clear()
+            for index, handle in list(unfinished.items()):
+                ended = handle.done  # before its last deltas are taken
+                while (delta := handle.take_delta()) is not None:
+                    yield index, delta
+                if ended:
+                    del unfinished[index]
+            if unfinished:
+                await news.wait()
+
+    def abort(self) -> None:
+        for handle in self.handles:
+            handle.abort()
+
+
+class Jobs:
+    """All running jobs by their ids, which clients may choose."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Job] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def check_id(self, job_id: str) -> None:
+        ok = len(job_id) <= MAX_ID_LENGTH and job_id.isprintable() and job_id not in self._running
+        allowed = f"at most {MAX_ID_LENGTH} printable characters, and no running request's"
+        if not ok:
+            raise refuse("request_id", job_id, allowed)
+
+    def add(self, job: Job) -> None:
+        self._running[job.id] = job
+
+    def end(self, job: Job) -> None:
+        """Forget an answered job; whatever is unfinished is aborted."""
+        del self._running[job.id]
+        job.abort()
+
+    def abort(self, job_ids: Sequence[str]) -> list[str]:
+        """Abort these jobs; returns the ids of those that were running."""
+        found = [job_id for job_id in job_ids if job_id in self._running]
+        for job_id in found:
+            self._running[job_id].abort()
+        return found
+
+    def abort_all(self) -> list[str]:
+        return self.abort(list(self._running))

@@ -1,0 +1,1 @@
+"""What clients send, as models that FastAPI checks and describes."""

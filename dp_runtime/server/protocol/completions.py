@@ -1,0 +1,44 @@
+"""The body of /v1/completions."""
+
+from __future__ import annotations
+
+from dp_runtime.core.request import Prompt
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.server.errors import refuse
+from dp_runtime.server.protocol.fields import GenerationBody
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionBody(GenerationBody):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    logprobs: int | None = None
+    echo: bool = False
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        match self.prompt:
+            case str() as text:
+                return [text]
+            case [int(), *_] as token_ids:
+                return [token_ids]  # type: ignore[list-item]
+            case []:
+                raise refuse("prompt", [], "text, token ids, or a list of either")
+            case batch:
+                return list[Prompt](batch)  # type: ignore[arg-type]
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether the prompt's log probabilities are wanted, and no new token."""
+        return self.echo and self.max_tokens == 0
+
+    @property
+    def params(self) -> SamplingParams:
+        """One token is made even where only the prompt is scored; nobody is shown it."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return self.sampling(
+            max_tokens=1 if self.only_scores else self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=max((n for n in asked if n is not None), default=None),
+        )

@@ -1,0 +1,105 @@
+"""Fields that all generating endpoints share, and what becomes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.server.errors import ApiError, refuse
+
+SAMPLING_FIELDS = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos",
+    "skip_special_tokens", "prompt_logprobs", "logit_bias",
+)  # fmt: skip
+
+
+class Body(BaseModel):
+    """A JSON object of strict types, in which null is as good as absent."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+    def unknown_fields(self) -> list[str]:
+        """The fields, also of objects within, that nobody reads."""
+        found = sorted(self.model_extra or ())
+        for name in type(self).model_fields:
+            entries = getattr(self, name)
+            for entry in entries if isinstance(entries, list) else [entries]:
+                if isinstance(entry, Body):
+                    found += [f"{name}.{inner}" for inner in entry.unknown_fields()]
+        return found
+
+    def check_fields(self, policy: str) -> None:
+        unknown = self.unknown_fields()
+        if unknown and policy == "refuse":
+            names = ", ".join(unknown[:20])
+            raise ApiError(400, f"unknown fields: {names}", unknown[0], "unknown_field")
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationBody(Body):
+    """What completions and chat completions have in common."""
+
+    model: str | None = None
+    n: int = 1
+    best_of: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="accepted, and not used")
+    request_id: str | None = None
+    dp_rank: int | None = Field(None, description="the rank that serves the request")
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[str, float] | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+
+    @property
+    def with_usage(self) -> bool:
+        options = self.stream_options
+        return options is not None and (options.include_usage or options.continuous_usage_stats)
+
+    @property
+    def with_usage_in_each_chunk(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def check_choices(self, num_prompts: int, max_choices: int) -> None:
+        if self.best_of not in (None, self.n):
+            raise refuse("best_of", self.best_of, "leave it out: nothing ranks choices")
+        fits = self.n >= 1 and self.n * num_prompts <= max_choices
+        if not fits:
+            raise refuse("n", self.n, f"1 or more, at most {max_choices} choices for all prompts")
+        if self.stream_options is not None and not self.stream:
+            raise refuse("stream_options", {}, "only with stream true")
+
+    def sampling(self, **own: object) -> SamplingParams:
+        """The parameters given here and by the endpoint; None is a default (ValueError)."""
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS} | own
+        return SamplingParams.from_fields(
+            {name: value for name, value in given.items() if value is not None}
+        )

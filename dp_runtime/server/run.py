@@ -1,0 +1,69 @@
+"""Serving from start to stop: signals, the engine's start beside a listening server, the drain."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.engine.async_engine import AsyncEngine
+from dp_runtime.server.config import LOOPBACK, ServerConfig
+from dp_runtime.server.listener import Listener
+from dp_runtime.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+LOOK_EVERY_S = 0.5
+
+
+class Signals:
+    """SIGTERM and Ctrl-C: while the engine starts they end the start, later they are counted."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.hurry = threading.Event()  # the second one
+        self._starting = True
+
+    def listen(self) -> None:
+        for number in STOPPING:
+            signal.signal(number, self._take)
+
+    def started(self) -> None:
+        self._starting = False
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
+        if self._starting:
+            raise KeyboardInterrupt
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C; KeyboardInterrupt if that came before the engine was ready."""
+    signals = Signals()
+    signals.listen()
+    state = ServerState(config, engine_config)
+    listener = Listener(state)
+    _announce(listener, config)
+    try:
+        engine = AsyncEngine(engine_config, show_progress=True)
+        signals.started()
+        try:
+            state.serve(engine)
+            print(f"ready: {state.model_name} on {engine_config.dp_size} ranks", flush=True)
+            while not signals.stop.wait(LOOK_EVERY_S) and not listener.failed:
+                pass
+            listener.drain(signals.hurry)
+        finally:
+            engine.close_now()
+    finally:
+        listener.close()
+
+
+def _announce(listener: Listener, config: ServerConfig) -> None:
+    key = "clients bring an API key" if config.api_key else "no API key is asked for"
+    print(f"listening on {listener.url}: HTTP, {key}", flush=True)
+    if config.host not in (LOOPBACK, "localhost", "::1") and config.api_key is None:
+        logger.warning("whoever reaches %s may use this server: set --api-key", listener.url)

@@ -1,0 +1,100 @@
+"""Endpoints beside generation: the model, its tokens, health, aborts."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from dp_runtime.server.errors import refuse
+from dp_runtime.server.protocol.service import AbortBody, DetokenizeBody, TokenizeBody
+from dp_runtime.server.state import ServerState
+
+Content = dict[str, Any]
+
+
+def model_routes(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def list_models() -> Content:
+        """List the one model that this server has."""
+        return {"object": "list", "data": [_card(state)]}
+
+    @routes.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> Content:
+        """Describe the model."""
+        state.check_model(name)
+        return _card(state)
+
+    return routes
+
+
+def token_routes(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+    policy = state.config.unknown_fields
+
+    @routes.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> Content:
+        """Return the token ids of a text."""
+        body.check_fields(policy)
+        state.check_model(body.model)
+        tokenizer = state.needed_tokenizer
+        tokens = tokenizer.encode(body.prompt, body.add_special_tokens)
+        content: Content = {
+            "tokens": tokens, "count": len(tokens),
+            "max_model_len": state.engine.model.max_model_len,
+        }  # fmt: skip
+        if body.return_token_strs:
+            content["token_strs"] = [tokenizer.shown_token(each, False) for each in tokens]
+        return content
+
+    @routes.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> Content:
+        """Return the text of token ids."""
+        body.check_fields(policy)
+        state.check_model(body.model)
+        size = state.engine.model.vocab_size
+        for token_id in body.tokens:
+            if not 0 <= token_id < size:
+                raise refuse("tokens", token_id, f"token ids are in 0..{size - 1}")
+        text = state.needed_tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return {"prompt": text}
+
+    return routes
+
+
+def control_routes(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/abort")
+    async def abort(body: AbortBody) -> Content:
+        """End running requests, by the ids in their answers or all of them."""
+        body.check_fields(state.config.unknown_fields)
+        if body.abort_all:
+            return {"aborted": state.jobs.abort_all()}
+        ids = [*body.request_ids, *([body.request_id] if body.request_id else [])]
+        if not ids:
+            raise refuse("request_id", None, "an id, request_ids, or abort_all true")
+        return {"aborted": state.jobs.abort(ids)}
+
+    @routes.get("/health")
+    async def health() -> JSONResponse:
+        """Tell of each rank its state, last finished step and its age; 503 while it can't serve."""
+        healthy, content = await state.health()
+        status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
+        return JSONResponse(content, status)
+
+    return routes
+
+
+def _card(state: ServerState) -> Content:
+    card: Content = {
+        "id": state.model_name, "object": "model", "created": state.created,
+        "owned_by": "dp-runtime",
+    }  # fmt: skip
+    if not state.starting:
+        card["max_model_len"] = state.engine.model.max_model_len
+    return card

@@ -1,0 +1,121 @@
+"""ServerState: what the endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from http import HTTPStatus
+from pathlib import Path
+from time import time
+from typing import Any
+from uuid import uuid4
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import Prompt
+from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.async_engine import AsyncEngine
+from dp_runtime.engine.inputs import NewRequest
+from dp_runtime.metrics.status import RankState
+from dp_runtime.server.answers import Client
+from dp_runtime.server.config import ServerConfig
+from dp_runtime.server.errors import ApiError
+from dp_runtime.server.jobs import Job, Jobs
+from dp_runtime.server.protocol.fields import GenerationBody
+from dp_runtime.text.tokenizer import Tokenizer
+
+SERVING_STATES = (RankState.RUNNING, RankState.IDLE)
+LONG_TEXT = 2048  # characters: tokenizing more than that would hold up the event loop
+
+
+class ServerState:
+    """The engine, once it has started, the running jobs, and whether new ones are taken."""
+
+    def __init__(self, config: ServerConfig, engine_config: EngineConfig) -> None:
+        self.config = config
+        directory = Path(engine_config.model).absolute().name
+        self.model_name = config.served_model_name or directory
+        self.created = int(time())
+        self.jobs = Jobs()
+        self.draining = False
+        self._engine: AsyncEngine | None = None
+
+    @property
+    def starting(self) -> bool:
+        return self._engine is None
+
+    def serve(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine; ApiError 503 until it has started, and while the server drains."""
+        if self._engine is None or self.draining:
+            why = "the server is stopping" if self.draining else "the model is loading"
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, why)
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return None if self._engine is None else self._engine.tokenizer
+
+    @property
+    def needed_tokenizer(self) -> Tokenizer:
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise ApiError(400, "the model's directory has no tokenizer.json: use token ids")
+        return tokenizer
+
+    async def health(self) -> tuple[bool, dict[str, Any]]:
+        """Tell whether requests can be served, and how each rank is."""
+        if self._engine is None:
+            return False, {"status": "starting", "ranks": []}
+        ranks = await self._engine.health()
+        able = all(rank.state in SERVING_STATES for rank in ranks)
+        status = "draining" if self.draining else "ok" if able else "failed"
+        entries = [
+            {
+                "dp_rank": rank.dp_rank, "state": rank.state, "epoch": rank.epoch,
+                "last_step": rank.last_step, "last_step_age_s": rank.last_step_age_s,
+                "running": rank.num_running, "queued": rank.num_queued, "error": rank.error,
+            }
+            for rank in ranks
+        ]  # fmt: skip
+        return able and not self.draining, {"status": status, "ranks": entries}
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model_name):
+            message = f"model: {name!r} does not exist; this server has {self.model_name!r}"
+            raise ApiError(HTTPStatus.NOT_FOUND, message, "model", "model_not_found")
+
+    async def start(
+        self, body: GenerationBody, prefix: str, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> Job:
+        """Start body.n choices of every prompt, or none of them."""
+        job_id = f"{prefix}-{body.request_id or uuid4().hex}"
+        self.jobs.check_id(job_id)
+        requests: list[NewRequest] = []
+        for prompt in prompts:
+            for params_of_choice in _of_choices(params, body.n):
+                requests.append(await self._checked(prompt, params_of_choice, body.dp_rank))
+        self.jobs.check_id(job_id)  # again: another may have taken it meanwhile
+        job = Job(job_id, self.engine.submit_all(requests), len(prompts))
+        self.jobs.add(job)
+        return job
+
+    def client_of(self, job: Job) -> Client:
+        return Client(lambda: self.jobs.end(job), self.config.write_timeout_s)
+
+    async def _checked(
+        self, prompt: Prompt, params: SamplingParams, dp_rank: int | None
+    ) -> NewRequest:
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+            return await asyncio.to_thread(self.engine.checked, prompt, params, dp_rank)
+        return self.engine.checked(prompt, params, dp_rank)
+
+
+def _of_choices(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """Choices of a seeded request differ, and are reproducible."""
+    if params.seed is None:
+        return [params] * count
+    return [replace(params, seed=(params.seed + index) % 2**63) for index in range(count)]

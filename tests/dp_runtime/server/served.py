@@ -1,0 +1,66 @@
+"""A server of the tiny model whose ranks are threads, for the tests of a module to share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import Any
+
+import httpx
+
+from dp_runtime import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
+from dp_runtime.cli.model_choice import TINY_MODEL
+from dp_runtime.core.request import Prompt
+from dp_runtime.server.config import ServerConfig
+from dp_runtime.server.listener import Listener
+from dp_runtime.server.state import ServerState
+from tests.serving import check_pages_free
+
+WAIT_S = 60.0
+MODEL = "tiny_model"
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    url: str
+    state: ServerState
+    engine: AsyncEngine
+
+    def client(self, **how: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=WAIT_S, **how)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body)
+
+    def generate(self, prompts: list[Prompt], params: SamplingParams) -> list[RequestOutput]:
+        """What the Python API says."""
+        return asyncio.run(self.engine.generate(prompts, params))
+
+    def check_idle(self) -> None:
+        """Assert that soon no job, request or page is left."""
+        deadline = monotonic() + WAIT_S
+        while len(self.state.jobs) or self.engine.num_unfinished:
+            assert monotonic() < deadline, "requests are still unfinished"
+            sleep(0.01)
+        check_pages_free(self.engine)
+
+
+@contextmanager
+def serving(server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Served]:
+    fields: dict[str, Any] = {"dp_size": 2, "launcher": "thread"} | engine
+    config = EngineConfig(fields.pop("model", str(TINY_MODEL)), **fields)
+    state = ServerState(ServerConfig(port=0, **(server or {})), config)
+    listener = Listener(state)
+    try:
+        running = AsyncEngine(config)
+        state.serve(running)
+        try:
+            yield Served(listener.url, state, running)
+        finally:
+            running.close_now()
+    finally:
+        listener.close()

@@ -1,0 +1,111 @@
+"""What surrounds generation: health, keys, limits, aborts, clients that leave."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from time import sleep
+
+import httpx
+import pytest
+
+from tests.dp_runtime.server.served import MODEL, Served, serving
+
+ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    limits = {"api_key": "secret", "max_in_flight": 3, "max_body_bytes": 20_000}
+    with serving(limits) as running:
+        yield running
+
+
+@pytest.fixture
+def key() -> dict[str, str]:
+    return {"Authorization": "Bearer secret"}
+
+
+@pytest.mark.parametrize("given", [None, "Bearer secreT", "secret", "Bearer", "Bearer é"])
+def test_a_key_is_asked_for(served: Served, given: str | None) -> None:
+    headers = {} if given is None else {b"Authorization": given.encode()}
+    with served.client() as client:
+        answer = client.get("/v1/models", headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/health").status_code == 200
+
+
+def test_the_model_and_its_tokens(served: Served, key: dict[str, str]) -> None:
+    with served.client(headers=key) as client:
+        assert [each["id"] for each in client.get("/v1/models").json()["data"]] == [MODEL]
+        assert client.get("/v1/models/other").status_code == 404
+        tokens = client.post("/tokenize", json={"prompt": "Return a new string"}).json()
+        assert tokens["count"] == len(tokens["tokens"])
+        text = client.post("/detokenize", json={"tokens": tokens["tokens"]}).json()
+        assert text == {"prompt": "Return a new string"}
+
+
+def test_large_bodies_are_refused(served: Served, key: dict[str, str]) -> None:
+    with served.client(headers=key) as client:
+        answer = client.post("/v1/completions", content=b"x" * 20_001)
+        assert answer.status_code == 413
+        unannounced = client.post("/v1/completions", content=iter([b"x" * 10_001] * 2))
+        assert unannounced.status_code == 413
+
+
+def test_more_than_may_be_in_flight_get_429(served: Served, key: dict[str, str]) -> None:
+    with served.client(headers=key) as client:
+        streams = [
+            client.stream("POST", "/v1/completions", json=ENDLESS | {"stream": True})
+            for _ in range(3)
+        ]
+        for stream in streams:
+            stream.__enter__()
+        answer = client.get("/v1/models")
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+        for stream in streams:
+            stream.__exit__(None, None, None)
+    served.check_idle()
+
+
+def test_a_client_that_leaves_takes_its_request_along(served: Served, key: dict[str, str]) -> None:
+    with served.client(headers=key) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=ENDLESS, timeout=0.1)
+        served.check_idle()
+        body = ENDLESS | {"stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+    served.check_idle()
+
+
+def test_a_request_is_aborted_by_its_id(served: Served, key: dict[str, str]) -> None:
+    answers = []
+
+    def ask() -> None:
+        with served.client(headers=key) as client:
+            answers.append(client.post("/v1/completions", json=ENDLESS | {"request_id": "mine"}))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not len(served.state.jobs):
+        sleep(0.01)
+    with served.client(headers=key) as client:
+        done = client.post("/v1/abort", json={"request_ids": ["cmpl-mine", "cmpl-other"]})
+    assert done.json() == {"aborted": ["cmpl-mine"]}
+    thread.join(30)
+    assert answers[0].json()["choices"][0]["finish_reason"] == "abort"
+    served.check_idle()
+
+
+def test_without_an_engine_the_answer_is_503(served: Served, key: dict[str, str]) -> None:
+    served.state.draining = True
+    try:
+        with served.client(headers=key) as client:
+            answer = client.post("/v1/completions", json={"prompt": "a"})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert client.get("/health").status_code == 503
+    finally:
+        served.state.draining = False
