@@ -12,8 +12,8 @@ HEAD = """\
 
 <!-- python -m dp_runtime.cli.settings_page > docs/settings.md -->
 
-Each field of `EngineConfig` is also a flag of `dp-runtime generate`, `serve`, `bench` and `inspect`:
-`max_num_requests` is `--max-num-requests`, a bool has a `--no-` form.
+Each field of `EngineConfig` is also a flag of `dp-runtime generate`, `serve`, `bench` and
+`inspect`: `max_num_requests` is `--max-num-requests`, a bool has a `--no-` form.
 """
 PARAMS = """
 A request's `SamplingParams`, which are also fields of a line of a prompt file; there the keys of
