@@ -13,8 +13,12 @@ Error = TypeVar("Error", bound=BaseException)
 
 def require(ok: bool, field: str, value: object, allowed: str) -> None:
     if not ok:
-        name = one_line(field, MAX_SHOWN)
-        raise ValueError(one_line(f"{name}: {shown(value)} is not allowed; {allowed}"))
+        raise not_allowed(field, value, allowed)
+
+
+def not_allowed(field: str, value: object, allowed: str) -> ValueError:
+    name = one_line(field, MAX_SHOWN)
+    return ValueError(one_line(f"{name}: {shown(value)} is not allowed; {allowed}"))
 
 
 def shown(value: object, limit: int = MAX_SHOWN) -> str:

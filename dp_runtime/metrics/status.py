@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dp_runtime.metrics.memory import RankMemory
+
+DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # names that checkpoints use
 
 
 class RankState(StrEnum):
@@ -22,6 +25,14 @@ class RankState(StrEnum):
 
 
 @dataclass(frozen=True)
+class ChatFiles:
+    """What a checkpoint says about chats; chats can't be served where it has no template."""
+
+    templates: Mapping[str, str] = field(default_factory=dict)  # by name
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # bos_token: "<s>"
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Facts about the model that rank 0 reads, since the driver may not see its files."""
 
@@ -33,6 +44,7 @@ class ModelInfo:
     tokenizer_json: str | None  # the content of tokenizer.json
     cache_tokens: int  # tokens the page pool of one rank can hold
     bytes_read: int  # from rank 0's checkpoint slices
+    chat: ChatFiles = field(default_factory=ChatFiles)
 
 
 @dataclass(frozen=True)

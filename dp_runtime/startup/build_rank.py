@@ -41,6 +41,7 @@ from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.memory_profile import run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.startup.served_models import ServedModels
+from dp_runtime.weights.chat_files import read_chat_files
 from dp_runtime.weights.files import is_present, read_text
 from dp_runtime.weights.loader import open_weights
 from dp_runtime.weights.source import WeightSource
@@ -64,6 +65,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
     log_choices(plan)
     started = monotonic()
     device, model = torch.device(plan.device), plan.model
+    chat = read_chat_files(config.model)
     if device.type == "cuda":
         check_free(plan, free_bytes(plan.device))
     allocated_before = _allocated(device)
@@ -89,6 +91,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         tokenizer_json=read_text(tokenizer) if is_present(tokenizer) else None,
         cache_tokens=plan.cache_tokens,
         bytes_read=sum(source.bytes_read for source in sources),
+        chat=chat,
     )
     all_pools = tuple(pool for own_pools in pools for pool in own_pools)
     return LoadedRank(models, all_pools, info, monotonic() - started, allocated_before)
