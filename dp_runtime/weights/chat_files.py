@@ -9,11 +9,6 @@ from dp_runtime.errors import not_allowed, require
 from dp_runtime.metrics.status import DEFAULT_TEMPLATE, TOOL_TEMPLATE, ChatFiles
 from dp_runtime.weights.files import is_present, read_json, read_text
 
-# Those that transformers gives to a template.
-SPECIAL_TOKENS = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
-
 
 def read_chat_files(directory: str) -> ChatFiles:
     """Read tokenizer_config.json; a template in a file of its own counts instead of its."""
@@ -21,8 +16,12 @@ def read_chat_files(directory: str) -> ChatFiles:
     config = read_json(path) if is_present(path) else {}
     require(isinstance(config, dict), path.name, config, "a JSON object")
     named = _in_files(Path(directory)) or _in_config(config.get("chat_template"))
-    given = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
-    return ChatFiles(named, {name: _token_text(name, token) for name, token in given.items()})
+    tokens = {
+        name: _token_text(name, value)
+        for name, value in config.items()
+        if name.endswith("_token") and value is not None and not isinstance(value, bool)
+    }
+    return ChatFiles(named, tokens)
 
 
 def _in_files(directory: Path) -> dict[str, str]:

@@ -25,7 +25,25 @@ END_OF_TEXT = "<|endoftext|>"
 VAL_LENGTH = 512
 LOG_STEPS = 500
 SAVE_SECONDS = 15
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+CHAT_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\nYou may call one of these tools:\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson + '\\n' }}
+    {%- endfor %}
+    {{- 'with <tool_call>{"name": ..., "arguments": {...}}</tool_call><|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {{- '\\n<tool_call>' + call.function | tojson + '</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,6 @@ def save_tokenizer(tokenizer: Tokenizer, max_length: int, checkpoint: Path) -> N
     settings = {
         "add_bos_token": False,
         "bos_token": END_OF_TEXT,
-        "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "eos_token": END_OF_TEXT,
         "model_max_length": max_length,
@@ -119,6 +136,7 @@ def save_tokenizer(tokenizer: Tokenizer, max_length: int, checkpoint: Path) -> N
     }
     generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "do_sample": False}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (checkpoint / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (checkpoint / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
