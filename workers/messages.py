@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
@@ -141,6 +142,11 @@ class ReadTrace(Message[tuple[StepTrace, ...]]):
 
 @dataclass(frozen=True)
 class ReadTotals(Message[Totals]):
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
+
+
+@dataclass(frozen=True)
+class ReadMetrics(Message[RankMetrics]):
     group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
 
 

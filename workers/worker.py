@@ -12,6 +12,7 @@ import torch
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import RankRequest
 from dp_runtime.metrics.log import log_to_stderr
+from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
@@ -31,6 +32,7 @@ from workers.messages import (
     Polled,
     Prepare,
     ReadHealth,
+    ReadMetrics,
     ReadTotals,
     ReadTrace,
     Rendezvous,
@@ -85,6 +87,8 @@ class Worker:
                 return self.trace()
             case ReadTotals():
                 return self.totals()
+            case ReadMetrics():
+                return RankMetrics(self.health(), self.totals())
         raise AssertionError(f"no message to a rank: {message!r}")
 
     def prepare(self) -> HostInfo:

@@ -15,6 +15,7 @@ from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest
 from dp_runtime.errors import QueueFull
 from dp_runtime.metrics.report import Report
+from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.text.tokenizer import Tokenizer
@@ -107,6 +108,10 @@ class AsyncEngine:
 
     async def report(self) -> Report:
         return await asyncio.to_thread(self._core.report)
+
+    async def metrics(self, timeout_s: float = 1.0) -> tuple[RankSnapshot, ...]:
+        """Return what each rank has done, or had when it last answered; until it is closed."""
+        return await asyncio.to_thread(self._core.metrics, timeout_s)
 
     async def health(self) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""

@@ -19,6 +19,8 @@ from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.metrics.report import Report
+from dp_runtime.metrics.request_totals import RequestTotals
+from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.text.tokenizer import Tokenizer
@@ -63,7 +65,7 @@ class EngineCore:
         self._lock = threading.Lock()
         self._closed: BaseException | None = None
         self._clock = BusyClock()
-        self._num_finished = 0
+        self._requests = [RequestTotals(rank) for rank in range(config.dp_size)]
         self._group.listen(weakly(self._on_updates), weakly(self._on_failure))
         bind_lifetime(self, self._group)
         logger.info(
@@ -91,7 +93,7 @@ class EngineCore:
         tokens = new.request.num_reserved_tokens
         rank = self._admission.enter(tokens, new.dp_rank, wait)
         try:
-            log = RequestLog(new.request, rank, self.tokenizer)
+            log = RequestLog(new.request, self._requests[rank], self.tokenizer)
             sink = sink_of(log, self.abort)
             with self._lock:
                 self.check_open()
@@ -118,12 +120,22 @@ class EngineCore:
 
     def report(self) -> Report:
         self.check_open()
-        return Report.from_totals(self._group.totals(), self._num_finished, self._clock.elapsed_s)
+        num_ended = sum(sum(rank.ended.values()) for rank in self._requests)
+        return Report.from_totals(self._group.totals(), num_ended, self._clock.elapsed_s)
 
     def health(self) -> tuple[RankHealth, ...]:
         if isinstance(self._closed, EngineClosed):
             raise fresh(self._closed)
         return self._group.health()
+
+    def metrics(self, timeout_s: float) -> tuple[RankSnapshot, ...]:
+        if isinstance(self._closed, EngineClosed):
+            raise fresh(self._closed)
+        ranks = zip(self._group.metrics(timeout_s), self._requests, strict=True)
+        return tuple(
+            RankSnapshot(answered, rank.health, rank.totals, requests.copied())
+            for (rank, answered), requests in ranks
+        )
 
     def close(self) -> None:
         if isinstance(self._closed, EngineInChild):
@@ -140,12 +152,15 @@ class EngineCore:
         deliveries = self._outputs.process(updates)
         if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
             self._group.abort(dp_rank, running)
-        ended = [each.log for each in deliveries if each.ends]
-        for log in ended:
-            self._count_out(log)
-        with self._lock:
-            self._num_finished += len(ended)
+        self._count_ended(deliveries)
         self._deliver(deliveries)
+
+    def _count_ended(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            if delivery.ends:
+                with self._lock:
+                    delivery.log.end(delivery.finish_reason)
+                self._count_out(delivery.log)
 
     def _count_out(self, log: RequestLog) -> None:
         with self._lock:
@@ -161,6 +176,5 @@ class EngineCore:
             self._closed = error
         self._admission.close(error)
         deliveries = self._outputs.fail_all(error)
-        for delivery in deliveries:
-            self._count_out(delivery.log)
+        self._count_ended(deliveries)
         self._deliver(deliveries)

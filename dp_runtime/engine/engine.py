@@ -13,6 +13,7 @@ from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.report import Report
+from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.text.tokenizer import Tokenizer
@@ -103,6 +104,10 @@ class Engine:
 
     def report(self) -> Report:
         return self._core.report()
+
+    def metrics(self, timeout_s: float = 1.0) -> tuple[RankSnapshot, ...]:
+        """Return what each rank has done, or had when it last answered; until it is closed."""
+        return self._core.metrics(timeout_s)
 
     def health(self) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""

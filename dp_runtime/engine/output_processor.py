@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dp_runtime.core.request import RequestDelta, RequestOutput, RequestUpdate
+from dp_runtime.core.request import FinishReason, RequestDelta, RequestOutput, RequestUpdate
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import RequestFailed
 
@@ -37,6 +37,10 @@ class Delivery:
     @property
     def ends(self) -> bool:
         return self.output is not None or isinstance(self.news, BaseException)
+
+    @property
+    def finish_reason(self) -> FinishReason:  # of one that ends
+        return FinishReason.ERROR if self.output is None else self.output.finish_reason
 
     def deliver(self) -> None:
         if isinstance(self.news, BaseException):

@@ -10,6 +10,7 @@ from typing import Protocol
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FailureListener, RankRequest, UpdateListener
 from dp_runtime.errors import StartError
+from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
@@ -33,6 +34,9 @@ class RankGroup(Protocol):
     def trace(self) -> tuple[StepTrace, ...]: ...  # ordered by step and rank
 
     def totals(self) -> tuple[Totals, ...]: ...
+
+    def metrics(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
+        """Return what each rank says, or last said, and whether it has answered in time."""
 
     def close(self) -> None:
         """Stop all ranks and release their processes; callable more than once."""

@@ -12,6 +12,7 @@ from dp_runtime.core.request import (
     RequestUpdate,
     TokenLogprob,
 )
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.text.output_text import OutputText, TextStep
 from dp_runtime.text.tokenizer import Tokenizer
 
@@ -19,12 +20,15 @@ from dp_runtime.text.tokenizer import Tokenizer
 class RequestLog:
     """The request and every token delivered so far, which is all that a replay would need."""
 
-    def __init__(self, request: RankRequest, dp_rank: int, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, request: RankRequest, totals: RequestTotals, tokenizer: Tokenizer | None
+    ) -> None:
         self.request = request
-        self.dp_rank = dp_rank
+        self.submitted_at = monotonic()
         self.token_ids: list[int] = []
         self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
         self.output: RequestOutput | None = None  # once it has ended
+        self._totals = totals  # of its rank
         self._text = _output_text(request, tokenizer) if tokenizer is not None else None
         self._shown: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -33,6 +37,10 @@ class RequestLog:
     @property
     def request_id(self) -> int:
         return self.request.request_id
+
+    @property
+    def dp_rank(self) -> int:
+        return self._totals.dp_rank
 
     def apply(self, update: RequestUpdate) -> RequestDelta | None:
         """Take over what the rank did; returns what is new for the user."""
@@ -47,7 +55,7 @@ class RequestLog:
         self.token_ids += token_ids
         self._logprobs += logprobs
         if token_ids:
-            self.arrivals.append((monotonic(), len(token_ids)))
+            self._arrive(len(token_ids))
         reason = FinishReason.STOP if text.stop else update.finish_reason
         if not (text.text or token_ids or reason):
             return None
@@ -56,6 +64,15 @@ class RequestLog:
             self.output = self._finished(reason, text.stop or update.stop_reason)
         shown_logprobs = None if self.request.params.logprobs is None else logprobs
         return RequestDelta(self.request_id, text.text, token_ids, reason, shown_logprobs)
+
+    def _arrive(self, count: int) -> None:
+        now, first = monotonic(), not self.arrivals
+        before = self.submitted_at if first else self.arrivals[-1][0]
+        self._totals.add_tokens(now - before, count, first)
+        self.arrivals.append((now, count))
+
+    def end(self, reason: FinishReason) -> None:
+        self._totals.add_end(reason, monotonic() - self.submitted_at)
 
     def _read(self, update: RequestUpdate) -> TextStep:
         """Return the text of new tokens, with what was held back if they are the last ones."""

@@ -16,6 +16,7 @@ from dp_runtime.core.request import (
     UpdateListener,
 )
 from dp_runtime.engine.engine import Engine
+from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
@@ -59,6 +60,9 @@ class FakeGroup:
         return ()
 
     def totals(self) -> tuple[Totals, ...]:
+        return ()
+
+    def metrics(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
         return ()
 
     def close(self) -> None: ...

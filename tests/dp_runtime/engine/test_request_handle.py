@@ -12,6 +12,7 @@ from dp_runtime.engine.output_processor import OutputProcessor
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import RankFailed, RequestFailed
+from dp_runtime.metrics.request_totals import RequestTotals
 
 
 class Served:
@@ -20,7 +21,7 @@ class Served:
     def __init__(self, request_id: int = 5, logprobs: int | None = None) -> None:
         params = SamplingParams(max_tokens=1000, logprobs=logprobs)
         request = RankRequest(request_id, (1, 2), params, 0, frozenset())
-        self.log = RequestLog(request, 1, None)
+        self.log = RequestLog(request, RequestTotals(1), None)
         self.aborted: list[tuple[int, int]] = []
         self.handle = RequestHandle(self.log, lambda *which: self.aborted.append(which))
         self.processor = OutputProcessor()

@@ -64,7 +64,7 @@ def test_the_command_line_shows_what_was_chosen(
     run = ["generate", "--launcher", "thread", "--prompts", str(prompts), *model]
     assert main([*run, "--log-level", "info"]) == 0
     shown = capsys.readouterr().err
-    assert "INFO dp_runtime.engine.engine: Qwen3MoeForCausalLM on 1 ranks (thread)" in shown
+    assert "INFO dp_runtime.engine.core: Qwen3MoeForCausalLM on 1 ranks (thread)" in shown
     assert main(run) == 0
     assert "INFO" not in capsys.readouterr().err
 

@@ -1,0 +1,63 @@
+"""MetricsReader: asks ranks for their metrics, and waits for none that hangs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from time import monotonic
+from typing import Protocol
+
+from dp_runtime.metrics.snapshot import RankMetrics
+from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.metrics.totals import Totals
+from workers.messages import Message, ReadMetrics
+
+
+class Answering(Protocol):
+    dp_rank: int
+
+    def call(self, message: Message[RankMetrics]) -> Future[RankMetrics]: ...
+
+
+class MetricsReader:
+    """Has at most one question open at each rank, and remembers what each last answered."""
+
+    def __init__(self, ranks: Sequence[Answering]) -> None:
+        self._known = [_Known(rank) for rank in ranks]
+        self._lock = threading.Lock()
+
+    def read(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
+        """Return what each rank says, or last said, and whether it has answered in time."""
+        with self._lock:
+            questions = [known.ask() for known in self._known]
+            wait(questions, timeout_s)
+            return tuple(known.take() for known in self._known)
+
+
+class _Known:
+    def __init__(self, rank: Answering) -> None:
+        self._rank = rank
+        self._question: Future[RankMetrics] | None = None
+        self._last = RankMetrics(
+            RankHealth(rank.dp_rank, RankState.UNREACHABLE), Totals(rank.dp_rank)
+        )
+        self._last_at = monotonic()
+
+    def ask(self) -> Future[RankMetrics]:
+        if self._question is None:
+            self._question = self._rank.call(ReadMetrics())
+        return self._question
+
+    def take(self) -> tuple[RankMetrics, bool]:
+        question, now = self._question, monotonic()
+        assert question is not None, "asked before"
+        answered = question.done() and question.exception() is None
+        if question.done():
+            self._question = None
+        if answered:
+            self._last, self._last_at = question.result(), now
+        health = self._last.health
+        age_s = health.last_step_age_s + now - self._last_at
+        return replace(self._last, health=replace(health, last_step_age_s=age_s)), answered
