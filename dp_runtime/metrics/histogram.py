@@ -5,9 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-SECONDS = tuple(
-    float(f"{digits}e{power}") for power in range(-4, 3) for digits in (1, 1.5, 2, 3, 5, 7)
-)
+SECONDS = tuple(float(f"{digit}e{power}") for power in range(-4, 4) for digit in (1, 2, 3, 5))
 TOKENS = tuple(float(2**power) for power in range(18))
 
 

@@ -1,0 +1,1 @@
+"""Metrics in Prometheus' text format; importing it needs the library prometheus_client."""
