@@ -1,13 +1,15 @@
-"""Endpoints beside generation: the model, its tokens, health, aborts."""
+"""Endpoints beside generation: the model, its tokens, aborts, health, metrics."""
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
+from dp_runtime.metrics.prometheus.page import CONTENT_TYPE, metrics_page
 from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.service import AbortBody, DetokenizeBody, TokenizeBody
 from dp_runtime.server.state import ServerState
@@ -86,6 +88,13 @@ def control_routes(state: ServerState) -> APIRouter:
         healthy, content = await state.health()
         status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
         return JSONResponse(content, status)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Export the metrics of every rank in Prometheus' text format."""
+        ranks = await state.metrics()
+        page = await asyncio.to_thread(metrics_page, ranks, state.model_name)
+        return Response(page, media_type=CONTENT_TYPE)
 
     return routes
 

@@ -16,7 +16,8 @@ from dp_runtime.core.request import Prompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.engine.inputs import NewRequest
-from dp_runtime.metrics.status import RankState
+from dp_runtime.metrics.health_report import HealthReport
+from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.server.answers import Client
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.errors import ApiError
@@ -24,7 +25,7 @@ from dp_runtime.server.jobs import Job, Jobs
 from dp_runtime.server.protocol.fields import GenerationBody
 from dp_runtime.text.tokenizer import Tokenizer
 
-SERVING_STATES = (RankState.RUNNING, RankState.IDLE)
+STARTING = "the model is loading"
 LONG_TEXT = 2048  # characters: tokenizing more than that would hold up the event loop
 
 
@@ -51,7 +52,7 @@ class ServerState:
     def engine(self) -> AsyncEngine:
         """The engine; ApiError 503 until it has started, and while the server drains."""
         if self._engine is None or self.draining:
-            why = "the server is stopping" if self.draining else "the model is loading"
+            why = "the server is stopping" if self.draining else STARTING
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, why)
         return self._engine
 
@@ -71,17 +72,14 @@ class ServerState:
         if self._engine is None:
             return False, {"status": "starting", "ranks": []}
         ranks = await self._engine.health()
-        able = all(rank.state in SERVING_STATES for rank in ranks)
-        status = "draining" if self.draining else "ok" if able else "failed"
-        entries = [
-            {
-                "dp_rank": rank.dp_rank, "state": rank.state, "epoch": rank.epoch,
-                "last_step": rank.last_step, "last_step_age_s": rank.last_step_age_s,
-                "running": rank.num_running, "queued": rank.num_queued, "error": rank.error,
-            }
-            for rank in ranks
-        ]  # fmt: skip
-        return able and not self.draining, {"status": status, "ranks": entries}
+        report = HealthReport.of(ranks)
+        status = "draining" if self.draining else "ok" if report.can_serve else "failed"
+        return status == "ok", {"status": status, "ranks": report.ranks}
+
+    async def metrics(self) -> tuple[RankSnapshot, ...]:
+        if self._engine is None:
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, STARTING)
+        return await self._engine.metrics()
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.model_name):
