@@ -29,6 +29,8 @@ def draw(
     x = logits.astype(np.float64)
     for token, bias in params.logit_bias.items():
         x[token] += bias
+    if params.allowed_token_ids is not None:
+        x[[token for token in range(len(x)) if token not in params.allowed_token_ids]] = -np.inf
     if len(outputs) < params.min_tokens:
         x[list(ends)] = -np.inf
     for token in {*prompt, *outputs}:

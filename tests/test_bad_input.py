@@ -329,6 +329,11 @@ CASES: dict[str, tuple[Act, str]] = {
     "top_k": (prompt([1], top_k=-2), "top_k: -2"),
     "logprobs": (prompt([1], logprobs=1000), "logprobs: 1000"),
     "stop without a tokenizer": (prompt([1], stop="x"), "stop: 'x'"),
+    "bad_words without a tokenizer": (
+        prompt([1], bad_words=["x"]),
+        "bad_words: ('x',) is not allowed; none: the model's directory has no tokenizer.json",
+    ),
+    "allowed_token_ids": (prompt([1], allowed_token_ids=[500]), "allowed_token_ids: [500]"),
     "stop empty": (text("a", stop=[""]), "stop: ['']"),
     "logit_bias out of vocabulary": (prompt([1], logit_bias={199: 1.0}), "logit_bias: {199: 1.0}"),
     "logit_bias NaN": (prompt([1], logit_bias={1: float("nan")}), "logit_bias: {1: nan}"),

@@ -50,12 +50,13 @@ MIX: list[dict[str, Any]] = [
     {"top_p": 0.8, "min_p": 0.05, "logit_bias": {3: 4.0}, "stop_token_ids": (3,), **PENALTIES},
     {"temperature": 0.7, "logprobs": 2, "prompt_logprobs": 0},
     {"temperature": 1e-3},
+    {"allowed_token_ids": range(0, 199, 7), "logit_bias": {5: 50.0}, **PENALTIES},
 ]
 PARAMS = [
     SamplingParams(**{"max_tokens": 20, "ignore_eos": True, "seed": 1000 + index} | fields)
     for index, fields in enumerate(MIX)
 ]
-LENGTHS = (55, 50, 1, 7, 16, 33, 2, 20, 12, 40, 3, 9, 17, 64, 5, 30)
+LENGTHS = (55, 50, 1, 7, 16, 33, 2, 20, 12, 40, 3, 9, 17, 64, 5, 30, 11)
 PROMPTS = [random_prompt(length, "sampled") for length in LENGTHS]
 RUNS: dict[str, dict[str, Any]] = {
     "dp1": {"dp_size": 1},

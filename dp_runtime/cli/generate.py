@@ -29,8 +29,8 @@ DEMO_PROMPTS = (
 )
 SAMPLING_FLAGS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "ignore_eos",
-    "skip_special_tokens",
+    "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "bad_words",
+    "allowed_token_ids", "ignore_eos", "skip_special_tokens",
 )  # fmt: skip
 
 

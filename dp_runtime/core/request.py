@@ -48,6 +48,7 @@ class RankRequest:
     seed: int
     stop_token_ids: frozenset[int]  # end-of-text ids included, unless ignored
     embeds: PromptEmbeds | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that its output never has
 
     @property
     def num_reserved_tokens(self) -> int:

@@ -18,6 +18,7 @@ from dp_runtime.core.settings import MAX_INT, check_settings, setting
 from dp_runtime.errors import require, shown
 
 MAX_LOGPROBS = 64
+MAX_BAD_WORDS = 1000  # each is compared with every row
 MAX_LOGIT_BIAS = 1e9  # added to a float32 logit, it stays finite
 DECIMAL = re.compile("0|[1-9][0-9]{0,18}")  # as JSON writes a number
 SURROGATES = re.compile("[\ud800-\udfff]")  # no text has them
@@ -51,10 +52,19 @@ def _stop(given: object) -> tuple[str, ...] | str | None:
     return stops if one is None or stops is None else one
 
 
+def _bad_words(given: object) -> tuple[str, ...] | None:
+    words = _texts(given)
+    return words if words is not None and len(words) <= MAX_BAD_WORDS else None
+
+
 def _token_ids(given: object) -> tuple[int, ...] | None:
     entries = plain_list(given)
     tokens = tuple(token for token in map(_token_id, entries or ()) if token is not None)
     return tokens if entries is not None and len(tokens) == len(entries) else None
+
+
+def _allowed_token_ids(given: object) -> tuple[int, ...] | None:
+    return _token_ids(given) or None
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,16 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = setting(
         (), "tokens that end the request", read=_token_ids, allowed="a list of token ids",
         shown_default="none",
+    )  # fmt: skip
+    bad_words: Sequence[str] = setting(
+        (), "words that the output must not have, with or without a space before them; a word of "
+        "several tokens is kept from its last one", read=_bad_words,
+        allowed=f"a list of at most {MAX_BAD_WORDS} non-empty strings, without surrogates",
+        shown_default="none",
+    )  # fmt: skip
+    allowed_token_ids: Sequence[int] | None = setting(
+        None, "choose from these tokens alone", read=_allowed_token_ids,
+        allowed="a list of token ids that is not empty", shown_default="all",
     )  # fmt: skip
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
@@ -153,16 +173,25 @@ class SamplingParams:
         """The parameters as they are now, checked again; a subclass is left behind."""
         return SamplingParams(**{item.name: getattr(self, item.name) for item in fields(self)})
 
-    def check_vocabulary(self, vocab_size: int, stop_token_ids: Collection[int]) -> None:
-        """Raise ValueError for a token outside the vocabulary."""
-        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-            ok = all(token < vocab_size for token in ids)
+    def check_vocabulary(
+        self,
+        vocab_size: int,
+        stop_token_ids: Collection[int],
+        bad_words: Collection[Sequence[int]] = (),
+    ) -> None:
+        """Raise ValueError for a token outside the vocabulary, or if none is left to choose."""
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            ids = getattr(self, name) or ()
             given = list(ids) if isinstance(ids, tuple) else ids
+            ok = all(token < vocab_size for token in ids)
             require(ok, name, given, f"token ids below {vocab_size}")
-        ok = (
-            self.min_tokens == 0
-            or sum(token < vocab_size for token in set(stop_token_ids)) < vocab_size
-        )
+        allowed = self.allowed_token_ids
+        choices = range(vocab_size) if allowed is None else frozenset(allowed)
+        bad = {word[0] for word in bad_words if len(word) == 1 and word[0] in choices}
+        few = "words that leave a token to choose"
+        require(len(bad) < len(choices), "bad_words", self.bad_words, few)
+        stops = {token for token in stop_token_ids if token in choices}
+        ok = self.min_tokens == 0 or len(bad | stops) < len(choices)
         require(ok, "min_tokens", self.min_tokens, "0 where every token is a stop token")
 
 

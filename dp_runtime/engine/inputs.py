@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import cast
@@ -16,6 +16,7 @@ from dp_runtime.engine.embeds import copied_embeds
 from dp_runtime.errors import one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
+from dp_runtime.text.bad_words import encoded_bad_words
 from dp_runtime.text.tokenizer import Tokenizer
 
 
@@ -68,12 +69,17 @@ class RequestFactory:
         self._check_tokens(given.field, tokens)
         eos = () if params.ignore_eos else self.model.eos_token_ids
         ends = frozenset((*eos, *params.stop_token_ids))
-        self._check_params(params, ends)
+        require(
+            not params.stop_strings or self.tokenizer is not None, "stop", params.stop,
+            "stop_token_ids: the model's directory has no tokenizer.json",
+        )  # fmt: skip
+        bad_words = self._bad_words(params.bad_words)
+        params.check_vocabulary(self.model.vocab_size, ends, bad_words)
         rank = self._pinned(dp_rank)
         embeds = self._embeds(given, len(tokens))
         request_id = next(self._ids)
         seed = derive_seed(self.seed, request_id) if params.seed is None else params.seed
-        request = RankRequest(request_id, tokens, params, seed, ends, embeds)
+        request = RankRequest(request_id, tokens, params, seed, ends, embeds, bad_words)
         return NewRequest(request, rank)
 
     def _tokens(self, given: _GivenPrompt) -> tuple[int, ...]:
@@ -108,12 +114,13 @@ class RequestFactory:
         require(ok, "dp_rank", dp_rank, f"None or a rank in 0..{self.dp_size - 1}")
         return rank
 
-    def _check_params(self, params: SamplingParams, ends: frozenset[int]) -> None:
-        require(
-            not params.stop_strings or self.tokenizer is not None, "stop", params.stop,
-            "stop_token_ids: the model's directory has no tokenizer.json",
-        )  # fmt: skip
-        params.check_vocabulary(self.model.vocab_size, ends)
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        if not words:
+            return ()
+        allowed = "none: the model's directory has no tokenizer.json"
+        require(self.tokenizer is not None, "bad_words", words, allowed)
+        assert self.tokenizer is not None, "checked above"
+        return encoded_bad_words(words, self.tokenizer, self.model.vocab_size)
 
     def _embeds(self, given: _GivenPrompt, length: int) -> PromptEmbeds | None:
         positions = plain_ints(given.positions)

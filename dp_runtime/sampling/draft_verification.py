@@ -80,10 +80,15 @@ class Verification:
         verified, others = requests[: len(self)], requests[len(self) :]
         return [request for request in verified for _ in range(self.rows_each)] + others
 
-    def assumed(self, rows: Int64) -> tuple[Int64, Int64]:
-        """Pair places in `rows` with those in `drafts.flatten()` that the rows have as inputs."""
+    def drafts_read(self, rows: Int64) -> tuple[Int64, Int64]:
+        """Return the chain of each row, and how many of its drafts the row has as inputs."""
         chains, num_read = np.divmod(rows, self.rows_each)
         num_read[rows >= self.num_rows] = 0
+        return chains, num_read
+
+    def assumed(self, rows: Int64) -> tuple[Int64, Int64]:
+        """Pair places in `rows` with those in `drafts.flatten()` that the rows have as inputs."""
+        chains, num_read = self.drafts_read(rows)
         places = np.arange(len(rows)).repeat(num_read)
         within = np.arange(len(places)) - (num_read.cumsum() - num_read).repeat(num_read)
         return places, chains[places] * self.num_drafts + within

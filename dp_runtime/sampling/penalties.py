@@ -24,7 +24,6 @@ class Penalties:
     output_ids: Array  # [outputs] int64, those that were there before this state
     in_prompt: Tensor  # [vocab] bool, empty until the request first samples
     output_counts: Tensor  # [vocab] float32, likewise
-    next_index: range  # the outputs of which one may be sampled next
 
     @classmethod
     def after_outputs(
@@ -39,17 +38,10 @@ class Penalties:
             output_ids=np.array(outputs, np.int64),
             in_prompt=nothing.bool(),
             output_counts=nothing,
-            next_index=range(len(outputs), len(outputs) + 1),
         )  # fmt: skip
 
-    def begin(self, request_id: int, index: int, num_rows: int, vocab_size: int) -> None:
-        """Expect output `index` and, in num_rows - 1 further rows, drafted ones after it."""
-        low, high = self.next_index[0], self.next_index[-1]
-        known = f"{low}" if low == high else f"{low}..{high}"
-        assert low <= index <= high, (
-            f"request {request_id} has penalties and {known} outputs, and samples output {index}"
-        )
-        self.next_index = range(index + 1, index + num_rows + 1)
+    def begin(self, vocab_size: int) -> None:
+        """Make the counts when the request first samples."""
         if self.output_counts.numel():
             return
         device = self.output_counts.device

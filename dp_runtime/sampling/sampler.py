@@ -13,13 +13,15 @@ from torch import Tensor
 from dp_runtime.core.device_copy import HostCopy, on_device
 from dp_runtime.core.request import RankRequest, TokenLogprob
 from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.sampling.bad_words import mask_bad_words
 from dp_runtime.sampling.draft_verification import Verification, accepted_drafts, first_positions
 from dp_runtime.sampling.filters import Array, invert, keep_weights, take_rows
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, LogitsOf, Logprobs, row_parts, token_logprobs
-from dp_runtime.sampling.penalties import Penalties, penalise_rows
+from dp_runtime.sampling.penalties import penalise_rows
 from dp_runtime.sampling.request_sampling import RequestSampling
 from dp_runtime.sampling.rng import uniform
 from dp_runtime.sampling.row_logits import RowLogits
+from dp_runtime.sampling.token_masks import mask_rows
 
 
 class SampledTokens(NamedTuple):
@@ -69,13 +71,13 @@ def sampling_bytes(num_rows: int, vocab_size: int) -> int:
 class Sampler:
     """Chooses the next tokens of one rank's requests; a PerRequestState.
 
-    Log probabilities are taken from the logits as they are. These then go through logit_bias;
-    min_tokens, which masks stop ids; repetition penalty over prompt and outputs (Keskar et al.,
-    CTRL, 2019), frequency and presence penalty over outputs (OpenAI API reference); temperature;
-    top_k with what ties; top_p; min_p. The token is the inverse of the cumulative distribution at
-    uniform(seed, output index). Other ties go to the lowest id. A row's token depends on its
-    request, index and logits alone, not on the batch.
-    NOTE: `sample` counts outputs for penalties: it wants every output of such a request in order.
+    Log probabilities are taken from the logits as they are. These then go through logit_bias; masks
+    of allowed_token_ids, bad_words and, below min_tokens, of stop ids; repetition penalty over
+    prompt and outputs (Keskar et al., CTRL, 2019), frequency and presence penalty over outputs
+    (OpenAI API reference); temperature; top_k with what ties; top_p; min_p. The token is the
+    inverse of the cumulative distribution at uniform(seed, output index). Other ties go to the
+    lowest id. A row's token depends on its request, index and logits alone, not on the batch.
+    NOTE: penalties and bad_words follow the outputs, of which such a request samples each in order.
     """
 
     def __init__(self, vocab_size: int, num_table_rows: int, device: torch.device) -> None:
@@ -137,8 +139,8 @@ class Sampler:
         accepted = self._accepted(token_ids, firsts, verification)
         if seen:
             emitted = drafted.emitted(accepted, len(rows))
-            for span, penalties in seen:
-                penalties.count(token_ids[span], emitted[span])
+            for span, request in seen:
+                request.take(token_ids[span], emitted[span])
         logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
         copy = _copied(token_ids, valid, accepted)
         return Sampled(token_ids, logprobs, logprob_rows, accepted, copy)
@@ -174,6 +176,9 @@ class Sampler:
         """Return token ids [n] and whether logits were valid [n], for rows from first_row on."""
         values = logits.values.float()
         adjusted = self._bias(values, rows, requests)
+        adjusted = mask_rows(adjusted, [request.mask for request in requests])
+        words = [request.bad_words for request in requests]
+        adjusted = mask_bad_words(adjusted, words, verification, first_row)
         adjusted = self._mask_stops(adjusted, rows, requests)
         states = [request.penalties for request in requests]
         adjusted = penalise_rows(adjusted, states, verification, first_row)
@@ -210,16 +215,16 @@ class Sampler:
 
     def _begin(
         self, rows: SamplePositions, requests: list[RequestSampling], verification: Verification
-    ) -> list[tuple[slice, Penalties]]:
+    ) -> list[tuple[slice, RequestSampling]]:
         seen = [
-            (verification.rows_of(number), request.penalties)
+            (verification.rows_of(number), request)
             for number, request in enumerate(requests)
-            if request.penalties is not None
+            if request.order is not None
         ]
-        for span, penalties in seen:
+        for span, request in seen:
             request_id = int(self._request_ids[rows.req_indices[span.start]])
             index = int(rows.output_indices[span.start])
-            penalties.begin(request_id, index, span.stop - span.start, self.vocab_size)
+            request.begin(request_id, index, span.stop - span.start, self.vocab_size)
         return seen
 
     def _draw(

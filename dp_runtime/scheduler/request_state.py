@@ -71,6 +71,11 @@ class RequestState:
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.outputs)
 
+    @property
+    def cause_of_no_token(self) -> str:
+        cause = f"the model gave NaN or infinite logits for its token {len(self.outputs)}"
+        return f"{cause}, or bad_words leave none to choose" if self.request.bad_words else cause
+
     def tokens(self, start: int, end: int) -> Int64:
         if end <= self.num_prompt_tokens:
             return self.prompt[start:end]

@@ -209,8 +209,7 @@ class Scheduler:
             self.requests.finish(state, FinishReason.LENGTH)
         elif broken:
             self.requests.finish(state, FinishReason.ERROR)
-            cause = f"the model gave NaN or infinite logits for its token {len(state.outputs)}"
-            return RequestUpdate.failed(request.request_id, index, cause)
+            return RequestUpdate.failed(request.request_id, index, state.cause_of_no_token)
         known = tuple(entry for entry in logprobs[: len(tokens)] if entry) if logprobs else ()
         return RequestUpdate(
             request.request_id, index, tokens, known, prompt_logprobs, state.finish_reason, stop

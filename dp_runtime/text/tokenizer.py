@@ -38,12 +38,15 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, field: str = "prompt"
+    ) -> list[int]:
+        """Return the token ids of a text; ValueError, naming the field, if it has none."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"prompt: {shown(text, 40)} is not allowed; {error}") from None
-        with _as_value_error(f"prompt: {shown(text, 40)} is not allowed; tokenizer.json fails"):
+            raise ValueError(f"{field}: {shown(text, 40)} is not allowed; {error}") from None
+        with _as_value_error(f"{field}: {shown(text, 40)} is not allowed; tokenizer.json fails"):
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -27,6 +27,8 @@ BAD: dict[str, list[Any]] = {
     "seed": [-1, 2**63, 1.0, "1", True, NAN],
     "stop": [5, None, "", ["a", ""], ["a", 1], b"a", [b"a"], {"a"}, "a\ud800"],
     "stop_token_ids": [5, None, "", "12", ["1"], [1.0], [-1], [True], [NAN], {1}],
+    "bad_words": [5, None, "a", ["a", ""], [1], b"a", {"a"}, ["a\ud800"], ["a"] * 1001],
+    "allowed_token_ids": [5, [], (), "12", ["1"], [1.0], [-1], [True], {1}],
     "ignore_eos": [0, 1, "no", None],
     "skip_special_tokens": [0, 1, "no", None],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", True, NAN],
@@ -61,6 +63,7 @@ def test_every_field_has_bad_values() -> None:
         {"seed": 0}, {"seed": 2**63 - 1}, {"seed": np.int64(1)},
         {"stop": "a"}, {"stop": ["a", "b"]}, {"stop": ()},
         {"stop_token_ids": (1, np.int64(2))}, {"ignore_eos": True},
+        {"bad_words": ["a", " b"]}, {"bad_words": ()}, {"allowed_token_ids": [np.int64(3), 3]},
         {"logprobs": 0, "prompt_logprobs": MAX_LOGPROBS},
     ],
     ids=str,
@@ -92,7 +95,7 @@ def test_from_fields_reads_json() -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"temprature": 0.5}, "temprature: 0.5 is not allowed; known fields: frequency_penalty,"),
+        ({"temprature": 0.5}, "temprature: 0.5 is not allowed; known fields: allowed_token_ids,"),
         ({"greedy": True}, "greedy: True is not allowed"),
         ({5: 1}, "5: 1 is not allowed"),
         ({"logit_bias": {"x": 1}}, "logit_bias: {'x': 1} is not allowed; keys are token ids"),
@@ -121,4 +124,12 @@ def test_check_vocabulary() -> None:
     with pytest.raises(ValueError, match=r"min_tokens: 2 .* every token is a stop token"):
         params.check_vocabulary(10, range(10))
     SamplingParams().check_vocabulary(10, range(10))
+    few = SamplingParams(allowed_token_ids=[2, 3], min_tokens=1, bad_words=["x"])
+    few.check_vocabulary(10, {3}, [(3,), (7,), (2, 2)])
+    with pytest.raises(ValueError, match=r"allowed_token_ids: \[2, 3\] .*; token ids below 3"):
+        few.check_vocabulary(3, {3})
+    with pytest.raises(ValueError, match=r"bad_words: \('x',\) .*; words that leave a token"):
+        few.check_vocabulary(10, {3}, [(3,), (2,)])
+    with pytest.raises(ValueError, match=r"min_tokens: 1 .* every token is a stop token"):
+        few.check_vocabulary(10, {3}, [(2,)])
     SamplingParams(min_tokens=1).check_vocabulary(10, {9, 10, 11})

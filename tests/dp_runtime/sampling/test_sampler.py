@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -35,8 +36,12 @@ def request(
     params: SamplingParams,
     prompt: Sequence[int] = (1, 2, 3),
     stop_ids: Sequence[int] = (),
+    bad_words: Sequence[tuple[int, ...]] = (),
 ) -> RankRequest:
-    return RankRequest(request_id, tuple(prompt), params, params.seed or 0, frozenset(stop_ids))
+    return RankRequest(
+        request_id, tuple(prompt), params, params.seed or 0, frozenset(stop_ids),
+        bad_words=tuple(bad_words),
+    )  # fmt: skip
 
 
 def tokens_of(logits: Tensor, *requests: RankRequest, index: int = 0) -> list[int]:
@@ -186,7 +191,7 @@ def test_penalty_state_needs_no_look_at_the_host() -> None:
 def test_an_output_is_sampled_once_with_penalties() -> None:
     sampler = sampler_of(request(1, SamplingParams(presence_penalty=1.0)))
     sample(sampler, logits_of(0), rows_of((1, 0)))
-    with pytest.raises(AssertionError, match="request 1 has penalties and 1 outputs"):
+    with pytest.raises(AssertionError, match=r"request 1 has 1 outputs, .* samples output 0"):
         sample(sampler, logits_of(0), rows_of((1, 0)))
 
 
@@ -208,6 +213,76 @@ def test_min_tokens_masks_the_stop_ids() -> None:
     assert tokens_of(logits, held, free, index=0) == [7, 5]
     assert tokens_of(logits, held, free, index=1) == [7, 5]
     assert tokens_of(logits, held, free, index=2) == [5, 5]
+
+
+def test_only_allowed_tokens_are_sampled() -> None:
+    logits = logits_of(5, rows=3)
+    allowed = tuple(int(token) for token in logits[0].topk(12).indices[4:])
+    few = request(1, SamplingParams(allowed_token_ids=allowed, temperature=0))
+    drawing = request(2, SamplingParams(allowed_token_ids=allowed, temperature=5.0, logprobs=1))
+    plain = request(3, SamplingParams(temperature=0))
+    sampler, rows = sampler_of(few, drawing, plain), [(number, 0) for number in (1, 2, 3)]
+    found = sample(sampler, logits, rows_of(*rows)).to_host()
+    assert found.token_ids[0] == int(logits[0].topk(5).indices[4])
+    assert found.token_ids[2] == int(logits[2].argmax())
+    entry = found.logprobs[1]
+    assert entry is not None
+    assert entry.token_id == found.token_ids[1]
+    assert entry.logprob == pytest.approx(float(logits[1].log_softmax(-1)[entry.token_id]))
+    drawn = {
+        sample(sampler, logits[1:2], rows_of((2, index))).to_host().token_ids[0]
+        for index in range(200)
+    }
+    assert drawn == set(allowed)
+
+
+WORDS = [(2,), (1, 1), (0, 3), (3, 0, 1), (4, 0, 3, 1), (0, 0, 0, 0, 4)]
+
+
+def test_bad_words_agree_with_transformers() -> None:
+    """The oracle sees outputs alone: a prompt that ends with a word's beginning masks nothing."""
+    logits = logits_of(6, rows=300, vocab=5)
+    item = request(1, SamplingParams(temperature=0), prompt=(0, 0, 0, 0, 3, 0), bad_words=WORDS)
+    sampler, outputs = sampler_of(item, vocab=5), list[int]()
+    oracle = NoBadWordsLogitsProcessor([list(word) for word in WORDS])
+    for index, row in enumerate(logits.split(1)):
+        seen = torch.tensor([outputs], dtype=torch.int64)
+        expected = int(oracle(seen, row.clone()).argmax())
+        outputs += sample(sampler, row, rows_of((1, index))).to_host().token_ids
+        assert outputs[-1] == expected
+    text, best = "".join(map(str, outputs)), logits.argmax(-1).tolist()
+    assert not any("".join(map(str, word)) in text for word in WORDS)
+    masked = {row for row, token in enumerate(best) if token not in (2, outputs[row])}
+    assert len(masked) > 10, "words of several tokens mask a few rows of these logits"
+
+
+def test_bad_words_in_another_row_go_on_after_the_outputs() -> None:
+    params, words = SamplingParams(temperature=0), [(5, 6, 7), (6, 8)]
+    item = request(1, params, bad_words=words)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7:10] = torch.tensor([3.0, 2.0, 1.0])
+    for outputs, token in (([], 7), ([5], 7), ([6], 7), ([5, 6], 9), ([9, 6], 7), ([1, 5, 6], 9)):
+        sampler = sampler_of()
+        sampler.add(7, item, outputs)
+        assert sample(sampler, logits, rows_of((7, len(outputs)))).to_host().token_ids == (token,)
+
+
+def test_bad_words_of_one_token_follow_no_outputs() -> None:
+    item = request(1, SamplingParams(temperature=0), bad_words=[(3,), (4,)])
+    sampler, logits = sampler_of(item), torch.zeros(1, VOCAB)
+    logits[0, 3:6] = torch.tensor([9.0, 8.0, 7.0])
+    for index in (5, 5, 2):
+        assert sample(sampler, logits, rows_of((1, index))).to_host().token_ids == (5,)
+    assert not sampler.all_plain
+
+
+def test_a_row_that_masks_leave_no_token_is_named_at_commit() -> None:
+    params = SamplingParams(temperature=0, allowed_token_ids=[5])
+    item, other = request(1, params, bad_words=[(5, 5)]), request(2, SamplingParams(temperature=0))
+    sampler, logits = sampler_of(item, other), logits_of(8, rows=2)
+    first = sample(sampler, logits, rows_of((1, 0), (2, 0))).to_host()
+    assert (first.token_ids[0], first.invalid) == (5, frozenset())
+    assert sample(sampler, logits, rows_of((1, 1), (2, 1))).to_host().invalid == {0}
 
 
 def test_order_of_the_steps() -> None:
@@ -301,14 +376,22 @@ PARAMS = st.builds(
     min_tokens=st.integers(0, 4),
     seed=st.integers(0, 2**63 - 1),
     logprobs=st.sampled_from([None, 0, 1, 5]),
+    allowed_token_ids=st.sampled_from([None, None, range(7)]),
 )
+# Of range(7), tokens 5 and 6 remain when words, and 3 and 4 as stop ids, are masked.
+BAD_WORDS = st.lists(
+    st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), max_size=6
+)  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None)
 @given(many=st.lists(PARAMS, min_size=1, max_size=8), data=st.data())
 def test_any_batch_gives_the_same(many: list[SamplingParams], data: st.DataObject) -> None:
     num_outputs = 4
-    items = [request(i, p, prompt=(i, 2 * i, 7), stop_ids=(3, 4)) for i, p in enumerate(many)]
+    items = [
+        request(i, p, (i, 2 * i, 7), stop_ids=(3, 4), bad_words=data.draw(BAD_WORDS))
+        for i, p in enumerate(many)
+    ]
     # Rounded logits, as of a bfloat16 model, tie often.
     logits = logits_of(len(many), rows=len(many) * num_outputs).bfloat16().float()
     logits = logits.view(len(many), num_outputs, VOCAB)

@@ -1,0 +1,112 @@
+"""What engines share beyond OpenAI's fields, through the whole runtime over threads."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import NoBadWordsLogitsProcessor
+
+from dp_runtime import Engine, RequestOutput, SamplingParams
+from dp_runtime.errors import RequestFailed
+from dp_runtime.text.bad_words import encoded_bad_words
+from dp_runtime.text.tokenizer import Tokenizer
+from tests.reference import NearTie, Reference, near_ties
+from tests.serving import check_pages_free
+from tests.speculative_cases import TRAINED, engine_of
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+PROMPTS = ["The list of arguments", "If the file does not exist,", "Return a new string"]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference(TRAINED.model)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with engine_of(TRAINED, 0) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def plain(engine: Engine) -> list[RequestOutput]:
+    return engine.generate(PROMPTS, GREEDY)
+
+
+def tokenizer_of(engine: Engine) -> Tokenizer:
+    assert engine.tokenizer is not None
+    return engine.tokenizer
+
+
+@pytest.fixture(scope="module")
+def bad_words(plain: list[RequestOutput]) -> list[str]:
+    """Words that the outputs would have."""
+    return sorted({word for one in plain for word in re.findall("[a-z]{3,}", one.text)[2::3]})
+
+
+def check_masked(
+    reference: Reference, outputs: Sequence[RequestOutput], words: Sequence[Sequence[int]]
+) -> None:
+    """Assert that each token is the oracle's best that ends none of the words."""
+    mask = NoBadWordsLogitsProcessor([list(word) for word in words])
+    sequences = [(*output.prompt_token_ids, *output.token_ids) for output in outputs]
+    for output, logits in zip(outputs, reference.logits(sequences), strict=True):
+        ahead = logits[len(output.prompt_token_ids) - 1 : -1]
+        before = (torch.tensor([output.token_ids[:n]]).long() for n in range(len(ahead)))
+        masked = [mask(tokens, row[None].clone())[0] for tokens, row in zip(before, ahead)]
+        for tie in near_ties(output.token_ids, torch.stack(masked)):
+            warnings.warn(tie, NearTie, stacklevel=2)
+
+
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "overlap": (0, {"overlap": True}),
+    "preempted": (0, {"dp_size": 1, "num_pages": 9, "overlap": True}),
+    "drafts": (3, {}),
+    "drafts overlap, preempted": (4, {"dp_size": 1, "num_pages": 10, "overlap": True}),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_bad_words(
+    run: str, plain: list[RequestOutput], bad_words: list[str], reference: Reference
+) -> None:
+    num_drafts, fields = RUNS[run]
+    params = replace(GREEDY, bad_words=bad_words)
+    with engine_of(TRAINED, num_drafts, **fields) as engine:
+        *outputs, undisturbed = engine.generate([*PROMPTS, PROMPTS[0]], [*[params] * 3, GREEDY])
+        report = engine.report()
+        check_pages_free(engine)
+        words = encoded_bad_words(bad_words, tokenizer_of(engine), engine.model.vocab_size)
+    assert {len(word) > 1 for word in words} == {False, True}
+    check_masked(reference, outputs, words)
+    assert undisturbed.token_ids == plain[0].token_ids
+    assert all(one.token_ids != other.token_ids for one, other in zip(outputs, plain))
+    assert report.preemptions > 0 or "preempted" not in run
+    assert report.drafts_accepted > 0 or not num_drafts
+
+
+def test_allowed_token_ids(engine: Engine, plain: list[RequestOutput]) -> None:
+    allowed = sorted({*plain[0].token_ids[::2]})
+    few = replace(GREEDY, allowed_token_ids=allowed)
+    drawn = replace(few, temperature=1.0, seed=3)
+    outputs = engine.generate([PROMPTS[0]] * 3, [few, drawn, GREEDY])
+    assert all({*one.token_ids} <= {*allowed} for one in outputs[:2])
+    assert len({*outputs[1].token_ids}) > 5
+    assert outputs[2].token_ids == plain[0].token_ids
+
+
+def test_a_request_whose_masks_leave_no_token_fails_alone(engine: Engine) -> None:
+    tokenizer = tokenizer_of(engine)
+    (token,) = tokenizer.encode("a")
+    stuck = replace(GREEDY, allowed_token_ids=[token], bad_words=["aa"])
+    other = engine.submit(PROMPTS[1], GREEDY)
+    with pytest.raises(RequestFailed, match="its token 1, or bad_words leave none to choose"):
+        engine.generate([PROMPTS[0]], stuck)
+    assert len(other.result(60).token_ids) == GREEDY.max_tokens
