@@ -212,6 +212,30 @@ def test_outputs_with_penalties_go_on_after_what_was_accepted() -> None:
     sample(sampler, logits_of(0), rows_of((1, 8)))
 
 
+@pytest.mark.parametrize("first", [0, 60])
+def test_bad_words_may_begin_among_the_drafts(first: int) -> None:
+    """A row reads the drafts before it; `first` rows of others come before those of its chain."""
+    words, best = [(9, 7, 3), (7, 3, 4, 5), (7, 1, 2)], [7, 3, 4, 5, 9]
+    params = SamplingParams(temperature=0)
+    items = [request(0, params, bad_words=words), *(request(i, params) for i in range(1, 61))]
+    sampler = sampler_of()
+    for item in items:
+        sampler.add(item.request_id, item, [9] if item.request_id == 0 else [])
+    logits = torch.zeros(first + 5, VOCAB)
+    logits[range(first, first + 5), best] = 2.0  # and each row's second best is token 1
+    logits[first:, 1] = 1.0
+    drafts = torch.tensor([[0] * 4] * (first // 5) + [[7, 3, 4, 5]])
+    firsts = [(i, 0) for i in range(1, 1 + first // 5)] + [(0, 1)]
+    rows = rows_of(*rows_from(firsts, 4))
+    with patch.object(logprobs, "ROWS_AT_ONCE", 3):
+        host = sample(sampler, logits, rows, Verification(drafts)).to_host()
+    assert host.token_ids[first:] == (7, 1, 4, 1, 9)
+    assert host.num_accepted[-1] == 1
+    after = torch.zeros(1, VOCAB)  # 7 and 1 became outputs
+    after[0, 2], after[0, 3] = 2.0, 1.0
+    assert sample(sampler, after, rows_of((0, 3))).to_host().token_ids == (3,)
+
+
 @pytest.mark.parametrize("mean", [1, 1.0, 2.5, 3.3, 4])
 def test_forced_means_are_reached(mean: float) -> None:
     seeds, indices = torch.arange(400).repeat(250), torch.arange(250).repeat_interleave(400)
