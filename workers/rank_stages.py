@@ -16,8 +16,9 @@ from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
 from dp_runtime.runner.step_loop import StepLoop
-from dp_runtime.startup.build_rank import LoadedRank, assemble, jit_modules_of, load_rank, profile
+from dp_runtime.startup.build_rank import assemble, jit_modules_of, load_rank, profile
 from dp_runtime.startup.graph_capture import capture
+from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from workers.communicators import Communicator, connect
 from workers.mailbox import Mailbox

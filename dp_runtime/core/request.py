@@ -49,6 +49,8 @@ class RankRequest:
     stop_token_ids: frozenset[int]  # end-of-text ids included, unless ignored
     embeds: PromptEmbeds | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that its output never has
+    outputs: tuple[int, ...] = ()  # made before its rank was lost
+    num_scored: int = 0  # prompt positions whose log probabilities were reported before that
 
     @property
     def num_reserved_tokens(self) -> int:

@@ -49,15 +49,18 @@ class RequestState:
     request: RankRequest
     max_outputs: int
     prompt: Int64 = field(init=False)
-    outputs: list[int] = field(default_factory=list)  # committed
+    outputs: list[int] = field(init=False)  # committed
     status: RequestStatus = RequestStatus.WAITING  # changed by RequestLifecycle.transition alone
     req_index: int = NO_ROW  # its row in the request table
-    num_scored: int = 0  # prompt positions whose log probabilities were asked for
+    num_scored: int = field(init=False)  # prompt positions whose log probabilities were asked for
+    num_reported: int = field(init=False)  # and those whose were reported
     finish_reason: FinishReason | None = None
     queued_at: float | None = field(default_factory=perf_counter)  # until it runs first
 
     def __post_init__(self) -> None:
         self.prompt = np.array(self.request.prompt_token_ids, np.int64)
+        self.outputs = list(self.request.outputs)
+        self.num_scored = self.num_reported = self.request.num_scored
 
     @property
     def request_id(self) -> int:

@@ -23,6 +23,7 @@ class RequestTable:
         self.max_tokens = column()  # prompt and outputs
         self.num_tokens = column()  # prompt and outputs, those that steps in flight sample included
         self.num_computed_tokens = column()  # in the cache once the steps in flight are done
+        self.num_cached_tokens = column()  # in the cache by what committed steps wrote
         self.num_inflight_steps = column()
         self.last_token = column()  # of those that the host knows
         self.last_sample_index = column()  # of the newest token in its step's samples, or -1
@@ -43,7 +44,8 @@ class RequestTable:
         self.num_prompt_tokens[index] = request.num_prompt_tokens
         self.max_tokens[index] = request.num_prompt_tokens + request.max_outputs
         self.num_tokens[index] = request.num_tokens
-        self.num_computed_tokens[index] = self.num_inflight_steps[index] = 0
+        self.num_computed_tokens[index] = self.num_cached_tokens[index] = 0
+        self.num_inflight_steps[index] = 0
         self.last_token[index] = last_token
         self.last_sample_index[index] = -1
         return index
@@ -82,8 +84,19 @@ class RequestTable:
         self.num_tokens[sampled] += num_new_tokens
         self.last_sample_index[sampled] = np.arange(len(sampled))
 
-    def committed(self, req_indices: Int64) -> None:
+    def committed(self, req_indices: Int64, query_lens: Int32) -> None:
         self.num_inflight_steps[req_indices] -= 1
+        self.num_cached_tokens[req_indices] += query_lens
+
+    def abandon(self, request: RequestState, num_again: int) -> None:
+        """Forget a request's steps in flight; its last num_again tokens at least are fed again."""
+        index = request.req_index
+        cached = int(self.num_cached_tokens[index])
+        cached = max(0, min(cached, request.num_tokens - num_again))
+        self.num_tokens[index] = request.num_tokens
+        self.num_computed_tokens[index] = self.num_cached_tokens[index] = cached
+        (self.last_token[index],) = request.tokens(request.num_tokens - 1, request.num_tokens)
+        self.last_sample_index[index] = -1
 
     def set_last_tokens(self, sampled: Int64, token_ids: tuple[int, ...]) -> None:
         self.last_token[sampled] = token_ids
@@ -91,3 +104,4 @@ class RequestTable:
     def rewind(self, req_indices: Int64, num_rejected: Int64) -> None:
         self.num_tokens[req_indices] -= num_rejected
         self.num_computed_tokens[req_indices] -= num_rejected
+        self.num_cached_tokens[req_indices] -= num_rejected

@@ -121,7 +121,7 @@ class Scheduler:
     def commit(
         self, step: SchedulerOutput, tokens: SampledTokens, prompt_logprobs: PromptLogprobs = ()
     ) -> list[RequestUpdate]:
-        self.table.committed(step.req_indices)
+        self.table.committed(step.req_indices, step.target.query_lens)
         self._trust_pages(step, tokens.invalid)
         updates = self._commit_decodes(step, tokens)
         if step.chunks:
@@ -166,6 +166,7 @@ class Scheduler:
             row = next(rows) if chunk.samples else None
             if request.finish_reason:
                 continue
+            request.num_reported = max(request.num_reported, chunk.score_end)
             if isinstance(entries, Exception):
                 self._fail(request, entries)
             elif row is not None:
@@ -288,10 +289,9 @@ class Scheduler:
 
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> SchedulerOutput:
         step = build_batches(self.table, self.page_table, decodes, chunks, program)
-        target = step.batches[program.passes.index(Pass.TARGET)]
         num_new_tokens = np.ones(len(step.sampled), np.int64)
         num_new_tokens[: len(decodes)] += step.num_drafts
-        self.table.launched(step.req_indices, target.seq_lens, step.sampled, num_new_tokens)
+        self.table.launched(step.req_indices, step.target.seq_lens, step.sampled, num_new_tokens)
         for chunk in chunks:
             chunk.state.num_scored = max(chunk.state.num_scored, chunk.score_end)
         in_flight = self.table.num_inflight_steps.any()

@@ -70,6 +70,10 @@ class SchedulerOutput:
         return tuple(batch.num_tokens for batch in self.batches)
 
     @property
+    def target(self) -> LocalBatch:
+        return self.batches[-2 if self.num_drafts else -1]
+
+    @property
     def prefill(self) -> bool:
         return any(chunk.length > 1 for chunk in self.chunks)
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
 import torch
-from torch import Tensor
 
 from dp_runtime.attention.registry import CHOSEN, backend_class
 from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.errors import StartError, require
 from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.metrics.status import ModelInfo
-from dp_runtime.metrics.totals import Recorder
 from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
@@ -29,35 +25,22 @@ from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
 from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.parallel.step_coordinator import StepCoordinator
-from dp_runtime.runner.drafting import Drafting, DraftState
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import StepRunner
-from dp_runtime.sampling.draft_verification import ForcedAcceptance
-from dp_runtime.sampling.sampler import Sampler
-from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.speculative.adaptive_length import AdaptiveLength
 from dp_runtime.startup.device_memory import free_bytes
+from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.memory_profile import run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.startup.served_models import ServedModels
+from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.weights.chat_files import read_chat_files
 from dp_runtime.weights.files import is_present, read_text
 from dp_runtime.weights.loader import open_weights
 from dp_runtime.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedRank:
-    """A rank's models over their page pools, and the facts that the driver asks for."""
-
-    models: ServedModels
-    pools: Sequence[Tensor]  # [layer], those of a draft after the model's
-    info: ModelInfo
-    load_s: float
-    allocated_before: int  # bytes of the GPU's memory; 0 on a CPU
 
 
 def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
@@ -177,8 +160,12 @@ def assemble(
     board: StepBoard,
     collective: RowCollective,
     epoch: int = 0,
+    served: ServedRequests | None = None,
 ) -> StepLoop:
-    """Put the step loop of a loaded rank together; all ranks do so at the same time."""
+    """Put the step loop of a loaded rank together; all ranks do so at the same time.
+
+    `served` are requests that an earlier epoch has begun.
+    """
     device, model = torch.device(plan.device), plan.model
     mode = PaddingMode(config.padding)
     cost = (
@@ -192,26 +179,17 @@ def assemble(
         programs=programs,
         policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
     )  # fmt: skip
-    sampler = Sampler(model.vocab_size, plan.limits.num_table_rows, device)
-    states: list[PerRequestState] = [sampler]
-    drafting = None
-    if loaded.models.draft is not None:
-        mean_tokens = config.speculative_forced_tokens
-        forced = None if mean_tokens is None else ForcedAcceptance(mean_tokens)
-        draft_state = DraftState(loaded.models.draft, plan.limits.num_table_rows, device)
-        drafting = Drafting(loaded.models.draft, forced, draft_state)
-        states.append(draft_state)
-    scheduler = Scheduler(plan.pages, plan.limits, states)
+    served = served or ServedRequests.none(config, plan, loaded)
     runner = StepRunner(
         loaded.models.target,
-        drafting,
-        sampler,
+        served.drafting,
+        served.sampler,
         collective=collective,
         pages=plan.pages,
         device=device,
         poison=config.poison_padding,
     )
-    return StepLoop(scheduler, coordinator, runner, Recorder(plan.sharding.dp_rank), plan.depth)
+    return StepLoop(served.scheduler, coordinator, runner, served.recorder, plan.depth)
 
 
 def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from dp_runtime.parallel.agreement import ProgramPolicy, keep_program
 from dp_runtime.runner.drafting import DraftChains
 from dp_runtime.runner.step_loop import Inbox, InflightStep, StepLoop
 from dp_runtime.sampling.draft_verification import Verification
-from dp_runtime.startup.build_rank import LoadedRank, assemble, load_rank
-from dp_runtime.startup.rank_plan import RankPlan, plan_rank
+from dp_runtime.startup.build_rank import assemble, load_rank
+from dp_runtime.startup.rank_plan import plan_rank
+from dp_runtime.startup.served_requests import ServedRequests
 
 TIMEOUT_S = 60.0
 
@@ -37,8 +39,10 @@ class Verified:
 class Watch:
     """Notes every verification of a loop, request by request, in the order of the commits."""
 
-    def __init__(self, loop: StepLoop) -> None:
-        self.verified: dict[int, list[Verified]] = defaultdict(list)
+    def __init__(
+        self, loop: StepLoop, verified: defaultdict[int, list[Verified]] | None = None
+    ) -> None:
+        self.verified = defaultdict(list) if verified is None else verified
         self._launched: deque[Tensor] = deque()  # drafts of the steps that are not committed
         self._scheduler = loop.scheduler
         drafting = loop.runner.drafting
@@ -56,10 +60,11 @@ class Watch:
         known = [None if live.finish_reason else live.num_tokens for live in decoding]
         drafts = self._launched.popleft().tolist()
         accepted = step.output.sampled.to_host().num_accepted
+        updates = self._commit(step)
         for live, count, chain, taken in zip(decoding, known, drafts, accepted, strict=True):
             if count is not None:
                 self.verified[live.request_id].append(Verified(count, tuple(chain), taken))
-        return self._commit(step)
+        return updates
 
 
 @dataclass(frozen=True)
@@ -79,23 +84,34 @@ class Served:
     outputs: dict[int, tuple[int, ...]] = field(default_factory=dict)
     verified: dict[int, list[Verified]] = field(default_factory=dict)
     preemptions: int = 0
+    epochs: int = 0
+
+    @property
+    def begins_again(self) -> bool:
+        """Whether requests may have got a token from a chunk that had outputs already."""
+        return self.preemptions > 0 or self.epochs > 1
 
 
 class ScriptedRank:
     """A rank's loop with its part of a script; `take` is called once a step, in step."""
 
-    def __init__(self, loop: StepLoop, events: Sequence[Event]) -> None:
-        self.loop = loop
-        self.watch = Watch(loop)
+    def __init__(self, requests: ServedRequests, events: Sequence[Event]) -> None:
+        self.requests = requests
+        self.verified: defaultdict[int, list[Verified]] = defaultdict(list)
         self.outputs: dict[int, tuple[int, ...]] = {}
         self._events = deque(sorted(events, key=lambda event: event.step))
         self._unfinished = {event.request.request_id for event in events}
         self._step = 0
 
+    def join(self, loop: StepLoop) -> None:
+        """Serve with this loop, which has the requests, from now on."""
+        self.loop = loop
+        self.watch = Watch(loop, self.verified)
+
     @property
     def done(self) -> bool:
         """Seen by other ranks' threads at any moment; true once, it stays so."""
-        return not (self._unfinished or self._events or self.loop.scheduler.has_work)
+        return not (self._unfinished or self._events or self.requests.scheduler.has_work)
 
     def take(self, stop: bool) -> Inbox:
         self.loop.scheduler.check()
@@ -142,47 +158,85 @@ class SpeculativeRanks:
         num_requests: int | None = None,
         num_tokens: int | None = None,
         policy: ProgramPolicy = keep_program,
+        faults: Sequence[Fault] = (),
         **fields: Any,
     ) -> Served:
-        """Run a script to its end; the caches hold what the scripts before it left."""
+        """Run a script to its end; the caches hold what the scripts before it left.
+
+        Each fault ends an epoch, and the next begins with what was committed.
+        """
         requests = num_requests or self.config.max_num_requests
         tokens = num_tokens or self.config.max_num_tokens
         config = replace(
             self.config, speculative_num_steps=num_steps, max_num_requests=requests,
             max_num_tokens=tokens, **fields,
         )  # fmt: skip
-        group = InProcessGroup(config.dp_size, TIMEOUT_S)
-        ranks = []
+        ranks, parts = [], []
         for rank, (plan, loaded) in enumerate(zip(self._plans, self._loaded)):
             limits = replace(
                 plan.limits, max_num_requests=requests, max_num_tokens=tokens, max_drafts=num_steps
             )
             pages = PageGeometry(num_pages or plan.pages.num_pages, plan.pages.page_size)
             part = replace(plan, limits=limits, pages=pages, depth=config.depth)
-            loop = _loop(config, part, loaded, group, rank)
-            loop.coordinator.policy = policy
-            ranks.append(ScriptedRank(loop, [one for one in script if one.dp_rank == rank]))
-        _run(ranks)
+            parts.append(part)
+            own = ServedRequests.none(config, part, loaded)
+            ranks.append(ScriptedRank(own, [one for one in script if one.dp_rank == rank]))
         served = Served()
+        for epoch, fault in enumerate((*faults, None)):
+            group = InProcessGroup(config.dp_size, TIMEOUT_S)
+            for rank, (one, part, loaded) in enumerate(zip(ranks, parts, self._loaded)):
+                board, rows = group.board(rank), group.collective(rank)
+                loop = assemble(config, part, loaded, board, rows, epoch, one.requests)
+                loop.coordinator.policy = policy
+                one.join(loop)
+            if fault is not None:
+                fault.arm(ranks[fault.dp_rank % len(ranks)].loop)
+            served.epochs += 1
+            if _run(ranks):
+                break
+            for one in ranks:
+                one.requests.abandon_steps()
         for one in ranks:
             served.outputs |= one.outputs
-            served.verified |= one.watch.verified
+            served.verified |= one.verified
             served.preemptions += one.loop.scheduler.num_preemptions
             assert one.loop.scheduler.num_free_pages == one.loop.scheduler.pages.num_pages - 1
         return served
 
 
-def _loop(
-    config: EngineConfig, plan: RankPlan, loaded: LoadedRank, group: InProcessGroup, rank: int
-) -> StepLoop:
-    return assemble(config, plan, loaded, group.board(rank), group.collective(rank))
+@dataclass(frozen=True)
+class Fault:
+    """A rank fails as it enters its collective number `call`, or posts so many records."""
+
+    dp_rank: int
+    call: int
+    of_board: bool = False
+
+    def arm(self, loop: StepLoop) -> None:
+        coordinator = loop.coordinator
+        board: Any = coordinator.board
+        collective: Any = coordinator.collective
+        owner, name = (board, "all_gather_records") if self.of_board else (collective, "all_gather")
+        calls, original = itertools.count(), getattr(owner, name)
+
+        def fail_at(*arguments: Any) -> Any:
+            if next(calls) == self.call:
+                raise RuntimeError("the fault of a test")
+            return original(*arguments)
+
+        setattr(owner, name, fail_at)
 
 
-def _run(ranks: Sequence[ScriptedRank]) -> None:
+def _run(ranks: Sequence[ScriptedRank]) -> bool:
+    """Return False if a fault has ended the epoch; no rank steps any more."""
+
     def taker(rank: ScriptedRank) -> Callable[[], Inbox]:
         return lambda: rank.take(stop=all(other.done for other in ranks))
 
     with ThreadPoolExecutor(len(ranks)) as pool:
         runs = [pool.submit(rank.loop.run, taker(rank), rank.deliver) for rank in ranks]
-        for run in runs:
-            run.result(TIMEOUT_S)
+        wait(runs, TIMEOUT_S)
+    errors = [error for run in runs if (error := run.exception()) is not None]
+    if any("the fault of a test" not in str(error) for error in errors):
+        raise errors[0]
+    return not errors

@@ -97,9 +97,9 @@ class Script:
                 due = alone[shape].verified(one.num_known, len(one.drafts))
                 assert one == due, f"request {number} of shape {shape}"
                 # A request that was preempted has a token more when it decodes again.
-                assert one.num_known == known or (served.preemptions and one.num_known > known)
+                assert one.num_known == known or (served.begins_again and one.num_known > known)
                 known = one.num_known + one.num_accepted + 1
-            if len(outputs) == count and not served.preemptions:
+            if len(outputs) == count and not served.begins_again:
                 assert known >= prompt + count, "every token came from a verification or the prompt"
 
 

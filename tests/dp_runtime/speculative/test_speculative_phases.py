@@ -24,7 +24,7 @@ from dp_runtime.core.request import PromptEmbeds, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import MAX_DRAFTS
 from examples.tiny_moe.model import TinyMoe, load_model
-from tests.dp_runtime.speculative_ranks import Event, SpeculativeRanks, Verified
+from tests.dp_runtime.speculative_ranks import Event, Fault, SpeculativeRanks, Verified
 from tests.dp_runtime.speculative_scripts import (
     LONGEST,
     MAX_REQUESTS,
@@ -147,6 +147,33 @@ def test_script(name: str, kind: str, overlap: bool, ranks_of: RanksOf, alone_of
     script.check(served, alone_of(name))
     assert (served.preemptions > 0) == (kind == "few pages")
     assert served.verified
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_abandoned_steps_change_no_token(
+    kind: str, overlap: bool, ranks_of: RanksOf, alone_of: AloneOf
+) -> None:
+    """Ranks fail at the start of a step, in its midst and in its last pass, again and again."""
+    faults = [Fault(number, 3 + 5 * number, number % 3 == 1) for number in range(6)]
+    script = replace(SCRIPTS[kind], overlap=overlap)
+    served = script.serve(ranks_of("agreeing", script.dp_size), faults=faults)
+    script.check(served, alone_of("agreeing"))
+    assert served.epochs > 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    script=scripts(),
+    faults=st.lists(
+        st.builds(Fault, st.integers(0, 3), st.integers(0, 60), st.booleans()), max_size=4
+    ),
+)
+def test_faults_at_any_point_change_no_token(
+    script: Script, faults: list[Fault], ranks_of: RanksOf, alone_of: AloneOf
+) -> None:
+    served = script.serve(ranks_of("agreeing", script.dp_size), faults=faults)
+    script.check(served, alone_of("agreeing"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -26,8 +26,9 @@ from dp_runtime.metrics.memory import MemoryUse, RankMemory, memory_table
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.startup import rank_plan as sizing
-from dp_runtime.startup.build_rank import LoadedRank, assemble, check_free, load_rank
+from dp_runtime.startup.build_rank import assemble, check_free, load_rank
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, CUDA_RESERVE
+from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.memory_profile import largest_load, run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from tests.dp_runtime.live_bytes import LiveBytes, attend_frugally, exchange_in_step

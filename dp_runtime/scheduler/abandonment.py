@@ -1,0 +1,27 @@
+"""What becomes of a rank's requests when its steps in flight are abandoned."""
+
+from __future__ import annotations
+
+from dp_runtime.scheduler.scheduler import Scheduler
+
+
+def abandon_steps(scheduler: Scheduler) -> None:
+    """Take all requests back to their committed outputs; pages keep what committed steps wrote.
+
+    Every other state of a request begins anew from its outputs, as after a preemption. A draft's
+    next chain begins with what a row of its last but one token gives, so that is fed again.
+    """
+    table, requests = scheduler.table, scheduler.requests
+    table.num_inflight_steps[:] = 0
+    requests.settle()
+    num_again = 2 if scheduler.limits.max_drafts else 1
+    for req_index in table.req_indices:
+        state = table.request(req_index)
+        table.abandon(state, num_again)
+        state.num_scored = state.num_reported
+        for each in requests.states:
+            if each is not scheduler.page_table:
+                each.remove(req_index)
+                each.add(req_index, state.request, state.outputs)
+        scheduler.page_table.doubt(req_index)
+    scheduler.check()

@@ -1,0 +1,45 @@
+"""ServedRequests: a rank's requests and all that it keeps of them, from one epoch to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.core.per_request_state import PerRequestState
+from dp_runtime.metrics.totals import Recorder
+from dp_runtime.runner.drafting import Drafting, DraftState
+from dp_runtime.sampling.draft_verification import ForcedAcceptance
+from dp_runtime.sampling.sampler import Sampler
+from dp_runtime.scheduler.abandonment import abandon_steps
+from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.startup.loaded_rank import LoadedRank
+from dp_runtime.startup.rank_plan import RankPlan
+
+
+@dataclass(frozen=True, eq=False)
+class ServedRequests:
+    scheduler: Scheduler
+    sampler: Sampler
+    drafting: Drafting | None
+    recorder: Recorder
+
+    @classmethod
+    def none(cls, config: EngineConfig, plan: RankPlan, loaded: LoadedRank) -> ServedRequests:
+        device, num_rows = torch.device(plan.device), plan.limits.num_table_rows
+        sampler = Sampler(plan.model.vocab_size, num_rows, device)
+        states: list[PerRequestState] = [sampler]
+        drafting = None
+        if loaded.models.draft is not None:
+            mean_tokens = config.speculative_forced_tokens
+            forced = None if mean_tokens is None else ForcedAcceptance(mean_tokens)
+            draft_state = DraftState(loaded.models.draft, num_rows, device)
+            drafting = Drafting(loaded.models.draft, forced, draft_state)
+            states.append(draft_state)
+        scheduler = Scheduler(plan.pages, plan.limits, states)
+        return cls(scheduler, sampler, drafting, Recorder(plan.sharding.dp_rank))
+
+    def abandon_steps(self) -> None:
+        """Forget the steps in flight, for the next epoch to begin where committed ones ended."""
+        abandon_steps(self.scheduler)
