@@ -187,6 +187,12 @@ class EngineConfig:
         above=0,
         at_most=MAX_TIMEOUT_S,
     )
+    flight_dump_dir: str | None = setting(
+        None,
+        "directory for the flight record that is written when a rank fails or hangs",
+        shown_default="a new one in the system's temporary directory",
+        allowed="the path of a directory",
+    )
     torch_threads: int | None = setting(
         None,
         "threads of a CPU rank",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -106,6 +107,16 @@ def ray_directory() -> Iterator[None]:
     with TemporaryDirectory(prefix="dpr", ignore_cleanup_errors=True) as directory:
         os.environ["RAY_TMPDIR"] = directory  # short: the paths of its sockets have a limit
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_directory(
+    ray_directory: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Flight records of engines that fail end with the session."""
+    tempfile.tempdir = str(tmp_path_factory.mktemp("temporary"))
+    yield
+    tempfile.tempdir = None
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,13 @@ from time import monotonic
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import StartError
 from workers.start_errors import explained
+from workers.supervision.group_flight import check_dump_directory
 from workers.worker_group import WorkerGroup
 
 
 def start(config: EngineConfig, show_progress: bool = False) -> WorkerGroup:
     """Start all ranks and return them when they serve; ValueError or StartError if they can't."""
+    check_dump_directory(config)
     deadline = monotonic() + config.start_timeout_s
     try:
         group = _launch(config, deadline)

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.flight.ring import RingAddress
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
-from dp_runtime.parallel.transports import TRANSPORTS
+from dp_runtime.parallel.transports import IN_PROCESS, TRANSPORTS
 
 Answer = TypeVar("Answer", covariant=True)
 
@@ -31,6 +32,7 @@ class ConcurrencyGroup(StrEnum):
 class HostInfo:
     dp_rank: int
     host: str
+    flight: RingAddress | None = None  # where other processes of the host find its flight ring
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Rendezvous:
 class InProcessRendezvous:
     """The group of ranks that are threads of this process; it never leaves the process."""
 
+    transport: ClassVar[str] = IN_PROCESS.name
     group: InProcessGroup
 
 
@@ -137,6 +140,13 @@ class ReadHealth(Message[RankHealth]):
 
 @dataclass(frozen=True)
 class ReadTrace(Message[tuple[StepTrace, ...]]):
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
+
+
+@dataclass(frozen=True)
+class ReadFlight(Message[bytes]):
+    """A copy of the rank's flight ring, also while its step hangs."""
+
     group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
 
 

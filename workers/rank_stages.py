@@ -12,11 +12,18 @@ import torch
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import CollectiveAborted
+from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
 from dp_runtime.runner.step_loop import StepLoop
-from dp_runtime.startup.build_rank import assemble, jit_modules_of, load_rank, profile
+from dp_runtime.startup.build_rank import (
+    assemble,
+    jit_modules_of,
+    load_rank,
+    new_flight,
+    profile,
+)
 from dp_runtime.startup.graph_capture import capture
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
@@ -60,11 +67,13 @@ class Prepared:
     config: EngineConfig
     dp_rank: int
     plan: RankPlan
+    flight: FlightRecorder  # of all epochs
 
     @classmethod
     def for_rank(cls, dp_rank: int, config: EngineConfig, device: str) -> Prepared:
         """Check the model against the config (ValueError) and plan the rank's memory."""
-        return cls(config, dp_rank, plan_rank(config, dp_rank, device))
+        plan = plan_rank(config, dp_rank, device)
+        return cls(config, dp_rank, plan, new_flight(config, plan))
 
     @property
     def device(self) -> torch.device:
@@ -105,6 +114,7 @@ class Loaded:
         communicator = connect(
             rendezvous, prepared.dp_rank, prepared.config, prepared.device, listener
         )
+        prepared.flight.join(epoch, rendezvous.transport)
         return Connected(self, communicator, epoch)
 
     def describe(self, health: RankHealth) -> RankHealth:
@@ -125,9 +135,8 @@ class Connected:
         # Both are events of all ranks, some of which may be new, over the communicator's buffers.
         prepared, rank = self.loaded.prepared, self.loaded.rank
         config, plan = prepared.config, prepared.plan
-        loop = assemble(
-            config, plan, rank, self.communicator.board, self.communicator.collective, self.epoch
-        )
+        board, collective = self.communicator.board, self.communicator.collective
+        loop = assemble(config, plan, rank, board, collective, prepared.flight, self.epoch)
         measured = profile(loop, rank) if prepared.device.type != "cpu" else None
         graphs = None
         if plan.graphs:

@@ -11,6 +11,7 @@ import torch
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import RankRequest
+from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
@@ -31,6 +32,7 @@ from workers.messages import (
     Poll,
     Polled,
     Prepare,
+    ReadFlight,
     ReadHealth,
     ReadMetrics,
     ReadTotals,
@@ -45,7 +47,7 @@ Stage = Prepared | Loaded | Connected | Joined
 
 
 class Worker:
-    """One rank; `health`, `trace`, `totals`, `abandon` are for any time and thread.
+    """One rank; `health`, `trace`, `flight`, `totals`, `abandon` are for any time and thread.
 
     Call `prepare`, `load` and `join` on all ranks, each once all have done the one before, and
     `join` again after `leave`.
@@ -57,6 +59,7 @@ class Worker:
         self.device = device
         self._progress = StartProgress()
         self._stage: Stage | None = None
+        self._flight: FlightRecorder | None = None
         self._opened: dict[str, OpenedRendezvous] = {}  # by address, until this rank joins there
 
     def answer(self, message: Message[Any]) -> Any:
@@ -85,6 +88,8 @@ class Worker:
                 return self.health()
             case ReadTrace():
                 return self.trace()
+            case ReadFlight():
+                return self.flight()
             case ReadTotals():
                 return self.totals()
             case ReadMetrics():
@@ -96,8 +101,9 @@ class Worker:
             log_to_stderr(self.config.log_level, self.dp_rank)
             torch.set_num_threads(self.config.torch_threads or self._fair_threads())
         self._use_device()
-        self._stage = Prepared.for_rank(self.dp_rank, self.config, self.device)
-        return HostInfo(self.dp_rank, socket.gethostname())
+        self._stage = prepared = Prepared.for_rank(self.dp_rank, self.config, self.device)
+        self._flight = prepared.flight
+        return HostInfo(self.dp_rank, socket.gethostname(), prepared.flight.ring.address)
 
     def load(self) -> ModelInfo:
         assert isinstance(self._stage, Prepared), "prepare comes before load"
@@ -157,6 +163,10 @@ class Worker:
     def trace(self) -> tuple[StepTrace, ...]:
         stage = self._stage
         return tuple(stage.loop.recorder.steps) if isinstance(stage, Joined) else ()
+
+    def flight(self) -> bytes:
+        assert self._flight is not None, "prepare comes before flight"
+        return self._flight.snapshot()
 
     def totals(self) -> Totals:
         match self._stage:

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from collectives.shared_memory.rendezvous import remove_rendezvous
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FailureListener, RankRequest, RequestUpdate, UpdateListener
 from dp_runtime.errors import RankFailed, StartError
+from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
@@ -38,11 +39,12 @@ from workers.messages import (
     Stop,
     Submit,
 )
-from workers.start_errors import raise_failures
 from workers.supervision.at_exit import close_at_exit
+from workers.supervision.group_flight import GroupFlight, TakenFlight
 from workers.supervision.group_state import GroupState, Phase
 from workers.supervision.interrupts import uninterrupted
 from workers.supervision.metrics_reader import MetricsReader
+from workers.supervision.rank_calls import RankHandle, call_all
 from workers.supervision.reach import health_of, in_child
 from workers.supervision.start_progress import show_capture, show_loading
 from workers.supervision.watch import RankWatch, SilenceLimits, name_silent
@@ -56,16 +58,6 @@ LEAVE_SILENCE_S = 2.0  # a rank that leaves answers meanwhile
 END_S = 20.0  # for another thread to end what it is closing
 
 Answer = TypeVar("Answer")
-
-
-class RankHandle(Protocol):
-    dp_rank: int
-
-    def call(self, message: Message[Answer]) -> Future[Answer]:
-        """Send a message; its answer, or RankFailed if the rank's process ends first."""
-
-    def kill(self) -> None:
-        """End the rank at once; callable more than once."""
 
 
 class WorkerGroup:
@@ -92,6 +84,7 @@ class WorkerGroup:
         self._state = GroupState(rendezvous=rendezvous)
         self._pollers: list[threading.Thread] = []
         self._watch: RankWatch | None = None
+        self._flight = GroupFlight(handles, config.flight_dump_dir)
         self._on_progress: UpdateListener = lambda dp_rank, updates: None
         self._on_failure: FailureListener = lambda error: None
         self._failure: BaseException | None = None
@@ -117,6 +110,7 @@ class WorkerGroup:
             watch = self._watch = RankWatch(self._handles, limits, self._give_up)
             deadline = Deadline(timeout_s)
             hosts = self._all(Prepare(), deadline)
+            self._flight.map_rings(hosts)
             with ProgressBar("load", 0, "byte", show_progress) as bar:
                 infos = self._all(Load(), deadline, lambda: show_loading(bar, watch.healths))
                 self.model = infos[0]
@@ -142,11 +136,16 @@ class WorkerGroup:
 
     def _fail(self, error: BaseException) -> None:
         if self._advance(Phase.FAILED):
+            taken = self._take_flight(str(error))
             with self._lock:
                 self._failure, tell = error, self._on_failure
+            self._flight.write_later(taken)
             tell(error)
             for handle in self._handles:
                 handle.call(Abandon(str(error)))
+
+    def _take_flight(self, reason: str) -> TakenFlight:
+        return self._flight.take(reason, self._watch.silences_s if self._watch else ())
 
     def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
         with self._lock:
@@ -182,6 +181,10 @@ class WorkerGroup:
 
     def totals(self) -> tuple[Totals, ...]:
         return tuple(self._all(ReadTotals(), Deadline(STATUS_S)))
+
+    def flight_record(self) -> FlightDump:
+        self._check_owner()
+        return self._take_flight("on demand").read()
 
     def close(self) -> None:
         """End all ranks; returns once they have ended, whoever began it."""
@@ -226,7 +229,7 @@ class WorkerGroup:
         if self._state.rendezvous is None:
             one_host = len({host.host for host in hosts}) == 1
             opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
-            rendezvous = self._all(opening, deadline, handles=self._handles[:1])[0]
+            rendezvous = self._all(opening, deadline, num_ranks=1)[0]
             _log.info("ranks on %s meet over %s at %s", *where(hosts, rendezvous))
             self._state = replace(self._state, rendezvous=rendezvous)
         assert self._state.rendezvous is not None, "it was given, or opened just now"
@@ -236,6 +239,7 @@ class WorkerGroup:
         self._advance(Phase.CLOSED)
         if self._watch is not None:
             self._watch.end()
+        self._flight.finish()
         for handle in self._handles:
             handle.kill()
         for poller in self._pollers:  # else the last user of the engine may be a daemon at exit
@@ -283,18 +287,14 @@ class WorkerGroup:
         message: Message[Answer],
         deadline: Deadline,
         show: Callable[[], None] = lambda: None,
-        handles: Sequence[RankHandle] = (),
+        num_ranks: int | None = None,
     ) -> list[Answer]:
-        """Send a message to all ranks; the first failures are one error that names the ranks."""
+        """Call all ranks, or the first ones, and stop waiting once the start is given up."""
         self._check_owner()
-        futures = [handle.call(message) for handle in handles or self._handles]
-        while not all(future.done() for future in futures) and deadline.left() > 0:
-            done, _ = wait(futures, LOOK_EVERY_S, FIRST_EXCEPTION)
-            if any(future.exception() for future in done):
-                wait(futures, 1.0)  # ranks with the same trouble are named together
-                break
+
+        def meanwhile() -> None:
             if self._given_up and self._state.phase is Phase.STARTING:
                 raise StartError(f"{self._given_up} (during {message.name!r})")
             show()
-        raise_failures(message.name, futures)
-        return [future.result() for future in futures]
+
+        return call_all(self._handles[:num_ranks], message, deadline, meanwhile)

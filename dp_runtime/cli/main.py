@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dp_runtime.cli import bench, generate, serve
+from dp_runtime.cli.doctor import add_arguments, doctor
 from dp_runtime.cli.flags import add_flags
 from dp_runtime.cli.inspect import inspect
 from dp_runtime.cli.output import WriteFailed, escape_unprintable, open_closed_streams
@@ -18,14 +19,13 @@ FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, WriteFailed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 2 for a mistake of the user, 1 if ranks or writing failed, 130 after Ctrl-C."""
+    """Return 2 for a mistake of the user, 1 if a rank or writing failed, 130 after Ctrl-C."""
     open_closed_streams()
     escape_unprintable()
     options = _parser().parse_args(arguments)
     log_to_stderr(getattr(options, "log_level", "warning"))
     try:
-        options.command(options)
-        return 0
+        return options.command(options) or 0
     except (ValueError, *FAILURES) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dp-runtime", description=__doc__)
     parser.set_defaults(command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(metavar="{generate,serve,bench,inspect}")
+    commands = parser.add_subparsers(metavar="{generate,serve,bench,inspect,doctor}")
 
     def add(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -48,4 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_arguments(add("serve", serve.serve))
     bench.add_arguments(add("bench", bench.bench))
     add("inspect", inspect)
+    reader = commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
+    reader.set_defaults(command=doctor)
+    add_arguments(reader)
     return parser

@@ -14,6 +14,7 @@ from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStrea
 from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest
 from dp_runtime.errors import QueueFull
+from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
@@ -116,6 +117,10 @@ class AsyncEngine:
     async def health(self) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""
         return await asyncio.to_thread(self._core.health)
+
+    async def flight_record(self) -> FlightDump:
+        """Return the last steps of every rank, also of those that hang; as `health`, any time."""
+        return await asyncio.to_thread(self._core.flight_record)
 
     async def close(self) -> None:
         """Stop all ranks; unfinished requests fail with EngineClosed."""

@@ -18,6 +18,7 @@ from dp_runtime.engine.output_processor import Delivery, OutputProcessor, Output
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import EngineClosed, fresh, require
+from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankSnapshot
@@ -136,6 +137,11 @@ class EngineCore:
             RankSnapshot(answered, rank.health, rank.totals, requests.copied())
             for (rank, answered), requests in ranks
         )
+
+    def flight_record(self) -> FlightDump:
+        if isinstance(self._closed, EngineClosed):
+            raise fresh(self._closed)
+        return self._group.flight_record()
 
     def close(self) -> None:
         if isinstance(self._closed, EngineInChild):

@@ -11,6 +11,7 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
+from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.snapshot import RankSnapshot
@@ -112,6 +113,10 @@ class Engine:
     def health(self) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""
         return self._core.health()
+
+    def flight_record(self) -> FlightDump:
+        """Return the last steps of every rank, also of those that hang; as `health`, any time."""
+        return self._core.flight_record()
 
     def close(self) -> None:
         """Stop all ranks; unfinished requests fail with EngineClosed."""

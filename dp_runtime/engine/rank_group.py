@@ -10,6 +10,7 @@ from typing import Protocol
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FailureListener, RankRequest, UpdateListener
 from dp_runtime.errors import StartError
+from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
@@ -32,6 +33,9 @@ class RankGroup(Protocol):
         """Return the state of every rank, also of those that do not answer."""
 
     def trace(self) -> tuple[StepTrace, ...]: ...  # ordered by step and rank
+
+    def flight_record(self) -> FlightDump:
+        """Return the last steps of every rank, whether it answers or not."""
 
     def totals(self) -> tuple[Totals, ...]: ...
 

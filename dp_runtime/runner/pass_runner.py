@@ -12,6 +12,8 @@ from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.device_copy import all_on_device
+from dp_runtime.flight.exchange import RecordedExchange
+from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.models.causal_lm import Hidden, PassInputs
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.collective import RowCollective
@@ -31,6 +33,7 @@ class PassRunner:
     pages: PageGeometry
     collective: RowCollective
     poison: bool  # fill padded rows with NaN
+    flight: FlightRecorder
     device: torch.device
     graphs: Mapping[int, PassGraphs] = field(default_factory=dict)  # by query length
     piecewise: PiecewiseGraphs | None = None
@@ -54,7 +57,8 @@ class PassRunner:
             case ExecutionMode.EAGER:
                 forward = self.model.forward
         inputs, attention = self._prepare(batch, future, place)
-        exchange = PaddedExchange(plan.padding, self.collective, self.poison)
+        padded = PaddedExchange(plan.padding, self.collective, self.poison)
+        exchange = RecordedExchange(padded, self.flight)
         timer.end_prepare()
         return PassOutput(forward(inputs, attention, exchange), None)
 

@@ -52,6 +52,7 @@ class StepLoop:
         self.coordinator = coordinator
         self.runner = runner
         self.sampler = runner.sampler
+        self.flight = runner.flight
         self.recorder = recorder
         self.last_finished = (-1, monotonic())  # step id, when
         self.idle = threading.Event()
@@ -85,6 +86,7 @@ class StepLoop:
             while self.step(take(), deliver):
                 pass
         except BaseException as error:
+            self.flight.fail(error)
             self.coordinator.abort(f"{type(error).__name__}: {error}")
             raise
 
@@ -99,12 +101,15 @@ class StepLoop:
         if not self.runner.may_run_ahead:
             self._commit_down_to(0, deliver)
         timer = StepTimer(self.coordinator.board)
+        self.flight.schedule(self.coordinator.step_id)
         scheduled = self.scheduler.schedule(self.coordinator.program)
         deliver(self.scheduler.take_failed())
         record = self._record(scheduled, inbox.stop)
         timer.end_schedule()
+        self.flight.post(record)
         records = self.coordinator.board.all_gather_records(record)
         agreement = self.coordinator.agree(records)
+        self.flight.agree(agreement)
         timer.end_agree()
         self._count(agreement)
         if agreement.stop:
@@ -133,6 +138,7 @@ class StepLoop:
         self._commit_down_to(0, deliver)
         if not goes_on:
             self.idle.set()
+            self.flight.rest()
         self.coordinator.board.idle(0.0 if goes_on else IDLE_S)
         self.idle.clear()
 
@@ -164,6 +170,7 @@ class StepLoop:
 
     def commit(self, step: InflightStep) -> list[RequestUpdate]:
         at, output = perf_counter(), step.output
+        self.flight.commit(step.agreement.step_id)
         output.sampled.copy.wait()
         self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels
         tokens = output.sampled.to_host()
@@ -207,3 +214,4 @@ class StepLoop:
             )
         )
         self.last_finished = (step.agreement.step_id, monotonic())
+        self.flight.committed(step.agreement.step_id)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dp_runtime.core.attention_metadata import PageGeometry, Place
 from dp_runtime.core.device_copy import all_on_device, on_device
 from dp_runtime.core.step_program import Pass, Program
+from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.metrics.trace import PassTrace
 from dp_runtime.models.model import Model, PassModel
 from dp_runtime.parallel.agreement import Agreement
@@ -58,10 +59,16 @@ class StepRunner:
         pages: PageGeometry,
         device: torch.device,
         poison: bool,  # fill padded rows with NaN
+        flight: FlightRecorder,
     ) -> None:
         def pass_runner(of: PassModel) -> PassRunner:
             return PassRunner(
-                model=of, pages=pages, collective=collective, poison=poison, device=device
+                model=of,
+                pages=pages,
+                collective=collective,
+                poison=poison,
+                flight=flight,
+                device=device,
             )
 
         self.model = model
@@ -70,6 +77,7 @@ class StepRunner:
         self.device = device
         self.collective = collective
         self.poison = poison
+        self.flight = flight
         self.passes = {Pass.TARGET: pass_runner(model)}
         if drafting is not None:
             self.passes[Pass.DRAFT] = pass_runner(drafting.model)
@@ -116,7 +124,7 @@ class StepRunner:
     @torch.inference_mode()
     def run(self, scheduled: SchedulerOutput, agreement: Agreement) -> StepOutput:
         """Build metadata, run every pass of the program and sample, without waiting for any."""
-        step = _LaunchedStep(self.passes, self.collective, scheduled, agreement)
+        step = _LaunchedStep(self.passes, self.collective, self.flight, scheduled, agreement)
         if agreement.program.num_drafts:
             return self.run_speculative(step)
         return self.run_plain(step)
@@ -146,6 +154,7 @@ class StepRunner:
         self, step: _LaunchedStep, index: int, output: PassOutput, verification: Verification | None
     ) -> tuple[Sampled, list[Logprobs | Exception]]:
         started = perf_counter()
+        self.flight.sample()
         logits, scores = output.logits, list[Logprobs | Exception]()
         scheduled = step.scheduled
         if logits is None:
@@ -181,6 +190,7 @@ class StepRunner:
 class _LaunchedStep:
     passes: Mapping[Pass, PassRunner]
     collective: RowCollective
+    flight: FlightRecorder
     scheduled: SchedulerOutput
     agreement: Agreement
     traces: list[PassTrace] = field(default_factory=list)
@@ -189,10 +199,12 @@ class _LaunchedStep:
 
     def run_pass(self, index: int, future: FutureTokens) -> PassOutput:
         timer = PassTimer(self.collective)
+        self.flight.begin_pass(index)
         pass_kind, plan = self.agreement.program.passes[index], self.agreement.plans[index]
         place = Place(self.collective.dp_rank, self.agreement.step_id, pass_kind)
         runner = self.passes[pass_kind]
         output = runner.run(plan, self.scheduled.batches[index], future, place, timer)
+        self.flight.end_pass()
         self.traces.append(timer.trace(pass_kind, plan, runner.model.num_moe_layers))
         self.prepare_s += timer.prepare_s
         return output

@@ -14,6 +14,8 @@ from dp_runtime.attention.registry import CHOSEN, backend_class
 from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import StartError, require
+from dp_runtime.flight.recorder import FlightRecorder
+from dp_runtime.flight.ring import FlightRing, RingLayout
 from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import MemoryUse
@@ -159,6 +161,7 @@ def assemble(
     loaded: LoadedRank,
     board: StepBoard,
     collective: RowCollective,
+    flight: FlightRecorder,
     epoch: int = 0,
     served: ServedRequests | None = None,
 ) -> StepLoop:
@@ -188,8 +191,20 @@ def assemble(
         pages=plan.pages,
         device=device,
         poison=config.poison_padding,
+        flight=flight,
     )
     return StepLoop(served.scheduler, coordinator, runner, served.recorder, plan.depth)
+
+
+def new_flight(config: EngineConfig, plan: RankPlan) -> FlightRecorder:
+    """Make a rank's flight recorder, with room for the collectives of the longest program."""
+    num_passes = max(len(program.passes) for program in config.programs)
+    draft_layers = 0 if plan.draft is None else len(plan.layers[1].caches)
+    stages = plan.model.num_moe_layers + (num_passes - 1) * draft_layers
+    layout = RingLayout(config.dp_size, num_passes, max(1, 2 * stages))
+    own_process = config.launcher != "thread"
+    make = FlightRing.shared if own_process else FlightRing.in_process
+    return FlightRecorder(make(layout, plan.sharding.dp_rank))
 
 
 def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:

@@ -15,6 +15,7 @@ from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.parallel.agreement import Agreement, StepRecord, agree
 from dp_runtime.runner.step_loop import InflightStep, StepLoop
@@ -49,6 +50,7 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
         pages=pages,
         device=runner.device,
         poison=runner.poison,
+        flight=FlightRecorder.in_process(dp_rank, runner.flight.ring.layout),
     )
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(dp_rank))
     for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):

@@ -20,7 +20,7 @@ from dp_runtime.parallel.agreement import ProgramPolicy, keep_program
 from dp_runtime.runner.drafting import DraftChains
 from dp_runtime.runner.step_loop import Inbox, InflightStep, StepLoop
 from dp_runtime.sampling.draft_verification import Verification
-from dp_runtime.startup.build_rank import assemble, load_rank
+from dp_runtime.startup.build_rank import assemble, load_rank, new_flight
 from dp_runtime.startup.rank_plan import plan_rank
 from dp_runtime.startup.served_requests import ServedRequests
 
@@ -186,7 +186,8 @@ class SpeculativeRanks:
             group = InProcessGroup(config.dp_size, TIMEOUT_S)
             for rank, (one, part, loaded) in enumerate(zip(ranks, parts, self._loaded)):
                 board, rows = group.board(rank), group.collective(rank)
-                loop = assemble(config, part, loaded, board, rows, epoch, one.requests)
+                flight = new_flight(config, part)
+                loop = assemble(config, part, loaded, board, rows, flight, epoch, one.requests)
                 loop.coordinator.policy = policy
                 one.join(loop)
             if fault is not None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import EngineClosed, RankFailed
+from dp_runtime.flight.record import Source
 from dp_runtime.metrics.status import RankState
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, SHORT, TOLD_S, Driver, engine
@@ -48,6 +49,7 @@ def test_the_same_tokens_as_threads(model: Path) -> None:
         assert [output.token_ids for output in one.generate(prompts, SHORT)] == expected
         pids = {rank.pid for rank in one.health()}
         assert len(pids - {os.getpid()}) == 2
+        assert {rank.source for rank in one.flight_record().ranks} == {Source.MEMORY}
         handle = one.submit([1, 2], ENDLESS, dp_rank=1)
         next(iter(handle))
         handle.abort()

@@ -57,9 +57,9 @@ class FakeRank:
 
 
 def group_of(*answers: dict[str, Any], **fields: Any) -> tuple[WorkerGroup, list[FakeRank]]:
-    host = HostInfo(0, "a")
+    usual = {"prepare": HostInfo(0, "a"), "readflight": HUNG}
     ranks = [
-        FakeRank(rank, {"prepare": host, "readhealth": RankHealth(rank, RankState.LOADING)} | one)
+        FakeRank(rank, usual | {"readhealth": RankHealth(rank, RankState.LOADING)} | one)
         for rank, one in enumerate(answers)
     ]
     config = EngineConfig("x", dp_size=len(ranks), **fields)

@@ -84,6 +84,10 @@ class RankWatch:
     def healths(self) -> tuple[RankHealth, ...]:
         return tuple(pulse.health for pulse in self._pulses if pulse.health is not None)
 
+    @property
+    def silences_s(self) -> tuple[float, ...]:  # [rank], since its last answer
+        return tuple(self._now - pulse.answered_at for pulse in self._pulses)
+
     def silent(self, limit: float = RECENT_S) -> list[int]:
         now = self._now
         return [one.rank.dp_rank for one in self._pulses if now - one.answered_at > limit]

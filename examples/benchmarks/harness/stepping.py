@@ -28,7 +28,13 @@ from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.step_loop import Inbox, StepLoop
-from dp_runtime.startup.build_rank import assemble, jit_modules_of, load_rank, profile
+from dp_runtime.startup.build_rank import (
+    assemble,
+    jit_modules_of,
+    load_rank,
+    new_flight,
+    profile,
+)
 from dp_runtime.startup.graph_capture import MakeBuckets, capture
 from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.harness.kernel_profile import Profile
@@ -162,7 +168,9 @@ class SteppedRank:
         kind = ("peer_to_peer" if cuda else "shared_memory") if kind == "auto" else kind
         self.links: Communicator = connect(Rendezvous(kind, directory), dp_rank, config, device)
         board, collective = self.links.board, self.links.collective
-        self.loop: StepLoop = assemble(config, plan, loaded, board, collective)
+        self.loop: StepLoop = assemble(
+            config, plan, loaded, board, collective, new_flight(config, plan)
+        )
         if cuda:
             profile(self.loop, loaded)
         self._plan = plan

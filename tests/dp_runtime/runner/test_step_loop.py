@@ -35,7 +35,7 @@ from dp_runtime.runner.step_runner import CapturedGraphs
 from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
-from dp_runtime.startup.build_rank import assemble, load_rank
+from dp_runtime.startup.build_rank import assemble, load_rank, new_flight
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import add_mtp, tiny_checkpoint
 
@@ -82,7 +82,8 @@ class Rank:
 def make_loop(config: EngineConfig, group: InProcessGroup, dp_rank: int) -> StepLoop:
     plan = plan_rank(config, dp_rank, "cpu")
     loaded = load_rank(config, plan, lambda count: None)
-    return assemble(config, plan, loaded, group.board(dp_rank), group.collective(dp_rank))
+    board, collective = group.board(dp_rank), group.collective(dp_rank)
+    return assemble(config, plan, loaded, board, collective, new_flight(config, plan))
 
 
 def run_ranks(

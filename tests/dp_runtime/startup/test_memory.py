@@ -26,7 +26,7 @@ from dp_runtime.metrics.memory import MemoryUse, RankMemory, memory_table
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.startup import rank_plan as sizing
-from dp_runtime.startup.build_rank import assemble, check_free, load_rank
+from dp_runtime.startup.build_rank import assemble, check_free, load_rank, new_flight
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, CUDA_RESERVE
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.memory_profile import largest_load, run_largest_steps
@@ -73,7 +73,9 @@ def on_ranks(model: str, run: Callable[[Ready], Any], **fields: Any) -> list[Any
         plan = plan_rank(config, dp_rank, "cpu")
         loaded = load_rank(config, plan, lambda count: None)
         board, collective = group.board(dp_rank), group.collective(dp_rank)
-        return run(Ready(plan, loaded, assemble(config, plan, loaded, board, collective)))
+        flight = new_flight(config, plan)
+        loop = assemble(config, plan, loaded, board, collective, flight)
+        return run(Ready(plan, loaded, loop))
 
     with ThreadPoolExecutor(config.dp_size) as pool:
         return list(pool.map(run_rank, range(config.dp_size)))

@@ -1,0 +1,151 @@
+"""The flight records of all ranks, also of those that hang, are stopped or have ended."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import secrets
+import socket
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import time_ns
+
+import psutil
+
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import require
+from dp_runtime.flight.dump_file import write_dump
+from dp_runtime.flight.reading import read_ring
+from dp_runtime.flight.record import FlightDump, ProcessState, RankFlight, Source
+from dp_runtime.flight.recorder import without_foreign_text
+from workers.messages import HostInfo, ReadFlight
+from workers.supervision.rank_calls import RankHandle
+
+ANSWER_S = 1.0  # for ranks whose ring can't be read from here
+WRITE_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TakenFlight:
+    """What the ranks' rings held at one moment; those that must answer may do so later."""
+
+    reason: str
+    taken_us: int
+    rings: Sequence[bytes | Future[bytes]]  # [rank]
+    processes: Sequence[ProcessState]  # [rank]
+    silences_s: Sequence[float]  # [rank]
+
+    def read(self) -> FlightDump:
+        """Wait for answers, ANSWER_S at most, and read all rings."""
+        wait([ring for ring in self.rings if isinstance(ring, Future)], ANSWER_S)
+        ranks = tuple(map(self._rank, range(len(self.rings))))
+        return FlightDump(self.reason, self.taken_us, ranks)
+
+    def _rank(self, dp_rank: int) -> RankFlight:
+        match self.rings[dp_rank]:
+            case bytes() as ring:
+                found = read_ring(ring, Source.MEMORY)
+            case Future() as answer if answer.done() and answer.exception() is None:
+                found = read_ring(answer.result(), Source.ANSWER)
+            case _:
+                found = RankFlight(dp_rank, Source.NONE)
+        return replace(
+            found, process=self.processes[dp_rank], silent_s=round(self.silences_s[dp_rank], 3)
+        )
+
+
+class GroupFlight:
+    """Takes flight records of a group's ranks, and writes one when the group fails."""
+
+    def __init__(self, handles: Sequence[RankHandle], directory: str | None) -> None:
+        self._handles, self._directory = handles, directory
+        self._hosts: Sequence[HostInfo] = ()
+        self._maps: dict[int, mmap.mmap] = {}
+        self._writer: threading.Thread | None = None
+
+    def map_rings(self, hosts: Sequence[HostInfo]) -> None:
+        """Map the rings of ranks that are processes of this host."""
+        self._hosts = hosts
+        for dp_rank, host in enumerate(hosts):
+            if host.flight is not None and (memory := host.flight.map()) is not None:
+                self._maps[dp_rank] = memory
+
+    def take(self, reason: str, silences_s: Sequence[float]) -> TakenFlight:
+        rings = [
+            self._maps[handle.dp_rank][:]
+            if handle.dp_rank in self._maps
+            else handle.call(ReadFlight())
+            for handle in self._handles
+        ]
+        silences_s = silences_s or (0.0,) * len(rings)
+        states = [_process_state(host) for host in self._hosts]
+        states += [ProcessState.UNKNOWN] * (len(rings) - len(states))
+        reason = without_foreign_text(reason)
+        return TakenFlight(reason, time_ns() // 1000, rings, states, silences_s)
+
+    def write_later(self, taken: TakenFlight) -> None:
+        """Write a file in a thread of its own, for which also the end of the program waits."""
+        self._writer = threading.Thread(target=self._write, args=(taken,), name="flight-record")
+        self._writer.start()
+
+    def finish(self) -> None:
+        """Wait for the file; no rank may be killed before, as some may still answer."""
+        if self._writer is not None and self._writer is not threading.current_thread():
+            self._writer.join(WRITE_S)
+
+    def _write(self, taken: TakenFlight) -> None:
+        dump = taken.read()
+        if not any(rank.steps for rank in dump.ranks):
+            return  # nobody has begun to step
+        try:
+            path = new_dump_path(self._directory)
+            write_dump(dump, path)
+        except OSError as error:
+            _log.error("no flight record was written: %s", error)
+        else:
+            _log.error("flight record written to %s; `dp-runtime doctor` reads it", path)
+
+
+def check_dump_directory(config: EngineConfig) -> None:
+    """Make the directory of flight records, if one is set; ValueError if it is none of ours."""
+    directory = config.flight_dump_dir
+    if directory is None:
+        return
+    try:
+        os.makedirs(directory, 0o700, exist_ok=True)
+        writable = os.access(directory, os.W_OK | os.X_OK)
+    except (OSError, ValueError):
+        writable = False
+    require(writable, "flight_dump_dir", directory, "a directory that this user can write to")
+
+
+def new_dump_path(directory: str | None) -> Path:
+    """Choose a file that does not exist; without a directory, in a new private one."""
+    parent = directory or tempfile.mkdtemp(prefix="dp-runtime-flight-")
+    at = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return Path(parent, f"flight-{at}-{os.getpid()}-{secrets.token_hex(3)}.jsonl")
+
+
+def _process_state(host: HostInfo) -> ProcessState:
+    if host.flight is None or host.flight.host != socket.gethostname():
+        return ProcessState.UNKNOWN
+    try:
+        status = psutil.Process(host.flight.pid).status()
+    except psutil.NoSuchProcess:
+        return ProcessState.ENDED
+    except psutil.AccessDenied:
+        return ProcessState.UNKNOWN
+    match status:
+        case psutil.STATUS_STOPPED | psutil.STATUS_TRACING_STOP:
+            return ProcessState.STOPPED
+        case psutil.STATUS_ZOMBIE | psutil.STATUS_DEAD:
+            return ProcessState.ENDED
+    return ProcessState.RUNNING
