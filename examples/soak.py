@@ -159,7 +159,7 @@ def describe(requests: Sequence[SoakRequest], shape: LoadShape, pages: int) -> s
         (f"{np.median(values):.0f}", f"{np.percentile(values, 99):.0f}", max(values), sum(values))
         for values in (
             [len(request.prompt.token_ids) for request in requests],
-            [request.params.max_tokens for request in requests],
+            [request.params.known_max_tokens for request in requests],
         )
     ]
     prompts, outputs = ("median {}, p99 {}, longest {}, in all {}".format(*one) for one in lengths)

@@ -67,7 +67,8 @@ def find_faults(
 
 def _faults_of(request: SoakRequest, served: Served, doomed: int) -> Iterator[str]:
     index, output = request.index, served.outputs[request.index]
-    found, due, reason = len(output.token_ids), request.params.max_tokens, output.finish_reason
+    found, due = len(output.token_ids), request.params.known_max_tokens
+    reason = output.finish_reason
     ended = f"request {index} ended as {reason} after {found} of {due} tokens"
     if index == doomed:
         if reason is not FinishReason.ABORT or not 0 < found < due:

@@ -54,7 +54,7 @@ class SoakRequest:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt.token_ids) + self.params.max_tokens
+        return len(self.prompt.token_ids) + self.params.known_max_tokens
 
 
 def make_load(shape: LoadShape, vocab_size: int, hidden_size: int) -> tuple[SoakRequest, ...]:

@@ -311,7 +311,10 @@ CASES: dict[str, tuple[Act, str]] = {
         tensors(lambda t: t.update({GATE: t[GATE].int()})), f"{GATE}: dtype: 'I32'",
     ),
     # Requests.
-    "prompt too long": (prompt([1] * 64), "prompt: '64 tokens' is not allowed; at most 63"),
+    "prompt too long": (
+        prompt([1] * 64),
+        "prompt: '64 tokens' is not allowed; this model's maximum context length is 64 tokens",
+    ),
     "token out of vocabulary": (prompt([1, 199]), "prompt: 199 is not allowed; token ids"),
     "token negative": (prompt([-1]), "prompt: -1"),
     "token a float": (prompt([1.0]), "prompt: '1.0'"),

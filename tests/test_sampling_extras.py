@@ -13,6 +13,7 @@ import torch
 from transformers import NoBadWordsLogitsProcessor
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
+from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import RequestFailed
 from dp_runtime.text.bad_words import encoded_bad_words
 from dp_runtime.text.tokenizer import Tokenizer
@@ -100,6 +101,79 @@ def test_allowed_token_ids(engine: Engine, plain: list[RequestOutput]) -> None:
     assert all({*one.token_ids} <= {*allowed} for one in outputs[:2])
     assert len({*outputs[1].token_ids}) > 5
     assert outputs[2].token_ids == plain[0].token_ids
+
+
+def streamed(engine: Engine, prompt: str, params: SamplingParams) -> tuple[str, tuple[int, ...]]:
+    deltas = list(engine.stream(prompt, params))
+    token_ids = tuple(token for delta in deltas for token in delta.token_ids)
+    return "".join(delta.text for delta in deltas), token_ids
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_the_stop_string_that_ended_the_text(
+    include: bool, engine: Engine, plain: list[RequestOutput]
+) -> None:
+    text = plain[0].text
+    stop = text[60:67]
+    due = text[: text.index(stop) + len(stop) * include]
+    params = replace(GREEDY, stop=[stop, "nowhere"], include_stop_str_in_output=include)
+    (output,) = engine.generate([PROMPTS[0]], params)
+    assert (output.text, output.stop_reason) == (due, stop)
+    assert streamed(engine, PROMPTS[0], params) == (due, output.token_ids)
+    assert tokenizer_of(engine).decode(output.token_ids).startswith(text[: len(due)])
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_the_stop_token_that_ended_the_text(
+    include: bool, engine: Engine, plain: list[RequestOutput]
+) -> None:
+    """Its text is left out by default, as in vLLM; the token is always there."""
+    stop = plain[0].token_ids[20]
+    token_ids = plain[0].token_ids[: plain[0].token_ids.index(stop) + 1]
+    shorter = replace(GREEDY, max_tokens=len(token_ids) - (not include))
+    (due,) = engine.generate([PROMPTS[0]], shorter)
+    params = replace(GREEDY, stop_token_ids=[stop], include_stop_str_in_output=include)
+    (output,) = engine.generate([PROMPTS[0]], params)
+    assert (output.text, output.token_ids, output.stop_reason) == (due.text, token_ids, stop)
+    assert due.text != plain[0].text[: len(due.text) + 1]
+    assert streamed(engine, PROMPTS[0], params) == (due.text, token_ids)
+
+
+def test_an_end_of_text_token_is_text_only_where_both_fields_say_so(engine: Engine) -> None:
+    (eos, *_) = engine.model.eos_token_ids
+    spelt = tokenizer_of(engine).decode([eos], skip_special_tokens=False)
+    ends = replace(GREEDY, ignore_eos=False, logit_bias={eos: 1e9})
+    texts = [
+        engine.generate(
+            [PROMPTS[0]],
+            replace(ends, skip_special_tokens=skip, include_stop_str_in_output=include),
+        )[0].text
+        for skip in (False, True)
+        for include in (False, True)
+    ]
+    assert texts == ["", spelt, "", ""]
+
+
+def test_scores_of_a_prompt_are_there_with_its_first_token(engine: Engine) -> None:
+    """An echo needs one for each token but the first; a prompt of one token has none."""
+    params = replace(GREEDY, max_tokens=1, prompt_logprobs=1, logprobs=1)
+    for prompt in ([5], [5, 6, 7]):
+        handle = engine.submit(prompt, params)
+        entries = handle.result(60).prompt_logprobs
+        assert entries is not None
+        assert [entry.token_id for entry in entries] == prompt[1:]
+        assert all(len(entry.top) == 1 for entry in entries)
+
+
+def test_the_rest_of_the_context_is_the_limit_where_none_is_given(engine: Engine) -> None:
+    prompt = [3] * 100
+    (output,) = engine.generate([prompt], replace(GREEDY, max_tokens=None))
+    assert len(output.token_ids) == engine.model.max_model_len - len(prompt)
+    assert output.finish_reason is FinishReason.LENGTH
+    cut = replace(GREEDY, truncate_prompt_tokens=6, max_tokens=3)
+    long, short = engine.generate([list(range(5, 25)), list(range(19, 25))], cut)
+    assert long.prompt_token_ids == tuple(range(19, 25))
+    assert long.token_ids == short.token_ids
 
 
 def test_a_request_whose_masks_leave_no_token_fails_alone(engine: Engine) -> None:

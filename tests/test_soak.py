@@ -65,7 +65,7 @@ def right_outcome(load: tuple[SoakRequest, ...]) -> Outcome:
     served = Served(max_in_flight=24, quiet_steps=50)
     for request in load:
         doomed = request.index == SMALL.doomed
-        tokens = tuple(range(3 if doomed else request.params.max_tokens))
+        tokens = tuple(range(3 if doomed else request.params.known_max_tokens))
         served.outputs[request.index] = RequestOutput(
             request_id=100 + request.index, prompt_token_ids=tuple(request.prompt.token_ids),
             text="", token_ids=tokens, stop_reason=None, dp_rank=request.dp_rank or 0,

@@ -55,7 +55,7 @@ class RankRequest:
     @property
     def num_reserved_tokens(self) -> int:
         """The tokens that it may take at most, prompt included."""
-        return len(self.prompt_token_ids) + self.params.max_tokens
+        return len(self.prompt_token_ids) + self.params.known_max_tokens
 
 
 @dataclass(frozen=True)

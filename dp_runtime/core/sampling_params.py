@@ -67,6 +67,11 @@ def _allowed_token_ids(given: object) -> tuple[int, ...] | None:
     return _token_ids(given) or None
 
 
+def _truncation(given: object) -> int | None:
+    count = plain_int(given)
+    return count if count is not None and (count == -1 or 1 <= count <= MAX_INT) else None
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request samples, with other engines' defaults; docs/settings.md explains each field.
@@ -74,7 +79,9 @@ class SamplingParams:
     What is given is copied: fields hold numbers, texts, tuples and dicts of Python's own types.
     """
 
-    max_tokens: int = setting(16, "output tokens", at_least=1)
+    max_tokens: int | None = setting(
+        16, "output tokens; None: as many as max_model_len has room for", at_least=1
+    )
     min_tokens: int = setting(0, "output tokens before anything may end the request", at_least=0)
     temperature: float = setting(1.0, "divides the logits; 0 is greedy", at_least=0)
     top_k: int = setting(0, "sample from the k most probable tokens; 0 and -1: all", at_least=-1)
@@ -104,13 +111,17 @@ class SamplingParams:
         allowed="an integer in 0..2**63-1", shown_default="one that the engine chooses",
     )  # fmt: skip
     stop: Sequence[str] | str = setting(
-        (), "texts that end the request, special tokens among them; not part of its text",
+        (), "texts that end the request, special tokens among them",
         read=_stop, allowed="a non-empty string or a list of them, without surrogates",
         shown_default="none",
     )  # fmt: skip
     stop_token_ids: Sequence[int] = setting(
         (), "tokens that end the request", read=_token_ids, allowed="a list of token ids",
         shown_default="none",
+    )  # fmt: skip
+    include_stop_str_in_output: bool = setting(
+        False, "end the text with the stop string or the stop token that ended the request; a "
+        "special token is there as skip_special_tokens has it",
     )  # fmt: skip
     bad_words: Sequence[str] = setting(
         (), "words that the output must not have, with or without a space before them; a word of "
@@ -133,13 +144,22 @@ class SamplingParams:
         None, "the same for the prompt", at_least=0, at_most=MAX_LOGPROBS,
         shown_default="no report",
     )  # fmt: skip
+    truncate_prompt_tokens: int | None = setting(
+        None, "keep so many of the prompt's last tokens; -1: as many as leave room for max_tokens",
+        read=_truncation, allowed="-1 or an integer >= 1", shown_default="all of them",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)
         require(
-            self.min_tokens <= self.max_tokens,
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
             "min_tokens", self.min_tokens, f"at most max_tokens {self.max_tokens}",
         )  # fmt: skip
+
+    @property
+    def known_max_tokens(self) -> int:
+        assert self.max_tokens is not None, "an engine sets it as it takes a request"
+        return self.max_tokens
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

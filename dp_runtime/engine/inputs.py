@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import cast
 
@@ -65,8 +65,10 @@ class RequestFactory:
     def _make(self, prompt: object, params: SamplingParams, dp_rank: object) -> NewRequest:
         """The request as a rank gets it."""
         given = _GivenPrompt.read(prompt)
-        tokens = self._tokens(given)
+        tokens = self._truncated(given, self._tokens(given), params)
         self._check_tokens(given.field, tokens)
+        if params.max_tokens is None:
+            params = replace(params, max_tokens=self.model.max_model_len - len(tokens))
         eos = () if params.ignore_eos else self.model.eos_token_ids
         ends = frozenset((*eos, *params.stop_token_ids))
         require(
@@ -95,13 +97,25 @@ class RequestFactory:
         require(entries is not None, given.field, _short(given.tokens), "text or token ids")
         return tuple(_token(given.field, entry) for entry in entries or ())
 
+    def _truncated(
+        self, given: _GivenPrompt, tokens: tuple[int, ...], params: SamplingParams
+    ) -> tuple[int, ...]:
+        count = params.truncate_prompt_tokens
+        if count is None:
+            return tokens
+        alone = "None with prompt_embeds, whose positions would move"
+        require(given.embeds is None, "truncate_prompt_tokens", count, alone)
+        if count == -1:
+            longest = self.model.max_model_len
+            count = longest - (params.max_tokens or 1)
+            few = f"less than max_model_len {longest}: truncate_prompt_tokens -1 leaves the rest"
+            require(count > 0, "max_tokens", params.max_tokens, few)
+        return tokens[-count:]
+
     def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
         require(len(tokens) > 0, field, "", "at least one token")
-        most = self.model.max_model_len - 1
-        require(
-            len(tokens) <= most, field, f"{len(tokens)} tokens",
-            f"at most {most} tokens: max_model_len is {self.model.max_model_len}",
-        )  # fmt: skip
+        longest, count = self.model.max_model_len, len(tokens)
+        require(count < longest, field, f"{count} tokens", _context_length(longest, count))
         size = self.model.vocab_size
         for token in tokens:
             require(0 <= token < size, field, token, f"token ids are in 0..{size - 1}")
@@ -137,6 +151,20 @@ class RequestFactory:
         assert positions is not None, "checked above"
         values = copied_embeds(given.embeds, (len(positions), self.model.hidden_size))
         return PromptEmbeds(np.asarray(positions, np.int64), values)
+
+
+def check_room(request: RankRequest, max_model_len: int) -> None:
+    """Raise ValueError if fewer than max_tokens fit behind the prompt; else these are just cut."""
+    num_inputs, most = len(request.prompt_token_ids), request.params.known_max_tokens
+    allowed = _context_length(max_model_len, num_inputs)
+    allowed += f" ({most} > {max_model_len} - {num_inputs})"
+    require(num_inputs + most <= max_model_len, "max_tokens", most, allowed)
+
+
+def _context_length(max_model_len: int, num_inputs: int) -> str:
+    # Clients look for these very words, to shorten what they ask for.
+    limit = f"this model's maximum context length is {max_model_len} tokens"
+    return f"{limit} and your request has {num_inputs} input tokens"
 
 
 @dataclass(frozen=True, eq=False)

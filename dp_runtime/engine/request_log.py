@@ -76,13 +76,17 @@ class RequestLog:
 
     def _read(self, update: RequestUpdate) -> TextStep:
         """Return the text of new tokens, with what was held back if they are the last ones."""
+        token_ids = update.token_ids
         if self._text is None:
-            return TextStep("", None, len(update.token_ids))
-        step = self._text.push(update.token_ids)
+            return TextStep("", None, len(token_ids))
+        ends_by_token = update.stop_reason is not None
+        hides_last = ends_by_token and not self.request.params.include_stop_str_in_output
+        step = self._text.push(token_ids[:-1] if hides_last else token_ids)
         if update.finish_reason is None or step.stop is not None:
             return step
         rest = self._text.finish()
-        return TextStep(step.text + rest.text, rest.stop, step.num_kept)
+        num_kept = len(token_ids) if rest.stop is None else step.num_kept
+        return TextStep(step.text + rest.text, rest.stop, num_kept)
 
     def _finished(self, reason: FinishReason, stop_reason: int | str | None) -> RequestOutput:
         params = self.request.params
@@ -105,5 +109,5 @@ def _output_text(request: RankRequest, tokenizer: Tokenizer) -> OutputText:
     params = request.params
     return OutputText(
         tokenizer, params.stop_strings, params.min_tokens, request.prompt_token_ids,
-        params.skip_special_tokens,
+        params.skip_special_tokens, params.include_stop_str_in_output,
     )  # fmt: skip

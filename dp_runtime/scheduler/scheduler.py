@@ -81,7 +81,8 @@ class Scheduler:
 
     def _admitted(self, request: RankRequest) -> RequestState:
         num_prompt_tokens = len(request.prompt_token_ids)
-        max_outputs = min(request.params.max_tokens, self.limits.max_model_len - num_prompt_tokens)
+        room = self.limits.max_model_len - num_prompt_tokens
+        max_outputs = min(request.params.known_max_tokens, room)
         max_cached = num_prompt_tokens + max_outputs + self.limits.max_drafts
         assert max_outputs >= 1, f"request {request.request_id} leaves no room for a token"
         assert self.page_table.pages_for(max_cached) < self.pages.num_pages, "it fits the pool"

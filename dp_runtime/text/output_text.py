@@ -13,7 +13,7 @@ from dp_runtime.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class TextStep:
     text: str  # may be shown now
-    stop: str | None  # the stop string that ended the text; it is not part of it
+    stop: str | None  # the stop string that ended the text
     num_kept: int  # tokens of this push up to the one that completed the stop string, or all
 
 
@@ -31,10 +31,11 @@ class OutputText:
         min_tokens: int = 0,
         prompt_token_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ) -> None:
         self._stream = text_stream(tokenizer, prompt_token_ids, skip_special_tokens)
         hidden = tokenizer.special_tokens if stop and skip_special_tokens else {}
-        self._stops = StopStrings(stop, hidden.values())
+        self._stops = StopStrings(stop, hidden.values(), include_stop)
         self._mark_of = {
             token_id: self._stops.marks[token]
             for token_id, token in hidden.items()

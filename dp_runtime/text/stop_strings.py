@@ -16,8 +16,11 @@ class StopStrings:
     Such a stop string is looked for twice: with marks, and as plain text, where marks are skipped.
     """
 
-    def __init__(self, stops: Sequence[str], special_tokens: Collection[str] = ()) -> None:
+    def __init__(
+        self, stops: Sequence[str], special_tokens: Collection[str] = (), include: bool = False
+    ) -> None:
         self.matched: str | None = None
+        self._include = include  # the stop string in the text
         named = [token for token in special_tokens if any(token in stop for stop in stops)]
         self.marks = {token: chr(_FIRST_MARK + i) for i, token in enumerate(named)}
         stop_of = {stop: stop for stop in stops}
@@ -39,7 +42,7 @@ class StopStrings:
                     for i, each in enumerate(complete)
                 )
                 self.matched = complete[index].stop
-                return _without_marks(text[:start])
+                return _without_marks(text[:start]) + self.matched * self._include
         start = min(each.start(text, each.num_followed) for each in self._automata)
         self._held = text[start:]
         return _without_marks(text[:start])

@@ -40,7 +40,7 @@ def main() -> None:
     print(machine.describe("torch", "transformers", "ray"), f"; {threads} torch threads in all")
     config = read_model_config(str(options.model))
     load = Workload().make(config.vocab_size)
-    tokens = sum(params.max_tokens for params in load[1])
+    tokens = sum(params.known_max_tokens for params in load[1])
     rows = sum(map(len, load[0])) + tokens
     floor_s = rows * flops_per_row(config) / matmul_flops()
     print(
@@ -99,13 +99,13 @@ def transformers_rate(model: Path, load: Load, batch_size: int) -> float:
             prompt = load[0][index]
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        new = max(load[1][index].max_tokens for index in batch)
+        new = max(load[1][index].known_max_tokens for index in batch)
         with torch.inference_mode():
             peer.generate(
                 ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new,
                 do_sample=False, eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
-        useful += sum(load[1][index].max_tokens for index in batch)
+        useful += sum(load[1][index].known_max_tokens for index in batch)
     rate = useful / (perf_counter() - start)
     print(f"  transformers, batches of {batch_size}: {rate:.0f} tok/s")
     return rate

@@ -107,7 +107,8 @@ def test_parameters_hold_plain_values(bias: Any) -> None:
         "ignore_eos": np.True_, "logit_bias": bias,
     }  # fmt: skip
     params = SamplingParams(**given)
-    assert (params.max_tokens + 100, params.stop, params.stop_token_ids) == (300, ("a",), (3,))
+    assert params.known_max_tokens + 100 == 300
+    assert (params.stop, params.stop_token_ids) == (("a",), (3,))
     assert params.logit_bias == {2: 2.0}
     assert params.greedy
     for token, value in params.logit_bias.items():

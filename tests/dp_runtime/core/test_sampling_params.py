@@ -11,7 +11,7 @@ from dp_runtime.errors import MAX_SHOWN
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 
 BAD: dict[str, list[Any]] = {
-    "max_tokens": [0, -1, 1.0, "16", None, True, NAN, np.float64(3), np.bool_(True)],
+    "max_tokens": [0, -1, 1.0, "16", True, NAN, np.float64(3), np.bool_(True)],
     "min_tokens": [-1, 17, 0.0, "1", None, False],
     "temperature": [-0.1, NAN, INF, -INF, "0.5", None, True, HUGE, 1j, np.float32(NAN)],
     "top_k": [-2, 1.5, "5", None, True, NAN],
@@ -29,9 +29,11 @@ BAD: dict[str, list[Any]] = {
     "stop_token_ids": [5, None, "", "12", ["1"], [1.0], [-1], [True], [NAN], {1}],
     "bad_words": [5, None, "a", ["a", ""], [1], b"a", {"a"}, ["a\ud800"], ["a"] * 1001],
     "allowed_token_ids": [5, [], (), "12", ["1"], [1.0], [-1], [True], {1}],
+    "include_stop_str_in_output": [0, 1, "no", None],
     "ignore_eos": [0, 1, "no", None],
     "skip_special_tokens": [0, 1, "no", None],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", True, NAN],
+    "truncate_prompt_tokens": [0, -2, 1.0, "5", True, 2**31],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", False, INF],
 }  # fmt: skip
 CASES = [(name, value) for name, values in BAD.items() for value in values]
@@ -63,6 +65,8 @@ def test_every_field_has_bad_values() -> None:
         {"seed": 0}, {"seed": 2**63 - 1}, {"seed": np.int64(1)},
         {"stop": "a"}, {"stop": ["a", "b"]}, {"stop": ()},
         {"stop_token_ids": (1, np.int64(2))}, {"ignore_eos": True},
+        {"max_tokens": None, "min_tokens": 5}, {"include_stop_str_in_output": True},
+        {"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": np.int64(5)},
         {"bad_words": ["a", " b"]}, {"bad_words": ()}, {"allowed_token_ids": [np.int64(3), 3]},
         {"logprobs": 0, "prompt_logprobs": MAX_LOGPROBS},
     ],

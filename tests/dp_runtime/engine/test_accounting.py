@@ -31,7 +31,7 @@ def expected(group: FakeGroup) -> list[tuple[int, int]]:
     tokens: Counter[int] = Counter()
     for rank, request in group.taken.values():
         requests[rank] += 1
-        tokens[rank] += len(request.prompt_token_ids) + request.params.max_tokens
+        tokens[rank] += len(request.prompt_token_ids) + request.params.known_max_tokens
     return [(requests[rank], tokens[rank]) for rank in range(2)]
 
 

@@ -50,7 +50,8 @@ class Driver:
 
     def add(self, item: RankRequest) -> None:
         self.scheduler.add(item)
-        self.reference.add(item.request_id, len(item.prompt_token_ids), item.params.max_tokens)
+        max_tokens = item.params.known_max_tokens
+        self.reference.add(item.request_id, len(item.prompt_token_ids), max_tokens)
         self.requests[item.request_id] = item
         self.outputs[item.request_id] = []
 
@@ -143,7 +144,7 @@ class Driver:
 
 
 def expected_outputs(item: RankRequest) -> tuple[list[int], FinishReason]:
-    room = min(item.params.max_tokens, MODEL_LEN - len(item.prompt_token_ids))
+    room = min(item.params.known_max_tokens, MODEL_LEN - len(item.prompt_token_ids))
     tokens = []
     for index in range(room):
         tokens.append(token_of(item.request_id, index))

@@ -132,6 +132,24 @@ def test_special_stop_tokens_end_random_text_where_they_first_stand(kind: str, s
     assert (shown, stop, kept) == (oracle.decode(ids[:at]), END, at + 1)
 
 
+@each_kind
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32), skip=st.booleans())
+def test_the_stop_string_may_be_part_of_the_text(kind: str, seed: int, skip: bool) -> None:
+    rng = random.Random(seed)
+    oracle, tokenizer, end = with_end(kind)
+    ids = some_tokens(kind, rng)
+    ids.insert(rng.randrange(len(ids) + 1), end)
+    pieces = [ids[at : at + 2] for at in range(0, len(ids), 2)]
+    everything = oracle.decode(ids, skip_special_tokens=False)
+    at = rng.randrange(len(everything))
+    stops = [everything[at : at + 1 + rng.randrange(9)], "nowhere"]
+    shown, stop, kept = run(OutputText(tokenizer, stops, 0, (), skip), pieces)
+    again = run(OutputText(tokenizer, stops, 0, (), skip, include_stop=True), pieces)
+    assert again == (shown + (stop or ""), stop, kept)
+    assert stop is not None or skip
+
+
 def test_the_longest_special_token_wins() -> None:
     stops = StopStrings(["a<s>b"], ["<s>", "s"])
     assert set(stops.marks) == {"<s>", "s"}
