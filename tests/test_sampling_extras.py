@@ -176,6 +176,22 @@ def test_the_rest_of_the_context_is_the_limit_where_none_is_given(engine: Engine
     assert long.token_ids == short.token_ids
 
 
+def test_a_rank_admits_by_priority() -> None:
+    """One request runs at a time; the others have arrived before the first is aborted."""
+    priorities = (3, 0, 3, -1)
+    params = [replace(GREEDY, max_tokens=2, priority=priority) for priority in priorities]
+    with engine_of(TRAINED, 0, dp_size=1, max_num_requests=1, max_model_len=512) as engine:
+        first = engine.submit(PROMPTS[0], replace(GREEDY, max_tokens=None, priority=9))
+        next(iter(first))
+        handles = [engine.submit(PROMPTS[1], one) for one in params]
+        assert not first.done
+        first.abort()
+        for handle in handles:
+            handle.result(60)
+        began = [handle.arrivals[0][0] for handle in handles]
+    assert sorted(range(4), key=began.__getitem__) == [3, 1, 0, 2]
+
+
 def test_a_request_whose_masks_leave_no_token_fails_alone(engine: Engine) -> None:
     tokenizer = tokenizer_of(engine)
     (token,) = tokenizer.encode("a")

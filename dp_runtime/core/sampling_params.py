@@ -135,6 +135,10 @@ class SamplingParams:
     )  # fmt: skip
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     skip_special_tokens: bool = setting(True, "leave special tokens out of the text")
+    priority: int = setting(
+        0, "requests with a lower one are served first, in order of arrival among equals; those "
+        "that run go on", at_least=-MAX_INT,
+    )  # fmt: skip
     logprobs: int | None = setting(
         None, "report the chosen token's and the n best log probabilities of the unmodified "
         "distribution at every output position", at_least=0, at_most=MAX_LOGPROBS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from bisect import insort
+from itertools import count
 
 from dp_runtime.engine.load_balancer import LoadBalancer, Outstanding
 from dp_runtime.errors import QueueFull, fresh
@@ -16,25 +18,41 @@ class Admission:
         self._ranks = [Outstanding() for _ in range(dp_size)]
         self._limit = limit
         self._changed = threading.Condition()
+        self._waiting: list[tuple[int, int]] = []  # priority and arrival of callers, the first next
+        self._arrivals = count()
         self._closed: BaseException | None = None
 
     @property
     def num_unfinished(self) -> int:
         return sum(rank.requests for rank in self._ranks)
 
-    def enter(self, tokens: int, dp_rank: int | None, wait: bool) -> int:
+    def enter(self, tokens: int, dp_rank: int | None, wait: bool, priority: int = 0) -> int:
         """Return the rank of a new request; waits for a place, or raises QueueFull."""
         with self._changed:
-            while self.num_unfinished >= self._limit and not self._closed:
-                if not wait:
-                    raise QueueFull(f"{self._limit} requests are unfinished (max_queued_requests)")
-                self._changed.wait()
+            if wait:
+                self._wait_for_place(priority)
+            elif self._full and not self._closed:
+                raise QueueFull(f"{self._limit} requests are unfinished (max_queued_requests)")
             if self._closed:
                 raise fresh(self._closed)
             rank = self._balancer.choose(self._ranks, tokens) if dp_rank is None else dp_rank
             self._ranks[rank].requests += 1
             self._ranks[rank].tokens += tokens
             return rank
+
+    @property
+    def _full(self) -> bool:
+        return self.num_unfinished >= self._limit
+
+    def _wait_for_place(self, priority: int) -> None:
+        turn = (priority, next(self._arrivals))
+        insort(self._waiting, turn)
+        try:
+            while not self._closed and (self._full or self._waiting[0] != turn):
+                self._changed.wait()
+        finally:
+            self._waiting.remove(turn)
+            self._changed.notify_all()
 
     def leave(self, dp_rank: int, tokens: int) -> None:
         with self._changed:

@@ -92,7 +92,8 @@ class EngineCore:
     ) -> Sink:
         """Give a request to a rank; without a place for it wait, or raise QueueFull."""
         tokens = new.request.num_reserved_tokens
-        rank = self._admission.enter(tokens, new.dp_rank, wait)
+        priority = new.request.params.priority
+        rank = self._admission.enter(tokens, new.dp_rank, wait, priority)
         try:
             log = RequestLog(new.request, self._requests[rank], self.tokenizer)
             sink = sink_of(log, self.abort)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
+from math import inf
 from time import perf_counter
 
 import numpy as np
@@ -25,8 +28,8 @@ class RequestLifecycle:
     def __init__(self, table: RequestTable, states: Sequence[PerRequestState]) -> None:
         self.table = table
         self.states = states
-        self.waiting: deque[RequestState] = deque()
-        self.running: Int64 = np.zeros(0, np.int64)  # rows of the table in the order of arrival
+        self.waiting: deque[RequestState] = deque()  # by turn, then in the order of arrival
+        self.running: Int64 = np.zeros(0, np.int64)  # rows of the table in the order of admission
         self._requests: dict[int, RequestState] = {}  # by request id, until they have ended
         self._leaving: list[RequestState] = []  # preempted or stopping
         self._waiting_tokens = 0
@@ -46,7 +49,7 @@ class RequestLifecycle:
     def add(self, request: RequestState) -> None:
         assert request.request_id not in self._requests, f"request {request.request_id} twice"
         self._requests[request.request_id] = request
-        self.waiting.append(request)
+        insort(self.waiting, request, key=lambda queued: queued.turn)
         self._waiting_tokens += request.num_tokens
 
     def finish(self, request: RequestState, reason: FinishReason) -> None:
@@ -74,6 +77,7 @@ class RequestLifecycle:
                 self.running = np.append(self.running, request.req_index)
                 self._end_queueing(request)
             case RequestStatus.PREEMPTED:
+                request.turn = -inf
                 self.waiting.appendleft(request)
                 self._leaving.append(request)
             case RequestStatus.STOPPING if before is not RequestStatus.PREEMPTED:
@@ -109,6 +113,8 @@ class RequestLifecycle:
         for state in self.states:
             state.check(taken)
         assert {*self.running.tolist()} <= {*taken}, "a running request has no row"
+        in_turn = all(one.turn <= other.turn for one, other in pairwise(self.waiting))
+        assert in_turn, f"out of turn: {[request.request_id for request in self.waiting]}"
         queued = sum(request.num_tokens for request in self.waiting)
         assert queued == self.num_queued_tokens, f"{queued} tokens, not {self.num_queued_tokens}"
         for request in self._requests.values():

@@ -49,6 +49,7 @@ class RequestState:
     request: RankRequest
     max_outputs: int
     prompt: Int64 = field(init=False)
+    turn: float = field(init=False)  # in the queue, lowest first
     outputs: list[int] = field(init=False)  # committed
     status: RequestStatus = RequestStatus.WAITING  # changed by RequestLifecycle.transition alone
     req_index: int = NO_ROW  # its row in the request table
@@ -59,6 +60,7 @@ class RequestState:
 
     def __post_init__(self) -> None:
         self.prompt = np.array(self.request.prompt_token_ids, np.int64)
+        self.turn = self.request.params.priority
         self.outputs = list(self.request.outputs)
         self.num_scored = self.num_reported = self.request.num_scored
 

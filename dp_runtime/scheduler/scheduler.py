@@ -19,17 +19,16 @@ from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_state import RequestState, RequestStatus
 from dp_runtime.scheduler.request_table import RequestTable
-from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
-
-PromptLogprobs = Sequence[tuple[TokenLogprob, ...] | Exception]  # of each chunk that scores
+from dp_runtime.scheduler.scheduler_output import Chunk, PromptLogprobs, SchedulerOutput
 
 
 class Scheduler:
     """Chooses the rows of a rank's steps, and takes over what these sampled.
 
-    A request that lacks pages preempts the youngest: the oldest always advances, nothing starves.
-    Decodes come first for the token budget. At most one step is in flight while the next is
-    scheduled; if it verifies, lengths are upper bounds, and a request that may have ended waits.
+    Requests are admitted by priority, then in order of arrival, preempted ones before all others.
+    One that lacks pages preempts the youngest: the oldest always advances, and nothing that runs
+    starves. Decodes come first for the token budget. At most one step is in flight while the next
+    is scheduled; if it verifies, lengths are upper bounds, and a request that may have ended waits.
     """
 
     def __init__(

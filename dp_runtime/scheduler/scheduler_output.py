@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dp_runtime.core.batch import Int64, LocalBatch
-from dp_runtime.core.request import PromptEmbeds
+from dp_runtime.core.request import PromptEmbeds, TokenLogprob
 from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.scheduler.request_state import RequestState
+
+PromptLogprobs = Sequence[tuple[TokenLogprob, ...] | Exception]  # of each chunk that scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,8 @@ class Request:
     prompt: int
     max_tokens: int  # prompt and outputs
     known: int
+    priority: int = 0
+    preempted: bool = False  # ever
     computed: int = 0
     pages: int = 0
     launched: int = 0
@@ -45,10 +47,12 @@ class ReferenceScheduler:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
 
-    def add(self, request_id: int, prompt: int, outputs: int) -> None:
+    def add(self, request_id: int, prompt: int, outputs: int, priority: int = 0) -> None:
         max_tokens = min(prompt + outputs, self.limits.max_model_len)
-        self.requests[request_id] = Request(request_id, prompt, max_tokens, prompt)
-        self.waiting.append(self.requests[request_id])
+        new = self.requests[request_id] = Request(request_id, prompt, max_tokens, prompt, priority)
+        before = [other for other in self.waiting if other.preempted or other.priority <= priority]
+        self.waiting.insert(len(before), new)
+        assert self.waiting[: len(before)] == before
 
     def schedule(self) -> Rows:
         ready = [item for item in list(self.running) if item.running and self.reserve(item)]
@@ -107,7 +111,7 @@ class ReferenceScheduler:
                 return False
             self.running.pop()
             self.waiting.insert(0, victim)
-            victim.running, victim.computed = False, 0
+            victim.running, victim.computed, victim.preempted = False, 0, True
             coming += victim.pages if victim.launched else 0
             self.settle(victim)
         if missing > self.num_free:

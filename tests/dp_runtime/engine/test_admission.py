@@ -1,6 +1,8 @@
 """Routing and admission."""
 
+import queue
 import threading
+from time import sleep
 
 import pytest
 from hypothesis import given
@@ -79,3 +81,21 @@ def test_admission_lets_a_waiting_request_in_and_frees_it_on_close() -> None:
     admission.close(EngineClosed("closed"))
     closed.join(5)
     assert len(errors) == 1
+
+
+def test_callers_that_wait_enter_by_priority_then_in_order_of_arrival() -> None:
+    admission, entered = Admission(LeastTokens(), 1, 1), queue.Queue[str]()
+    admission.enter(1, None, wait=True)
+
+    def wait_for_a_place(name: str, priority: int) -> None:
+        admission.enter(1, None, wait=True, priority=priority)
+        entered.put(name)
+
+    for number, (name, priority) in enumerate((("a", 1), ("b", 0), ("c", 1), ("d", -1)), 1):
+        threading.Thread(target=wait_for_a_place, args=(name, priority), daemon=True).start()
+        while len(admission._waiting) < number:
+            sleep(0.001)
+    for name in ("d", "b", "a", "c"):
+        admission.leave(0, 1)
+        assert entered.get(timeout=10) == name
+    assert admission.num_unfinished == 1

@@ -54,15 +54,15 @@ def in_flight(driver: Driver) -> list[int]:
 @settings(deadline=None, max_examples=100)
 @given(actions, st.integers(11, 30), st.integers(1, 40), st.integers(0, 1))
 def test_a_new_kind_of_state_is_one_class(
-    todo: list[tuple[str, int, int]], num_pages: int, tokens: int, depth: int
+    todo: list[tuple[str, int, int, int]], num_pages: int, tokens: int, depth: int
 ) -> None:
     log, count = TokenLog(), 0
     limits = Limits(6, tokens, MODEL_LEN)
     driver = Driver(Scheduler(PageGeometry(num_pages, 4), limits, [log]), depth)
     log.in_flight = partial(in_flight, driver)
-    for name, first, second in todo:
+    for name, first, second, priority in todo:
         if name == "add":
-            driver.add(request(count, first, second))
+            driver.add(request(count, first, second, priority))
             count += 1
         elif name == "abort" and first < count:
             driver.abort(first)

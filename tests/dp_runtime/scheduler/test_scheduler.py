@@ -22,8 +22,8 @@ MODEL_LEN = 40
 STOP_TOKEN = 7
 
 
-def request(number: int, prompt: int, outputs: int) -> RankRequest:
-    params = SamplingParams(max_tokens=outputs)
+def request(number: int, prompt: int, outputs: int, priority: int = 0) -> RankRequest:
+    params = SamplingParams(max_tokens=outputs, priority=priority)
     return RankRequest(number, tuple(range(1, prompt + 1)), params, 0, frozenset({STOP_TOKEN}))
 
 
@@ -50,8 +50,8 @@ class Driver:
 
     def add(self, item: RankRequest) -> None:
         self.scheduler.add(item)
-        max_tokens = item.params.known_max_tokens
-        self.reference.add(item.request_id, len(item.prompt_token_ids), max_tokens)
+        params, prompt = item.params, len(item.prompt_token_ids)
+        self.reference.add(item.request_id, prompt, params.known_max_tokens, params.priority)
         self.requests[item.request_id] = item
         self.outputs[item.request_id] = []
 
@@ -159,9 +159,9 @@ def scheduler(num_pages: int, page_size: int = 4, requests: int = 6, tokens: int
 
 actions = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 20)),
-        st.tuples(st.just("step"), st.just(0), st.just(0)),
-        st.tuples(st.just("abort"), st.integers(0, 20), st.just(0)),
+        st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 20), st.integers(-1, 2)),
+        st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0)),
+        st.tuples(st.just("abort"), st.integers(0, 20), st.just(0), st.just(0)),
     ),
     max_size=60,
 )
@@ -170,13 +170,13 @@ actions = st.lists(
 @settings(deadline=None, max_examples=150)
 @given(actions, st.integers(11, 30), st.integers(1, 40), st.integers(0, 1))
 def test_every_request_gets_its_tokens_and_no_page_leaks(
-    todo: list[tuple[str, int, int]], num_pages: int, tokens: int, depth: int
+    todo: list[tuple[str, int, int, int]], num_pages: int, tokens: int, depth: int
 ) -> None:
     driver = Driver(scheduler(num_pages, tokens=tokens), depth)
     made: dict[int, RankRequest] = {}
-    for name, first, second in todo:
+    for name, first, second, priority in todo:
         if name == "add":
-            made[len(made)] = request(len(made), first, second)
+            made[len(made)] = request(len(made), first, second, priority)
             driver.add(made[len(made) - 1])
         elif name == "abort" and first in made:
             driver.abort(first)
@@ -219,6 +219,19 @@ def test_the_oldest_request_is_never_preempted(depth: int) -> None:
                 driver.scheduler.table.num_computed_tokens[oldest.req_index],
             )
             assert computed >= before, "the oldest request started over"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_lower_priority_is_admitted_first_but_not_before_who_was_preempted(depth: int) -> None:
+    driver = Driver(scheduler(num_pages=11, requests=2), depth)
+    for number, priority in ((1, 5), (2, 0), (3, 5), (4, -1), (5, 0)):
+        driver.add(request(number, 12, 28, priority))
+    assert [item.request_id for item in driver.scheduler.waiting] == [4, 2, 5, 1, 3]
+    while not driver.scheduler.num_preemptions:
+        driver.step()
+    driver.add(request(6, 12, 28, -9))
+    assert [item.request_id for item in driver.scheduler.waiting] == [2, 6, 5, 1, 3]
+    driver.drain()
 
 
 def test_decoding_comes_before_prefill_chunks() -> None:
