@@ -49,13 +49,15 @@ def plain_int(value: object) -> int | None:
 @_guarded
 def plain_float(value: object) -> float | None:
     """A finite number, without a sign if it is zero."""
-    value = _scalar(value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    if isinstance(value, int):
-        value = int.__int__(value)
-    number = float.__float__(value) if isinstance(value, float) else float(value)
-    return number + 0.0 if math.isfinite(number) else None
+    number = _real(value)
+    return number + 0.0 if number is not None and math.isfinite(number) else None
+
+
+@_guarded
+def plain_timeout(value: object) -> float | None:
+    """Seconds that are not negative, of which there may be infinitely many."""
+    number = _real(value)
+    return number if number is not None and number >= 0 else None
 
 
 @_guarded
@@ -107,3 +109,12 @@ def _scalar(value: object) -> object:
     if isinstance(value, Tensor):
         return value.item() if value.ndim == 0 else None
     return value
+
+
+def _real(value: object) -> float | None:
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    if isinstance(value, int):
+        value = int.__int__(value)
+    return float.__float__(value) if isinstance(value, float) else float(value)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from dp_runtime.core.plain_values import plain_float
+from dp_runtime.core.plain_values import plain_timeout
 from dp_runtime.core.request import RankRequest, RequestDelta, RequestOutput
 from dp_runtime.engine.delta_queue import DeltaQueue
 from dp_runtime.engine.request_log import RequestLog
@@ -99,11 +98,8 @@ class RequestHandle:
 
 
 def _seconds(timeout: object) -> float:
-    if type(timeout) is float and timeout == math.inf:
-        return threading.TIMEOUT_MAX
-    seconds = plain_float(timeout)
-    ok = seconds is not None and seconds >= 0
-    require(ok, "timeout", timeout, "None or seconds >= 0")
+    seconds = plain_timeout(timeout)
+    require(seconds is not None, "timeout", timeout, "None or seconds >= 0")
     assert seconds is not None, "checked above"
     return min(seconds, threading.TIMEOUT_MAX)
 

@@ -20,6 +20,7 @@ from dp_runtime.core.plain_values import (
     plain_items,
     plain_list,
     plain_str,
+    plain_timeout,
 )
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.settings import settings_of
@@ -65,6 +66,19 @@ def test_a_bool_is_no_number(value: Any) -> None:
     assert plain_int(value) is None
     assert plain_float(value) is None
     assert plain_ints([value]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (0, 0.0), (np.float32(2), 2.0), (math.inf, math.inf), (torch.tensor(math.inf), math.inf),
+        (-1, None), (-math.inf, None), (math.nan, None), (True, None), ("1", None), (10**400, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_timeout_may_be_infinite(value: Any, seconds: float | None) -> None:
+    assert plain_timeout(value) == seconds
+    assert plain_float(value) != math.inf
 
 
 def test_zero_has_no_sign() -> None:
