@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import dataclass
 from typing import TypeVar
 
 MAX_SHOWN = 200  # characters of a field or a value in a message
@@ -19,6 +20,18 @@ def require(ok: bool, field: str, value: object, allowed: str) -> None:
 def not_allowed(field: str, value: object, allowed: str) -> ValueError:
     name = one_line(field, MAX_SHOWN)
     return ValueError(one_line(f"{name}: {shown(value)} is not allowed; {allowed}"))
+
+
+@dataclass(eq=False)
+class ContextExceeded(ValueError):
+    """A prompt, or what is to come after it, has no room in the model's context."""
+
+    field: str
+    value: object
+    allowed: str
+
+    def __str__(self) -> str:
+        return str(not_allowed(self.field, self.value, self.allowed))
 
 
 def shown(value: object, limit: int = MAX_SHOWN) -> str:

@@ -13,7 +13,7 @@ from dp_runtime.core.plain_values import plain_int, plain_ints, plain_list, plai
 from dp_runtime.core.request import PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.embeds import copied_embeds
-from dp_runtime.errors import one_line, require, shown
+from dp_runtime.errors import ContextExceeded, one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
 from dp_runtime.text.bad_words import encoded_bad_words
@@ -115,7 +115,8 @@ class RequestFactory:
     def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
         require(len(tokens) > 0, field, "", "at least one token")
         longest, count = self.model.max_model_len, len(tokens)
-        require(count < longest, field, f"{count} tokens", _context_length(longest, count))
+        if count >= longest:
+            raise ContextExceeded(field, f"{count} tokens", _context_length(longest, count))
         size = self.model.vocab_size
         for token in tokens:
             require(0 <= token < size, field, token, f"token ids are in 0..{size - 1}")
@@ -158,7 +159,8 @@ def check_room(request: RankRequest, max_model_len: int) -> None:
     num_inputs, most = len(request.prompt_token_ids), request.params.known_max_tokens
     allowed = _context_length(max_model_len, num_inputs)
     allowed += f" ({most} > {max_model_len} - {num_inputs})"
-    require(num_inputs + most <= max_model_len, "max_tokens", most, allowed)
+    if num_inputs + most > max_model_len:
+        raise ContextExceeded("max_tokens", most, allowed)
 
 
 def _context_length(max_model_len: int, num_inputs: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from dp_runtime.metrics.memory import RankMemory
 
@@ -45,6 +46,7 @@ class ModelInfo:
     cache_tokens: int  # tokens the page pool of one rank can hold
     bytes_read: int  # from rank 0's checkpoint slices
     chat: ChatFiles = field(default_factory=ChatFiles)
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # as the checkpoint has them
 
 
 @dataclass(frozen=True)

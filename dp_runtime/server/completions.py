@@ -61,6 +61,8 @@ class CompletionAnswer:
         async for index, delta in self.job.deltas():
             num_tokens += 0 if self.body.only_scores else len(delta.token_ids)
             content = self._envelope([choices[index].chunk(delta)])
+            if self.body.with_usage:
+                content["usage"] = None
             if self.body.with_usage_in_each_chunk:
                 content["usage"] = Usage(self.job.num_prompt_tokens, num_tokens).body
             yield content

@@ -24,6 +24,10 @@ class ServerConfig:
         "key that clients must bring as a bearer token, except to /health and /metrics",
         shown_default="$DP_RUNTIME_API_KEY, else none",
     )
+    generation_config: str = setting(
+        "auto", "sampling parameters of requests that leave them out: those that the checkpoint's "
+        "generation_config.json recommends, or none of them", choices=("auto", "none"),
+    )  # fmt: skip
     unknown_fields: str = setting(
         "refuse", "what to do with fields that nobody reads", choices=("refuse", "ignore")
     )

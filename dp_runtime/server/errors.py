@@ -13,7 +13,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from dp_runtime.errors import EngineClosed, QueueFull, RankFailed, RequestFailed, one_line, shown
+from dp_runtime.errors import (
+    ContextExceeded,
+    EngineClosed,
+    QueueFull,
+    RankFailed,
+    RequestFailed,
+    one_line,
+    shown,
+)
 
 RETRY_AFTER_S = 1
 MAX_MESSAGE = 2000
@@ -68,6 +76,9 @@ def as_api_error(error: BaseException) -> ApiError | None:
     match error:
         case ApiError():
             return error
+        case ContextExceeded():
+            code = "context_length_exceeded"
+            return ApiError(HTTPStatus.BAD_REQUEST, str(error), error.field, code)
         case ValueError():
             found = _FIELD.match(str(error))
             param = found[1] if found else None

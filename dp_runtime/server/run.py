@@ -52,7 +52,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> None:
         signals.started()
         try:
             state.serve(engine)
-            print(f"ready: {state.model_name} on {engine_config.dp_size} ranks", flush=True)
+            _say_ready(state, engine_config.dp_size)
             while not signals.stop.wait(LOOK_EVERY_S) and not listener.failed:
                 pass
             listener.drain(signals.hurry)
@@ -60,6 +60,13 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> None:
             engine.close_now()
     finally:
         listener.close()
+
+
+def _say_ready(state: ServerState, dp_size: int) -> None:
+    if state.sampling_defaults:
+        values = ", ".join(f"{name} {value}" for name, value in state.sampling_defaults.items())
+        print(f"requests that leave it out get {values}: generation_config.json says so")
+    print(f"ready: {state.model_name} on {dp_size} ranks", flush=True)
 
 
 def _announce(listener: Listener, config: ServerConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -15,7 +15,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import Prompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_engine import AsyncEngine
-from dp_runtime.engine.inputs import NewRequest
+from dp_runtime.engine.inputs import NewRequest, check_room
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.server.answers import Client
@@ -39,6 +39,7 @@ class ServerState:
         self.created = int(time())
         self.jobs = Jobs()
         self.draining = False
+        self.sampling_defaults: Mapping[str, Any] = {}  # of fields that a request leaves out
         self._engine: AsyncEngine | None = None
 
     @property
@@ -46,6 +47,9 @@ class ServerState:
         return self._engine is None
 
     def serve(self, engine: AsyncEngine) -> None:
+        """Take the engine; ValueError for what can't be served of its checkpoint."""
+        if self.config.generation_config == "auto":
+            self.sampling_defaults = _checked_defaults(engine.model.sampling_defaults)
         self._engine = engine
 
     @property
@@ -92,10 +96,11 @@ class ServerState:
         """Start body.n choices of every prompt, or none of them."""
         job_id = f"{prefix}-{body.request_id or uuid4().hex}"
         self.jobs.check_id(job_id)
+        left_out = {n: v for n, v in self.sampling_defaults.items() if getattr(body, n) is None}
+        params_of_choices = _of_choices(replace(params, **left_out), body.n)
         requests: list[NewRequest] = []
         for prompt in prompts:
-            for params_of_choice in _of_choices(params, body.n):
-                requests.append(await self._checked(prompt, params_of_choice, body.dp_rank))
+            requests += await self._choices(prompt, params_of_choices, body)
         self.jobs.check_id(job_id)  # again: another may have taken it meanwhile
         job = Job(job_id, self.engine.submit_all(requests), len(prompts))
         self.jobs.add(job)
@@ -104,12 +109,29 @@ class ServerState:
     def client_of(self, job: Job) -> Client:
         return Client(lambda: self.jobs.end(job), self.config.write_timeout_s)
 
+    async def _choices(
+        self, prompt: Prompt, params: Sequence[SamplingParams], body: GenerationBody
+    ) -> list[NewRequest]:
+        """Check a prompt, whose text is read once, and make the requests of its choices."""
+        first = await self._checked(prompt, params[0], body.dp_rank)
+        check_room(first.request, self.engine.model.max_model_len)
+        tokens = first.request.prompt_token_ids
+        return [first, *(self.engine.checked(tokens, each, body.dp_rank) for each in params[1:])]
+
     async def _checked(
         self, prompt: Prompt, params: SamplingParams, dp_rank: int | None
     ) -> NewRequest:
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
             return await asyncio.to_thread(self.engine.checked, prompt, params, dp_rank)
         return self.engine.checked(prompt, params, dp_rank)
+
+
+def _checked_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        SamplingParams.from_fields(given)
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from None
+    return given
 
 
 def _of_choices(params: SamplingParams, count: int) -> list[SamplingParams]:

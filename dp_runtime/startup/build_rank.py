@@ -40,6 +40,7 @@ from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.weights.chat_files import read_chat_files
 from dp_runtime.weights.files import is_present, read_text
 from dp_runtime.weights.loader import open_weights
+from dp_runtime.weights.sampling_defaults import read_sampling_defaults
 from dp_runtime.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         cache_tokens=plan.cache_tokens,
         bytes_read=sum(source.bytes_read for source in sources),
         chat=chat,
+        sampling_defaults=read_sampling_defaults(config.model),
     )
     all_pools = tuple(pool for own_pools in pools for pool in own_pools)
     return LoadedRank(models, all_pools, info, monotonic() - started, allocated_before)

@@ -12,8 +12,12 @@ from dp_runtime.server.errors import ApiError, refuse
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos",
-    "skip_special_tokens", "prompt_logprobs", "logit_bias",
+    "skip_special_tokens", "prompt_logprobs", "logit_bias", "include_stop_str_in_output",
+    "bad_words", "allowed_token_ids", "truncate_prompt_tokens",
 )  # fmt: skip
+
+
+NOT_USED: Any = Field(None, description="accepted, and not used: no answer depends on it")
 
 
 class Body(BaseModel):
@@ -58,7 +62,12 @@ class GenerationBody(Body):
     best_of: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted, and not used")
+    user: str | None = NOT_USED
+    metadata: dict[str, Any] | None = NOT_USED
+    service_tier: str | None = NOT_USED
+    safety_identifier: str | None = NOT_USED
+    prompt_cache_key: str | None = NOT_USED
+    spaces_between_special_tokens: bool | None = NOT_USED
     request_id: str | None = None
     dp_rank: int | None = Field(None, description="the rank that serves the request")
     temperature: float | None = None
@@ -76,6 +85,10 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
+    include_stop_str_in_output: bool | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 

@@ -1,0 +1,56 @@
+"""What a checkpoint recommends holds for the fields that a request leaves out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dp_runtime import SamplingParams
+from dp_runtime.cli.model_choice import TINY_MODEL
+from dp_runtime.weights.sampling_defaults import read_sampling_defaults
+from tests.dp_runtime.server.openai_calls import Content
+from tests.dp_runtime.server.served import serving
+
+PROMPT = "Return the"
+GIVEN: list[Content] = [
+    {}, {"temperature": 0.9}, {"temperature": 0.0, "repetition_penalty": 1.0},
+]  # fmt: skip
+
+
+def model_that_recommends(directory: Path, **values: Any) -> Path:
+    for path in TINY_MODEL.iterdir():
+        (directory / path.name).symlink_to(path)
+    config = directory / "generation_config.json"
+    config.unlink()
+    config.write_text(json.dumps({"eos_token_id": 0, "do_sample": True} | values))
+    return directory
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_a_request_has_the_last_word(tmp_path: Path, choice: str) -> None:
+    model = model_that_recommends(tmp_path, temperature=0.0, repetition_penalty=1.5, top_k=None)
+    recommended: Content = (
+        {"temperature": 0.0, "repetition_penalty": 1.5} if choice == "auto" else {}
+    )
+    with serving({"generation_config": choice}, model=str(model), dp_size=1) as served:
+        for given in GIVEN:
+            fields = {"max_tokens": 12, "seed": 4} | given
+            params = SamplingParams.from_fields(recommended | fields)
+            expected = served.generate([PROMPT], params)[0]
+            answer = served.post("/v1/completions", prompt=PROMPT, **fields).json()
+            assert answer["choices"][0]["text"] == expected.text
+
+
+def test_a_recommendation_that_can_not_be_followed_ends_the_start(tmp_path: Path) -> None:
+    model = model_that_recommends(tmp_path, temperature="hot")
+    expected = "generation_config.json: temperature: 'hot' is not allowed"
+    with pytest.raises(ValueError, match=expected), serving(model=str(model), dp_size=1):
+        pass
+
+
+def test_a_checkpoint_need_not_recommend_anything(tmp_path: Path) -> None:
+    assert read_sampling_defaults(str(tmp_path)) == {}
+    assert read_sampling_defaults(str(TINY_MODEL)) == {}
