@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
 from dp_runtime.core.step_program import Program
-from dp_runtime.metrics.trace import chrome_trace
+from dp_runtime.metrics.chrome_trace import chrome_trace
 from dp_runtime.speculative.adaptive_length import AdaptiveLength
 from tests.dp_runtime.speculative_ranks import Verified, Watch
 from tests.product_cases import covering_rows, every, random_prompt
@@ -30,6 +28,7 @@ from tests.speculative_cases import (
     SpeculativeCase,
     engine_of,
 )
+from tests.traces import check_trace
 
 DraftedOf = Callable[[str], Drafted]
 CASES = [
@@ -109,9 +108,7 @@ def verified_of(watches: list[Watch]) -> dict[int, list[Verified]]:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_report_and_trace_count_what_was_verified(
-    adaptive: bool, drafted_of: DraftedOf, tmp_path: Path
-) -> None:
+def test_report_and_trace_count_what_was_verified(adaptive: bool, drafted_of: DraftedOf) -> None:
     params = [replace(GREEDY, max_tokens=32 + index) for index in range(len(PROMPTS))]
     with engine_of(drafted_of("agreeing"), 4, 3, speculative_adaptive=adaptive) as engine:
         watches = [Watch(loop) for loop in loops_of(engine)]
@@ -120,7 +117,7 @@ def test_report_and_trace_count_what_was_verified(
                 loop.coordinator.policy = AdaptiveLength(4, cost=0.01)  # more drafts pay soon
         outputs = engine.generate(PROMPTS, params)
         check_pages_free(engine)
-        report, trace = engine.report(), engine.step_trace()
+        report, trace, health = engine.report(), engine.step_trace(), engine.health()
     verified = verified_of(watches)
     for output, ones in zip(outputs, verified.values(), strict=True):
         check_emitted(output, ones)
@@ -147,9 +144,8 @@ def test_report_and_trace_count_what_was_verified(
     ]
     assert lengths[0] == lengths[1] == lengths[2]
     assert {*lengths[0]} > {1} if adaptive else {*lengths[0]} == {4}
-    (tmp_path / "trace.json").write_text(chrome_trace(trace))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    found = [event["args"] for event in events if event["name"] == "target"]
+    events = check_trace("".join(chrome_trace(trace, health)))
+    found = [event["args"] for event in events if event["name"] == "commit"]
     assert [args["verifications by accepted drafts"] for args in found] == [
         list(step.accepted) for step in trace
     ]

@@ -12,6 +12,7 @@ import torch
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import RankRequest
 from dp_runtime.flight.recorder import FlightRecorder
+from dp_runtime.flight.ring import wall_offset_ns
 from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
@@ -156,6 +157,7 @@ class Worker:
             RankState.STARTING,
             pid=os.getpid(),
             host=socket.gethostname(),
+            clock_offset_ns=wall_offset_ns(),
         )
         stage, health = self._stage, self._progress.describe(health)
         return health if stage is None else stage.describe(health)

@@ -7,18 +7,17 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dp_runtime.cli.flags import new_file
 from dp_runtime.cli.model_choice import config_from
 from dp_runtime.cli.output import OutputFile, print_line
 from dp_runtime.cli.reports import rank_memory, step_times
+from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
 from dp_runtime.cli.workload import Workload
 from dp_runtime.engine.engine import Engine
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.status import RankHealth
-from dp_runtime.metrics.trace import chrome_trace
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-len", default=[16, 512], **lengths, help="prompt tokens (16 512)")
     parser.add_argument("--output-len", default=[16, 128], **lengths, help="output tokens (16 128)")
     parser.add_argument("--json", type=new_file, help="file for the report as JSON")
-    parser.add_argument("--trace", type=new_file, help="file for a trace that Perfetto opens")
+    add_trace_flag(parser)
     parser.set_defaults(seed=0)
 
 
@@ -37,11 +36,8 @@ def bench(options: argparse.Namespace) -> None:
         options.num_requests, tuple(options.input_len), tuple(options.output_len), options.seed
     )
     with ExitStack() as stack:
-
-        def opened(flag: str, path: Path | None) -> OutputFile | None:
-            return stack.enter_context(OutputFile(flag, path)) if path else None
-
-        json_file, trace_file = opened("json", options.json), opened("trace", options.trace)
+        json_file = stack.enter_context(OutputFile("json", options.json)) if options.json else None
+        trace = TraceFile.opened(stack, options.trace)
         with Engine(config_from(options), show_progress=True) as engine:
             prompts, params = workload.make(engine.model.vocab_size)
             engine.generate(prompts, params, show_progress=True)
@@ -50,8 +46,7 @@ def bench(options: argparse.Namespace) -> None:
             print_line(text)
         if json_file is not None:
             json_file.write(_report_json(report, workload, health))
-        if trace_file is not None:
-            trace_file.write(chrome_trace(steps))
+        trace.write(steps, health)
 
 
 def _report_json(report: Report, workload: Workload, health: Sequence[RankHealth]) -> str:

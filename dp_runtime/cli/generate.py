@@ -13,6 +13,7 @@ from dp_runtime.cli.jsonl import PromptLine, output_line, read_prompts
 from dp_runtime.cli.model_choice import config_from
 from dp_runtime.cli.output import OutputFile, WriteFailed, print_line, same_file
 from dp_runtime.cli.reports import rank_memory
+from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
 from dp_runtime.core.request import RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.engine import Engine
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", type=Path, help="JSONL file of prompts, or /dev/stdin")
     parser.add_argument("--output", type=new_file, help="JSONL file for the results")
+    add_trace_flag(parser)
     add_flags(parser, SamplingParams, SAMPLING_FLAGS, DEFAULTS)
 
 
@@ -50,6 +52,7 @@ def generate(options: argparse.Namespace) -> None:
     config = config_from(options)
     with ExitStack() as stack:
         file = stack.enter_context(OutputFile("output", options.output)) if options.output else None
+        trace = TraceFile.opened(stack, options.trace)
         engine = stack.enter_context(Engine(config, show_progress=True))
         shows_text = engine.tokenizer is not None
         results = Results(lines, file.write if file else print_line, file is not None, shows_text)
@@ -60,9 +63,10 @@ def generate(options: argparse.Namespace) -> None:
             show_progress=True,
             on_output=results.take,
         )
-        report, memory = engine.report(), rank_memory(engine.health())
+        report, steps, health = engine.report(), engine.step_trace(), engine.health()
+        trace.write(steps, health)
     print_line(str(report))
-    print_line(memory)
+    print_line(rank_memory(health))
 
 
 @dataclass

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
+from contextlib import ExitStack
 from importlib.util import find_spec
 
 from dp_runtime.cli.flags import add_flags, given_fields
 from dp_runtime.cli.model_choice import config_from
+from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
+from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.server.config import ServerConfig
 
 KEY_VARIABLE = "DP_RUNTIME_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_trace_flag(parser)
     add_flags(parser, ServerConfig)
 
 
@@ -24,4 +29,10 @@ def serve(options: argparse.Namespace) -> None:
     from dp_runtime.server.run import serve as run
 
     given = {"api_key": os.environ.get(KEY_VARIABLE) or None} | given_fields(options, ServerConfig)
-    run(config_from(options), ServerConfig(**given))
+    with ExitStack() as stack:
+        trace = TraceFile.opened(stack, options.trace)
+
+        def on_drained(engine: AsyncEngine) -> None:
+            trace.write(asyncio.run(engine.step_trace()), asyncio.run(engine.health()))
+
+        run(config_from(options), ServerConfig(**given), on_drained)

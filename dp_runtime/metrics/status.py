@@ -67,6 +67,7 @@ class RankHealth:
     state: RankState
     pid: int = 0
     host: str = ""
+    clock_offset_ns: int = 0  # the wall clock minus the performance counter of its host
     epoch: int = 0
     last_step: int = -1
     last_step_age_s: float = 0.0

@@ -1,10 +1,8 @@
-"""Per-step measurements of a rank, and their export as a Chrome trace."""
+"""Per-step measurements of a rank."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -18,6 +16,8 @@ class PassTrace:
     forward_s: float  # of the host, waits included; on a GPU that of launching
     wait_s: float  # for slower ranks, inside collectives
     mode: str  # how it ran: an ExecutionMode
+    start_s: float = 0.0  # of the host's performance counter, when the forward began
+    prepare_s: float = 0.0  # before it
 
     @property
     def busy_s(self) -> float:
@@ -48,6 +48,8 @@ class StepTrace:
     num_preemptions: int = 0  # of the rank since its start
     num_drafts: int = 0  # of each verification
     accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
+    sample_start_s: float = 0.0  # as start_s
+    commit_start_s: float = 0.0  # as start_s; with overlap the next step has been launched by then
 
     @property
     def wait_s(self) -> float:  # for slower ranks
@@ -64,28 +66,3 @@ class StepTrace:
     def busy_s(self) -> float:
         phases = self.schedule_s + self.agree_s + self.prepare_s + self.sample_s + self.commit_s
         return phases + sum(each.busy_s for each in self.passes)
-
-
-def chrome_trace(steps: Iterable[StepTrace]) -> str:
-    """Return the steps as JSON that Perfetto opens ("Trace Event Format", microseconds)."""
-    events = [event for step in steps for event in _events(step)]
-    return json.dumps({"traceEvents": events})
-
-
-def _events(step: StepTrace) -> list[dict[str, object]]:
-    phases = [("schedule", step.schedule_s), ("agree", step.agree_s + step.agree_wait_s)]
-    phases += [("prepare", step.prepare_s)]
-    phases += [(each.pass_kind, each.forward_s) for each in step.passes]
-    phases += [("sample", step.sample_s), ("commit", step.commit_s)]
-    events: list[dict[str, object]] = []
-    at = step.start_s
-    args: dict[str, object] = {"step": step.step_id, "passes": [asdict(s) for s in step.passes]}
-    if step.num_drafts:
-        args["verifications by accepted drafts"] = step.accepted
-    for name, duration in phases:
-        events.append(
-            {"name": name, "ph": "X", "ts": at * 1e6, "dur": duration * 1e6, "pid": 0}
-            | {"tid": step.dp_rank, "args": args}
-        )
-        at += duration
-    return events

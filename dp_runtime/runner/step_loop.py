@@ -181,7 +181,7 @@ class StepLoop:
         progress = self.scheduler.commit(step.scheduled, tokens, prompt_logprobs)
         proposed, accepted = len(num_accepted) * step.scheduled.num_drafts, sum(num_accepted)
         self._num_drafts = (self._num_drafts[0] + proposed, self._num_drafts[1] + accepted)
-        self._trace(step, progress, num_accepted, perf_counter() - at)
+        self._trace(step, progress, num_accepted, at)
         return progress
 
     def _trace(
@@ -189,7 +189,7 @@ class StepLoop:
         step: InflightStep,
         progress: list[RequestUpdate],
         num_accepted: Sequence[int],
-        commit_s: float,
+        commit_start_s: float,
     ) -> None:
         timer, output = step.timer, step.output
         histogram = Counter(num_accepted)
@@ -204,13 +204,15 @@ class StepLoop:
                 agree_wait_s=timer.agree_wait_s,
                 prepare_s=output.prepare_s,
                 sample_s=output.sample_s,
-                commit_s=commit_s,
+                commit_s=perf_counter() - commit_start_s,
                 passes=output.passes,
                 output_tokens=sum(len(item.token_ids) for item in progress),
                 prompt_tokens=sum(chunk.prompt_tokens for chunk in step.scheduled.chunks),
                 num_preemptions=self.scheduler.num_preemptions,
                 num_drafts=step.scheduled.num_drafts,
                 accepted=tuple(histogram[n] for n in range(step.scheduled.num_drafts + 1)),
+                sample_start_s=output.sample_start_s,
+                commit_start_s=commit_start_s,
             )
         )
         self.last_finished = (step.agreement.step_id, monotonic())

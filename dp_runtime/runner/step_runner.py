@@ -43,6 +43,7 @@ class StepOutput:
     scores: tuple[Logprobs | Exception, ...]  # of each chunk that scores
     passes: tuple[PassTrace, ...]
     prepare_s: float
+    sample_start_s: float
     sample_s: float
 
 
@@ -169,7 +170,7 @@ class StepRunner:
             )
         sampled = self.sampler.sample(logits, scheduled.samples, verification)
         self.last_sampled = sampled.token_ids
-        step.sample_s = perf_counter() - started
+        step.sample_start_s, step.sample_s = started, perf_counter() - started
         return sampled, scores
 
     def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs | Exception:
@@ -195,6 +196,7 @@ class _LaunchedStep:
     agreement: Agreement
     traces: list[PassTrace] = field(default_factory=list)
     prepare_s: float = 0.0
+    sample_start_s: float = 0.0
     sample_s: float = 0.0
 
     def run_pass(self, index: int, future: FutureTokens) -> PassOutput:
@@ -210,4 +212,7 @@ class _LaunchedStep:
         return output
 
     def output(self, sampled: Sampled, scores: Sequence[Logprobs | Exception]) -> StepOutput:
-        return StepOutput(sampled, tuple(scores), tuple(self.traces), self.prepare_s, self.sample_s)
+        return StepOutput(
+            sampled, tuple(scores), tuple(self.traces), self.prepare_s,
+            self.sample_start_s, self.sample_s,
+        )  # fmt: skip

@@ -51,6 +51,8 @@ class PassTimer:
             real_rows=padding.real_rows,
             gathered_rows=padding.gathered_rows,
             wire_rows=padding.wire_rows * 2 * num_moe_layers,
+            start_s=self._forward_start,
+            prepare_s=self.prepare_s,
             forward_s=perf_counter() - self._forward_start,
             wait_s=self._collective.waited_s - self._waited,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from dp_runtime.config import EngineConfig
@@ -40,8 +41,15 @@ class Signals:
             raise KeyboardInterrupt
 
 
-def serve(engine_config: EngineConfig, config: ServerConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C; KeyboardInterrupt if that came before the engine was ready."""
+def serve(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    on_drained: Callable[[AsyncEngine], None] = lambda engine: None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; KeyboardInterrupt if that came before the engine was ready.
+
+    `on_drained` is called before the engine closes.
+    """
     signals = Signals()
     signals.listen()
     state = ServerState(config, engine_config)
@@ -56,6 +64,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> None:
             while not signals.stop.wait(LOOK_EVERY_S) and not listener.failed:
                 pass
             listener.drain(signals.hurry)
+            on_drained(engine)
         finally:
             engine.close_now()
     finally:

@@ -1,13 +1,10 @@
-"""Totals, the report, and the trace file."""
-
-import json
-from itertools import pairwise
+"""Totals and the report."""
 
 import pytest
 
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.totals import Recorder, Totals
-from dp_runtime.metrics.trace import PassTrace, StepTrace, chrome_trace
+from dp_runtime.metrics.trace import PassTrace, StepTrace
 
 
 def step(rank: int, step_id: int, real: tuple[int, ...], gathered: tuple[int, ...]) -> StepTrace:
@@ -47,14 +44,3 @@ def test_the_report_follows_its_definitions() -> None:
 def test_no_step_no_waste() -> None:
     report = Report.from_totals([Totals(0), Totals(1)], requests=0, elapsed_s=0.0)
     assert (report.padding_waste, report.row_balance, report.tokens_per_s) == (0.0, 1.0, 0.0)
-
-
-def test_a_chrome_trace_has_a_track_per_rank_and_phases_in_order() -> None:
-    events = json.loads(chrome_trace([step(1, 3, (2, 4), (4, 4))]))["traceEvents"]
-    assert [event["name"] for event in events] == [
-        "schedule", "agree", "prepare", "target", "sample", "commit",
-    ]  # fmt: skip
-    assert {event["tid"] for event in events} == {1}
-    for first, second in pairwise(events):
-        assert second["ts"] == pytest.approx(first["ts"] + first["dur"])
-    assert events[0]["args"]["step"] == 3
