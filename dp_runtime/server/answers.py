@@ -15,7 +15,6 @@ from dp_runtime.server.errors import as_api_error
 
 DONE = b"data: [DONE]\n\n"
 Content = Mapping[str, Any]
-Write = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 
 
 def as_json(content: Content) -> bytes:
@@ -29,7 +28,6 @@ class Client:
     """Who waits for an answer: `on_end` is called however that ends."""
 
     on_end: Callable[[], None]
-    write_timeout_s: float  # a client that takes nothing for so long has gone
 
 
 class Answer(Response):
@@ -41,11 +39,7 @@ class Answer(Response):
         self._client = client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write(message: dict[str, Any]) -> None:
-            async with asyncio.timeout(self._client.write_timeout_s):
-                await send(message)
-
-        work = asyncio.ensure_future(self.send_to(write))
+        work = asyncio.ensure_future(self.send_to(send))
         gone = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -57,7 +51,7 @@ class Answer(Response):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def send_to(self, write: Write) -> None:
+    async def send_to(self, send: Send) -> None:
         raise NotImplementedError
 
 
@@ -70,18 +64,16 @@ class JsonAnswer(Answer):
         super().__init__(client)
         self._body = body
 
-    async def send_to(self, write: Write) -> None:
+    async def send_to(self, send: Send) -> None:
         status, headers = 200, self.raw_headers
         try:
             body = as_json(await self._body())
         except Exception as error:
-            if (known := as_api_error(error)) is None:
-                raise
-            response = known.response()
+            response = as_api_error(error).response()
             status, headers = response.status_code, response.raw_headers
             body = bytes(response.body)
-        await write({"type": "http.response.start", "status": status, "headers": headers})
-        await write({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
 
 class EventStream(Answer):
@@ -94,16 +86,14 @@ class EventStream(Answer):
         self.headers["cache-control"] = "no-cache"
         self._events = events
 
-    async def send_to(self, write: Write) -> None:
-        await write({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def send_to(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for content in self._events:
-                await write(_chunk(_event(content)))
+                await send(_chunk(_event(content)))
         except Exception as error:
-            if (known := as_api_error(error)) is None:
-                raise
-            await write(_chunk(_event(known.body)))
-        await write(_chunk(DONE, more=False))
+            await send(_chunk(_event(as_api_error(error).body)))
+        await send(_chunk(DONE, more=False))
 
 
 def _event(content: Content) -> bytes:

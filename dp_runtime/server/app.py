@@ -13,9 +13,12 @@ from dp_runtime.server.state import ServerState
 
 
 def make_app(state: ServerState) -> FastAPI:
-    app = FastAPI(title="dp-runtime", version=dp_runtime.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="dp-runtime", version=dp_runtime.__version__, docs_url=None, redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead wherever the request's Host says
+    )  # fmt: skip
     for routes in (completion_routes, model_routes, token_routes, control_routes):
         app.include_router(routes(state))
     add_error_handlers(app)
-    app.add_middleware(Guard, config=state.config)
+    app.add_middleware(Guard, state=state)
     return app

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from dp_runtime.core.settings import check_settings, setting
 
 MAX_PORT = 65_535
+MAX_WRITE_TIMEOUT_S = 86_400  # the kernel counts milliseconds in 31 bits
+MAX_CHOICES = 65_536
 LOOPBACK = "127.0.0.1"
 
 
@@ -31,15 +33,34 @@ class ServerConfig:
     unknown_fields: str = setting(
         "refuse", "what to do with fields that nobody reads", choices=("refuse", "ignore")
     )
+    max_connections: int = setting(
+        8192, "connections that are open at a time; more are answered 503 at once", at_least=1
+    )
     max_in_flight: int = setting(
         4096, "requests that are answered at a time; more get 429", at_least=1
     )
-    max_body_bytes: int = setting(16 * 2**20, "bytes of a request's body", at_least=1)
-    max_choices: int = setting(1024, "choices of a request: prompts times n", at_least=1)
+    max_body_bytes: int = setting(4 * 2**20, "bytes of a request's body", at_least=1)
+    max_body_values: int = setting(
+        300_000, "values of a request's body, as its commas, brackets and braces count them; "
+        "while a body is read, nobody else is served", at_least=1,
+    )  # fmt: skip
+    max_bytes_in_flight: int = setting(
+        2**30, "bytes of the bodies of all requests in flight; more get 429", at_least=1
+    )
+    max_choices: int = setting(
+        1024, "choices of a request: prompts times n", at_least=1, at_most=MAX_CHOICES
+    )
+    max_prompt_tokens: int = setting(
+        4 * 2**20, "tokens of a request's prompts, n times each", at_least=1
+    )
+    keep_alive_s: int = setting(
+        65, "seconds that a connection may be idle, or need for the head of a request", at_least=1
+    )
     read_timeout_s: float = setting(60.0, "seconds to wait for a request's body", above=0)
     write_timeout_s: float = setting(
-        300.0, "seconds to wait for a client that takes nothing of its answer", above=0
-    )
+        300.0, "seconds to wait for a client that takes nothing of its answer",
+        above=0, at_most=MAX_WRITE_TIMEOUT_S,
+    )  # fmt: skip
     drain_timeout_s: float = setting(
         30.0, "seconds that running requests get to end after SIGTERM or Ctrl-C", at_least=0
     )

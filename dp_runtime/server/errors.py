@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from dp_runtime.errors import (
+    MAX_SHOWN,
     ContextExceeded,
     EngineClosed,
     QueueFull,
@@ -22,6 +24,8 @@ from dp_runtime.errors import (
     one_line,
     shown,
 )
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 MAX_MESSAGE = 2000
@@ -59,8 +63,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         message = one_line(self.message, MAX_MESSAGE)
-        entries = {"message": message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": entries}
+        param = None if self.param is None else one_line(self.param, MAX_SHOWN)
+        return {"error": {"message": message, "type": self.kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
@@ -71,8 +75,8 @@ def refuse(field: str, value: object, allowed: str) -> ApiError:
     return ApiError(HTTPStatus.BAD_REQUEST, message, field)
 
 
-def as_api_error(error: BaseException) -> ApiError | None:
-    """Say what a client is told of an engine's error; None for one that is a fault of ours."""
+def as_api_error(error: Exception) -> ApiError:
+    """Say what a client is told of an error; one that is a fault of ours is for the log."""
     match error:
         case ApiError():
             return error
@@ -89,14 +93,13 @@ def as_api_error(error: BaseException) -> ApiError | None:
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), None, "queue_full")
         case RankFailed() | EngineClosed():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), None, "engine_failed")
-    return None
+    logger.error("a fault of this server, which a client was told of by 500", exc_info=error)
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "a fault of the server, which its log has")
 
 
 def add_error_handlers(app: FastAPI) -> None:
     def answer(_: Request, error: Exception) -> JSONResponse:
-        known = as_api_error(error)
-        assert known is not None, "registered below"
-        return known.response()
+        return as_api_error(error).response()
 
     for kind in (ApiError, ValueError, RequestFailed, QueueFull, RankFailed, EngineClosed):
         app.add_exception_handler(kind, answer)
@@ -106,10 +109,16 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError), "registered for it"
-    first = error.errors()[0]
+    errors = error.errors()
+    # Of a field of several types, the others say only that it is none of theirs.
+    first = next((each for each in errors if not each["type"].endswith("_type")), errors[0])
     param = _path(first) or None
-    message = f"{param or 'body'}: {first['msg']}"
-    return ApiError(HTTPStatus.BAD_REQUEST, message, param).response()
+    reason = first["msg"]
+    if first["type"] == "json_invalid":
+        reason = f"no JSON: {first['ctx']['error']} at character {first['loc'][1]}"
+    elif isinstance(error.body, bytes):
+        reason = "it is read as JSON where the header says content-type: application/json"
+    return ApiError(HTTPStatus.BAD_REQUEST, f"{param or 'body'}: {reason}", param).response()
 
 
 def _path(error: Mapping[str, Any]) -> str:
@@ -130,4 +139,6 @@ _UNION_BRANCHES = frozenset({"str", "int", "float", "bool", "dict", "list"})
 
 def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "registered for it"
-    return ApiError(error.status_code, str(error.detail)).response()
+    response = ApiError(error.status_code, str(error.detail)).response()
+    response.headers.update(error.headers or {})
+    return response

@@ -4,85 +4,106 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
+from hashlib import sha256
 from http import HTTPStatus
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.errors import ApiError
+from dp_runtime.server.errors import ApiError, as_api_error
+from dp_runtime.server.state import ServerState
 
 OPEN_PATHS = frozenset({"/health", "/metrics"})  # for probes and scrapers, which bring no key
+GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+TOO_MANY = HTTPStatus.TOO_MANY_REQUESTS
 
 
 class Guard:
-    """ASGI middleware: the key, the number of requests in flight, and the size of their bodies."""
+    """ASGI middleware: the key, places for requests and their bodies, and faults of our own."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
-        self._app, self._config = app, config
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app, self._state, self._config = app, state, state.config
         self._num_in_flight = 0
-        self._key = None if config.api_key is None else f"Bearer {config.api_key}".encode()
+        self._num_bytes = 0  # of the bodies of those in flight
+        key = self._config.api_key
+        self._key = None if key is None else sha256(os.fsencode(key)).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
-            await self._app(scope, receive, send)
-            return
         try:
-            self._check_key(Headers(scope=scope))
-            self._check_place()
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        self._num_in_flight += 1
-        try:
-            await self._serve(scope, receive, send)
-        finally:
-            self._num_in_flight -= 1
+            if scope["path"] in OPEN_PATHS:
+                await self._app(scope, receive, send)
+            else:
+                await self._serve(scope, receive, send)
+        except Exception as error:
+            await as_api_error(error).response()(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        self._check_key(headers.get(b"authorization", b""))
+        if scope["path"] in GENERATING_PATHS:
+            self._state.check_place()
+        num_bytes = self._place(headers.get(b"content-length"))
+        self._num_in_flight += 1
+        self._num_bytes += num_bytes
         try:
-            body = await self._body(Headers(scope=scope), receive)
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        if body is not None:  # else the client has gone
+            if (body := await self._body(receive)) is None:
+                return  # the client has gone
+            self._num_bytes += len(body) - num_bytes
+            num_bytes = len(body)
+            self._check_values(body)
             await self._app(scope, _Replayed(body, receive), send)
+        finally:
+            self._num_in_flight -= 1
+            self._num_bytes -= num_bytes
 
-    def _check_key(self, headers: Headers) -> None:
-        given = headers.get("authorization", "").encode()
-        if self._key is not None and not hmac.compare_digest(given, self._key):
+    def _check_key(self, given: bytes) -> None:
+        scheme, _, key = given.partition(b" ")
+        ok = scheme.lower() == b"bearer"
+        if self._key and not (hmac.compare_digest(sha256(key).digest(), self._key) and ok):
             message = "the request brings no API key that this server has"
             raise ApiError(HTTPStatus.UNAUTHORIZED, message, None, "invalid_api_key")
 
-    def _check_place(self) -> None:
-        limit = self._config.max_in_flight
+    def _place(self, announced: bytes | None) -> int:
+        """Return the bytes that the body of one more request may have."""
+        limit, most = self._config.max_in_flight, self._config.max_bytes_in_flight
+        num_bytes = self._config.max_body_bytes if announced is None else int(announced)
+        if num_bytes > self._config.max_body_bytes:
+            raise self._too_large
         if self._num_in_flight >= limit:
             message = f"{limit} requests are in flight (max_in_flight)"
-            raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, None, "too_many_requests")
+            raise ApiError(TOO_MANY, message, None, "too_many_requests")
+        if self._num_bytes + num_bytes > most:
+            message = f"requests of {most} bytes are in flight (max_bytes_in_flight)"
+            raise ApiError(TOO_MANY, message, None, "too_many_requests")
+        return num_bytes
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        limit = self._config.max_body_bytes
-        announced = headers.get("content-length", "0")
-        too_large = ApiError(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body has more than {limit} bytes", None
-        )
-        if announced.isdecimal() and int(announced) > limit:
-            raise too_large
-        parts, size = [], 0
+    async def _body(self, receive: Receive) -> bytes | None:
+        parts, size, seconds = [], 0, self._config.read_timeout_s
         try:
-            async with asyncio.timeout(self._config.read_timeout_s):
+            async with asyncio.timeout(seconds):
                 while (message := await receive())["type"] == "http.request":
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    if size > limit:
-                        raise too_large
+                    if size > self._config.max_body_bytes:
+                        raise self._too_large
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            seconds = self._config.read_timeout_s
-            late = f"the body did not come within {seconds:g} s"
+            late = f"the body did not come within {seconds:g} s (read_timeout_s)"
             raise ApiError(HTTPStatus.REQUEST_TIMEOUT, late) from None
         return None
+
+    @property
+    def _too_large(self) -> ApiError:
+        limit = self._config.max_body_bytes
+        return ApiError(TOO_LARGE, f"the body has more than {limit} bytes (max_body_bytes)")
+
+    def _check_values(self, body: bytes) -> None:
+        limit = self._config.max_body_values
+        if sum(map(body.count, (b",", b"[", b"{"))) > limit:
+            message = f"the body has more than {limit} commas and brackets (max_body_values)"
+            raise ApiError(TOO_LARGE, message)
 
 
 class _Replayed:

@@ -79,7 +79,7 @@ class Jobs:
 
     def abort(self, job_ids: Sequence[str]) -> list[str]:
         """Abort these jobs; returns the ids of those that were running."""
-        found = [job_id for job_id in job_ids if job_id in self._running]
+        found = [job_id for job_id in dict.fromkeys(job_ids) if job_id in self._running]
         for job_id in found:
             self._running[job_id].abort()
         return found

@@ -11,12 +11,13 @@ import uvicorn
 
 from dp_runtime.errors import StartError
 from dp_runtime.server.app import make_app
+from dp_runtime.server.config import ServerConfig
+from dp_runtime.server.connection import connection_class
 from dp_runtime.server.state import ServerState
 
 BACKLOG = 4096
 LOOK_EVERY_S = 0.05
-KEEP_ALIVE_S = 65
-END_S = 5.0
+END_S = 5.0  # for clients to take the last of what they were sent
 
 
 class Listener:
@@ -24,12 +25,14 @@ class Listener:
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._socket = _bound(state.config.host, state.config.port)
+        self._socket = _listening(state.config)
         config = uvicorn.Config(
-            make_app(state), log_config=None, access_log=False, lifespan="off", backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S, ws="none",
+            make_app(state), http=connection_class(state.config), ws="none", lifespan="off",
+            log_config=None, log_level="error", access_log=False, server_header=False,
+            backlog=BACKLOG, timeout_keep_alive=state.config.keep_alive_s,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._thread.start()
 
@@ -50,25 +53,44 @@ class Listener:
             if hurry.wait(LOOK_EVERY_S):
                 return
 
-    def close(self) -> None:
-        """Stop listening; what is still running is cut off."""
+    def close(self, hurry: threading.Event) -> None:
+        """Stop listening; connections that are still busy after END_S are cut off."""
         self._server.should_exit = True
-        self._server.force_exit = True
-        self._thread.join(END_S)
+        deadline = monotonic() + END_S
+        while not self.failed and monotonic() < deadline and not hurry.is_set():
+            self._thread.join(LOOK_EVERY_S)
+        if not self.failed:
+            self._loop.call_soon_threadsafe(self._cut_off)
+            self._thread.join(END_S)
         self._socket.close()
 
+    def _cut_off(self) -> None:
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+
     def _run(self) -> None:
-        asyncio.run(self._server.serve([self._socket]))
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._server.serve([self._socket]))
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _listening(config: ServerConfig) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        bound = socket.socket(family, kind, proto)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        listening = socket.socket(family, kind, proto)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # The kernel hangs up on a client that takes nothing, whoever waits for it or not;
+            # connections have this option from the socket that accepts them.
+            milliseconds = round(config.write_timeout_s * 1000)
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            listening.bind(address)
+            listening.listen(BACKLOG)
+        except BaseException:
+            listening.close()
+            raise
     except OSError as error:
-        raise StartError(f"can not listen on {host} port {port}: {error}") from None
-    return bound
+        where = f"{config.host} port {config.port}"
+        raise StartError(f"can not listen on {where}: {error}") from None
+    return listening

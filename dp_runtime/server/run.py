@@ -68,7 +68,7 @@ def serve(
         finally:
             engine.close_now()
     finally:
-        listener.close()
+        listener.close(signals.hurry)
 
 
 def _say_ready(state: ServerState, dp_size: int) -> None:

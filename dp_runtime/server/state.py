@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import Prompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.engine.inputs import NewRequest, check_room
+from dp_runtime.errors import QueueFull, require, shown
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.server.answers import Client
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.errors import ApiError
 from dp_runtime.server.jobs import Job, Jobs
-from dp_runtime.server.protocol.fields import GenerationBody
+from dp_runtime.server.protocol.fields import GenerationBody, TextOrTokens
 from dp_runtime.text.tokenizer import Tokenizer
 
 STARTING = "the model is loading"
-LONG_TEXT = 2048  # characters: tokenizing more than that would hold up the event loop
+SMALL_WORK = 2048  # characters to tokenize or tokens to check; more would hold up the event loop
+Result = TypeVar("Result")
 
 
 class ServerState:
@@ -41,6 +45,7 @@ class ServerState:
         self.draining = False
         self.sampling_defaults: Mapping[str, Any] = {}  # of fields that a request leaves out
         self._engine: AsyncEngine | None = None
+        self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="requests")
 
     @property
     def starting(self) -> bool:
@@ -87,43 +92,64 @@ class ServerState:
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.model_name):
-            message = f"model: {name!r} does not exist; this server has {self.model_name!r}"
+            message = f"model: {shown(name)} does not exist; this server has {self.model_name!r}"
             raise ApiError(HTTPStatus.NOT_FOUND, message, "model", "model_not_found")
 
+    def check_place(self) -> None:
+        """Raise QueueFull, or 503, for a request that will find no place in the engine."""
+        limit = self.engine.config.max_queued_requests
+        if self.engine.num_unfinished >= limit:
+            raise QueueFull(f"{limit} requests are unfinished (max_queued_requests)")
+
     async def start(
-        self, body: GenerationBody, prefix: str, prompts: Sequence[Prompt], params: SamplingParams
+        self,
+        body: GenerationBody,
+        prefix: str,
+        prompts: Sequence[TextOrTokens],
+        params: SamplingParams,
     ) -> Job:
         """Start body.n choices of every prompt, or none of them."""
         job_id = f"{prefix}-{body.request_id or uuid4().hex}"
         self.jobs.check_id(job_id)
         left_out = {n: v for n, v in self.sampling_defaults.items() if getattr(body, n) is None}
-        params_of_choices = _of_choices(replace(params, **left_out), body.n)
-        requests: list[NewRequest] = []
-        for prompt in prompts:
-            requests += await self._choices(prompt, params_of_choices, body)
+        choices = _of_choices(replace(params, **left_out), body.n)
+        make = partial(self._requests, prompts, choices, body.dp_rank)
+        requests = await self.off_loop(make, len(choices) * sum(map(len, prompts)))
         self.jobs.check_id(job_id)  # again: another may have taken it meanwhile
         job = Job(job_id, self.engine.submit_all(requests), len(prompts))
         self.jobs.add(job)
         return job
 
     def client_of(self, job: Job) -> Client:
-        return Client(lambda: self.jobs.end(job), self.config.write_timeout_s)
+        return Client(lambda: self.jobs.end(job))
 
-    async def _choices(
-        self, prompt: Prompt, params: Sequence[SamplingParams], body: GenerationBody
+    async def off_loop(self, work: Callable[[], Result], size: int) -> Result:
+        """Do work on so many characters or tokens; much of it in a thread, few at a time."""
+        if size <= SMALL_WORK:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _requests(
+        self,
+        prompts: Sequence[TextOrTokens],
+        choices: Sequence[SamplingParams],
+        dp_rank: int | None,
     ) -> list[NewRequest]:
-        """Check a prompt, whose text is read once, and make the requests of its choices."""
-        first = await self._checked(prompt, params[0], body.dp_rank)
-        check_room(first.request, self.engine.model.max_model_len)
-        tokens = first.request.prompt_token_ids
-        return [first, *(self.engine.checked(tokens, each, body.dp_rank) for each in params[1:])]
-
-    async def _checked(
-        self, prompt: Prompt, params: SamplingParams, dp_rank: int | None
-    ) -> NewRequest:
-        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
-            return await asyncio.to_thread(self.engine.checked, prompt, params, dp_rank)
-        return self.engine.checked(prompt, params, dp_rank)
+        """Check prompts, whose text is read once, and make the requests of their choices."""
+        limit = self.config.max_prompt_tokens
+        requests: list[NewRequest] = []
+        num_tokens = 0
+        for prompt in prompts:
+            for params in choices:
+                requests.append(self.engine.checked(prompt, params, dp_rank))
+                prompt = requests[-1].request.prompt_token_ids
+                num_tokens += len(prompt) + _num_named(params)
+                require(
+                    num_tokens <= limit, "n", len(choices),
+                    f"prompts have {limit} tokens at most, n times each (max_prompt_tokens)",
+                )  # fmt: skip
+            check_room(requests[-1].request, self.engine.model.max_model_len)
+        return requests
 
 
 def _checked_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -132,6 +158,12 @@ def _checked_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"generation_config.json: {error}") from None
     return given
+
+
+def _num_named(params: SamplingParams) -> int:
+    """Count the tokens that parameters list, of which each choice has a copy."""
+    lists = (params.logit_bias, params.stop_token_ids, params.allowed_token_ids or ())
+    return sum(map(len, lists))
 
 
 def _of_choices(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -47,7 +47,9 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"{field}: {shown(text, 40)} is not allowed; {error}") from None
         with _as_value_error(f"{field}: {shown(text, 40)} is not allowed; tokenizer.json fails"):
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            # A batch of one: `encode` would hold Python's lock, and with it every other thread.
+            batch = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+            return list(batch[0].ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; ids that the tokenizer does not have are left out."""

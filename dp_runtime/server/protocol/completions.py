@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from dp_runtime.core.request import Prompt
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.server.config import MAX_CHOICES
 from dp_runtime.server.errors import refuse
-from dp_runtime.server.protocol.fields import GenerationBody
+from dp_runtime.server.protocol.fields import GenerationBody, TextOrTokens, Texts, TokenIds
 
 DEFAULT_MAX_TOKENS = 16
+Many = Field(fail_fast=True, max_length=MAX_CHOICES)
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Many]
     max_tokens: int = DEFAULT_MAX_TOKENS
     logprobs: int | None = None
     echo: bool = False
 
     @property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> Sequence[TextOrTokens]:
         match self.prompt:
             case str() as text:
                 return [text]
@@ -26,7 +32,7 @@ class CompletionBody(GenerationBody):
             case []:
                 raise refuse("prompt", [], "text, token ids, or a list of either")
             case batch:
-                return list[Prompt](batch)  # type: ignore[arg-type]
+                return batch  # type: ignore[return-value]
 
     @property
     def only_scores(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.server.errors import ApiError, refuse
@@ -15,6 +16,25 @@ SAMPLING_FIELDS = (
     "skip_special_tokens", "prompt_logprobs", "logit_bias", "include_stop_str_in_output",
     "bad_words", "allowed_token_ids", "truncate_prompt_tokens",
 )  # fmt: skip
+
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # each is looked for at every character
+MAX_BAD_WORDS = 256
+MAX_TOKENS_OF_PARAMETER = 4096
+MAX_ALLOWED_TOKENS = 262_144  # as many as a vocabulary may have
+MAX_FIELDS = 1024  # of an object
+
+
+def _few(given: Any, most: int = MAX_TOKENS_OF_PARAMETER) -> Any:
+    """Refuse a large object before its entries are looked at, and each gets an error."""
+    if isinstance(given, dict) and len(given) > most:
+        raise ValueError(f"it has more than {most} entries")
+    return given
+
+
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+TextOrTokens = str | Sequence[int]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 
 
 NOT_USED: Any = Field(None, description="accepted, and not used: no answer depends on it")
@@ -30,6 +50,7 @@ class Body(BaseModel):
     def _without_nulls(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        _few(given, MAX_FIELDS)
         return {name: value for name, value in given.items() if value is not None}
 
     def unknown_fields(self) -> list[str]:
@@ -79,15 +100,15 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    stop_token_ids: TokenIds | None = Field(None, max_length=MAX_TOKENS_OF_PARAMETER)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few)] | None = None
     include_stop_str_in_output: bool | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
+    allowed_token_ids: TokenIds | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from dp_runtime.server.protocol.fields import Body
+from dp_runtime.server.protocol.fields import Body, Texts, TokenIds
 
 
 class TokenizeBody(Body):
@@ -15,11 +15,11 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    tokens: list[int]
+    tokens: TokenIds
     model: str | None = None
 
 
 class AbortBody(Body):
     request_id: str | None = None
-    request_ids: list[str] = Field(default_factory=list)
+    request_ids: Texts = Field(default_factory=list)
     abort_all: bool = False

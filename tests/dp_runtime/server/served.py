@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,4 +64,4 @@ def serving(server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Ser
         finally:
             running.close_now()
     finally:
-        listener.close()
+        listener.close(threading.Event())

@@ -1,5 +1,6 @@
 """What a server tells those who watch it: /health and /metrics."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -53,4 +54,4 @@ def test_a_server_that_loads_has_no_metrics_yet() -> None:
             for path in ("/metrics", "/health"):
                 assert client.get(path).status_code == 503
     finally:
-        listener.close()
+        listener.close(threading.Event())
