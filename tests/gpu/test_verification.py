@@ -23,14 +23,19 @@ PARAMS = (
     SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, logprobs=0),
     SamplingParams(temperature=1.2, presence_penalty=1.0, repetition_penalty=1.4),
     SamplingParams(temperature=0.6, logit_bias={7: 3.0, 8: -2.0}, min_tokens=4),
+    SamplingParams(temperature=2.0, allowed_token_ids=range(8)),  # with the words below
 )
+BAD_WORDS = ((3,), (0, 4), (4, 0), (5, 6), (6, 7, 5), (7, 7, 7, 0))
 
 
 def sampler_of(plain: bool) -> Sampler:
     requests = []
     for number in range(NUM):
         params = PARAMS[0] if plain else PARAMS[number % len(PARAMS)]
-        requests.append(RankRequest(number, (number, 5), params, 3 * number, frozenset({1, 2})))
+        words = () if params.allowed_token_ids is None else BAD_WORDS
+        requests.append(
+            RankRequest(number, (number, 5), params, 3 * number, frozenset({1, 2}), bad_words=words)
+        )
     return rank_sampler(*requests, vocab=VOCAB, device="cuda")
 
 
