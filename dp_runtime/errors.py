@@ -89,6 +89,10 @@ class RankFailed(OneLineError):
     """A rank died or stopped while it served."""
 
 
+class ServerSilent(OneLineError):
+    """A server can not be asked, or does not say what a server of dp-runtime says."""
+
+
 class RequestFailed(OneLineError):
     """One request could not be served; its engine serves on."""
 

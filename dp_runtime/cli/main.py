@@ -6,20 +6,28 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from dp_runtime.cli import bench, generate, serve
-from dp_runtime.cli.doctor import add_arguments, doctor
+from dp_runtime.cli import bench, doctor, generate, serve
 from dp_runtime.cli.flags import add_flags
 from dp_runtime.cli.inspect import inspect
 from dp_runtime.cli.output import WriteFailed, escape_unprintable, open_closed_streams
+from dp_runtime.cli.top import command as top
 from dp_runtime.config import EngineConfig
-from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, StartError, one_line
+from dp_runtime.errors import (
+    EngineClosed,
+    RankFailed,
+    RequestFailed,
+    ServerSilent,
+    StartError,
+    one_line,
+)
 from dp_runtime.metrics.log import log_to_stderr
 
-FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, WriteFailed)
+Command = Callable[[argparse.Namespace], int | None]
+FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, ServerSilent, WriteFailed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 2 for a mistake of the user, 1 if a rank or writing failed, 130 after Ctrl-C."""
+    """Return 2 for a mistake of the user, 1 for what failed without one, 130 after Ctrl-C."""
     open_closed_streams()
     escape_unprintable()
     options = _parser().parse_args(arguments)
@@ -36,19 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dp-runtime", description=__doc__)
     parser.set_defaults(command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(metavar="{generate,serve,bench,inspect,doctor}")
+    commands = parser.add_subparsers(metavar="{generate,serve,top,bench,inspect,doctor}")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def add(name: str, run: Command) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(command=run)
+        return command
+
+    def add_with_engine(name: str, run: Command) -> argparse.ArgumentParser:
+        command = add(name, run)
         add_flags(command, EngineConfig, defaults={"model": "a tiny one, on 4 ranks"})
         return command
 
-    generate.add_arguments(add("generate", generate.generate))
-    serve.add_arguments(add("serve", serve.serve))
-    bench.add_arguments(add("bench", bench.bench))
-    add("inspect", inspect)
-    reader = commands.add_parser("doctor", help=doctor.__doc__, description=doctor.__doc__)
-    reader.set_defaults(command=doctor)
-    add_arguments(reader)
+    generate.add_arguments(add_with_engine("generate", generate.generate))
+    serve.add_arguments(add_with_engine("serve", serve.serve))
+    top.add_arguments(add("top", top.top))
+    bench.add_arguments(add_with_engine("bench", bench.bench))
+    add_with_engine("inspect", inspect)
+    doctor.add_arguments(add("doctor", doctor.doctor))
     return parser

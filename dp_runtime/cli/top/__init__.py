@@ -1,0 +1,1 @@
+"""`top`: a live table of a server's ranks, from what it tells over HTTP."""
