@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from collectives.in_process import InProcessGroup
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.flight.ring import RingAddress
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
@@ -158,6 +159,14 @@ class ReadTotals(Message[Totals]):
 @dataclass(frozen=True)
 class ReadMetrics(Message[RankMetrics]):
     group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
+
+
+@dataclass(frozen=True)
+class ExportMetrics(Message[None]):
+    """Give the cluster, which can be asked for them, the rank's metrics and those of the driver."""
+
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS
+    requests: RequestTotals
 
 
 # Frames between the driver and a rank that is a plain process. Contents are pickled on their own:

@@ -14,6 +14,7 @@ from dp_runtime.core.request import RankRequest
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import wall_offset_ns
 from dp_runtime.metrics.log import log_to_stderr
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
@@ -24,6 +25,7 @@ from workers.messages import (
     Abandon,
     Abort,
     AnyRendezvous,
+    ExportMetrics,
     HostInfo,
     Join,
     Leave,
@@ -95,6 +97,8 @@ class Worker:
                 return self.totals()
             case ReadMetrics():
                 return RankMetrics(self.health(), self.totals())
+            case ExportMetrics(requests):
+                return self.export_metrics(requests)
         raise AssertionError(f"no message to a rank: {message!r}")
 
     def prepare(self) -> HostInfo:
@@ -175,6 +179,9 @@ class Worker:
             case Joined(loop=loop):
                 return loop.recorder.totals.copied()
         return Totals(self.dp_rank)
+
+    def export_metrics(self, requests: RequestTotals) -> None:
+        raise AssertionError("only the ranks of a cluster have whom to give their metrics")
 
     def stop(self) -> None:
         self.leave()

@@ -43,7 +43,7 @@ from workers.supervision.at_exit import close_at_exit
 from workers.supervision.group_flight import GroupFlight, TakenFlight
 from workers.supervision.group_state import GroupState, Phase
 from workers.supervision.interrupts import uninterrupted
-from workers.supervision.metrics_reader import MetricsReader
+from workers.supervision.metrics_calls import MetricsCalls
 from workers.supervision.rank_calls import RankHandle, call_all
 from workers.supervision.reach import health_of, in_child
 from workers.supervision.start_progress import show_capture, show_loading
@@ -78,7 +78,7 @@ class WorkerGroup:
         """Take over the handles; `rendezvous` is for ranks that can not open one themselves."""
         self._config = config
         self._handles = handles
-        self.metrics = MetricsReader(handles).read
+        self.metrics = MetricsCalls(handles)
         self._release = release
         self._lock = threading.Lock()
         self._state = GroupState(rendezvous=rendezvous)

@@ -14,6 +14,7 @@ from dp_runtime.engine.busy_clock import BusyClock
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.load_balancer import LOAD_BALANCERS
+from dp_runtime.engine.metrics_export import export_periodically
 from dp_runtime.engine.output_processor import Delivery, OutputProcessor, OutputSink
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
@@ -69,6 +70,8 @@ class EngineCore:
         self._requests = [RequestTotals(rank) for rank in range(config.dp_size)]
         self._group.listen(weakly(self._on_updates), weakly(self._on_failure))
         bind_lifetime(self, self._group)
+        if config.launcher == "ray":
+            export_periodically(self)
         logger.info(
             "%s on %d ranks (%s): requests go by %s, at most %d are unfinished, %d tokens at most",
             model.architecture, config.dp_size, config.launcher, config.routing,
@@ -133,7 +136,7 @@ class EngineCore:
     def metrics(self, timeout_s: float) -> tuple[RankSnapshot, ...]:
         if isinstance(self._closed, EngineClosed):
             raise fresh(self._closed)
-        ranks = zip(self._group.metrics(timeout_s), self._requests, strict=True)
+        ranks = zip(self._group.metrics.read(timeout_s), self._requests, strict=True)
         return tuple(
             RankSnapshot(answered, rank.health, rank.totals, requests.copied())
             for (rank, answered), requests in ranks
@@ -143,6 +146,12 @@ class EngineCore:
         if isinstance(self._closed, EngineClosed):
             raise fresh(self._closed)
         return self._group.flight_record()
+
+    def export_metrics(self) -> bool:
+        is_open = self._closed is None
+        if is_open:
+            self._group.metrics.export([rank.copied() for rank in self._requests])
+        return is_open
 
     def close(self) -> None:
         if isinstance(self._closed, EngineInChild):

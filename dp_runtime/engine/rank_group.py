@@ -11,16 +11,30 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FailureListener, RankRequest, UpdateListener
 from dp_runtime.errors import StartError
 from dp_runtime.flight.record import FlightDump
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
 
 
+class GroupMetrics(Protocol):
+    """The metrics of all ranks; no call waits for a rank that hangs."""
+
+    def read(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
+        """Return what each rank says, or last said, and whether it has answered in time."""
+
+    def export(self, requests: Sequence[RequestTotals]) -> None:
+        """Let ranks of a cluster give it their metrics, and the driver's of their requests."""
+
+
 class RankGroup(Protocol):
     """The running ranks, whatever kind of process they are; submit and abort do not wait."""
 
     model: ModelInfo
+
+    @property
+    def metrics(self) -> GroupMetrics: ...
 
     def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
         """Deliver outputs and the first failure from threads of the group."""
@@ -38,9 +52,6 @@ class RankGroup(Protocol):
         """Return the last steps of every rank, whether it answers or not."""
 
     def totals(self) -> tuple[Totals, ...]: ...
-
-    def metrics(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
-        """Return what each rank says, or last said, and whether it has answered in time."""
 
     def close(self) -> None:
         """Stop all ranks and release their processes; callable more than once."""

@@ -11,8 +11,10 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
 from dp_runtime.core.request import FinishReason
@@ -60,6 +62,34 @@ def test_the_same_tokens_as_threads(model: Path) -> None:
     with pytest.raises(EngineClosed):
         one.generate([[1]])
     one.close()
+
+
+@pytest.mark.slow
+def test_the_cluster_exports_the_metrics_of_ranks(model: Path) -> None:
+    with engine(model, "ray") as one:
+        one.generate([[1, 2, 3], [4] * 70, [5]], SHORT)
+        report = one.report()
+        expected = {
+            "ray_dp_runtime_steps_total": float(report.steps * 2),
+            "ray_vllm_generation_tokens_total": float(report.output_tokens),
+            "ray_dp_runtime_first_token_seconds_count": 3.0,
+        }
+        wait_until(lambda: exported(set(expected)) == expected, "Ray tells what ranks did", 60)
+
+
+def exported(names: set[str]) -> dict[str, float]:
+    """What the node's page for Prometheus says of these, all ranks together."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    sums: dict[str, float] = {}
+    with urlopen(url, timeout=10) as answer:
+        for family in text_string_to_metric_families(answer.read().decode()):
+            for sample in family.samples:
+                if sample.name in names:
+                    sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,16 @@ import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from collectives.session import session_token
 from dp_runtime.errors import require
+from dp_runtime.metrics.request_totals import RequestTotals
+from dp_runtime.metrics.snapshot import RankSnapshot
 from workers.messages import ConcurrencyGroup, HostInfo
+from workers.ray_cluster.cluster_metrics import ClusterMetrics
 from workers.worker import Worker
 
 
@@ -27,6 +32,13 @@ class RayWorker(Worker):
             }
         )
         return super().prepare()
+
+    def export_metrics(self, requests: RequestTotals) -> None:
+        self._metrics.export(RankSnapshot(True, self.health(), self.totals(), requests))
+
+    @cached_property
+    def _metrics(self) -> ClusterMetrics:
+        return ClusterMetrics(Path(self.config.model).name)
 
 
 def check_directories(directories: Mapping[str, str | None]) -> None:

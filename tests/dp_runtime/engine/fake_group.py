@@ -16,10 +16,10 @@ from dp_runtime.core.request import (
     UpdateListener,
 )
 from dp_runtime.engine.engine import Engine
-from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
+from workers.supervision.metrics_calls import MetricsCalls
 
 VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN = 100, 4, 64
 MODEL = ModelInfo("Fake", VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN, (7,), None, 1000, 0)
@@ -31,6 +31,7 @@ class FakeGroup:
     on_failure: FailureListener
 
     def __init__(self) -> None:
+        self.metrics = MetricsCalls([])
         self.taken: dict[int, tuple[int, RankRequest]] = {}  # by request id: rank and request
         self.refusal: BaseException | None = None  # raised by the next submit
 
@@ -60,9 +61,6 @@ class FakeGroup:
         return ()
 
     def totals(self) -> tuple[Totals, ...]:
-        return ()
-
-    def metrics(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
         return ()
 
     def close(self) -> None: ...

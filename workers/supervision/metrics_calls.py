@@ -1,4 +1,4 @@
-"""MetricsReader: asks ranks for their metrics, and waits for none that hangs."""
+"""MetricsCalls: asks ranks for their metrics, or to export them, and waits for none that hangs."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from time import monotonic
-from typing import Protocol
 
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
-from workers.messages import Message, ReadMetrics
+from workers.messages import ExportMetrics, ReadMetrics
+from workers.supervision.rank_calls import RankHandle
 
 
-class Answering(Protocol):
-    dp_rank: int
+class MetricsCalls:
+    """Has at most one call of each kind open at a rank, and remembers what each last answered."""
 
-    def call(self, message: Message[RankMetrics]) -> Future[RankMetrics]: ...
-
-
-class MetricsReader:
-    """Has at most one question open at each rank, and remembers what each last answered."""
-
-    def __init__(self, ranks: Sequence[Answering]) -> None:
+    def __init__(self, ranks: Sequence[RankHandle]) -> None:
+        self._ranks = ranks
         self._known = [_Known(rank) for rank in ranks]
+        self._exports: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
 
     def read(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
@@ -35,9 +32,16 @@ class MetricsReader:
             wait(questions, timeout_s)
             return tuple(known.take() for known in self._known)
 
+    def export(self, requests: Sequence[RequestTotals]) -> None:
+        """Let each rank give its cluster its metrics and these; one that still does is skipped."""
+        for rank, totals in zip(self._ranks, requests, strict=True):
+            before = self._exports.get(rank.dp_rank)
+            if before is None or before.done():
+                self._exports[rank.dp_rank] = rank.call(ExportMetrics(totals))
+
 
 class _Known:
-    def __init__(self, rank: Answering) -> None:
+    def __init__(self, rank: RankHandle) -> None:
         self._rank = rank
         self._question: Future[RankMetrics] | None = None
         self._last = RankMetrics(
