@@ -27,6 +27,14 @@ def test_spellings_that_the_model_can_not_generate_are_left_out() -> None:
     )
 
 
+def test_words_that_a_step_would_be_slow_to_compare_are_refused() -> None:
+    tokenizer = Tokenizer(byte_level().to_str())
+    many = [f"{number:03}" for number in range(1000)]
+    assert len(encoded_bad_words(many, tokenizer, 1000)) > 1000
+    with pytest.raises(ValueError, match=r"bad_words: .*; at most 16384 tokens: spellings times"):
+        encoded_bad_words([*many[:400], "xyz" * 20], tokenizer, 1000)
+
+
 def test_a_word_without_tokens_is_named() -> None:
     hf = HfTokenizer(models.WordLevel({"a": 0}, unk_token="?"))
     hf.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
