@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -34,11 +33,19 @@ class AnswerDelta:
 
     @classmethod
     def joined(cls, deltas: Iterable[AnswerDelta]) -> AnswerDelta:
+        """One delta of all, with one piece for each call."""
         given = list(deltas)
+        pieces: dict[int, list[ToolCallDelta]] = {}
+        for delta in given:
+            for piece in delta.tool_calls:
+                pieces.setdefault(piece.index, []).append(piece)
         return cls(
             "".join(delta.reasoning for delta in given),
             "".join(delta.content for delta in given),
-            tuple(piece for delta in given for piece in delta.tool_calls),
+            tuple(
+                replace(several[0], arguments="".join(piece.arguments for piece in several))
+                for several in pieces.values()
+            ),
         )
 
 
@@ -60,17 +67,12 @@ class Answer:
     @classmethod
     def joined(cls, deltas: Iterable[AnswerDelta]) -> Answer:
         whole = AnswerDelta.joined(deltas)
-        calls: dict[int, ToolCall] = {}
-        arguments: defaultdict[int, list[str]] = defaultdict(list)
-        for piece in whole.tool_calls:
-            if piece.id is not None and piece.name is not None:
-                calls[piece.index] = ToolCall(piece.id, piece.name, "")
-            arguments[piece.index].append(piece.arguments)
-        return cls(
-            whole.reasoning or None,
-            whole.content or None,
-            tuple(replace(call, arguments="".join(arguments[at])) for at, call in calls.items()),
-        )
+        calls = [
+            ToolCall(call.id, call.name, call.arguments)
+            for call in whole.tool_calls
+            if call.id is not None and call.name is not None
+        ]
+        return cls(whole.reasoning or None, whole.content or None, tuple(calls))
 
 
 class AnswerParser(Protocol):

@@ -22,11 +22,14 @@ class Message:
     texts: tuple[str, ...]  # one for each part
     more: Mapping[str, Any]  # what else templates read: name, tool_call_id, tool_calls, reasoning
 
+    @property
+    def text(self) -> str:
+        return "\n".join(self.texts)
+
     def for_template(self, in_parts: bool) -> dict[str, Any]:
         """The message as templates read it, its content as a list of parts or as one text."""
         parts = [{"type": "text", "text": text} for text in self.texts]
-        content = parts if in_parts else "\n".join(self.texts)
-        return {"role": self.role, "content": content, **self.more}
+        return {"role": self.role, "content": parts if in_parts else self.text, **self.more}
 
 
 def read_messages(given: object, ignore_unknown: bool = False) -> tuple[Message, ...]:

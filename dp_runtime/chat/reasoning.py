@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum, auto
 
-from dp_runtime.chat.answer import AnswerDelta, AnswerParser
+from dp_runtime.chat.answer import AnswerDelta, AnswerParser, PlainAnswer
 from dp_runtime.chat.tool_calls import len_begun
+from dp_runtime.text.text_stream import TextStream
 
 BEGIN, END = "<think>", "</think>"
 
 
-def opens_reasoning(prompt: str, continued: str | None = None) -> bool:
-    """Tell if the prompt ends within a thought; `continued` is the message left open, if any."""
-    if continued is not None:
-        return continued.rfind(BEGIN) > continued.rfind(END)
-    return prompt.rstrip().endswith(BEGIN)
+class Thought(Enum):
+    """What an answer may begin with, as far as the prompt says."""
+
+    NONE = auto()  # the prompt has a thought that is closed, or the model marks none
+    POSSIBLE = auto()
+    OPEN = auto()  # the prompt ends within one
+
+    @classmethod
+    def at_end_of(cls, prompt: str, continued: str | None = None) -> Thought:
+        """Look at a prompt's end; `continued` is the message that goes on there, if any."""
+        if continued is not None:
+            return cls.OPEN if continued.rfind(BEGIN) > continued.rfind(END) else cls.NONE
+        end = prompt.rstrip()
+        if end.endswith(BEGIN):
+            return cls.OPEN
+        return cls.NONE if end.endswith(END) else cls.POSSIBLE
 
 
 class _Stage(Enum):
@@ -33,6 +46,16 @@ class ReasoningSplitter:
         self._spaces: list[str] = []  # at the end of what was seen
         self._tag = ""  # its beginning
         self._begun = False  # the thought has text
+
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next belongs to the thought, as far as is known."""
+        before = self._stage is _Stage.BEFORE and self._is_open
+        return before or self._stage is _Stage.THINKING
+
+    @property
+    def answering(self) -> bool:
+        return self._stage in (_Stage.AFTER, _Stage.ANSWERING)
 
     def push(self, text: str) -> AnswerDelta:
         pieces = []
@@ -94,3 +117,23 @@ class ReasoningSplitter:
         if found:
             self._stage = _Stage.AFTER
         return delta, rest
+
+
+class ReasoningTokens:
+    """Counts the tokens of the thought, its marks included."""
+
+    def __init__(self, text: TextStream, is_open: bool) -> None:
+        self.count = 0
+        self._num_tokens = 0
+        self._text = text
+        self._splitter = ReasoningSplitter(PlainAnswer(), is_open)
+
+    def push(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if self._splitter.answering:
+                return
+            self._num_tokens += 1
+            thinking = self._splitter.thinking
+            self._splitter.push(self._text.step(token_id))
+            if thinking or self._splitter.thinking:
+                self.count = self._num_tokens

@@ -10,6 +10,7 @@ from jinja2 import Template, TemplateError
 
 from dp_runtime.chat.messages import Message
 from dp_runtime.chat.sandbox import compile_template
+from dp_runtime.core.sampling_params import SURROGATES
 from dp_runtime.errors import not_allowed, one_line, require, shown
 from dp_runtime.metrics.status import DEFAULT_TEMPLATE, TOOL_TEMPLATE, ChatFiles
 
@@ -90,7 +91,9 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in any way at what it did not expect
             raise _refused(error) from None
         require(length <= MAX_CHARS, "messages", f"{length:,} characters", f"at most {MAX_CHARS:,}")
-        return "".join(pieces)
+        text = "".join(pieces)
+        require(not SURROGATES.search(text), "messages", text[:40], "no half of a surrogate pair")
+        return text
 
     def _shows_parts_only(self) -> bool:
         probe = Message("user", ("PROBE",), {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dp_runtime.chat.parsers import ReasoningParser, ToolParser
 from dp_runtime.core.settings import check_settings, setting
 
 MAX_PORT = 65_535
@@ -30,6 +31,24 @@ class ServerConfig:
         "auto", "sampling parameters of requests that leave them out: those that the checkpoint's "
         "generation_config.json recommends, or none of them", choices=("auto", "none"),
     )  # fmt: skip
+    chat_template: str | None = setting(
+        None, "file with a Jinja template for chats", shown_default="the checkpoint's",
+    )  # fmt: skip
+    trust_request_chat_template: bool = setting(
+        False, "let requests bring a template, which may run for as long as it likes"
+    )
+    tool_parser: str = setting(
+        "auto",
+        "how the model writes tool calls: as JSON (hermes, Qwen3) or as XML (qwen_xml, "
+        "Qwen3-Coder); auto: what the chat template shows",
+        choices=("auto", *ToolParser),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "how the model marks what it thinks: between <think> and </think>, or not at all; "
+        "auto: what the chat template shows",
+        choices=("auto", *ReasoningParser),
+    )
     unknown_fields: str = setting(
         "refuse", "what to do with fields that nobody reads", choices=("refuse", "ignore")
     )

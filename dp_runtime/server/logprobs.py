@@ -1,4 +1,4 @@
-"""Log probabilities as OpenAI's completions have them."""
+"""Log probabilities as OpenAI's answers have them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class TokenNames:
         if self.as_ids or self.tokenizer is None:
             return f"token_id:{token_id}"
         return self.text([token_id])
+
+    def bytes_of(self, token_id: int) -> list[int]:
+        """The bytes of a token, which may be a part of a character only."""
+        tokenizer = self.tokenizer
+        if tokenizer is None or not tokenizer.is_byte_level:
+            return list(self.text([token_id]).encode())
+        return list(tokenizer.token_bytes(tokenizer.shown_token(token_id, False) or ""))
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of tokens; none without a tokenizer."""
@@ -57,6 +64,23 @@ class CompletionLogprobs:
         # Texts of different tokens may be equal: the chosen token, then the most probable, wins.
         best = [(entry.token_id, entry.logprob), *entry.top[: self.num_top]]
         return {self.names[token_id]: logprob for token_id, logprob in reversed(best)}
+
+
+def chat_logprobs(
+    entries: Sequence[TokenLogprob], names: TokenNames, num_top: int
+) -> dict[str, Any]:
+    """The `logprobs` of a choice of a chat, for some of its tokens."""
+
+    def spelled(token_id: int, logprob: float) -> dict[str, Any]:
+        spelling = {"token": names[token_id], "bytes": names.bytes_of(token_id)}
+        return spelling | {"logprob": logprob}
+
+    content = [
+        spelled(entry.token_id, entry.logprob)
+        | {"top_logprobs": [spelled(*pair) for pair in entry.top[:num_top]]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
 
 
 def named_logprobs(

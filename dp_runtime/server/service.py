@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+from dp_runtime.chat.tools import ToolUse
 from dp_runtime.metrics.prometheus.page import CONTENT_TYPE, metrics_page
+from dp_runtime.server.chat.chats import Chats
 from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.service import AbortBody, DetokenizeBody, TokenizeBody
 from dp_runtime.server.state import ServerState
@@ -40,11 +44,11 @@ def token_routes(state: ServerState) -> APIRouter:
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Content:
-        """Return the token ids of a text."""
+        """Return the token ids of a text, or of a chat."""
         body.check_fields(policy)
         state.check_model(body.model)
         tokenizer = state.needed_tokenizer
-        tokens = tokenizer.encode(body.prompt, body.add_special_tokens)
+        tokens = await state.in_thread(partial(_tokens, state.chats, body))
         content: Content = {
             "tokens": tokens, "count": len(tokens),
             "max_model_len": state.engine.model.max_model_len,
@@ -97,6 +101,15 @@ def control_routes(state: ServerState) -> APIRouter:
         return Response(page, media_type=CONTENT_TYPE)
 
     return routes
+
+
+def _tokens(chats: Chats, body: TokenizeBody) -> Sequence[int]:
+    match body.prompt, body.messages:
+        case str(text), None:
+            return chats.tokenizer.encode(text, body.add_special_tokens is not False)
+        case None, [*messages]:
+            return chats.prompt(messages, ToolUse.read(body.tools, None), body).token_ids
+    raise refuse("prompt", body.prompt, "a text, or messages instead")
 
 
 def _card(state: ServerState) -> Content:

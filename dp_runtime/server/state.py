@@ -14,6 +14,7 @@ from time import time
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from dp_runtime.chat.sandbox import compile_template
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_engine import AsyncEngine
@@ -22,11 +23,13 @@ from dp_runtime.errors import QueueFull, require, shown
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.server.answers import Client
+from dp_runtime.server.chat.chats import Chats
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.errors import ApiError
 from dp_runtime.server.jobs import Job, Jobs
 from dp_runtime.server.protocol.fields import GenerationBody, TextOrTokens
 from dp_runtime.text.tokenizer import Tokenizer
+from dp_runtime.weights.files import read_text
 
 STARTING = "the model is loading"
 SMALL_WORK = 2048  # characters to tokenize or tokens to check; more would hold up the event loop
@@ -46,6 +49,8 @@ class ServerState:
         self.sampling_defaults: Mapping[str, Any] = {}  # of fields that a request leaves out
         self._engine: AsyncEngine | None = None
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="requests")
+        self._chats: Chats | None = None
+        self._chat_template = _given_template(config.chat_template)
 
     @property
     def starting(self) -> bool:
@@ -55,6 +60,9 @@ class ServerState:
         """Take the engine; ValueError for what can't be served of its checkpoint."""
         if self.config.generation_config == "auto":
             self.sampling_defaults = _checked_defaults(engine.model.sampling_defaults)
+        if engine.tokenizer is not None:
+            files, given = engine.model.chat, self._chat_template
+            self._chats = Chats.of(files, given, engine.tokenizer, self.config)
         self._engine = engine
 
     @property
@@ -71,10 +79,14 @@ class ServerState:
 
     @property
     def needed_tokenizer(self) -> Tokenizer:
-        tokenizer = self.engine.tokenizer
-        if tokenizer is None:
+        return self.chats.tokenizer
+
+    @property
+    def chats(self) -> Chats:
+        """How the model is talked to; ApiError where it has no tokenizer."""
+        if self.engine.tokenizer is None or self._chats is None:
             raise ApiError(400, "the model's directory has no tokenizer.json: use token ids")
-        return tokenizer
+        return self._chats
 
     async def health(self) -> tuple[bool, dict[str, Any]]:
         """Tell whether requests can be served, and how each rank is."""
@@ -125,8 +137,9 @@ class ServerState:
 
     async def off_loop(self, work: Callable[[], Result], size: int) -> Result:
         """Do work on so many characters or tokens; much of it in a thread, few at a time."""
-        if size <= SMALL_WORK:
-            return work()
+        return work() if size <= SMALL_WORK else await self.in_thread(work)
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _requests(
@@ -164,6 +177,15 @@ def _num_named(params: SamplingParams) -> int:
     """Count the tokens that parameters list, of which each choice has a copy."""
     lists = (params.logit_bias, params.stop_token_ids, params.allowed_token_ids or ())
     return sum(map(len, lists))
+
+
+def _given_template(path: str | None) -> str | None:
+    """Read the template of --chat-template, which must compile, before the engine starts."""
+    if path is None:
+        return None
+    source = read_text(Path(path))
+    compile_template(source, "chat_template")
+    return source
 
 
 def _of_choices(params: SamplingParams, count: int) -> list[SamplingParams]:

@@ -132,8 +132,7 @@ class GenerationBody(Body):
             raise refuse("stream_options", {}, "only with stream true")
 
     def sampling(self, **own: object) -> SamplingParams:
-        """The parameters given here and by the endpoint; None is a default (ValueError)."""
-        given = {name: getattr(self, name) for name in SAMPLING_FIELDS} | own
-        return SamplingParams.from_fields(
-            {name: value for name, value in given.items() if value is not None}
-        )
+        """The parameters given here, where None is a default, and by the endpoint (ValueError)."""
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        known = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams.from_fields(known | own)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from dp_runtime.server.protocol.chat import Objects, TemplateFields
 from dp_runtime.server.protocol.fields import Body, Texts, TokenIds
 
 
-class TokenizeBody(Body):
-    prompt: str
+class TokenizeBody(TemplateFields):
+    """Either a text, or a chat as /v1/chat/completions takes it."""
+
+    prompt: str | None = None
+    messages: Objects | None = None
     model: str | None = None
-    add_special_tokens: bool = True
     return_token_strs: bool = False
 
 

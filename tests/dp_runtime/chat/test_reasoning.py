@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,11 +11,15 @@ from hypothesis import strategies as st
 from dp_runtime.chat.answer import Answer, AnswerParser, PlainAnswer
 from dp_runtime.chat.messages import read_messages
 from dp_runtime.chat.parsers import Parsers, ReasoningParser, ToolParser
-from dp_runtime.chat.reasoning import ReasoningSplitter, opens_reasoning
+from dp_runtime.chat.reasoning import ReasoningSplitter, ReasoningTokens, Thought
 from dp_runtime.chat.template import ChatTemplate, RenderOptions
 from dp_runtime.chat.tools import ToolUse
+from dp_runtime.text.text_stream import text_stream
+from dp_runtime.text.tokenizer import Tokenizer
 from tests.dp_runtime.chat.answers import cut, parsed, parsed_anyhow
 from tests.dp_runtime.chat.templates import CHATML, LLAMA3, QWEN3
+
+TOKENIZER = Path("examples/tiny_moe/checkpoint/tokenizer.json")
 
 
 def closed() -> AnswerParser:
@@ -83,12 +89,16 @@ def test_calls_come_after_the_thought() -> None:
     assert [one.name for one in answer.tool_calls] == ["f"]
 
 
-def test_prompts_that_open_a_thought() -> None:
-    assert opens_reasoning("<|im_start|>assistant\n<think>\n")
-    assert not opens_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not opens_reasoning("user: what does <think> mean?\nassistant:")
-    assert opens_reasoning("assistant: <think> hm", continued="<think> hm")
-    assert not opens_reasoning("assistant: <think>a</think> hm", continued="<think>a</think> hm")
+def test_prompts_that_open_or_close_a_thought() -> None:
+    ends = {
+        "<|im_start|>assistant\n<think>\n": Thought.OPEN,
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n": Thought.NONE,
+        "<|im_start|>assistant\n": Thought.POSSIBLE,
+        "user: what does <think> mean?\nassistant:": Thought.POSSIBLE,
+    }
+    assert {prompt: Thought.at_end_of(prompt) for prompt in ends} == ends
+    continued = {"<think> hm": Thought.OPEN, "<think>a</think> b": Thought.NONE, "a": Thought.NONE}
+    assert {text: Thought.at_end_of(f"a: {text}", text) for text in continued} == continued
 
 
 @pytest.mark.parametrize(
@@ -136,3 +146,16 @@ def test_what_was_parsed_renders_as_what_the_model_wrote() -> None:
     chat = read_messages([{"role": "user", "content": "?"}, back])
     prompt = template.render(chat, (), RenderOptions(add_generation_prompt=False))
     assert prompt.endswith(f"<|im_start|>assistant\n{written}<|im_end|>\n")
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_tokens_of_the_thought_are_those_up_to_its_end(is_open: bool) -> None:
+    tokenizer = Tokenizer(TOKENIZER.read_text())
+    text = ("" if is_open else "<think>") + "\nhm hm</think>"
+    token_ids = tokenizer.encode(text)
+    counter = ReasoningTokens(text_stream(tokenizer, (), True), is_open)
+    counter.push([*token_ids, *tokenizer.encode("\n\nSo <think> it")])
+    assert counter.count == len(token_ids)
+    none = ReasoningTokens(text_stream(tokenizer, (), True), False)
+    none.push(tokenizer.encode("Yes"))
+    assert none.count == 0

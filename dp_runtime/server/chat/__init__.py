@@ -1,0 +1,1 @@
+"""Chats over HTTP: messages to a prompt of the engine, its outputs to messages."""

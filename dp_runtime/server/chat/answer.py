@@ -1,0 +1,85 @@
+"""ChatAnswer: the outputs of a chat's job as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from dp_runtime.core.request import TokenLogprob
+from dp_runtime.server.chat.chats import ChatPrompt
+from dp_runtime.server.chat.choice import ChatChoice
+from dp_runtime.server.jobs import Job
+from dp_runtime.server.logprobs import TokenNames, named_logprobs
+from dp_runtime.server.protocol.chat import ChatBody
+from dp_runtime.server.state import ServerState
+from dp_runtime.server.usage import Usage
+
+Content = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ChatAnswer:
+    state: ServerState
+    body: ChatBody
+    prompt: ChatPrompt
+    job: Job
+
+    async def whole(self) -> Content:
+        outputs = await self.job.outputs()
+        choices = self._choices()
+        contents = [choice.whole(output) for choice, output in zip(choices, outputs)]
+        envelope = self._envelope("chat.completion", contents)
+        return envelope | self._of_prompt(0) | {"usage": self._usage(choices)}
+
+    async def events(self) -> AsyncIterator[Content]:
+        choices = self._choices()
+        begun = False
+        async for index, delta in self.job.deltas():
+            for content in choices[index].chunks(delta):
+                chunk = self._chunk([content])
+                if self.body.with_usage:
+                    chunk["usage"] = None
+                if self.body.with_usage_in_each_chunk:
+                    chunk["usage"] = self._usage(choices)
+                yield chunk if begun else chunk | self._of_prompt(index)
+                begun = True
+        if self.body.with_usage:
+            yield self._chunk([]) | {"usage": self._usage(choices)}
+
+    def _choices(self) -> list[ChatChoice]:
+        chats = self.state.chats
+        names = TokenNames(chats.tokenizer, self.body.return_tokens_as_token_ids)
+        return [
+            ChatChoice(index, self.body, self.prompt, chats, handle, names)
+            for index, handle in enumerate(self.job.handles)
+        ]
+
+    def _chunk(self, choices: list[Content]) -> Content:
+        return self._envelope("chat.completion.chunk", choices)
+
+    def _envelope(self, kind: str, choices: list[Content]) -> Content:
+        return {
+            "id": self.job.id, "object": kind, "created": self.job.created,
+            "model": self.state.model_name, "choices": choices,
+        }  # fmt: skip
+
+    def _of_prompt(self, index: int) -> Content:
+        """What was asked to be told of the prompt, which the choices share, by one that has it."""
+        content: Content = {}
+        handle = self.job.handles[index]
+        if self.body.return_token_ids:
+            content["prompt_token_ids"] = handle.request.prompt_token_ids
+        if self.body.prompt_logprobs is not None:
+            entries: list[TokenLogprob | None] = [None, *handle.prompt_logprobs]
+            names = TokenNames(self.state.tokenizer, self.body.return_tokens_as_token_ids)
+            content["prompt_logprobs"] = named_logprobs(entries, names)
+        return content
+
+    def _usage(self, choices: list[ChatChoice]) -> Content:
+        reasoning = sum(choice.num_reasoning_tokens for choice in choices)
+        return Usage(
+            self.job.num_prompt_tokens,
+            sum(choice.num_tokens for choice in choices),
+            reasoning if self.state.chats.reasons else None,
+        ).body

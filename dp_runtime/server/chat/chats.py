@@ -1,0 +1,110 @@
+"""Chats: how this server's model is talked to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dp_runtime.chat.answer import AnswerParser
+from dp_runtime.chat.messages import read_messages
+from dp_runtime.chat.parsers import Parsers, ReasoningParser, ToolParser
+from dp_runtime.chat.reasoning import BEGIN, END, Thought
+from dp_runtime.chat.template import ChatTemplate, ChatTemplates, RenderOptions
+from dp_runtime.chat.tool_calls import CLOSE, OPEN
+from dp_runtime.chat.tools import ToolUse
+from dp_runtime.metrics.status import ChatFiles
+from dp_runtime.server.config import ServerConfig
+from dp_runtime.server.errors import refuse
+from dp_runtime.server.protocol.chat import ChatBody, Objects, TemplateFields
+from dp_runtime.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatPrompt:
+    """A rendered chat, and how its answers are read."""
+
+    token_ids: Sequence[int]
+    tools: ToolUse
+    thought: Thought  # that its end leaves open, or that may follow
+    continued: str | None  # the final message's text, which goes on
+
+
+@dataclass(frozen=True, eq=False)
+class Chats:
+    """Makes prompts of chats, and parsers of answers to them."""
+
+    templates: ChatTemplates
+    parsers: Parsers
+    tokenizer: Tokenizer
+    config: ServerConfig
+
+    @classmethod
+    def of(
+        cls, files: ChatFiles, instead: str | None, tokenizer: Tokenizer, config: ServerConfig
+    ) -> Chats:
+        """Compile the templates (ValueError), and choose the parsers."""
+        templates = ChatTemplates.read(files, instead)
+        parsers = Parsers.choose(config.tool_parser, config.reasoning_parser, templates.text)
+        chats = cls(templates, parsers, tokenizer, config)
+        chats._log_choices()
+        return chats
+
+    @property
+    def reasons(self) -> bool:
+        return self.parsers.reasoning is not ReasoningParser.NONE
+
+    def parser(self, prompt: ChatPrompt) -> AnswerParser:
+        return self.parsers.new(prompt.tools, prompt.thought is Thought.OPEN)
+
+    def prompt_of(self, body: ChatBody) -> ChatPrompt:
+        """Read and render a request's chat (ValueError); it may take a while."""
+        tools = ToolUse.read(body.tools, body.tool_choice, body.parallel_tool_calls)
+        self.parsers.check(tools)
+        if tools.forced:
+            raise refuse("tool_choice", body.tool_choice, "none or auto: calls can't be forced yet")
+        return self.prompt(body.messages, tools, body)
+
+    def prompt(self, messages: Objects, tools: ToolUse, fields: TemplateFields) -> ChatPrompt:
+        chat = read_messages(messages, self.config.unknown_fields == "ignore")
+        template = self._template(fields.chat_template, bool(tools.offered))
+        text = template.render(chat, [tool.given for tool in tools.offered], _options(fields))
+        continued = chat[-1].text if fields.continue_final_message else None
+        return ChatPrompt(
+            self.tokenizer.encode(text, fields.add_special_tokens or False), tools,
+            Thought.at_end_of(text, continued) if self.reasons else Thought.NONE, continued,
+        )  # fmt: skip
+
+    def _template(self, given: str | None, has_tools: bool) -> ChatTemplate:
+        if given is None:
+            return self.templates.choose(has_tools)
+        if not self.config.trust_request_chat_template:
+            allowed = "absent: a template is a program, and only --trust-request-chat-template"
+            raise refuse("chat_template", given, f"{allowed} lets clients bring one")
+        return ChatTemplate.read(given, self.templates.special_tokens, "chat_template")
+
+    def _log_choices(self) -> None:
+        names, parsers = ", ".join(self.templates.by_name), self.parsers
+        where = "the checkpoint's" if self.config.chat_template is None else "--chat-template"
+        logger.info(
+            "chat templates: %s (%s); tool calls are read as %s, thoughts as %s",
+            names or "none", where, parsers.tools, parsers.reasoning,
+        )  # fmt: skip
+        tags = [OPEN, CLOSE] if parsers.tools is not ToolParser.NONE else []
+        tags += [BEGIN, END] if self.reasons else []
+        if hidden := set(tags) & set(self.tokenizer.special_tokens.values()):
+            logger.warning(
+                "%s are special tokens here: they are read with skip_special_tokens false only",
+                ", ".join(sorted(hidden)),
+            )
+
+
+def _options(fields: TemplateFields) -> RenderOptions:
+    add, goes_on = fields.add_generation_prompt, fields.continue_final_message
+    effort = fields.reasoning_effort
+    variables = {} if effort is None else {"reasoning_effort": effort}
+    return RenderOptions(
+        not goes_on if add is None else add, goes_on, variables | fields.chat_template_kwargs
+    )

@@ -1,0 +1,38 @@
+"""/v1/chat/completions: the assistant's next message."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from dp_runtime.errors import ContextExceeded
+from dp_runtime.server.answers import EventStream, JsonAnswer
+from dp_runtime.server.chat.answer import ChatAnswer
+from dp_runtime.server.protocol.chat import ChatBody
+from dp_runtime.server.state import ServerState
+
+
+def chat_routes(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions")
+    async def create_chat_completion(body: ChatBody) -> Response:
+        """Answer a chat."""
+        body.check_fields(state.config.unknown_fields)
+        state.check_model(body.model)
+        body.check_choices(1, state.config.max_choices)
+        body.check_answer()
+        prompt = await state.in_thread(partial(state.chats.prompt_of, body))
+        try:
+            job = await state.start(body, "chatcmpl", [prompt.token_ids], body.params)
+        except ContextExceeded as error:
+            raise replace(error, field=error.field.replace("prompt", "messages")) from None
+        answer = ChatAnswer(state, body, prompt, job)
+        if body.stream:
+            return EventStream(answer.events(), state.client_of(job))
+        return JsonAnswer(answer.whole, state.client_of(job))
+
+    return routes
