@@ -114,8 +114,11 @@ def _slow(dump: FlightDump) -> Iterator[Finding]:
 def _finding(dump: FlightDump, rank: RankFlight, what: str) -> Finding:
     """Tell of a rank, where it is, and who waits for what it did not do."""
     texts = [f"rank {rank.dp_rank}: {what}"]
-    if rank.source is not Source.NONE:
-        texts.append(place_of(rank, dump.taken_us))
+    texts += (
+        _last_seen(dump, rank.dp_rank)
+        if rank.source is Source.NONE
+        else [place_of(rank, dump.taken_us)]
+    )
     if rank.silent_s >= STALL_S:
         texts.append(f"last answer to the driver {rank.silent_s:.1f} s before")
     waits = [wait_of(other, dump.taken_us) for other in dump.ranks if other is not rank]
@@ -123,6 +126,16 @@ def _finding(dump: FlightDump, rank: RankFlight, what: str) -> Finding:
     if missed:
         texts.append(_missed(missed))
     return Finding((rank.dp_rank,), "; ".join(texts))
+
+
+def _last_seen(dump: FlightDump, dp_rank: int) -> list[str]:
+    """Say what the others know of a rank that could not be read."""
+    steps = [step for rank in dump.ranks for step in rank.steps if step.agreed_us]
+    last = max(steps, key=lambda step: step.key, default=None)
+    if last is None or any(dp_rank >= len(one.real_rows) for one in last.passes):
+        return []
+    rows = sum(one.real_rows[dp_rank] for one in last.passes)
+    return [f"the others last agreed with it on step {last.step_id}, where it had {rows} rows"]
 
 
 def _missed(waits: Sequence[Wait]) -> str:

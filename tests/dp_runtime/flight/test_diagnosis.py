@@ -77,7 +77,10 @@ def test_a_process_that_is_stopped_or_has_ended(stopped: FlightDump) -> None:
     (text,) = texts(changed(stopped, 2, process=ProcessState.ENDED))
     assert text.startswith("rank 2: its process has ended; in step 20")
     lost = replace(stopped, ranks=(*stopped.ranks[:3], RankFlight(3, Source.NONE)))
-    assert texts(lost)[0].startswith("rank 3: nothing of it could be read; it did not enter ")
+    assert texts(lost)[0].startswith(
+        "rank 3: nothing of it could be read; the others last agreed with it on step 20, where it "
+        "had 4 rows; it did not enter "
+    )
 
 
 def test_a_rank_that_does_not_post_its_record(clock: Clock) -> None:
