@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from dp_runtime.chat.tools import ToolUse
 from dp_runtime.metrics.prometheus.page import CONTENT_TYPE, metrics_page
+from dp_runtime.metrics.status import DEFAULT_TEMPLATE
 from dp_runtime.server.chat.chats import Chats
 from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.service import AbortBody, DetokenizeBody, TokenizeBody
@@ -68,6 +69,14 @@ def token_routes(state: ServerState) -> APIRouter:
                 raise refuse("tokens", token_id, f"token ids are in 0..{size - 1}")
         text = state.needed_tokenizer.decode(body.tokens, skip_special_tokens=False)
         return {"prompt": text}
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Content:
+        """Return what clients that have no tokenizer of their own need: special tokens, template."""
+        model, tokenizer = state.engine.model, state.needed_tokenizer
+        ends = (tokenizer.shown_token(token_id, False) for token_id in model.eos_token_ids)
+        tokens = {"eos_token": next(ends, None), **model.chat.special_tokens}
+        return {**tokens, "chat_template": model.chat.templates.get(DEFAULT_TEMPLATE)}
 
     return routes
 
