@@ -15,6 +15,7 @@ from dp_runtime.server.answers import EventStream, JsonAnswer
 from dp_runtime.server.jobs import Job
 from dp_runtime.server.logprobs import CompletionLogprobs, TokenNames, named_logprobs
 from dp_runtime.server.protocol.completions import CompletionBody
+from dp_runtime.server.protocol.fields import RankHeader
 from dp_runtime.server.state import ServerState
 from dp_runtime.server.usage import Usage
 
@@ -25,8 +26,9 @@ def completion_routes(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/completions")
-    async def create_completion(body: CompletionBody) -> Response:
+    async def create_completion(body: CompletionBody, dp_rank: RankHeader = None) -> Response:
         """Continue a prompt, or each of several."""
+        body.pin(dp_rank)
         body.check_fields(state.config.unknown_fields)
         state.check_model(body.model)
         prompts = body.prompts

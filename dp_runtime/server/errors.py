@@ -125,8 +125,11 @@ def _path(error: Mapping[str, Any]) -> str:
     """The place of a mistake in the body, as `messages[1].content`."""
     if error["type"] == "json_invalid":
         return ""
+    where, *path = error["loc"]
+    if where == "header":
+        return str(path[0])
     names: list[str] = []
-    for part in error["loc"][1:]:
+    for part in path:
         if isinstance(part, int) and names:
             names[-1] += f"[{part}]"
         elif isinstance(part, str) and part.isidentifier() and part not in _UNION_BRANCHES:

@@ -72,7 +72,7 @@ def token_routes(state: ServerState) -> APIRouter:
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Content:
-        """Return what clients that have no tokenizer of their own need: special tokens, template."""
+        """Tell clients without the tokenizer its special tokens and chat template."""
         model, tokenizer = state.engine.model, state.needed_tokenizer
         ends = (tokenizer.shown_token(token_id, False) for token_id in model.eos_token_ids)
         tokens = {"eos_token": next(ends, None), **model.chat.special_tokens}

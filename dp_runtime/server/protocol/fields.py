@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from fastapi import Header
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dp_runtime.core.sampling_params import SamplingParams
@@ -14,7 +15,7 @@ SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos",
     "skip_special_tokens", "prompt_logprobs", "logit_bias", "include_stop_str_in_output",
-    "bad_words", "allowed_token_ids", "truncate_prompt_tokens",
+    "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "priority",
 )  # fmt: skip
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # each is looked for at every character
@@ -37,6 +38,8 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 
 
+RANK_HEADER = "X-data-parallel-rank"  # as vLLM's routers send it
+RankHeader = Annotated[int | None, Header(alias=RANK_HEADER, description="as dp_rank")]
 NOT_USED: Any = Field(None, description="accepted, and not used: no answer depends on it")
 
 
@@ -110,6 +113,7 @@ class GenerationBody(Body):
     bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
     allowed_token_ids: TokenIds | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
     truncate_prompt_tokens: int | None = None
+    priority: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 
@@ -121,6 +125,12 @@ class GenerationBody(Body):
     @property
     def with_usage_in_each_chunk(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def pin(self, dp_rank: int | None) -> None:
+        """Take the rank of the header, which must not contradict the body."""
+        if dp_rank is not None and self.dp_rank not in (None, dp_rank):
+            raise refuse("dp_rank", self.dp_rank, f"the header {RANK_HEADER} says {dp_rank}")
+        self.dp_rank = self.dp_rank if dp_rank is None else dp_rank
 
     def check_choices(self, num_prompts: int, max_choices: int) -> None:
         if self.best_of not in (None, self.n):

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from openai import BadRequestError
 
 from dp_runtime import RequestOutput, SamplingParams
+from dp_runtime.server.protocol.fields import RANK_HEADER
 from tests.dp_runtime.server.openai_calls import Calls, Content, check_alike, joined
 from tests.dp_runtime.server.served import Served, serving
 
@@ -40,6 +42,7 @@ FIELDS: dict[str, Content] = {  # each is a field of SamplingParams too
     "bad_words": {"bad_words": ["of", " list", "\n"], "temperature": 0, "max_tokens": 20},
     "allowed_token_ids": {"allowed_token_ids": [300, 301, 302, 400], "seed": 7},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 3, "temperature": 0},
+    "priority": {"priority": -3, "temperature": 0},
     "logprobs": {"logprobs": 3, "temperature": 0},
     "no top logprobs": {"logprobs": 0, "temperature": 0},
     "prompt_logprobs": {"prompt_logprobs": 2, "temperature": 0},
@@ -182,3 +185,27 @@ def test_ids_and_names_are_those_that_were_given(calls: Calls) -> None:
     chunks = calls.completion_stream(prompt="a", max_tokens=2, request_id="mine", user="me")
     assert {chunk["id"] for chunk in chunks} == {"cmpl-mine"}
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_header_pins_the_rank(calls: Calls, rank: int) -> None:
+    core = calls.served.engine._core
+    before = core.report().output_tokens_by_rank
+    calls.client.completions.create(
+        model="tiny_model", prompt=PROMPT, max_tokens=5, extra_body={"ignore_eos": True},
+        extra_headers={RANK_HEADER: str(rank)},
+    )  # fmt: skip
+    made = [b - a for a, b in zip(before, core.report().output_tokens_by_rank)]
+    assert made == [5 * (rank == each) for each in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("header", "param"), [("2", "dp_rank"), ("-1", "dp_rank"), ("1", "dp_rank"), ("x", RANK_HEADER)]
+)
+def test_a_header_that_names_no_rank_is_refused(calls: Calls, header: str, param: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        calls.client.completions.create(
+            model="tiny_model", prompt=PROMPT, extra_headers={RANK_HEADER: header},
+            extra_body={"dp_rank": 0} if header == "1" else None,
+        )  # fmt: skip
+    assert caught.value.param == param

@@ -46,6 +46,14 @@ def test_the_model_and_its_tokens(served: Served, key: dict[str, str]) -> None:
         assert text == {"prompt": "Return a new string"}
 
 
+def test_clients_need_no_tokenizer(served: Served, key: dict[str, str]) -> None:
+    with served.client(headers=key) as client:
+        info = client.get("/tokenizer_info").json()
+        ends = client.post("/tokenize", json={"prompt": info["eos_token"]}).json()["tokens"]
+    assert ends == list(served.engine.model.eos_token_ids)
+    assert info["chat_template"] == served.engine.model.chat.templates["default"]
+
+
 def test_large_bodies_are_refused(served: Served, key: dict[str, str]) -> None:
     with served.client(headers=key) as client:
         answer = client.post("/v1/completions", content=b"x" * 20_001)
