@@ -12,6 +12,7 @@ from dp_runtime.errors import ContextExceeded
 from dp_runtime.server.answers import EventStream, JsonAnswer
 from dp_runtime.server.chat.answer import ChatAnswer
 from dp_runtime.server.protocol.chat import ChatBody
+from dp_runtime.server.protocol.fields import RankHeader
 from dp_runtime.server.state import ServerState
 
 
@@ -19,8 +20,9 @@ def chat_routes(state: ServerState) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions")
-    async def create_chat_completion(body: ChatBody) -> Response:
+    async def create_chat_completion(body: ChatBody, dp_rank: RankHeader = None) -> Response:
         """Answer a chat."""
+        body.pin(dp_rank)
         body.check_fields(state.config.unknown_fields)
         state.check_model(body.model)
         body.check_choices(1, state.config.max_choices)

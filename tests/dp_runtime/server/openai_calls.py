@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.dp_runtime.server.served import MODEL, WAIT_S, Served
 
 KEY = "none"
+USAGE = {"stream_options": {"include_usage": True}}
 Content = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Calls:
+class Calls(ABC):
     """An endpoint of a server as the clients call it: each way gives JSON as it came."""
 
     served: Served
@@ -34,101 +37,143 @@ class Calls:
     def client(self) -> OpenAI:
         return OpenAI(**self._how)
 
-    def completion(self, **request: Any) -> Content:
-        answer: Any = self.client.completions.create(**self._request(request))
-        return checked_completion(answer)
+    @property
+    @abstractmethod
+    def known_fields(self) -> frozenset[str]:
+        """Fields that OpenAI has; users of its client put all others into extra_body."""
 
-    def completion_stream(self, **request: Any) -> list[Content]:
-        create: Any = self.client.completions.create
-        with create(**self._request(request), stream=True) as stream:
-            return [checked_completion(chunk) for chunk in stream]
+    @abstractmethod
+    def create(self, client: Any) -> Any:
+        """The method of a client that calls the endpoint."""
 
-    def async_completions(self, requests: Sequence[Content]) -> list[Content]:
-        """The answers to requests that run at the same time, every second one streamed."""
-        return asyncio.run(self._at_once(requests))
+    @abstractmethod
+    def checked(self, answer: Any) -> Content:
+        """The JSON of an answer or a chunk, which must have the shape of OpenAI's reference."""
 
-    async def _at_once(self, requests: Sequence[Content]) -> list[Content]:
+    def whole(self, **request: Any) -> Content:
+        return self.checked(self.create(self.client)(**self._request(request)))
+
+    def chunks(self, **request: Any) -> list[Content]:
+        with self.create(self.client)(**self._request(request), stream=True) as stream:
+            return [self.checked(chunk) for chunk in stream]
+
+    def in_every_way(self, request: Content) -> Content:
+        """The answer to a request, which must be the same streamed, and with the async client."""
+        whole = self.whole(**request)
+        check_alike(joined(self.chunks(**request, **USAGE)), whole)
+        for other in asyncio.run(self._at_once(request)):
+            check_alike(other, whole)
+        return whole
+
+    async def _at_once(self, request: Content) -> tuple[Content, Content]:
         async with AsyncOpenAI(**self._how) as client:
-            calls = [
-                self._async_stream(client, request) if number % 2 else self._async(client, request)
-                for number, request in enumerate(requests)
-            ]
-            return await asyncio.gather(*calls)
+            create = self.create(client)
 
-    async def _async(self, client: AsyncOpenAI, request: Content) -> Content:
-        answer: Any = await client.completions.create(**self._request(request))
-        return checked_completion(answer)
+            async def streamed() -> Content:
+                stream = await create(**self._request(request), **USAGE, stream=True)
+                return joined([self.checked(chunk) async for chunk in stream])
 
-    async def _async_stream(self, client: AsyncOpenAI, request: Content) -> Content:
-        create: Any = client.completions.create
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        stream = await create(**self._request(request), **options)
-        return joined([checked_completion(chunk) async for chunk in stream])
+            async def whole() -> Content:
+                return self.checked(await create(**self._request(request)))
+
+            return await asyncio.gather(whole(), streamed())
 
     def _request(self, fields: Content) -> Content:
-        """Put what OpenAI does not know into extra_body, where users of the client put it."""
-        return as_call({"model": MODEL} | fields, _COMPLETION_FIELDS)
+        fields = {"model": MODEL} | fields
+        own = {name: value for name, value in fields.items() if name in self.known_fields}
+        extra = {name: value for name, value in fields.items() if name not in own}
+        return own | {"extra_body": extra}
 
 
-_COMPLETION_FIELDS = frozenset(
+_BOTH = frozenset(
     {
-        "model", "prompt", "best_of", "echo", "frequency_penalty", "logit_bias", "logprobs",
-        "max_tokens", "n", "presence_penalty", "seed", "stop", "stream", "stream_options", "suffix",
-        "temperature", "top_p", "user",
+        "model", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "n",
+        "presence_penalty", "seed", "stop", "stream", "stream_options", "temperature", "top_p",
+        "user",
     }
 )  # fmt: skip
 
 
-def as_call(fields: Content, known: frozenset[str]) -> Content:
-    own = {name: value for name, value in fields.items() if name in known}
-    return own | {"extra_body": {n: value for n, value in fields.items() if n not in known}}
+class Completions(Calls):
+    known_fields = _BOTH | {"prompt", "best_of", "echo", "suffix"}
+
+    def create(self, client: Any) -> Any:
+        return client.completions.create
+
+    def checked(self, answer: Any) -> Content:
+        content: Content = json.loads(answer.to_json())
+        shown = json.loads(answer.to_json())
+        for choice in shown["choices"]:
+            if choice["finish_reason"] is None:
+                choice["finish_reason"] = "stop"  # null until a stream ends, which the type omits
+            for column in ("token_logprobs", "top_logprobs"):
+                entries = (choice["logprobs"] or {}).get(column)
+                if entries and entries[0] is None:
+                    del entries[0]  # of a prompt's first token, which the type omits too
+        Completion.model_validate_json(json.dumps(shown), strict=True)
+        return content
 
 
-def checked_completion(answer: Completion) -> Content:
-    """The JSON of an answer or a chunk, which must have the shape of OpenAI's reference."""
-    content: Content = json.loads(answer.to_json())
-    shown = json.loads(answer.to_json())
-    for choice in shown["choices"]:
-        if choice["finish_reason"] is None:
-            choice["finish_reason"] = "stop"  # null until a stream ends, which the type omits
-        for column in ("token_logprobs", "top_logprobs"):
-            entries = (choice["logprobs"] or {}).get(column)
-            if entries and entries[0] is None:
-                del entries[0]  # of a prompt's first token, which the type omits too
-    Completion.model_validate_json(json.dumps(shown), strict=True)
-    return content
+class ChatCompletions(Calls):
+    known_fields = _BOTH | {
+        "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
+        "parallel_tool_calls", "response_format", "reasoning_effort", "metadata", "service_tier",
+    }  # fmt: skip
 
+    def create(self, client: Any) -> Any:
+        return client.chat.completions.create
 
-@dataclass
-class JoinedChoice:
-    index: int
-    content: Content = field(default_factory=dict)
-
-    def add(self, piece: Content) -> None:
-        content = self.content
-        assert content.get("finish_reason") is None, "nothing comes after the reason of the end"
-        for name, value in piece.items():
-            match content.get(name), value:
-                case ((dict() as columns), dict()):
-                    for column, entries in value.items():
-                        columns[column] += entries
-                case (str(), str()) | (list(), list()):
-                    content[name] += value
-                case _:
-                    content[name] = value
+    def checked(self, answer: Any) -> Content:
+        kind = ChatCompletionChunk if isinstance(answer, ChatCompletionChunk) else ChatCompletion
+        kind.model_validate_json(answer.to_json(), strict=True)
+        content: Content = json.loads(answer.to_json())
+        return content
 
 
 def joined(chunks: Sequence[Content]) -> Content:
     """The whole answer that the chunks of a stream make up."""
-    choices: dict[int, JoinedChoice] = {}
+    whole = {**chunks[0], "object": chunks[0]["object"].removesuffix(".chunk")}
+    choices: dict[int, Content] = {}
     for chunk in chunks:
         for piece in chunk["choices"]:
-            index = piece["index"]
-            choices.setdefault(index, JoinedChoice(index)).add(piece)
-    return chunks[0] | {
-        "choices": [choices[index].content for index in sorted(choices)],
+            choice = choices.setdefault(piece["index"], {})
+            assert choice.get("finish_reason") is None, "nothing comes after the reason of the end"
+            choices[piece["index"]] = _merged(choice, _as_message(piece))
+    return whole | {
+        "choices": [_whole_message(choices[index]) for index in sorted(choices)],
         "usage": chunks[-1].get("usage"),
     }
+
+
+def _as_message(piece: Content) -> Content:
+    """A delta as a part of a message, whose tool calls are found by their index."""
+    if "delta" not in piece:
+        return piece
+    message = {"refusal": None} | piece["delta"]
+    if "tool_calls" in message:
+        message["tool_calls"] = {call.pop("index"): call for call in message["tool_calls"]}
+    return {name: value for name, value in piece.items() if name != "delta"} | {"message": message}
+
+
+def _whole_message(choice: Content) -> Content:
+    message = choice.get("message", {})
+    if "tool_calls" not in message:
+        return choice
+    calls = message["tool_calls"]
+    content = message["content"] or None
+    own = message | {"content": content, "tool_calls": [calls[index] for index in sorted(calls)]}
+    return choice | {"message": own}
+
+
+def _merged(one: Any, other: Any) -> Any:
+    match one, other:
+        case dict(), dict():
+            return one | {name: _merged(one.get(name), value) for name, value in other.items()}
+        case (str(), str()) | (list(), list()):
+            return one + other
+        case _, None:
+            return one
+    return other
 
 
 def check_alike(one: Any, other: Any, path: str = "") -> None:

@@ -10,7 +10,13 @@ from openai import BadRequestError
 
 from dp_runtime import RequestOutput, SamplingParams
 from dp_runtime.server.protocol.fields import RANK_HEADER
-from tests.dp_runtime.server.openai_calls import Calls, Content, check_alike, joined
+from tests.dp_runtime.server.openai_calls import (
+    USAGE,
+    Completions,
+    Content,
+    check_alike,
+    joined,
+)
 from tests.dp_runtime.server.served import Served, serving
 
 PROMPT = "Return the sum of the"
@@ -57,8 +63,8 @@ def served() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def calls(served: Served) -> Calls:
-    return Calls(served)
+def calls(served: Served) -> Completions:
+    return Completions(served)
 
 
 def check_choice(choice: Content, expected: RequestOutput) -> None:
@@ -82,33 +88,29 @@ def check_choice(choice: Content, expected: RequestOutput) -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_does_what_it_does_in_python(calls: Calls, name: str) -> None:
+def test_a_field_does_what_it_does_in_python(calls: Completions, name: str) -> None:
     prompt: Any = PROMPT if len(name) % 2 else TOKENS
     params: Content = {"max_tokens": 8} | FIELDS[name]
     expected = calls.served.generate([prompt], SamplingParams.from_fields(params))[0]
     request: Content = {"prompt": prompt, "return_token_ids": True} | params
-    whole = calls.completion(**request)
+    whole = calls.in_every_way(request)
     check_choice(whole["choices"][0], expected)
     usage = whole["usage"]
     assert usage["prompt_tokens"] == len(expected.prompt_token_ids)
     assert usage["completion_tokens"] == len(expected.token_ids)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    options = {"stream_options": {"include_usage": True}}
-    check_alike(joined(calls.completion_stream(**request, **options)), whole)
-    for other in calls.async_completions([request, request]):
-        check_alike(other, whole)
 
 
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize(
     "prompt", [[PROMPT, "A class that", "def"], [TOKENS, [7], [300, 301]]], ids=["texts", "ids"]
 )
-def test_batches_with_several_choices(calls: Calls, prompt: Any, echo: bool) -> None:
+def test_batches_with_several_choices(calls: Completions, prompt: Any, echo: bool) -> None:
     request: Content = {
         "prompt": prompt, "n": 2, "max_tokens": 6, "seed": 9, "echo": echo, "logprobs": 2,
         "return_token_ids": True,
     }  # fmt: skip
-    whole = calls.completion(**request)
+    whole = calls.in_every_way(request)
     assert [choice["index"] for choice in whole["choices"]] == list(range(6))
     for number, choice in enumerate(whole["choices"]):
         params = SamplingParams(max_tokens=6, seed=9 + number % 2, logprobs=2, prompt_logprobs=2)
@@ -123,13 +125,9 @@ def test_batches_with_several_choices(calls: Calls, prompt: Any, echo: bool) -> 
         shown = choice["logprobs"]["token_logprobs"]
         assert shown[echo:] == pytest.approx(scores, abs=1e-4)
         check_offsets(choice)
-    options = {"stream_options": {"include_usage": True}}
-    check_alike(joined(calls.completion_stream(**request, **options)), whole)
-    for other in calls.async_completions([request, request]):
-        check_alike(other, whole)
 
 
-def as_text(calls: Calls, token_ids: Any) -> str:
+def as_text(calls: Completions, token_ids: Any) -> str:
     tokenizer = calls.served.engine.tokenizer
     assert tokenizer is not None
     return tokenizer.decode(token_ids, False)
@@ -144,15 +142,15 @@ def check_offsets(choice: Content) -> None:
         assert choice["text"][offset : offset + len(token)] == token
 
 
-def test_usage_comes_when_it_was_asked_for(calls: Calls) -> None:
+def test_usage_comes_when_it_was_asked_for(calls: Completions) -> None:
     request: Content = {"prompt": [PROMPT, "A class"], "max_tokens": 5, "ignore_eos": True}
-    without = calls.completion_stream(**request)
+    without = calls.chunks(**request)
     assert all("usage" not in chunk for chunk in without)
-    at_end = calls.completion_stream(**request, stream_options={"include_usage": True})
+    at_end = calls.chunks(**request, **USAGE)
     assert all(chunk["usage"] is None and chunk["choices"] for chunk in at_end[:-1])
     assert at_end[-1]["choices"] == []
     options = {"include_usage": True, "continuous_usage_stats": True}
-    always = calls.completion_stream(**request, stream_options=options)
+    always = calls.chunks(**request, stream_options=options)
     counts = [chunk["usage"]["completion_tokens"] for chunk in always]
     assert counts == sorted(counts)
     assert counts[-1] == at_end[-1]["usage"]["completion_tokens"] == 10
@@ -160,35 +158,34 @@ def test_usage_comes_when_it_was_asked_for(calls: Calls) -> None:
     assert prompts == {at_end[-1]["usage"]["prompt_tokens"]}
 
 
-def test_tokens_may_be_named_by_their_ids(calls: Calls) -> None:
+def test_tokens_may_be_named_by_their_ids(calls: Completions) -> None:
     request: Content = {"prompt": TOKENS, "max_tokens": 3, "echo": True, "logprobs": 2}
     names = {"return_tokens_as_token_ids": True, "return_token_ids": True, "temperature": 0}
-    choice = calls.completion(**request, **names)["choices"][0]
+    choice = calls.whole(**request, **names)["choices"][0]
     ids = [*TOKENS, *choice["token_ids"]]
     assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in ids]
     for token, tops in zip(ids[1:], choice["logprobs"]["top_logprobs"][1:], strict=True):
         assert f"token_id:{token}" in tops
 
 
-def test_nothing_new_is_shown_where_only_scores_are_wanted(calls: Calls) -> None:
+def test_nothing_new_is_shown_where_only_scores_are_wanted(calls: Completions) -> None:
     request: Content = {"prompt": [PROMPT, "A class"], "max_tokens": 0, "echo": True, "logprobs": 1}
-    whole = calls.completion(**request)
+    whole = calls.whole(**request)
     assert [choice["text"] for choice in whole["choices"]] == [PROMPT, "A class"]
     for choice in whole["choices"]:
         assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
     assert whole["usage"]["completion_tokens"] == 0
-    options = {"stream_options": {"include_usage": True}}
-    check_alike(joined(calls.completion_stream(**request, **options)), whole)
+    check_alike(joined(calls.chunks(**request, **USAGE)), whole)
 
 
-def test_ids_and_names_are_those_that_were_given(calls: Calls) -> None:
-    chunks = calls.completion_stream(prompt="a", max_tokens=2, request_id="mine", user="me")
+def test_ids_and_names_are_those_that_were_given(calls: Completions) -> None:
+    chunks = calls.chunks(prompt="a", max_tokens=2, request_id="mine", user="me")
     assert {chunk["id"] for chunk in chunks} == {"cmpl-mine"}
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_header_pins_the_rank(calls: Calls, rank: int) -> None:
+def test_a_header_pins_the_rank(calls: Completions, rank: int) -> None:
     core = calls.served.engine._core
     before = core.report().output_tokens_by_rank
     calls.client.completions.create(
@@ -202,7 +199,9 @@ def test_a_header_pins_the_rank(calls: Calls, rank: int) -> None:
 @pytest.mark.parametrize(
     ("header", "param"), [("2", "dp_rank"), ("-1", "dp_rank"), ("1", "dp_rank"), ("x", RANK_HEADER)]
 )
-def test_a_header_that_names_no_rank_is_refused(calls: Calls, header: str, param: str) -> None:
+def test_a_header_that_names_no_rank_is_refused(
+    calls: Completions, header: str, param: str
+) -> None:
     with pytest.raises(BadRequestError) as caught:
         calls.client.completions.create(
             model="tiny_model", prompt=PROMPT, extra_headers={RANK_HEADER: header},

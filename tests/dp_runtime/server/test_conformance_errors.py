@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from dp_runtime.errors import RequestFailed
-from tests.dp_runtime.server.openai_calls import KEY, Calls, Content
+from tests.dp_runtime.server.openai_calls import KEY, Completions, Content
 from tests.dp_runtime.server.served import Served, serving
 
 MAX_MODEL_LEN = 64
@@ -32,8 +32,8 @@ def served() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def calls(served: Served) -> Calls:
-    return Calls(served)
+def calls(served: Served) -> Completions:
+    return Completions(served)
 
 
 BAD: dict[str, tuple[Content, str, str | None]] = {
@@ -51,10 +51,10 @@ BAD: dict[str, tuple[Content, str, str | None]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_mistake_is_a_bad_request_error_with_its_field(calls: Calls, name: str) -> None:
+def test_a_mistake_is_a_bad_request_error_with_its_field(calls: Completions, name: str) -> None:
     fields, param, code = BAD[name]
     with pytest.raises(openai.BadRequestError) as caught:
-        calls.completion(**{"prompt": "a"} | fields)
+        calls.whole(**{"prompt": "a"} | fields)
     error = caught.value
     assert (error.param, error.code, error.type) == (param, code, "invalid_request_error")
     assert param in error.message
@@ -62,32 +62,36 @@ def test_a_mistake_is_a_bad_request_error_with_its_field(calls: Calls, name: str
     assert set(error.body) == {"message", "type", "param", "code"}
 
 
-def test_who_asks_for_more_than_the_context_learns_how_much_there_is(calls: Calls) -> None:
+def test_who_asks_for_more_than_the_context_learns_how_much_there_is(
+    calls: Completions,
+) -> None:
     request: Content = {"prompt": [9] * 10, "max_tokens": 100, "ignore_eos": True}
     with pytest.raises(openai.BadRequestError) as caught:
-        calls.completion(**request)
+        calls.whole(**request)
     assert (caught.value.param, caught.value.code) == ("max_tokens", "context_length_exceeded")
     found = CONTEXT.search(caught.value.message)
     assert found is not None
     limit, num_prompt_tokens, asked = map(int, found.groups())
     assert (limit, num_prompt_tokens, asked) == (MAX_MODEL_LEN, 10, 100)
     request["max_tokens"] = limit - num_prompt_tokens
-    assert calls.completion(**request)["usage"]["total_tokens"] == MAX_MODEL_LEN
+    assert calls.whole(**request)["usage"]["total_tokens"] == MAX_MODEL_LEN
 
 
 @pytest.mark.parametrize("prompt", [[9] * 80, "many words " * 40], ids=["tokens", "text"])
-def test_a_prompt_beyond_the_context_is_refused_with_its_length(calls: Calls, prompt: Any) -> None:
+def test_a_prompt_beyond_the_context_is_refused_with_its_length(
+    calls: Completions, prompt: Any
+) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        calls.completion(prompt=prompt, max_tokens=1)
+        calls.whole(prompt=prompt, max_tokens=1)
     found = CONTEXT.search(caught.value.message)
     assert found is not None
     assert int(found[1]) == MAX_MODEL_LEN <= int(found[2])
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
 
 
-def test_another_model_is_a_not_found_error(calls: Calls) -> None:
+def test_another_model_is_a_not_found_error(calls: Completions) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
-        calls.completion(prompt="a", model="gpt-4")
+        calls.whole(prompt="a", model="gpt-4")
     assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
     with pytest.raises(openai.NotFoundError):
         calls.client.models.retrieve("gpt-4")
@@ -95,29 +99,29 @@ def test_another_model_is_a_not_found_error(calls: Calls) -> None:
         calls.client.embeddings.create(model="gpt-4", input="a")
 
 
-def test_another_key_is_an_authentication_error(calls: Calls) -> None:
+def test_another_key_is_an_authentication_error(calls: Completions) -> None:
     client = calls.client.with_options(api_key="other")
     with pytest.raises(openai.AuthenticationError) as caught:
         client.models.list()
     assert caught.value.code == "invalid_api_key"
 
 
-def test_too_many_at_a_time_are_a_rate_limit_error(calls: Calls) -> None:
+def test_too_many_at_a_time_are_a_rate_limit_error(calls: Completions) -> None:
     create: Any = calls.client.completions.create
     request = {"model": "tiny_model", "prompt": "a", "max_tokens": 60, "stream": True}
     streams = [create(**request, extra_body={"ignore_eos": True}) for _ in range(2)]
     with pytest.raises(openai.RateLimitError) as caught:
-        calls.completion(prompt="a")
+        calls.whole(prompt="a")
     assert caught.value.response.headers["retry-after"] == "1"
     for stream in streams:
         stream.close()
     calls.served.check_idle()
-    calls.completion(prompt="a")
+    calls.whole(prompt="a")
 
 
-def test_a_large_body_is_a_status_error(calls: Calls) -> None:
+def test_a_large_body_is_a_status_error(calls: Completions) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
-        calls.completion(prompt="x" * 50_001)
+        calls.whole(prompt="x" * 50_001)
     assert caught.value.status_code == 413
 
 
@@ -130,7 +134,7 @@ def test_what_is_no_json_object_is_refused(served: Served, body: bytes) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_fault_within_a_stream_is_an_event(calls: Calls) -> None:
+def test_a_fault_within_a_stream_is_an_event(calls: Completions) -> None:
     create: Any = calls.client.completions.create
     request = {"model": "tiny_model", "prompt": "a", "max_tokens": 60, "stream": True}
     stream = create(**request, extra_body={"ignore_eos": True})
