@@ -16,7 +16,7 @@ MAX_REMEMBERED_STEPS = 20_000
 
 @dataclass
 class Totals:
-    """Sums over the steps of one rank since it joined the others.
+    """Sums over the steps of one rank since it began to step.
 
     The thread that steps adds to them; others read copies.
     """

@@ -1,7 +1,9 @@
 """The page that Prometheus reads, of an engine that verifies drafts."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client import Metric
@@ -186,3 +188,17 @@ def test_a_name_that_is_no_text_does_not_break_the_page(engine: Engine) -> None:
     page = families(engine.metrics(), "bad\udcff")
     found = {sample.labels["model_name"] for sample in page["vllm:num_preemptions"].samples}
     assert found == {"bad?"}
+
+
+def test_the_documentation_lists_every_metric(engine: Engine) -> None:
+    lines = Path("docs/observability.md").read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    aliases = {name for row in rows for name in re.findall(r"`(\w+)`", row[2])}
+    counted = {"counter": "_total"}
+    names = {
+        name + counted.get(family.type, "") for name, family in families(engine.metrics()).items()
+    }
+    own = {name.removeprefix("dp_runtime_") for name in names if name.startswith("dp_runtime_")}
+    assert own <= listed
+    assert {name.removeprefix("vllm:") for name in names if name.startswith("vllm:")} <= aliases
