@@ -182,8 +182,7 @@ class EngineConfig:
     )
     step_timeout_s: float = setting(
         60.0,
-        "seconds that a rank waits for another in a step; a rank whose process does not answer "
-        "the driver for a little longer has failed",
+        "seconds that a rank waits for another in a step",
         above=0,
         at_most=MAX_TIMEOUT_S,
     )
@@ -192,6 +191,19 @@ class EngineConfig:
         "directory for the flight record that is written when a rank fails or hangs",
         shown_default="a new one in the system's temporary directory",
         allowed="the path of a directory",
+    )
+    hang_timeout_s: float = setting(
+        5.0,
+        "seconds without an answer from a rank's process, while others answer, after which it "
+        "counts as lost",
+        above=0,
+        at_most=MAX_TIMEOUT_S,
+    )
+    max_recoveries: int = setting(
+        5,
+        "times within a minute that lost ranks are replaced and their requests go on; then, and "
+        "always with 0, a lost rank fails the engine",
+        at_least=0,
     )
     torch_threads: int | None = setting(
         None,

@@ -63,13 +63,13 @@ def connect(
     dp_rank: int,
     config: EngineConfig,
     device: torch.device,
+    attach_timeout_s: float,
     listener: socket.socket | None = None,
 ) -> Communicator:
     if isinstance(rendezvous, InProcessRendezvous):
         group = rendezvous.group
         return InProcessCommunicator(group.collective(dp_rank), group.board(dp_rank))
     place = (rendezvous.address, dp_rank, config.dp_size, config.step_timeout_s)
-    attach_timeout_s = config.start_timeout_s
     match rendezvous.transport:
         case "shared_memory":
             from collectives.shared_memory.group import SharedMemoryGroup

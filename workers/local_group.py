@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
@@ -123,22 +124,38 @@ def _fork_server() -> ForkServer:
         return _servers[0]
 
 
+@dataclass(frozen=True)
+class LocalLauncher:
+    config: EngineConfig
+
+    @property
+    def threads(self) -> bool:
+        return self.config.launcher == "thread"
+
+    def launch(self, dp_rank: int) -> ThreadRank | ProcessRank:
+        gpu = dp_rank // self.config.ranks_per_gpu
+        device = f"cuda:{gpu}" if self.config.device == "cuda" else "cpu"
+        return (ThreadRank if self.threads else ProcessRank)(dp_rank, self.config, device)
+
+    def meeting(self) -> InProcessRendezvous | None:
+        if not self.threads:
+            return None
+        group = InProcessGroup(self.config.dp_size, self.config.step_timeout_s)
+        return InProcessRendezvous(group)
+
+    def release(self) -> None: ...
+
+
 def start_local(config: EngineConfig) -> WorkerGroup:
     config = resolve_device(config, torch.cuda.device_count(), "this host")
-    threads = config.launcher == "thread"
-    rank_class = ThreadRank if threads else ProcessRank
-    rendezvous = None
-    if threads:
-        rendezvous = InProcessRendezvous(InProcessGroup(config.dp_size, config.step_timeout_s))
+    launcher = LocalLauncher(config)
     handles: list[ThreadRank | ProcessRank] = []
     interrupted = threading.Event()
 
     def begin() -> None:
         for rank in range(config.dp_size):
-            gpu = rank // config.ranks_per_gpu
-            device = f"cuda:{gpu}" if config.device == "cuda" else "cpu"
             if not interrupted.is_set():
-                handles.append(rank_class(rank, config, device))
+                handles.append(launcher.launch(rank))
 
     try:
         uninterrupted(begin, interrupted.set)
@@ -146,4 +163,4 @@ def start_local(config: EngineConfig) -> WorkerGroup:
         for handle in handles:
             handle.kill()
         raise
-    return WorkerGroup(config, handles, lambda: None, rendezvous)
+    return WorkerGroup(config, launcher, handles)

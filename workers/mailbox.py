@@ -17,7 +17,8 @@ class Mailbox:
     """Both directions between the threads of one rank; everything is callable from any thread."""
 
     def __init__(self) -> None:
-        self.error: str | None = None  # why the loop has ended; stays
+        self.error: str | None = None  # why the loop has ended
+        self._at_fault = False
         self._changed = threading.Condition()
         self._added: list[RankRequest] = []
         self._aborted: list[int] = []
@@ -53,10 +54,15 @@ class Mailbox:
                 self._outbox += updates
                 self._changed.notify_all()
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: str, at_fault: bool) -> None:
         with self._changed:
-            self.error = error
+            self.error, self._at_fault = error, at_fault
             self._changed.notify_all()
+
+    def recover(self) -> None:
+        """Serve the next epoch with what was submitted and delivered meanwhile."""
+        with self._changed:
+            self.error, self._at_fault = None, False
 
     def poll(self, timeout_s: float) -> Polled:
         """Return what was delivered since the last poll; waits for it up to timeout_s."""
@@ -67,4 +73,4 @@ class Mailbox:
             sleep(LINGER_S)
         with self._changed:
             progress, self._outbox = self._outbox, []
-            return Polled(progress, self.error)
+            return Polled(progress, self.error, self._at_fault)

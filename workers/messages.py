@@ -19,6 +19,7 @@ from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.transports import IN_PROCESS, TRANSPORTS
 
 Answer = TypeVar("Answer", covariant=True)
+JOIN_S = 60.0
 
 
 class ConcurrencyGroup(StrEnum):
@@ -64,6 +65,7 @@ class Polled:
 
     progress: Sequence[RequestUpdate]
     error: str | None = None
+    at_fault: bool = False  # the error is the rank's own: others did not end its step
 
 
 # Messages to a rank; Worker.answer says what each does.
@@ -99,6 +101,14 @@ class OpenRendezvous(Message[Rendezvous]):
 class Join(Message[None]):
     rendezvous: AnyRendezvous
     epoch: int
+    timeout_s: float = JOIN_S  # for all ranks to come there
+
+
+@dataclass(frozen=True)
+class Suspend(Message[None]):
+    """Abandon the step and leave the others, but keep requests, pages and outputs."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ class Abort(Message[None]):
 class Abandon(Message[None]):
     """Leave the step at once and free the ranks that wait in it."""
 
+    group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS  # a join may be under way
     reason: str
 
 

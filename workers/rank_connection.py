@@ -28,7 +28,7 @@ class RankConnection:
         self._connection, self._why_ended = connection, why_ended
         self._calls: dict[int, Future[Any]] = {}
         self._ids = count()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a call may come from the collection of garbage in one
         self._ended = False
         self._unsent: SimpleQueue[Call | None] = SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="rank-calls", daemon=True)
@@ -82,7 +82,7 @@ class RankConnection:
 
     def disown(self) -> None:
         """Let go of it in a forked child, whose copy would keep the connection open."""
-        self._lock = threading.Lock()  # a thread of the parent may have held the other one
+        self._lock = threading.RLock()  # a thread of the parent may have held the other one
         self._ended = True
         self._connection.close()
 

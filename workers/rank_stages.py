@@ -11,7 +11,7 @@ from time import monotonic
 import torch
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.errors import CollectiveAborted
+from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, RankFailed
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
@@ -27,6 +27,7 @@ from dp_runtime.startup.build_rank import (
 from dp_runtime.startup.graph_capture import capture
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
+from dp_runtime.startup.served_requests import ServedRequests
 from workers.communicators import Communicator, connect
 from workers.mailbox import Mailbox
 from workers.messages import AnyRendezvous
@@ -91,7 +92,7 @@ class Prepared:
             progress.state = RankState.COMPILING
             builds.wait()
         progress.state = RankState.READY
-        return Loaded(self, rank)
+        return Loaded.without_requests(self, rank)
 
     def describe(self, health: RankHealth) -> RankHealth:
         return replace(
@@ -104,22 +105,42 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A rank with weights, pages and kernels, which can join the others any number of times."""
+    """A rank with weights, pages and kernels, which can join the others any number of times.
+
+    Its requests and outputs stay while an epoch ends and the next begins.
+    """
 
     prepared: Prepared
     rank: LoadedRank
+    requests: ServedRequests
+    mailbox: Mailbox
 
-    def connect(self, rendezvous: AnyRendezvous, epoch: int, listener: socket | None) -> Connected:
+    @classmethod
+    def without_requests(cls, prepared: Prepared, rank: LoadedRank) -> Loaded:
+        requests = ServedRequests.none(prepared.config, prepared.plan, rank)
+        return cls(prepared, rank, requests, Mailbox())
+
+    def connect(
+        self, rendezvous: AnyRendezvous, epoch: int, timeout_s: float, listener: socket | None
+    ) -> Connected:
         prepared = self.prepared
         communicator = connect(
-            rendezvous, prepared.dp_rank, prepared.config, prepared.device, listener
+            rendezvous, prepared.dp_rank, prepared.config, prepared.device, timeout_s, listener
         )
         prepared.flight.join(epoch, rendezvous.transport)
         return Connected(self, communicator, epoch)
 
     def describe(self, health: RankHealth) -> RankHealth:
-        health = self.prepared.describe(health)
-        return replace(health, bytes_read=self.rank.info.bytes_read, load_s=self.rank.load_s)
+        health, scheduler = self.prepared.describe(health), self.requests.scheduler
+        return replace(
+            health,
+            bytes_read=self.rank.info.bytes_read,
+            load_s=self.rank.load_s,
+            free_pages=scheduler.num_free_pages,
+            num_running=len(scheduler.running),
+            num_queued=len(scheduler.waiting) + self.mailbox.num_added,
+            error=self.mailbox.error or "",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +157,10 @@ class Connected:
         prepared, rank = self.loaded.prepared, self.loaded.rank
         config, plan = prepared.config, prepared.plan
         board, collective = self.communicator.board, self.communicator.collective
-        loop = assemble(config, plan, rank, board, collective, prepared.flight, self.epoch)
-        measured = profile(loop, rank) if prepared.device.type != "cpu" else None
+        served = self.loaded.requests
+        loop = assemble(config, plan, rank, board, collective, prepared.flight, self.epoch, served)
+        measures = prepared.device.type != "cpu" and self.epoch == 0
+        measured = profile(loop, rank) if measures else None
         graphs = None
         if plan.graphs:
             progress.state = RankState.CAPTURING
@@ -168,13 +191,20 @@ class Joined:
         graphs: GraphUse | None,
     ) -> None:
         self.connected, self.loop = connected, loop
-        self.mailbox = Mailbox()
         self._measured, self._graphs = measured, graphs
         self._dp_rank = connected.loaded.prepared.dp_rank
         self._thread = threading.Thread(
             target=self._run, name=f"dp-rank-{self._dp_rank}", daemon=True
         )
         self._thread.start()
+
+    @property
+    def requests(self) -> ServedRequests:
+        return self.connected.loaded.requests
+
+    @property
+    def mailbox(self) -> Mailbox:
+        return self.connected.loaded.mailbox
 
     def wake(self) -> None:
         self.connected.communicator.board.wake()
@@ -187,6 +217,21 @@ class Joined:
         if self._thread.is_alive():
             self.loop.coordinator.abort("it was told to stop")
             self._thread.join(STOP_S)
+        loaded = self._disconnected()
+        return Loaded.without_requests(loaded.prepared, loaded.rank)
+
+    def suspend(self, reason: str) -> Loaded:
+        """Leave the step where it is; RankFailed if it does not end within STOP_S."""
+        self.connected.abandon(reason)
+        self._thread.join(STOP_S)
+        if self._thread.is_alive():
+            raise RankFailed(f"rank {self._dp_rank} did not leave its step within {STOP_S:g} s")
+        loaded = self._disconnected()
+        loaded.requests.abandon_steps()
+        loaded.mailbox.recover()
+        return loaded
+
+    def _disconnected(self) -> Loaded:
         self.connected.communicator.close()
         if self.connected.loaded.prepared.owns_process:
             gc.unfreeze()  # the loop and its graphs are garbage now
@@ -195,19 +240,14 @@ class Joined:
     def describe(self, health: RankHealth) -> RankHealth:
         health, loop = self.connected.describe(health), self.loop
         step, since = loop.last_finished
-        scheduler = loop.scheduler
         assert health.memory is not None, "a rank that has joined has a plan"
         return replace(
             health,
             state=self._state,
             last_step=step,
             last_step_age_s=monotonic() - since,
-            free_pages=scheduler.num_free_pages,
-            num_running=len(scheduler.running),
-            num_queued=len(scheduler.waiting) + self.mailbox.num_added,
             graphs=self._graphs,
             memory=replace(health.memory, measured=self._measured),
-            error=self.mailbox.error or "",
         )
 
     @property
@@ -222,7 +262,10 @@ class Joined:
             torch.cuda.set_device(device)
         try:
             self.loop.run(self.mailbox.take, self.mailbox.deliver)
-        except CollectiveAborted as error:
-            self.mailbox.fail(str(error))  # it says which rank ended the step, and why
+        except CollectiveAborted as error:  # it says which rank ended the step, and why
+            self.mailbox.fail(str(error), at_fault=False)
+        except CollectiveTimeout as error:
+            self.mailbox.fail(f"rank {self._dp_rank}: {error}", at_fault=False)
         except Exception as error:
-            self.mailbox.fail(f"rank {self._dp_rank}: {type(error).__name__}: {error}")
+            text = f"rank {self._dp_rank}: {type(error).__name__}: {error}"
+            self.mailbox.fail(text, at_fault=True)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, InvalidStateError, wait
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -116,9 +116,10 @@ def start_ray(config: EngineConfig, deadline: float) -> WorkerGroup:
         config = with_absolute_paths(config)
         placement = place(config, deadline)
         undo.callback(_remove, placement, connection)
-        ranks = within(deadline, "create actors", lambda: _create(config, placement, connection))
+        launcher = RayLauncher(config, placement, connection, undo)
+        ranks = within(deadline, "create actors", launcher.launch_all)
         _wait_created(ranks, connection, deadline)
-        return WorkerGroup(config, ranks, undo.pop_all().close)
+        return WorkerGroup(config, replace(launcher, undo=undo.pop_all()), ranks)
 
 
 def with_absolute_paths(config: EngineConfig) -> EngineConfig:
@@ -189,27 +190,45 @@ def environment_of_ranks(driver: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in driver.items() if name.startswith(PASSED_ON)}
 
 
-def _create(config: EngineConfig, placement: Any, connection: RayConnection) -> list[RayRank]:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+@dataclass(frozen=True, eq=False)
+class RayLauncher:
+    """Creates actors in the bundles of a placement; a lost rank's successor gets the same one."""
 
-    gpu = config.device == "cuda"
-    environment = {} if connection.starts_cluster else packages_for_ranks()
-    if gpu and (variables := environment_of_ranks(os.environ)):
-        environment["env_vars"] = variables
-    search = search_path(connection.starts_cluster)
-    bundle, actor = placement.bundle_specs[0], actor_class()
-    ranks = []
-    for rank in range(config.dp_size):
-        options = actor.options(
+    config: EngineConfig
+    placement: Any
+    connection: RayConnection
+    undo: ExitStack
+
+    def launch(self, dp_rank: int) -> RayRank:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = self.placement.bundle_specs[0]
+        actor = actor_class().options(
             num_cpus=bundle.get("CPU", 0),
             num_gpus=bundle.get("GPU", 0),
             memory=bundle.get("memory"),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, rank),
-            runtime_env=environment or None,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, dp_rank),
+            runtime_env=self._environment or None,
         )
-        worker = pickle.dumps((RayWorker, (rank, config, "cuda:0" if gpu else "cpu")))
-        ranks.append(RayRank(rank, options.remote(*search, worker), connection))
-    return ranks
+        device = "cuda:0" if self.config.device == "cuda" else "cpu"
+        worker = pickle.dumps((RayWorker, (dp_rank, self.config, device)))
+        search = search_path(self.connection.starts_cluster)
+        return RayRank(dp_rank, actor.remote(*search, worker), self.connection)
+
+    def launch_all(self) -> list[RayRank]:
+        return [self.launch(dp_rank) for dp_rank in range(self.config.dp_size)]
+
+    def meeting(self) -> None: ...  # actors open one
+
+    def release(self) -> None:
+        self.undo.close()
+
+    @property
+    def _environment(self) -> dict[str, Any]:
+        environment = {} if self.connection.starts_cluster else packages_for_ranks()
+        if self.config.device == "cuda" and (variables := environment_of_ranks(os.environ)):
+            environment["env_vars"] = variables
+        return environment
 
 
 def _wait_created(ranks: Sequence[RayRank], connection: RayConnection, deadline: float) -> None:

@@ -21,7 +21,9 @@ from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.startup.host_limits import usable_cpus
 from workers.communicators import OpenedRendezvous, open_rendezvous
+from workers.mailbox import Mailbox
 from workers.messages import (
+    JOIN_S,
     Abandon,
     Abort,
     AnyRendezvous,
@@ -43,6 +45,7 @@ from workers.messages import (
     Rendezvous,
     Stop,
     Submit,
+    Suspend,
 )
 from workers.rank_stages import Connected, Joined, Loaded, Prepared, StartProgress
 
@@ -73,10 +76,12 @@ class Worker:
                 return self.load()
             case OpenRendezvous(transport, one_host):
                 return self.open_rendezvous(transport, one_host)
-            case Join(rendezvous, epoch):
-                return self.join(rendezvous, epoch)
+            case Join(rendezvous, epoch, timeout_s):
+                return self.join(rendezvous, epoch, timeout_s)
             case Leave():
                 return self.leave()
+            case Suspend(reason):
+                return self.suspend(reason)
             case Submit(requests):
                 return self.submit(requests)
             case Abort(request_ids):
@@ -121,13 +126,14 @@ class Worker:
         self._opened[opened.rendezvous.address] = opened
         return opened.rendezvous
 
-    def join(self, rendezvous: AnyRendezvous, epoch: int = 0) -> None:
+    def join(self, rendezvous: AnyRendezvous, epoch: int = 0, timeout_s: float = JOIN_S) -> None:
         loaded = self._stage
         assert isinstance(loaded, Loaded), "load comes before join, leave before joining again"
         opened = None
         if isinstance(rendezvous, Rendezvous):
             opened = self._opened.pop(rendezvous.address, None)
-        connected = loaded.connect(rendezvous, epoch, opened.listener if opened else None)
+        listener = opened.listener if opened else None
+        connected = loaded.connect(rendezvous, epoch, timeout_s, listener)
         self._stage = connected
         try:
             self._stage = connected.begin(self._progress)
@@ -141,19 +147,22 @@ class Worker:
             self._progress.state = RankState.READY
             self._stage = self._stage.leave()
 
+    def suspend(self, reason: str) -> None:
+        if isinstance(self._stage, Joined):
+            self._progress.state = RankState.READY
+            self._stage = self._stage.suspend(reason)
+
     def submit(self, requests: Sequence[RankRequest]) -> None:
-        joined = self._joined()
-        joined.mailbox.submit(requests)
-        joined.wake()
+        self._mailbox.submit(requests)
+        self._wake()
 
     def abort(self, request_ids: Sequence[int]) -> None:
         """End requests before the next step; ids that are done are ignored."""
-        joined = self._joined()
-        joined.mailbox.abort(request_ids)
-        joined.wake()
+        self._mailbox.abort(request_ids)
+        self._wake()
 
     def poll(self, timeout_s: float) -> Polled:
-        return self._joined().mailbox.poll(timeout_s)
+        return self._mailbox.poll(timeout_s)
 
     def health(self) -> RankHealth:
         health = RankHealth(
@@ -176,8 +185,8 @@ class Worker:
 
     def totals(self) -> Totals:
         match self._stage:
-            case Joined(loop=loop):
-                return loop.recorder.totals.copied()
+            case Loaded(requests=requests) | Joined(requests=requests):
+                return requests.recorder.totals.copied()
         return Totals(self.dp_rank)
 
     def export_metrics(self, requests: RequestTotals) -> None:
@@ -194,10 +203,18 @@ class Worker:
             case Joined() as joined:
                 joined.connected.abandon(reason)
 
-    def _joined(self) -> Joined:
-        stage = self._stage
-        assert isinstance(stage, Joined), f"rank {self.dp_rank} has not joined the others"
-        return stage
+    @property
+    def _mailbox(self) -> Mailbox:
+        match self._stage:
+            case Loaded(mailbox=mailbox) | Joined(mailbox=mailbox):
+                return mailbox
+            case Connected(loaded=loaded):
+                return loaded.mailbox
+        raise AssertionError(f"rank {self.dp_rank} has loaded nothing")
+
+    def _wake(self) -> None:
+        if isinstance(self._stage, Joined):  # else it reads its mail once it has joined
+            self._stage.wake()
 
     def _use_device(self) -> None:
         if self.device != "cpu":

@@ -1,67 +1,52 @@
-"""WorkerGroup: the ranks of an engine, through one small handle per rank."""
+"""WorkerGroup: the ranks of an engine, from their start to their end."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
-from typing import TypeVar
 
-from collectives.awake_clock import LOOK_EVERY_S, Deadline
-from collectives.shared_memory.rendezvous import remove_rendezvous
+from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import FailureListener, RankRequest, RequestUpdate, UpdateListener
-from dp_runtime.errors import RankFailed, StartError
+from dp_runtime.core.request import (
+    FailureListener,
+    LossListener,
+    RankRequest,
+    RequestUpdate,
+    UpdateListener,
+)
+from dp_runtime.errors import EngineClosed, RankFailed
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
-from workers.communicators import transport_of, where
-from workers.messages import (
-    Abandon,
-    Abort,
-    AnyRendezvous,
-    HostInfo,
-    Join,
-    Load,
-    Message,
-    OpenRendezvous,
-    Poll,
-    Prepare,
-    ReadHealth,
-    ReadTotals,
-    ReadTrace,
-    Rendezvous,
-    Stop,
-    Submit,
-)
+from workers.epochs import Epochs
+from workers.messages import Abandon, Abort, ReadHealth, ReadTotals, ReadTrace, Submit
+from workers.ranks import Launcher, RankHandle, Ranks
 from workers.supervision.at_exit import close_at_exit
 from workers.supervision.group_flight import GroupFlight, TakenFlight
-from workers.supervision.group_state import GroupState, Phase
+from workers.supervision.group_state import Evidence, GroupState, Phase
 from workers.supervision.interrupts import uninterrupted
+from workers.supervision.leaving import STOP_S, leave_together
 from workers.supervision.metrics_calls import MetricsCalls
-from workers.supervision.rank_calls import RankHandle, call_all
+from workers.supervision.poller import Poller
 from workers.supervision.reach import health_of, in_child
+from workers.supervision.recovery import Recovery
 from workers.supervision.start_progress import show_capture, show_loading
 from workers.supervision.watch import RankWatch, SilenceLimits, name_silent
 
 _log = logging.getLogger(__name__)
 
-POLL_S = 1.0
 STATUS_S = 5.0
-STOP_S = 12.0
-LEAVE_SILENCE_S = 2.0  # a rank that leaves answers meanwhile
 END_S = 20.0  # for another thread to end what it is closing
-
-Answer = TypeVar("Answer")
 
 
 class WorkerGroup:
-    """Starts ranks through handles, passes requests and outputs, watches them, ends them.
+    """Starts ranks, passes requests and outputs, watches ranks and has lost ones replaced.
 
     It belongs to the process that made it: in a forked child it answers nothing and ends nobody.
     """
@@ -69,27 +54,25 @@ class WorkerGroup:
     model: ModelInfo
 
     def __init__(
-        self,
-        config: EngineConfig,
-        handles: Sequence[RankHandle],
-        release: Callable[[], None],
-        rendezvous: AnyRendezvous | None = None,
+        self, config: EngineConfig, launcher: Launcher, handles: Sequence[RankHandle]
     ) -> None:
-        """Take over the handles; `rendezvous` is for ranks that can not open one themselves."""
         self._config = config
-        self._handles = handles
-        self.metrics = MetricsCalls(handles)
-        self._release = release
-        self._lock = threading.Lock()
-        self._state = GroupState(rendezvous=rendezvous)
-        self._pollers: list[threading.Thread] = []
+        self._ranks = Ranks(launcher, handles)
+        self._recovering: threading.Thread | None = None
+        self.metrics = MetricsCalls(self._ranks.seats)
+        self._lock = threading.RLock()  # an abort may come from the collection of garbage
+        self._state = GroupState()
+        self._pollers: list[Poller] = []
         self._watch: RankWatch | None = None
-        self._flight = GroupFlight(handles, config.flight_dump_dir)
+        self._flight = GroupFlight(self._ranks.seats, config.flight_dump_dir)
+        self._epochs = Epochs(config, self._ranks, self._why_not, self._flight.map_rings)
+        self._recovery = Recovery(config, self._ranks, self._epochs, self._lose, self._resume)
         self._on_progress: UpdateListener = lambda dp_rank, updates: None
         self._on_failure: FailureListener = lambda error: None
+        self._on_loss: LossListener = lambda dp_ranks, resume: resume({})
         self._failure: BaseException | None = None
         self._given_up = ""  # why the start, or the orderly end, is not waited for any more
-        self._ended = threading.Event()
+        self._over, self._ended = threading.Event(), threading.Event()
         self._owner = os.getpid()
         close_at_exit(self)
 
@@ -106,19 +89,18 @@ class WorkerGroup:
 
     def _start(self, show_progress: bool, timeout_s: float) -> None:
         try:
-            limits = SilenceLimits.while_starting(self._config)
-            watch = self._watch = RankWatch(self._handles, limits, self._give_up)
-            deadline = Deadline(timeout_s)
-            hosts = self._all(Prepare(), deadline)
-            self._flight.map_rings(hosts)
+            limits, seats = SilenceLimits.while_starting(self._config), self._ranks.seats
+            watch = RankWatch(seats, limits, lambda ranks, text: self._give_up(text))
+            self._watch, deadline = watch, Deadline(timeout_s)
+            self._check_owner()
+            self._epochs.prepare(seats, deadline)
             with ProgressBar("load", 0, "byte", show_progress) as bar:
-                infos = self._all(Load(), deadline, lambda: show_loading(bar, watch.healths))
-                self.model = infos[0]
-            rendezvous = self._meet(hosts, deadline)
+                show = lambda: show_loading(bar, watch.healths)  # noqa: E731
+                self.model = self._epochs.load(seats, deadline, show)[0]
             with ProgressBar("capture", 0, "graph", show_progress) as bar:
-                join = Join(rendezvous, self._state.epoch)
-                self._all(join, deadline, lambda: show_capture(bar, watch.healths))
-            watch.serve(SilenceLimits.while_serving(self._config), self._lose)
+                attach_s = self._config.start_timeout_s
+                self._epochs.begin(deadline, attach_s, lambda: show_capture(bar, watch.healths))
+            watch.serve(SilenceLimits.while_serving(self._config), self._notice)
             self._advance(Phase.SERVING)
         except BaseException:
             self._end()
@@ -131,56 +113,56 @@ class WorkerGroup:
     def _give_up(self, reason: str = "it was interrupted") -> None:
         self._given_up = self._given_up or reason
 
-    def _lose(self, silence: str) -> None:
-        self._fail(RankFailed(silence))
+    def _why_not(self) -> str:
+        if self._state.phase is Phase.CLOSED:
+            return "the engine is closed"
+        return self._given_up if self._state.phase is Phase.STARTING else ""
 
-    def _fail(self, error: BaseException) -> None:
-        if self._advance(Phase.FAILED):
-            taken = self._take_flight(str(error))
-            with self._lock:
-                self._failure, tell = error, self._on_failure
-            self._flight.write_later(taken)
-            tell(error)
-            for handle in self._handles:
-                handle.call(Abandon(str(error)))
-
-    def _take_flight(self, reason: str) -> TakenFlight:
-        return self._flight.take(reason, self._watch.silences_s if self._watch else ())
-
-    def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
+    def listen(
+        self, on_progress: UpdateListener, on_failure: FailureListener, on_loss: LossListener
+    ) -> None:
         with self._lock:
             self._on_progress, self._on_failure = on_progress, on_failure
+            self._on_loss = on_loss
             failure = self._failure
         if failure is not None:  # a rank was lost before anybody listened
             on_failure(failure)
-        for handle in self._handles:
-            thread = threading.Thread(target=self._poll, args=(handle,), daemon=True)
-            thread.start()
-            self._pollers.append(thread)
+        self._pollers += [
+            Poller(seat, on_progress, self._suspect, lambda: self._state.epoch, self._over)
+            for seat in self._ranks.seats
+        ]
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
+        """Give requests to a rank; one whose rank is lost waits for the engine's next answer."""
         self._check_owner()
-        submitted = self._handles[dp_rank].call(Submit(requests))
+        with self._lock:
+            if dp_rank in self._state.lost:
+                return
+            submitted = self._ranks.seats[dp_rank].call(Submit(requests))
         submitted.add_done_callback(lambda done: self._refused(dp_rank, requests, done))
 
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
         self._check_owner()
-        self._handles[dp_rank].call(Abort(request_ids))
+        with self._lock:
+            if dp_rank not in self._state.lost:
+                self._ranks.seats[dp_rank].call(Abort(request_ids))
 
     def health(self) -> tuple[RankHealth, ...]:
         if not self.belongs_here:
-            return tuple(in_child(handle.dp_rank, self._owner) for handle in self._handles)
-        futures = [handle.call(ReadHealth()) for handle in self._handles]
+            return tuple(in_child(seat.dp_rank, self._owner) for seat in self._ranks.seats)
+        futures = [seat.call(ReadHealth()) for seat in self._ranks.seats]
         wait(futures, STATUS_S)
         return tuple(health_of(rank, future) for rank, future in enumerate(futures))
 
     def trace(self) -> tuple[StepTrace, ...]:
-        ranks = self._all(ReadTrace(), Deadline(STATUS_S))
+        self._check_owner()
+        ranks = self._ranks.all(ReadTrace(), Deadline(STATUS_S))
         steps = [step for rank in ranks for step in rank]
         return tuple(sorted(steps, key=lambda step: (step.step_id, step.dp_rank)))
 
     def totals(self) -> tuple[Totals, ...]:
-        return tuple(self._all(ReadTotals(), Deadline(STATUS_S)))
+        self._check_owner()
+        return tuple(self._ranks.all(ReadTotals(), Deadline(STATUS_S)))
 
     def flight_record(self) -> FlightDump:
         self._check_owner()
@@ -193,25 +175,83 @@ class WorkerGroup:
 
     def close_now(self) -> None:
         """Close in this thread, which an interrupt may end halfway."""
-        before = self._state.phase
+        before = self._state
         if not self._advance(Phase.CLOSED):
             self._ended.wait(STOP_S + END_S)
             return
         try:
-            if before < Phase.FAILED:  # else there is no step that they could end together
-                self._leave_together()
+            if before.phase < Phase.FAILED and not before.recovering:
+                # else there is no step that they could end together
+                leave_together(self._ranks, self._watch, lambda: bool(self._given_up))
         finally:
             self._end()
 
-    def _leave_together(self) -> None:
-        """Let all ranks stop, unless one has ended or does not answer any more."""
-        leaving = [handle.call(Stop()) for handle in self._handles]
-        deadline = Deadline(STOP_S)
-        while deadline.left() > 0 and not self._given_up:
-            done, left = wait(leaving, LOOK_EVERY_S, FIRST_EXCEPTION)
-            lost = self._watch.silent(LEAVE_SILENCE_S) if self._watch else []
-            if not left or lost or any(future.exception() for future in done):
+    def _notice(self, dp_ranks: Sequence[int], text: str) -> None:
+        for dp_rank in dp_ranks:
+            self._suspect(Evidence(text, dp_rank), self._state.epoch)
+
+    def _suspect(self, evidence: Evidence, epoch: int) -> None:
+        """Take in evidence of a fault; the first of an epoch starts the recovery."""
+        with self._lock:
+            state = self._state
+            if state.phase is not Phase.SERVING or epoch != state.epoch:
                 return
+            self._recovery.note(evidence)
+            if state.recovering:
+                return
+            self._state = replace(state, recovering=True)
+            name = f"recover-epoch-{epoch}"
+            self._recovering = threading.Thread(
+                target=self._recover, args=(evidence,), name=name, daemon=True
+            )
+            self._recovering.start()
+
+    def _recover(self, evidence: Evidence) -> None:
+        self._flight.write_later(self._take_flight(evidence.text))
+        try:
+            self._recovery.run(self._silent)
+        except EngineClosed:
+            pass
+        except Exception as error:
+            self._fail(error if isinstance(error, RankFailed) else RankFailed(str(error)))
+
+    def _lose(self, dp_ranks: Collection[int]) -> None:
+        """What is submitted to these ranks from now on waits, as all their requests do."""
+        with self._lock:
+            self._state = replace(self._state, lost=self._state.lost | frozenset(dp_ranks))
+        if self._watch is not None:
+            self._watch.renew(dp_ranks)
+
+    def _resume(self) -> None:
+        """Begin the epoch in which all ranks step again with the requests of lost ones."""
+        with self._lock:
+            lost, tell = self._state.lost, self._on_loss
+
+        def resume(requests: dict[int, list[RankRequest]]) -> None:
+            with self._lock:
+                for dp_rank, some in requests.items():
+                    self._ranks.seats[dp_rank].call(Submit(some))
+                self._state = replace(
+                    self._state, epoch=self._epochs.number, recovering=False, lost=frozenset()
+                )
+
+        tell(lost, resume)
+
+    def _fail(self, error: BaseException) -> None:
+        if self._advance(Phase.FAILED):
+            with self._lock:
+                self._failure, tell = error, self._on_failure
+            tell(error)
+            for seat in self._ranks.seats:
+                seat.call(Abandon(str(error)))
+
+    def _take_flight(self, reason: str) -> TakenFlight:
+        return self._flight.take(reason, self._watch.silences_s if self._watch else ())
+
+    def _silent(self) -> str:
+        """Name the ranks that do not answer now."""
+        silent = self._watch.ask() if self._watch else []
+        return name_silent(silent) if silent else ""
 
     def _advance(self, phase: Phase) -> bool:
         """Enter a later phase; False if the group is in that phase, or a later one, already."""
@@ -225,52 +265,21 @@ class WorkerGroup:
         if not self.belongs_here:
             raise RankFailed(in_child(0, self._owner).error)
 
-    def _meet(self, hosts: Sequence[HostInfo], deadline: Deadline) -> AnyRendezvous:
-        if self._state.rendezvous is None:
-            one_host = len({host.host for host in hosts}) == 1
-            opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
-            rendezvous = self._all(opening, deadline, num_ranks=1)[0]
-            _log.info("ranks on %s meet over %s at %s", *where(hosts, rendezvous))
-            self._state = replace(self._state, rendezvous=rendezvous)
-        assert self._state.rendezvous is not None, "it was given, or opened just now"
-        return self._state.rendezvous
-
     def _end(self) -> None:
         self._advance(Phase.CLOSED)
+        self._over.set()
         if self._watch is not None:
             self._watch.end()
         self._flight.finish()
-        for handle in self._handles:
-            handle.kill()
+        self._ranks.kill()
         for poller in self._pollers:  # else the last user of the engine may be a daemon at exit
-            if poller is not threading.current_thread():
-                poller.join(POLL_S)
-        met = self._state.rendezvous
-        if isinstance(met, Rendezvous) and met.in_host_memory:
-            remove_rendezvous(met.address)  # a rank that was killed as it attached could not
-        self._release()
+            poller.join()
+        recovering = self._recovering
+        if recovering is not None and recovering is not threading.current_thread():
+            recovering.join(END_S)
+        self._epochs.forget_meeting()
+        self._ranks.launcher.release()
         self._ended.set()
-
-    def _poll(self, handle: RankHandle) -> None:
-        while self._state.phase is not Phase.CLOSED:
-            try:
-                polled = handle.call(Poll(POLL_S)).result()
-                if polled.progress:
-                    self._on_progress(handle.dp_rank, polled.progress)
-                if polled.error:
-                    self._fail(RankFailed(self._with_silent(polled.error)))
-                    return
-            except RankFailed as error:
-                self._fail(error)
-                return
-            except Exception as error:
-                self._fail(RankFailed(f"rank {handle.dp_rank}: {type(error).__name__}: {error}"))
-                return
-
-    def _with_silent(self, error: str) -> str:
-        """Name who does not answer before what another rank, which may be well, has noticed."""
-        silent = self._watch.ask() if self._watch else []
-        return f"{name_silent(silent)}; {error}" if silent else error
 
     def _refused(
         self, dp_rank: int, requests: Sequence[RankRequest], submitted: Future[None]
@@ -279,22 +288,7 @@ class WorkerGroup:
         error = submitted.exception()
         if error is not None and not isinstance(error, RankFailed):
             text = f"{type(error).__name__}: {error}"
-            updates = [RequestUpdate(one.request_id, 0, error=text) for one in requests]
+            updates = [
+                RequestUpdate(one.request_id, len(one.outputs), error=text) for one in requests
+            ]
             self._on_progress(dp_rank, updates)
-
-    def _all(
-        self,
-        message: Message[Answer],
-        deadline: Deadline,
-        show: Callable[[], None] = lambda: None,
-        num_ranks: int | None = None,
-    ) -> list[Answer]:
-        """Call all ranks, or the first ones, and stop waiting once the start is given up."""
-        self._check_owner()
-
-        def meanwhile() -> None:
-            if self._given_up and self._state.phase is Phase.STARTING:
-                raise StartError(f"{self._given_up} (during {message.name!r})")
-            show()
-
-        return call_all(self._handles[:num_ranks], message, deadline, meanwhile)

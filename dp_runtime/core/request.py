@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -108,3 +108,5 @@ class RequestOutput:
 
 UpdateListener = Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did
 FailureListener = Callable[[BaseException], None]
+Resume = Callable[[dict[int, list[RankRequest]]], None]  # what each rank begins or goes on with
+LossListener = Callable[[Collection[int], Resume], None]  # ranks that have lost their requests

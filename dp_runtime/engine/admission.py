@@ -54,6 +54,16 @@ class Admission:
             self._waiting.remove(turn)
             self._changed.notify_all()
 
+    def move(self, dp_rank: int, tokens: int, pinned: bool) -> int:
+        """Return the rank where a request that was on a lost one begins again."""
+        with self._changed:
+            self._ranks[dp_rank].requests -= 1
+            self._ranks[dp_rank].tokens -= tokens
+            rank = dp_rank if pinned else self._balancer.choose(self._ranks, tokens)
+            self._ranks[rank].requests += 1
+            self._ranks[rank].tokens += tokens
+            return rank
+
     def leave(self, dp_rank: int, tokens: int) -> None:
         with self._changed:
             self._ranks[dp_rank].requests -= 1

@@ -72,7 +72,7 @@ class AsyncRequestHandle:
     def abort(self) -> None:
         """End the request where it is; its result says `abort` unless it was already done."""
         if not self.done:
-            self._on_abort(self.dp_rank, self.request_id)
+            self._on_abort(self.request_id)
 
     async def next_delta(self) -> RequestDelta | None:
         """Return the next delta once there is one, None after the last; cancellation aborts."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import RequestUpdate
+from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
 from dp_runtime.engine.admission import Admission
 from dp_runtime.engine.busy_clock import BusyClock
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
@@ -30,8 +30,9 @@ from dp_runtime.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Delivery]], None]
-Abort = Callable[[int, int], None]  # dp_rank, request id
+Abort = Callable[[int], None]  # request id
 Sink = TypeVar("Sink", bound=OutputSink)
+MAX_REPLAYS = 3  # of a request, which may be what its ranks were lost of
 
 
 def deliver_here(deliveries: Sequence[Delivery]) -> None:
@@ -65,10 +66,13 @@ class EngineCore:
         self._admission = Admission(balancer, config.dp_size, config.max_queued_requests)
         self._outputs = OutputProcessor()
         self._lock = threading.Lock()
+        self._sending = threading.RLock()  # held from a request's log to its submission
         self._closed: BaseException | None = None
         self._clock = BusyClock()
         self._requests = [RequestTotals(rank) for rank in range(config.dp_size)]
-        self._group.listen(weakly(self._on_updates), weakly(self._on_failure))
+        self._group.listen(
+            weakly(self._on_updates), weakly(self._on_failure), weakly(self._on_loss)
+        )
         bind_lifetime(self, self._group)
         if config.launcher == "ray":
             export_periodically(self)
@@ -97,27 +101,32 @@ class EngineCore:
         tokens = new.request.num_reserved_tokens
         priority = new.request.params.priority
         rank = self._admission.enter(tokens, new.dp_rank, wait, priority)
-        try:
-            log = RequestLog(new.request, self._requests[rank], self.tokenizer)
-            sink = sink_of(log, self.abort)
-            with self._lock:
-                self.check_open()
-                self._outputs.add(log, sink)
-                self._clock.enter()
-        except BaseException:
-            self._admission.leave(rank, tokens)
-            raise
-        try:
-            self._group.submit(rank, [new.request])
-        except BaseException:
-            if self._outputs.remove(log.request_id):  # else it was counted as it ended
-                self._count_out(log)
-            raise
+        with self._sending:
+            try:
+                pinned = new.dp_rank is not None
+                log = RequestLog(new.request, self._requests[rank], self.tokenizer, pinned)
+                sink = sink_of(log, self.abort)
+                with self._lock:
+                    self.check_open()
+                    self._outputs.add(log, sink)
+                    self._clock.enter()
+            except BaseException:
+                self._admission.leave(rank, tokens)
+                raise
+            try:
+                self._group.submit(rank, [new.request])
+            except BaseException:
+                if self._outputs.remove(log.request_id):  # else it was counted as it ended
+                    self._count_out(log)
+                raise
         return sink
 
-    def abort(self, dp_rank: int, request_id: int) -> None:
-        if request_id in self._outputs:
-            self._group.abort(dp_rank, [request_id])
+    def abort(self, request_id: int) -> None:
+        log = self._outputs.get(request_id)
+        if log is not None:
+            with self._sending:
+                log.abort_asked = True
+                self._group.abort(log.dp_rank, [request_id])
 
     def step_trace(self) -> tuple[StepTrace, ...]:
         self.check_open()
@@ -161,7 +170,7 @@ class EngineCore:
 
     def disown(self, error: EngineInChild) -> None:
         self._closed = error
-        self._lock = threading.Lock()
+        self._lock, self._sending = threading.Lock(), threading.RLock()
         self._outputs.disown(error)
 
     def _on_updates(self, dp_rank: int, updates: Sequence[RequestUpdate]) -> None:
@@ -183,6 +192,23 @@ class EngineCore:
             self._clock.leave()
         self._admission.leave(log.dp_rank, log.request.num_reserved_tokens)
 
+    def _on_loss(self, dp_ranks: Collection[int], resume: Resume) -> None:
+        """Have all ranks go on with what lost ones had; nobody submits meanwhile."""
+        again: dict[int, list[RankRequest]] = {}
+        ended = []
+        with self._sending:
+            for log in self._outputs.of_ranks(dp_ranks):
+                if log.abort_asked or log.num_replays == MAX_REPLAYS:
+                    ended.append(_end_of(log))
+                    continue
+                tokens = log.request.num_reserved_tokens
+                rank = self._admission.move(log.dp_rank, tokens, log.pinned)
+                again.setdefault(rank, []).append(log.replay(self._requests[rank]))
+            resume(again)
+        num_again = sum(map(len, again.values()))
+        logger.warning("%d requests of lost ranks go on; %d have ended", num_again, len(ended))
+        self._on_updates(0, ended)
+
     def _on_failure(self, error: BaseException) -> None:
         logger.error("the engine has failed, and all its requests with it: %s", error)
         self._end(error)
@@ -194,3 +220,12 @@ class EngineCore:
         deliveries = self._outputs.fail_all(error)
         self._count_ended(deliveries)
         self._deliver(deliveries)
+
+
+def _end_of(log: RequestLog) -> RequestUpdate:
+    """What a request hears that no rank goes on with."""
+    count = len(log.token_ids)
+    if log.abort_asked:
+        return RequestUpdate(log.request_id, count, finish_reason=FinishReason.ABORT)
+    cause = f"{1 + log.num_replays} ranks were lost while they served it"
+    return RequestUpdate.failed(log.request_id, count, cause)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,8 +59,9 @@ class OutputProcessor:
         self._live: dict[int, tuple[RequestLog, OutputSink]] = {}
         self._lock = threading.Lock()  # of adding and removing
 
-    def __contains__(self, request_id: int) -> bool:
-        return request_id in self._live
+    def get(self, request_id: int) -> RequestLog | None:
+        live = self._live.get(request_id)
+        return None if live is None else live[0]
 
     def add(self, log: RequestLog, sink: OutputSink) -> None:
         with self._lock:
@@ -70,6 +71,11 @@ class OutputProcessor:
         """Return False if the request is not live any more."""
         with self._lock:
             return self._live.pop(request_id, None) is not None
+
+    def of_ranks(self, dp_ranks: Collection[int]) -> list[RequestLog]:
+        """Return the live requests of some ranks in the order of their arrival."""
+        with self._lock:
+            return [log for log, _ in self._live.values() if log.dp_rank in dp_ranks]
 
     def process(self, updates: Sequence[RequestUpdate]) -> list[Delivery]:
         """Apply what a rank reports; an error in one request ends that request and no other."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import FailureListener, RankRequest, UpdateListener
+from dp_runtime.core.request import FailureListener, LossListener, RankRequest, UpdateListener
 from dp_runtime.errors import StartError
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.request_totals import RequestTotals
@@ -36,8 +36,10 @@ class RankGroup(Protocol):
     @property
     def metrics(self) -> GroupMetrics: ...
 
-    def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
-        """Deliver outputs and the first failure from threads of the group."""
+    def listen(
+        self, on_progress: UpdateListener, on_failure: FailureListener, on_loss: LossListener
+    ) -> None:
+        """Deliver outputs, losses of ranks and the first failure from threads of the group."""
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None: ...
 

@@ -15,7 +15,7 @@ from dp_runtime.errors import fresh, require
 class RequestHandle:
     """A submitted request: wait for it, iterate over its deltas, or abort it."""
 
-    def __init__(self, log: RequestLog, on_abort: Callable[[int, int], None]) -> None:
+    def __init__(self, log: RequestLog, on_abort: Callable[[int], None]) -> None:
         self._log = log
         self._on_abort = on_abort
         self._deltas = DeltaQueue()
@@ -64,7 +64,7 @@ class RequestHandle:
 
     def abort(self) -> None:
         """End the request where it is; its result says `abort` unless it was already done."""
-        self._on_abort(self.dp_rank, self.request_id)
+        self._on_abort(self.request_id)
 
     def __iter__(self) -> Iterator[RequestDelta]:
         """Iterate over deltas as they come in; the last one has the finish reason."""

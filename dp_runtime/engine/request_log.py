@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from time import monotonic
 
 from dp_runtime.core.request import (
@@ -21,9 +22,16 @@ class RequestLog:
     """The request and every token delivered so far, which is all that a replay would need."""
 
     def __init__(
-        self, request: RankRequest, totals: RequestTotals, tokenizer: Tokenizer | None
+        self,
+        request: RankRequest,
+        totals: RequestTotals,
+        tokenizer: Tokenizer | None,
+        pinned: bool = False,
     ) -> None:
         self.request = request
+        self.pinned = pinned  # to its rank
+        self.abort_asked = False
+        self.num_replays = 0
         self.submitted_at = monotonic()
         self.token_ids: list[int] = []
         self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
@@ -64,6 +72,13 @@ class RequestLog:
             self.output = self._finished(reason, text.stop or update.stop_reason)
         shown_logprobs = None if self.request.params.logprobs is None else logprobs
         return RequestDelta(self.request_id, text.text, token_ids, reason, shown_logprobs)
+
+    def replay(self, totals: RequestTotals) -> RankRequest:
+        """Go on at another rank, or the same one's successor, after all that was delivered."""
+        self._totals = totals
+        self.num_replays += 1
+        num_scored = len(self.prompt_logprobs)
+        return replace(self.request, outputs=tuple(self.token_ids), num_scored=num_scored)
 
     def _arrive(self, count: int) -> None:
         now, first = monotonic(), not self.arrivals

@@ -25,7 +25,7 @@ from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
 from workers.messages import Call, Join, Load, Prepare, Rendezvous
-from workers.worker_group import STOP_S
+from workers.supervision.leaving import STOP_S
 
 
 @pytest.fixture(scope="module", params=["thread", "local"])

@@ -24,7 +24,7 @@ from dp_runtime.metrics.status import RankState
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, SHORT, TOLD_S, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
-from workers.worker_group import STOP_S
+from workers.supervision.leaving import STOP_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 

@@ -23,7 +23,7 @@ from dp_runtime import Engine, EngineConfig, TokensPrompt
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, engine
 from tests.workers.leftovers import left_overs, rank_processes, wait_until
-from workers.worker_group import STOP_S
+from workers.supervision.leaving import STOP_S
 
 
 @pytest.fixture

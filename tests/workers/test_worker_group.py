@@ -62,8 +62,18 @@ def group_of(*answers: dict[str, Any], **fields: Any) -> tuple[WorkerGroup, list
         FakeRank(rank, usual | {"readhealth": RankHealth(rank, RankState.LOADING)} | one)
         for rank, one in enumerate(answers)
     ]
-    config = EngineConfig("x", dp_size=len(ranks), **fields)
-    return WorkerGroup(config, ranks, lambda: released.append(True)), ranks
+    config = EngineConfig("x", dp_size=len(ranks), **{"max_recoveries": 0} | fields)
+    return WorkerGroup(config, FakeLauncher(), ranks), ranks
+
+
+class FakeLauncher:
+    def launch(self, dp_rank: int) -> FakeRank:
+        raise AssertionError("nobody is replaced")
+
+    def meeting(self) -> None: ...
+
+    def release(self) -> None:
+        released.append(True)
 
 
 released: list[bool] = []
@@ -108,7 +118,10 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
         failures.append(error)
         told.set()
 
-    group.listen(lambda rank, progress: None, on_failure)
+    met = Rendezvous("torch_distributed", "tcp://10.0.0.0:5000", "secret")
+    ranks[0].answers["openrendezvous"] = met
+    group.start(False, 5.0)
+    group.listen(lambda rank, progress: None, on_failure, lambda ranks, resume: None)
     assert told.wait(20)
     deadline = time.monotonic() + 20
     while not all("abandon" in rank.calls for rank in ranks) and time.monotonic() < deadline:
@@ -163,12 +176,12 @@ def test_other_ranks_meet_at_the_first_one(
     with caplog.at_level("INFO", "workers"):
         group.start(False, 5.0)
     names = ", ".join(sorted(set(hosts)))
-    said = f"ranks on {names} meet over torch_distributed at tcp://10.0.0.0:5000"
+    said = f"epoch 0: ranks on {names} meet over torch_distributed at tcp://10.0.0.0:5000"
     assert caplog.messages == [said]
     opened = [call for rank in ranks for call in rank.messages if isinstance(call, OpenRendezvous)]
     assert opened == [OpenRendezvous("torch_distributed", one_host=hosts == "aa")]
     joined = [call for rank in ranks for call in rank.messages if isinstance(call, Join)]
-    assert joined == [Join(met, epoch=0)] * 2
+    assert joined == [Join(met, epoch=0, timeout_s=5.0)] * 2
     assert "secret" not in repr(joined)
 
 

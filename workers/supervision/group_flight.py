@@ -9,7 +9,7 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from dp_runtime.flight.reading import read_ring
 from dp_runtime.flight.record import FlightDump, ProcessState, RankFlight, Source
 from dp_runtime.flight.recorder import without_foreign_text
 from workers.messages import HostInfo, ReadFlight
-from workers.supervision.rank_calls import RankHandle
+from workers.ranks import Seat
 
 ANSWER_S = 1.0  # for ranks whose ring can't be read from here
 WRITE_S = 10.0
@@ -65,41 +65,41 @@ class TakenFlight:
 class GroupFlight:
     """Takes flight records of a group's ranks, and writes one when the group fails."""
 
-    def __init__(self, handles: Sequence[RankHandle], directory: str | None) -> None:
-        self._handles, self._directory = handles, directory
-        self._hosts: Sequence[HostInfo] = ()
+    def __init__(self, seats: Sequence[Seat], directory: str | None) -> None:
+        self._seats, self._directory = seats, directory
+        self._hosts: dict[int, HostInfo] = {}
         self._maps: dict[int, mmap.mmap] = {}
-        self._writer: threading.Thread | None = None
+        self._writers: list[threading.Thread] = []
 
-    def map_rings(self, hosts: Sequence[HostInfo]) -> None:
-        """Map the rings of ranks that are processes of this host."""
-        self._hosts = hosts
-        for dp_rank, host in enumerate(hosts):
+    def map_rings(self, hosts: Mapping[int, HostInfo]) -> None:
+        """Map the rings of these ranks, as far as they are processes of this host."""
+        self._hosts |= hosts
+        for dp_rank, host in hosts.items():
+            self._maps.pop(dp_rank, None)
             if host.flight is not None and (memory := host.flight.map()) is not None:
                 self._maps[dp_rank] = memory
 
     def take(self, reason: str, silences_s: Sequence[float]) -> TakenFlight:
         rings = [
-            self._maps[handle.dp_rank][:]
-            if handle.dp_rank in self._maps
-            else handle.call(ReadFlight())
-            for handle in self._handles
+            self._maps[seat.dp_rank][:] if seat.dp_rank in self._maps else seat.call(ReadFlight())
+            for seat in self._seats
         ]
         silences_s = silences_s or (0.0,) * len(rings)
-        states = [_process_state(host) for host in self._hosts]
-        states += [ProcessState.UNKNOWN] * (len(rings) - len(states))
+        hosts = [self._hosts.get(seat.dp_rank) for seat in self._seats]
+        states = [_process_state(host) for host in hosts]
         reason = without_foreign_text(reason)
         return TakenFlight(reason, time_ns() // 1000, rings, states, silences_s)
 
     def write_later(self, taken: TakenFlight) -> None:
         """Write a file in a thread of its own, for which also the end of the program waits."""
-        self._writer = threading.Thread(target=self._write, args=(taken,), name="flight-record")
-        self._writer.start()
+        writer = threading.Thread(target=self._write, args=(taken,), name="flight-record")
+        self._writers.append(writer)
+        writer.start()
 
     def finish(self) -> None:
-        """Wait for the file; no rank may be killed before, as some may still answer."""
-        if self._writer is not None and self._writer is not threading.current_thread():
-            self._writer.join(WRITE_S)
+        """Wait for the files; no rank may be killed before, as some may still answer."""
+        for writer in self._writers:
+            writer.join(WRITE_S)
 
     def _write(self, taken: TakenFlight) -> None:
         dump = taken.read()
@@ -134,8 +134,8 @@ def new_dump_path(directory: str | None) -> Path:
     return Path(parent, f"flight-{at}-{os.getpid()}-{secrets.token_hex(3)}.jsonl")
 
 
-def _process_state(host: HostInfo) -> ProcessState:
-    if host.flight is None or host.flight.host != socket.gethostname():
+def _process_state(host: HostInfo | None) -> ProcessState:
+    if host is None or host.flight is None or host.flight.host != socket.gethostname():
         return ProcessState.UNKNOWN
     try:
         status = psutil.Process(host.flight.pid).status()

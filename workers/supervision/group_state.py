@@ -1,4 +1,4 @@
-"""GroupState: the phase of a group of ranks, which never goes back."""
+"""GroupState: the phase of a group of ranks, and who belongs to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ class Phase(IntEnum):
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What was seen of a fault; that alone changes no membership."""
+
+    text: str
+    dp_rank: int | None = None  # the rank at fault, where that is certain
+
+
+@dataclass(frozen=True)
 class GroupState:
+    """The phase never goes back. While an epoch ends, the ranks that it has lost are known."""
+
     phase: Phase = Phase.STARTING
     epoch: int = 0
     rendezvous: AnyRendezvous | None = None  # of the epoch
+    recovering: bool = False
+    lost: frozenset[int] = frozenset()  # whose requests wait for a new epoch

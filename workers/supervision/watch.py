@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +18,8 @@ RECENT_S = 3 * BEAT_S  # a rank that has answered since then is well
 MIN_SILENCE_S = 2.0  # a rank on a busy machine may take so long
 TOGETHER = 5  # times as long may all ranks be silent: they are paused, not lost
 ASK_S = 1.0
+
+OnSilence = Callable[[Sequence[int], str], None]
 
 
 class Answering(Protocol):
@@ -41,9 +43,9 @@ class SilenceLimits:
 
     @classmethod
     def while_serving(cls, config: EngineConfig) -> SilenceLimits:
-        """Allow longer than ranks wait for each other, who can say more of what they waited for."""
-        limit = max(config.step_timeout_s, MIN_SILENCE_S) + 2 * BEAT_S
-        return cls(limit, limit)
+        """Allow a process that takes another's place as long as at the start."""
+        later = max(config.hang_timeout_s, MIN_SILENCE_S) + BEAT_S
+        return cls(cls.while_starting(config).first, later)
 
 
 @dataclass(eq=False)
@@ -52,6 +54,10 @@ class _Pulse:
     answered_at: float
     question: Future[RankHealth] | None = None
     health: RankHealth | None = None
+    is_lost: bool = False  # and was reported
+
+    def begin(self, now: float) -> None:
+        self.answered_at, self.question, self.health, self.is_lost = now, None, None, False
 
     def beat(self, now: float) -> None:
         """Take in an answer, and ask again a while after it."""
@@ -71,7 +77,7 @@ class RankWatch:
         self,
         ranks: Sequence[Answering],
         limits: SilenceLimits,
-        on_silence: Callable[[str], None],
+        on_silence: OnSilence,
     ) -> None:
         self._judging = (limits, on_silence)
         self._clock = AwakeClock()
@@ -99,7 +105,12 @@ class RankWatch:
         pairs = zip(self._pulses, questions, strict=True)
         return [pulse.rank.dp_rank for pulse, question in pairs if not question.done()]
 
-    def serve(self, limits: SilenceLimits, on_silence: Callable[[str], None]) -> None:
+    def renew(self, dp_ranks: Collection[int]) -> None:
+        """Other processes take the place of these ranks."""
+        for dp_rank in dp_ranks:
+            self._pulses[dp_rank].begin(self._clock.now())
+
+    def serve(self, limits: SilenceLimits, on_silence: OnSilence) -> None:
         self._judging = (limits, on_silence)
 
     def end(self) -> None:
@@ -112,8 +123,10 @@ class RankWatch:
                 pulse.beat(self._now)
             limits, on_silence = self._judging
             if lost := self._lost(limits):
-                on_silence(_silence_of(lost, self._now))
-                return
+                for pulse in lost:
+                    pulse.is_lost = True
+                text = _silence_of(lost, self._now)
+                on_silence([pulse.rank.dp_rank for pulse in lost], text)
 
     def _lost(self, limits: SilenceLimits) -> list[_Pulse]:
         together = len(self._pulses) > 1 and len(self.silent()) == len(self._pulses)
@@ -121,7 +134,8 @@ class RankWatch:
         return [
             pulse
             for pulse in self._pulses
-            if self._now - pulse.answered_at
+            if not pulse.is_lost
+            and self._now - pulse.answered_at
             > factor * (limits.later if pulse.health else limits.first)
         ]
 

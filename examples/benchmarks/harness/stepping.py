@@ -46,6 +46,8 @@ TOKENS = (100, 150_000)  # keeps clear of special tokens
 IDS_A_RANK = 1_000_000
 QUIET = 2  # a rank asks twice at most while a step runs that is not recorded yet
 
+ATTACH_S = 300.0  # for the other ranks to load
+
 
 @dataclass(frozen=True)
 class Load:
@@ -166,7 +168,8 @@ class SteppedRank:
             builds.wait()
         kind = config.collective
         kind = ("peer_to_peer" if cuda else "shared_memory") if kind == "auto" else kind
-        self.links: Communicator = connect(Rendezvous(kind, directory), dp_rank, config, device)
+        meeting = Rendezvous(kind, directory)
+        self.links: Communicator = connect(meeting, dp_rank, config, device, ATTACH_S)
         board, collective = self.links.board, self.links.collective
         self.loop: StepLoop = assemble(
             config, plan, loaded, board, collective, new_flight(config, plan)

@@ -11,6 +11,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import (
     FailureListener,
     FinishReason,
+    LossListener,
     RankRequest,
     RequestUpdate,
     UpdateListener,
@@ -29,14 +30,17 @@ class FakeGroup:
     model = MODEL
     on_progress: UpdateListener
     on_failure: FailureListener
+    on_loss: LossListener
 
     def __init__(self) -> None:
         self.metrics = MetricsCalls([])
         self.taken: dict[int, tuple[int, RankRequest]] = {}  # by request id: rank and request
         self.refusal: BaseException | None = None  # raised by the next submit
 
-    def listen(self, on_progress: UpdateListener, on_failure: FailureListener) -> None:
-        self.on_progress, self.on_failure = on_progress, on_failure
+    def listen(
+        self, on_progress: UpdateListener, on_failure: FailureListener, on_loss: LossListener
+    ) -> None:
+        self.on_progress, self.on_failure, self.on_loss = on_progress, on_failure, on_loss
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
         refusal, self.refusal = self.refusal, None

@@ -1,0 +1,86 @@
+"""Epochs: how ranks come together, at the start and after a fault."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from collectives.awake_clock import Deadline
+from collectives.shared_memory.rendezvous import remove_rendezvous
+from dp_runtime.config import EngineConfig
+from dp_runtime.metrics.status import ModelInfo
+from workers.communicators import transport_of, where
+from workers.messages import (
+    AnyRendezvous,
+    HostInfo,
+    Join,
+    Load,
+    OpenRendezvous,
+    Prepare,
+    Rendezvous,
+)
+from workers.ranks import Ranks, Seat
+
+_log = logging.getLogger(__name__)
+
+
+def show_nothing() -> None: ...
+
+
+class Epochs:
+    """Prepares and loads ranks, and has all of them join each new epoch.
+
+    `why_not` says why none of this is waited for any more.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        ranks: Ranks,
+        why_not: Callable[[], str],
+        on_prepared: Callable[[Mapping[int, HostInfo]], None],
+    ) -> None:
+        self._config, self._ranks, self._why_not = config, ranks, why_not
+        self._on_prepared = on_prepared
+        self._hosts: dict[int, HostInfo] = {}
+        self._meeting: AnyRendezvous | None = None
+        self.number = -1
+
+    def prepare(self, seats: Sequence[Seat], deadline: Deadline) -> None:
+        hosts = self._ranks.all(Prepare(), deadline, seats=seats, why_not=self._why_not)
+        prepared = {seat.dp_rank: host for seat, host in zip(seats, hosts, strict=True)}
+        self._hosts |= prepared
+        self._on_prepared(prepared)
+
+    def load(
+        self, seats: Sequence[Seat], deadline: Deadline, show: Callable[[], None] = show_nothing
+    ) -> list[ModelInfo]:
+        return self._ranks.all(Load(), deadline, show, seats, self._why_not)
+
+    def begin(
+        self, deadline: Deadline, timeout_s: float, show: Callable[[], None] = show_nothing
+    ) -> None:
+        """Have all ranks join the next epoch, where nobody of the last one can be."""
+        self.number += 1
+        self._meeting = self._ranks.launcher.meeting() or self._open(deadline)
+        join = Join(self._meeting, self.number, timeout_s)
+        try:
+            self._ranks.all(join, deadline, show, why_not=self._why_not)
+        except BaseException:
+            self.forget_meeting()
+            raise
+
+    def forget_meeting(self) -> None:
+        """Remove what a rank that was killed as it attached could not."""
+        meeting = self._meeting
+        if isinstance(meeting, Rendezvous) and meeting.in_host_memory:
+            remove_rendezvous(meeting.address)
+
+    def _open(self, deadline: Deadline) -> Rendezvous:
+        hosts = [self._hosts[dp_rank] for dp_rank in sorted(self._hosts)]
+        one_host = len({host.host for host in hosts}) == 1
+        opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
+        first = self._ranks.seats[:1]
+        (meeting,) = self._ranks.all(opening, deadline, seats=first, why_not=self._why_not)
+        _log.info("epoch %d: ranks on %s meet over %s at %s", self.number, *where(hosts, meeting))
+        return meeting

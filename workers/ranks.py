@@ -1,0 +1,113 @@
+"""Ranks: the handles of an engine's ranks, and messages to several of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Protocol, TypeVar
+
+from collectives.awake_clock import LOOK_EVERY_S, Deadline
+from dp_runtime.errors import EngineClosed, StartError
+from workers.messages import InProcessRendezvous, Message
+from workers.start_errors import raise_failures
+
+TOGETHER_S = 1.0  # for ranks with the same trouble to be named together
+
+Sent = TypeVar("Sent")
+
+
+class RankHandle(Protocol):
+    dp_rank: int
+
+    def call(self, message: Message[Sent]) -> Future[Sent]:
+        """Send a message; its answer, or RankFailed if the rank's process ends first."""
+
+    def kill(self) -> None:
+        """End the rank at once; callable more than once."""
+
+
+class Launcher(Protocol):
+    """Makes the ranks of one engine, whatever kind of process they are."""
+
+    def launch(self, dp_rank: int) -> RankHandle:
+        """Start a rank, in the place of the one that had this number before."""
+
+    def meeting(self) -> InProcessRendezvous | None:
+        """Return a new place to meet, if ranks can not open one themselves."""
+
+    def release(self) -> None:
+        """Give back what the ranks ran on, once all of them have ended."""
+
+
+class Seat:
+    """A rank's number, which another process has once the one before is lost."""
+
+    def __init__(self, handle: RankHandle) -> None:
+        self.dp_rank = handle.dp_rank
+        self.handle = handle
+        self._handing_over = threading.Lock()
+
+    def take_over(self, handle: RankHandle) -> None:
+        with self._handing_over:
+            self.handle = handle
+
+    def if_held(self, handle: RankHandle, act: Callable[[], None]) -> None:
+        """Do what a handle has news for, unless another has taken over."""
+        with self._handing_over:
+            if self.handle is handle:
+                act()
+
+    def call(self, message: Message[Sent]) -> Future[Sent]:
+        return self.handle.call(message)
+
+
+class Ranks:
+    """The seats of an engine's ranks."""
+
+    def __init__(self, launcher: Launcher, handles: Sequence[RankHandle]) -> None:
+        self.launcher = launcher
+        self.seats = [Seat(handle) for handle in handles]
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def replace(self, seats: Sequence[Seat]) -> None:
+        """End who sits there and start others, unless the engine is closing."""
+        with ThreadPoolExecutor(len(seats)) as pool:  # a device may hold a process for a while
+            list(pool.map(lambda seat: seat.handle.kill(), seats))
+        for seat in seats:
+            with self._lock:
+                if self._closed:
+                    raise EngineClosed("the engine is closed")
+                seat.take_over(self.launcher.launch(seat.dp_rank))
+
+    def kill(self) -> None:
+        """End all ranks, and let none be started any more."""
+        with self._lock:
+            self._closed = True
+        for seat in self.seats:
+            seat.handle.kill()
+
+    def all(
+        self,
+        message: Message[Sent],
+        deadline: Deadline,
+        show: Callable[[], None] = lambda: None,
+        seats: Sequence[Seat] = (),
+        why_not: Callable[[], str] = lambda: "",
+    ) -> list[Sent]:
+        """Send a message to ranks; the first failures are one error that names them.
+
+        `why_not` says why the answers are not waited for any more.
+        """
+        futures = [seat.call(message) for seat in seats or self.seats]
+        while not all(future.done() for future in futures) and deadline.left() > 0:
+            done, _ = wait(futures, LOOK_EVERY_S, FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
+                wait(futures, TOGETHER_S)
+                break
+            if reason := why_not():
+                raise StartError(f"{reason} (during {message.name!r})")
+            show()
+        raise_failures(message.name, futures)
+        return [future.result() for future in futures]

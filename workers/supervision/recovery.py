@@ -1,0 +1,136 @@
+"""Recovery: from evidence of a fault to a new epoch with all ranks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Collection
+from concurrent.futures import wait
+from dataclasses import dataclass
+from time import monotonic
+
+from collectives.awake_clock import Deadline
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import EngineClosed, RankFailed, StartError
+from workers.epochs import Epochs
+from workers.messages import Abandon, Suspend
+from workers.ranks import Ranks, Seat
+from workers.supervision.group_state import Evidence
+
+_log = logging.getLogger(__name__)
+
+WINDOW_S = 60.0  # in which max_recoveries are counted
+SUSPEND_S = 6.0  # for a rank to leave its step
+JOIN_S = 30.0  # for ranks that have loaded to meet
+PAUSE_S = 0.2  # before the second attempt, doubled for each that follows
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One line of the history."""
+
+    at: float
+    dp_ranks: tuple[int, ...]
+    text: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"ranks {list(self.dp_ranks)} ({self.text}), in {self.seconds:.1f} s"
+
+
+class Recovery:
+    """Replaces lost ranks; the others keep weights, pages and requests.
+
+    `on_lost` hears who is lost before they are replaced, `on_begun` once all ranks step again.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        ranks: Ranks,
+        epochs: Epochs,
+        on_lost: Callable[[Collection[int]], None],
+        on_begun: Callable[[], None],
+    ) -> None:
+        self._config, self._ranks, self._epochs = config, ranks, epochs
+        self._on_lost, self._on_begun = on_lost, on_begun
+        self._lock = threading.Lock()
+        self._evidence: list[Evidence] = []
+        self._history: deque[Recovered] = deque()
+
+    def note(self, evidence: Evidence) -> None:
+        with self._lock:
+            self._evidence.append(evidence)
+
+    def run(self, who_is_silent: Callable[[], str]) -> None:
+        """Begin the next epoch; RankFailed, with the history, if that does not succeed.
+
+        Who does not answer is named before what another rank, which may be well, has noticed.
+        """
+        started, lost, tried = monotonic(), set[int](), 0
+        evidence = self._evidence[0]
+        silent = who_is_silent() if evidence.dp_rank is None else ""
+        first = f"{silent}; {evidence.text}" if silent else evidence.text
+        while True:
+            self._check_history(started, first, tried)
+            missing = self._suspend_all()
+            lost |= missing
+            self._on_lost(missing)
+            try:
+                self._begin_epoch([self._ranks.seats[dp_rank] for dp_rank in sorted(missing)])
+                break
+            except EngineClosed:
+                raise
+            except (StartError, RankFailed, ValueError, OSError) as error:
+                _log.warning("recovery: %s", error)
+                threading.Event().wait(PAUSE_S * 2**tried)
+                tried += 1
+        self._forget_evidence()  # of who was replaced; a poller tells of others again
+        self._on_begun()
+        done = Recovered(started, tuple(sorted(lost)), first, monotonic() - started)
+        self._history.append(done)
+        _log.warning("recovered: epoch %d after the loss of %s", self._epochs.number, done)
+
+    def _forget_evidence(self) -> list[Evidence]:
+        with self._lock:
+            evidence, self._evidence = self._evidence, []
+            return evidence
+
+    def _check_history(self, now: float, text: str, tried: int) -> None:
+        while self._history and now - self._history[0].at > WINDOW_S:
+            self._history.popleft()
+        limit = self._config.max_recoveries
+        if len(self._history) + tried < limit:
+            return
+        before = "; ".join(map(str, self._history))
+        since = f"; recovered within {WINDOW_S:g} s before: {before}" if before else ""
+        failed = f"; {tried} attempts to replace ranks failed" if tried else ""
+        raise RankFailed(text + failed + since)
+
+    def _suspend_all(self) -> set[int]:
+        """Have all ranks leave the step, and return those that can not."""
+        evidence = self._forget_evidence()
+        reason = evidence[0].text if evidence else "a rank could not be replaced"
+        lost = {one.dp_rank for one in evidence if one.dp_rank is not None}
+        for seat in self._ranks.seats:
+            seat.call(Abandon(reason))
+        asked = [
+            (seat, seat.call(Suspend(reason)))
+            for seat in self._ranks.seats
+            if seat.dp_rank not in lost
+        ]
+        wait([future for _, future in asked], SUSPEND_S)
+        noticed = self._forget_evidence()  # meanwhile
+        lost |= {one.dp_rank for one in noticed if one.dp_rank is not None}
+        return lost | {
+            seat.dp_rank for seat, future in asked if not future.done() or future.exception()
+        }
+
+    def _begin_epoch(self, seats: list[Seat]) -> None:
+        deadline = Deadline(self._config.start_timeout_s)
+        if seats:
+            self._ranks.replace(seats)
+            self._epochs.prepare(seats, deadline)
+            self._epochs.load(seats, deadline)
+        self._epochs.begin(deadline, JOIN_S)
