@@ -20,8 +20,9 @@ SHORT = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 
 def engine(model: Path, launcher: str, dp_size: int = 2, **fields: Any) -> Engine:
-    """An engine whose page pools hold one endless request each."""
-    fields = {"max_num_requests": 4, "num_pages": 1100, "torch_threads": 1} | fields
+    """An engine whose page pools hold one endless request each, and which replaces no rank."""
+    own = {"max_num_requests": 4, "num_pages": 1100, "torch_threads": 1, "max_recoveries": 0}
+    fields = own | {"hang_timeout_s": fields.get("step_timeout_s", 5.0)} | fields
     return Engine(EngineConfig(str(model), dp_size=dp_size, launcher=launcher, **fields))
 
 

@@ -129,8 +129,6 @@ def test_a_rank_that_left_joins_again_without_loading(worker: Worker) -> None:
         assert (health.state, health.last_step) == (RankState.READY, -1)
         assert (health.bytes_read, health.load_s) == (loaded.bytes_read, loaded.load_s)
         assert worker.trace() == ()
-        with pytest.raises(AssertionError, match="rank 0 has not joined"):
-            worker.submit([request])
     assert tokens[0] == tokens[1]
     assert len(tokens[0]) == 8
     worker.leave()  # once more changes nothing

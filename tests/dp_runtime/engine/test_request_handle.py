@@ -22,8 +22,8 @@ class Served:
         params = SamplingParams(max_tokens=1000, logprobs=logprobs)
         request = RankRequest(request_id, (1, 2), params, 0, frozenset())
         self.log = RequestLog(request, RequestTotals(1), None)
-        self.aborted: list[tuple[int, int]] = []
-        self.handle = RequestHandle(self.log, lambda *which: self.aborted.append(which))
+        self.aborted: list[int] = []
+        self.handle = RequestHandle(self.log, self.aborted.append)
         self.processor = OutputProcessor()
         self.processor.add(self.log, self.handle)
 
@@ -127,7 +127,7 @@ def test_a_stream_that_is_dropped_aborts_its_request_even_if_it_was_never_begun(
     stream = RequestStream(served.handle)
     assert served.aborted == []
     del stream
-    assert served.aborted == [(1, 5)]
+    assert served.aborted == [5]
 
 
 def test_a_batch_with_several_updates_of_a_request_ends_it_once() -> None:

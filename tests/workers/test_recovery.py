@@ -1,0 +1,193 @@
+"""Ranks are killed, stopped and fail by themselves: no request is lost, and no token changes."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dp_runtime import Engine, EngineConfig, RequestHandle, RequestOutput, SamplingParams
+from dp_runtime.core.request import FinishReason
+from dp_runtime.errors import RankFailed
+from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.serving import check_pages_free
+from tests.workers.leftovers import wait_until
+from tests.workers.test_watch import nothing_left
+
+WAIT_S = 90.0
+NUM_REQUESTS = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("recovery")))
+
+
+def load(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    draw = random.Random(seed)
+    prompts = [[draw.randrange(3, 190) for _ in range(draw.randrange(1, 60))] for _ in range(40)]
+    drawn: dict[str, Any] = {"temperature": 0.9, "top_k": 30, "frequency_penalty": 0.3}
+    greedy: dict[str, Any] = {"temperature": 0.0}
+    params = [
+        SamplingParams(
+            max_tokens=draw.randrange(20, 90), ignore_eos=True, seed=index,
+            logprobs=2 if index % 5 == 0 else None,
+            prompt_logprobs=1 if index % 7 == 0 else None,
+            **(greedy if index % 2 else drawn),
+        )
+        for index in range(NUM_REQUESTS)
+    ]  # fmt: skip
+    return prompts, params
+
+
+def served(engine: Engine, seed: int, disturb: Callable[[], None]) -> list[RequestOutput]:
+    """Serve a load, disturb it in its midst, and check what streams delivered."""
+    prompts, params = load(seed)
+    handles = [engine.submit(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+    next(iter(handles[0]))
+    disturb()
+    outputs = []
+    for handle in handles:
+        tokens = [token for delta in handle for token in delta.token_ids]
+        output = handle.result(WAIT_S)
+        assert list(output.token_ids[-len(tokens) :]) == tokens, "each token comes once"
+        if output.logprobs is not None:
+            assert [entry.token_id for entry in output.logprobs] == list(output.token_ids)
+        if output.prompt_logprobs is not None:
+            assert len(output.prompt_logprobs) == len(output.prompt_token_ids) - 1
+        outputs.append(output)
+    return outputs
+
+
+def alike(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in outputs]
+
+
+def recovering(model: Path, launcher: str, **fields: Any) -> Engine:
+    own = {"dp_size": 3, "torch_threads": 1, "max_model_len": 256, "hang_timeout_s": 2.0}
+    return Engine(EngineConfig(str(model), launcher=launcher, **own | fields))
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_a_killed_rank_costs_no_request(model: Path, num_drafts: int) -> None:
+    draw = random.Random(num_drafts)
+    with (
+        nothing_left(),
+        recovering(model, "local", speculative_num_steps=num_drafts) as engine,
+    ):
+        expected = alike(served(engine, 1, lambda: None))
+        for epoch in (1, 2):
+            victims = draw.sample([rank.pid for rank in engine.health()], epoch)
+            assert alike(served(engine, 1, partial(kill, victims))) == expected
+            assert {rank.epoch for rank in engine.health()} == {epoch}
+            check_pages_free(engine)
+        assert engine.report().requests == 3 * NUM_REQUESTS
+
+
+def test_a_stopped_rank_is_replaced_and_disturbs_nobody_later(model: Path) -> None:
+    with nothing_left(), recovering(model, "local") as engine:
+        expected = alike(served(engine, 2, lambda: None))
+        pid = engine.health()[1].pid
+        assert alike(served(engine, 2, lambda: os.kill(pid, signal.SIGSTOP))) == expected
+        assert engine.health()[1].pid != pid
+        check_pages_free(engine)
+
+
+def test_an_idle_engine_replaces_a_rank_too(model: Path) -> None:
+    with nothing_left(), recovering(model, "local") as engine:
+        expected = alike(served(engine, 3, lambda: None))
+        os.kill(engine.health()[0].pid, signal.SIGKILL)
+        wait_until(lambda: {rank.epoch for rank in engine.health()} == {1}, "recovered", WAIT_S)
+        assert alike(served(engine, 3, lambda: None)) == expected
+
+
+def test_what_is_submitted_and_aborted_meanwhile_is_seen_to(model: Path) -> None:
+    with nothing_left(), recovering(model, "local") as engine:
+        endless = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
+        expected = engine.generate([[5, 6, 7]], endless)[0].token_ids
+        doomed = [engine.submit([4, 5], endless, dp_rank=rank) for rank in range(3)]
+        next(iter(doomed[1]))
+        os.kill(engine.health()[1].pid, signal.SIGKILL)
+        for handle in doomed:
+            handle.abort()
+        added: list[RequestHandle] = []
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            added.append(engine.submit([5, 6, 7], endless, dp_rank=len(added) % 3))
+            time.sleep(0.03)
+        assert {handle.result(WAIT_S).token_ids for handle in added} == {expected}
+        reasons = {handle.result(WAIT_S).finish_reason for handle in doomed}
+        assert reasons <= {FinishReason.ABORT, FinishReason.LENGTH}
+        check_pages_free(engine)
+
+
+@pytest.fixture
+def faulty() -> Iterator[threading.Event]:
+    """Once set, the next step of some rank raises, of one engine's thread ranks."""
+    armed = threading.Event()
+    from dp_runtime.runner.step_runner import StepRunner
+
+    original = StepRunner.run
+
+    def run(self: StepRunner, scheduled: Any, agreement: Any) -> Any:
+        if armed.is_set() and scheduled.req_indices.size:
+            armed.clear()
+            raise RuntimeError("the fault of a test")
+        return original(self, scheduled, agreement)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepRunner, "run", run)
+        yield armed
+
+
+def test_a_rank_that_raises_is_replaced(model: Path, faulty: threading.Event) -> None:
+    with recovering(model, "thread") as engine:
+        expected = alike(served(engine, 4, lambda: None))
+        assert alike(served(engine, 4, faulty.set)) == expected
+        assert {rank.epoch for rank in engine.health()} == {1}
+        check_pages_free(engine)
+
+
+def test_faults_without_end_end_the_engine_with_their_history(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dp_runtime.engine.core.MAX_REPLAYS", 100)
+    with nothing_left(), recovering(model, "local", max_recoveries=2) as engine:
+        endless = SamplingParams(max_tokens=250, ignore_eos=True)
+        handles = [engine.submit([1, 2], endless) for _ in range(30)]
+        for epoch in range(3):
+            ready = lambda due=epoch: {rank.epoch for rank in engine.health()} == {due}  # noqa: E731
+            wait_until(ready, f"epoch {epoch}", WAIT_S)
+            os.kill(engine.health()[2].pid, signal.SIGKILL)
+        text = r"recovered within 60 s before: ranks \[2\]"
+        wait_until(lambda: engine._core._closed is not None, "the end", WAIT_S)
+        with pytest.raises(RankFailed, match=text):
+            engine.generate([[1]])
+        assert all(handle.done for handle in handles)
+
+
+def test_a_request_that_its_ranks_are_lost_of_fails_alone(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dp_runtime.engine.core.MAX_REPLAYS", 0)
+    with recovering(model, "local") as engine:
+        endless = SamplingParams(max_tokens=200, ignore_eos=True)
+        lost, kept = (engine.submit([1, 2], endless, dp_rank=rank) for rank in (1, 0))
+        next(iter(lost))
+        os.kill(engine.health()[1].pid, signal.SIGKILL)
+        with pytest.raises(Exception, match="1 ranks were lost while they served it"):
+            lost.result(WAIT_S)
+        assert len(kept.result(WAIT_S).token_ids) == 200
