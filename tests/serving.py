@@ -91,7 +91,7 @@ def check_pages_free(engine: Engine | AsyncEngine) -> None:
 
 def joined_ranks(engine: Engine) -> list[Joined]:
     group: Any = engine._core._group
-    stages = [handle.worker._stage for handle in group._handles]
+    stages = [seat.handle.worker._stage for seat in group._ranks.seats]
     assert all(isinstance(stage, Joined) for stage in stages), stages
     return stages
 

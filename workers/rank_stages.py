@@ -265,7 +265,8 @@ class Joined:
         except CollectiveAborted as error:  # it says which rank ended the step, and why
             self.mailbox.fail(str(error), at_fault=False)
         except CollectiveTimeout as error:
-            self.mailbox.fail(f"rank {self._dp_rank}: {error}", at_fault=False)
+            text = f"rank {self._dp_rank}: {type(error).__name__}: {error}"
+            self.mailbox.fail(text, at_fault=False)
         except Exception as error:
             text = f"rank {self._dp_rank}: {type(error).__name__}: {error}"
             self.mailbox.fail(text, at_fault=True)

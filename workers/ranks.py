@@ -17,12 +17,14 @@ TOGETHER_S = 1.0  # for ranks with the same trouble to be named together
 Sent = TypeVar("Sent")
 
 
-class RankHandle(Protocol):
+class Rank(Protocol):
     dp_rank: int
 
     def call(self, message: Message[Sent]) -> Future[Sent]:
         """Send a message; its answer, or RankFailed if the rank's process ends first."""
 
+
+class RankHandle(Rank, Protocol):
     def kill(self) -> None:
         """End the rank at once; callable more than once."""
 

@@ -24,10 +24,10 @@ from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
-from workers.epochs import Epochs
 from workers.messages import Abandon, Abort, ReadHealth, ReadTotals, ReadTrace, Submit
 from workers.ranks import Launcher, RankHandle, Ranks
 from workers.supervision.at_exit import close_at_exit
+from workers.supervision.epochs import Epochs
 from workers.supervision.group_flight import GroupFlight, TakenFlight
 from workers.supervision.group_state import Evidence, GroupState, Phase
 from workers.supervision.interrupts import uninterrupted
@@ -207,9 +207,10 @@ class WorkerGroup:
             self._recovering.start()
 
     def _recover(self, evidence: Evidence) -> None:
-        self._flight.write_later(self._take_flight(evidence.text))
+        text = self._told(evidence)
+        self._flight.write_later(self._take_flight(text))
         try:
-            self._recovery.run(self._silent)
+            self._recovery.run(text)
         except EngineClosed:
             pass
         except Exception as error:
@@ -248,10 +249,12 @@ class WorkerGroup:
     def _take_flight(self, reason: str) -> TakenFlight:
         return self._flight.take(reason, self._watch.silences_s if self._watch else ())
 
-    def _silent(self) -> str:
-        """Name the ranks that do not answer now."""
-        silent = self._watch.ask() if self._watch else []
-        return name_silent(silent) if silent else ""
+    def _told(self, evidence: Evidence) -> str:
+        """Name who does not answer before what another rank, which may be well, has noticed."""
+        if evidence.dp_rank is not None or self._watch is None:
+            return evidence.text
+        silent = self._watch.ask()
+        return f"{name_silent(silent)}; {evidence.text}" if silent else evidence.text
 
     def _advance(self, phase: Phase) -> bool:
         """Enter a later phase; False if the group is in that phase, or a later one, already."""

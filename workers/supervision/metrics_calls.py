@@ -13,13 +13,13 @@ from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
 from workers.messages import ExportMetrics, ReadMetrics
-from workers.supervision.rank_calls import RankHandle
+from workers.ranks import Rank
 
 
 class MetricsCalls:
     """Has at most one call of each kind open at a rank, and remembers what each last answered."""
 
-    def __init__(self, ranks: Sequence[RankHandle]) -> None:
+    def __init__(self, ranks: Sequence[Rank]) -> None:
         self._ranks = ranks
         self._known = [_Known(rank) for rank in ranks]
         self._exports: dict[int, Future[None]] = {}
@@ -41,7 +41,7 @@ class MetricsCalls:
 
 
 class _Known:
-    def __init__(self, rank: RankHandle) -> None:
+    def __init__(self, rank: Rank) -> None:
         self._rank = rank
         self._question: Future[RankMetrics] | None = None
         self._last = RankMetrics(

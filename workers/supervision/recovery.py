@@ -13,9 +13,9 @@ from time import monotonic
 from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
-from workers.epochs import Epochs
 from workers.messages import Abandon, Suspend
 from workers.ranks import Ranks, Seat
+from workers.supervision.epochs import Epochs
 from workers.supervision.group_state import Evidence
 
 _log = logging.getLogger(__name__)
@@ -63,15 +63,12 @@ class Recovery:
         with self._lock:
             self._evidence.append(evidence)
 
-    def run(self, who_is_silent: Callable[[], str]) -> None:
+    def run(self, first: str) -> None:
         """Begin the next epoch; RankFailed, with the history, if that does not succeed.
 
-        Who does not answer is named before what another rank, which may be well, has noticed.
+        first: the text of the evidence that this began with.
         """
         started, lost, tried = monotonic(), set[int](), 0
-        evidence = self._evidence[0]
-        silent = who_is_silent() if evidence.dp_rank is None else ""
-        first = f"{silent}; {evidence.text}" if silent else evidence.text
         while True:
             self._check_history(started, first, tried)
             missing = self._suspend_all()
