@@ -15,11 +15,15 @@ from dp_runtime.server.errors import as_api_error
 
 DONE = b"data: [DONE]\n\n"
 Content = Mapping[str, Any]
+MANY_ENTRIES = 100_000
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def as_json(content: Content) -> bytes:
+def as_json(content: Content, num_entries: int = 0) -> bytes:
     """Encode a body; half of a surrogate pair, which no JSON text may have, becomes `?`."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # `encode` would hold Python's lock, and with it every other thread, until all is done.
+    many = num_entries > MANY_ENTRIES
+    text = "".join(ENCODER.iterencode(content)) if many else ENCODER.encode(content)
     return text.encode(errors="replace")
 
 
@@ -60,14 +64,14 @@ class JsonAnswer(Answer):
 
     media_type = "application/json"
 
-    def __init__(self, body: Callable[[], Coroutine[Any, Any, Content]], client: Client) -> None:
+    def __init__(self, body: Callable[[], Coroutine[Any, Any, bytes]], client: Client) -> None:
         super().__init__(client)
         self._body = body
 
     async def send_to(self, send: Send) -> None:
         status, headers = 200, self.raw_headers
         try:
-            body = as_json(await self._body())
+            body = await self._body()
         except Exception as error:
             response = as_api_error(error).response()
             status, headers = response.status_code, response.raw_headers
@@ -81,7 +85,7 @@ class EventStream(Answer):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[Content], client: Client) -> None:
+    def __init__(self, events: AsyncIterator[bytes], client: Client) -> None:
         super().__init__(client)
         self.headers["cache-control"] = "no-cache"
         self._events = events
@@ -89,15 +93,15 @@ class EventStream(Answer):
     async def send_to(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for content in self._events:
-                await send(_chunk(_event(content)))
+            async for event in self._events:
+                await send(_chunk(_event(event)))
         except Exception as error:
-            await send(_chunk(_event(as_api_error(error).body)))
+            await send(_chunk(_event(as_json(as_api_error(error).body))))
         await send(_chunk(DONE, more=False))
 
 
-def _event(content: Content) -> bytes:
-    return b"data: " + as_json(content) + b"\n\n"
+def _event(content: bytes) -> bytes:
+    return b"data: " + content + b"\n\n"
 
 
 def _chunk(body: bytes, more: bool = True) -> dict[str, Any]:

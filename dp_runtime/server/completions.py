@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,7 +12,7 @@ from fastapi.responses import Response
 
 from dp_runtime.core.request import FinishReason, Prompt, RequestDelta, RequestOutput, TokenLogprob
 from dp_runtime.engine.async_handle import AsyncRequestHandle
-from dp_runtime.server.answers import EventStream, JsonAnswer
+from dp_runtime.server.answers import EventStream, JsonAnswer, as_json
 from dp_runtime.server.jobs import Job
 from dp_runtime.server.logprobs import CompletionLogprobs, TokenNames, named_logprobs
 from dp_runtime.server.protocol.completions import CompletionBody
@@ -31,9 +32,8 @@ def completion_routes(state: ServerState) -> APIRouter:
         body.pin(dp_rank)
         body.check_fields(state.config.unknown_fields)
         state.check_model(body.model)
-        prompts = body.prompts
-        body.check_choices(len(prompts), state.config.max_choices)
-        job = await state.start(body, "cmpl", prompts, body.params)
+        body.check_choices(len(body.prompts), state.config.max_choices)
+        job = await state.start(body, "cmpl", body.prompts)
         answer = CompletionAnswer(state, body, job)
         if body.stream:
             return EventStream(answer.events(), state.client_of(job))
@@ -50,27 +50,38 @@ class CompletionAnswer:
     body: CompletionBody
     job: Job
 
-    async def whole(self) -> Content:
+    async def whole(self) -> bytes:
         outputs = await self.job.outputs()
+        lengths = enumerate(len(output.token_ids) for output in outputs)
+        num_entries = sum(self.job.num_entries(*each, True) for each in lengths)
+        return await self.state.encoded(partial(self._whole, outputs), num_entries)
+
+    def _whole(self, outputs: Sequence[RequestOutput]) -> Content:
         choices = [self.choice(index).whole(output) for index, output in enumerate(outputs)]
         num_tokens = 0 if self.body.only_scores else sum(len(each.token_ids) for each in outputs)
         usage = Usage(self.job.num_prompt_tokens, num_tokens)
         return self._envelope(choices) | {"usage": usage.body}
 
-    async def events(self) -> AsyncIterator[Content]:
+    async def events(self) -> AsyncIterator[bytes]:
         choices = [self.choice(index) for index in range(len(self.job.handles))]
         num_tokens = 0
         async for index, delta in self.job.deltas():
             num_tokens += 0 if self.body.only_scores else len(delta.token_ids)
-            content = self._envelope([choices[index].chunk(delta)])
-            if self.body.with_usage:
-                content["usage"] = None
-            if self.body.with_usage_in_each_chunk:
-                content["usage"] = Usage(self.job.num_prompt_tokens, num_tokens).body
-            yield content
+            first = not choices[index].begun
+            num_entries = self.job.num_entries(index, len(delta.token_ids), first)
+            make = partial(self._event, choices[index], delta, num_tokens)
+            yield await self.state.encoded(make, num_entries)
         if self.body.with_usage:
             usage = Usage(self.job.num_prompt_tokens, num_tokens)
-            yield self._envelope([]) | {"usage": usage.body}
+            yield as_json(self._envelope([]) | {"usage": usage.body})
+
+    def _event(self, choice: CompletionChoice, delta: RequestDelta, num_tokens: int) -> Content:
+        content = self._envelope([choice.chunk(delta)])
+        if self.body.with_usage:
+            content["usage"] = None
+        if self.body.with_usage_in_each_chunk:
+            content["usage"] = Usage(self.job.num_prompt_tokens, num_tokens).body
+        return content
 
     def _envelope(self, choices: list[Content]) -> Content:
         return {
@@ -100,7 +111,7 @@ class CompletionChoice:
         self._index, self._body, self._handle = index, body, handle
         self._prompt, self._names = prompt, names
         self._logprobs = CompletionLogprobs(names, body.logprobs or 0)
-        self._begun = False
+        self.begun = False
 
     def whole(self, output: RequestOutput) -> Content:
         delta = RequestDelta(
@@ -109,7 +120,7 @@ class CompletionChoice:
         return self.chunk(delta)
 
     def chunk(self, delta: RequestDelta) -> Content:
-        first, self._begun = not self._begun, True
+        first, self.begun = not self.begun, True
         body, reason, output = self._body, delta.finish_reason, self._handle.output
         if body.only_scores:
             delta = replace(delta, text="", token_ids=(), logprobs=())

@@ -70,7 +70,9 @@ class ServerConfig:
         1024, "choices of a request: prompts times n", at_least=1, at_most=MAX_CHOICES
     )
     max_prompt_tokens: int = setting(
-        4 * 2**20, "tokens of a request's prompts, n times each", at_least=1
+        2**20,
+        "tokens of a request's prompts, n times each, and with prompt_logprobs so many times more",
+        at_least=1,
     )
     keep_alive_s: int = setting(
         65, "seconds that a connection may be idle, or need for the head of a request", at_least=1

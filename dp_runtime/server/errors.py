@@ -142,6 +142,9 @@ _UNION_BRANCHES = frozenset({"str", "int", "float", "bool", "dict", "list"})
 
 def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "registered for it"
-    response = ApiError(error.status_code, str(error.detail)).response()
+    message = str(error.detail)
+    if error.__cause__ is not None:  # of reading a body as JSON: not UTF-8, too deep, huge numbers
+        message = f"body: no JSON: {error.__cause__}"
+    response = ApiError(error.status_code, message).response()
     response.headers.update(error.headers or {})
     return response

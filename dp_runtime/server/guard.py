@@ -15,6 +15,7 @@ from dp_runtime.server.state import ServerState
 
 OPEN_PATHS = frozenset({"/health", "/metrics"})  # for probes and scrapers, which bring no key
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+SMUGGLED = {b"content-length", b"transfer-encoding"}
 TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 TOO_MANY = HTTPStatus.TOO_MANY_REQUESTS
 
@@ -30,16 +31,23 @@ class Guard:
         self._key = None if key is None else sha256(os.fsencode(key)).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
         try:
+            if headers.keys() >= SMUGGLED:
+                raise ApiError(HTTPStatus.BAD_REQUEST, "the body's length is told in two ways")
             if scope["path"] in OPEN_PATHS:
                 await self._app(scope, receive, send)
             else:
-                await self._serve(scope, receive, send)
+                await self._serve(headers, scope, receive, send)
         except Exception as error:
-            await as_api_error(error).response()(scope, receive, send)
+            response = as_api_error(error).response()
+            if headers.keys() >= SMUGGLED:  # a proxy may see another request in what follows
+                response.headers["connection"] = "close"
+            await response(scope, receive, send)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+    async def _serve(
+        self, headers: dict[bytes, bytes], scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self._check_key(headers.get(b"authorization", b""))
         if scope["path"] in GENERATING_PATHS:
             self._state.check_place()

@@ -32,6 +32,14 @@ class Job:
         firsts = self.handles[:: self.choices_per_prompt]
         return sum(len(handle.request.prompt_token_ids) for handle in firsts)
 
+    def num_entries(self, index: int, num_tokens: int, with_prompt: bool) -> int:
+        """Count the entries for tokens of a choice, and for its prompt's if they are told too."""
+        request = self.handles[index].request
+        count = num_tokens * (1 + (request.params.logprobs or 0))
+        if with_prompt and request.params.prompt_logprobs is not None:
+            count += len(request.prompt_token_ids) * (1 + request.params.prompt_logprobs)
+        return count
+
     async def outputs(self) -> list[RequestOutput]:
         return [await handle.result() for handle in self.handles]
 

@@ -14,10 +14,12 @@ from fastapi.responses import JSONResponse, Response
 from dp_runtime.chat.tools import ToolUse
 from dp_runtime.metrics.prometheus.page import CONTENT_TYPE, metrics_page
 from dp_runtime.metrics.status import DEFAULT_TEMPLATE
+from dp_runtime.server.answers import as_json
 from dp_runtime.server.chat.chats import Chats
 from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.service import AbortBody, DetokenizeBody, TokenizeBody
 from dp_runtime.server.state import ServerState
+from dp_runtime.text.tokenizer import Tokenizer
 
 Content = dict[str, Any]
 
@@ -44,31 +46,22 @@ def token_routes(state: ServerState) -> APIRouter:
     policy = state.config.unknown_fields
 
     @routes.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> Content:
+    async def tokenize(body: TokenizeBody) -> Response:
         """Return the token ids of a text, or of a chat."""
         body.check_fields(policy)
         state.check_model(body.model)
-        tokenizer = state.needed_tokenizer
-        tokens = await state.in_thread(partial(_tokens, state.chats, body))
-        content: Content = {
-            "tokens": tokens, "count": len(tokens),
-            "max_model_len": state.engine.model.max_model_len,
-        }  # fmt: skip
-        if body.return_token_strs:
-            content["token_strs"] = [tokenizer.shown_token(each, False) for each in tokens]
-        return content
+        max_model_len = state.engine.model.max_model_len
+        tokenize = partial(_tokenized, state.chats, body, max_model_len)
+        return Response(await state.in_thread(tokenize), media_type="application/json")
 
     @routes.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> Content:
+    async def detokenize(body: DetokenizeBody) -> Response:
         """Return the text of token ids."""
         body.check_fields(policy)
         state.check_model(body.model)
-        size = state.engine.model.vocab_size
-        for token_id in body.tokens:
-            if not 0 <= token_id < size:
-                raise refuse("tokens", token_id, f"token ids are in 0..{size - 1}")
-        text = state.needed_tokenizer.decode(body.tokens, skip_special_tokens=False)
-        return {"prompt": text}
+        work = (state.needed_tokenizer, body.tokens, state.engine.model.vocab_size)
+        text = await state.in_thread(partial(_text, *work))
+        return Response(as_json({"prompt": text}), media_type="application/json")
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Content:
@@ -110,6 +103,23 @@ def control_routes(state: ServerState) -> APIRouter:
         return Response(page, media_type=CONTENT_TYPE)
 
     return routes
+
+
+def _tokenized(chats: Chats, body: TokenizeBody, max_model_len: int) -> bytes:
+    tokens = _tokens(chats, body)
+    content: Content = {
+        "tokens": tokens, "count": len(tokens), "max_model_len": max_model_len
+    }  # fmt: skip
+    if body.return_token_strs:
+        content["token_strs"] = [chats.tokenizer.shown_token(each, False) for each in tokens]
+    return as_json(content, len(tokens))
+
+
+def _text(tokenizer: Tokenizer, tokens: Sequence[int], vocab_size: int) -> str:
+    for token_id in tokens:
+        if not 0 <= token_id < vocab_size:
+            raise refuse("tokens", token_id, f"token ids are in 0..{vocab_size - 1}")
+    return tokenizer.decode(tokens, skip_special_tokens=False)
 
 
 def _tokens(chats: Chats, body: TokenizeBody) -> Sequence[int]:

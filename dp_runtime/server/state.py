@@ -22,7 +22,7 @@ from dp_runtime.engine.inputs import NewRequest, check_room
 from dp_runtime.errors import QueueFull, require, shown
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.snapshot import RankSnapshot
-from dp_runtime.server.answers import Client
+from dp_runtime.server.answers import Client, Content, as_json
 from dp_runtime.server.chat.chats import Chats
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.errors import ApiError
@@ -118,15 +118,12 @@ class ServerState:
         body: GenerationBody,
         prefix: str,
         prompts: Sequence[TextOrTokens],
-        params: SamplingParams,
     ) -> Job:
         """Start body.n choices of every prompt, or none of them."""
         job_id = f"{prefix}-{body.request_id or uuid4().hex}"
         self.jobs.check_id(job_id)
-        left_out = {n: v for n, v in self.sampling_defaults.items() if getattr(body, n) is None}
-        choices = _of_choices(replace(params, **left_out), body.n)
-        make = partial(self._requests, prompts, choices, body.dp_rank)
-        requests = await self.off_loop(make, len(choices) * sum(map(len, prompts)))
+        size = body.n * (sum(map(len, prompts)) + body.num_listed)
+        requests = await self.off_loop(partial(self._requests, prompts, body), size)
         self.jobs.check_id(job_id)  # again: another may have taken it meanwhile
         job = Job(job_id, self.engine.submit_all(requests), len(prompts))
         self.jobs.add(job)
@@ -142,24 +139,27 @@ class ServerState:
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _requests(
-        self,
-        prompts: Sequence[TextOrTokens],
-        choices: Sequence[SamplingParams],
-        dp_rank: int | None,
-    ) -> list[NewRequest]:
+    async def encoded(self, make: Callable[[], Content], num_entries: int) -> bytes:
+        """Make a part of an answer that tells of so many tokens and probabilities; encode it."""
+        return await self.off_loop(lambda: as_json(make(), num_entries), num_entries)
+
+    def _requests(self, prompts: Sequence[TextOrTokens], body: GenerationBody) -> list[NewRequest]:
         """Check prompts, whose text is read once, and make the requests of their choices."""
+        left_out = {n: v for n, v in self.sampling_defaults.items() if getattr(body, n) is None}
+        params = replace(body.params, **left_out)
+        num_logprobs = 0 if params.prompt_logprobs is None else 1 + params.prompt_logprobs
         limit = self.config.max_prompt_tokens
         requests: list[NewRequest] = []
         num_tokens = 0
         for prompt in prompts:
-            for params in choices:
-                requests.append(self.engine.checked(prompt, params, dp_rank))
+            for params_of_choice in _of_choices(params, body.n):
+                requests.append(self.engine.checked(prompt, params_of_choice, body.dp_rank))
                 prompt = requests[-1].request.prompt_token_ids
-                num_tokens += len(prompt) + _num_named(params)
+                num_tokens += len(prompt) * (1 + num_logprobs) + body.num_listed
                 require(
-                    num_tokens <= limit, "n", len(choices),
-                    f"prompts have {limit} tokens at most, n times each (max_prompt_tokens)",
+                    num_tokens <= limit, "n", body.n,
+                    f"prompts have {limit} tokens at most, n times each and with "
+                    "prompt_logprobs so many times more (max_prompt_tokens)",
                 )  # fmt: skip
             check_room(requests[-1].request, self.engine.model.max_model_len)
         return requests
@@ -171,12 +171,6 @@ def _checked_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"generation_config.json: {error}") from None
     return given
-
-
-def _num_named(params: SamplingParams) -> int:
-    """Count the tokens that parameters list, of which each choice has a copy."""
-    lists = (params.logit_bias, params.stop_token_ids, params.allowed_token_ids or ())
-    return sum(map(len, lists))
 
 
 def _given_template(path: str | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 
 _FIRST_MARK = 0xD800  # a surrogate stands for a special token: no decoded text has one
 _MARK = re.compile("[\ud800-\udfff]")
@@ -91,7 +92,8 @@ def _without_marks(text: str) -> str:
     return _MARK.sub("", text)
 
 
-def _borders(pattern: str) -> list[int]:
+@lru_cache(1024)  # n choices of a request have the same stop strings, and so have their clients'
+def _borders(pattern: str) -> Sequence[int]:
     """borders[n]: length of the longest proper prefix of pattern[:n] that is also its suffix."""
     borders = [0, 0]
     size = 0

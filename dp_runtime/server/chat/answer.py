@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from dp_runtime.core.request import TokenLogprob
+from dp_runtime.core.request import RequestDelta, RequestOutput, TokenLogprob
+from dp_runtime.server.answers import as_json
 from dp_runtime.server.chat.chats import ChatPrompt
 from dp_runtime.server.chat.choice import ChatChoice
 from dp_runtime.server.jobs import Job
@@ -25,27 +27,44 @@ class ChatAnswer:
     prompt: ChatPrompt
     job: Job
 
-    async def whole(self) -> Content:
+    async def whole(self) -> bytes:
         outputs = await self.job.outputs()
+        lengths = enumerate(len(output.token_ids) for output in outputs)
+        num_entries = sum(self.job.num_entries(*each, True) for each in lengths)
+        return await self.state.encoded(partial(self._whole, outputs), num_entries)
+
+    def _whole(self, outputs: Sequence[RequestOutput]) -> Content:
         choices = self._choices()
         contents = [choice.whole(output) for choice, output in zip(choices, outputs)]
         envelope = self._envelope("chat.completion", contents)
         return envelope | self._of_prompt(0) | {"usage": self._usage(choices)}
 
-    async def events(self) -> AsyncIterator[Content]:
+    async def events(self) -> AsyncIterator[bytes]:
         choices = self._choices()
         begun = False
         async for index, delta in self.job.deltas():
-            for content in choices[index].chunks(delta):
-                chunk = self._chunk([content])
-                if self.body.with_usage:
-                    chunk["usage"] = None
-                if self.body.with_usage_in_each_chunk:
-                    chunk["usage"] = self._usage(choices)
-                yield chunk if begun else chunk | self._of_prompt(index)
+            num_entries = self.job.num_entries(index, len(delta.token_ids), not begun)
+            make = partial(self._events, choices, index, delta, not begun)
+            for event in await self.state.off_loop(make, num_entries):
+                yield event
                 begun = True
         if self.body.with_usage:
-            yield self._chunk([]) | {"usage": self._usage(choices)}
+            yield as_json(self._chunk([]) | {"usage": self._usage(choices)})
+
+    def _events(
+        self, choices: Sequence[ChatChoice], index: int, delta: RequestDelta, first: bool
+    ) -> list[bytes]:
+        events: list[bytes] = []
+        for content in choices[index].chunks(delta):
+            chunk = self._chunk([content])
+            if self.body.with_usage:
+                chunk["usage"] = None
+            if self.body.with_usage_in_each_chunk:
+                chunk["usage"] = self._usage(choices)
+            if first and not events:
+                chunk |= self._of_prompt(index)
+            events.append(as_json(chunk))
+        return events
 
     def _choices(self) -> list[ChatChoice]:
         chats = self.state.chats
@@ -76,7 +95,7 @@ class ChatAnswer:
             content["prompt_logprobs"] = named_logprobs(entries, names)
         return content
 
-    def _usage(self, choices: list[ChatChoice]) -> Content:
+    def _usage(self, choices: Sequence[ChatChoice]) -> Content:
         reasoning = sum(choice.num_reasoning_tokens for choice in choices)
         return Usage(
             self.job.num_prompt_tokens,

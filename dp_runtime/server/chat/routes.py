@@ -29,7 +29,7 @@ def chat_routes(state: ServerState) -> APIRouter:
         body.check_answer()
         prompt = await state.in_thread(partial(state.chats.prompt_of, body))
         try:
-            job = await state.start(body, "chatcmpl", [prompt.token_ids], body.params)
+            job = await state.start(body, "chatcmpl", [prompt.token_ids])
         except ContextExceeded as error:
             raise replace(error, field=error.field.replace("prompt", "messages")) from None
         answer = ChatAnswer(state, body, prompt, job)

@@ -118,6 +118,18 @@ class GenerationBody(Body):
     return_tokens_as_token_ids: bool = False
 
     @property
+    def params(self) -> SamplingParams:
+        """The sampling parameters, without those that the server adds (ValueError)."""
+        raise NotImplementedError
+
+    @property
+    def num_listed(self) -> int:
+        """Count what is in the lists, and characters to stop at: each choice has a copy."""
+        tokens = (self.logit_bias, self.stop_token_ids, self.allowed_token_ids)
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return sum(map(len, (*filter(None, tokens), *texts, *(self.bad_words or ()))))
+
+    @property
     def with_usage(self) -> bool:
         options = self.stream_options
         return options is not None and (options.include_usage or options.continuous_usage_stats)
