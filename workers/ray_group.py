@@ -200,6 +200,8 @@ class RayLauncher:
     undo: ExitStack
 
     def launch(self, dp_rank: int) -> RayRank:
+        if not self.connection.connected:  # NOTE: without a connection Ray would make one
+            raise RuntimeError(LOST)
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         bundle = self.placement.bundle_specs[0]
