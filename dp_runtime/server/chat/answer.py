@@ -9,7 +9,7 @@ from typing import Any
 
 from dp_runtime.core.request import RequestDelta, RequestOutput, TokenLogprob
 from dp_runtime.server.answers import as_json
-from dp_runtime.server.chat.chats import ChatPrompt
+from dp_runtime.server.chat.chats import ChatPrompt, Chats
 from dp_runtime.server.chat.choice import ChatChoice
 from dp_runtime.server.jobs import Job
 from dp_runtime.server.logprobs import TokenNames, named_logprobs
@@ -23,6 +23,7 @@ Content = dict[str, Any]
 @dataclass(frozen=True, eq=False)
 class ChatAnswer:
     state: ServerState
+    chats: Chats  # the state's own, which it does not give away while the server drains
     body: ChatBody
     prompt: ChatPrompt
     job: Job
@@ -67,12 +68,14 @@ class ChatAnswer:
         return events
 
     def _choices(self) -> list[ChatChoice]:
-        chats = self.state.chats
-        names = TokenNames(chats.tokenizer, self.body.return_tokens_as_token_ids)
         return [
-            ChatChoice(index, self.body, self.prompt, chats, handle, names)
+            ChatChoice(index, self.body, self.prompt, self.chats, handle, self._names)
             for index, handle in enumerate(self.job.handles)
         ]
+
+    @property
+    def _names(self) -> TokenNames:
+        return TokenNames(self.chats.tokenizer, self.body.return_tokens_as_token_ids)
 
     def _chunk(self, choices: list[Content]) -> Content:
         return self._envelope("chat.completion.chunk", choices)
@@ -91,8 +94,7 @@ class ChatAnswer:
             content["prompt_token_ids"] = handle.request.prompt_token_ids
         if self.body.prompt_logprobs is not None:
             entries: list[TokenLogprob | None] = [None, *handle.prompt_logprobs]
-            names = TokenNames(self.state.tokenizer, self.body.return_tokens_as_token_ids)
-            content["prompt_logprobs"] = named_logprobs(entries, names)
+            content["prompt_logprobs"] = named_logprobs(entries, self._names)
         return content
 
     def _usage(self, choices: Sequence[ChatChoice]) -> Content:
@@ -100,5 +102,5 @@ class ChatAnswer:
         return Usage(
             self.job.num_prompt_tokens,
             sum(choice.num_tokens for choice in choices),
-            reasoning if self.state.chats.reasons else None,
+            reasoning if self.chats.reasons else None,
         ).body

@@ -27,12 +27,13 @@ def chat_routes(state: ServerState) -> APIRouter:
         state.check_model(body.model)
         body.check_choices(1, state.config.max_choices)
         body.check_answer()
-        prompt = await state.in_thread(partial(state.chats.prompt_of, body))
+        chats = state.chats
+        prompt = await state.in_thread(partial(chats.prompt_of, body))
         try:
             job = await state.start(body, "chatcmpl", [prompt.token_ids])
         except ContextExceeded as error:
             raise replace(error, field=error.field.replace("prompt", "messages")) from None
-        answer = ChatAnswer(state, body, prompt, job)
+        answer = ChatAnswer(state, chats, body, prompt, job)
         if body.stream:
             return EventStream(answer.events(), state.client_of(job))
         return JsonAnswer(answer.whole, state.client_of(job))

@@ -147,6 +147,19 @@ def test_many_tasks_ask_at_a_time(served: Served) -> None:
     assert len(set(texts)) > 1
 
 
+def test_answers_end_while_the_server_drains(served: Served, create: Any) -> None:
+    options = {"include_usage": True}
+    chunks = create(**BODY, max_tokens=40, stream=True, stream_options=options)
+    first = next(chunks)
+    served.state.draining = True
+    try:
+        *_, last = chunks
+    finally:
+        served.state.draining = False
+    assert first.choices[0].delta.role == "assistant"
+    assert last.usage.completion_tokens > 1
+
+
 USER = {"role": "user", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "f"}}
 BAD: dict[str, tuple[dict[str, Any], int, str | None]] = {
