@@ -33,7 +33,9 @@ class Signals:
             signal.signal(number, self._take)
 
     def started(self) -> None:
+        """Take the signals again: Ray, where it starts the ranks, takes SIGTERM for itself."""
         self._starting = False
+        self.listen()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
