@@ -9,6 +9,7 @@ from dp_runtime.core.request import (
     TokensPrompt,
 )
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.engine.async_handle import AsyncRequestHandle
 from dp_runtime.engine.engine import Engine
@@ -26,6 +27,7 @@ __all__ = [
     "RequestHandle",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenLogprob",
     "TokensPrompt",
 ]

@@ -153,6 +153,7 @@ class Worker:
             self._stage = self._stage.suspend(reason)
 
     def submit(self, requests: Sequence[RankRequest]) -> None:
+        self._loaded.requests.structured.compile_early(requests)
         self._mailbox.submit(requests)
         self._wake()
 
@@ -204,13 +205,17 @@ class Worker:
                 joined.connected.abandon(reason)
 
     @property
-    def _mailbox(self) -> Mailbox:
+    def _loaded(self) -> Loaded:
         match self._stage:
-            case Loaded(mailbox=mailbox) | Joined(mailbox=mailbox):
-                return mailbox
-            case Connected(loaded=loaded):
-                return loaded.mailbox
+            case Loaded() as loaded:
+                return loaded
+            case Connected(loaded=loaded) | Joined(connected=Connected(loaded=loaded)):
+                return loaded
         raise AssertionError(f"rank {self.dp_rank} has loaded nothing")
+
+    @property
+    def _mailbox(self) -> Mailbox:
+        return self._loaded.mailbox
 
     def _wake(self) -> None:
         if isinstance(self._stage, Joined):  # else it reads its mail once it has joined

@@ -10,7 +10,7 @@ from jinja2 import Template, TemplateError
 
 from dp_runtime.chat.messages import Message
 from dp_runtime.chat.sandbox import compile_template
-from dp_runtime.core.sampling_params import SURROGATES
+from dp_runtime.core.plain_values import SURROGATES
 from dp_runtime.errors import not_allowed, one_line, require, shown
 from dp_runtime.metrics.status import DEFAULT_TEMPLATE, TOOL_TEMPLATE, ChatFiles
 

@@ -7,6 +7,7 @@ a subclass of Python's types overrides. It returns None for what it does not tak
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import islice
@@ -17,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 MAX_ENTRIES = 1 << 24  # a user's own sequence may have no end
+SURROGATES = re.compile("[\ud800-\udfff]")  # no text has them
 
 Plain = TypeVar("Plain")
 

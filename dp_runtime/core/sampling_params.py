@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dp_runtime.core.plain_values import (
+    SURROGATES,
     plain_float,
     plain_int,
     plain_items,
@@ -15,13 +16,13 @@ from dp_runtime.core.plain_values import (
     plain_str,
 )
 from dp_runtime.core.settings import MAX_INT, check_settings, setting
+from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.errors import require, shown
 
 MAX_LOGPROBS = 64
 MAX_BAD_WORDS = 1000  # each is compared with every row
 MAX_LOGIT_BIAS = 1e9  # added to a float32 logit, it stays finite
 DECIMAL = re.compile("0|[1-9][0-9]{0,18}")  # as JSON writes a number
-SURROGATES = re.compile("[\ud800-\udfff]")  # no text has them
 
 
 def _token_id(value: object) -> int | None:
@@ -132,6 +133,11 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = setting(
         None, "choose from these tokens alone", read=_allowed_token_ids,
         allowed="a list of token ids that is not empty", shown_default="all",
+    )  # fmt: skip
+    structured_outputs: StructuredOutputs | None = setting(
+        None, "the form that the text must have: a JSON schema, any JSON object, a regex, one of "
+        "some choices or a grammar", read=StructuredOutputs.read,
+        allowed="a StructuredOutputs or its fields", shown_default="any",
     )  # fmt: skip
     ignore_eos: bool = setting(False, "go on after an end-of-text token")
     skip_special_tokens: bool = setting(True, "leave special tokens out of the text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count
 from typing import cast
 
@@ -16,6 +17,7 @@ from dp_runtime.engine.embeds import copied_embeds
 from dp_runtime.errors import ContextExceeded, one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
+from dp_runtime.structured.grammar_compiler import GrammarCompiler
 from dp_runtime.text.bad_words import encoded_bad_words
 from dp_runtime.text.tokenizer import Tokenizer
 
@@ -71,6 +73,9 @@ class RequestFactory:
             params = replace(params, max_tokens=self.model.max_model_len - len(tokens))
         eos = () if params.ignore_eos else self.model.eos_token_ids
         ends = frozenset((*eos, *params.stop_token_ids))
+        if params.structured_outputs is not None:
+            self._grammars.check(params.structured_outputs)
+            ends |= {*self.model.eos_token_ids}  # what ends a text that can't go on
         require(
             not params.stop_strings or self.tokenizer is not None, "stop", params.stop,
             "stop_token_ids: the model's directory has no tokenizer.json",
@@ -83,6 +88,11 @@ class RequestFactory:
         seed = derive_seed(self.seed, request_id) if params.seed is None else params.seed
         request = RankRequest(request_id, tokens, params, seed, ends, embeds, bad_words)
         return NewRequest(request, rank)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        model = self.model
+        return GrammarCompiler(model.tokenizer_json, model.vocab_size, model.eos_token_ids)
 
     def _tokens(self, given: _GivenPrompt) -> tuple[int, ...]:
         text = plain_str(given.tokens)

@@ -29,6 +29,8 @@ from dp_runtime.sampling.logprobs import Logprobs
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
+from dp_runtime.structured.masked_rows import MaskedRows
+from dp_runtime.structured.structured_state import StructuredState
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,7 @@ class StepRunner:
         model: Model,
         drafting: Drafting | None,
         sampler: Sampler,
+        structured: StructuredState,
         *,
         collective: RowCollective,
         pages: PageGeometry,
@@ -75,6 +78,7 @@ class StepRunner:
         self.model = model
         self.drafting = drafting
         self.sampler = sampler
+        self.structured = structured
         self.device = device
         self.collective = collective
         self.poison = poison
@@ -132,8 +136,9 @@ class StepRunner:
 
     def run_plain(self, step: _LaunchedStep) -> StepOutput:
         future = FutureTokens(self.last_sampled, self._no_hidden)
+        masked = self.structured.begin(step.scheduled.samples)
         output = step.run_pass(0, future)
-        return step.output(*self._sample(step, 0, output, None))
+        return step.output(*self._sample(step, 0, output, masked, None))
 
     def run_speculative(self, step: _LaunchedStep) -> StepOutput:
         """Draft, verify all drafts in the target pass, and begin the drafts of the next step."""
@@ -144,15 +149,22 @@ class StepRunner:
         for index in range(target):
             chains = drafting.extend(chains, step.run_pass(index, chains.next_inputs))
         future = FutureTokens(chains.rows, self._no_hidden, chains.num_rejected)
+        verification = drafting.verification(chains)
+        masked = self.structured.begin(step.scheduled.samples, verification)
         verified = step.run_pass(target, future)
-        sampled, scores = self._sample(step, target, verified, drafting.verification(chains))
+        sampled, scores = self._sample(step, target, verified, masked, verification)
         future = drafting.extend_inputs(verified, sampled.token_ids, chains)
         extended = step.run_pass(extend, future)
         drafting.keep(step.scheduled, batches[extend], sampled, extended)
         return step.output(sampled, scores)
 
     def _sample(
-        self, step: _LaunchedStep, index: int, output: PassOutput, verification: Verification | None
+        self,
+        step: _LaunchedStep,
+        index: int,
+        output: PassOutput,
+        masked: MaskedRows | None,
+        verification: Verification | None,
     ) -> tuple[Sampled, list[Logprobs | Exception]]:
         started = perf_counter()
         self.flight.sample()
@@ -168,7 +180,9 @@ class StepRunner:
             logits = RowLogits.from_logits(
                 self.model.logits(hidden[rows[: len(scheduled.samples)]])
             )
-        sampled = self.sampler.sample(logits, scheduled.samples, verification)
+        masks = self.structured.masks(masked)
+        sampled = self.sampler.sample(logits, scheduled.samples, verification, masks)
+        self.structured.sampled(masked, sampled)
         self.last_sampled = sampled.token_ids
         step.sample_start_s, step.sample_s = started, perf_counter() - started
         return sampled, scores

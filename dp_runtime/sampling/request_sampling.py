@@ -63,6 +63,7 @@ class RequestSampling:
             plain=params.greedy
             and params.logprobs is None
             and mask is None
+            and params.structured_outputs is None
             and not (params.logit_bias or params.min_tokens or penalised or words),
         )
 

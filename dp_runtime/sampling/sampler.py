@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from dp_runtime.sampling.penalties import penalise_rows
 from dp_runtime.sampling.request_sampling import RequestSampling
 from dp_runtime.sampling.rng import uniform
 from dp_runtime.sampling.row_logits import RowLogits
-from dp_runtime.sampling.token_masks import mask_rows
+from dp_runtime.sampling.token_masks import NO_GRAMMARS, GrammarMasks, mask_rows
 
 
 class SampledTokens(NamedTuple):
@@ -30,13 +31,12 @@ class SampledTokens(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]  # None where none were asked for
     num_accepted: tuple[int, ...] = ()  # of each verification, whose next row gave a token too
-    invalid: frozenset[int] = (
-        frozenset()
-    )  # rows with NaN or infinite logits, whose tokens say nothing
+    invalid: Mapping[int, str] = MappingProxyType({})  # rows whose tokens say nothing, and why
 
-    def valid_end(self, first: int, end: int) -> int:
-        """The end of the rows from `first` on whose logits were valid."""
-        return min((row for row in self.invalid if first <= row < end), default=end)
+    def valid_part(self, first: int, end: int) -> tuple[slice, str | None]:
+        """The rows from `first` on whose logits were valid, and why those of the next were not."""
+        row = min((row for row in self.invalid if first <= row < end), default=end)
+        return slice(first, row), self.invalid[row] if row < end else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +46,13 @@ class Sampled:
     logprob_rows: tuple[int, ...]
     num_accepted: Tensor | None  # [verifications] int64 drafts of each, if any were verified
     copy: HostCopy  # token_ids, whether each row's logits were valid, and num_accepted
+    causes: Mapping[int, str] = field(default_factory=dict)  # by row: why its logits are not valid
 
     def to_host(self) -> SampledTokens:
         """Wait for the copy, the first that the host sees of the device's results; so check it."""
         token_ids, valid, *accepted = self.copy.wait()
-        invalid = frozenset(np.flatnonzero(~valid.numpy()).tolist())
+        rows: list[int] = np.flatnonzero(~valid.numpy()).tolist()
+        invalid = {row: self.causes.get(row, "") for row in rows}
         logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
         if self.logprobs is not None:
             for row, entry in zip(self.logprob_rows, self.logprobs.to_host()):
@@ -72,8 +74,8 @@ class Sampler:
     """Chooses the next tokens of one rank's requests; a PerRequestState.
 
     Log probabilities are taken from the logits as they are. These then go through logit_bias; masks
-    of allowed_token_ids, bad_words and, below min_tokens, of stop ids; repetition penalty over
-    prompt and outputs (Keskar et al., CTRL, 2019), frequency and presence penalty over outputs
+    of allowed_token_ids, bad_words, grammars and, below min_tokens, of stop ids; repetition penalty
+    over prompt and outputs (Keskar et al., CTRL, 2019), frequency and presence penalty over outputs
     (OpenAI API reference); temperature; top_k with what ties; top_p; min_p. The token is the
     inverse of the cumulative distribution at uniform(seed, output index). Other ties go to the
     lowest id. A row's token depends on its request, index and logits alone, not on the batch.
@@ -118,7 +120,11 @@ class Sampler:
         assert held == sorted(req_indices), f"sampler state of rows {held}, not {req_indices}"
 
     def sample(
-        self, logits: RowLogits, rows: SamplePositions, verification: Verification | None = None
+        self,
+        logits: RowLogits,
+        rows: SamplePositions,
+        verification: Verification | None = None,
+        grammars: GrammarMasks = NO_GRAMMARS,
     ) -> Sampled:
         assert logits.values.shape == (len(rows), self.vocab_size), (
             f"logits {tuple(logits.values.shape)} for {len(rows)} rows of {self.vocab_size} tokens"
@@ -131,8 +137,9 @@ class Sampler:
         requests = [self._requests[index] for index in firsts.req_indices.tolist()]
         drafted = Verification.none(self.device) if verification is None else verification
         seen, of_rows = self._begin(rows, requests, drafted), drafted.each_row(requests)
+        masks = grammars.joined([request.mask for request in of_rows])
         parts = [
-            self._choose(logits[part], rows[part], of_rows[part], drafted, part.start)
+            self._choose(logits[part], rows[part], of_rows[part], masks[part], drafted, part.start)
             for part in row_parts(len(rows))
         ]
         token_ids, valid = (torch.cat(tensors) for tensors in zip(*parts))
@@ -143,7 +150,7 @@ class Sampler:
                 request.take(token_ids[span], emitted[span])
         logprob_rows, logprobs = self._logprobs(logits.values, token_ids, of_rows)
         copy = _copied(token_ids, valid, accepted)
-        return Sampled(token_ids, logprobs, logprob_rows, accepted, copy)
+        return Sampled(token_ids, logprobs, logprob_rows, accepted, copy, grammars.causes)
 
     def prompt_logprobs(self, logits_of: LogitsOf, target_ids: Tensor, top_n: int) -> Logprobs:
         """Score the tokens target_ids [n] int64 that follow n prompt rows, and the top_n best."""
@@ -170,13 +177,14 @@ class Sampler:
         logits: RowLogits,
         rows: SamplePositions,
         requests: list[RequestSampling],
+        masks: list[Array | None],
         verification: Verification,
         first_row: int,
     ) -> tuple[Tensor, Tensor]:
         """Return token ids [n] and whether logits were valid [n], for rows from first_row on."""
         values = logits.values.float()
         adjusted = self._bias(values, rows, requests)
-        adjusted = mask_rows(adjusted, [request.mask for request in requests])
+        adjusted = mask_rows(adjusted, masks)
         words = [request.bad_words for request in requests]
         adjusted = mask_bad_words(adjusted, words, verification, first_row)
         adjusted = self._mask_stops(adjusted, rows, requests)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +13,24 @@ from dp_runtime.core.batch import Bool
 from dp_runtime.core.device_copy import on_device
 from dp_runtime.core.request import RankRequest
 from dp_runtime.sampling.filters import Array, change_rows
+
+
+@dataclass(frozen=True, eq=False)
+class GrammarMasks:
+    """What grammars allow at the sampled rows of a step; all else may have any token."""
+
+    allowed: Mapping[int, Array]  # by row: [vocab / 8] uint8
+    causes: Mapping[int, str]  # by row: why its grammar allows nothing
+
+    def joined(self, masks: Sequence[Array | None]) -> list[Array | None]:
+        """Take from each row's mask what its grammar forbids."""
+        return [
+            mask if own is None else own if mask is None else own & mask
+            for mask, own in zip(masks, map(self.allowed.get, range(len(masks))))
+        ]
+
+
+NO_GRAMMARS = GrammarMasks({}, {})
 
 
 def token_mask(request: RankRequest, vocab_size: int) -> Array | None:

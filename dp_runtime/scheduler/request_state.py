@@ -79,7 +79,9 @@ class RequestState:
     @property
     def cause_of_no_token(self) -> str:
         cause = f"the model gave NaN or infinite logits for its token {len(self.outputs)}"
-        return f"{cause}, or bad_words leave none to choose" if self.request.bad_words else cause
+        params = self.request.params
+        names = [name for name in ("bad_words", "structured_outputs") if getattr(params, name)]
+        return f"{cause}, or {' and '.join(names)} leave none to choose" if names else cause
 
     def tokens(self, start: int, end: int) -> Int64:
         if end <= self.num_prompt_tokens:

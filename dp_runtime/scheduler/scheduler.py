@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -139,9 +139,9 @@ class Scheduler:
         for req_index, count in zip(step.decodes.tolist(), num_new):
             request, end = self.table.request(req_index), first + count
             if not request.finish_reason:
-                entries = logprobs[first:end] if scored else ()
-                end = tokens.valid_end(first, end)
-                updates.append(self._append_outputs(request, token_ids[first:end], entries, count))
+                some, cause = tokens.valid_part(first, end)
+                entries = logprobs[some] if scored else ()
+                updates.append(self._append_outputs(request, token_ids[some], entries, cause))
             first += query_len
         return updates
 
@@ -170,15 +170,15 @@ class Scheduler:
             if isinstance(entries, Exception):
                 self._fail(request, entries)
             elif row is not None:
-                some = slice(row, tokens.valid_end(row, row + 1))
+                some, cause = tokens.valid_part(row, row + 1)
                 token_ids, logprobs = tokens.token_ids[some], tokens.logprobs[some]
-                updates.append(self._append_outputs(request, token_ids, logprobs, 1, entries))
+                updates.append(self._append_outputs(request, token_ids, logprobs, cause, entries))
             elif entries:
                 at = len(request.outputs)
                 updates.append(RequestUpdate(request.request_id, at, prompt_logprobs=entries))
         return updates
 
-    def _trust_pages(self, step: SchedulerOutput, invalid: frozenset[int]) -> None:
+    def _trust_pages(self, step: SchedulerOutput, invalid: Collection[int]) -> None:
         """Trust what led to finite logits, which depend on all pages of a request."""
         for row in invalid:
             self.page_table.doubt(int(step.samples.req_indices[row]))
@@ -193,11 +193,10 @@ class Scheduler:
         state: RequestState,
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprob | None, ...],
-        num_sampled: int,  # more than there are tokens: the logits of the next were not valid
+        cause: str | None,  # of there being no next token, the logits of which were not valid
         prompt_logprobs: tuple[TokenLogprob, ...] = (),
     ) -> RequestUpdate:
         request, index, stop = state.request, len(state.outputs), None
-        broken = len(tokens) < num_sampled
         if len(tokens) > state.max_outputs - index:
             tokens = tokens[: state.max_outputs - index]
         if not request.stop_token_ids.isdisjoint(tokens):
@@ -208,9 +207,10 @@ class Scheduler:
             self.requests.finish(state, FinishReason.STOP)
         elif len(state.outputs) == state.max_outputs:
             self.requests.finish(state, FinishReason.LENGTH)
-        elif broken:
+        elif cause is not None:
             self.requests.finish(state, FinishReason.ERROR)
-            return RequestUpdate.failed(request.request_id, index, state.cause_of_no_token)
+            cause = cause or state.cause_of_no_token
+            return RequestUpdate.failed(request.request_id, index, cause)
         known = tuple(entry for entry in logprobs[: len(tokens)] if entry) if logprobs else ()
         return RequestUpdate(
             request.request_id, index, tokens, known, prompt_logprobs, state.finish_reason, stop

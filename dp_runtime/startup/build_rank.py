@@ -189,6 +189,7 @@ def assemble(
         loaded.models.target,
         served.drafting,
         served.sampler,
+        served.structured,
         collective=collective,
         pages=plan.pages,
         device=device,

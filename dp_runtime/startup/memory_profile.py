@@ -46,6 +46,7 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
         runner.model,
         drafting,
         sampler,
+        runner.structured,
         collective=runner.collective,
         pages=pages,
         device=runner.device,

@@ -16,12 +16,15 @@ from dp_runtime.scheduler.abandonment import abandon_steps
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan
+from dp_runtime.structured.grammar_compiler import GrammarCompiler
+from dp_runtime.structured.structured_state import StructuredState
 
 
 @dataclass(frozen=True, eq=False)
 class ServedRequests:
     scheduler: Scheduler
     sampler: Sampler
+    structured: StructuredState
     drafting: Drafting | None
     recorder: Recorder
 
@@ -29,7 +32,10 @@ class ServedRequests:
     def none(cls, config: EngineConfig, plan: RankPlan, loaded: LoadedRank) -> ServedRequests:
         device, num_rows = torch.device(plan.device), plan.limits.num_table_rows
         sampler = Sampler(plan.model.vocab_size, num_rows, device)
-        states: list[PerRequestState] = [sampler]
+        info = loaded.info
+        compiler = GrammarCompiler(info.tokenizer_json, info.vocab_size, info.eos_token_ids)
+        structured = StructuredState(compiler, info.vocab_size)
+        states: list[PerRequestState] = [sampler, structured]
         drafting = None
         if loaded.models.draft is not None:
             mean_tokens = config.speculative_forced_tokens
@@ -38,7 +44,8 @@ class ServedRequests:
             drafting = Drafting(loaded.models.draft, forced, draft_state)
             states.append(draft_state)
         scheduler = Scheduler(plan.pages, plan.limits, states)
-        return cls(scheduler, sampler, drafting, Recorder(plan.sharding.dp_rank))
+        recorder = Recorder(plan.sharding.dp_rank)
+        return cls(scheduler, sampler, structured, drafting, recorder)
 
     def abandon_steps(self) -> None:
         """Forget the steps in flight, for the next epoch to begin where committed ones ended."""

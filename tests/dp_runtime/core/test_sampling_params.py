@@ -29,6 +29,7 @@ BAD: dict[str, list[Any]] = {
     "stop_token_ids": [5, None, "", "12", ["1"], [1.0], [-1], [True], [NAN], {1}],
     "bad_words": [5, None, "a", ["a", ""], [1], b"a", {"a"}, ["a\ud800"], ["a"] * 1001],
     "allowed_token_ids": [5, [], (), "12", ["1"], [1.0], [-1], [True], {1}],
+    "structured_outputs": [5, True, "a", ["a"], b"a", {"a"}],
     "include_stop_str_in_output": [0, 1, "no", None],
     "ignore_eos": [0, 1, "no", None],
     "skip_special_tokens": [0, 1, "no", None],

@@ -185,13 +185,13 @@ def test_a_plain_batch_is_its_best_tokens() -> None:
     sampled = sample(sampler_of(*items), logits, rows, Verification(drafts))
     assert sampled.num_accepted is not None
     assert sampled.num_accepted.tolist() == [2, 1, 0]
-    assert sampled.to_host() == (tuple(best.tolist()), (None,) * 10, (2, 1, 0), frozenset())
+    assert sampled.to_host() == (tuple(best.tolist()), (None,) * 10, (2, 1, 0), {})
 
 
 def test_no_verification_on_an_idle_rank() -> None:
     none = Verification(torch.zeros((0, 3), dtype=torch.int64))
     sampled = sample(sampler_of(), torch.zeros(0, VOCAB), rows_of(), none)
-    assert sampled.to_host() == ((), (), (), frozenset())
+    assert sampled.to_host() == ((), (), (), {})
     assert sampled.num_accepted is not None
     assert sampled.num_accepted.shape == (0,)
     item = request(1, SamplingParams(presence_penalty=1.0))

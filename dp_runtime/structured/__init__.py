@@ -1,0 +1,1 @@
+"""Structured outputs: which tokens a request's grammar allows next."""

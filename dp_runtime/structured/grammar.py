@@ -1,0 +1,63 @@
+"""A request's StructuredOutputs as a grammar of llguidance, and what is refused before it."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from dp_runtime.core.structured_outputs import StructuredOutputs
+from dp_runtime.errors import one_line, require
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+INSTALL = "pip install 'dp-runtime[structured]'"
+MAX_MULTIPLE = 10_000  # an automaton has a state for each remainder, and no limit bounds its making
+_MULTIPLE = re.compile(r'"multipleOf": (-?[0-9][0-9.eE+-]*)')
+# Some models never leave off writing spaces where JSON allows any number of them.
+_JSON: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
+
+
+def require_installed(wanted: StructuredOutputs) -> None:
+    installed = find_spec("llguidance") is not None
+    require(installed, "structured_outputs", wanted.kind, f"None without llguidance: {INSTALL}")
+
+
+def grammar_of(wanted: StructuredOutputs) -> str:
+    """Write it as llguidance reads it; ValueError if it can't be."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    match wanted:
+        case StructuredOutputs(json=str(schema)):
+            _check_multiples(schema)
+            defaults = None if "x-guidance" in json.loads(schema) else _JSON
+            return LLMatcher.grammar_from_json_schema(schema, defaults=defaults)
+        case StructuredOutputs(json_object=True):
+            return LLMatcher.grammar_from_json_schema('{"type": "object"}', defaults=_JSON)
+        case StructuredOutputs(regex=str(regex)):
+            return LLMatcher.grammar_from_regex(regex)
+        case StructuredOutputs(choice=tuple(choices)):
+            return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(json.dumps, choices))}")
+        case StructuredOutputs(grammar=str(text)):
+            return LLMatcher.grammar_from_lark(any_to_lark(text))
+    raise AssertionError(f"no kind of structured outputs: {wanted}")
+
+
+def one_error(text: str) -> str:
+    """A message of llguidance in one line."""
+    if text.startswith("NoExtension"):
+        return "no text fits it"
+    return one_line(" ".join(text.removesuffix("<non-verbose/>").split()), 400)
+
+
+def _check_multiples(schema: str) -> None:
+    for text in _MULTIPLE.findall(schema):
+        digits = Decimal(text).normalize().as_tuple()
+        assert isinstance(digits.exponent, int), "JSON has finite numbers only"
+        number = int("".join(map(str, digits.digits))) * 10 ** max(0, min(digits.exponent, 10))
+        if number > MAX_MULTIPLE:
+            raise ValueError(f"multipleOf {text} is not supported, only up to {MAX_MULTIPLE:,}")
