@@ -33,7 +33,7 @@ def completion_routes(state: ServerState) -> APIRouter:
         body.check_fields(state.config.unknown_fields)
         state.check_model(body.model)
         body.check_choices(len(body.prompts), state.config.max_choices)
-        job = await state.start(body, "cmpl", body.prompts)
+        job = await state.start(body, "cmpl", body.prompts, body.form)
         answer = CompletionAnswer(state, body, job)
         if body.stream:
             return EventStream(answer.events(), state.client_of(job))

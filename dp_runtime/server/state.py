@@ -17,6 +17,7 @@ from uuid import uuid4
 from dp_runtime.chat.sandbox import compile_template
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.engine.inputs import NewRequest, check_room
 from dp_runtime.errors import QueueFull, require, shown
@@ -118,12 +119,20 @@ class ServerState:
         body: GenerationBody,
         prefix: str,
         prompts: Sequence[TextOrTokens],
+        form: StructuredOutputs | None,
     ) -> Job:
-        """Start body.n choices of every prompt, or none of them."""
+        """Start body.n choices of every prompt, all of this form, or none of them."""
         job_id = f"{prefix}-{body.request_id or uuid4().hex}"
         self.jobs.check_id(job_id)
-        size = body.n * (sum(map(len, prompts)) + body.num_listed)
-        requests = await self.off_loop(partial(self._requests, prompts, body), size)
+        make = partial(self._requests, prompts, body, form)
+        try:
+            if form is None:
+                size = body.n * (sum(map(len, prompts)) + body.num_listed)
+                requests = await self.off_loop(make, size)
+            else:
+                requests = await self.in_thread(make)  # a grammar may take long to compile
+        except ValueError as error:
+            raise body.as_given(error) from None
         self.jobs.check_id(job_id)  # again: another may have taken it meanwhile
         job = Job(job_id, self.engine.submit_all(requests), len(prompts))
         self.jobs.add(job)
@@ -143,10 +152,15 @@ class ServerState:
         """Make a part of an answer that tells of so many tokens and probabilities; encode it."""
         return await self.off_loop(lambda: as_json(make(), num_entries), num_entries)
 
-    def _requests(self, prompts: Sequence[TextOrTokens], body: GenerationBody) -> list[NewRequest]:
+    def _requests(
+        self,
+        prompts: Sequence[TextOrTokens],
+        body: GenerationBody,
+        form: StructuredOutputs | None,
+    ) -> list[NewRequest]:
         """Check prompts, whose text is read once, and make the requests of their choices."""
         left_out = {n: v for n, v in self.sampling_defaults.items() if getattr(body, n) is None}
-        params = replace(body.params, **left_out)
+        params = replace(body.params, structured_outputs=form, **left_out)
         num_logprobs = 0 if params.prompt_logprobs is None else 1 + params.prompt_logprobs
         limit = self.config.max_prompt_tokens
         requests: list[NewRequest] = []

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install 'dp-runtime[structured]'"
 MAX_MULTIPLE = 10_000  # an automaton has a state for each remainder, and no limit bounds its making
-_MULTIPLE = re.compile(r'"multipleOf": (-?[0-9][0-9.eE+-]*)')
+_UNESCAPED = re.compile(r"\\.|[/\n]", re.DOTALL)
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(-?[0-9][0-9.eE+-]*)')
 # Some models never leave off writing spaces where JSON allows any number of them.
 _JSON: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
 
@@ -43,8 +44,32 @@ def grammar_of(wanted: StructuredOutputs) -> str:
         case StructuredOutputs(choice=tuple(choices)):
             return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(json.dumps, choices))}")
         case StructuredOutputs(grammar=str(text)):
+            _check_multiples(text)  # of schemas within
             return LLMatcher.grammar_from_lark(any_to_lark(text))
     raise AssertionError(f"no kind of structured outputs: {wanted}")
+
+
+def rule_of(wanted: StructuredOutputs, name: str) -> str:
+    """Write it as a rule of a larger Lark grammar."""
+    match wanted:
+        case StructuredOutputs(json=str(schema)):
+            with_defaults = {"x-guidance": _JSON} | json.loads(schema)
+            return f"{name}: %json {json.dumps(with_defaults)}\n"
+        case StructuredOutputs(json_object=True):
+            return f'{name}: %json {{"type": "object", "x-guidance": {json.dumps(_JSON)}}}\n'
+        case StructuredOutputs(regex=str(regex)):
+            return f"{name}: /{_UNESCAPED.sub(_escaped, regex)}/\n"
+        case StructuredOutputs(choice=tuple(choices)):
+            return f"{name}: {' | '.join(map(json.dumps, choices))}\n"
+        case StructuredOutputs(grammar=str(text)):
+            from llguidance.gbnf_to_lark import any_to_lark
+
+            return f"{name}: %lark {{\n{any_to_lark(text)}\n}}\n"
+    raise AssertionError(f"no kind of structured outputs: {wanted}")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return {"/": r"\/", "\n": r"\n"}.get(found[0], found[0])
 
 
 def one_error(text: str) -> str:

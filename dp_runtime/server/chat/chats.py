@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dp_runtime.chat.answer import AnswerParser
+from dp_runtime.chat.forced_calls import after_thought, forced_calls
 from dp_runtime.chat.messages import read_messages
 from dp_runtime.chat.parsers import Parsers, ReasoningParser, ToolParser
 from dp_runtime.chat.reasoning import BEGIN, END, Thought
 from dp_runtime.chat.template import ChatTemplate, ChatTemplates, RenderOptions
 from dp_runtime.chat.tool_calls import CLOSE, OPEN
 from dp_runtime.chat.tools import ToolUse
+from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.metrics.status import ChatFiles
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.chat import ChatBody, Objects, TemplateFields
+from dp_runtime.structured.grammar import rule_of
 from dp_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class ChatPrompt:
     tools: ToolUse
     thought: Thought  # that its end leaves open, or that may follow
     continued: str | None  # the final message's text, which goes on
+    form: StructuredOutputs | None = None  # of all that the model writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +67,10 @@ class Chats:
         """Read and render a request's chat (ValueError); it may take a while."""
         tools = ToolUse.read(body.tools, body.tool_choice, body.parallel_tool_calls)
         self.parsers.check(tools)
-        if tools.forced:
-            raise refuse("tool_choice", body.tool_choice, "none or auto: calls can't be forced yet")
-        return self.prompt(body.messages, tools, body)
+        if tools.forced and body.form is not None:
+            raise refuse("tool_choice", body.tool_choice, "none or auto where text has a form")
+        prompt = self.prompt(body.messages, tools, body)
+        return replace(prompt, form=_form(prompt, body.form))
 
     def prompt(self, messages: Objects, tools: ToolUse, fields: TemplateFields) -> ChatPrompt:
         chat = read_messages(messages, self.config.unknown_fields == "ignore")
@@ -99,6 +104,15 @@ class Chats:
                 "%s are special tokens here: they are read with skip_special_tokens false only",
                 ", ".join(sorted(hidden)),
             )
+
+
+def _form(prompt: ChatPrompt, wanted: StructuredOutputs | None) -> StructuredOutputs | None:
+    """That of forced calls, or the wanted one, which begins behind a thought."""
+    if prompt.tools.forced:
+        return StructuredOutputs(grammar=forced_calls(prompt.tools, prompt.thought))
+    if wanted is None or prompt.thought is Thought.NONE:
+        return wanted
+    return StructuredOutputs(grammar=after_thought(rule_of(wanted, "answer"), prompt.thought))
 
 
 def _options(fields: TemplateFields) -> RenderOptions:

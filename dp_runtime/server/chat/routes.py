@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from dp_runtime.errors import ContextExceeded
 from dp_runtime.server.answers import EventStream, JsonAnswer
 from dp_runtime.server.chat.answer import ChatAnswer
 from dp_runtime.server.protocol.chat import ChatBody
@@ -29,10 +27,7 @@ def chat_routes(state: ServerState) -> APIRouter:
         body.check_answer()
         chats = state.chats
         prompt = await state.in_thread(partial(chats.prompt_of, body))
-        try:
-            job = await state.start(body, "chatcmpl", [prompt.token_ids])
-        except ContextExceeded as error:
-            raise replace(error, field=error.field.replace("prompt", "messages")) from None
+        job = await state.start(body, "chatcmpl", [prompt.token_ids], prompt.form)
         answer = ChatAnswer(state, chats, body, prompt, job)
         if body.stream:
             return EventStream(answer.events(), state.client_of(job))

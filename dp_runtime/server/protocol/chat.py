@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from dp_runtime.chat.messages import MAX_ENTRIES
 from dp_runtime.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from dp_runtime.errors import ContextExceeded
 from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.fields import Body, GenerationBody
+from dp_runtime.server.protocol.forms import about_form
 
 Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 
@@ -45,6 +48,13 @@ class ChatBody(GenerationBody, TemplateFields):
         if self.echo and not self.continue_final_message:
             raise refuse("echo", True, "false unless continue_final_message is true")
 
+    def as_given(self, error: ValueError) -> ValueError:
+        if isinstance(error, ContextExceeded):
+            return replace(error, field=error.field.replace("prompt", "messages"))
+        if self.tool_choice not in (None, "auto", "none"):
+            return about_form(error, "tools", [tool.get("function") for tool in self.tools or ()])
+        return super().as_given(error)
+
     @property
     def params(self) -> SamplingParams:
         """The sampling parameters; without a limit, the answer may take all the room there is."""
@@ -52,5 +62,6 @@ class ChatBody(GenerationBody, TemplateFields):
             self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         )
         return self.sampling(
-            max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+            max_tokens=limit,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

@@ -9,7 +9,9 @@ from fastapi import Header
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.server.errors import ApiError, refuse
+from dp_runtime.server.protocol.forms import about_form, read_form
 
 SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -114,6 +116,8 @@ class GenerationBody(Body):
     allowed_token_ids: TokenIds | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
     truncate_prompt_tokens: int | None = None
     priority: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 
@@ -152,6 +156,17 @@ class GenerationBody(Body):
             raise refuse("n", self.n, f"1 or more, at most {max_choices} choices for all prompts")
         if self.stream_options is not None and not self.stream:
             raise refuse("stream_options", {}, "only with stream true")
+
+    @property
+    def form(self) -> StructuredOutputs | None:
+        """The form that the answer must have (ValueError)."""
+        return read_form(self.response_format, self.structured_outputs)
+
+    def as_given(self, error: ValueError) -> ValueError:
+        """Name this request's own field in an error about what the engine got for it."""
+        if self.response_format is None:
+            return error
+        return about_form(error, "response_format", self.response_format)
 
     def sampling(self, **own: object) -> SamplingParams:
         """The parameters given here, where None is a default, and by the endpoint (ValueError)."""

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from dp_runtime.chat.forced_calls import forced_calls
+from dp_runtime.chat.forced_calls import after_thought, forced_calls
 from dp_runtime.chat.parsers import Parsers, ReasoningParser, ToolParser
 from dp_runtime.chat.reasoning import Thought
 from dp_runtime.chat.tools import ToolUse
+from dp_runtime.core.structured_outputs import StructuredOutputs
+from dp_runtime.structured.grammar import rule_of
 from tests.dp_runtime.chat.answers import parsed
 
 TOKENIZER = LLTokenizer(
@@ -84,3 +86,27 @@ def test_thoughts_come_before(thought: Thought, allowed: list[str]) -> None:
     texts.append(f"<think></think>{F}")
     assert {text for text in texts if allows(grammar, text)} >= {*allowed}
     assert not allows(grammar, "hm")
+
+
+FORMS = {
+    "json": (StructuredOutputs(json=SCHEMA), '{"a": 1,\n "b": "x"}'),
+    "json_object": (StructuredOutputs(json_object=True), '{"a": []}'),
+    "regex": (StructuredOutputs(regex=r"a/b\/c\\d[\n]e{2}|^x"), "a/b/c\\d\nee"),
+    "choice": (StructuredOutputs(choice=["yes", 'no"\n']), 'no"\n'),
+    "lark": (StructuredOutputs(grammar='start: "a" b\nb: /[0-9]{2}/ "}" '), "a12}"),
+    "gbnf": (StructuredOutputs(grammar='root ::= "a" [0-9]+'), "a12"),
+}
+THOUGHTS = {
+    Thought.NONE: "", Thought.POSSIBLE: "<think>\n{</think>\n\n", Thought.OPEN: "a </think>\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_any_form_can_come_behind_a_thought(form: str, thought: Thought) -> None:
+    wanted, text = FORMS[form]
+    grammar = after_thought(rule_of(wanted, "answer"), thought)
+    assert allows(grammar, THOUGHTS[thought] + text)
+    assert not allows(grammar, THOUGHTS[thought] + "?")
+    assert not allows(grammar, text + "</think>")
+    assert allows(grammar, text) == (thought is not Thought.OPEN)
