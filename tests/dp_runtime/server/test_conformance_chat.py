@@ -10,7 +10,7 @@ from openai import BadRequestError
 
 from dp_runtime import RequestOutput, SamplingParams
 from dp_runtime.server.protocol.fields import RANK_HEADER
-from tests.dp_runtime.server.openai_calls import ChatCompletions, Content, joined
+from tests.dp_runtime.server.openai_calls import ChatCompletions, Content, check_alike, joined
 from tests.dp_runtime.server.served import MODEL, Served, serving
 
 CHAT = [{"role": "user", "content": "Return the list of"}]
@@ -137,3 +137,21 @@ def test_a_chat_beyond_the_context_is_told_as_openai_tells_it(calls: ChatComplet
             calls.whole(**request, max_tokens=2048)
         assert (caught.value.param, caught.value.code) == (param, "context_length_exceeded")
         assert "maximum context length is 2048 tokens" in caught.value.message
+
+
+def test_the_clients_own_joining_gives_the_whole_answer(calls: ChatCompletions) -> None:
+    request: Any = {
+        "model": MODEL, "messages": CHAT, "max_tokens": 60, "seed": 3, "logprobs": True, "n": 2,
+        "stop": ["e", "a"],
+    }  # fmt: skip
+    options: Any = {"include_usage": True}
+    whole = calls.client.chat.completions.create(**request)
+    with calls.client.chat.completions.stream(**request, stream_options=options) as stream:
+        events = [event.type for event in stream]
+        final = stream.get_final_completion()
+    assert final.usage == whole.usage
+    for own, choice in zip(final.choices, whole.choices, strict=True):
+        assert own.message.content == choice.message.content
+        assert own.finish_reason == choice.finish_reason == "stop"
+        check_alike(own.logprobs.to_dict(), choice.logprobs.to_dict())
+    assert events.count("content.done") == events.count("logprobs.content.done") == 2
