@@ -153,5 +153,6 @@ def test_the_clients_own_joining_gives_the_whole_answer(calls: ChatCompletions) 
     for own, choice in zip(final.choices, whole.choices, strict=True):
         assert own.message.content == choice.message.content
         assert own.finish_reason == choice.finish_reason == "stop"
-        check_alike(getattr(own, "logprobs").to_dict(), getattr(choice, "logprobs").to_dict())
+        assert own.logprobs is not None
+        check_alike(own.logprobs.to_dict(), choice.logprobs.to_dict())
     assert events.count("content.done") == events.count("logprobs.content.done") == 2
