@@ -98,7 +98,9 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    def answer(_: Request, error: Exception) -> JSONResponse:
+    """Answer errors in this format; the handlers are async, for others run in threads."""
+
+    async def answer(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
     for kind in (ApiError, ValueError, RequestFailed, QueueFull, RankFailed, EngineClosed):
@@ -107,7 +109,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
 
 
-def _invalid(_: Request, error: Exception) -> JSONResponse:
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError), "registered for it"
     errors = error.errors()
     # Of a field of several types, the others say only that it is none of theirs.
@@ -140,7 +142,7 @@ def _path(error: Mapping[str, Any]) -> str:
 _UNION_BRANCHES = frozenset({"str", "int", "float", "bool", "dict", "list"})
 
 
-def _http_error(_: Request, error: Exception) -> JSONResponse:
+async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "registered for it"
     message = str(error.detail)
     if error.__cause__ is not None:  # of reading a body as JSON: not UTF-8, too deep, huge numbers

@@ -29,6 +29,7 @@ class Served:
     url: str
     state: ServerState
     engine: AsyncEngine
+    listener: Listener
 
     def client(self, **how: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=WAIT_S, **how)
@@ -60,7 +61,7 @@ def serving(server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Ser
         running = AsyncEngine(config)
         state.serve(running)
         try:
-            yield Served(listener.url, state, running)
+            yield Served(listener.url, state, running, listener)
         finally:
             running.close_now()
     finally:

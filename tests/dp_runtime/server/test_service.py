@@ -17,7 +17,7 @@ ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     limits = {"api_key": "secret", "max_in_flight": 3, "max_body_bytes": 20_000}
-    with serving(limits) as running:
+    with serving(limits, max_queued_requests=3) as running:
         yield running
 
 
@@ -75,6 +75,21 @@ def test_more_than_may_be_in_flight_get_429(served: Served, key: dict[str, str])
         assert answer.headers["retry-after"] == "1"
         for stream in streams:
             stream.__exit__(None, None, None)
+    served.check_idle()
+
+
+def test_a_full_queue_is_told_before_the_body_is_read(served: Served, key: dict[str, str]) -> None:
+    body = ENDLESS | {"stream": True, "n": 3}
+    with served.client(headers=key) as client:
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+            refused = client.post("/v1/completions", content=b"[")
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "queue_full"
+            assert refused.headers["retry-after"] == "1"
+        served.check_idle()
+        too_many = client.post("/v1/completions", json=ENDLESS | {"n": 4})
+        assert too_many.json()["error"]["code"] == "queue_full"
     served.check_idle()
 
 

@@ -49,7 +49,7 @@ def test_a_server_that_loads_has_no_metrics_yet() -> None:
     state = ServerState(ServerConfig(port=0), EngineConfig(str(TINY_MODEL)))
     listener = Listener(state)
     try:
-        served = Served(listener.url, state, None)  # type: ignore[arg-type]
+        served = Served(listener.url, state, None, listener)  # type: ignore[arg-type]
         with served.client() as client:
             for path in ("/metrics", "/health"):
                 assert client.get(path).status_code == 503
