@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, MISSING, dataclass
 
+from dp_runtime.core.faults import ALLOWED, ENDS_PROCESS, FIELD, Fault, read_faults
 from dp_runtime.core.settings import check_settings, setting, settings_of
 from dp_runtime.core.step_program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.errors import require
@@ -205,6 +206,12 @@ class EngineConfig:
         "always with 0, a lost rank fails the engine",
         at_least=0,
     )
+    inject: str | None = setting(
+        None,
+        "for tests and experiments: faults that happen to ranks, as rank=2,step=50,kind=kill; "
+        "docs/recovery.md has all kinds",
+        allowed=ALLOWED,
+    )
     torch_threads: int | None = setting(
         None,
         "threads of a CPU rank",
@@ -222,6 +229,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         self._check_speculation()
+        self._check_faults()
         transport = TRANSPORTS.get(self.collective)
         if transport is not None:  # else auto
             self._check_transport(transport)
@@ -249,6 +257,16 @@ class EngineConfig:
         """Steps that may be launched and not yet committed when the next one is scheduled."""
         overlap = self.device == "cuda" if self.overlap is None else self.overlap
         return 1 if overlap else 0
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        return read_faults(self.inject, self.dp_size)
+
+    def _check_faults(self) -> None:
+        for fault in self.faults:
+            ok = self.launcher != "thread" or fault.kind not in ENDS_PROCESS
+            allowed = "with launcher thread it would end this process"
+            require(ok, f"{FIELD}: kind", fault.kind.value, allowed)
 
     def _check_speculation(self) -> None:
         steps, forced = self.speculative_num_steps, self.speculative_forced_tokens

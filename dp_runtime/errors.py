@@ -81,6 +81,10 @@ class OneLineError(RuntimeError):
         super().__init__(one_line(text))
 
 
+class StepAbandoned(OneLineError):
+    """A step can not end, because of one request that is over now; its rank is well."""
+
+
 class StartError(OneLineError):
     """The ranks could not be started; names the ranks and the reason."""
 

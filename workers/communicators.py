@@ -15,6 +15,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.parallel.transports import TRANSPORTS, Transport, choose_transport
+from dp_runtime.runner.fault_injection import DueFaults, FaultyBoard
 from workers.messages import AnyRendezvous, HostInfo, InProcessRendezvous, Rendezvous
 
 LOOPBACK = "127.0.0.1"
@@ -38,6 +39,15 @@ class InProcessCommunicator:
     def close(self) -> None:
         self.collective.close()
         self.board.close()
+
+
+class FaultyCommunicator:
+    """A communicator in whose board faults happen."""
+
+    def __init__(self, communicator: Communicator, due: DueFaults) -> None:
+        self.collective = communicator.collective
+        self.board: StepBoard = FaultyBoard(communicator.board, due)
+        self.close = communicator.close
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.error: str | None = None  # why the loop has ended
-        self._at_fault = False
+        self.at_fault = False
         self._changed = threading.Condition()
         self._added: list[RankRequest] = []
         self._aborted: list[int] = []
@@ -56,13 +56,13 @@ class Mailbox:
 
     def fail(self, error: str, at_fault: bool) -> None:
         with self._changed:
-            self.error, self._at_fault = error, at_fault
+            self.error, self.at_fault = error, at_fault
             self._changed.notify_all()
 
     def recover(self) -> None:
         """Serve the next epoch with what was submitted and delivered meanwhile."""
         with self._changed:
-            self.error, self._at_fault = None, False
+            self.error, self.at_fault = None, False
 
     def poll(self, timeout_s: float) -> Polled:
         """Return what was delivered since the last poll; waits for it up to timeout_s."""
@@ -73,4 +73,4 @@ class Mailbox:
             sleep(LINGER_S)
         with self._changed:
             progress, self._outbox = self._outbox, []
-            return Polled(progress, self.error, self._at_fault)
+            return Polled(progress, self.error, self.at_fault)

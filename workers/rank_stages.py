@@ -11,11 +11,18 @@ from time import monotonic
 import torch
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, RankFailed
+from dp_runtime.errors import (
+    CollectiveAborted,
+    CollectiveTimeout,
+    RankDisagreement,
+    RankFailed,
+    StepAbandoned,
+)
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
+from dp_runtime.runner.fault_injection import DueFaults, FaultyLaunch
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.startup.build_rank import (
     assemble,
@@ -28,11 +35,12 @@ from dp_runtime.startup.graph_capture import capture
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from dp_runtime.startup.served_requests import ServedRequests
-from workers.communicators import Communicator, connect
+from workers.communicators import Communicator, FaultyCommunicator, connect
 from workers.mailbox import Mailbox
 from workers.messages import AnyRendezvous
 
 STOP_S = 5.0
+NOBODYS_FAULT = (CollectiveTimeout, RankDisagreement, StepAbandoned)  # no rank is sure to be
 
 
 @dataclass(eq=False)
@@ -128,7 +136,10 @@ class Loaded:
             rendezvous, prepared.dp_rank, prepared.config, prepared.device, timeout_s, listener
         )
         prepared.flight.join(epoch, rendezvous.transport)
-        return Connected(self, communicator, epoch)
+        due = DueFaults(prepared.config.faults, prepared.dp_rank, epoch)
+        if due:
+            communicator = FaultyCommunicator(communicator, due)
+        return Connected(self, communicator, epoch, due)
 
     def describe(self, health: RankHealth) -> RankHealth:
         health, scheduler = self.prepared.describe(health), self.requests.scheduler
@@ -150,6 +161,7 @@ class Connected:
     loaded: Loaded
     communicator: Communicator
     epoch: int
+    due: DueFaults
 
     def begin(self, progress: StartProgress) -> Joined:
         """Begin to step, once all ranks have measured memory and captured graphs, at every join."""
@@ -170,6 +182,8 @@ class Connected:
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
             if prepared.device.type != "cpu":
                 forbid_compilation()
+        if self.due:
+            FaultyLaunch(loop, self.due)
         return Joined(self, loop, measured, graphs)
 
     def abandon(self, reason: str) -> None:
@@ -221,11 +235,13 @@ class Joined:
         return Loaded.without_requests(loaded.prepared, loaded.rank)
 
     def suspend(self, reason: str) -> Loaded:
-        """Leave the step where it is; RankFailed if it does not end within STOP_S."""
+        """Leave the step where it is; RankFailed if it does not end, or a fault here ended it."""
         self.connected.abandon(reason)
         self._thread.join(STOP_S)
         if self._thread.is_alive():
             raise RankFailed(f"rank {self._dp_rank} did not leave its step within {STOP_S:g} s")
+        if self.mailbox.at_fault:
+            raise RankFailed(self.mailbox.error or "")
         loaded = self._disconnected()
         loaded.requests.abandon_steps()
         loaded.mailbox.recover()
@@ -264,9 +280,6 @@ class Joined:
             self.loop.run(self.mailbox.take, self.mailbox.deliver)
         except CollectiveAborted as error:  # it says which rank ended the step, and why
             self.mailbox.fail(str(error), at_fault=False)
-        except CollectiveTimeout as error:
-            text = f"rank {self._dp_rank}: {type(error).__name__}: {error}"
-            self.mailbox.fail(text, at_fault=False)
         except Exception as error:
             text = f"rank {self._dp_rank}: {type(error).__name__}: {error}"
-            self.mailbox.fail(text, at_fault=True)
+            self.mailbox.fail(text, at_fault=not isinstance(error, NOBODYS_FAULT))

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
 
+import torch
+
 from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.errors import StepAbandoned
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
@@ -16,6 +19,7 @@ from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.step_runner import CapturedGraphs, StepOutput, StepRunner
 from dp_runtime.runner.step_timer import StepTimer
+from dp_runtime.scheduler.abandonment import fail_prefill
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 
@@ -51,6 +55,7 @@ class StepLoop:
         self.scheduler = scheduler
         self.coordinator = coordinator
         self.runner = runner
+        self.launch = runner.run
         self.sampler = runner.sampler
         self.flight = runner.flight
         self.recorder = recorder
@@ -118,11 +123,24 @@ class StepLoop:
             self._rest(deliver)
             return True
         self.runner.clear_pages(self.scheduler.page_table.take_pages_to_clear())
-        output = self.runner.run(scheduled, agreement)
+        try:
+            output = self.launch(scheduled, agreement)
+        except torch.OutOfMemoryError as error:
+            self._blame_request(scheduled, error, deliver)
+            raise
         self._wait_s = timer.agree_wait_s + sum(each.wait_s for each in output.passes)
         self._inflight.append(InflightStep(scheduled, agreement, output, timer))
         self._commit_down_to(self._max_inflight_steps, deliver)
         return True
+
+    def _blame_request(
+        self, scheduled: SchedulerOutput, error: Exception, deliver: Deliver
+    ) -> None:
+        """Have the one request that prefilled fail alone; without it the rank is well."""
+        failed = fail_prefill(self.scheduler, scheduled, error)
+        if failed is not None:
+            deliver([failed])
+            raise StepAbandoned(f"request {failed.request_id}: {failed.error}") from error
 
     def _commit_down_to(self, max_inflight_steps: int, deliver: Deliver) -> None:
         while len(self._inflight) > max_inflight_steps:

@@ -78,6 +78,7 @@ class StepRunner:
         self.model = model
         self.drafting = drafting
         self.sampler = sampler
+        self.sample = sampler.sample
         self.structured = structured
         self.device = device
         self.collective = collective
@@ -181,7 +182,7 @@ class StepRunner:
                 self.model.logits(hidden[rows[: len(scheduled.samples)]])
             )
         masks = self.structured.masks(masked)
-        sampled = self.sampler.sample(logits, scheduled.samples, verification, masks)
+        sampled = self.sample(logits, scheduled.samples, verification, masks)
         self.structured.sampled(masked, sampled)
         self.last_sampled = sampled.token_ids
         step.sample_start_s, step.sample_s = started, perf_counter() - started

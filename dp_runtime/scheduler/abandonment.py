@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dp_runtime.core.request import FinishReason, RequestUpdate
 from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 
 
 def abandon_steps(scheduler: Scheduler) -> None:
@@ -25,3 +27,16 @@ def abandon_steps(scheduler: Scheduler) -> None:
                 each.add(req_index, state.request, state.outputs)
         scheduler.page_table.doubt(req_index)
     scheduler.check()
+
+
+def fail_prefill(
+    scheduler: Scheduler, step: SchedulerOutput, error: Exception
+) -> RequestUpdate | None:
+    """End the request that alone prefilled in a step which is abandoned; None if none did."""
+    if len(step.chunks) != 1:
+        return None
+    request = step.chunks[0].state
+    if request.finish_reason:
+        return None
+    scheduler.requests.finish(request, FinishReason.ERROR)
+    return RequestUpdate.failed(request.request.request_id, len(request.outputs), error)
