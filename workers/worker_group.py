@@ -227,6 +227,8 @@ class WorkerGroup:
         """Begin the epoch in which all ranks step again with the requests of lost ones."""
         with self._lock:
             lost, tell = self._state.lost, self._on_loss
+        if self._watch is not None:
+            self._watch.serve(SilenceLimits.while_serving(self._config), self._notice)
 
         def resume(requests: dict[int, list[RankRequest]]) -> None:
             with self._lock:

@@ -88,10 +88,8 @@ def _schema(given: object) -> str | None:
     """The text of a schema, whose names keep their order."""
     text = plain_str(given)
     try:
-        if text is None:
-            schema = _plain_json(given, MAX_DEPTH, iter(range(MAX_BYTES)))
-        else:
-            schema = json_text.loads(text)
+        parsed = given if text is None else json_text.loads(text)
+        schema = _plain_json(parsed, MAX_DEPTH, iter(range(MAX_BYTES)))
         return json_text.dumps(schema, allow_nan=False) if isinstance(schema, dict) else None
     except (ValueError, RecursionError):
         return None

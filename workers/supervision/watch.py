@@ -54,17 +54,19 @@ class _Pulse:
     answered_at: float
     question: Future[RankHealth] | None = None
     health: RankHealth | None = None
+    comes_up: bool = True  # its process has not answered anybody yet, as far as is known
     is_lost: bool = False  # and was reported
 
     def begin(self, now: float) -> None:
-        self.answered_at, self.question, self.health, self.is_lost = now, None, None, False
+        self.answered_at, self.question, self.health = now, None, None
+        self.comes_up, self.is_lost = True, False
 
     def beat(self, now: float) -> None:
         """Take in an answer, and ask again a while after it."""
         if self.question is not None and self.question.done():
             self.answered_at = now  # an error is an answer too
             if self.question.exception() is None:
-                self.health = self.question.result()
+                self.health, self.comes_up = self.question.result(), False
             self.question = None
         if self.question is None and (self.health is None or now - self.answered_at >= BEAT_S):
             self.question = self.rank.call(ReadHealth())
@@ -108,9 +110,12 @@ class RankWatch:
     def renew(self, dp_ranks: Collection[int]) -> None:
         """Other processes take the place of these ranks."""
         for dp_rank in dp_ranks:
-            self._pulses[dp_rank].begin(self._clock.now())
+            self._pulses[dp_rank].begin(self._now)
 
     def serve(self, limits: SilenceLimits, on_silence: OnSilence) -> None:
+        """Judge by these limits, now that all ranks have answered the driver and joined."""
+        for pulse in self._pulses:
+            pulse.comes_up = False
         self._judging = (limits, on_silence)
 
     def end(self) -> None:
@@ -136,7 +141,7 @@ class RankWatch:
             for pulse in self._pulses
             if not pulse.is_lost
             and self._now - pulse.answered_at
-            > factor * (limits.later if pulse.health else limits.first)
+            > factor * (limits.first if pulse.comes_up else limits.later)
         ]
 
 
