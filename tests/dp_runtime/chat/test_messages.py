@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dp_runtime.chat.messages import MAX_ENTRIES, read_messages
+from dp_runtime.chat.template import ChatTemplate
 from dp_runtime.chat.tools import ToolUse, read_tools
+from tests.dp_runtime.chat.templates import QWEN3
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
 DEEP = "[" * 100_000
@@ -140,3 +145,27 @@ def test_mistakes_in_tools_are_named(case: str) -> None:
     tools, choice, words = BAD_TOOLS[case]
     with pytest.raises(ValueError, match=f"^{words}"):
         ToolUse.read(tools, choice)
+
+
+KEYS = st.sampled_from(
+    ["role", "content", "type", "text", "name", "function", "arguments", "parameters", "tool_calls"]
+)
+WORDS = st.sampled_from(
+    ["user", "assistant", "tool", "text", "function", "f", "{}", "required", ""]
+)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(messages=ANYTHING | st.lists(ANYTHING), tools=ANYTHING | st.lists(ANYTHING), choice=ANYTHING)
+def test_whatever_is_given_is_read_or_refused(messages: Any, tools: Any, choice: Any) -> None:
+    with suppress(ValueError):
+        chat = read_messages(messages)
+        ChatTemplate.read(QWEN3, {}, "chat_template").render(chat)
+    with suppress(ValueError):
+        use = ToolUse.read(tools, choice)
+        assert len(use.forced) <= len(use.offered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,6 +177,7 @@ def check_arguments(name: str, arguments: Any) -> None:
         assert arguments["days"] <= 9
 
 
+JSON_OBJECT = {"type": "json_object"}
 NAMED = {"type": "function", "function": {"name": "forecast"}}
 
 
@@ -216,6 +218,13 @@ def test_an_answer_has_the_form_that_is_asked_for(create: Any) -> None:
     assert json.loads(answer.choices[0].message.content)["ok"] in (True, False)
     text = create(**BODY, response_format={"type": "text"}, max_tokens=3, seed=1)
     assert text.choices[0].finish_reason == "length"
+
+
+def test_completions_have_the_form_that_is_asked_for(served: Served) -> None:
+    for form in ({"structured_outputs": {"regex": "[a-c]{3}"}}, {"response_format": JSON_OBJECT}):
+        answer = served.post("/v1/completions", prompt="a", max_tokens=40, seed=2, **form).json()
+        text = answer["choices"][0]["text"]
+        assert re.fullmatch("[a-c]{3}", text) or text.startswith("{")
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
