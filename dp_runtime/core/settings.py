@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dp_runtime.core.plain_values import plain_bool, plain_float, plain_int, plain_str
-from dp_runtime.errors import require
+from dp_runtime.errors import not_allowed
 
 MAX_INT = 2**31 - 1  # of a field that names no other limit: all sizes fit into int32
 
@@ -83,7 +83,8 @@ class Field:
         if value is None and self.optional:
             return None
         own = (self.setting.read or _READERS[self.kind])(value)
-        require(own is not None and self._allows(own), self.name, value, self.allowed)
+        if own is None or not self._allows(own):
+            raise not_allowed(self.name, value, self.allowed)
         return own
 
     def _allows(self, value: Any) -> bool:

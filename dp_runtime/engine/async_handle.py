@@ -88,7 +88,7 @@ class AsyncRequestHandle:
     def take_delta(self) -> RequestDelta | None:
         """Return a delta that has come, if any; raises why the request failed."""
         if self._deltas:
-            return self._deltas.get()
+            return self._deltas.take()
         if self._error:
             raise fresh(self._error)
         return None

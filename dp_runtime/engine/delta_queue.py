@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
+from itertools import chain
 
-from dp_runtime.core.request import FinishReason, RequestDelta, TokenLogprob
+from dp_runtime.core.request import RequestDelta
 
 MAX_WAITING_DELTAS = 64
 
 
 class DeltaQueue:
-    """Holds at most MAX_WAITING_DELTAS: a slow reader gets fewer and larger ones, and all text."""
+    """Holds what has come; a slow reader gets fewer and larger deltas, and all text."""
 
     def __init__(self) -> None:
-        self._waiting: deque[_Merged] = deque()
+        self._waiting: list[RequestDelta] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def put(self, delta: RequestDelta) -> None:
-        if len(self._waiting) < MAX_WAITING_DELTAS:
-            self._waiting.append(_Merged(delta))
-        else:
-            self._waiting[-1].add(delta)
+        if len(self._waiting) == MAX_WAITING_DELTAS:
+            self._waiting = [_merged(self._waiting)]
+        self._waiting.append(delta)
 
-    def get(self) -> RequestDelta:
-        return self._waiting.popleft().delta()
+    def take(self) -> RequestDelta:
+        """Return all that waits as one delta; there must be some."""
+        waiting, self._waiting = self._waiting, []
+        return waiting[0] if len(waiting) == 1 else _merged(waiting)
 
 
-class _Merged:
-    """Consecutive deltas of one request, which become one."""
-
-    def __init__(self, first: RequestDelta) -> None:
-        self._request_id = first.request_id
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] | None = None if first.logprobs is None else []
-        self._finish_reason: FinishReason | None = None
-        self.add(first)
-
-    def add(self, delta: RequestDelta) -> None:
-        self._texts.append(delta.text)
-        self._token_ids += delta.token_ids
-        if self._logprobs is not None:
-            self._logprobs += delta.logprobs or ()
-        self._finish_reason = delta.finish_reason
-
-    def delta(self) -> RequestDelta:
-        logprobs = None if self._logprobs is None else tuple(self._logprobs)
-        return RequestDelta(
-            self._request_id, "".join(self._texts), tuple(self._token_ids), self._finish_reason,
-            logprobs,
-        )  # fmt: skip
+def _merged(deltas: Sequence[RequestDelta]) -> RequestDelta:
+    logprobs = tuple(chain.from_iterable(delta.logprobs or () for delta in deltas))
+    return RequestDelta(
+        deltas[0].request_id,
+        "".join(delta.text for delta in deltas),
+        tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+        deltas[-1].finish_reason,
+        None if deltas[0].logprobs is None else logprobs,
+    )

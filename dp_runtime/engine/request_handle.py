@@ -75,7 +75,7 @@ class RequestHandle:
                     if self._error:
                         raise fresh(self._error)
                     return
-                delta = self._deltas.get()
+                delta = self._deltas.take()
             yield delta
 
     def put(self, delta: RequestDelta, output: RequestOutput | None) -> None:

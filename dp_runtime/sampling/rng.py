@@ -28,8 +28,16 @@ def _mix(bits: Tensor) -> Tensor:
 
 def derive_seed(seed: int, request_id: int) -> int:
     """Give a request without a seed one in 0..2**63-1."""
-    engine = _mix(torch.tensor(seed) + _signed(_GOLDEN))
-    return int(_mix(engine + _signed(_GOLDEN * (request_id + 1)))) & (2**63 - 1)
+    engine = _mix_int(seed + _GOLDEN)
+    return _mix_int(engine + _GOLDEN * (request_id + 1)) % 2**63
+
+
+def _mix_int(value: int) -> int:
+    """`_mix` of one number, for which tensors are slow."""
+    bits = value % 2**64
+    bits = (bits ^ bits >> 30) * _FIRST % 2**64
+    bits = (bits ^ bits >> 27) * _SECOND % 2**64
+    return bits ^ bits >> 31
 
 
 def uniform(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:

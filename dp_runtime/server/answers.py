@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import Response
+from pydantic_core import PydanticSerializationError, to_json
 from starlette.types import Receive, Scope, Send
 
 from dp_runtime.server.errors import as_api_error
@@ -21,10 +23,10 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",",
 
 def as_json(content: Content, num_entries: int = 0) -> bytes:
     """Encode a body; half of a surrogate pair, which no JSON text may have, becomes `?`."""
-    # `encode` would hold Python's lock, and with it every other thread, until all is done.
-    many = num_entries > MANY_ENTRIES
-    text = "".join(ENCODER.iterencode(content)) if many else ENCODER.encode(content)
-    return text.encode(errors="replace")
+    if num_entries <= MANY_ENTRIES:  # of more, it would hold Python's lock for long
+        with suppress(PydanticSerializationError):
+            return to_json(content, inf_nan_mode="null")
+    return "".join(ENCODER.iterencode(content)).encode(errors="replace")
 
 
 @dataclass(frozen=True)

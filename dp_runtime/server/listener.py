@@ -8,6 +8,7 @@ import threading
 from time import monotonic
 
 import uvicorn
+import uvloop
 
 from dp_runtime.errors import StartError
 from dp_runtime.server.app import make_app
@@ -32,7 +33,7 @@ class Listener:
             backlog=BACKLOG, timeout_keep_alive=state.config.keep_alive_s,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
         self._thread.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -61,6 +62,8 @@ def serve(
         engine = AsyncEngine(engine_config, show_progress=True)
         signals.started()
         try:
+            gc.collect()
+            gc.freeze()  # what has started stays: walking over it would hold up all streams
             state.serve(engine)
             _say_ready(state, engine_config.dp_size)
             while not signals.stop.wait(LOOK_EVERY_S) and not listener.failed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -21,6 +22,8 @@ def serving(config: EngineConfig, show_progress: bool = False) -> Iterator[tuple
     try:
         engine = AsyncEngine(config, show_progress)
         try:
+            gc.collect()
+            gc.freeze()
             state.serve(engine)
             yield engine, listener.url
         finally:

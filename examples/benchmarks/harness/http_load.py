@@ -97,7 +97,7 @@ class Client:
 
     def __init__(self, url: str) -> None:
         split = urlsplit(url)
-        self._host, self._port = split.hostname, split.port
+        self._host, self._port = split.hostname or "", split.port or 80
         self._idle: list[Connection] = []
 
     def encoded(self, body: dict[str, Any], path: str = PATH) -> bytes:

@@ -41,12 +41,14 @@ def progress(first_index: int, *tokens: int, reason: FinishReason | None = None)
 
 def test_tokens_are_put_together_in_order() -> None:
     served = Served()
+    deltas = iter(served.handle)
     assert not served.apply(progress(0, 7))
     assert not served.handle.done
+    assert next(deltas).token_ids == (7,)
     served.apply(progress(1, 8, reason=FinishReason.LENGTH))
     output = served.handle.result(0)
     assert (output.token_ids, output.finish_reason, output.dp_rank) == ((7, 8), "length", 1)
-    assert [delta.token_ids for delta in served.handle] == [(7,), (8,)]
+    assert [delta.token_ids for delta in deltas] == [(8,)]
 
 
 def test_a_token_delivered_twice_or_left_out_is_noticed() -> None:
@@ -111,15 +113,15 @@ def test_a_slow_reader_gets_fewer_and_larger_deltas() -> None:
         reason = FinishReason.LENGTH if index == count - 1 else None
         logprob = TokenLogprob(index, -float(index))
         served.apply(RequestUpdate(5, index, (index,), (logprob,), finish_reason=reason))
-    deltas = list(served.handle)
-    assert len(deltas) == MAX_WAITING_DELTAS
-    assert [delta.token_ids for delta in deltas[:-1]] == [(i,) for i in range(len(deltas) - 1)]
-    assert [token for delta in deltas for token in delta.token_ids] == list(range(count))
-    assert [each.logprob for delta in deltas for each in delta.logprobs or ()] == [
-        -float(index) for index in range(count)
+        if index == 0:
+            first = next(iter(served.handle))
+    (rest,) = served.handle
+    assert (first.token_ids, first.finish_reason) == ((0,), None)
+    assert (rest.token_ids, rest.finish_reason) == (tuple(range(1, count)), FinishReason.LENGTH)
+    assert first.text + rest.text == served.handle.result(0).text
+    assert [each.logprob for each in rest.logprobs or ()] == [
+        -float(index) for index in range(1, count)
     ]
-    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
-    assert deltas[-1].finish_reason is FinishReason.LENGTH
 
 
 def test_a_stream_that_is_dropped_aborts_its_request_even_if_it_was_never_begun() -> None:
