@@ -41,7 +41,7 @@ SHOWN = ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms", "driver_us", "client_us",
 
 def main() -> None:
     options = _options()
-    print(machine.describe("torch", "fastapi", "uvicorn", "uvloop", "httptools"), flush=True)
+    print(machine.describe("torch", "fastapi", "uvicorn", "uvloop", "h11"), flush=True)
     config = EngineConfig(
         str(options.model), dp_size=options.dp_size, launcher="local", device=options.device,
         torch_threads=max(1, options.threads // options.dp_size),

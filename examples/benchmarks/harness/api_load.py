@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -29,7 +30,7 @@ def serving(config: EngineConfig, show_progress: bool = False) -> Iterator[tuple
         finally:
             engine.close_now()
     finally:
-        listener.close()
+        listener.close(threading.Event())
 
 
 def params_of(request: LoadRequest) -> SamplingParams:

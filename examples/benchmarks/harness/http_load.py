@@ -18,11 +18,16 @@ from time import monotonic, process_time
 from typing import Any
 from urllib.parse import urlsplit
 
-import httptools
+import h11
 
 from examples.benchmarks.harness.load import Answer, LoadRequest, run_load
 
 PATH = "/v1/completions"
+CHUNKED = b"transfer-encoding: chunked"  # all answers but refusals
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+
+Pieces = list[tuple[float, bytes]]
+Content = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,24 +38,28 @@ class Outcome:
 
 @dataclass(eq=False)
 class Response:
-    """The body of one answer, piece by piece."""
+    """The bytes of one answer, and when they came; read only once all have come."""
 
     submitted: float = field(default_factory=monotonic)
-    status: int = 0
-    pieces: list[tuple[float, bytes]] = field(default_factory=list)
+    pieces: Pieces = field(default_factory=list)
 
-    @property
-    def body(self) -> bytes:
-        return b"".join(data for _, data in self.pieces)
-
-    def events(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        """When each event of a stream was there, and what it said."""
-        text = b""
+    def read(self) -> tuple[int, Pieces]:
+        """The status, and the pieces of the body."""
+        http = h11.Connection(h11.CLIENT)
+        http.send(h11.Request(method="GET", target="/", headers=[("host", "")]))
+        http.send(h11.EndOfMessage())
+        status, body = 0, []
         for moment, data in self.pieces:
-            *complete, text = (text + data).split(b"\n\n")
-            for event in complete:
-                if event != b"data: [DONE]":
-                    yield moment, json.loads(event.removeprefix(b"data: "))
+            http.receive_data(data)
+            while (event := http.next_event()) is not h11.NEED_DATA:
+                match event:
+                    case h11.Response():
+                        status = event.status_code
+                    case h11.Data():
+                        body.append((moment, bytes(event.data)))
+                    case h11.EndOfMessage():
+                        return status, body
+        raise ConnectionError("the answer has no end")
 
 
 class Connection(asyncio.Protocol):
@@ -63,8 +72,8 @@ class Connection(asyncio.Protocol):
     async def ask(self, request: bytes) -> Response:
         """Send a request and wait until its answer has ended; ConnectionError if it does not."""
         self._done = asyncio.get_running_loop().create_future()
-        self._parser = httptools.HttpResponseParser(self)
         self._response = Response()
+        self._tail = b""
         self._transport.write(request)
         return await self._done
 
@@ -76,20 +85,16 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
+        assert self._done is not None, "somebody asked"
+        self._response.pieces.append((monotonic(), data))
+        self._tail = (self._tail + data)[-len(LAST_CHUNK) :]
+        refused = len(self._response.pieces) == 1 and CHUNKED not in data.lower()
+        if (self._tail == LAST_CHUNK or refused) and not self._done.done():
+            self._done.set_result(self._response)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_exception(ConnectionError(f"lost in mid-answer: {error}"))
-
-    def on_body(self, data: bytes) -> None:
-        self._response.pieces.append((monotonic(), data))
-
-    def on_message_complete(self) -> None:
-        self._response.status = self._parser.get_status_code()
-        assert self._done is not None, "somebody asked"
-        if not self._done.done():
-            self._done.set_result(self._response)
 
 
 class Client:
@@ -100,7 +105,7 @@ class Client:
         self._host, self._port = split.hostname or "", split.port or 80
         self._idle: list[Connection] = []
 
-    def encoded(self, body: dict[str, Any], path: str = PATH) -> bytes:
+    def encoded(self, body: Content, path: str = PATH) -> bytes:
         content = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nhost: {self._host}:{self._port}\r\n"
@@ -125,17 +130,31 @@ class Client:
 
 
 def read_answer(response: Response, stream: bool) -> Answer:
-    assert response.status == 200, f"status {response.status}: {response.body[:500]!r}"
+    status, pieces = response.read()
+    assert status == 200, f"status {status}: {pieces!r}"
     answer = Answer(response.submitted)
-    events = response.events() if stream else [(response.pieces[-1][0], json.loads(response.body))]
-    for moment, content in events:
+    for moment, content in events_of(pieces) if stream else [whole_of(pieces)]:
         token_ids = [each for choice in content["choices"] for each in choice["token_ids"]]
         answer.arrivals.append((moment, len(token_ids)))
         answer.token_ids.extend(token_ids)
     return answer
 
 
-def body_of(request: LoadRequest, stream: bool) -> dict[str, Any]:
+def whole_of(pieces: Pieces) -> tuple[float, Content]:
+    return pieces[-1][0], json.loads(b"".join(data for _, data in pieces))
+
+
+def events_of(pieces: Pieces) -> Iterator[tuple[float, Content]]:
+    """When each event of a stream was there, and what it said."""
+    text = b""
+    for moment, data in pieces:
+        *complete, text = (text + data).split(b"\n\n")
+        for event in complete:
+            if event != b"data: [DONE]":
+                yield moment, json.loads(event.removeprefix(b"data: "))
+
+
+def body_of(request: LoadRequest, stream: bool) -> Content:
     return {
         "prompt": request.prompt, "max_tokens": request.output_len, "temperature": 0.0,
         "ignore_eos": True, "stream": stream, "return_token_ids": True,
