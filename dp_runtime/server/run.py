@@ -72,6 +72,7 @@ def serve(
             on_drained(engine)
         finally:
             engine.close_now()
+            state.let_go()
     finally:
         listener.close(signals.hurry)
 

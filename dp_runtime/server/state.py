@@ -66,6 +66,10 @@ class ServerState:
             self._chats = Chats.of(files, given, engine.tokenizer, self.config)
         self._engine = engine
 
+    def let_go(self) -> None:
+        """Forget the engine, whose memory FastAPI's caches of endpoints would keep."""
+        self._engine = None
+
     @property
     def engine(self) -> AsyncEngine:
         """The engine; ApiError 503 until it has started, and while the server drains."""

@@ -29,6 +29,7 @@ def serving(config: EngineConfig, show_progress: bool = False) -> Iterator[tuple
             yield engine, listener.url
         finally:
             engine.close_now()
+            state.let_go()
     finally:
         listener.close(threading.Event())
 

@@ -64,5 +64,6 @@ def serving(server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Ser
             yield Served(listener.url, state, running, listener)
         finally:
             running.close_now()
+            state.let_go()
     finally:
         listener.close(threading.Event())
