@@ -14,11 +14,12 @@ from dp_runtime.errors import StartError, require
 
 CHANNELS = ("rows", "board")
 _LOOK_EVERY_S = 0.005
+LISTEN_S = 0.05  # before it is looked if the others may still come
 ATTACHED = 1  # the first turn of every channel says that the rank has attached
 
 
 def remove_rendezvous(path: str) -> None:
-    """Remove what is left of a rendezvous of this host whose ranks are gone; nothing as a rule."""
+    """Remove what is left of a rendezvous of this host; who still waits there gives up."""
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -26,6 +27,7 @@ class MeetingDirectory:
     """One rank's attempt to meet the others in a directory (0700) of FIFOs and the region (0600).
 
     Names are removed once all ranks have opened everything: nothing is left however ranks end.
+    Whoever removes the directory before ends the attempt of all.
     """
 
     def __init__(self, path: str, dp_rank: int, layout: RegionLayout, timeout_s: float) -> None:
@@ -95,20 +97,25 @@ class MeetingDirectory:
         return [r for r in ranks if any(self._fifo(c, r) not in self._fds for c in CHANNELS)]
 
     def _wait_a_little(self) -> None:
-        if time.monotonic() > self._deadline:
+        if self._is_over():
             self._give_up(self._unseen() or [0])
         time.sleep(_LOOK_EVERY_S)
 
     def _meet(self, bell: Doorbell) -> None:
         bell.ring(ATTACHED)
-        while missing := bell.missing(ATTACHED):
-            left = self._deadline - time.monotonic()
-            if left <= 0:
+        while bell.missing(ATTACHED):
+            is_over = self._is_over()  # asked first: the first that has met all removes the names
+            bell.listen(0.0 if is_over else LISTEN_S)
+            if is_over and (missing := bell.missing(ATTACHED)):
                 self._give_up(missing)
-            bell.listen(left)
+
+    def _is_over(self) -> bool:
+        return time.monotonic() > self._deadline or not os.path.isdir(self._path)
 
     def _give_up(self, missing: list[int]) -> None:
         names = ", ".join(map(str, missing))
+        if time.monotonic() <= self._deadline:
+            raise StartError(f"rank {self._rank} met no ranks {names}: {self._path} was removed")
         raise StartError(
             f"rank {self._rank} waited {self._timeout_s:g} s at {self._path} for ranks {names}"
         )

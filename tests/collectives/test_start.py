@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,19 @@ def test_shared_memory_does_not_need_torch_distributed() -> None:
     files = [*package.glob("*.py"), *(package.parent / f"{n}.py" for n in ("in_process", "rows"))]
     assert len(files) >= 8
     assert not [path for path in files if "distributed" in path.read_text()]
+
+
+def test_a_rank_gives_up_as_soon_as_its_meeting_is_removed(tmp_path: Path) -> None:
+    """... whether it waits for the names of the others, or for them to attach."""
+    for others in ((), ("rows.1", "board.1")):
+        path = tmp_path / f"meeting-{len(others)}"
+        with ThreadPoolExecutor(1) as pool:
+            alone = pool.submit(SharedMemoryGroup, str(path), 0, 2, 5.0, attach_timeout_s=200.0)
+            while not (path / "board.0").exists():
+                time.sleep(0.002)
+            for name in others:
+                os.mkfifo(path / name)
+            time.sleep(0.1)
+            rendezvous.remove_rendezvous(str(path))
+            with pytest.raises(StartError, match=r"rank 0 met no ranks 1: .* was removed"):
+                alone.result(100)

@@ -50,10 +50,18 @@ def load(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
 
 def served(engine: Engine, seed: int, disturb: Callable[[], None]) -> list[RequestOutput]:
     """Serve a load, disturb it in its midst, and check what streams delivered."""
-    prompts, params = load(seed)
-    handles = [engine.submit(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+    handles = submitted(engine, seed)
     next(iter(handles[0]))
     disturb()
+    return delivered(handles)
+
+
+def submitted(engine: Engine, seed: int) -> list[RequestHandle]:
+    return [engine.submit(prompt, own) for prompt, own in zip(*load(seed), strict=True)]
+
+
+def delivered(handles: list[RequestHandle]) -> list[RequestOutput]:
+    """Check what streams deliver, until all of them end."""
     outputs = []
     for handle in handles:
         tokens = [token for delta in handle for token in delta.token_ids]

@@ -20,8 +20,8 @@ LONG = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
 
 
 @contextmanager
-def served_by(launcher: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    flags = ["--launcher", launcher, "--dp-size", "2", "--port", "0"]
+def served_by(launcher: str, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    flags = ["--launcher", launcher, "--dp-size", "2", "--port", "0", *more]
     process = subprocess.Popen(
         [sys.executable, "launch.py", "serve", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
