@@ -35,7 +35,7 @@ def unharmed(served: Served) -> Iterator[None]:
 def held(served: Served) -> tuple[int, ...]:
     """Connections, tasks, open files and threads, but for those of pools, which stay."""
     server = served.listener._server.server_state
-    pools = ("requests", "asyncio")
+    pools = ("requests", "asyncio", "uvloop")
     threads = [each for each in threading.enumerate() if not each.name.startswith(pools)]
     tasks = asyncio.all_tasks(served.listener._loop)
     return len(server.connections), len(tasks), psutil.Process().num_fds(), len(threads)
