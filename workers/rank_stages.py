@@ -180,7 +180,7 @@ class Connected:
         if prepared.owns_process:
             gc.collect()
             gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
-            if prepared.device.type != "cpu":
+            if measures:  # else a new rank has run no step yet, and builds kernels as they come
                 forbid_compilation()
         if self.due:
             FaultyLaunch(loop, self.due)
