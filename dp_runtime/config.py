@@ -195,8 +195,8 @@ class EngineConfig:
     )
     hang_timeout_s: float = setting(
         5.0,
-        "seconds without an answer from a rank's process, while others answer, after which it "
-        "counts as lost",
+        "seconds without an answer from a rank's process, while others answer, or on GPUs "
+        "without the end of a step, after which it counts as lost",
         above=0,
         at_most=MAX_TIMEOUT_S,
     )

@@ -187,7 +187,7 @@ class WorkerGroup:
             self._end()
 
     def _notice(self, dp_ranks: Sequence[int], text: str) -> None:
-        for dp_rank in dp_ranks:
+        for dp_rank in dp_ranks or (None,):
             self._suspect(Evidence(text, dp_rank), self._state.epoch)
 
     def _suspect(self, evidence: Evidence, epoch: int) -> None:

@@ -74,3 +74,15 @@ def test_what_is_only_late_costs_nothing_else(model: Path) -> None:
         assert len(engine.submit([1, 2], GREEDY, dp_rank=2).result(WAIT_S).token_ids) == 60
         served(engine, 6, lambda: None)
         assert epochs(engine) == {0}
+
+
+def test_a_step_without_end_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank answers all the while, and there is no other that waits for it."""
+    monkeypatch.setattr("workers.rank_stages.STOP_S", 0.2)
+    inject = "rank=0,step=8,kind=slow,seconds=5"
+    fields: dict[str, Any] = {"dp_size": 1, "step_timeout_s": 1.0, "inject": inject}
+    with nothing_left(), recovering(model, "thread", **fields) as engine:
+        handle = engine.submit([7, 8], GREEDY)
+        tokens = handle.result(WAIT_S).token_ids
+        assert epochs(engine) == {1}
+        assert tokens == engine.generate([[7, 8]], GREEDY)[0].token_ids

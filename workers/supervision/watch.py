@@ -1,7 +1,8 @@
-"""RankWatch: asks every rank how it is, and notices who does not answer."""
+"""RankWatch: asks every rank how it is, and notices who does not answer or does not step."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from collectives.awake_clock import LOOK_EVERY_S, AwakeClock
 from dp_runtime.config import EngineConfig
-from dp_runtime.metrics.status import RankHealth
+from dp_runtime.metrics.status import RankHealth, RankState
 from workers.messages import Message, ReadHealth
 
 BEAT_S = 0.5  # after an answer, until the next question
@@ -19,7 +20,7 @@ MIN_SILENCE_S = 2.0  # a rank on a busy machine may take so long
 TOGETHER = 5  # times as long may all ranks be silent: they are paused, not lost
 ASK_S = 1.0
 
-OnSilence = Callable[[Sequence[int], str], None]
+OnSilence = Callable[[Sequence[int], str], None]  # of no ranks: of one for which all wait
 
 
 class Answering(Protocol):
@@ -34,6 +35,7 @@ class SilenceLimits:
 
     first: float  # before it has answered for the first time
     later: float
+    step: float = math.inf  # in a step, for how long none may end
 
     @classmethod
     def while_starting(cls, config: EngineConfig) -> SilenceLimits:
@@ -45,7 +47,8 @@ class SilenceLimits:
     def while_serving(cls, config: EngineConfig) -> SilenceLimits:
         """Allow a process that takes another's place as long as at the start."""
         later = max(config.hang_timeout_s, MIN_SILENCE_S) + BEAT_S
-        return cls(cls.while_starting(config).first, later)
+        step = config.hang_timeout_s if config.device == "cuda" else config.step_timeout_s
+        return cls(cls.while_starting(config).first, later, max(step, MIN_SILENCE_S))
 
 
 @dataclass(eq=False)
@@ -56,20 +59,27 @@ class _Pulse:
     health: RankHealth | None = None
     comes_up: bool = True  # its process has not answered anybody yet, as far as is known
     is_lost: bool = False  # and was reported
+    moved_at: float = math.inf  # when it was last seen to rest, or to have ended another step
 
     def begin(self, now: float) -> None:
         self.answered_at, self.question, self.health = now, None, None
-        self.comes_up, self.is_lost = True, False
+        self.comes_up, self.is_lost, self.moved_at = True, False, math.inf
 
     def beat(self, now: float) -> None:
         """Take in an answer, and ask again a while after it."""
         if self.question is not None and self.question.done():
             self.answered_at = now  # an error is an answer too
             if self.question.exception() is None:
-                self.health, self.comes_up = self.question.result(), False
+                self._take(self.question.result(), now)
             self.question = None
         if self.question is None and (self.health is None or now - self.answered_at >= BEAT_S):
             self.question = self.rank.call(ReadHealth())
+
+    def _take(self, health: RankHealth, now: float) -> None:
+        before, self.health, self.comes_up = self.health, health, False
+        steps = health.state is RankState.RUNNING
+        if not steps or before is None or _place(before) != _place(health):
+            self.moved_at = now
 
 
 class RankWatch:
@@ -132,6 +142,15 @@ class RankWatch:
                     pulse.is_lost = True
                 text = _silence_of(lost, self._now)
                 on_silence([pulse.rank.dp_rank for pulse in lost], text)
+            if stuck := self._stuck(limits):
+                text = f"ranks {stuck} have ended no step for {limits.step:g} s"
+                on_silence([], text)
+
+    def _stuck(self, limits: SilenceLimits) -> list[int]:
+        stuck = [one for one in self._pulses if one.answered_at - one.moved_at > limits.step]
+        for pulse in stuck:
+            pulse.moved_at = self._now
+        return [pulse.rank.dp_rank for pulse in stuck]
 
     def _lost(self, limits: SilenceLimits) -> list[_Pulse]:
         together = len(self._pulses) > 1 and len(self.silent()) == len(self._pulses)
@@ -143,6 +162,10 @@ class RankWatch:
             and self._now - pulse.answered_at
             > factor * (limits.first if pulse.comes_up else limits.later)
         ]
+
+
+def _place(health: RankHealth) -> tuple[RankState, int, int]:
+    return health.state, health.epoch, health.last_step
 
 
 def _silence_of(pulses: Sequence[_Pulse], now: float) -> str:
