@@ -41,9 +41,10 @@ class MaskedRows:
     def follow(self) -> None:
         """Wait for what was sampled, and advance the grammars over what became outputs."""
         assert self.sampled is not None, "the rows were sampled"
-        token_ids, _, *accepted = self.sampled.copy.wait()
+        sampled, _, *accepted = self.sampled.copy.wait()
+        token_ids: list[int] = sampled.tolist()
         for request in self.requests:
             first, count = request.rows.start, 1
             if request.num_drafts:
                 count += int(accepted[0][request.number])
-            request.follower.advance(token_ids[first : first + count].tolist())
+            request.follower.advance(token_ids[first : first + count])

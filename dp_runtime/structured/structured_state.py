@@ -78,9 +78,10 @@ class StructuredState:
         drafted = verification or Verification.none(torch.device("cpu"))
         firsts = first_positions(samples, drafted)
         requests = list[RequestRows]()
-        for number, index in enumerate(firsts.req_indices.tolist()):
-            if (follower := self._followers.get(index)) is not None:
-                span, output_index = drafted.rows_of(number), int(firsts.output_indices[number])
+        places = zip(firsts.req_indices.tolist(), firsts.output_indices.tolist())
+        for number, (req_index, output_index) in enumerate(places):
+            if (follower := self._followers.get(req_index)) is not None:
+                span = drafted.rows_of(number)
                 rows = range(span.start, span.stop)
                 requests.append(RequestRows(follower, number, rows, output_index))
         if not requests:
