@@ -2,11 +2,11 @@
 
     python -m examples.benchmarks.structured_output [--requests 1 16] [--tokens 96]
 
-Engine: one CPU rank as a thread, the tiny trained model, so many requests at once, greedy, each of
-as many tokens; the CPU time of a step, compiling included, with and without a form that their
-texts must have. The floor is the same load without one. Mask: one matcher after each token of a
-text that it allows, drawn at random, over the tiny model's vocabulary and over one of 152,000
-tokens, made of the words of Python's own library.
+Engine: one rank, the tiny trained model, so many requests at once, greedy, each of as many tokens;
+the time of a step, compiling included, with and without a form that their texts must have: CPU
+time of a rank that is a thread, or with `--device cuda` time as it passes. The floor is the same
+load without one. Mask: one matcher after each token of a text that it allows, drawn at random,
+over the tiny model's vocabulary and over one of 152,000 tokens, made of words of Python's library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from dp_runtime import Engine, EngineConfig, SamplingParams, StructuredOutputs
 from dp_runtime.structured.grammar_compiler import GrammarCompiler
 from examples.benchmarks.harness import machine
-from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.arguments import add_flags, new_parser
 
 TINY_MODEL = Path(__file__).parents[1] / "tiny_moe" / "checkpoint"
 VOCAB = 151_936
@@ -57,15 +57,17 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine.describe("torch", "llguidance"))
     for count in options.requests:
-        measure_engine(count, options.tokens)
+        measure_engine(count, options.tokens, options.device)
     text = (TINY_MODEL / "tokenizer.json").read_text()
     measure_masks("tiny model's", text, 3072)
     measure_masks("made of words", large_vocabulary(), VOCAB)
 
 
-def measure_engine(count: int, tokens: int, rounds: int = 9) -> None:
+def measure_engine(count: int, tokens: int, device: str, rounds: int = 9) -> None:
     """Rounds in turns, so that what else the machine does meets all of them."""
-    config = EngineConfig(str(TINY_MODEL), launcher="thread", device="cpu", torch_threads=1)
+    on_cpu = device == "cpu"
+    launcher, clock = ("thread", process_time) if on_cpu else ("local", perf_counter)
+    config = EngineConfig(str(TINY_MODEL), launcher=launcher, device=device, torch_threads=1)
     plain = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     loads = {"no form": plain}
     loads |= {name: replace(plain, structured_outputs=FORMS[name]) for name in ENDLESS}
@@ -73,13 +75,14 @@ def measure_engine(count: int, tokens: int, rounds: int = 9) -> None:
     with Engine(config) as engine:
         for _ in range(rounds + 1):
             for name, params in loads.items():
-                started = process_time()
+                started = clock()
                 outputs = engine.generate(["Once upon a time"] * count, params)
-                seconds[name].append((process_time() - started) / tokens)
+                seconds[name].append((clock() - started) / tokens)
                 assert all(len(output.token_ids) == tokens for output in outputs)
     for name, times in seconds.items():
-        cpu_ms = round(median(times[1:]) * 1e3, 2)
-        print(json.dumps({"requests": count, "form": name, "cpu_ms_per_step": cpu_ms}))
+        figure = "cpu_ms_per_step" if on_cpu else "ms_per_step"
+        row = {"requests": count, "form": name, figure: round(median(times[1:]) * 1e3, 3)}
+        print(json.dumps(row))
 
 
 def measure_masks(name: str, tokenizer_json: str, vocab_size: int) -> None:
@@ -147,6 +150,7 @@ def large_vocabulary() -> str:
 
 def _options() -> argparse.Namespace:
     parser = new_parser(__doc__)
+    add_flags(parser, device="cpu")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=96)
     return parser.parse_args()
