@@ -14,28 +14,31 @@ import argparse
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from time import process_time
 
 import numpy as np
-import psutil
 
 from dp_runtime import AsyncEngine, Engine, EngineConfig
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
-from examples.benchmarks.harness.api_load import ask_async, ask_sync, serving
+from examples.benchmarks.harness.api_load import (
+    Load,
+    Way,
+    ask_sync,
+    measure,
+    serving,
+    through_api,
+    through_http,
+)
 from examples.benchmarks.harness.arguments import new_parser, write_figures
-from examples.benchmarks.harness.http_load import Outcome, run_client
-from examples.benchmarks.harness.load import LoadRequest, check_answers, figures_of, run_load
+from examples.benchmarks.harness.http_load import Outcome
+from examples.benchmarks.harness.load import LoadRequest
 
 TINY_MODEL = Path(__file__).parents[1] / "tiny_moe" / "checkpoint"
 SEED = 13
 TIMEOUT_S = 600.0
-Load = list[LoadRequest]
-Way = Callable[[Load], Outcome]
 SHOWN = ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms", "driver_us", "client_us", "ranks_us")
 
 
@@ -68,20 +71,12 @@ def engine_ways(engine: Engine, concurrent: int) -> dict[str, Way]:
 
 
 def server_ways(engine: AsyncEngine, url: str, concurrent: int) -> dict[str, Way]:
-    def api(stream: bool) -> Way:
-        def run(load: Load) -> Outcome:
-            work = run_load(load, lambda one: ask_async(engine, one, stream), concurrent)
-            return Outcome(asyncio.run(work))
-
-        return run
-
-    def http(stream: bool) -> Way:
-        return lambda load: run_client(url, load, stream, concurrent, TIMEOUT_S)
-
     return {
-        "AsyncEngine, whole": api(False), "HTTP, whole": http(False),
-        "AsyncEngine, streamed": api(True), "HTTP, streamed": http(True),
-    }  # fmt: skip
+        "AsyncEngine, whole": through_api(engine, False, concurrent, TIMEOUT_S),
+        "HTTP, whole": through_http(url, False, concurrent, TIMEOUT_S),
+        "AsyncEngine, streamed": through_api(engine, True, concurrent, TIMEOUT_S),
+        "HTTP, streamed": through_http(url, True, concurrent, TIMEOUT_S),
+    }
 
 
 class Bench:
@@ -100,13 +95,12 @@ class Bench:
         self._rounds: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
 
     def run(self, ways: dict[str, Way], rank_pids: list[int]) -> None:
-        ranks = [psutil.Process(pid) for pid in rank_pids]
         for way in ways.values():
             way(self._loads[0])  # warms up
         for _ in range(self._options.rounds):
             for load in self._loads:
                 for name, way in ways.items():
-                    self._rounds[name, load[0].output_len].append(measure(way, load, ranks))
+                    self._rounds[name, load[0].output_len].append(measure(way, load, rank_pids))
 
     def compare(self) -> None:
         print(f"{'':24}{'tokens':>8}" + "".join(f"{name:>14}" for name in SHOWN))
@@ -115,24 +109,6 @@ class Bench:
             shown = "".join(f"{figures[each]:14.1f}" for each in SHOWN)
             print(f"{name:24}{output_len:>8}{shown}")
             write_figures(figures | {"way": name, "output_len": output_len}, self._options.json)
-
-
-def measure(way: Way, load: Load, ranks: list[psutil.Process]) -> dict[str, float]:
-    """Figures of one round; CPU times in us a token."""
-    ranks_before, driver_before = sum(map(cpu_s, ranks)), process_time()
-    outcome = way(load)
-    driver_s, ranks_s = process_time() - driver_before, sum(map(cpu_s, ranks)) - ranks_before
-    check_answers(load, outcome.answers)
-    tokens = sum(request.output_len for request in load)
-    spent = {"driver": driver_s, "client": outcome.cpu_s, "ranks": ranks_s}
-    return figures_of(outcome.answers) | {
-        f"{who}_us": round(seconds / tokens * 1e6, 1) for who, seconds in spent.items()
-    }
-
-
-def cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

@@ -1,34 +1,81 @@
-"""Poisson arrivals through the Python API and over HTTP: time to first token, and per output token.
+"""Poisson arrivals through AsyncEngine, then over HTTP: time to first token, time per output token.
 
-    python -m examples.benchmarks.serve_poisson --model DIR --dp-size 4 --rate 16 32
+    python -m examples.benchmarks.serve_poisson --shape qwen3-30b-a3b --dp-size 4 --rate 16 32
 
-Prompts are log-uniform 128..4096 tokens, outputs 32..512, unless said otherwise; the same load goes
-first through AsyncEngine and then over HTTP, whose client is a process of its own, both streamed.
+Prompts are log-uniform 128..4096 tokens, outputs 32..512. Both ways get the same requests at the
+same times, streamed, from one engine with one set of ranks; the HTTP client is a process of its
+own. Times are those that the caller sees. What would not end within --time-limit-s is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
 
 import numpy as np
 
 from dp_runtime import EngineConfig
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
-from examples.benchmarks.harness.api_load import ask_async, serving
-from examples.benchmarks.harness.arguments import add_flags, new_parser, write_figures
-from examples.benchmarks.harness.http_load import Outcome, run_client
-from examples.benchmarks.harness.load import LoadRequest, check_answers, figures_of, run_load
+from examples.benchmarks.harness.api_load import Load, measure, serving, through_api, through_http
+from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser, write_figures
+from examples.benchmarks.harness.load import LoadRequest
+from examples.nvl4.shape import SHAPES, write_shape
 
+TINY_MODEL = Path(__file__).parents[1] / "tiny_moe" / "checkpoint"
 SEED = 20261129
-TIMEOUT_S = 300.0
+END_S = 20.0  # from the last arrival until all have ended
+WARM_RATE = 32.0
 
 
-def make_load(options: argparse.Namespace, rate: float, vocab_size: int) -> list[LoadRequest]:
+def main() -> None:
+    deadline_s = monotonic()
+    options = _options()
+    deadline_s += options.time_limit_s
+    with TemporaryDirectory() as directory:
+        if options.shape is not None:
+            options.model = write_shape(Path(directory), options.shape)
+            options.load_format = "dummy"
+        config = config_from(
+            options,
+            model=str(options.model),
+            max_model_len=options.prompt_len[1] + options.output_len[1],
+            start_timeout_s=options.time_limit_s,
+        )
+        print(machine.describe("torch", "fastapi", "uvicorn", "uvloop"), config, sep="\n")
+        serve(config, options, deadline_s)
+
+
+def serve(config: EngineConfig, options: argparse.Namespace, deadline_s: float) -> None:
+    started = monotonic()
+    vocab_size = read_model_config(config.model).vocab_size
+    with serving(config, show_progress=True) as (engine, url):
+        print(f"ready in {monotonic() - started:.1f} s", flush=True)
+        pids = [rank.pid for rank in asyncio.run(engine.health())]
+        limits = {"at_most": options.requests, "timeout_s": options.time_limit_s}
+        ways = {
+            "AsyncEngine": through_api(engine, stream=True, **limits),
+            "HTTP": through_http(url, stream=True, **limits),
+        }
+        warm_up = make_load(options, WARM_RATE, vocab_size)[: 8 * config.dp_size]
+        for way in ways.values():
+            way(warm_up)
+        for rate in options.rate:
+            load = make_load(options, rate, vocab_size)
+            for name, way in ways.items():
+                if monotonic() + load[-1].at_s + END_S > deadline_s:
+                    print(f"{name} at {rate:g} requests a second is left out: no time", flush=True)
+                    continue
+                figures = {"way": name, "rate": rate} | measure(way, load, pids)
+                write_figures(figures, options.json, config=str(config))
+
+
+def make_load(options: argparse.Namespace, rate: float, vocab_size: int) -> Load:
     """The requests of a rate; the same on every machine."""
-    rng = np.random.default_rng([SEED, int(rate * 1000), options.requests])
+    rng = np.random.default_rng([SEED, round(rate * 1000), options.requests])
 
     def log_uniform(low: int, high: int) -> list[int]:
         drawn = rng.uniform(np.log(low), np.log(high), options.requests)
@@ -36,58 +83,30 @@ def make_load(options: argparse.Namespace, rate: float, vocab_size: int) -> list
 
     prompts, outputs = log_uniform(*options.prompt_len), log_uniform(*options.output_len)
     arrivals = rng.exponential(1 / rate, options.requests).cumsum().tolist()
+    first = min(100, vocab_size // 2)  # keeps clear of special tokens
+    last = min(150_000, vocab_size)
     return [
-        LoadRequest(rng.integers(4, vocab_size, prompt).tolist(), output, at_s)
+        LoadRequest(rng.integers(first, last, prompt).tolist(), output, at_s)
         for prompt, output, at_s in zip(prompts, outputs, arrivals)
     ]
 
 
-def main() -> None:
-    options = _options()
-    config = EngineConfig(
-        str(options.model), dp_size=options.dp_size, ranks_per_gpu=options.ranks_per_gpu,
-        device=options.device, launcher="local", load_format=options.load_format,
-        max_num_requests=options.max_num_requests, max_num_tokens=options.max_num_tokens,
-        max_model_len=options.prompt_len[1] + options.output_len[1],
-        page_size=64, start_timeout_s=600.0,
-    )  # fmt: skip
-    print(machine.describe("torch", "fastapi", "uvicorn"), config, sep="\n", flush=True)
-    vocab_size = read_model_config(str(options.model)).vocab_size
-    started = time.monotonic()
-    with serving(config, show_progress=True) as (engine, url):
-        print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
-
-        def api(load: list[LoadRequest]) -> Outcome:
-            work = run_load(load, lambda one: ask_async(engine, one, True), len(load))
-            return Outcome(asyncio.run(work))
-
-        def http(load: list[LoadRequest]) -> Outcome:
-            return run_client(url, load, True, len(load), TIMEOUT_S)
-
-        warm = make_load(options, 32.0, vocab_size)[: 8 * options.dp_size]
-        ways = {"AsyncEngine": api, "HTTP": http}
-        for way in ways.values():
-            way(warm)
-        for rate in options.rate:
-            load = make_load(options, rate, vocab_size)
-            for name, way in ways.items():
-                outcome = way(load)
-                check_answers(load, outcome.answers)
-                figures = {"way": name, "rate": rate} | figures_of(outcome.answers)
-                write_figures(figures, options.json, config=str(config))
-
-
 def _options() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    add_flags(parser, "model", "dp_size", "device", "json")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--model", type=Path, default=TINY_MODEL, help="Hugging Face directory")
+    where.add_argument("--shape", choices=sorted(SHAPES), help="dummy weights of this shape")
+    parser.add_argument("--load-format", default="safetensors", choices=("safetensors", "dummy"))
+    add_flags(parser, "dp_size", "device", "moe_sharding", "collective", "overlap", "json")
     parser.add_argument("--ranks-per-gpu", type=int, default=1)
-    parser.add_argument("--load-format", default="dummy", choices=("dummy", "safetensors"))
+    parser.add_argument("--launcher", default="local", choices=("local", "ray"))
+    parser.add_argument("--max-num-requests", type=int, default=128)
+    parser.add_argument("--max-num-tokens", type=int, default=2048)
     parser.add_argument("--rate", type=float, nargs="+", default=[16.0, 32.0])
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--prompt-len", type=int, nargs=2, default=[128, 4096])
     parser.add_argument("--output-len", type=int, nargs=2, default=[32, 512])
-    parser.add_argument("--max-num-requests", type=int, default=128)
-    parser.add_argument("--max-num-tokens", type=int, default=2048)
+    parser.add_argument("--time-limit-s", type=float, default=300.0)
     return parser.parse_args()
 
 

@@ -1,18 +1,32 @@
-"""Asking an engine for what a load wants, and serving it over HTTP beside that."""
+"""Ways to ask for a load: an engine in this process, or its server over HTTP; what each costs."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import monotonic
+from functools import partial
+from time import monotonic, process_time
+
+import psutil
 
 from dp_runtime import AsyncEngine, Engine, EngineConfig, SamplingParams
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.listener import Listener
 from dp_runtime.server.state import ServerState
-from examples.benchmarks.harness.load import Answer, LoadRequest
+from examples.benchmarks.harness.http_load import Outcome, run_client
+from examples.benchmarks.harness.load import (
+    Answer,
+    LoadRequest,
+    check_answers,
+    figures_of,
+    run_load,
+)
+
+Load = list[LoadRequest]
+Way = Callable[[Load], Outcome]
 
 
 @contextmanager
@@ -55,3 +69,35 @@ async def ask_async(engine: AsyncEngine, request: LoadRequest, stream: bool) -> 
         (output,) = await engine.generate([request.prompt], params_of(request))
         answer.came(output.token_ids)
     return answer
+
+
+def through_api(engine: AsyncEngine, stream: bool, at_most: int, timeout_s: float) -> Way:
+    async def run(load: Load) -> Outcome:
+        async with asyncio.timeout(timeout_s):
+            ask = partial(ask_async, engine, stream=stream)
+            return Outcome(await run_load(load, ask, at_most))
+
+    return lambda load: asyncio.run(run(load))
+
+
+def through_http(url: str, stream: bool, at_most: int, timeout_s: float) -> Way:
+    return lambda load: run_client(url, load, stream, at_most, timeout_s)
+
+
+def measure(way: Way, load: Load, rank_pids: Sequence[int]) -> dict[str, float]:
+    """Figures of a load served once; CPU times in us a token, of this process first."""
+    ranks = [psutil.Process(pid) for pid in rank_pids]
+    ranks_before, driver_before = sum(map(cpu_s, ranks)), process_time()
+    outcome = way(load)
+    driver_s, ranks_s = process_time() - driver_before, sum(map(cpu_s, ranks)) - ranks_before
+    check_answers(load, outcome.answers)
+    tokens = sum(request.output_len for request in load)
+    spent = {"driver": driver_s, "client": outcome.cpu_s, "ranks": ranks_s}
+    return figures_of(outcome.answers) | {
+        f"{who}_us": round(seconds / tokens * 1e6, 1) for who, seconds in spent.items()
+    }
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)

@@ -9,6 +9,8 @@ from time import monotonic
 
 import numpy as np
 
+GOOD_TTFT_MS, GOOD_TPOT_MS = 500.0, 20.0
+
 
 @dataclass(frozen=True)
 class LoadRequest:
@@ -74,7 +76,8 @@ def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
     ttft = np.array([answer.ttft_s for answer in answers]) * 1e3
     tpot = np.array([answer.tpot_s for answer in answers]) * 1e3
     latency = np.array([answer.latency_s for answer in answers]) * 1e3
-    figures = {"output_tok_s": tokens / wall_s, "wall_s": wall_s}
+    good = (ttft <= GOOD_TTFT_MS) & ~(tpot > GOOD_TPOT_MS)
+    figures = {"output_tok_s": tokens / wall_s, "wall_s": wall_s, "good_share": good.mean()}
     for name, values in (("ttft", ttft), ("tpot", tpot), ("latency", latency)):
         for percent in (50, 99):
             shown = values[~np.isnan(values)]
