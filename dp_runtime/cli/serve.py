@@ -28,7 +28,8 @@ def serve(options: argparse.Namespace) -> None:
         raise ValueError("serve needs the extra 'serve': pip install 'dp-runtime[serve]'")
     from dp_runtime.server.run import serve as run
 
-    given = {"api_key": os.environ.get(KEY_VARIABLE) or None} | given_fields(options, ServerConfig)
+    # The ranks and whatever else inherits the environment are none of the key's business.
+    given = {"api_key": os.environ.pop(KEY_VARIABLE, None)} | given_fields(options, ServerConfig)
     with ExitStack() as stack:
         trace = TraceFile.opened(stack, options.trace)
 

@@ -26,6 +26,7 @@ class Setting:
     at_most: float | None = None
     shown_default: str = ""  # the default in words, where its value says little
     allowed: str = ""  # the allowed values in words, where the fields above don't say it
+    secret: bool = False  # left out where its owner is shown
     read: Callable[[object], Any] | None = None  # makes the value kept; None if it is not allowed
 
     def in_range(self, value: float) -> bool:
@@ -43,10 +44,11 @@ class Setting:
 
 def setting(default: Any, doc: str, **limits: Any) -> Any:
     """Make a dataclass field with a Setting; a default of MISSING makes it required."""
-    metadata = {"setting": Setting(doc=doc, **limits)}
+    made = Setting(doc=doc, **limits)
+    how: dict[str, Any] = {"metadata": {"setting": made}, "repr": not made.secret}
     if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=default.copy, **how)
+    return field(default=default, **how)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class ServerConfig:
     api_key: str | None = setting(
         None,
         "key that clients must bring as a bearer token, except to /health and /metrics",
-        shown_default="$DP_RUNTIME_API_KEY, else none",
+        shown_default="$DP_RUNTIME_API_KEY, which `ps` does not show, else none",
+        secret=True,
     )
     generation_config: str = setting(
         "auto", "sampling parameters of requests that leave them out: those that the checkpoint's "

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.server.config import LOOPBACK, ServerConfig
 from dp_runtime.server.listener import Listener
+from dp_runtime.server.ports import Port, by_process, listening_ports
 from dp_runtime.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 LOOK_EVERY_S = 0.5
+FILES_BESIDE = 1024  # open files of a server that are no connections, and more
 
 
 class Signals:
@@ -53,6 +56,7 @@ def serve(
 
     `on_drained` is called before the engine closes.
     """
+    _allow_files(config.max_connections + FILES_BESIDE)
     signals = Signals()
     signals.listen()
     state = ServerState(config, engine_config)
@@ -66,8 +70,9 @@ def serve(
             gc.freeze()  # what has started stays: walking over it would hold up all streams
             state.serve(engine)
             _say_ready(state, engine_config.dp_size)
-            while not signals.stop.wait(LOOK_EVERY_S) and not listener.failed:
-                pass
+            while not signals.stop.wait(LOOK_EVERY_S):
+                if listener.failed:
+                    raise RuntimeError("the thread that serves HTTP has ended")
             listener.drain(signals.hurry)
             on_drained(engine)
         finally:
@@ -77,11 +82,30 @@ def serve(
         listener.close(signals.hurry)
 
 
+def _allow_files(count: int) -> None:
+    """Raise this process's limit of open files, for each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < count:
+        fits = max(allowed - FILES_BESIDE, 1)
+        logger.warning("%d open files are allowed (ulimit -Hn): set --max-connections %d",
+                       allowed, fits)  # fmt: skip
+
+
 def _say_ready(state: ServerState, dp_size: int) -> None:
     if state.sampling_defaults:
         values = ", ".join(f"{name} {value}" for name, value in state.sampling_defaults.items())
         print(f"requests that leave it out get {values}: generation_config.json says so")
+    _tell_ports(listening_ports())
     print(f"ready: {state.model_name} on {dp_size} ranks", flush=True)
+
+
+def _tell_ports(ports: Sequence[Port]) -> None:
+    print(f"all ports, by process: {by_process(ports)}")
+    if opened := [port for port in ports if not port.is_local]:
+        logger.warning("reached from other hosts: %s; docs/security.md", by_process(opened))
 
 
 def _announce(listener: Listener, config: ServerConfig) -> None:

@@ -104,8 +104,8 @@ class RayConnection:
 def connect(config: EngineConfig, deadline: float) -> RayConnection:
     """Use this process's connection, else make one to the cluster that the config names.
 
-    NOTE: a cluster's ports listen on all interfaces, and who may talk to it runs code as its user.
-    One started here asks for the user's token (~/.ray) unless RAY_AUTH_MODE says no.
+    NOTE: who may talk to a cluster runs code as its user. One started here listens on loopback
+    only, and asks for the user's token (~/.ray) unless RAY_AUTH_MODE says no.
     """
     address = ClusterAddress.from_config(config, os.environ)
     connection = _use(config, address, deadline)
@@ -166,10 +166,17 @@ def _check_same(connection: RayConnection, wanted: ClusterAddress) -> None:
 
 def _init(address: ClusterAddress) -> None:
     import ray
+    from ray._private import ray_constants
 
     logging.getLogger("ray._private.worker").addFilter(_is_not_about_sigterm)
     if address.text == "local":
-        ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
+        # Ray binds to loopback where clusters can't span hosts; on Linux nothing else says so.
+        spans_hosts = ray_constants.ENABLE_RAY_CLUSTER
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        try:
+            ray.init("local", include_dashboard=False, log_to_driver=False, configure_logging=False)
+        finally:
+            ray_constants.ENABLE_RAY_CLUSTER = spans_hosts
     else:
         ray.init(address.text, log_to_driver=False, logging_level=logging.WARNING)
 

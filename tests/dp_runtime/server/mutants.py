@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +78,14 @@ def _mutate(container: Any, source: random.Random) -> None:
         case 0 if key is not None and key not in LENGTHS:
             del container[key]
         case 1 if isinstance(container, dict):
-            container[source.choice(NAMES)] = source.choice(VALUES)
+            container[source.choice(NAMES)] = deepcopy(source.choice(VALUES))
         case 2 if isinstance(container, list):
-            container += [source.choice(VALUES)] * source.choice((1, 70))
+            container += [deepcopy(source.choice(VALUES))] * source.choice((1, 70))
         case 3 if key is not None:
             container[key] = [inner] * source.choice((1, 3))
         case _ if key is not None:
             allowed = [each for each in VALUES if key not in LENGTHS or each is not None]
-            container[key] = source.choice(allowed)
+            container[key] = deepcopy(source.choice(allowed))
 
 
 def _broken(body: bytes, source: random.Random) -> bytes:

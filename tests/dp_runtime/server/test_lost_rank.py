@@ -1,0 +1,55 @@
+"""An engine that has failed: everyone is told why, and the server goes on telling it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.dp_runtime.server.served import WAIT_S, serving
+
+ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """The runtime's log, which an earlier test may have sent to stderr alone."""
+    logging.getLogger("dp_runtime").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("dp_runtime").removeHandler(caplog.handler)
+
+
+def test_all_hear_of_a_rank_that_is_killed(log: pytest.LogCaptureFixture) -> None:
+    with serving(launcher="local", max_recoveries=0) as served, served.client() as client:
+        whole = []
+        thread = threading.Thread(
+            target=lambda: whole.append(served.post("/v1/completions", **ENDLESS, dp_rank=0))
+        )
+        thread.start()
+        body = ENDLESS | {"stream": True, "dp_rank": 1}
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            while len(served.state.jobs) < 2:
+                pass
+            os.kill(client.get("/health").json()["ranks"][1]["pid"], signal.SIGKILL)
+            *_, error, _, done, _ = lines
+        assert done == "data: [DONE]"
+        assert json.loads(error.removeprefix("data: "))["error"]["code"] == "engine_failed"
+        thread.join(WAIT_S)
+        assert (whole[0].status_code, whole[0].headers["retry-after"]) == (503, "1")
+        assert "rank 1" in whole[0].json()["error"]["message"]
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert "SIGKILL" in health.json()["ranks"][1]["error"]
+        refused = client.post("/v1/completions", json=ENDLESS)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_failed")
+        assert client.get("/v1/models").status_code == 200
+        assert not len(served.state.jobs)
+    assert "the engine has failed" in log.text
+    assert "Traceback" not in log.text
