@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,25 +59,35 @@ class Calls(ABC):
             return [self.checked(chunk) for chunk in stream]
 
     def in_every_way(self, request: Content) -> Content:
-        """The answer to a request, which must be the same streamed, and with the async client."""
-        whole = self.whole(**request)
-        check_alike(joined(self.chunks(**request, **USAGE)), whole)
-        for other in asyncio.run(self._at_once(request)):
-            check_alike(other, whole)
-        return whole
+        return self.all_in_every_way({"it": request})["it"]
 
-    async def _at_once(self, request: Content) -> tuple[Content, Content]:
+    def all_in_every_way(self, requests: Mapping[str, Content]) -> dict[str, Content]:
+        """The answers to requests that run at the same time.
+
+        Each must be the same whole and streamed, with the sync client and with the async one.
+        """
+        with ThreadPoolExecutor(2 * len(requests)) as pool:
+            whole = [pool.submit(self.whole, **each) for each in requests.values()]
+            streamed = [pool.submit(self.chunks, **each, **USAGE) for each in requests.values()]
+            others = asyncio.run(self._at_once([*requests.values()]))
+        answers = [call.result() for call in whole]
+        others += [joined(call.result()) for call in streamed]
+        for other, answer in zip(others, 3 * answers, strict=True):
+            check_alike(other, answer)
+        return dict(zip(requests, answers))
+
+    async def _at_once(self, requests: Sequence[Content]) -> list[Content]:
         async with AsyncOpenAI(**self._how) as client:
             create = self.create(client)
 
-            async def streamed() -> Content:
+            async def streamed(request: Content) -> Content:
                 stream = await create(**self._request(request), **USAGE, stream=True)
                 return joined([self.checked(chunk) async for chunk in stream])
 
-            async def whole() -> Content:
+            async def whole(request: Content) -> Content:
                 return self.checked(await create(**self._request(request)))
 
-            return await asyncio.gather(whole(), streamed())
+            return await asyncio.gather(*map(whole, requests), *map(streamed, requests))
 
     def _request(self, fields: Content) -> Content:
         fields = {"model": MODEL} | fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic, sleep
@@ -38,7 +38,9 @@ class Served:
         with self.client() as client:
             return client.post(path, json=body)
 
-    def generate(self, prompts: list[Prompt], params: SamplingParams) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
         """What the Python API says."""
         return asyncio.run(self.engine.generate(prompts, params))
 

@@ -51,19 +51,32 @@ def calls(served: Served) -> ChatCompletions:
     return ChatCompletions(served)
 
 
-def expected_of(served: Served, params: Content) -> RequestOutput:
+def expected_of(served: Served, *params: Content) -> list[RequestOutput]:
     tokens = served.post("/tokenize", messages=CHAT).json()["tokens"]
-    return served.generate([tokens], SamplingParams.from_fields(params))[0]
+    own = [SamplingParams.from_fields(each) for each in params]
+    return served.generate([tokens] * len(params), own)
+
+
+@pytest.fixture(scope="module")
+def answers(calls: ChatCompletions) -> dict[str, tuple[Content, RequestOutput]]:
+    """To a request with each field: the answer, and what the Python API says."""
+    requests: dict[str, Content] = {}
+    params: list[Content] = []
+    for name, (fields, in_python) in FIELDS.items():
+        limit = {} if name.startswith("max_") else {"max_tokens": 8}
+        requests[name] = {"messages": CHAT, "return_token_ids": True} | limit | fields
+        own = {n: value for n, value in fields.items() if n not in NOT_IN_PYTHON}
+        params.append(limit | own | in_python)
+    expected = expected_of(calls.served, *params)
+    found = calls.all_in_every_way(requests)
+    return {name: (found[name], output) for name, output in zip(FIELDS, expected)}
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_does_what_it_does_in_python(calls: ChatCompletions, name: str) -> None:
-    fields, in_python = FIELDS[name]
-    limit = {} if name.startswith("max_") else {"max_tokens": 8}
-    fields = limit | fields
-    params = {n: value for n, value in fields.items() if n not in NOT_IN_PYTHON} | in_python
-    expected = expected_of(calls.served, params)
-    answer = calls.in_every_way({"messages": CHAT, "return_token_ids": True} | fields)
+def test_a_field_does_what_it_does_in_python(
+    answers: dict[str, tuple[Content, RequestOutput]], name: str
+) -> None:
+    answer, expected = answers[name]
     choice = answer["choices"][0]
     assert choice["message"]["content"] == expected.text
     assert choice["token_ids"] == list(expected.token_ids)
@@ -73,7 +86,7 @@ def test_a_field_does_what_it_does_in_python(calls: ChatCompletions, name: str) 
     usage = answer["usage"]
     assert usage["prompt_tokens"] == len(expected.prompt_token_ids)
     assert usage["completion_tokens"] == len(expected.token_ids)
-    check_logprobs(choice, expected, fields.get("top_logprobs", 0))
+    check_logprobs(choice, expected, FIELDS[name][0].get("top_logprobs", 0))
 
 
 def check_logprobs(choice: Content, expected: RequestOutput, num_top: int) -> None:
@@ -90,8 +103,8 @@ def test_choices_differ_and_are_what_python_says(calls: ChatCompletions) -> None
     request = {"messages": CHAT, "n": 3, "seed": 8, "max_tokens": 7, "logprobs": True}
     answer = calls.in_every_way(request)
     texts = [choice["message"]["content"] for choice in answer["choices"]]
-    for number, text in enumerate(texts):
-        assert text == expected_of(calls.served, {"max_tokens": 7, "seed": 8 + number}).text
+    own = expected_of(calls.served, *({"max_tokens": 7, "seed": 8 + number} for number in range(3)))
+    assert texts == [output.text for output in own]
     assert len(set(texts)) > 1
     assert answer["usage"]["completion_tokens"] == 21
 

@@ -87,15 +87,27 @@ def check_choice(choice: Content, expected: RequestOutput) -> None:
             assert tops[str(entry.token_id)]["logprob"] == pytest.approx(entry.logprob, abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def answers(calls: Completions) -> dict[str, tuple[Content, RequestOutput]]:
+    """To a request with each field: the answer, and what the Python API says."""
+    params: list[Content] = [{"max_tokens": 8} | fields for fields in FIELDS.values()]
+    prompts: list[Any] = [PROMPT if number % 2 else TOKENS for number in range(len(FIELDS))]
+    requests: dict[str, Content] = {
+        name: {"prompt": prompt, "return_token_ids": True} | own
+        for name, prompt, own in zip(FIELDS, prompts, params)
+    }
+    expected = calls.served.generate(prompts, [SamplingParams.from_fields(own) for own in params])
+    found = calls.all_in_every_way(requests)
+    return {name: (found[name], output) for name, output in zip(FIELDS, expected)}
+
+
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_does_what_it_does_in_python(calls: Completions, name: str) -> None:
-    prompt: Any = PROMPT if len(name) % 2 else TOKENS
-    params: Content = {"max_tokens": 8} | FIELDS[name]
-    expected = calls.served.generate([prompt], SamplingParams.from_fields(params))[0]
-    request: Content = {"prompt": prompt, "return_token_ids": True} | params
-    whole = calls.in_every_way(request)
-    check_choice(whole["choices"][0], expected)
-    usage = whole["usage"]
+def test_a_field_does_what_it_does_in_python(
+    answers: dict[str, tuple[Content, RequestOutput]], name: str
+) -> None:
+    answer, expected = answers[name]
+    check_choice(answer["choices"][0], expected)
+    usage = answer["usage"]
     assert usage["prompt_tokens"] == len(expected.prompt_token_ids)
     assert usage["completion_tokens"] == len(expected.token_ids)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
