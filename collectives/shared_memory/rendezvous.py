@@ -15,6 +15,7 @@ from dp_runtime.errors import StartError, require
 CHANNELS = ("rows", "board")
 _LOOK_EVERY_S = 0.005
 LISTEN_S = 0.05  # before it is looked if the others may still come
+LATE_S = 4.0  # for a ring after the names are gone: the first that met all has removed them
 ATTACHED = 1  # the first turn of every channel says that the rank has attached
 
 
@@ -103,11 +104,13 @@ class MeetingDirectory:
 
     def _meet(self, bell: Doorbell) -> None:
         bell.ring(ATTACHED)
-        while bell.missing(ATTACHED):
-            is_over = self._is_over()  # asked first: the first that has met all removes the names
-            bell.listen(0.0 if is_over else LISTEN_S)
-            if is_over and (missing := bell.missing(ATTACHED)):
+        over_at = self._deadline
+        while missing := bell.missing(ATTACHED):
+            if time.monotonic() > over_at:
                 self._give_up(missing)
+            if not os.path.isdir(self._path):
+                over_at = min(over_at, time.monotonic() + LATE_S)
+            bell.listen(LISTEN_S)
 
     def _is_over(self) -> bool:
         return time.monotonic() > self._deadline or not os.path.isdir(self._path)

@@ -184,8 +184,11 @@ def test_shared_memory_does_not_need_torch_distributed() -> None:
     assert not [path for path in files if "distributed" in path.read_text()]
 
 
-def test_a_rank_gives_up_as_soon_as_its_meeting_is_removed(tmp_path: Path) -> None:
-    """... whether it waits for the names of the others, or for them to attach."""
+def test_a_rank_gives_up_a_meeting_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... whether it waits for the names of the others, or a while longer for them to attach."""
+    monkeypatch.setattr(rendezvous, "LATE_S", 0.1)
     for others in ((), ("rows.1", "board.1")):
         path = tmp_path / f"meeting-{len(others)}"
         with ThreadPoolExecutor(1) as pool:
