@@ -159,6 +159,7 @@ class Worker:
 
     def abort(self, request_ids: Sequence[int]) -> None:
         """End requests before the next step; ids that are done are ignored."""
+        self._loaded.requests.structured.forget(request_ids)
         self._mailbox.abort(request_ids)
         self._wake()
 

@@ -7,7 +7,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
+from time import thread_time
 from typing import TYPE_CHECKING
 
 from dp_runtime.core.structured_outputs import MAX_BYTES, StructuredOutputs
@@ -17,10 +19,17 @@ from dp_runtime.structured.grammar import grammar_of, one_error, require_install
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-COMPILE_S = 10.0
+COMPILE_S = 10.0  # that a caller waits at most
+MAX_WORK_S = 1.0  # a rank compiles again for each request
 MAX_LEXER_STATES = 50_000  # of a request, of 1 to 2 KB each
 MAX_KNOWN_BYTES = 4 * MAX_BYTES
 ENTRY_BYTES = 1024  # of each known one beside its text
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    matcher: LLMatcher
+    work_s: float  # of a processor
 
 
 class GrammarCompiler:
@@ -41,8 +50,10 @@ class GrammarCompiler:
 
     def check(self, wanted: StructuredOutputs) -> None:
         """Raise ValueError for what can't be compiled; the latest that could are known."""
-        if self._checked.get(wanted) is None:
-            self.matcher(wanted)
+        if wanted not in self._checked:
+            field, value = f"structured_outputs.{wanted.kind}", getattr(wanted, wanted.kind)
+            allowed = f"what takes at most {MAX_WORK_S:g} s of a processor to compile"
+            require(self._compile(wanted).work_s <= MAX_WORK_S, field, value, allowed)
         with self._lock:
             self._checked[wanted] = ENTRY_BYTES + len(str(getattr(wanted, wanted.kind)))
             self._checked.move_to_end(wanted)
@@ -51,6 +62,9 @@ class GrammarCompiler:
 
     def matcher(self, wanted: StructuredOutputs) -> LLMatcher:
         """Compile a matcher; ValueError for what is not supported."""
+        return self._compile(wanted).matcher
+
+    def _compile(self, wanted: StructuredOutputs) -> Compiled:
         require_installed(wanted)
         text = self._tokenizer_json
         allowed = "None: the model's directory has no tokenizer.json"
@@ -60,7 +74,7 @@ class GrammarCompiler:
         field, value = f"structured_outputs.{wanted.kind}", getattr(wanted, wanted.kind)
         ready = self._compiling.acquire(timeout=COMPILE_S)
         require(ready, field, value, "try it later: another grammar is still being compiled")
-        compiled: Future[LLMatcher] = Future()
+        compiled: Future[Compiled] = Future()
         threading.Thread(
             target=self._work, args=(wanted, compiled), name="compile-grammar", daemon=True
         ).start()
@@ -72,26 +86,15 @@ class GrammarCompiler:
             reason = str(error)
         raise not_allowed(field, value, reason)
 
-    def _work(self, wanted: StructuredOutputs, compiled: Future[LLMatcher]) -> None:
+    def _work(self, wanted: StructuredOutputs, compiled: Future[Compiled]) -> None:
         try:
-            compiled.set_result(self._new_matcher(wanted))
+            vocabulary, started = self.vocabulary, thread_time()
+            matcher = _new_matcher(vocabulary, wanted)
+            compiled.set_result(Compiled(matcher, thread_time() - started))
         except BaseException as error:  # a panic of the library is no Exception
             compiled.set_exception(ValueError(one_error(str(error))))
         finally:
             self._compiling.release()
-
-    def _new_matcher(self, wanted: StructuredOutputs) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(  # by default a regex may take 500 MB, and a mask 50 ms
-            step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=MAX_LEXER_STATES,
-            verbose_errors=False,
-        )  # fmt: skip
-        matcher = LLMatcher(self.vocabulary, grammar_of(wanted), log_level=0, limits=limits)
-        matcher.compute_bitmask()  # it may fail where nothing did before
-        if matcher.is_error():
-            raise ValueError(matcher.get_error())
-        return matcher
 
     @cached_property
     def vocabulary(self) -> LLTokenizer:
@@ -105,3 +108,17 @@ class GrammarCompiler:
             return LLTokenizer(text, eos_token=eos)  # it may have more tokens than the model
         except ValueError as error:
             raise ValueError(f"llguidance can't read tokenizer.json: {error}") from None
+
+
+def _new_matcher(vocabulary: LLTokenizer, wanted: StructuredOutputs) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(  # by default a regex may take 500 MB, and a mask 50 ms
+        step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=MAX_LEXER_STATES,
+        verbose_errors=False,
+    )  # fmt: skip
+    matcher = LLMatcher(vocabulary, grammar_of(wanted), log_level=0, limits=limits)
+    matcher.compute_bitmask()  # it may fail where nothing did before
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    return matcher

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MAX_READY = 256  # requests that end in the queue leave theirs behind
+MAX_READY = 256  # of a quarter of a megabyte each
 
 
 class ReadyMatchers:
-    """Holds the latest by request id, for two threads."""
+    """Holds matchers, or why there is none, by request id; for two threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._matchers: OrderedDict[int, LLMatcher] = OrderedDict()
+        self._matchers: dict[int, LLMatcher | ValueError] = {}
 
-    def put(self, request_id: int, matcher: LLMatcher) -> None:
+    @property
+    def full(self) -> bool:
+        return len(self._matchers) >= MAX_READY
+
+    def put(self, request_id: int, matcher: LLMatcher | ValueError) -> None:
         with self._lock:
             self._matchers[request_id] = matcher
-            if len(self._matchers) > MAX_READY:
-                self._matchers.popitem(last=False)
 
     def take(self, request_id: int) -> LLMatcher | None:
+        """Return a request's matcher, None if it has none yet; raises why there can't be one."""
         with self._lock:
-            return self._matchers.pop(request_id, None)
+            found = self._matchers.pop(request_id, None)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def drop(self, request_ids: Iterable[int]) -> None:
+        with self._lock:
+            for request_id in request_ids:
+                self._matchers.pop(request_id, None)

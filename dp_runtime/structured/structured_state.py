@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
@@ -47,11 +46,18 @@ class StructuredState:
         self._unread: MaskedRows | None = None  # sampled, and not followed yet
 
     def compile_early(self, requests: Sequence[RankRequest]) -> None:
-        """Compile what requests will need, in the caller's thread; `add` tells what fails."""
+        """Compile what requests will need, in the caller's thread; `add` raises what fails."""
         for request in requests:
-            if (wanted := request.params.structured_outputs) is not None:
-                with suppress(ValueError):
+            wanted = request.params.structured_outputs
+            if wanted is not None and not self._ready.full:
+                try:
                     self._ready.put(request.request_id, self.compiler.matcher(wanted))
+                except ValueError as error:
+                    self._ready.put(request.request_id, error)
+
+    def forget(self, request_ids: Sequence[int]) -> None:
+        """Drop what was compiled early for requests that will not be added."""
+        self._ready.drop(request_ids)
 
     def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None:
         assert req_index not in self._followers, f"row {req_index} has a grammar already"
