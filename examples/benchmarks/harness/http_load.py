@@ -77,6 +77,10 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
         return await self._done
 
+    @property
+    def num_pieces(self) -> int:
+        return len(self._response.pieces)
+
     def close(self) -> None:
         self._transport.abort()
 
