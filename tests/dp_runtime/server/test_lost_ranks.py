@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.dp_runtime.server.launched import launched
 from tests.dp_runtime.server.served import WAIT_S, serving
-from tests.dp_runtime.server.test_run import served_by
 from tests.workers.test_watch import nothing_left
 
 
@@ -62,7 +62,9 @@ def test_no_client_sees_that_a_rank_is_killed() -> None:
 @pytest.mark.slow
 def test_512_streams_of_a_server_whose_ranks_are_killed() -> None:
     inject = "rank=1,step=50,kind=kill;rank=0,step=30,kind=stop,epoch=1"
-    with served_by("local", "--inject", inject) as (_, url):
+    with launched("--launcher", "local", "--dp-size", "2", "--inject", inject) as server:
+        url = server.url
+        server.wait_for("ready")
         disturbed = streams(url, 512, 100)
         epochs = re.findall("^dp_runtime_epoch{.*} (.*)$", httpx.get(f"{url}/metrics").text, re.M)
         assert epochs == ["2.0", "2.0"]

@@ -113,6 +113,21 @@ def test_what_does_not_drain_in_time_is_cut_off(number: signal.Signals) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+def test_a_server_drains_though_ray_takes_sigterm() -> None:
+    flags = ("--launcher", "ray", "--dp-size", "2", "--drain-timeout-s", "600")
+    with launched(*flags) as server, server.client() as client:
+        server.wait_for("ready")
+        with client.stream("POST", "/v1/completions", json=LONG) as answer:
+            events = events_of(answer)
+            next(events)
+            server.signal(signal.SIGTERM)
+            *_, last = events
+        assert last["choices"][0]["finish_reason"] == "length"
+        assert server.end() == 0
+
+
+@pytest.mark.slow
 def test_twice_ends_the_drain() -> None:
     with launched(*LOCAL, "--drain-timeout-s", "600") as server, server.client() as client:
         server.wait_for("ready")
