@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 MAX_MESSAGE = 2000
+FAULT = "a fault of the server, which its log has"
 _FIELD = re.compile(r"(?:prompts\[\d+\]: )?([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
 
@@ -94,7 +95,7 @@ def as_api_error(error: Exception) -> ApiError:
         case RankFailed() | EngineClosed():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), None, "engine_failed")
     logger.error("a fault of this server, which a client was told of by 500", exc_info=error)
-    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "a fault of the server, which its log has")
+    return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, FAULT)
 
 
 def add_error_handlers(app: FastAPI) -> None:

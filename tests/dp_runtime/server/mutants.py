@@ -19,6 +19,9 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
          "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1,
          "min_p": 0.1, "ignore_eos": True, "bad_words": ["the"], "allowed_token_ids": [5, 6, 7],
          "truncate_prompt_tokens": 2, "user": "me", "request_id": "mine", "best_of": 1},
+        {"prompt": "A", "max_tokens": 3, "structured_outputs": {"regex": "[a-c]{1,3}"}},
+        {"prompt": "A", "max_tokens": 3, "response_format": {"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"type": "object", "properties": {"a": {"enum": [1, "b"]}}}}}},
     ],
     "/v1/chat/completions": [
         {"messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "Hi"}],
@@ -27,6 +30,10 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
                       {"role": "assistant", "content": "A"}], "max_completion_tokens": 3,
          "continue_final_message": True, "add_generation_prompt": False, "echo": True, "n": 2,
          "chat_template_kwargs": {"x": 1}},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "2"}], "max_tokens": 3,
+         "reasoning_effort": "low", "response_format": {"type": "json_object"}},
         {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "tool_choice": "auto",
          "tools": [{"type": "function", "function": {"name": "f", "parameters": {
              "type": "object", "properties": {"a": {"type": "integer"}}}}}]},

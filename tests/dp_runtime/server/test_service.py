@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from time import sleep
@@ -9,7 +10,10 @@ from time import sleep
 import httpx
 import pytest
 
+from dp_runtime.server.config import ServerConfig
+from dp_runtime.server.errors import FAULT
 from tests.dp_runtime.server.served import MODEL, Served, serving
+from tests.dp_runtime.server.unharmed import logged
 
 ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
 
@@ -34,6 +38,40 @@ def test_a_key_is_asked_for(served: Served, given: str | None) -> None:
         assert answer.status_code == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert client.get("/health").status_code == 200
+
+
+def test_a_scheme_has_no_case(served: Served) -> None:
+    with served.client(headers={"Authorization": "bearer secret"}) as client:
+        assert client.get("/v1/models").status_code == 200
+
+
+def test_a_key_is_not_shown() -> None:
+    assert "sesame" not in repr(ServerConfig(api_key="sesame"))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_fault_of_ours_is_told_without_its_details(
+    served: Served, key: dict[str, str], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("of mine")
+
+    told = {"message": FAULT, "type": "server_error", "param": None, "code": None}
+    with served.client(headers=key) as client, logged() as records:
+        monkeypatch.setattr(served.state, "encoded", fail)
+        body = {"prompt": "a", "max_tokens": 1, "stream": stream}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == (200 if stream else 500)
+        if stream:
+            event, _, end = answer.text.partition("\n\n")
+            assert end == "data: [DONE]\n\n"
+            assert json.loads(event.removeprefix("data: ")) == {"error": told}
+        monkeypatch.setattr(served.state, "check_model", fail)
+        answer = client.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()) == (500, {"error": told})
+    assert [record.levelname for record in records] == ["ERROR", "ERROR"]
+    assert all(record.exc_info for record in records)  # the log has the details
+    served.check_idle()
 
 
 def test_the_model_and_its_tokens(served: Served, key: dict[str, str]) -> None:

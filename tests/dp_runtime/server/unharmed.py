@@ -77,14 +77,21 @@ def aborted(choices: Any) -> bool:  # as by {"abort_all": true} of somebody else
 
 @contextmanager
 def nothing_logged() -> Iterator[None]:
+    with logged() as records:
+        yield
+    assert [record.getMessage() for record in records] == []
+
+
+@contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """Warnings and worse, of the runtime and of the libraries beneath the server."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[method-assign, assignment]
     for name in LOGGERS:
         logging.getLogger(name).addHandler(handler)
     try:
-        yield
+        yield records
     finally:
         for name in LOGGERS:
             logging.getLogger(name).removeHandler(handler)
-    assert [record.getMessage() for record in records] == []
