@@ -35,6 +35,9 @@ FIELDS: dict[str, Content] = {  # each is a field of SamplingParams too
     "logit_bias": {"logit_bias": {"300": 100.0, "301": 99.5}, "seed": 5},
     "one stop": {"stop": "e", "temperature": 0, "max_tokens": 40},
     "stops": {"stop": [" of", "\n"], "temperature": 0, "max_tokens": 40},
+    "stops that tokens share": {
+        "stop": [" the s", "rn", "f t"], "logprobs": 1, "temperature": 0, "max_tokens": 40,
+    },
     "stop_token_ids": {"stop_token_ids": list(range(200, 600)), "temperature": 0},
     "ignore_eos": {"ignore_eos": True, "logit_bias": {"0": 50.0}, "temperature": 0},
     "eos": {"logit_bias": {"0": 200.0}, "temperature": 0},
@@ -53,6 +56,8 @@ FIELDS: dict[str, Content] = {  # each is a field of SamplingParams too
     "no top logprobs": {"logprobs": 0, "temperature": 0},
     "prompt_logprobs": {"prompt_logprobs": 2, "temperature": 0},
 }  # fmt: skip
+
+Answers = dict[str, tuple[Content, RequestOutput]]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,7 @@ def check_choice(choice: Content, expected: RequestOutput) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(calls: Completions) -> dict[str, tuple[Content, RequestOutput]]:
+def answers(calls: Completions) -> Answers:
     """To a request with each field: the answer, and what the Python API says."""
     params: list[Content] = [{"max_tokens": 8} | fields for fields in FIELDS.values()]
     prompts: list[Any] = [PROMPT if number % 2 else TOKENS for number in range(len(FIELDS))]
@@ -102,9 +107,7 @@ def answers(calls: Completions) -> dict[str, tuple[Content, RequestOutput]]:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_does_what_it_does_in_python(
-    answers: dict[str, tuple[Content, RequestOutput]], name: str
-) -> None:
+def test_a_field_does_what_it_does_in_python(answers: Answers, name: str) -> None:
     answer, expected = answers[name]
     check_choice(answer["choices"][0], expected)
     usage = answer["usage"]
@@ -220,3 +223,21 @@ def test_a_header_that_names_no_rank_is_refused(
             extra_body={"dp_rank": 0} if header == "1" else None,
         )  # fmt: skip
     assert caught.value.param == param
+
+
+def test_chunks_of_several_tokens_make_the_same_answer(answers: Answers) -> None:
+    """Drafts that are accepted come in one chunk; nothing else differs."""
+    names = ("greedy", "stops that tokens share", "logprobs", "min_tokens")
+    params: dict[str, Content] = {name: {"max_tokens": 8} | FIELDS[name] for name in names}
+    with serving(dp_size=1, speculative_num_steps=2) as drafting:
+        calls = Completions(drafting)
+        requests = {
+            name: {"prompt": answers[name][1].prompt_token_ids, "return_token_ids": True} | own
+            for name, own in params.items()
+        }
+        for name, answer in calls.all_in_every_way(requests).items():
+            assert answer["choices"][0]["text"] == answers[name][1].text
+            assert answer["choices"][0]["token_ids"] == list(answers[name][1].token_ids)
+        chunks = calls.chunks(prompt=PROMPT, max_tokens=60, temperature=0, return_token_ids=True)
+        lengths = [len(choice["token_ids"]) for chunk in chunks for choice in chunk["choices"]]
+        assert (sum(lengths), max(lengths) > 1) == (60, True)
