@@ -113,7 +113,11 @@ def test_each_mask_follows_the_tokens_of_the_step_before() -> None:
     assert EOS not in due(other[:1])
 
 
-def test_rows_after_drafts_are_masked_as_far_as_the_grammar_allows_them() -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_after_drafts_are_masked_as_far_as_the_grammar_allows_them(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     state = state_of(request(1), request(2), request(3))
     step(state, [(1, 0), (2, 0)], [A, C])
     rows = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3), (3, 0)]
