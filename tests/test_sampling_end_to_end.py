@@ -155,7 +155,7 @@ def test_stop_strings(overlap: bool, with_text: Path, greedy: list[RequestOutput
         assert [o.token_ids for o in outputs[1:]] == [o.token_ids for o in greedy[1:]]
         streamed = list(engine.stream(text[1:], replace(GREEDY, max_tokens=5)))
         check_pages_free(engine)
-    assert [len(delta.token_ids) for delta in streamed if delta.token_ids] == [1] * 5
+    assert sum(len(delta.token_ids) for delta in streamed) == 5
     assert streamed[-1].finish_reason is FinishReason.LENGTH
 
 

@@ -139,7 +139,7 @@ def test_a_rank_that_could_not_join_joins_elsewhere(directory: Path, tmp_path: P
     worker.prepare()
     worker.load()
     with pytest.raises(StartError, match="for ranks 1"):
-        worker.join(Rendezvous("shared_memory", str(tmp_path / "meet")), 1)
+        worker.join(Rendezvous("shared_memory", str(tmp_path / "meet")), 1, timeout_s=0.3)
     assert worker.health().state is RankState.READY
     group = InProcessGroup(2, 5.0)
     worker.join(InProcessRendezvous(group), 2)
