@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from dp_runtime.core.request import RequestDelta, RequestOutput, TokenLogprob
@@ -56,7 +57,9 @@ class ChatAnswer:
         self, choices: Sequence[ChatChoice], index: int, delta: RequestDelta, first: bool
     ) -> list[bytes]:
         events: list[bytes] = []
-        for content in choices[index].chunks(delta):
+        # Clients that join deltas expect all choices at first, in order.
+        begins = (choice.begin() for choice in choices if first)
+        for content in chain(begins, choices[index].chunks(delta)):
             chunk = self._chunk([content])
             if self.body.with_usage:
                 chunk["usage"] = None

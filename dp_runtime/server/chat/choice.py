@@ -34,7 +34,7 @@ class ChatChoice:
         self._parser = chats.parser(prompt)
         self._echo = prompt.continued if body.echo else None
         self._reasoning = _counter(chats, prompt, handle) if chats.reasons else None
-        self._begun = self._calls = False
+        self._calls = False
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -48,12 +48,13 @@ class ChatChoice:
         choice |= self._of_tokens(output.token_ids, output.logprobs)
         return choice | self._end(output.finish_reason)
 
+    def begin(self) -> Content:
+        """The chunk before all others."""
+        return self._chunk({"role": "assistant", "content": self._echo or ""})
+
     def chunks(self, delta: RequestDelta) -> Iterator[Content]:
-        """Yield the role before all else, and the reason of the end after it."""
+        """Yield what a delta brings, and the reason of the end after it."""
         self._count(delta.token_ids)
-        if not self._begun:
-            self._begun = True
-            yield self._chunk({"role": "assistant", "content": self._echo or ""})
         piece = self._parser.push(delta.text)
         if delta.finish_reason is not None:
             piece = AnswerDelta.joined([piece, self._parser.finish()])

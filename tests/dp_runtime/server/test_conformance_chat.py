@@ -107,6 +107,10 @@ def test_choices_differ_and_are_what_python_says(calls: ChatCompletions) -> None
     assert texts == [output.text for output in own]
     assert len(set(texts)) > 1
     assert answer["usage"]["completion_tokens"] == 21
+    begins = [chunk["choices"][0] for chunk in calls.chunks(**request)[:3]]
+    assert [(each["index"], each["delta"]["role"]) for each in begins] == [
+        (index, "assistant") for index in range(3)
+    ]
 
 
 def test_usage_comes_when_it_was_asked_for(calls: ChatCompletions) -> None:
