@@ -112,8 +112,13 @@ def connect(config: EngineConfig, deadline: float) -> RayConnection:
     phase = f"connect to Ray ({address.text})"
     try:
         result_within(deadline, phase, connection.started)
-    except (StartError, KeyboardInterrupt):
+    except StartError:
         connection.release()
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        connection.release()
+        if connection.starts_cluster:  # processes that are half started outlive this one by minutes
+            connection.join(monotonic() + SHUTDOWN_S)
         raise
     except Exception as error:
         connection.release()
@@ -124,6 +129,7 @@ def connect(config: EngineConfig, deadline: float) -> RayConnection:
             raise StartError(f"no Ray cluster could be started here: {reason}") from error
         text = f"ray_address: no cluster answers at {address.text!r}: {reason}"
         raise StartError(text) from error
+    _take_sigterm_back()
     return connection
 
 
@@ -190,6 +196,13 @@ def _end_on_sigterm() -> None:
     ours = threading.current_thread() is threading.main_thread()
     if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+
+
+def _take_sigterm_back() -> None:
+    """Have Python's handler again, in whose place Ray's core puts one that aborts the process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread() and callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _identity() -> str | None:

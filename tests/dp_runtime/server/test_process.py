@@ -86,12 +86,22 @@ def test_a_port_that_is_taken_is_one_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("launcher", "begun", "number"),
+    [
+        ("local", "dp-rank-", signal.SIGTERM),
+        pytest.param("local", "dp-rank-", signal.SIGINT, marks=pytest.mark.slow),
+        *(
+            pytest.param("ray", *how, marks=[pytest.mark.slow, pytest.mark.ray])
+            for how in (("raylet", signal.SIGTERM), ("ray::Rank", signal.SIGTERM))
+        ),
+    ],
 )
-def test_a_start_that_is_interrupted_leaves_nothing(number: signal.Signals) -> None:
-    with launched(*LOCAL) as server:
+def test_a_start_that_is_interrupted_leaves_nothing(
+    launcher: str, begun: str, number: signal.Signals
+) -> None:
+    with launched("--launcher", launcher, "--dp-size", "2") as server:
         server.url  # noqa: B018
-        while not any(process.name().startswith("dp-rank-") for process in server.look()):
+        while not any(process.name().startswith(begun) for process in server.look()):
             assert server.process.poll() is None
         server.signal(number)
         assert server.end() == 130
