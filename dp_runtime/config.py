@@ -194,7 +194,7 @@ class EngineConfig:
         allowed="the path of a directory",
     )
     hang_timeout_s: float = setting(
-        5.0,
+        4.0,
         "seconds without an answer from a rank's process, while others answer, or on GPUs "
         "without the end of a step, after which it counts as lost",
         above=0,

@@ -142,6 +142,7 @@ def scenarios(
         yield Scenarios(engine, num_loads)
 
 
+@pytest.mark.slow
 def test_an_engine_outlives_faults_of_every_phase(model: Path) -> None:
     draw = random.Random(14)
     with scenarios(model, "local", speculative_num_steps=2) as these:

@@ -26,6 +26,7 @@ def epochs(engine: Engine) -> set[int]:
     return {rank.epoch for rank in engine.health()}
 
 
+@pytest.mark.slow
 def test_a_rank_at_fault_is_replaced_and_no_other(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ def kill(pids: list[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("num_drafts", [0, 2])
+@pytest.mark.parametrize("num_drafts", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_rank_costs_no_request(model: Path, num_drafts: int) -> None:
     draw = random.Random(num_drafts)
     with (
@@ -105,6 +105,7 @@ def test_a_killed_rank_costs_no_request(model: Path, num_drafts: int) -> None:
         assert engine.report().requests == 3 * NUM_REQUESTS
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_replaced_and_disturbs_nobody_later(model: Path) -> None:
     with nothing_left(), recovering(model, "local") as engine:
         expected = alike(served(engine, 2, lambda: None))
@@ -114,6 +115,7 @@ def test_a_stopped_rank_is_replaced_and_disturbs_nobody_later(model: Path) -> No
         check_pages_free(engine)
 
 
+@pytest.mark.slow
 def test_an_idle_engine_replaces_a_rank_too(model: Path) -> None:
     with nothing_left(), recovering(model, "local") as engine:
         expected = alike(served(engine, 3, lambda: None))
@@ -169,6 +171,7 @@ def test_a_rank_that_raises_is_replaced(model: Path, faulty: threading.Event) ->
         check_pages_free(engine)
 
 
+@pytest.mark.slow
 def test_faults_without_end_end_the_engine_with_their_history(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +190,7 @@ def test_faults_without_end_end_the_engine_with_their_history(
         assert all(handle.done for handle in handles)
 
 
+@pytest.mark.slow
 def test_a_request_that_its_ranks_are_lost_of_fails_alone(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

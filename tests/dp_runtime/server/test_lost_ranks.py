@@ -50,6 +50,7 @@ def streams(url: str, count: int, max_tokens: int) -> list[str]:
     return asyncio.run(all_of_them())
 
 
+@pytest.mark.slow
 def test_no_client_sees_that_a_rank_is_killed() -> None:
     fault = "rank=1,step=15,kind=kill"
     with nothing_left(), serving(launcher="local", torch_threads=1, inject=fault) as served:

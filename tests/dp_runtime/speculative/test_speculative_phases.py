@@ -150,7 +150,7 @@ def test_script(name: str, kind: str, overlap: bool, ranks_of: RanksOf, alone_of
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_abandoned_steps_change_no_token(
     kind: str, overlap: bool, ranks_of: RanksOf, alone_of: AloneOf
 ) -> None:
@@ -162,7 +162,7 @@ def test_abandoned_steps_change_no_token(
     assert served.epochs > 1
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     script=scripts(),
     faults=st.lists(
