@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -29,6 +29,7 @@ class Launched:
     seen: set[psutil.Process] = field(default_factory=set)  # it and what it has started
 
     def __post_init__(self) -> None:
+        self._this = psutil.Process(self.process.pid)  # and no later process of this number
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -57,11 +58,8 @@ class Launched:
 
     def look(self) -> list[psutil.Process]:
         """It and the processes that it has started, now and in earlier looks."""
-        try:
-            this = psutil.Process(self.process.pid)
-            self.seen |= {this, *this.children(recursive=True)}
-        except psutil.NoSuchProcess:
-            pass
+        with suppress(psutil.NoSuchProcess):
+            self.seen |= {self._this, *self._this.children(recursive=True)}
         return [each for each in self.seen if each.is_running()]
 
     def signal(self, number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""Requests that were right once, with one or two mutations; a seed makes the same ones."""
+"""Requests that were right once, with up to two mutations; a seed makes the same ones."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def mutants(seed: int, count: int) -> list[Mutant]:
 def _mutant(source: random.Random) -> Mutant:
     path = source.choice([*SEEDS, *["/v1/completions", "/v1/chat/completions"] * 2])
     body: Any = json.loads(json.dumps(source.choice(SEEDS[path])))
-    for _ in range(source.choice((1, 1, 2))):
+    for _ in range(source.choice((0, 1, 1, 2))):
         _mutate(body, source)
     encoded = json.dumps(body, ensure_ascii=source.random() < 0.7).encode(errors="surrogatepass")
     return Mutant(path, _broken(encoded, source) if source.random() < 0.15 else encoded)

@@ -19,7 +19,7 @@ from tests.dp_runtime.server.served import WAIT_S
 
 LOCAL = ("--launcher", "local", "--dp-size", "2")
 ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True}
-LONG = ENDLESS | {"max_tokens": 300}
+LONG = ENDLESS | {"max_tokens": 200}
 KEY = {b"Authorization": "Bearer sésame".encode()}
 
 
@@ -55,10 +55,10 @@ def test_from_start_to_drain() -> None:
             assert (health.status_code, health.json()["status"]) == (503, "starting")
             server.wait_for("ready: tiny_model on 2 ranks")
             assert client.get("/health").json()["status"] == "ok"
+            assert told(server) == listening(server.look())
             with client.stream("POST", "/v1/completions", json=LONG) as answer:
                 events = events_of(answer)
                 next(events)
-                assert told(server) == listening(server.look())
                 server.signal(signal.SIGTERM)
                 refused = client.post("/v1/completions", json=LONG | {"max_tokens": 1})
                 while refused.status_code == 200:  # the signal was not there yet

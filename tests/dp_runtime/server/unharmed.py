@@ -55,7 +55,7 @@ def bystander(served: Served, expected: Any) -> Iterator[None]:
 
     def ask() -> None:
         with httpx.Client(base_url=served.url, timeout=WAIT_S) as client:
-            while not done.wait(0.02):
+            while not done.wait(0.05):
                 answer = client.post("/v1/completions", json=GOOD)
                 seen.append((answer.status_code, answer.json().get("choices")))
 
