@@ -19,7 +19,7 @@ from tests.dp_runtime.server.served import WAIT_S
 
 LOCAL = ("--launcher", "local", "--dp-size", "2")
 ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True}
-LONG = ENDLESS | {"max_tokens": 200}
+LONG = ENDLESS | {"max_tokens": 80}
 KEY = {b"Authorization": "Bearer sésame".encode()}
 
 
