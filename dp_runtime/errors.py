@@ -101,8 +101,18 @@ class RequestFailed(OneLineError):
     """One request could not be served; its engine serves on."""
 
 
-class QueueFull(OneLineError):
+@dataclass(eq=False)
+class EngineOverloaded(RuntimeError):
     """The engine holds as many unfinished requests as it may."""
+
+    num_unfinished: int
+    limit: int  # max_queued_requests
+    num_waiting: int = 0  # callers of `generate` who wait for a place, and come first
+
+    def __str__(self) -> str:
+        waiting = f", and {self.num_waiting} callers wait for a place" if self.num_waiting else ""
+        unfinished = f"{self.num_unfinished} requests are unfinished"
+        return f"{unfinished}, and {self.limit} may be (max_queued_requests){waiting}"
 
 
 class EngineClosed(OneLineError):

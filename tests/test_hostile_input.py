@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.cli.jsonl import read_prompts
 from dp_runtime.core.request import TokensPrompt
-from dp_runtime.errors import QueueFull
+from dp_runtime.errors import EngineOverloaded
 from tests.checkpoints import tiny_checkpoint
 from tests.dp_runtime.engine.fake_group import outstanding
 from tests.dp_runtime.hostile import FLOAT_TWOS, INT_LISTS, MAPPINGS, TWOS, junk
@@ -57,7 +57,7 @@ def test_any_input_is_served_or_refused_in_one_line(engine: Engine) -> None:
             chosen: dict[str, Any] = {name: VALUES[index] for name, index in fields.items()}
             params = SamplingParams(**{"max_tokens": 2} | chosen)
             handle = engine.submit(prompt_from(*prompt), params, VALUES[rank])
-        except (ValueError, QueueFull) as error:
+        except (ValueError, EngineOverloaded) as error:
             text = str(error)
             assert text.isprintable(), text
             assert len(text) < 800, text

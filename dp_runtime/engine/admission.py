@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
+from concurrent.futures import Future
+from dataclasses import dataclass
 from itertools import count
 
 from dp_runtime.engine.load_balancer import LoadBalancer, Outstanding
-from dp_runtime.errors import QueueFull, fresh
+from dp_runtime.errors import EngineOverloaded, fresh
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What a caller waits for; `rank` is known once there is room for its request."""
+
+    tokens: int
+    dp_rank: int | None  # that the request is pinned to
+    turn: tuple[int, int]  # priority and arrival, the lowest comes first
+    rank: Future[int]
 
 
 class Admission:
-    """Gives new requests to ranks, and bounds how many are unfinished."""
+    """Gives new requests to ranks, and bounds how many are unfinished.
+
+    Whoever leaves hands the place to the first who waits: nobody who comes later can take it.
+    """
 
     def __init__(self, balancer: LoadBalancer, dp_size: int, limit: int) -> None:
         self._balancer = balancer
         self._ranks = [Outstanding() for _ in range(dp_size)]
         self._limit = limit
-        self._changed = threading.Condition()
-        self._waiting: list[tuple[int, int]] = []  # priority and arrival of callers, the first next
+        self._lock = threading.RLock()  # a place may be given back by the collection of garbage
+        self._waiting: list[Place] = []  # by turn
         self._arrivals = count()
         self._closed: BaseException | None = None
 
@@ -26,52 +41,77 @@ class Admission:
     def num_unfinished(self) -> int:
         return sum(rank.requests for rank in self._ranks)
 
-    def enter(self, tokens: int, dp_rank: int | None, wait: bool, priority: int = 0) -> int:
-        """Return the rank of a new request; waits for a place, or raises QueueFull."""
-        with self._changed:
-            if wait:
-                self._wait_for_place(priority)
-            elif self._full and not self._closed:
-                raise QueueFull(f"{self._limit} requests are unfinished (max_queued_requests)")
-            if self._closed:
-                raise fresh(self._closed)
-            rank = self._balancer.choose(self._ranks, tokens) if dp_rank is None else dp_rank
-            self._ranks[rank].requests += 1
-            self._ranks[rank].tokens += tokens
-            return rank
+    def check_place(self) -> None:
+        """Raise EngineOverloaded where `enter` would."""
+        with self._lock:
+            if self._full and not self._closed:
+                raise EngineOverloaded(self.num_unfinished, self._limit, len(self._waiting))
+
+    def enter(self, tokens: int, dp_rank: int | None) -> int:
+        """Return the rank of a new request, or raise EngineOverloaded."""
+        with self._lock:
+            self.check_place()
+            self._check_open()
+            return self._take(tokens, dp_rank)
+
+    def wait(self, tokens: int, dp_rank: int | None, priority: int = 0) -> Place:
+        """Return the place of a new request, which has its rank as soon as it is this one's turn.
+
+        Whoever does not use it gives it back.
+        """
+        rank: Future[int] = Future()
+        rank.set_running_or_notify_cancel()  # it is given back, never cancelled
+        with self._lock:
+            self._check_open()
+            place = Place(tokens, dp_rank, (priority, next(self._arrivals)), rank)
+            insort(self._waiting, place, key=lambda waiting: waiting.turn)
+            self._hand_out()
+        return place
+
+    def give_back(self, place: Place) -> None:
+        """Take back a place, whether the caller still waits for it or has got it."""
+        with self._lock:
+            if place in self._waiting:
+                self._waiting.remove(place)
+            elif place.rank.exception() is None:
+                self.leave(place.rank.result(), place.tokens)
+
+    def move(self, dp_rank: int, tokens: int, pinned: bool) -> int:
+        """Return the rank where a request that was on a lost one begins again."""
+        with self._lock:
+            self._ranks[dp_rank].requests -= 1
+            self._ranks[dp_rank].tokens -= tokens
+            return self._take(tokens, dp_rank if pinned else None)
+
+    def leave(self, dp_rank: int, tokens: int) -> None:
+        with self._lock:
+            self._ranks[dp_rank].requests -= 1
+            self._ranks[dp_rank].tokens -= tokens
+            self._hand_out()
+
+    def close(self, error: BaseException) -> None:
+        """Refuse everyone from now on, even those that wait."""
+        with self._lock:
+            self._closed = error
+            waiting, self._waiting = self._waiting, []
+        for place in waiting:
+            place.rank.set_exception(fresh(error))
 
     @property
     def _full(self) -> bool:
         return self.num_unfinished >= self._limit
 
-    def _wait_for_place(self, priority: int) -> None:
-        turn = (priority, next(self._arrivals))
-        insort(self._waiting, turn)
-        try:
-            while not self._closed and (self._full or self._waiting[0] != turn):
-                self._changed.wait()
-        finally:
-            self._waiting.remove(turn)
-            self._changed.notify_all()
+    def _check_open(self) -> None:
+        if self._closed:
+            raise fresh(self._closed)
 
-    def move(self, dp_rank: int, tokens: int, pinned: bool) -> int:
-        """Return the rank where a request that was on a lost one begins again."""
-        with self._changed:
-            self._ranks[dp_rank].requests -= 1
-            self._ranks[dp_rank].tokens -= tokens
-            rank = dp_rank if pinned else self._balancer.choose(self._ranks, tokens)
-            self._ranks[rank].requests += 1
-            self._ranks[rank].tokens += tokens
-            return rank
+    def _take(self, tokens: int, dp_rank: int | None) -> int:
+        rank = self._balancer.choose(self._ranks, tokens) if dp_rank is None else dp_rank
+        self._ranks[rank].requests += 1
+        self._ranks[rank].tokens += tokens
+        return rank
 
-    def leave(self, dp_rank: int, tokens: int) -> None:
-        with self._changed:
-            self._ranks[dp_rank].requests -= 1
-            self._ranks[dp_rank].tokens -= tokens
-            self._changed.notify_all()
-
-    def close(self, error: BaseException) -> None:
-        """Refuse everyone from now on, even those that wait."""
-        with self._changed:
-            self._closed = error
-            self._changed.notify_all()
+    def _hand_out(self) -> None:
+        while self._waiting and not self._full:
+            place = self._waiting.pop(0)
+            place.rank.set_result(self._take(place.tokens, place.dp_rank))

@@ -13,15 +13,12 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStream, deliver_in_loops
 from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest
-from dp_runtime.errors import QueueFull
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.text.tokenizer import Tokenizer
-
-ASK_FOR_PLACE_S = 0.01
 
 
 class AsyncEngine:
@@ -50,6 +47,10 @@ class AsyncEngine:
     @property
     def num_unfinished(self) -> int:
         return self._core.num_unfinished
+
+    def check_place(self) -> None:
+        """Raise EngineOverloaded if a request that is submitted now would find no place."""
+        self._core.check_place()
 
     async def generate(
         self,
@@ -81,7 +82,7 @@ class AsyncEngine:
     def submit(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
     ) -> AsyncRequestHandle:
-        """Start one prompt; ValueError for a mistake, QueueFull above max_queued_requests."""
+        """Start one prompt; ValueError for a mistake, else EngineOverloaded if it is full."""
         return self.submit_all([self.checked(prompt, params, dp_rank)])[0]
 
     def checked(
@@ -92,12 +93,12 @@ class AsyncEngine:
         return self._core.factory.make(prompt, params, dp_rank)
 
     def submit_all(self, requests: Sequence[NewRequest]) -> list[AsyncRequestHandle]:
-        """Start all of them or, raising QueueFull, none; they share one event of news."""
+        """Start all of them or, raising EngineOverloaded, none; they share one event of news."""
         handles: list[AsyncRequestHandle] = []
         sink_of = partial(AsyncRequestHandle, news=asyncio.Event())
         try:
             for new in requests:
-                handles.append(self._core.start(new, sink_of, wait=False))
+                handles.append(self._core.start(new, sink_of))
         except BaseException:
             for handle in handles:
                 handle.abort()
@@ -142,9 +143,12 @@ class AsyncEngine:
         await self.close()
 
     async def _placed(self, new: NewRequest) -> AsyncRequestHandle:
-        """Start a request as soon as fewer than max_queued_requests are unfinished."""
-        while True:
-            try:
-                return self.submit_all([new])[0]
-            except QueueFull:
-                await asyncio.sleep(ASK_FOR_PLACE_S)
+        """Start a request once it has a place, in the same order as callers of an Engine."""
+        place = self._core.wait_for_place(new)
+        try:
+            await asyncio.wrap_future(place.rank)
+        except BaseException:
+            self._core.give_back(place)
+            raise
+        sink_of = partial(AsyncRequestHandle, news=asyncio.Event())
+        return self._core.start_at(place, new, sink_of)

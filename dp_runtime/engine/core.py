@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
-from dp_runtime.engine.admission import Admission
+from dp_runtime.engine.admission import Admission, Place
 from dp_runtime.engine.busy_clock import BusyClock
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Delivery]], None]
 Abort = Callable[[int], None]  # request id
 Sink = TypeVar("Sink", bound=OutputSink)
+SinkOf = Callable[[RequestLog, Abort], Sink]
 MAX_REPLAYS = 3  # of a request, which may be what its ranks were lost of
 
 
@@ -94,13 +95,40 @@ class EngineCore:
         if self._closed is not None:
             raise fresh(self._closed)
 
-    def start(
-        self, new: NewRequest, sink_of: Callable[[RequestLog, Abort], Sink], wait: bool
-    ) -> Sink:
-        """Give a request to a rank; without a place for it wait, or raise QueueFull."""
+    def check_place(self) -> None:
+        self._admission.check_place()
+
+    def start(self, new: NewRequest, sink_of: SinkOf[Sink]) -> Sink:
+        """Give a request to a rank; without a place for it raise EngineOverloaded."""
+        rank = self._admission.enter(new.request.num_reserved_tokens, new.dp_rank)
+        return self._begin(new, rank, sink_of)
+
+    def start_in_turn(self, new: NewRequest, sink_of: SinkOf[Sink]) -> Sink:
+        """Give a request to a rank once there is a place for it."""
+        place = self.wait_for_place(new)
+        try:
+            place.rank.result()
+        except BaseException:
+            self.give_back(place)
+            raise
+        return self.start_at(place, new, sink_of)
+
+    def wait_for_place(self, new: NewRequest) -> Place:
+        """Queue for a place; the caller starts the request there or gives the place back."""
+        request = new.request
+        return self._admission.wait(
+            request.num_reserved_tokens, new.dp_rank, request.params.priority
+        )
+
+    def give_back(self, place: Place) -> None:
+        self._admission.give_back(place)
+
+    def start_at(self, place: Place, new: NewRequest, sink_of: SinkOf[Sink]) -> Sink:
+        """Give a request to the rank of a place that it has waited for."""
+        return self._begin(new, place.rank.result(), sink_of)
+
+    def _begin(self, new: NewRequest, rank: int, sink_of: SinkOf[Sink]) -> Sink:
         tokens = new.request.num_reserved_tokens
-        priority = new.request.params.priority
-        rank = self._admission.enter(tokens, new.dp_rank, wait, priority)
         with self._sending:
             try:
                 pinned = new.dp_rank is not None

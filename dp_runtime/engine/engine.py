@@ -71,7 +71,7 @@ class Engine:
 
             try:
                 for request in requests:
-                    handles.append(self._core.start(request, RequestHandle, wait=True))
+                    handles.append(self._core.start_in_turn(request, RequestHandle))
                     while len(outputs) < len(handles) and handles[len(outputs)].done:
                         take()
                 while len(outputs) < len(handles):
@@ -94,10 +94,10 @@ class Engine:
     def submit(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
     ) -> RequestHandle:
-        """Start one prompt; ValueError for a mistake, QueueFull above max_queued_requests."""
+        """Start one prompt; ValueError for a mistake, else EngineOverloaded if it is full."""
         self._core.check_open()
         new = self._core.factory.make(prompt, params, dp_rank)
-        return self._core.start(new, RequestHandle, wait=False)
+        return self._core.start(new, RequestHandle)
 
     def step_trace(self) -> tuple[StepTrace, ...]:
         """Return the steps that the ranks remember, with their rows and times."""

@@ -18,7 +18,7 @@ from dp_runtime.errors import (
     MAX_SHOWN,
     ContextExceeded,
     EngineClosed,
-    QueueFull,
+    EngineOverloaded,
     RankFailed,
     RequestFailed,
     one_line,
@@ -90,8 +90,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.BAD_REQUEST, str(error), param)
         case RequestFailed():
             return ApiError(HTTPStatus.BAD_REQUEST, str(error), None, "request_failed")
-        case QueueFull():
-            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), None, "queue_full")
+        case EngineOverloaded():
+            return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), None, "engine_overloaded")
         case RankFailed() | EngineClosed():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), None, "engine_failed")
     logger.error("a fault of this server, which a client was told of by 500", exc_info=error)
@@ -104,7 +104,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (ApiError, ValueError, RequestFailed, QueueFull, RankFailed, EngineClosed):
+    for kind in (ApiError, ValueError, RequestFailed, EngineOverloaded, RankFailed, EngineClosed):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -20,7 +20,7 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.engine.inputs import NewRequest, check_room
-from dp_runtime.errors import QueueFull, require, shown
+from dp_runtime.errors import require, shown
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.server.answers import Client, Content, as_json
@@ -113,10 +113,8 @@ class ServerState:
             raise ApiError(HTTPStatus.NOT_FOUND, message, "model", "model_not_found")
 
     def check_place(self) -> None:
-        """Raise QueueFull, or 503, for a request that will find no place in the engine."""
-        limit = self.engine.config.max_queued_requests
-        if self.engine.num_unfinished >= limit:
-            raise QueueFull(f"{limit} requests are unfinished (max_queued_requests)")
+        """Raise EngineOverloaded, or 503, for a request that will find no place in the engine."""
+        self.engine.check_place()
 
     async def start(
         self,

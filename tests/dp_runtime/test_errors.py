@@ -11,7 +11,7 @@ from dp_runtime.errors import (
     MAX_SHOWN,
     MAX_TEXT,
     EngineClosed,
-    QueueFull,
+    EngineOverloaded,
     RankFailed,
     RequestFailed,
     StartError,
@@ -22,7 +22,7 @@ from dp_runtime.errors import (
 )
 from tests.dp_runtime.hostile import HostileObject, HostileRepr, junk, nested
 
-OURS = (StartError, RankFailed, RequestFailed, QueueFull, EngineClosed)
+OURS = (StartError, RankFailed, RequestFailed, EngineClosed)
 RAW = "a\nb\r\x1b[31m\x00\u2028\u202e\ud800\x9b"
 ESCAPED = "a\\nb\\r\\x1b[31m\\x00\\u2028\\u202e\\ud800\\x9b"
 
@@ -41,6 +41,17 @@ def test_our_errors_are_one_line(kind: type[Exception]) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (kind, ESCAPED)
     assert len(str(kind("x" * 2_700_000))) == MAX_TEXT
+
+
+def test_an_overload_has_its_numbers() -> None:
+    error = EngineOverloaded(8, 8, 3)
+    for same in (error, fresh(error), pickle.loads(pickle.dumps(error))):
+        assert (same.num_unfinished, same.limit, same.num_waiting) == (8, 8, 3)
+        assert str(same) == (
+            "8 requests are unfinished, and 8 may be (max_queued_requests), "
+            "and 3 callers wait for a place"
+        )
+    assert str(EngineOverloaded(2, 2)).endswith("(max_queued_requests)")
 
 
 def test_every_value_can_be_shown() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from collectives.session import session_token
 from dp_runtime import Engine, EngineConfig
 from dp_runtime.core.request import FinishReason
-from dp_runtime.errors import EngineClosed, QueueFull, RankFailed, StartError
+from dp_runtime.errors import EngineClosed, EngineOverloaded, RankFailed, StartError
 from dp_runtime.metrics.status import RankState
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
@@ -96,10 +96,10 @@ def no_page_in_use(serving: Engine) -> None:
     )
 
 
-def test_queue_full(model: Path) -> None:
+def test_an_overloaded_engine(model: Path) -> None:
     with engine(model, "thread", max_queued_requests=2) as one:
         handles = [one.submit([1], ENDLESS) for _ in range(2)]
-        with pytest.raises(QueueFull, match="2 requests are unfinished"):
+        with pytest.raises(EngineOverloaded, match="2 requests are unfinished, and 2 may be"):
             one.submit([1], SHORT)
         handles[0].abort()
         handles[0].result(30)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dp_runtime import Engine, EngineConfig, RequestHandle, SamplingParams
 from dp_runtime.core.request import FinishReason
-from dp_runtime.errors import EngineClosed, QueueFull, RankFailed, RequestFailed
+from dp_runtime.errors import EngineClosed, EngineOverloaded, RankFailed, RequestFailed
 from tests.dp_runtime.engine.fake_group import FakeGroup, fake_engine, outstanding
 from tests.dp_runtime.hostile import TWOS, junk
 
@@ -80,7 +80,7 @@ class Caller:
     def submit(self, prompt: Any, params: SamplingParams, rank: Any) -> None:
         try:
             self.handles.append(self.engine.submit(prompt, params, rank))
-        except QueueFull:
+        except EngineOverloaded:
             assert len(self.group.taken) == LIMIT
         except RankFailed:
             assert self.lost

@@ -15,7 +15,7 @@ from dp_runtime import AsyncEngine, Engine, EngineConfig, FinishReason, Sampling
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.core.request import Prompt, RequestUpdate
 from dp_runtime.engine.async_handle import AsyncRequestHandle
-from dp_runtime.errors import EngineClosed, QueueFull, RankFailed
+from dp_runtime.errors import EngineClosed, EngineOverloaded, RankFailed
 from tests.dp_runtime.engine.fake_group import FakeGroup
 from tests.serving import check_pages_free
 
@@ -135,7 +135,7 @@ def test_a_loop_that_ended_leaves_nothing_running(served: AsyncEngine) -> None:
 def test_all_of_several_requests_are_taken_or_none() -> None:
     async def submit(engine: AsyncEngine, group: FakeGroup) -> None:
         requests = [engine.checked([1]) for _ in range(3)]
-        with pytest.raises(QueueFull):
+        with pytest.raises(EngineOverloaded):
             engine.submit_all(requests)
         assert not group.taken
         assert len(engine.submit_all(requests[:2])) == 2
@@ -155,6 +155,60 @@ def test_generate_waits_for_a_place() -> None:
         assert [output.token_ids for output in await task] == [(4,)] * 3
 
     with_fake(fill, max_queued_requests=2)
+
+
+def test_tasks_wait_for_places_in_the_order_of_all_callers() -> None:
+    """Without a look at the clock: who leaves hands the place over."""
+
+    async def wait(engine: AsyncEngine, group: FakeGroup) -> None:
+        first = engine.submit([1])
+        params = [SamplingParams(priority=number) for number in (1, 0, 1, -1)]
+        tasks = []
+        for number, one in enumerate(params):
+            tasks.append(asyncio.create_task(engine.generate([[10 + number]], one)))
+            await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(engine.generate([[20]])))
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        await asyncio.sleep(0)
+        ended = [first.request_id]
+        for prompt in (13, 11, 20, 10):
+            group.end(ended[-1], token_ids=(4,), finish_reason=FinishReason.LENGTH)
+            while not group.taken:
+                await asyncio.sleep(0)
+            ((request_id, (_, request)),) = group.taken.items()
+            assert request.prompt_token_ids == (prompt,)
+            with pytest.raises(EngineOverloaded) as caught:
+                engine.submit([1])
+            assert caught.value.num_waiting == 4 - len(ended)
+            ended.append(request_id)
+        group.end(ended[-1], token_ids=(4,), finish_reason=FinishReason.LENGTH)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(each, asyncio.CancelledError) for each in outcomes] == [
+            False, False, True, False, False,
+        ]  # fmt: skip
+        assert engine.num_unfinished == 0
+
+    with_fake(wait, max_queued_requests=1)
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_a_task_that_is_cancelled_gives_its_place_back(granted: bool) -> None:
+    async def cancel(engine: AsyncEngine, group: FakeGroup) -> None:
+        first = engine.submit([1])
+        task = asyncio.create_task(engine.generate([[2]]))
+        await asyncio.sleep(0)
+        if granted:  # and cancelled before it has heard of it
+            group.end(first.request_id, finish_reason=FinishReason.LENGTH)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        if not granted:
+            group.end(first.request_id, finish_reason=FinishReason.LENGTH)
+        assert engine.num_unfinished == 0
+        assert not group.taken
+
+    with_fake(cancel, max_queued_requests=1)
 
 
 def test_one_poll_wakes_the_loop_once() -> None:

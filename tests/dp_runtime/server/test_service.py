@@ -123,11 +123,11 @@ def test_a_full_queue_is_told_before_the_body_is_read(served: Served, key: dict[
             next(answer.iter_lines())
             refused = client.post("/v1/completions", content=b"[")
             assert refused.status_code == 429
-            assert refused.json()["error"]["code"] == "queue_full"
+            assert refused.json()["error"]["code"] == "engine_overloaded"
             assert refused.headers["retry-after"] == "1"
         served.check_idle()
         too_many = client.post("/v1/completions", json=ENDLESS | {"n": 4})
-        assert too_many.json()["error"]["code"] == "queue_full"
+        assert too_many.json()["error"]["code"] == "engine_overloaded"
     served.check_idle()
 
 
