@@ -22,6 +22,8 @@ with Engine(EngineConfig(sys.argv[1], device="cpu", num_pages=1100)) as engine:
 """
 STRANGER = """
 import sys, ray
+from ray._private import ray_constants
+ray_constants.ENABLE_RAY_CLUSTER = False  # else Ray turns loopback into another address
 ray.init(address=sys.stdin.readline().strip(), log_to_driver=False, configure_logging=False)
 print("ran", ray.get(ray.remote(num_cpus=0)(lambda: 1).remote(), timeout=200))
 """
@@ -31,7 +33,8 @@ def environment(home: Path) -> dict[str, str]:
     """This one without anything that Ray reads of the user: another user's."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     rest["RAY_TMPDIR"] = os.environ["RAY_TMPDIR"]  # where clusters of tests lie is no secret
-    return rest | {"HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+    once = {"RAY_gcs_server_port_wait_time_s": "1"}  # seconds; else Ray tries 20 times to get in
+    return rest | once | {"HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
 
 
 @pytest.mark.ray
