@@ -56,6 +56,7 @@ class ThreadRank:
         self.worker.abandon("it was ended by the driver")
         for thread in self._threads.values():
             thread.end(RankFailed(f"rank {self.dp_rank} has ended"))
+        self.worker.release()
 
 
 class ChildProcess(Protocol):

@@ -205,6 +205,10 @@ class Worker:
             case Joined() as joined:
                 joined.connected.abandon(reason)
 
+    def release(self) -> None:
+        """Let go of weights and pages, which would else stay until garbage is collected."""
+        self._stage = None
+
     @property
     def _loaded(self) -> Loaded:
         match self._stage:

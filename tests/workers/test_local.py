@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -9,21 +10,27 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from collectives.session import session_token
 from dp_runtime import Engine, EngineConfig
 from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import EngineClosed, EngineOverloaded, RankFailed, StartError
 from dp_runtime.metrics.status import RankState
+from dp_runtime.startup.build_rank import load_rank
+from dp_runtime.startup.loaded_rank import LoadedRank
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
+from workers import rank_stages
 from workers.messages import Call, Join, Load, Prepare, Rendezvous
 from workers.supervision.leaving import STOP_S
 
@@ -128,6 +135,28 @@ def test_use_after_close(launcher: str, model: Path) -> None:
             use()
     handle.abort()
     wait_until(lambda: left_overs() == before, "nothing is left")
+
+
+def test_ranks_that_are_threads_leave_no_memory_to_the_collector(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[weakref.ref[Tensor]] = []
+
+    def load(*what: Any) -> LoadedRank:
+        rank = load_rank(*what)
+        pools.extend(map(weakref.ref, rank.pools))
+        return rank
+
+    monkeypatch.setattr(rank_stages, "load_rank", load)
+    gc.disable()
+    try:
+        with engine(model, "thread") as served:
+            assert len(served.generate([[1, 2]], SHORT)[0].token_ids) == SHORT.max_tokens
+            assert all(pool() is not None for pool in pools)
+        wait_until(lambda: not any(pool() is not None for pool in pools), "no page is left")
+    finally:
+        gc.enable()
+    assert pools
 
 
 def test_a_killed_rank_fails_all_requests(model: Path) -> None:

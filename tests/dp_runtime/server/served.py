@@ -55,7 +55,7 @@ class Served:
 
 @contextmanager
 def serving(server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Served]:
-    fields: dict[str, Any] = {"dp_size": 2, "launcher": "thread"} | engine
+    fields: dict[str, Any] = {"dp_size": 2, "launcher": "thread", "num_pages": 800} | engine
     config = EngineConfig(fields.pop("model", str(TINY_MODEL)), **fields)
     state = ServerState(ServerConfig(port=0, **(server or {})), config)
     listener = Listener(state)
