@@ -13,6 +13,7 @@ from torch import Tensor
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from collectives.member import GroupMember
 from collectives.rows import check_gather, check_reduce_scatter, split, sum_in_rank_order
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, require
 from dp_runtime.parallel.agreement import StepRecord
 from dp_runtime.parallel.collective import Counts
@@ -21,22 +22,25 @@ from dp_runtime.parallel.collective import Counts
 class InProcessGroup:
     """A group of dp_size threads; every wait ends within timeout_s seconds."""
 
-    def __init__(self, dp_size: int, timeout_s: float) -> None:
+    def __init__(self, dp_size: int, timeout_s: float, members: Membership | None = None) -> None:
         require(dp_size >= 1, "dp_size", dp_size, "an integer >= 1")
-        changed = threading.Condition()
-        self._meetings = tuple(_Meeting(dp_size, timeout_s, changed) for _ in range(2))
+        changed, self._members = threading.Condition(), members or Membership.first(dp_size)
+        self._meetings = tuple(_Meeting(self._members, timeout_s, changed) for _ in range(2))
         self.dp_size = dp_size
 
     def collective(self, dp_rank: int) -> InProcessCollective:
-        return InProcessCollective(_Rank(self._meetings, dp_rank), self._meetings[0], self.dp_size)
+        return InProcessCollective(self._rank(dp_rank), self._meetings[0], self.dp_size)
 
     def board(self, dp_rank: int) -> InProcessBoard:
-        return InProcessBoard(_Rank(self._meetings, dp_rank), self._meetings[1], self.dp_size)
+        return InProcessBoard(self._rank(dp_rank), self._meetings[1], self.dp_size)
+
+    def _rank(self, dp_rank: int) -> _Rank:
+        return _Rank(self._meetings, dp_rank, self._members.dp_ranks[dp_rank])
 
 
 class _Rank:
-    def __init__(self, meetings: Sequence[_Meeting], dp_rank: int) -> None:
-        self._meetings, self.dp_rank = meetings, dp_rank
+    def __init__(self, meetings: Sequence[_Meeting], dp_rank: int, name: int) -> None:
+        self._meetings, self.dp_rank, self._name = meetings, dp_rank, name
 
     def raise_if_failed(self) -> None:
         for meeting in self._meetings:
@@ -44,7 +48,7 @@ class _Rank:
 
     def abort(self, reason: str) -> None:
         for meeting in self._meetings:
-            meeting.abort(f"aborted by rank {self.dp_rank}: {reason}")
+            meeting.abort(f"aborted by rank {self._name}: {reason}")
 
     def close(self) -> None:
         for meeting in self._meetings:
@@ -54,8 +58,9 @@ class _Rank:
 class _Meeting:
     """Turns in which every rank brings a value and takes away those of all."""
 
-    def __init__(self, dp_size: int, timeout_s: float, changed: threading.Condition) -> None:
-        self._size, self._timeout_s, self._changed = dp_size, timeout_s, changed
+    def __init__(self, members: Membership, timeout_s: float, changed: threading.Condition) -> None:
+        self._members, self._timeout_s, self._changed = members, timeout_s, changed
+        dp_size = members.size
         self._brought: list[list[Any]] = [[] for _ in range(dp_size)]  # not yet taken by all
         self._turns = [0] * dp_size
         self._first = 0  # turns that everyone has taken
@@ -73,7 +78,7 @@ class _Meeting:
             waited = self._wait(dp_rank, lambda: min(self._turns) > turn, self._timeout_s)
             missing = [rank for rank, at in enumerate(self._turns) if at <= turn]
             if missing:
-                names = ", ".join(map(str, missing))
+                names = self._members.named(missing)
                 message = f"{what}: waited {self._timeout_s:g} s for ranks {names}"
                 self._broken[dp_rank] = f"timed out before ({message})"
                 raise CollectiveTimeout(message)
@@ -95,7 +100,7 @@ class _Meeting:
 
     def abort(self, reason: str) -> None:
         with self._changed:
-            for rank in range(self._size):
+            for rank in range(self._members.size):
                 self._broken.setdefault(rank, reason)
             self._changed.notify_all()
 

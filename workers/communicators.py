@@ -12,6 +12,7 @@ import torch
 
 from collectives.shared_memory.group import new_rendezvous_path
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.parallel.transports import TRANSPORTS, Transport, choose_transport
@@ -75,26 +76,30 @@ def connect(
     device: torch.device,
     attach_timeout_s: float,
     listener: socket.socket | None = None,
+    members: Membership | None = None,
 ) -> Communicator:
+    """Meet the members, or all that the engine starts with, at their position."""
+    members = members or Membership.first(config.dp_size)
+    position = members.position(dp_rank)
     if isinstance(rendezvous, InProcessRendezvous):
         group = rendezvous.group
-        return InProcessCommunicator(group.collective(dp_rank), group.board(dp_rank))
-    place = (rendezvous.address, dp_rank, config.dp_size, config.step_timeout_s)
+        return InProcessCommunicator(group.collective(position), group.board(position))
+    place = (rendezvous.address, position, members.size, config.step_timeout_s)
     match rendezvous.transport:
         case "shared_memory":
             from collectives.shared_memory.group import SharedMemoryGroup
 
-            return SharedMemoryGroup(*place, attach_timeout_s=attach_timeout_s)
+            return SharedMemoryGroup(*place, attach_timeout_s=attach_timeout_s, members=members)
         case "peer_to_peer":
             from collectives.peer_to_peer.group import PeerToPeerGroup
 
-            return PeerToPeerGroup(*place, device, attach_timeout_s=attach_timeout_s)
+            return PeerToPeerGroup(*place, device, attach_timeout_s, members)
         case "torch_distributed":
             from collectives.torch_distributed.group import TorchDistributedGroup
 
             backend = "nccl" if device.type == "cuda" else "gloo"
             return TorchDistributedGroup(
-                *place, backend, device, attach_timeout_s, rendezvous.secret, listener
+                *place, backend, device, attach_timeout_s, rendezvous.secret, listener, members
             )
         case transport:
             raise AssertionError(f"no transport {transport!r}")

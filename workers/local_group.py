@@ -19,6 +19,7 @@ import torch
 from collectives.in_process import InProcessGroup
 from collectives.session import session_token
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import RankFailed
 from dp_runtime.startup.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
@@ -138,10 +139,10 @@ class LocalLauncher:
         device = f"cuda:{gpu}" if self.config.device == "cuda" else "cpu"
         return (ThreadRank if self.threads else ProcessRank)(dp_rank, self.config, device)
 
-    def meeting(self) -> InProcessRendezvous | None:
+    def meeting(self, members: Membership) -> InProcessRendezvous | None:
         if not self.threads:
             return None
-        group = InProcessGroup(self.config.dp_size, self.config.step_timeout_s)
+        group = InProcessGroup(members.size, self.config.step_timeout_s, members)
         return InProcessRendezvous(group)
 
     def release(self) -> None: ...

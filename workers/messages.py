@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Generic, TypeVar
 
 from collectives.in_process import InProcessGroup
+from dp_runtime.core.membership import Membership
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.flight.ring import RingAddress
 from dp_runtime.metrics.request_totals import RequestTotals
@@ -83,7 +84,9 @@ class Message(Generic[Answer]):
 
 @dataclass(frozen=True)
 class Prepare(Message[HostInfo]):
-    pass  # check the model against the config, before anything is loaded
+    """Check the model against the config, before anything is loaded."""
+
+    members: Membership | None = None  # of the epoch that it will join; None: those of the start
 
 
 @dataclass(frozen=True)

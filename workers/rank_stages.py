@@ -11,6 +11,7 @@ from time import monotonic
 import torch
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import (
     CollectiveAborted,
     CollectiveTimeout,
@@ -79,9 +80,11 @@ class Prepared:
     flight: FlightRecorder  # of all epochs
 
     @classmethod
-    def for_rank(cls, dp_rank: int, config: EngineConfig, device: str) -> Prepared:
+    def for_rank(
+        cls, dp_rank: int, config: EngineConfig, device: str, members: Membership | None = None
+    ) -> Prepared:
         """Check the model against the config (ValueError) and plan the rank's memory."""
-        plan = plan_rank(config, dp_rank, device)
+        plan = plan_rank(config, dp_rank, device, members)
         return cls(config, dp_rank, plan, new_flight(config, plan))
 
     @property
@@ -133,7 +136,13 @@ class Loaded:
     ) -> Connected:
         prepared = self.prepared
         communicator = connect(
-            rendezvous, prepared.dp_rank, prepared.config, prepared.device, timeout_s, listener
+            rendezvous,
+            prepared.dp_rank,
+            prepared.config,
+            prepared.device,
+            timeout_s,
+            listener,
+            prepared.plan.members,
         )
         prepared.flight.join(epoch, rendezvous.transport)
         due = DueFaults(prepared.config.faults, prepared.dp_rank, epoch)

@@ -8,6 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import EngineClosed, StartError
 from workers.messages import InProcessRendezvous, Message
 from workers.start_errors import raise_failures
@@ -35,8 +36,8 @@ class Launcher(Protocol):
     def launch(self, dp_rank: int) -> RankHandle:
         """Start a rank, in the place of the one that had this number before."""
 
-    def meeting(self) -> InProcessRendezvous | None:
-        """Return a new place to meet, if ranks can not open one themselves."""
+    def meeting(self, members: Membership) -> InProcessRendezvous | None:
+        """Return a new place for these to meet, if ranks can not open one themselves."""
 
     def release(self) -> None:
         """Give back what the ranks ran on, once all of them have ended."""
@@ -65,13 +66,25 @@ class Seat:
 
 
 class Ranks:
-    """The seats of an engine's ranks."""
+    """The seats of an engine's ranks: of those that serve, and of others on their way in or out."""
 
     def __init__(self, launcher: Launcher, handles: Sequence[RankHandle]) -> None:
         self.launcher = launcher
-        self.seats = [Seat(handle) for handle in handles]
+        self._serving = {handle.dp_rank: Seat(handle) for handle in handles}  # never changed
+        self._others: list[Seat] = []
         self._closed = False
         self._lock = threading.Lock()
+
+    @property
+    def seats(self) -> tuple[Seat, ...]:  # [position]
+        return tuple(self._serving.values())
+
+    @property
+    def members(self) -> Membership:
+        return Membership(tuple(self._serving))
+
+    def seat(self, dp_rank: int) -> Seat:
+        return self._serving[dp_rank]
 
     def replace(self, seats: Sequence[Seat]) -> None:
         """End who sits there and start others, unless the engine is closing."""
@@ -79,15 +92,15 @@ class Ranks:
             list(pool.map(lambda seat: seat.handle.kill(), seats))
         for seat in seats:
             with self._lock:
-                if self._closed:
-                    raise EngineClosed("the engine is closed")
+                self._check_open()
                 seat.take_over(self.launcher.launch(seat.dp_rank))
 
     def kill(self) -> None:
         """End all ranks, and let none be started any more."""
         with self._lock:
             self._closed = True
-        for seat in self.seats:
+            seats = [*self._serving.values(), *self._others]
+        for seat in seats:
             seat.handle.kill()
 
     def all(
@@ -102,7 +115,8 @@ class Ranks:
 
         `why_not` says why the answers are not waited for any more.
         """
-        futures = [seat.call(message) for seat in seats or self.seats]
+        asked = {seat.dp_rank: seat.call(message) for seat in seats or self.seats}
+        futures = list(asked.values())
         while not all(future.done() for future in futures) and deadline.left() > 0:
             done, _ = wait(futures, LOOK_EVERY_S, FIRST_EXCEPTION)
             if any(future.exception() for future in done):
@@ -111,5 +125,9 @@ class Ranks:
             if reason := why_not():
                 raise StartError(f"{reason} (during {message.name!r})")
             show()
-        raise_failures(message.name, futures)
+        raise_failures(message.name, asked)
         return [future.result() for future in futures]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("the engine is closed")

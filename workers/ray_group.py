@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.startup.devices import resolve_device
 from workers.deadline import within
@@ -220,7 +221,7 @@ class RayLauncher:
     def launch_all(self) -> list[RayRank]:
         return [self.launch(dp_rank) for dp_rank in range(self.config.dp_size)]
 
-    def meeting(self) -> None: ...  # actors open one
+    def meeting(self, members: Membership) -> None: ...  # actors open one
 
     def release(self) -> None:
         self.undo.close()

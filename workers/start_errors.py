@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +53,11 @@ def _soft_limit(name: str) -> int:
     return resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0]
 
 
-def raise_failures(step: str, futures: Sequence[Future[Any]]) -> None:
-    """Raise one error for the ranks that failed or are late; ValueError if it is a mistake."""
+def raise_failures(step: str, futures: Mapping[int, Future[Any]]) -> None:
+    """Raise one error for the ranks that failed or are late; ValueError if it is a mistake.
+
+    futures: by dp_rank.
+    """
     failures, num_ranks = failures_of(futures), len(futures)
     mistakes = [one for one in failures if issubclass(one.kind, ValueError)]
     if mistakes:
@@ -64,15 +67,15 @@ def raise_failures(step: str, futures: Sequence[Future[Any]]) -> None:
     if failures:
         texts = (one.named(num_ranks, f"{one.kind.__name__}: {one.text}") for one in failures)
         raise StartError("; ".join(texts))
-    late = [rank for rank, future in enumerate(futures) if not future.done()]
+    late = [rank for rank, future in futures.items() if not future.done()]
     if late:
         raise StartError(f"ranks {late} did not finish {step!r} in time")
 
 
-def failures_of(futures: Sequence[Future[Any]]) -> list[Failure]:
+def failures_of(futures: Mapping[int, Future[Any]]) -> list[Failure]:
     """Return the errors of the futures that are done, in the order of their first ranks."""
     ranks: dict[tuple[type[BaseException], str], tuple[int, ...]] = {}
-    for rank, future in enumerate(futures):
+    for rank, future in futures.items():
         error = future.exception() if future.done() else None
         if error is not None:
             key = (type(error), explained(error))

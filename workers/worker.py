@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.core.request import RankRequest
+from dp_runtime.errors import RankFailed
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import wall_offset_ns
 from dp_runtime.metrics.log import log_to_stderr
@@ -70,8 +72,8 @@ class Worker:
 
     def answer(self, message: Message[Any]) -> Any:
         match message:
-            case Prepare():
-                return self.prepare()
+            case Prepare(members):
+                return self.prepare(members)
             case Load():
                 return self.load()
             case OpenRendezvous(transport, one_host):
@@ -106,12 +108,12 @@ class Worker:
                 return self.export_metrics(requests)
         raise AssertionError(f"no message to a rank: {message!r}")
 
-    def prepare(self) -> HostInfo:
+    def prepare(self, members: Membership | None = None) -> HostInfo:
         if self.config.launcher != "thread":
             log_to_stderr(self.config.log_level, self.dp_rank)
             torch.set_num_threads(self.config.torch_threads or self._fair_threads())
         self._use_device()
-        self._stage = prepared = Prepared.for_rank(self.dp_rank, self.config, self.device)
+        self._stage = prepared = Prepared.for_rank(self.dp_rank, self.config, self.device, members)
         self._flight = prepared.flight
         return HostInfo(self.dp_rank, socket.gethostname(), prepared.flight.ring.address)
 
@@ -151,6 +153,8 @@ class Worker:
         if isinstance(self._stage, Joined):
             self._progress.state = RankState.READY
             self._stage = self._stage.suspend(reason)
+        elif not isinstance(self._stage, Loaded):
+            raise RankFailed(f"rank {self.dp_rank} has loaded nothing")
 
     def submit(self, requests: Sequence[RankRequest]) -> None:
         self._loaded.requests.structured.compile_early(requests)

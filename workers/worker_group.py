@@ -11,11 +11,12 @@ from dataclasses import replace
 
 from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership, Transition
 from dp_runtime.core.request import (
     FailureListener,
-    LossListener,
     RankRequest,
     RequestUpdate,
+    TransitionListener,
     UpdateListener,
 )
 from dp_runtime.errors import EngineClosed, RankFailed
@@ -57,19 +58,19 @@ class WorkerGroup:
         self, config: EngineConfig, launcher: Launcher, handles: Sequence[RankHandle]
     ) -> None:
         self._config = config
-        self._ranks = Ranks(launcher, handles)
+        self._ranks = ranks = Ranks(launcher, handles)
         self._recovering: threading.Thread | None = None
-        self.metrics = MetricsCalls(self._ranks.seats)
+        self.metrics = MetricsCalls(lambda: ranks.seats)
         self._lock = threading.RLock()  # an abort may come from the collection of garbage
         self._state = GroupState()
         self._pollers: list[Poller] = []
         self._watch: RankWatch | None = None
-        self._flight = GroupFlight(self._ranks.seats, config.flight_dump_dir)
+        self._flight = GroupFlight(lambda: ranks.seats, config.flight_dump_dir)
         self._epochs = Epochs(config, self._ranks, self._why_not, self._flight.map_rings)
         self._recovery = Recovery(config, self._ranks, self._epochs, self._lose, self._resume)
         self._on_progress: UpdateListener = lambda dp_rank, updates: None
         self._on_failure: FailureListener = lambda error: None
-        self._on_loss: LossListener = lambda dp_ranks, resume: resume({})
+        self._on_transition: TransitionListener = lambda transition, resume: resume({})
         self._failure: BaseException | None = None
         self._given_up = ""  # why the start, or the orderly end, is not waited for any more
         self._over, self._ended = threading.Event(), threading.Event()
@@ -118,12 +119,19 @@ class WorkerGroup:
             return "the engine is closed"
         return self._given_up if self._state.phase is Phase.STARTING else ""
 
+    @property
+    def members(self) -> Membership:
+        return self._ranks.members
+
     def listen(
-        self, on_progress: UpdateListener, on_failure: FailureListener, on_loss: LossListener
+        self,
+        on_progress: UpdateListener,
+        on_failure: FailureListener,
+        on_transition: TransitionListener,
     ) -> None:
         with self._lock:
             self._on_progress, self._on_failure = on_progress, on_failure
-            self._on_loss = on_loss
+            self._on_transition = on_transition
             failure = self._failure
         if failure is not None:  # a rank was lost before anybody listened
             on_failure(failure)
@@ -138,21 +146,21 @@ class WorkerGroup:
         with self._lock:
             if dp_rank in self._state.lost:
                 return
-            submitted = self._ranks.seats[dp_rank].call(Submit(requests))
+            submitted = self._ranks.seat(dp_rank).call(Submit(requests))
         submitted.add_done_callback(lambda done: self._refused(dp_rank, requests, done))
 
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
         self._check_owner()
         with self._lock:
             if dp_rank not in self._state.lost:
-                self._ranks.seats[dp_rank].call(Abort(request_ids))
+                self._ranks.seat(dp_rank).call(Abort(request_ids))
 
     def health(self) -> tuple[RankHealth, ...]:
         if not self.belongs_here:
             return tuple(in_child(seat.dp_rank, self._owner) for seat in self._ranks.seats)
-        futures = [seat.call(ReadHealth()) for seat in self._ranks.seats]
-        wait(futures, STATUS_S)
-        return tuple(health_of(rank, future) for rank, future in enumerate(futures))
+        asked = {seat.dp_rank: seat.call(ReadHealth()) for seat in self._ranks.seats}
+        wait(asked.values(), STATUS_S)
+        return tuple(health_of(dp_rank, answer) for dp_rank, answer in asked.items())
 
     def trace(self) -> tuple[StepTrace, ...]:
         self._check_owner()
@@ -226,19 +234,19 @@ class WorkerGroup:
     def _resume(self) -> None:
         """Begin the epoch in which all ranks step again with the requests of lost ones."""
         with self._lock:
-            lost, tell = self._state.lost, self._on_loss
+            lost, tell = self._state.lost, self._on_transition
         if self._watch is not None:
             self._watch.serve(SilenceLimits.while_serving(self._config), self._notice)
 
         def resume(requests: dict[int, list[RankRequest]]) -> None:
             with self._lock:
                 for dp_rank, some in requests.items():
-                    self._ranks.seats[dp_rank].call(Submit(some))
+                    self._ranks.seat(dp_rank).call(Submit(some))
                 self._state = replace(
                     self._state, epoch=self._epochs.number, recovering=False, lost=frozenset()
                 )
 
-        tell(lost, resume)
+        tell(Transition(self._ranks.members, lost), resume)
 
     def _fail(self, error: BaseException) -> None:
         if self._advance(Phase.FAILED):
@@ -249,7 +257,7 @@ class WorkerGroup:
                 seat.call(Abandon(str(error)))
 
     def _take_flight(self, reason: str) -> TakenFlight:
-        return self._flight.take(reason, self._watch.silences_s if self._watch else ())
+        return self._flight.take(reason, self._watch.silences_s if self._watch else {})
 
     def _told(self, evidence: Evidence) -> str:
         """Name who does not answer before what another rank, which may be well, has noticed."""

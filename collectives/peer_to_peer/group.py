@@ -11,6 +11,7 @@ from collectives.member import Group, GroupMember
 from collectives.peer_to_peer.rows import GroupEnds, PeerRows, RowLayout
 from collectives.rows import check_gather, check_reduce_scatter
 from collectives.shared_memory.group import SharedMemoryGroup
+from dp_runtime.core.membership import Membership
 from dp_runtime.parallel.collective import Counts, RowCollective
 from dp_runtime.parallel.step_board import StepBoard
 
@@ -28,13 +29,15 @@ class PeerToPeerGroup:
         timeout_s: float,
         device: torch.device,
         attach_timeout_s: float = 60.0,
+        members: Membership | None = None,  # their names, for texts
     ) -> None:
         self._failure: RuntimeError | None = None
         self._host = SharedMemoryGroup(
-            path, dp_rank, dp_size, timeout_s, attach_timeout_s=attach_timeout_s
+            path, dp_rank, dp_size, timeout_s, attach_timeout_s=attach_timeout_s, members=members
         )
         try:
-            ends = GroupEnds(self.raise_if_failed, self._fail, self._all_gather_bytes)
+            name = (members or Membership.first(dp_size)).dp_ranks[dp_rank]
+            ends = GroupEnds(self.raise_if_failed, self._fail, self._all_gather_bytes, name)
             self._rows = PeerRows(ends, dp_rank, dp_size, device, timeout_s)
         except BaseException as error:
             self._host.abort(f"{type(error).__name__}: {error}")

@@ -45,6 +45,7 @@ class GroupEnds:
     raise_if_failed: Callable[[], None]
     fail: Callable[[RuntimeError], None]
     all_gather_bytes: AllGatherBytes
+    dp_rank: int  # the name of this one
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +89,8 @@ class PeerRows:
             self._signals = [Signals.make(dp_rank, ends.all_gather_bytes) for _ in range(2)]
         except RuntimeError as error:
             raise StartError(
-                f"rank {dp_rank}: collective peer_to_peer can't map the other ranks' GPU memory "
-                f"({error}); use collective=torch_distributed"
+                f"rank {ends.dp_rank}: collective peer_to_peer can't map the other ranks' GPU "
+                f"memory ({error}); use collective=torch_distributed"
             ) from error
         self._buffers = [PeerBuffer(dp_rank, ends.all_gather_bytes) for _ in range(2)]
         self._stop = torch.zeros(1, dtype=torch.int32, device=device)

@@ -11,6 +11,7 @@ from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from collectives.shared_memory.doorbell import Doorbell
 from collectives.shared_memory.region import Region
 from collectives.shared_memory.rendezvous import ATTACHED
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout
 
 CLOSED = "this rank has closed its group"
@@ -23,8 +24,11 @@ class Channel:
     docs/collectives.md.
     """
 
-    def __init__(self, region: Region, bell: Doorbell, timeout_s: float) -> None:
+    def __init__(
+        self, region: Region, bell: Doorbell, timeout_s: float, members: Membership
+    ) -> None:
         self.region, self.bell = region, bell
+        self._members = members
         self.turn = ATTACHED  # NOTE: a fast peer may have rung for its next turn already
         self.waited_s = 0.0
         self.in_use = threading.Lock()  # held by a rank's thread for the length of a call
@@ -78,7 +82,7 @@ class Channel:
             self.bell.close()
 
     def _time_out(self, what: str, missing: list[int]) -> None:
-        names = ", ".join(map(str, missing))
+        names = self._members.named(missing)
         message = f"{what}: waited {self._timeout_s:g} s for ranks {names}"
         self._broken = f"timed out before ({message})"
         raise CollectiveTimeout(message)

@@ -19,6 +19,7 @@ from collectives.shared_memory.board import SharedMemoryBoard
 from collectives.shared_memory.channel import CLOSED, Channel
 from collectives.shared_memory.region import RegionLayout
 from collectives.shared_memory.rendezvous import CHANNELS, MeetingDirectory
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import CollectiveAborted, require
 from dp_runtime.parallel.agreement import StepRecord
 from dp_runtime.parallel.collective import Counts
@@ -50,15 +51,18 @@ class SharedMemoryGroup:
         timeout_s: float,  # of every wait of a step
         area_bytes: int = AREA_BYTES,  # rows beyond them travel in chunks
         attach_timeout_s: float = 60.0,  # of the start
+        members: Membership | None = None,  # their names, for texts
     ) -> None:
         require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
         min_bytes = 64 * dp_size
         ok = area_bytes >= min_bytes and area_bytes % 64 == 0
         require(ok, "area_bytes", area_bytes, f"a multiple of 64, at min_bytes {min_bytes}")
-        layout = RegionLayout(dp_size, area_bytes)
-        region, bells = MeetingDirectory(path, dp_rank, layout, attach_timeout_s).attach()
+        layout, members = RegionLayout(dp_size, area_bytes), members or Membership.first(dp_size)
+        meeting = MeetingDirectory(path, dp_rank, layout, attach_timeout_s, members)
+        region, bells = meeting.attach()
+        self._name = members.dp_ranks[dp_rank]
         self._region, self._lock, self._closed = region, threading.Lock(), False
-        rows, board = (Channel(region, bells[name], timeout_s) for name in CHANNELS)
+        rows, board = (Channel(region, bells[name], timeout_s, members) for name in CHANNELS)
         self._channels = (rows, board)
         self.collective = SharedMemoryCollective(self, rows, dp_rank, dp_size, area_bytes)
         self.board = SharedMemoryBoard(
@@ -76,7 +80,7 @@ class SharedMemoryGroup:
         with self._lock:
             if self._closed or self._region.abort_reason() is not None:
                 return
-            self._region.post_abort(reason)
+            self._region.post_abort(f"aborted by rank {self._name}: {reason}")
             for channel in self._channels:
                 channel.bell.alarm()
 

@@ -116,6 +116,7 @@ class Region:
         return next((record for record in records if record is not None), None)
 
     def post_abort(self, reason: str) -> None:
+        """Have all ranks read why; `reason` names the rank."""
         text = reason.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         start = self._layout.texts + _TEXT_BYTES * self._rank
         self._memory[start : start + _TEXT_BYTES] = text
@@ -129,8 +130,7 @@ class Region:
             start = self._layout.texts + _TEXT_BYTES * dp_rank
             text = self._memory[start : start + _TEXT_BYTES]
             if mark == _MARKED | zlib.crc32(text):
-                reason = text.rstrip(b"\0").decode(errors="replace")
-                return f"aborted by rank {dp_rank}: {reason}"
+                return text.rstrip(b"\0").decode(errors="replace")
         return None
 
     def close(self) -> None:

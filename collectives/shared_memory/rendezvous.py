@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from collectives.shared_memory.doorbell import Doorbell
 from collectives.shared_memory.region import Region, RegionLayout
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import StartError, require
 
 CHANNELS = ("rows", "board")
@@ -31,8 +32,16 @@ class MeetingDirectory:
     Whoever removes the directory before ends the attempt of all.
     """
 
-    def __init__(self, path: str, dp_rank: int, layout: RegionLayout, timeout_s: float) -> None:
+    def __init__(
+        self,
+        path: str,
+        dp_rank: int,
+        layout: RegionLayout,
+        timeout_s: float,
+        members: Membership,
+    ) -> None:
         self._path, self._rank, self._layout = path, dp_rank, layout
+        self._members, self._name = members, members.dp_ranks[dp_rank]
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
         self._fds: dict[str, int] = {}
@@ -116,11 +125,11 @@ class MeetingDirectory:
         return time.monotonic() > self._deadline or not os.path.isdir(self._path)
 
     def _give_up(self, missing: list[int]) -> None:
-        names = ", ".join(map(str, missing))
+        names = self._members.named(missing)
         if time.monotonic() <= self._deadline:
-            raise StartError(f"rank {self._rank} met no ranks {names}: {self._path} was removed")
+            raise StartError(f"rank {self._name} met no ranks {names}: {self._path} was removed")
         raise StartError(
-            f"rank {self._rank} waited {self._timeout_s:g} s at {self._path} for ranks {names}"
+            f"rank {self._name} waited {self._timeout_s:g} s at {self._path} for ranks {names}"
         )
 
     def _remove_names(self) -> None:

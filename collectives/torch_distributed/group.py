@@ -19,6 +19,7 @@ from collectives.torch_distributed.gloo import GlooBackend, GlooBoard, GlooRows,
 from collectives.torch_distributed.nccl import NcclRows, set_environment
 from collectives.torch_distributed.state import SLACK_S, GroupState, Phase
 from collectives.torch_distributed.store import empty_store, open_store
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import CollectiveAborted, StartError, require
 from dp_runtime.parallel.collective import Counts
 
@@ -41,10 +42,11 @@ class TorchDistributedGroup:
         attach_timeout_s: float = 60.0,  # of the start
         secret: str = "",  # lets ranks in
         listener: socket | None = None,  # rank 0's, for the store
+        members: Membership | None = None,  # their names, for texts
     ) -> None:
         require(backend in ("gloo", "nccl"), "backend", backend, "gloo or nccl")
         require(0 <= dp_rank < dp_size, "dp_rank", dp_rank, f"0..{dp_size - 1}")
-        self._rank = dp_rank
+        self._name = (members or Membership.first(dp_size)).dp_ranks[dp_rank]
         self._nccl: NcclRows | None = None
         self._state = GroupState(release=self._release_device)
         if backend == "nccl":
@@ -54,9 +56,10 @@ class TorchDistributedGroup:
         for name in ("control", "board"):
             self._state.add(name, make_gloo(PrefixStore(name, store), *place))
         if backend == "nccl":
-            rows_store, timeouts = PrefixStore("rows", store), (timeout_s, attach_timeout_s)
+            rows_store = PrefixStore("rows", store)
+            rest = (timeout_s, attach_timeout_s, self._name)
             try:
-                self._nccl = NcclRows(self._state, rows_store, dp_rank, dp_size, device, *timeouts)
+                self._nccl = NcclRows(self._state, rows_store, dp_rank, dp_size, device, *rest)
             except BaseException:
                 self.close()
                 raise
@@ -75,7 +78,7 @@ class TorchDistributedGroup:
 
     def abort(self, reason: str) -> None:
         if self._state.phase is Phase.OPEN:
-            text = f"aborted by rank {self._rank}: {reason}"
+            text = f"aborted by rank {self._name}: {reason}"
             self._alarm.sound(text)
             self._state.close(CollectiveAborted(text))
 
@@ -108,7 +111,7 @@ class TorchDistributedGroup:
             self._alarm = AbortChannel(store, *place, secret.encode(), self._hear)
         except (OSError, RuntimeError) as error:
             raise StartError(
-                f"rank {dp_rank} of {dp_size} could not meet the others at {init_method} "
+                f"rank {self._name} of {dp_size} could not meet the others at {init_method} "
                 f"within {timeout_s:g} s: {error}"
             ) from error
         return store

@@ -54,6 +54,7 @@ class NcclRows:
         device: torch.device,
         timeout_s: float,
         start_timeout_s: float,
+        name: int,  # the dp_rank, for texts
     ) -> None:
         self._state, self._rank, self._device = state, dp_rank, device
         self._gather, self._broadcast = AllgatherOptions(), BroadcastOptions()
@@ -70,7 +71,7 @@ class NcclRows:
             _bounded(lambda: self._connect(dp_size), start_timeout_s)
         except (RuntimeError, TimeoutError) as error:
             raise StartError(
-                f"rank {dp_rank} of {dp_size} could not connect to the others over NCCL "
+                f"rank {name} of {dp_size} could not connect to the others over NCCL "
                 f"within {start_timeout_s:g} s: {error}"
             ) from error
         self._watch = Watchdog(timeout_s, state.close)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dp_runtime.core.membership import Transition
 from dp_runtime.core.sampling_params import SamplingParams
 
 
@@ -109,4 +110,4 @@ class RequestOutput:
 UpdateListener = Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did
 FailureListener = Callable[[BaseException], None]
 Resume = Callable[[dict[int, list[RankRequest]]], None]  # what each rank begins or goes on with
-LossListener = Callable[[Collection[int], Resume], None]  # ranks that have lost their requests
+TransitionListener = Callable[[Transition, Resume], None]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
+from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 
-from dp_runtime.engine.load_balancer import LoadBalancer, Outstanding
+from dp_runtime.core.membership import Membership
+from dp_runtime.engine.load_balancer import LoadBalancer
+from dp_runtime.engine.rank_loads import RankLoads
 from dp_runtime.errors import EngineOverloaded, fresh
 
 
@@ -28,9 +31,8 @@ class Admission:
     Whoever leaves hands the place to the first who waits: nobody who comes later can take it.
     """
 
-    def __init__(self, balancer: LoadBalancer, dp_size: int, limit: int) -> None:
-        self._balancer = balancer
-        self._ranks = [Outstanding() for _ in range(dp_size)]
+    def __init__(self, balancer: LoadBalancer, members: Membership, limit: int) -> None:
+        self._loads = RankLoads(balancer, members)
         self._limit = limit
         self._lock = threading.RLock()  # a place may be given back by the collection of garbage
         self._waiting: list[Place] = []  # by turn
@@ -39,7 +41,7 @@ class Admission:
 
     @property
     def num_unfinished(self) -> int:
-        return sum(rank.requests for rank in self._ranks)
+        return self._loads.num_requests
 
     def check_place(self) -> None:
         """Raise EngineOverloaded where `enter` would."""
@@ -52,7 +54,7 @@ class Admission:
         with self._lock:
             self.check_place()
             self._check_open()
-            return self._take(tokens, dp_rank)
+            return self._loads.take(tokens, dp_rank)
 
     def wait(self, tokens: int, dp_rank: int | None, priority: int = 0) -> Place:
         """Return the place of a new request, which has its rank as soon as it is this one's turn.
@@ -79,15 +81,31 @@ class Admission:
     def move(self, dp_rank: int, tokens: int, pinned: bool) -> int:
         """Return the rank where a request that was on a lost one begins again."""
         with self._lock:
-            self._ranks[dp_rank].requests -= 1
-            self._ranks[dp_rank].tokens -= tokens
-            return self._take(tokens, dp_rank if pinned else None)
+            self._loads.give_back(dp_rank, tokens)
+            return self._loads.take(tokens, dp_rank if pinned else None)
 
     def leave(self, dp_rank: int, tokens: int) -> None:
         with self._lock:
-            self._ranks[dp_rank].requests -= 1
-            self._ranks[dp_rank].tokens -= tokens
+            self._loads.give_back(dp_rank, tokens)
             self._hand_out()
+
+    def settled(self, dp_rank: int, tokens: int) -> int:
+        """Return the rank of a request that has entered: another if that has left since."""
+        with self._lock:
+            return self._loads.settled(dp_rank, tokens)
+
+    def serve(self, members: Membership) -> None:
+        with self._lock:
+            self._loads.serve(members)
+
+    def spare(self, dp_ranks: Collection[int]) -> None:
+        """Give these ranks nothing more as long as there are others."""
+        with self._lock:
+            self._loads.spare(dp_ranks)
+
+    def num_unfinished_of(self, dp_ranks: Collection[int]) -> int:
+        with self._lock:
+            return self._loads.num_requests_of(dp_ranks)
 
     def close(self, error: BaseException) -> None:
         """Refuse everyone from now on, even those that wait."""
@@ -105,13 +123,7 @@ class Admission:
         if self._closed:
             raise fresh(self._closed)
 
-    def _take(self, tokens: int, dp_rank: int | None) -> int:
-        rank = self._balancer.choose(self._ranks, tokens) if dp_rank is None else dp_rank
-        self._ranks[rank].requests += 1
-        self._ranks[rank].tokens += tokens
-        return rank
-
     def _hand_out(self) -> None:
         while self._waiting and not self._full:
             place = self._waiting.pop(0)
-            place.rank.set_result(self._take(place.tokens, place.dp_rank))
+            place.rank.set_result(self._loads.take(place.tokens, place.dp_rank))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Transition
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
 from dp_runtime.engine.admission import Admission, Place
 from dp_runtime.engine.busy_clock import BusyClock
@@ -62,17 +63,18 @@ class EngineCore:
         except BaseException:
             self._group.close()
             raise
-        self.factory = RequestFactory(model, self.tokenizer, config.seed, config.dp_size)
+        group = self._group
+        self.factory = RequestFactory(model, self.tokenizer, config.seed, lambda: group.members)
         balancer = LOAD_BALANCERS[config.routing]()
-        self._admission = Admission(balancer, config.dp_size, config.max_queued_requests)
+        self._admission = Admission(balancer, self._group.members, config.max_queued_requests)
         self._outputs = OutputProcessor()
         self._lock = threading.Lock()
         self._sending = threading.RLock()  # held from a request's log to its submission
         self._closed: BaseException | None = None
         self._clock = BusyClock()
-        self._requests = [RequestTotals(rank) for rank in range(config.dp_size)]
+        self._requests: dict[int, RequestTotals] = {}  # by dp_rank, also of ranks that have left
         self._group.listen(
-            weakly(self._on_updates), weakly(self._on_failure), weakly(self._on_loss)
+            weakly(self._on_updates), weakly(self._on_failure), weakly(self._on_transition)
         )
         bind_lifetime(self, self._group)
         if config.launcher == "ray":
@@ -131,8 +133,8 @@ class EngineCore:
         tokens = new.request.num_reserved_tokens
         with self._sending:
             try:
-                pinned = new.dp_rank is not None
-                log = RequestLog(new.request, self._requests[rank], self.tokenizer, pinned)
+                rank, pinned = self._admission.settled(rank, tokens), new.dp_rank is not None
+                log = RequestLog(new.request, self._totals_of(rank), self.tokenizer, pinned)
                 sink = sink_of(log, self.abort)
                 with self._lock:
                     self.check_open()
@@ -162,7 +164,7 @@ class EngineCore:
 
     def report(self) -> Report:
         self.check_open()
-        num_ended = sum(sum(rank.ended.values()) for rank in self._requests)
+        num_ended = sum(sum(rank.ended.values()) for rank in self._requests.values())
         return Report.from_totals(self._group.totals(), num_ended, self._clock.elapsed_s)
 
     def health(self) -> tuple[RankHealth, ...]:
@@ -173,10 +175,11 @@ class EngineCore:
     def metrics(self, timeout_s: float) -> tuple[RankSnapshot, ...]:
         if isinstance(self._closed, EngineClosed):
             raise fresh(self._closed)
-        ranks = zip(self._group.metrics.read(timeout_s), self._requests, strict=True)
         return tuple(
-            RankSnapshot(answered, rank.health, rank.totals, requests.copied())
-            for (rank, answered), requests in ranks
+            RankSnapshot(
+                answered, rank.health, rank.totals, self._totals_of(rank.totals.dp_rank).copied()
+            )
+            for rank, answered in self._group.metrics.read(timeout_s)
         )
 
     def flight_record(self) -> FlightDump:
@@ -187,7 +190,8 @@ class EngineCore:
     def export_metrics(self) -> bool:
         is_open = self._closed is None
         if is_open:
-            self._group.metrics.export([rank.copied() for rank in self._requests])
+            totals = map(self._totals_of, self._group.members.dp_ranks)
+            self._group.metrics.export({rank.dp_rank: rank.copied() for rank in totals})
         return is_open
 
     def close(self) -> None:
@@ -220,22 +224,33 @@ class EngineCore:
             self._clock.leave()
         self._admission.leave(log.dp_rank, log.request.num_reserved_tokens)
 
-    def _on_loss(self, dp_ranks: Collection[int], resume: Resume) -> None:
-        """Have all ranks go on with what lost ones had; nobody submits meanwhile."""
+    def _totals_of(self, dp_rank: int) -> RequestTotals:
+        return self._requests.setdefault(dp_rank, RequestTotals(dp_rank))
+
+    def _on_transition(self, transition: Transition, resume: Resume) -> None:
+        """Have the next ranks go on with what others had; nobody submits meanwhile."""
         again: dict[int, list[RankRequest]] = {}
         ended = []
         with self._sending:
-            for log in self._outputs.of_ranks(dp_ranks):
-                if log.abort_asked or log.num_replays == MAX_REPLAYS:
+            self._admission.serve(transition.members)
+            for log in self._outputs.of_ranks(transition.gone):
+                lost = log.dp_rank in transition.lost
+                if log.abort_asked or (lost and log.num_losses == MAX_REPLAYS):
                     ended.append(_end_of(log))
                     continue
+                log.num_losses += lost
                 tokens = log.request.num_reserved_tokens
                 rank = self._admission.move(log.dp_rank, tokens, log.pinned)
-                again.setdefault(rank, []).append(log.replay(self._requests[rank]))
+                again.setdefault(rank, []).append(log.replay(self._totals_of(rank)))
             resume(again)
         num_again = sum(map(len, again.values()))
-        logger.warning("%d requests of lost ranks go on; %d have ended", num_again, len(ended))
-        self._on_updates(0, ended)
+        if transition.gone:
+            logger.warning(
+                "%d requests of ranks that serve no more go on; %d have ended",
+                num_again,
+                len(ended),
+            )
+        self._on_updates(transition.members.dp_ranks[0], ended)
 
     def _on_failure(self, error: BaseException) -> None:
         logger.error("the engine has failed, and all its requests with it: %s", error)
@@ -255,5 +270,5 @@ def _end_of(log: RequestLog) -> RequestUpdate:
     count = len(log.token_ids)
     if log.abort_asked:
         return RequestUpdate(log.request_id, count, finish_reason=FinishReason.ABORT)
-    cause = f"{1 + log.num_replays} ranks were lost while they served it"
+    cause = f"{1 + log.num_losses} ranks were lost while they served it"
     return RequestUpdate.failed(log.request_id, count, cause)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
@@ -10,6 +10,7 @@ from typing import cast
 
 import numpy as np
 
+from dp_runtime.core.membership import Membership
 from dp_runtime.core.plain_values import plain_int, plain_ints, plain_list, plain_str
 from dp_runtime.core.request import PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.core.sampling_params import SamplingParams
@@ -40,7 +41,7 @@ class RequestFactory:
     model: ModelInfo
     tokenizer: Tokenizer | None
     seed: int
-    dp_size: int
+    members: Callable[[], Membership]  # those that serve now
     _ids: Iterator[int] = field(default_factory=count)
 
     def make(self, prompt: object, params: object, dp_rank: object) -> NewRequest:
@@ -135,8 +136,8 @@ class RequestFactory:
         if dp_rank is None:
             return None
         rank = plain_int(dp_rank)
-        ok = rank is not None and 0 <= rank < self.dp_size
-        require(ok, "dp_rank", dp_rank, f"None or a rank in 0..{self.dp_size - 1}")
+        members = self.members()
+        require(rank in members, "dp_rank", dp_rank, f"None or a rank in {members}")
         return rank
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,34 +16,34 @@ class Outstanding:
 class LoadBalancer(Protocol):
     """Chooses a rank for a request of so many tokens that is not pinned to one."""
 
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int: ...
+    def choose(self, ranks: Mapping[int, Outstanding], tokens: int) -> int: ...  # by dp_rank
 
 
 class RoundRobin:
     def __init__(self) -> None:
         self._next = 0
 
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
-        rank = self._next % len(ranks)
+    def choose(self, ranks: Mapping[int, Outstanding], tokens: int) -> int:
+        rank = next((rank for rank in ranks if rank >= self._next), min(ranks))
         self._next = rank + 1
         return rank
 
 
 class LeastTokens:
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
-        return min(range(len(ranks)), key=lambda rank: (ranks[rank].tokens, rank))
+    def choose(self, ranks: Mapping[int, Outstanding], tokens: int) -> int:
+        return min(ranks, key=lambda rank: (ranks[rank].tokens, rank))
 
 
 class LeastPaddedCost:
     """A decode step costs the largest rank's requests on every rank: keep that number low."""
 
-    def choose(self, ranks: Sequence[Outstanding], tokens: int) -> int:
-        largest = max(each.requests for each in ranks)
+    def choose(self, ranks: Mapping[int, Outstanding], tokens: int) -> int:
+        largest = max(each.requests for each in ranks.values())
 
         def cost(rank: int) -> tuple[int, int, int]:
             return max(largest, ranks[rank].requests + 1), ranks[rank].tokens, rank
 
-        return min(range(len(ranks)), key=cost)
+        return min(ranks, key=cost)
 
 
 LOAD_BALANCERS: dict[str, type[LoadBalancer]] = {

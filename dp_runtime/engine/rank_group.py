@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import FailureListener, LossListener, RankRequest, UpdateListener
+from dp_runtime.core.membership import Membership
+from dp_runtime.core.request import (
+    FailureListener,
+    RankRequest,
+    TransitionListener,
+    UpdateListener,
+)
 from dp_runtime.errors import StartError
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.request_totals import RequestTotals
@@ -24,7 +30,7 @@ class GroupMetrics(Protocol):
     def read(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
         """Return what each rank says, or last said, and whether it has answered in time."""
 
-    def export(self, requests: Sequence[RequestTotals]) -> None:
+    def export(self, requests: Mapping[int, RequestTotals]) -> None:
         """Let ranks of a cluster give it their metrics, and the driver's of their requests."""
 
 
@@ -36,10 +42,16 @@ class RankGroup(Protocol):
     @property
     def metrics(self) -> GroupMetrics: ...
 
+    @property
+    def members(self) -> Membership: ...  # of the epoch
+
     def listen(
-        self, on_progress: UpdateListener, on_failure: FailureListener, on_loss: LossListener
+        self,
+        on_progress: UpdateListener,
+        on_failure: FailureListener,
+        on_transition: TransitionListener,
     ) -> None:
-        """Deliver outputs, losses of ranks and the first failure from threads of the group."""
+        """Deliver outputs, transitions and the first failure from threads of the group."""
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None: ...
 

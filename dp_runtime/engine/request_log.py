@@ -31,7 +31,7 @@ class RequestLog:
         self.request = request
         self.pinned = pinned  # to its rank
         self.abort_asked = False
-        self.num_replays = 0
+        self.num_losses = 0  # of ranks that served it
         self.submitted_at = monotonic()
         self.token_ids: list[int] = []
         self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
@@ -76,7 +76,6 @@ class RequestLog:
     def replay(self, totals: RequestTotals) -> RankRequest:
         """Go on at another rank, or the same one's successor, after all that was delivered."""
         self._totals = totals
-        self.num_replays += 1
         num_scored = len(self.prompt_logprobs)
         return replace(self.request, outputs=tuple(self.token_ids), num_scored=num_scored)
 

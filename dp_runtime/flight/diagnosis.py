@@ -132,9 +132,10 @@ def _last_seen(dump: FlightDump, dp_rank: int) -> list[str]:
     """Say what the others know of a rank that could not be read."""
     steps = [step for rank in dump.ranks for step in rank.steps if step.agreed_us]
     last = max(steps, key=lambda step: step.key, default=None)
-    if last is None or any(dp_rank >= len(one.real_rows) for one in last.passes):
+    position = [rank.dp_rank for rank in dump.ranks].index(dp_rank)
+    if last is None or any(position >= len(one.real_rows) for one in last.passes):
         return []
-    rows = sum(one.real_rows[dp_rank] for one in last.passes)
+    rows = sum(one.real_rows[position] for one in last.passes)
     return [f"the others last agreed with it on step {last.step_id}, where it had {rows} rows"]
 
 

@@ -37,7 +37,7 @@ class PassFlight:
     kind: str
     mode: str
     gathered_rows: int  # of all ranks together
-    real_rows: tuple[int, ...]  # [rank]
+    real_rows: tuple[int, ...]  # [position]
     begun_us: int
     ended_us: int
     first_collective: int
@@ -112,4 +112,4 @@ class RankFlight:
 class FlightDump:
     reason: str  # why it was taken
     taken_us: int
-    ranks: tuple[RankFlight, ...]  # [rank]
+    ranks: tuple[RankFlight, ...]  # [position]

@@ -118,13 +118,14 @@ class RingAddress:
 @dataclass(frozen=True, eq=False)
 class FlightRing:
     layout: RingLayout
+    dp_rank: int
     memory: mmap.mmap
     address: RingAddress | None  # of a ring that other processes can map
 
     @classmethod
     def in_process(cls, layout: RingLayout, dp_rank: int) -> FlightRing:
-        ring = cls(layout, mmap.mmap(-1, layout.total_bytes), None)
-        ring._write_head(dp_rank)
+        ring = cls(layout, dp_rank, mmap.mmap(-1, layout.total_bytes), None)
+        ring._write_head()
         return ring
 
     @classmethod
@@ -136,24 +137,29 @@ class FlightRing:
         descriptor = os.memfd_create(name)
         os.ftruncate(descriptor, layout.total_bytes)
         address = RingAddress(socket.gethostname(), os.getpid(), descriptor, name)
-        ring = cls(layout, mmap.mmap(descriptor, layout.total_bytes), address)
-        ring._write_head(dp_rank)
+        ring = cls(layout, dp_rank, mmap.mmap(descriptor, layout.total_bytes), address)
+        ring._write_head()
         return ring
 
     def snapshot(self) -> bytes:
         """Copy the ring; callable from any thread, while its owner writes."""
         return bytes(self.memory)
 
+    def close(self) -> None:
+        """Let go of it, for its rank writes another; who maps it may go on to."""
+        if self.address is not None:
+            os.close(self.address.descriptor)
+
     def set_clock(self) -> None:
         CLOCK.pack_into(self.memory, CLOCK_AT, wall_offset_ns())
 
-    def _write_head(self, dp_rank: int) -> None:
+    def _write_head(self) -> None:
         layout = self.layout
         HEAD.pack_into(
             self.memory, 0, MAGIC, layout.dp_size, layout.max_passes, layout.max_collectives
         )
         host = socket.gethostname().encode()[: RANK.size - 16]
-        RANK.pack_into(self.memory, RANK_AT, dp_rank, os.getpid(), host)
+        RANK.pack_into(self.memory, RANK_AT, self.dp_rank, os.getpid(), host)
         self.set_clock()
 
 

@@ -47,7 +47,7 @@ def find_straggler(ranks: Sequence[RankFlight]) -> Straggler | None:
     slowest = max(range(len(ranks)), key=lost.__getitem__)
     total = sum(map(_duration, steps.values()))
     found = Straggler(
-        slowest,
+        ranks[slowest].dp_rank,
         len(steps),
         last[slowest] / sum(last),
         lost[slowest] / len(steps),

@@ -15,7 +15,7 @@ from dp_runtime.parallel.row_exchange import RowExchange
 @dataclass(frozen=True)
 class RankSharding:
     moe_sharding: str  # "ep" or "tp"
-    dp_rank: int
+    position: int  # of the rank among those of its epoch
     dp_size: int
 
     def shard(self, num_experts: int, intermediate_size: int) -> ExpertShard:
@@ -30,7 +30,7 @@ class RankSharding:
                 raise ValueError(f"moe_sharding: {self.moe_sharding!r} is not allowed; ep or tp")
 
     def _part(self, whole: range) -> range:
-        return balanced_part(whole, self.dp_rank, self.dp_size)
+        return balanced_part(whole, self.position, self.dp_size)
 
 
 @dataclass(frozen=True, eq=False)

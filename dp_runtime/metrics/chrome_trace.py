@@ -79,7 +79,8 @@ class _StepEvents:
         yield self._slice(f"{one.pass_kind} ({one.mode})", one.start_s, end_s, args | rows)
         # When in the pass it waited is not known, only for how long in all.
         yield from self._wait("wait in collectives", end_s, one.wait_s)
-        real, gathered = one.real_rows[rank], one.gathered_rows[rank]
+        at = self.step.index
+        real, gathered = one.real_rows[at], one.gathered_rows[at]
         yield {
             "ph": "C", "name": f"rows of {one.pass_kind}", "pid": _pid(rank),
             "ts": self._us(one.start_s), "args": {"real": real, "padding": gathered - real},

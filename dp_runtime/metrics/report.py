@@ -14,7 +14,7 @@ from dp_runtime.metrics.totals import Totals, add_counts
 class Report:
     """Sums up an engine since its start; `str()` prints it as a table."""
 
-    dp_size: int
+    dp_ranks: tuple[int, ...]  # those that serve
     elapsed_s: float  # while at least one request was unfinished
     requests: int
     steps: int
@@ -31,6 +31,10 @@ class Report:
     drafts_proposed: int = 0
     accepted_histogram: tuple[int, ...] = ()  # verifications by accepted drafts, all ranks
     pass_s: Mapping[str, float] = field(default_factory=dict)  # mean of the ranks, without waits
+
+    @property
+    def dp_size(self) -> int:
+        return len(self.dp_ranks)
 
     @property
     def verifications(self) -> int:
@@ -58,7 +62,7 @@ class Report:
         waste = 1 - real_rows / gathered_rows if gathered_rows else 0.0
         balance = real_rows / (len(ranks) * first.max_rows) if first.max_rows else 1.0
         return cls(
-            dp_size=len(ranks),
+            dp_ranks=tuple(rank.dp_rank for rank in ranks),
             elapsed_s=elapsed_s,
             requests=requests,
             steps=first.steps,
@@ -91,9 +95,9 @@ class Report:
             "rank  output tokens  idle steps  busy s  wait for the slowest rank s",
         ]
         lines += [
-            f"{rank:>4}  {self.output_tokens_by_rank[rank]:>13}  {self.idle_steps[rank]:>10}  "
-            f"{self.busy_s[rank]:>6.2f}  {self.wait_s[rank]:>6.2f}"
-            for rank in range(self.dp_size)
+            f"{rank:>4}  {self.output_tokens_by_rank[at]:>13}  {self.idle_steps[at]:>10}  "
+            f"{self.busy_s[at]:>6.2f}  {self.wait_s[at]:>6.2f}"
+            for at, rank in enumerate(self.dp_ranks)
         ]
         lines.append(f" all  mean busy {fmean(self.busy_s):.2f} s, wait {fmean(self.wait_s):.2f} s")
         return "\n".join(lines)

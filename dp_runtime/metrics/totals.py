@@ -53,9 +53,9 @@ class Totals:
         self.prompt_tokens += step.prompt_tokens
         self.preemptions = step.num_preemptions
         self.wait_s += wait_s
-        self.idle_steps += not any(each.real_rows[self.dp_rank] for each in step.passes)
+        self.idle_steps += not any(each.real_rows[step.index] for each in step.passes)
         for each in step.passes:
-            self._add_pass(each)
+            self._add_pass(each, step.index)
         for phase, seconds in step.phases:
             self.phase_s[phase] += seconds
         self.step_s.add(step.busy_s + wait_s)
@@ -64,9 +64,9 @@ class Totals:
             self.drafts_proposed += step.num_drafts * sum(step.accepted)
             self.accepted = add_counts(self.accepted, step.accepted)
 
-    def _add_pass(self, one: PassTrace) -> None:
-        self.real_rows += one.real_rows[self.dp_rank]
-        self.gathered_rows += one.gathered_rows[self.dp_rank]
+    def _add_pass(self, one: PassTrace, index: int) -> None:
+        self.real_rows += one.real_rows[index]
+        self.gathered_rows += one.gathered_rows[index]
         self.max_rows += one.max_rows
         self.wire_rows += one.wire_rows
         self.pass_s[one.pass_kind] += one.busy_s

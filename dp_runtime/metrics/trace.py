@@ -49,7 +49,12 @@ class StepTrace:
     num_drafts: int = 0  # of each verification
     accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
     sample_start_s: float = 0.0  # as start_s
+    position: int | None = None  # of the rank in rows of all ranks; None: its dp_rank
     commit_start_s: float = 0.0  # as start_s; with overlap the next step has been launched by then
+
+    @property
+    def index(self) -> int:  # of this rank in rows of all ranks
+        return self.dp_rank if self.position is None else self.position
 
     @property
     def wait_s(self) -> float:  # for slower ranks

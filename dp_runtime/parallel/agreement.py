@@ -61,7 +61,7 @@ class Agreement(NamedTuple):
     queued_tokens: tuple[int, ...]  # [rank]
     stop: bool
     next_program_id: int
-    slowest_rank: int  # of the step before this one: it waited least
+    slowest: int  # position of the rank that was, in the step before this one: it waited least
 
     @property
     def real_rows(self) -> tuple[tuple[int, ...], ...]:  # [pass][rank]
@@ -96,21 +96,26 @@ def agree(
     programs: Sequence[Program],
     policy: ProgramPolicy = keep_program,
     execution: ExecutionPolicy = EAGER,
+    dp_ranks: Sequence[int] = (),
 ) -> Agreement:
-    """Fold all ranks' records; RankDisagreement, with a table, if steps or programs differ."""
+    """Fold all ranks' records; RankDisagreement, with a table, if steps or programs differ.
+
+    dp_ranks: what the ranks of the records are called, if not by their positions.
+    """
     size = len(records)
+    names = dp_ranks or range(size)
     columns = zip(*records, strict=True)
     epochs, steps, ids, rows, queued, proposed, accepted, votes, faults, waits = columns
     epoch, step_id, program_id = epochs[0], steps[0], ids[0]
     if not epochs.count(epoch) == steps.count(step_id) == ids.count(program_id) == size:
-        raise RankDisagreement(_table("ranks disagree about the step", records))
+        raise RankDisagreement(_table("ranks disagree about the step", records, names))
     if not 0 <= program_id < len(programs):
-        raise RankDisagreement(_table(f"no program {program_id}", records))
+        raise RankDisagreement(_table(f"no program {program_id}", records, names))
     program = programs[program_id]
     num_passes = len(program.passes)
     if any(len(counts) != num_passes for counts in rows):
         raise RankDisagreement(
-            _table(f"the program has {num_passes} passes ({program.passes})", records)
+            _table(f"the program has {num_passes} passes ({program.passes})", records, names)
         )
     all_fit_graphs = reduce(and_, votes)
     plans = tuple(
@@ -127,14 +132,14 @@ def agree(
         queued_tokens=queued,
         stop=any(bits & _STOP for bits in faults),
         next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
-        slowest_rank=waits.index(min(waits)),
+        slowest=waits.index(min(waits)),
     )
 
 
-def _table(title: str, records: Sequence[StepRecord]) -> str:
+def _table(title: str, records: Sequence[StepRecord], names: Sequence[int]) -> str:
     lines = [f"{title}:", "rank  epoch  step_id  program_id  real_rows"]
     lines += [
         f"{rank:>4}  {r.epoch:>5}  {r.step_id:>7}  {r.program_id:>10}  {r.real_rows}"
-        for rank, r in enumerate(records)
+        for rank, r in zip(names, records)
     ]
     return "\n".join(lines)

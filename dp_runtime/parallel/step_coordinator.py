@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dp_runtime.core.membership import Membership
 from dp_runtime.core.step_program import SERVING_PROGRAMS, Program
 from dp_runtime.parallel.agreement import (
     EAGER,
@@ -28,12 +29,14 @@ class StepCoordinator:
         execution: ExecutionPolicy = EAGER,
         *,
         epoch: int = 0,
+        members: Membership | None = None,
         programs: Sequence[Program] = SERVING_PROGRAMS,
         policy: ProgramPolicy = keep_program,
     ) -> None:
         self.board = board
         self.collective = collective
         self.epoch = epoch
+        self.members = members or Membership.first(board.dp_size)
         self.step_id = 0  # of the next step
         self.programs = programs
         self._execution = execution
@@ -49,6 +52,10 @@ class StepCoordinator:
         self._execution = execution
 
     @property
+    def dp_rank(self) -> int:
+        return self.members.dp_ranks[self.collective.dp_rank]
+
+    @property
     def program(self) -> Program:
         return self.programs[self._program_id]
 
@@ -59,7 +66,9 @@ class StepCoordinator:
 
     def agree(self, records: Sequence[StepRecord]) -> Agreement:
         """Fold the next step's records; RankDisagreement comes before any of its collectives."""
-        agreement = agree(records, self.programs, self.policy, self._execution)
+        agreement = agree(
+            records, self.programs, self.policy, self._execution, self.members.dp_ranks
+        )
         self.step_id += 1
         self._program_id = agreement.next_program_id
         return agreement

@@ -65,7 +65,7 @@ class StepLoop:
         self._inflight: deque[InflightStep] = deque()
         self._num_drafts = (0, 0)  # proposed and accepted since the last record
         self._wait_s = 0.0  # for slower ranks, in the last step
-        self._dp_rank = coordinator.collective.dp_rank
+        self._dp_rank = coordinator.dp_rank
 
     def use_graphs(self, captured: CapturedGraphs) -> None:
         """Choose among these graphs from the next step on; all ranks have captured the same."""
@@ -162,7 +162,8 @@ class StepLoop:
 
     def _count(self, agreement: Agreement) -> None:
         """Count what only the agreement after a step, or before its end, tells."""
-        self.recorder.totals.add_wait(agreement.slowest_rank, self._wait_s)
+        slowest = self.coordinator.members.dp_ranks[agreement.slowest]
+        self.recorder.totals.add_wait(slowest, self._wait_s)
         self._wait_s = 0.0
         for seconds in self.scheduler.requests.take_queue_times():
             self.recorder.totals.queue_s.add(seconds)
@@ -214,6 +215,7 @@ class StepLoop:
         self.recorder.add(
             StepTrace(
                 dp_rank=self._dp_rank,
+                position=self.coordinator.collective.dp_rank,
                 step_id=step.agreement.step_id,
                 epoch=step.agreement.epoch,
                 start_s=timer.started,

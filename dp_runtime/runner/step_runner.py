@@ -218,7 +218,7 @@ class _LaunchedStep:
         timer = PassTimer(self.collective)
         self.flight.begin_pass(index)
         pass_kind, plan = self.agreement.program.passes[index], self.agreement.plans[index]
-        place = Place(self.collective.dp_rank, self.agreement.step_id, pass_kind)
+        place = Place(self.flight.ring.dp_rank, self.agreement.step_id, pass_kind)
         runner = self.passes[pass_kind]
         output = runner.run(plan, self.scheduled.batches[index], future, place, timer)
         self.flight.end_pass()

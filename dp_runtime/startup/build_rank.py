@@ -97,7 +97,7 @@ def _open_weights(
 
 def log_choices(plan: RankPlan) -> None:
     """Log what runs and why, once for all ranks, and this rank's memory."""
-    if plan.sharding.dp_rank == 0:
+    if plan.sharding.position == 0:
         _log_attention(plan)
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
         logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
@@ -122,7 +122,7 @@ def check_free(plan: RankPlan, free: int) -> None:
     if use.total <= free:
         return
     raise StartError(
-        f"rank {plan.sharding.dp_rank}: {plan.device} has {free / gib:.1f} GiB free and "
+        f"rank {plan.dp_rank}: {plan.device} has {free / gib:.1f} GiB free and "
         f"{use.total / gib:.1f} GiB are planned: weights {use.weights / gib:.1f}, workspaces "
         f"{use.workspaces / gib:.1f}, activations {use.activations / gib:.1f}, "
         f"{plan.pages.num_pages} KV pages {use.kv_cache / gib:.1f}; end other processes on this "
@@ -181,7 +181,7 @@ def assemble(
     programs = config.programs
     coordinator = StepCoordinator(
         board, collective, ExecutionPolicy(PaddingPolicy(mode, cost)), epoch=epoch,
-        programs=programs,
+        members=plan.members, programs=programs,
         policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
     )  # fmt: skip
     served = served or ServedRequests.none(config, plan, loaded)
@@ -204,10 +204,10 @@ def new_flight(config: EngineConfig, plan: RankPlan) -> FlightRecorder:
     num_passes = max(len(program.passes) for program in config.programs)
     draft_layers = 0 if plan.draft is None else len(plan.layers[1].caches)
     stages = plan.model.num_moe_layers + (num_passes - 1) * draft_layers
-    layout = RingLayout(config.dp_size, num_passes, max(1, 2 * stages))
+    layout = RingLayout(plan.members.size, num_passes, max(1, 2 * stages))
     own_process = config.launcher != "thread"
     make = FlightRing.shared if own_process else FlightRing.in_process
-    return FlightRecorder(make(layout, plan.sharding.dp_rank))
+    return FlightRecorder(make(layout, plan.dp_rank))
 
 
 def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:

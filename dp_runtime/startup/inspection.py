@@ -79,4 +79,4 @@ def _rank_lines(plans: list[RankPlan]) -> list[str]:
             f"{rank:>4}  {experts:<9}  {len(shard.intermediate):>12}  "
             f"{plan.pages.num_pages:>8}  {plan.cache_tokens:>12,}"
         )
-    return [*lines, memory_table([RankMemory(p.sharding.dp_rank, p.memory) for p in plans])]
+    return [*lines, memory_table([RankMemory(p.dp_rank, p.memory) for p in plans])]

@@ -40,11 +40,12 @@ class MemoryNeeds:
     attention: Sequence[AttentionSpec]  # of the model, and of its draft
     page_bytes: int  # of one page over all layers
     graphs: bool
+    dp_size: int
 
 
 def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
     """Count bytes from shapes alone, and say what is missing if they do not fit."""
-    models, limits, size = needs.models, needs.limits, config.dp_size
+    models, limits, size = needs.models, needs.limits, needs.dp_size
     on_gpu = needs.device != "cpu"
     cls = backend_class(needs.backend)
     workspaces = sum(cls.workspace_bytes(spec) for spec in needs.attention)

@@ -41,7 +41,7 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
     if drafting is not None:
         states.append(drafting.state)
     scheduler = Scheduler(pages, limits, states)
-    dp_rank = loop.coordinator.collective.dp_rank
+    dp_rank, position = loop.coordinator.dp_rank, loop.coordinator.collective.dp_rank
     trial_runner = StepRunner(
         runner.model,
         drafting,
@@ -54,7 +54,7 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
         flight=FlightRecorder.in_process(dp_rank, runner.flight.ring.layout),
     )
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(dp_rank))
-    for request in largest_load(scheduler.limits, scheduler.pages, dp_rank, sampler.vocab_size):
+    for request in largest_load(scheduler.limits, scheduler.pages, position, sampler.vocab_size):
         scheduler.add(request)
     last_page = 0
     for _ in range(NUM_STEPS):
@@ -83,10 +83,10 @@ def _agree(loop: StepLoop, scheduled: SchedulerOutput) -> Agreement:
 
 
 def largest_load(
-    limits: Limits, pages: PageGeometry, dp_rank: int, vocab_size: int
+    limits: Limits, pages: PageGeometry, position: int, vocab_size: int
 ) -> Iterator[RankRequest]:
     """Fill a step with prompts: the first as long as can be, the others of one token."""
-    rows = max(1, limits.max_num_tokens - (dp_rank > 0))
+    rows = max(1, limits.max_num_tokens - (position > 0))
     free_pages = pages.num_pages - 1
     count = min(limits.max_num_requests, rows)
     for number in range(count):

@@ -13,6 +13,7 @@ from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.cache_spec import CacheSpec
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import choose_moe_backend
@@ -40,6 +41,8 @@ class LayerPlan:
 class RankPlan:
     """Everything that follows from a config, a model and a device, for one rank."""
 
+    dp_rank: int
+    members: Membership  # over which experts are split
     model: ModelConfig
     draft: DraftConfig | None
     layers: tuple[LayerPlan, ...]  # of the model, then of its draft: both use the same page ids
@@ -76,16 +79,24 @@ def page_bytes(layers: Sequence[LayerPlan]) -> int:  # of a page over all layers
     return sum(cache.page_bytes for plan in layers for cache in plan.caches)
 
 
-def plan_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
+def plan_rank(
+    config: EngineConfig, dp_rank: int, device: str, members: Membership | None = None
+) -> RankPlan:
     """Decide what a rank runs on "cpu" or "cuda:i"; ValueError, with the fix, if it can't fit."""
-    plan = sketch_rank(config, dp_rank, device)
+    plan = sketch_rank(config, dp_rank, device, members)
     if plan.shortage:
         raise ValueError(plan.shortage)
     return plan
 
 
-def sketch_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
-    """Decide it without a look at whether the memory is enough: `shortage` says what is missing."""
+def sketch_rank(
+    config: EngineConfig, dp_rank: int, device: str, members: Membership | None = None
+) -> RankPlan:
+    """Decide it without a look at whether the memory is enough: `shortage` says what is missing.
+
+    members: the ranks that share the experts, if they are not those that the engine starts with.
+    """
+    members = members or Membership.first(config.dp_size)
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention = attention_spec(config, model, dtype)
@@ -94,10 +105,10 @@ def sketch_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
     layers = plan_layers(attention, model, draft)
     for plan in layers[1:]:
         choose_backend(backend, plan.attention, torch_device)
-    sharding = RankSharding(config.moe_sharding, dp_rank, config.dp_size)
+    sharding = RankSharding(config.moe_sharding, members.position(dp_rank), members.size)
     fp8 = any(model.fp8_experts)
     if fp8 and config.moe_sharding == "tp":
-        _check_blocks(model, config.dp_size)
+        _check_blocks(model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
     limits = Limits(
         config.max_num_requests,
@@ -116,9 +127,11 @@ def sketch_rank(config: EngineConfig, dp_rank: int, device: str) -> RankPlan:
         attention=[plan.attention for plan in layers],
         page_bytes=page_bytes(layers),
         graphs=graphs,
+        dp_size=members.size,
     )
     memory = plan_memory(config, needs)
     return RankPlan(
+        dp_rank=dp_rank, members=members,
         model=model, draft=draft, layers=layers, device=device, dtype=dtype,
         backend=backend, backend_reason=reason, moe_backend=moe_backend, moe_reason=moe_reason,
         graphs=graphs, graphs_reason=graphs_reason, depth=depth, sharding=sharding, limits=limits,

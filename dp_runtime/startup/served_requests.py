@@ -44,7 +44,7 @@ class ServedRequests:
             drafting = Drafting(loaded.models.draft, forced, draft_state)
             states.append(draft_state)
         scheduler = Scheduler(plan.pages, plan.limits, states)
-        recorder = Recorder(plan.sharding.dp_rank)
+        recorder = Recorder(plan.dp_rank)
         return cls(scheduler, sampler, structured, drafting, recorder)
 
     def abandon_steps(self) -> None:

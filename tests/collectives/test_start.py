@@ -110,7 +110,7 @@ def test_too_little_space_names_what_is_needed(tmp_path: Path) -> None:
         ("area_bytes", {"dp_rank": 0, "dp_size": 2, "area_bytes": 64}),
     ],
 )
-def test_wrong_sizes_are_refused(tmp_path: Path, field: str, arguments: dict[str, int]) -> None:
+def test_wrong_sizes_are_refused(tmp_path: Path, field: str, arguments: Any) -> None:
     with pytest.raises(ValueError, match=field):
         SharedMemoryGroup(str(tmp_path / "meet"), timeout_s=1.0, **arguments)
     assert not (tmp_path / "meet").exists()

@@ -39,7 +39,7 @@ def numbers(calls: MetricsCalls) -> list[tuple[int, bool]]:
 
 def test_a_rank_that_hangs_is_asked_once_and_keeps_its_numbers() -> None:
     quick, slow = FakeRank(0), FakeRank(1)
-    calls = MetricsCalls([quick, slow])
+    calls = MetricsCalls(lambda: [quick, slow])
     assert numbers(calls) == [(0, False), (0, False)]
     quick.answer(3)
     slow.answer(4)
@@ -53,7 +53,7 @@ def test_a_rank_that_hangs_is_asked_once_and_keeps_its_numbers() -> None:
 
 def test_the_age_of_a_step_goes_on_while_a_rank_is_silent() -> None:
     rank = FakeRank(0)
-    calls = MetricsCalls([rank])
+    calls = MetricsCalls(lambda: [rank])
     calls.read(0.0)
     rank.answer(1)
     ages = [calls.read(0.001)[0][0].health.last_step_age_s for _ in range(3)]
@@ -63,7 +63,7 @@ def test_the_age_of_a_step_goes_on_while_a_rank_is_silent() -> None:
 
 def test_a_rank_that_has_ended_does_not_answer_and_is_asked_again() -> None:
     rank = FakeRank(0)
-    calls = MetricsCalls([rank])
+    calls = MetricsCalls(lambda: [rank])
     calls.read(0.0)
     rank.questions[-1].set_exception(RankFailed("the process of rank 0 ended"))
     assert numbers(calls) == [(0, False)]
@@ -74,8 +74,8 @@ def test_a_rank_that_has_ended_does_not_answer_and_is_asked_again() -> None:
 
 def test_a_rank_that_still_exports_is_not_asked_again() -> None:
     quick, slow = ranks = FakeRank(0), FakeRank(1)
-    calls = MetricsCalls(ranks)
-    requests = [RequestTotals(0), RequestTotals(1)]
+    calls = MetricsCalls(lambda: ranks)
+    requests = {0: RequestTotals(0), 1: RequestTotals(1)}
     calls.export(requests)
     quick.questions[-1].set_result(None)
     calls.export(requests)

@@ -15,6 +15,7 @@ import pytest
 
 from collectives.session import session_token
 from dp_runtime import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.startup.devices import resolve_device
@@ -70,7 +71,7 @@ class FakeLauncher:
     def launch(self, dp_rank: int) -> FakeRank:
         raise AssertionError("nobody is replaced")
 
-    def meeting(self) -> None: ...
+    def meeting(self, members: Membership) -> None: ...
 
     def release(self) -> None:
         released.append(True)

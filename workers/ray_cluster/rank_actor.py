@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from collectives.session import session_token
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import require
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankSnapshot
@@ -24,14 +25,14 @@ from workers.worker import Worker
 class RayWorker(Worker):
     """A Worker on a host that may not be the driver's."""
 
-    def prepare(self) -> HostInfo:
+    def prepare(self, members: Membership | None = None) -> HostInfo:
         check_directories(
             {
                 "model": self.config.model,
                 "speculative_draft_model": self.config.speculative_draft_model,
             }
         )
-        return super().prepare()
+        return super().prepare(members)
 
     def export_metrics(self, requests: RequestTotals) -> None:
         self._metrics.export(RankSnapshot(True, self.health(), self.totals(), requests))

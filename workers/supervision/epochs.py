@@ -47,7 +47,8 @@ class Epochs:
         self.number = -1
 
     def prepare(self, seats: Sequence[Seat], deadline: Deadline) -> None:
-        hosts = self._ranks.all(Prepare(), deadline, seats=seats, why_not=self._why_not)
+        prepare = Prepare(self._ranks.members)
+        hosts = self._ranks.all(prepare, deadline, seats=seats, why_not=self._why_not)
         prepared = {seat.dp_rank: host for seat, host in zip(seats, hosts, strict=True)}
         self._hosts |= prepared
         self._on_prepared(prepared)
@@ -62,7 +63,7 @@ class Epochs:
     ) -> None:
         """Have all ranks join the next epoch, where nobody of the last one can be."""
         self.number += 1
-        self._meeting = self._ranks.launcher.meeting() or self._open(deadline)
+        self._meeting = self._ranks.launcher.meeting(self._ranks.members) or self._open(deadline)
         join = Join(self._meeting, self.number, timeout_s)
         try:
             self._ranks.all(join, deadline, show, why_not=self._why_not)
@@ -77,7 +78,7 @@ class Epochs:
             remove_rendezvous(meeting.address)
 
     def _open(self, deadline: Deadline) -> Rendezvous:
-        hosts = [self._hosts[dp_rank] for dp_rank in sorted(self._hosts)]
+        hosts = [self._hosts[seat.dp_rank] for seat in self._ranks.seats]
         one_host = len({host.host for host in hosts}) == 1
         opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
         first = self._ranks.seats[:1]

@@ -9,7 +9,7 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,39 +34,43 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class TakenFlight:
-    """What the ranks' rings held at one moment; those that must answer may do so later."""
+class TakenRank:
+    dp_rank: int
+    ring: bytes | Future[bytes]
+    process: ProcessState
+    silent_s: float
 
-    reason: str
-    taken_us: int
-    rings: Sequence[bytes | Future[bytes]]  # [rank]
-    processes: Sequence[ProcessState]  # [rank]
-    silences_s: Sequence[float]  # [rank]
-
-    def read(self) -> FlightDump:
-        """Wait for answers, ANSWER_S at most, and read all rings."""
-        wait([ring for ring in self.rings if isinstance(ring, Future)], ANSWER_S)
-        ranks = tuple(map(self._rank, range(len(self.rings))))
-        return FlightDump(self.reason, self.taken_us, ranks)
-
-    def _rank(self, dp_rank: int) -> RankFlight:
-        match self.rings[dp_rank]:
+    def read(self) -> RankFlight:
+        match self.ring:
             case bytes() as ring:
                 found = read_ring(ring, Source.MEMORY)
             case Future() as answer if answer.done() and answer.exception() is None:
                 found = read_ring(answer.result(), Source.ANSWER)
             case _:
-                found = RankFlight(dp_rank, Source.NONE)
-        return replace(
-            found, process=self.processes[dp_rank], silent_s=round(self.silences_s[dp_rank], 3)
-        )
+                found = RankFlight(self.dp_rank, Source.NONE)
+        return replace(found, process=self.process, silent_s=round(self.silent_s, 3))
+
+
+@dataclass(frozen=True, eq=False)
+class TakenFlight:
+    """What the ranks' rings held at one moment; those that must answer may do so later."""
+
+    reason: str
+    taken_us: int
+    ranks: Sequence[TakenRank]
+
+    def read(self) -> FlightDump:
+        """Wait for answers, ANSWER_S at most, and read all rings."""
+        wait([rank.ring for rank in self.ranks if isinstance(rank.ring, Future)], ANSWER_S)
+        ranks = tuple(rank.read() for rank in self.ranks)
+        return FlightDump(self.reason, self.taken_us, ranks)
 
 
 class GroupFlight:
     """Takes flight records of a group's ranks, and writes one when the group fails."""
 
-    def __init__(self, seats: Sequence[Seat], directory: str | None) -> None:
-        self._seats, self._directory = seats, directory
+    def __init__(self, seats: Callable[[], Sequence[Seat]], directory: str | None) -> None:
+        self._seats, self._directory = seats, directory  # seats: of those that serve now
         self._hosts: dict[int, HostInfo] = {}
         self._maps: dict[int, mmap.mmap] = {}
         self._writers: list[threading.Thread] = []
@@ -79,16 +83,16 @@ class GroupFlight:
             if host.flight is not None and (memory := host.flight.map()) is not None:
                 self._maps[dp_rank] = memory
 
-    def take(self, reason: str, silences_s: Sequence[float]) -> TakenFlight:
-        rings = [
-            self._maps[seat.dp_rank][:] if seat.dp_rank in self._maps else seat.call(ReadFlight())
-            for seat in self._seats
-        ]
-        silences_s = silences_s or (0.0,) * len(rings)
-        hosts = [self._hosts.get(seat.dp_rank) for seat in self._seats]
-        states = [_process_state(host) for host in hosts]
+    def take(self, reason: str, silences_s: Mapping[int, float]) -> TakenFlight:
+        """Take the rings of all that serve; silences_s: by dp_rank, since the last answer."""
         reason = without_foreign_text(reason)
-        return TakenFlight(reason, time_ns() // 1000, rings, states, silences_s)
+        ranks = [self._take(seat, silences_s.get(seat.dp_rank, 0.0)) for seat in self._seats()]
+        return TakenFlight(reason, time_ns() // 1000, ranks)
+
+    def _take(self, seat: Seat, silent_s: float) -> TakenRank:
+        memory, host = self._maps.get(seat.dp_rank), self._hosts.get(seat.dp_rank)
+        ring = seat.call(ReadFlight()) if memory is None else memory[:]
+        return TakenRank(seat.dp_rank, ring, _process_state(host), silent_s)
 
     def write_later(self, taken: TakenFlight) -> None:
         """Write a file in a thread of its own, for which also the end of the program waits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from time import monotonic
@@ -19,22 +19,26 @@ from workers.ranks import Rank
 class MetricsCalls:
     """Has at most one call of each kind open at a rank, and remembers what each last answered."""
 
-    def __init__(self, ranks: Sequence[Rank]) -> None:
-        self._ranks = ranks
-        self._known = [_Known(rank) for rank in ranks]
+    def __init__(self, ranks: Callable[[], Sequence[Rank]]) -> None:
+        self._ranks = ranks  # that serve now
+        self._known: dict[Rank, _Known] = {}
         self._exports: dict[int, Future[None]] = {}
         self._lock = threading.Lock()
 
     def read(self, timeout_s: float) -> tuple[tuple[RankMetrics, bool], ...]:
         """Return what each rank says, or last said, and whether it has answered in time."""
         with self._lock:
-            questions = [known.ask() for known in self._known]
+            self._known = {rank: self._known.get(rank) or _Known(rank) for rank in self._ranks()}
+            questions = [known.ask() for known in self._known.values()]
             wait(questions, timeout_s)
-            return tuple(known.take() for known in self._known)
+            return tuple(known.take() for known in self._known.values())
 
-    def export(self, requests: Sequence[RequestTotals]) -> None:
+    def export(self, requests: Mapping[int, RequestTotals]) -> None:
         """Let each rank give its cluster its metrics and these; one that still does is skipped."""
-        for rank, totals in zip(self._ranks, requests, strict=True):
+        for rank in self._ranks():
+            totals = requests.get(rank.dp_rank)
+            if totals is None:
+                continue  # it came meanwhile
             before = self._exports.get(rank.dp_rank)
             if before is None or before.done():
                 self._exports[rank.dp_rank] = rank.call(ExportMetrics(totals))

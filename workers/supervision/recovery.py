@@ -75,7 +75,7 @@ class Recovery:
             lost |= missing
             self._on_lost(missing)
             try:
-                self._begin_epoch([self._ranks.seats[dp_rank] for dp_rank in sorted(missing)])
+                self._begin_epoch([self._ranks.seat(dp_rank) for dp_rank in sorted(missing)])
                 break
             except EngineClosed:
                 raise

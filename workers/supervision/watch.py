@@ -94,37 +94,46 @@ class RankWatch:
         self._judging = (limits, on_silence)
         self._clock = AwakeClock()
         self._now = self._clock.now()
-        self._pulses = [_Pulse(rank, self._now) for rank in ranks]
+        self._pulses = {rank: _Pulse(rank, self._now) for rank in ranks}
         self._over = threading.Event()
         threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
 
     @property
     def healths(self) -> tuple[RankHealth, ...]:
-        return tuple(pulse.health for pulse in self._pulses if pulse.health is not None)
+        return tuple(pulse.health for pulse in self._all if pulse.health is not None)
 
     @property
-    def silences_s(self) -> tuple[float, ...]:  # [rank], since its last answer
-        return tuple(self._now - pulse.answered_at for pulse in self._pulses)
+    def silences_s(self) -> dict[int, float]:  # by dp_rank, since its last answer
+        return {pulse.rank.dp_rank: self._now - pulse.answered_at for pulse in self._all}
+
+    @property
+    def _all(self) -> tuple[_Pulse, ...]:
+        return tuple(self._pulses.values())
+
+    def follow(self, ranks: Sequence[Answering]) -> None:
+        """Watch these from now on, and nobody else."""
+        new = {rank: _Pulse(rank, self._now) for rank in ranks if rank not in self._pulses}
+        self._pulses = {rank: new.get(rank) or self._pulses[rank] for rank in ranks}
 
     def silent(self, limit: float = RECENT_S) -> list[int]:
         now = self._now
-        return [one.rank.dp_rank for one in self._pulses if now - one.answered_at > limit]
+        return [one.rank.dp_rank for one in self._all if now - one.answered_at > limit]
 
     def ask(self) -> list[int]:
         """Ask all ranks now, and return those that do not answer within ASK_S."""
-        questions = [pulse.rank.call(ReadHealth()) for pulse in self._pulses]
-        wait(questions, ASK_S)
-        pairs = zip(self._pulses, questions, strict=True)
-        return [pulse.rank.dp_rank for pulse, question in pairs if not question.done()]
+        questions = {rank.dp_rank: rank.call(ReadHealth()) for rank in self._pulses}
+        wait(questions.values(), ASK_S)
+        return [dp_rank for dp_rank, question in questions.items() if not question.done()]
 
     def renew(self, dp_ranks: Collection[int]) -> None:
         """Other processes take the place of these ranks."""
-        for dp_rank in dp_ranks:
-            self._pulses[dp_rank].begin(self._now)
+        for pulse in self._all:
+            if pulse.rank.dp_rank in dp_ranks:
+                pulse.begin(self._now)
 
     def serve(self, limits: SilenceLimits, on_silence: OnSilence) -> None:
         """Judge by these limits, now that all ranks have answered the driver and joined."""
-        for pulse in self._pulses:
+        for pulse in self._all:
             pulse.comes_up = False
         self._judging = (limits, on_silence)
 
@@ -134,7 +143,7 @@ class RankWatch:
     def _run(self) -> None:
         while not self._over.wait(LOOK_EVERY_S):
             self._now = self._clock.now()
-            for pulse in self._pulses:
+            for pulse in self._all:
                 pulse.beat(self._now)
             limits, on_silence = self._judging
             if lost := self._lost(limits):
@@ -147,17 +156,18 @@ class RankWatch:
                 on_silence([], text)
 
     def _stuck(self, limits: SilenceLimits) -> list[int]:
-        stuck = [one for one in self._pulses if one.answered_at - one.moved_at > limits.step]
+        stuck = [one for one in self._all if one.answered_at - one.moved_at > limits.step]
         for pulse in stuck:
             pulse.moved_at = self._now
         return [pulse.rank.dp_rank for pulse in stuck]
 
     def _lost(self, limits: SilenceLimits) -> list[_Pulse]:
-        together = len(self._pulses) > 1 and len(self.silent()) == len(self._pulses)
+        pulses = self._all
+        together = len(pulses) > 1 and len(self.silent()) == len(pulses)
         factor = TOGETHER if together else 1
         return [
             pulse
-            for pulse in self._pulses
+            for pulse in pulses
             if not pulse.is_lost
             and self._now - pulse.answered_at
             > factor * (limits.first if pulse.comes_up else limits.later)

@@ -8,12 +8,13 @@ from typing import Any
 from unittest.mock import patch
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.core.request import (
     FailureListener,
     FinishReason,
-    LossListener,
     RankRequest,
     RequestUpdate,
+    TransitionListener,
     UpdateListener,
 )
 from dp_runtime.engine.engine import Engine
@@ -30,17 +31,22 @@ class FakeGroup:
     model = MODEL
     on_progress: UpdateListener
     on_failure: FailureListener
-    on_loss: LossListener
+    on_transition: TransitionListener
 
-    def __init__(self) -> None:
-        self.metrics = MetricsCalls([])
+    def __init__(self, dp_size: int) -> None:
+        self.members = Membership.first(dp_size)
+        self.metrics = MetricsCalls(list)
         self.taken: dict[int, tuple[int, RankRequest]] = {}  # by request id: rank and request
         self.refusal: BaseException | None = None  # raised by the next submit
 
     def listen(
-        self, on_progress: UpdateListener, on_failure: FailureListener, on_loss: LossListener
+        self,
+        on_progress: UpdateListener,
+        on_failure: FailureListener,
+        on_transition: TransitionListener,
     ) -> None:
-        self.on_progress, self.on_failure, self.on_loss = on_progress, on_failure, on_loss
+        self.on_progress, self.on_failure = on_progress, on_failure
+        self.on_transition = on_transition
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
         refusal, self.refusal = self.refusal, None
@@ -72,8 +78,8 @@ class FakeGroup:
 
 @contextmanager
 def fake_engine(**fields: Any) -> Iterator[tuple[Engine, FakeGroup]]:
-    group = FakeGroup()
     given: dict[str, Any] = {"dp_size": 2, "launcher": "thread"} | fields
+    group = FakeGroup(given["dp_size"])
     with (
         patch("dp_runtime.engine.core.start_ranks", lambda *given: group),
         Engine(EngineConfig("fake", **given)) as engine,
@@ -83,4 +89,5 @@ def fake_engine(**fields: Any) -> Iterator[tuple[Engine, FakeGroup]]:
 
 def outstanding(engine: Engine) -> list[tuple[int, int]]:
     """Requests and tokens that the engine counts on each rank."""
-    return [(rank.requests, rank.tokens) for rank in engine._core._admission._ranks]
+    loads = engine._core._admission._loads
+    return [(rank.requests, rank.tokens) for rank in loads._ranks.values()]

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dp_runtime.core.membership import Membership
 from dp_runtime.engine.admission import Admission, Place
 from dp_runtime.engine.load_balancer import LOAD_BALANCERS, LeastPaddedCost, LeastTokens, RoundRobin
 from dp_runtime.engine.load_balancer import Outstanding as Queue
@@ -13,19 +14,19 @@ from dp_runtime.errors import EngineClosed, EngineOverloaded
 def test_round_robin_takes_one_rank_after_the_other() -> None:
     router = RoundRobin()
     queues = [Queue(9, 900), Queue(), Queue()]
-    assert [router.choose(queues, 10) for _ in range(5)] == [0, 1, 2, 0, 1]
+    assert [router.choose(dict(enumerate(queues)), 10) for _ in range(5)] == [0, 1, 2, 0, 1]
 
 
 def test_least_tokens_looks_at_tokens_not_requests() -> None:
-    assert LeastTokens().choose([Queue(1, 500), Queue(3, 100), Queue(2, 101)], 10) == 1
-    assert LeastTokens().choose([Queue(), Queue()], 10) == 0
+    assert LeastTokens().choose({0: Queue(1, 500), 1: Queue(3, 100), 2: Queue(2, 101)}, 10) == 1
+    assert LeastTokens().choose({0: Queue(), 1: Queue()}, 10) == 0
 
 
 def test_least_padded_cost_fills_up_to_the_largest_rank_first() -> None:
     queues = [Queue(3, 10), Queue(2, 900), Queue(3, 20)]
-    assert LeastPaddedCost().choose(queues, 10) == 1
+    assert LeastPaddedCost().choose(dict(enumerate(queues)), 10) == 1
     queues = [Queue(3, 30), Queue(3, 900), Queue(3, 20)]
-    assert LeastPaddedCost().choose(queues, 10) == 2
+    assert LeastPaddedCost().choose(dict(enumerate(queues)), 10) == 2
 
 
 @given(
@@ -34,12 +35,12 @@ def test_least_padded_cost_fills_up_to_the_largest_rank_first() -> None:
     st.integers(1, 1000),
 )
 def test_every_router_names_a_rank(name: str, queues: list[tuple[int, int]], tokens: int) -> None:
-    ranks = [Queue(*queue) for queue in queues]
-    assert LOAD_BALANCERS[name]().choose(ranks, tokens) in range(len(ranks))
+    ranks = {3 * at: Queue(*queue) for at, queue in enumerate(queues)}
+    assert LOAD_BALANCERS[name]().choose(ranks, tokens) in ranks
 
 
 def test_admission_counts_and_refuses_above_its_limit() -> None:
-    admission = Admission(LeastTokens(), 2, 2)
+    admission = Admission(LeastTokens(), Membership.first(2), 2)
     assert admission.enter(10, None) == 0
     assert admission.enter(5, None) == 1
     admission.wait(1, None)
@@ -57,7 +58,7 @@ def test_admission_counts_and_refuses_above_its_limit() -> None:
 
 
 def test_those_who_wait_get_places_by_priority_then_in_order_of_arrival() -> None:
-    admission = Admission(LeastTokens(), 1, 1)
+    admission = Admission(LeastTokens(), Membership.first(1), 1)
     admission.enter(1, None)
     order = (("a", 1), ("b", 0), ("c", 1), ("d", -1))
     places = {name: admission.wait(1, None, priority) for name, priority in order}
@@ -69,7 +70,7 @@ def test_those_who_wait_get_places_by_priority_then_in_order_of_arrival() -> Non
 
 
 def test_who_waits_hears_of_the_end() -> None:
-    admission = Admission(LeastTokens(), 1, 1)
+    admission = Admission(LeastTokens(), Membership.first(1), 1)
     admission.enter(1, None)
     places = [admission.wait(1, None) for _ in range(2)]
     admission.close(EngineClosed("closed"))
@@ -85,7 +86,7 @@ def test_who_waits_hears_of_the_end() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from(["enter", "wait", "leave", "back"]), st.integers(0, 9))))
 def test_no_place_is_lost_and_nobody_overtakes(acts: list[tuple[str, int]]) -> None:
-    admission, limit = Admission(LeastTokens(), 2, 3), 3
+    admission, limit = Admission(LeastTokens(), Membership.first(2), 3), 3
     inside: list[int] = []
     waiting: list[Place] = []
     for act, number in acts:
@@ -110,7 +111,7 @@ def test_no_place_is_lost_and_nobody_overtakes(acts: list[tuple[str, int]]) -> N
 
 
 def test_a_place_that_was_given_is_given_back() -> None:
-    admission = Admission(LeastTokens(), 1, 1)
+    admission = Admission(LeastTokens(), Membership.first(1), 1)
     first = admission.wait(1, None)
     second = admission.wait(1, None)
     assert first.rank.result(0) == 0

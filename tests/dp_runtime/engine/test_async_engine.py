@@ -253,7 +253,7 @@ async def read_all(handle: AsyncRequestHandle) -> None:
 
 
 def with_fake(act: Any, **fields: Any) -> None:
-    group = FakeGroup()
+    group = FakeGroup(fields.get("dp_size", 2))
 
     async def run_act() -> None:
         given: dict[str, Any] = {"dp_size": 2, "launcher": "thread"} | fields

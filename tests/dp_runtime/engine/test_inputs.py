@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dp_runtime import SamplingParams
+from dp_runtime.core.membership import Membership
 from dp_runtime.core.request import RankRequest, TokensPrompt
 from dp_runtime.engine.inputs import RequestFactory, check_room
 from tests.dp_runtime.engine.fake_group import MAX_MODEL_LEN, MODEL
@@ -17,7 +18,7 @@ ROOM = MAX_MODEL_LEN - 1
 
 
 def made(prompt: Any, **params: Any) -> RankRequest:
-    factory = RequestFactory(MODEL, None, seed=0, dp_size=1)
+    factory = RequestFactory(MODEL, None, seed=0, members=lambda: Membership.first(1))
     return factory.make(prompt, SamplingParams(**params), None).request
 
 

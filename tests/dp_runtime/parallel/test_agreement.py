@@ -60,7 +60,7 @@ def test_the_agreement_is_the_same_pure_value_on_all_ranks(records: list[StepRec
     assert first.idle == (sum(map(sum, first.real_rows)) == 0)
     assert first.stop == any(record.fault_bits for record in records)
     assert first.queued_tokens == tuple(record.queued_tokens for record in records)
-    assert records[first.slowest_rank].waited_us == min(record.waited_us for record in records)
+    assert records[first.slowest].waited_us == min(record.waited_us for record in records)
     for index, plan in enumerate(first.plans):
         votes = [record.graph_votes & 1 << index for record in records]
         replayed = plan.mode is ExecutionMode.GRAPH

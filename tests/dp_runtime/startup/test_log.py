@@ -23,7 +23,7 @@ def test_choices_are_said_once_and_memory_by_every_rank(
     first = plan_rank(config, 0, "cpu")
     with caplog.at_level(logging.INFO, logger="dp_runtime"):
         log_choices(first)
-        log_choices(replace(first, sharding=replace(first.sharding, dp_rank=1)))
+        log_choices(replace(first, sharding=replace(first.sharding, position=1)))
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "attention backend torch_ref: the only backend for device cpu"
     assert lines[2] == "CUDA graphs off: " + first.graphs_reason
