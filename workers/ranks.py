@@ -49,16 +49,27 @@ class Seat:
     def __init__(self, handle: RankHandle) -> None:
         self.dp_rank = handle.dp_rank
         self.handle = handle
+        self._vacant = False
         self._handing_over = threading.Lock()
 
     def take_over(self, handle: RankHandle) -> None:
         with self._handing_over:
             self.handle = handle
 
-    def if_held(self, handle: RankHandle, act: Callable[[], None]) -> None:
-        """Do what a handle has news for, unless another has taken over."""
+    @property
+    def is_vacant(self) -> bool:
+        return self._vacant
+
+    def vacate(self) -> RankHandle:
+        """Let nobody hear of its rank any more; return the rank, for somebody to end."""
         with self._handing_over:
-            if self.handle is handle:
+            self._vacant = True
+        return self.handle
+
+    def if_held(self, handle: RankHandle, act: Callable[[], None]) -> None:
+        """Do what a handle has news for, unless another has taken over, or the seat is vacant."""
+        with self._handing_over:
+            if self.handle is handle and not self._vacant:
                 act()
 
     def call(self, message: Message[Sent]) -> Future[Sent]:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import replace
 
 from collectives.awake_clock import Deadline
@@ -25,7 +25,7 @@ from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
-from workers.messages import Abandon, Abort, ReadHealth, ReadTotals, ReadTrace, Submit
+from workers.messages import Abandon, Abort, Submit
 from workers.ranks import Launcher, RankHandle, Ranks
 from workers.supervision.at_exit import close_at_exit
 from workers.supervision.epochs import Epochs
@@ -34,15 +34,14 @@ from workers.supervision.group_state import Evidence, GroupState, Phase
 from workers.supervision.interrupts import uninterrupted
 from workers.supervision.leaving import STOP_S, leave_together
 from workers.supervision.metrics_calls import MetricsCalls
-from workers.supervision.poller import Poller
-from workers.supervision.reach import health_of, in_child
+from workers.supervision.poller import Pollers
+from workers.supervision.reach import health_of_all, in_child, totals_of_all, trace_of_all
 from workers.supervision.recovery import Recovery
 from workers.supervision.start_progress import show_capture, show_loading
 from workers.supervision.watch import RankWatch, SilenceLimits, name_silent
 
 _log = logging.getLogger(__name__)
 
-STATUS_S = 5.0
 END_S = 20.0  # for another thread to end what it is closing
 
 
@@ -63,7 +62,7 @@ class WorkerGroup:
         self.metrics = MetricsCalls(lambda: ranks.seats)
         self._lock = threading.RLock()  # an abort may come from the collection of garbage
         self._state = GroupState()
-        self._pollers: list[Poller] = []
+        self._pollers: Pollers | None = None
         self._watch: RankWatch | None = None
         self._flight = GroupFlight(lambda: ranks.seats, config.flight_dump_dir)
         self._epochs = Epochs(config, self._ranks, self._why_not, self._flight.map_rings)
@@ -135,10 +134,8 @@ class WorkerGroup:
             failure = self._failure
         if failure is not None:  # a rank was lost before anybody listened
             on_failure(failure)
-        self._pollers += [
-            Poller(seat, on_progress, self._suspect, lambda: self._state.epoch, self._over)
-            for seat in self._ranks.seats
-        ]
+        self._pollers = Pollers(on_progress, self._suspect, lambda: self._state.epoch, self._over)
+        self._pollers.follow(self._ranks.seats)
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
         """Give requests to a rank; one whose rank is lost waits for the engine's next answer."""
@@ -158,19 +155,15 @@ class WorkerGroup:
     def health(self) -> tuple[RankHealth, ...]:
         if not self.belongs_here:
             return tuple(in_child(seat.dp_rank, self._owner) for seat in self._ranks.seats)
-        asked = {seat.dp_rank: seat.call(ReadHealth()) for seat in self._ranks.seats}
-        wait(asked.values(), STATUS_S)
-        return tuple(health_of(dp_rank, answer) for dp_rank, answer in asked.items())
+        return health_of_all(self._ranks)
 
     def trace(self) -> tuple[StepTrace, ...]:
         self._check_owner()
-        ranks = self._ranks.all(ReadTrace(), Deadline(STATUS_S))
-        steps = [step for rank in ranks for step in rank]
-        return tuple(sorted(steps, key=lambda step: (step.step_id, step.dp_rank)))
+        return trace_of_all(self._ranks)
 
     def totals(self) -> tuple[Totals, ...]:
         self._check_owner()
-        return tuple(self._ranks.all(ReadTotals(), Deadline(STATUS_S)))
+        return totals_of_all(self._ranks)
 
     def flight_record(self) -> FlightDump:
         self._check_owner()
@@ -285,8 +278,8 @@ class WorkerGroup:
             self._watch.end()
         self._flight.finish()
         self._ranks.kill()
-        for poller in self._pollers:  # else the last user of the engine may be a daemon at exit
-            poller.join()
+        if self._pollers is not None:  # else the last user of the engine may be a daemon at exit
+            self._pollers.join()
         recovering = self._recovering
         if recovering is not None and recovering is not threading.current_thread():
             recovering.join(END_S)

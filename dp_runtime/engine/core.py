@@ -10,15 +10,15 @@ from typing import TypeVar
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Transition
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
-from dp_runtime.engine.admission import Admission, Place
 from dp_runtime.engine.busy_clock import BusyClock
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
-from dp_runtime.engine.load_balancer import LOAD_BALANCERS
 from dp_runtime.engine.metrics_export import export_periodically
 from dp_runtime.engine.output_processor import Delivery, OutputProcessor, OutputSink
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
+from dp_runtime.engine.routing.admission import Admission, Place
+from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.report import Report

@@ -136,7 +136,7 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
 
 
 def test_health_of_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.worker_group.STATUS_S", 0.2)
+    monkeypatch.setattr("workers.supervision.reach.STATUS_S", 0.2)
     group, _ = group_of({"readhealth": HUNG}, {"readhealth": RankFailed("rank 1 ended")})
     hung, dead = group.health()
     assert (hung.state, hung.error) == (RankState.UNREACHABLE, "does not answer")

@@ -1,4 +1,4 @@
-"""Poller: takes in what a rank has to say, in a thread of its own."""
+"""Pollers: ask ranks for their outputs, a thread for each rank."""
 
 from __future__ import annotations
 
@@ -18,40 +18,50 @@ RETRY_S = 0.02  # where the rank can say nothing before somebody has seen to it
 OnProgress = Callable[[int, Sequence[RequestUpdate]], None]
 
 
-class Poller:
-    """Polls whoever has the seat, until `over`; reports evidence of faults, and its epoch."""
+class Pollers:
+    """Poll whoever has each seat, until `over`; report evidence of faults, and its epoch."""
 
     def __init__(
         self,
-        seat: Seat,
         on_progress: OnProgress,
         suspect: Callable[[Evidence, int], None],
         epoch: Callable[[], int],
         over: threading.Event,
     ) -> None:
-        self._seat, self._on_progress, self._suspect = seat, on_progress, suspect
+        self._on_progress, self._suspect = on_progress, suspect
         self._epoch, self._over = epoch, over
-        name = f"poll-rank-{seat.dp_rank}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._threads: dict[Seat, threading.Thread] = {}
+
+    def follow(self, seats: Sequence[Seat]) -> None:
+        """Poll these; a thread whose seat is vacant ends by itself."""
+        before, self._threads = self._threads, {}
+        for seat in seats:
+            name = f"poll-rank-{seat.dp_rank}"
+            thread = before.get(seat) or threading.Thread(
+                target=self._run, args=(seat,), name=name, daemon=True
+            )
+            self._threads[seat] = thread
+            if seat not in before:
+                thread.start()
 
     def join(self) -> None:
-        if self._thread is not threading.current_thread():
-            self._thread.join(POLL_S)
+        for thread in self._threads.values():
+            if thread is not threading.current_thread():
+                thread.join(POLL_S)
 
-    def _run(self) -> None:
-        while not self._over.is_set():
-            handle, epoch = self._seat.handle, self._epoch()
-            evidence = self._poll(handle)
+    def _run(self, seat: Seat) -> None:
+        while not self._over.is_set() and not seat.is_vacant:
+            handle, epoch = seat.handle, self._epoch()
+            evidence = self._poll(seat, handle)
             if evidence is not None:
-                self._seat.if_held(handle, partial(self._suspect, evidence, epoch))
+                seat.if_held(handle, partial(self._suspect, evidence, epoch))
                 self._over.wait(RETRY_S)
 
-    def _poll(self, handle: RankHandle) -> Evidence | None:
-        dp_rank = self._seat.dp_rank
+    def _poll(self, seat: Seat, handle: RankHandle) -> Evidence | None:
+        dp_rank = seat.dp_rank
         try:
             polled = handle.call(Poll(POLL_S)).result()
-            self._seat.if_held(handle, partial(self._take, polled))
+            seat.if_held(handle, partial(self._take, dp_rank, polled))
         except RankFailed as error:
             return Evidence(str(error), dp_rank)
         except Exception as error:
@@ -60,6 +70,6 @@ class Poller:
             return None
         return Evidence(polled.error, dp_rank if polled.at_fault else None)
 
-    def _take(self, polled: Polled) -> None:
+    def _take(self, dp_rank: int, polled: Polled) -> None:
         if polled.progress:
-            self._on_progress(self._seat.dp_rank, polled.progress)
+            self._on_progress(dp_rank, polled.progress)

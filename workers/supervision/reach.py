@@ -1,10 +1,32 @@
-"""The health of ranks that may not answer."""
+"""Questions to ranks that may not answer."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
+from collectives.awake_clock import Deadline
 from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.metrics.totals import Totals
+from dp_runtime.metrics.trace import StepTrace
+from workers.messages import ReadHealth, ReadTotals, ReadTrace
+from workers.ranks import Ranks
+
+STATUS_S = 5.0
+
+
+def health_of_all(ranks: Ranks) -> tuple[RankHealth, ...]:
+    asked = {seat.dp_rank: seat.call(ReadHealth()) for seat in ranks.seats}
+    wait(asked.values(), STATUS_S)
+    return tuple(health_of(dp_rank, answer) for dp_rank, answer in asked.items())
+
+
+def trace_of_all(ranks: Ranks) -> tuple[StepTrace, ...]:  # by step and rank
+    steps = [step for rank in ranks.all(ReadTrace(), Deadline(STATUS_S)) for step in rank]
+    return tuple(sorted(steps, key=lambda step: (step.step_id, step.dp_rank)))
+
+
+def totals_of_all(ranks: Ranks) -> tuple[Totals, ...]:
+    return tuple(ranks.all(ReadTotals(), Deadline(STATUS_S)))
 
 
 def in_child(dp_rank: int, owner: int) -> RankHealth:

@@ -5,9 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dp_runtime.core.membership import Membership
-from dp_runtime.engine.admission import Admission, Place
-from dp_runtime.engine.load_balancer import LOAD_BALANCERS, LeastPaddedCost, LeastTokens, RoundRobin
-from dp_runtime.engine.load_balancer import Outstanding as Queue
+from dp_runtime.engine.routing.admission import Admission, Place
+from dp_runtime.engine.routing.load_balancer import (
+    LOAD_BALANCERS,
+    LeastPaddedCost,
+    LeastTokens,
+    RoundRobin,
+)
+from dp_runtime.engine.routing.load_balancer import Outstanding as Queue
 from dp_runtime.errors import EngineClosed, EngineOverloaded
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import count
 
 from dp_runtime.core.membership import Membership
-from dp_runtime.engine.load_balancer import LoadBalancer
-from dp_runtime.engine.rank_loads import RankLoads
+from dp_runtime.engine.routing.load_balancer import LoadBalancer
+from dp_runtime.engine.routing.rank_loads import RankLoads
 from dp_runtime.errors import EngineOverloaded, fresh
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from dp_runtime.core.membership import Membership
-from dp_runtime.engine.load_balancer import LoadBalancer, Outstanding
+from dp_runtime.engine.routing.load_balancer import LoadBalancer, Outstanding
 
 
 class RankLoads:

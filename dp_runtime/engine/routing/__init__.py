@@ -1,0 +1,1 @@
+"""Which rank a request goes to, and which ranks there are."""
