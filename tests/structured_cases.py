@@ -152,3 +152,9 @@ REFUSED: tuple[tuple[str, Any, str], ...] = (
     ("grammar", "neither one nor the other", "Expected"),
     ("grammar", "root ::= " + "(" * 9000, "recursion"),
 )
+
+
+def chain(length: int) -> dict[str, Any]:
+    """A schema whose definitions refer to each other: the compiler goes down to the last."""
+    links = {f"d{n}": {"properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(length)}
+    return {"$defs": links | {f"d{length}": {"type": "string"}}, "$ref": "#/$defs/d0"}

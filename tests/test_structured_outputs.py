@@ -175,7 +175,7 @@ def test_a_request_that_can_t_go_on_fails_alone(
     plain: Engine, expected: list[RequestOutput], wanted: Any, more: dict[str, Any], reason: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("dp_runtime.structured.grammar_compiler.MAX_LEXER_STATES", 2000)
+    monkeypatch.setattr("dp_runtime.structured.matchers.MAX_LEXER_STATES", 2000)
     handles = [plain.submit(PROMPTS[n], PARAMS[n]) for n in (0, 5, -1)]
     with pytest.raises(RequestFailed, match=reason):
         one_text(plain, wanted, **more)

@@ -36,6 +36,7 @@ from dp_runtime.startup.graph_capture import capture
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from dp_runtime.startup.served_requests import ServedRequests
+from dp_runtime.structured.compile_queue import CompileQueue
 from workers.communicators import Communicator, FaultyCommunicator, connect
 from workers.mailbox import Mailbox
 from workers.messages import AnyRendezvous
@@ -125,11 +126,12 @@ class Loaded:
     rank: LoadedRank
     requests: ServedRequests
     mailbox: Mailbox
+    compiling: CompileQueue
 
     @classmethod
     def without_requests(cls, prepared: Prepared, rank: LoadedRank) -> Loaded:
         requests = ServedRequests.none(prepared.config, prepared.plan, rank)
-        return cls(prepared, rank, requests, Mailbox())
+        return cls(prepared, rank, requests, Mailbox(), CompileQueue(requests.structured))
 
     def connect(
         self, rendezvous: AnyRendezvous, epoch: int, timeout_s: float, listener: socket | None
@@ -158,7 +160,7 @@ class Loaded:
             load_s=self.rank.load_s,
             free_pages=scheduler.num_free_pages,
             num_running=len(scheduler.running),
-            num_queued=len(scheduler.waiting) + self.mailbox.num_added,
+            num_queued=len(scheduler.waiting) + self.mailbox.num_added + len(self.compiling),
             error=self.mailbox.error or "",
         )
 

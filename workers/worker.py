@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,12 +158,17 @@ class Worker:
             raise RankFailed(f"rank {self.dp_rank} has loaded nothing")
 
     def submit(self, requests: Sequence[RankRequest]) -> None:
-        self._loaded.requests.structured.compile_early(requests)
-        self._mailbox.submit(requests)
+        loaded = self._loaded
+        for request in requests:
+            if request.params.structured_outputs is None:
+                loaded.mailbox.submit([request])
+            else:
+                loaded.compiling.put(request, partial(self._forward, loaded.mailbox))
         self._wake()
 
     def abort(self, request_ids: Sequence[int]) -> None:
         """End requests before the next step; ids that are done are ignored."""
+        self._loaded.compiling.release(request_ids)
         self._loaded.requests.structured.forget(request_ids)
         self._mailbox.abort(request_ids)
         self._wake()
@@ -225,6 +231,10 @@ class Worker:
     @property
     def _mailbox(self) -> Mailbox:
         return self._loaded.mailbox
+
+    def _forward(self, mailbox: Mailbox, request: RankRequest) -> None:
+        mailbox.submit([request])
+        self._wake()
 
     def _wake(self) -> None:
         if isinstance(self._stage, Joined):  # else it reads its mail once it has joined

@@ -198,6 +198,7 @@ class EngineCore:
         if isinstance(self._closed, EngineInChild):
             return
         self._end(EngineClosed("the engine is closed"))
+        self.factory.close()
         self._group.close()
 
     def disown(self, error: EngineInChild) -> None:

@@ -18,7 +18,7 @@ from dp_runtime.engine.embeds import copied_embeds
 from dp_runtime.errors import ContextExceeded, one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
-from dp_runtime.structured.grammar_compiler import GrammarCompiler
+from dp_runtime.structured.grammar_trial import GrammarTrial
 from dp_runtime.text.bad_words import encoded_bad_words
 from dp_runtime.text.tokenizer import Tokenizer
 
@@ -47,6 +47,9 @@ class RequestFactory:
     def make(self, prompt: object, params: object, dp_rank: object) -> NewRequest:
         own = SamplingParams() if params is None else copied_params(params)
         return self._make(prompt, own, dp_rank)
+
+    def close(self) -> None:
+        self._grammars.close()
 
     def make_all(self, prompts: object, params: object, dp_ranks: object) -> list[NewRequest]:
         """A request for each prompt; `params` are for all of them or one for each."""
@@ -91,9 +94,9 @@ class RequestFactory:
         return NewRequest(request, rank)
 
     @cached_property
-    def _grammars(self) -> GrammarCompiler:
+    def _grammars(self) -> GrammarTrial:
         model = self.model
-        return GrammarCompiler(model.tokenizer_json, model.vocab_size, model.eos_token_ids)
+        return GrammarTrial(model.tokenizer_json, model.vocab_size, model.eos_token_ids)
 
     def _tokens(self, given: _GivenPrompt) -> tuple[int, ...]:
         text = plain_str(given.tokens)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 MAX_MESSAGE = 2000
+FORM = "structured_outputs"  # the field that a request may fail by after its check
 FAULT = "a fault of the server, which its log has"
 _FIELD = re.compile(r"(?:prompts\[\d+\]: )?([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ")
 
@@ -89,7 +90,8 @@ def as_api_error(error: Exception) -> ApiError:
             param = found[1] if found else None
             return ApiError(HTTPStatus.BAD_REQUEST, str(error), param)
         case RequestFailed():
-            return ApiError(HTTPStatus.BAD_REQUEST, str(error), None, "request_failed")
+            param = FORM if f": {FORM}: " in str(error) else None
+            return ApiError(HTTPStatus.BAD_REQUEST, str(error), param, "request_failed")
         case EngineOverloaded():
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), None, "engine_overloaded")
         case RankFailed() | EngineClosed():

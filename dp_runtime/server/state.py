@@ -50,6 +50,7 @@ class ServerState:
         self.sampling_defaults: Mapping[str, Any] = {}  # of fields that a request leaves out
         self._engine: AsyncEngine | None = None
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="requests")
+        self._form_threads = ThreadPoolExecutor(4, "forms")  # they wait for the grammars of others
         self._chats: Chats | None = None
         self._chat_template = _given_template(config.chat_template)
 
@@ -132,7 +133,8 @@ class ServerState:
                 size = body.n * (sum(map(len, prompts)) + body.num_listed)
                 requests = await self.off_loop(make, size)
             else:
-                requests = await self.in_thread(make)  # a grammar may take long to compile
+                loop = asyncio.get_running_loop()
+                requests = await loop.run_in_executor(self._form_threads, make)
         except ValueError as error:
             raise body.as_given(error) from None
         self.jobs.check_id(job_id)  # again: another may have taken it meanwhile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -22,9 +23,17 @@ _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(-?[0-9][0-9.eE+-]*)')
 _JSON: JsonCompileOptions = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,16}"}
 
 
-def require_installed(wanted: StructuredOutputs) -> None:
+def compilable(
+    wanted: StructuredOutputs, tokenizer_json: str | None, eos_token_ids: Sequence[int]
+) -> str:
+    """Return the tokenizer's text; ValueError if this model can't have structured outputs."""
     installed = find_spec("llguidance") is not None
     require(installed, "structured_outputs", wanted.kind, f"None without llguidance: {INSTALL}")
+    allowed = "None: the model's directory has no tokenizer.json"
+    require(tokenizer_json is not None, "structured_outputs", wanted.kind, allowed)
+    allowed = "None: the model has no end-of-text token"
+    require(bool(eos_token_ids), "structured_outputs", wanted.kind, allowed)
+    return tokenizer_json or ""
 
 
 def grammar_of(wanted: StructuredOutputs) -> str:

@@ -45,15 +45,14 @@ class StructuredState:
         self._followers: dict[int, GrammarFollower] = {}  # by row of the request table
         self._unread: MaskedRows | None = None  # sampled, and not followed yet
 
-    def compile_early(self, requests: Sequence[RankRequest]) -> None:
-        """Compile what requests will need, in the caller's thread; `add` raises what fails."""
-        for request in requests:
-            wanted = request.params.structured_outputs
-            if wanted is not None and not self._ready.full:
-                try:
-                    self._ready.put(request.request_id, self.compiler.matcher(wanted))
-                except ValueError as error:
-                    self._ready.put(request.request_id, error)
+    def compile_early(self, request: RankRequest) -> None:
+        """Compile what a request will need, in the caller's thread; `add` raises what fails."""
+        wanted = request.params.structured_outputs
+        if wanted is not None and not self._ready.full:
+            try:
+                self._ready.put(request.request_id, self.compiler.matcher(wanted))
+            except ValueError as error:
+                self._ready.put(request.request_id, error)
 
     def forget(self, request_ids: Sequence[int]) -> None:
         """Drop what was compiled early for requests that will not be added."""

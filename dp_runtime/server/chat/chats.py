@@ -70,7 +70,11 @@ class Chats:
         if tools.forced and body.form is not None:
             raise refuse("tool_choice", body.tool_choice, "none or auto where text has a form")
         prompt = self.prompt(body.messages, tools, body)
-        return replace(prompt, form=_form(prompt, body.form))
+        wanted = body.form
+        try:
+            return replace(prompt, form=_form(prompt, wanted))
+        except ValueError as error:
+            raise body.as_given(error) from None
 
     def prompt(self, messages: Objects, tools: ToolUse, fields: TemplateFields) -> ChatPrompt:
         chat = read_messages(messages, self.config.unknown_fields == "ignore")

@@ -160,7 +160,10 @@ class GenerationBody(Body):
     @property
     def form(self) -> StructuredOutputs | None:
         """The form that the answer must have (ValueError)."""
-        return read_form(self.response_format, self.structured_outputs)
+        try:
+            return read_form(self.response_format, self.structured_outputs)
+        except ValueError as error:
+            raise self.as_given(error) from None
 
     def as_given(self, error: ValueError) -> ValueError:
         """Name this request's own field in an error about what the engine got for it."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 
 from tests.dp_runtime.server.openai_calls import ChatCompletions, Completions, Content
 from tests.dp_runtime.server.served import MODEL, Served, serving
+from tests.structured_cases import chain
 
 TEMPLATE = """\
 {%- for message in messages %}{{ message.role + ': ' + message.content + '\\n' }}{% endfor %}
@@ -140,12 +141,18 @@ def test_thoughts_have_both_of_their_names_and_are_counted(calls: ChatCompletion
     assert 0 < details["reasoning_tokens"] < answer["usage"]["completion_tokens"]
 
 
+def schema_of(schema: Content) -> Content:
+    return {"type": "json_schema", "json_schema": {"schema": schema}}
+
+
 BAD: dict[str, tuple[Content, str]] = {
     "type": ({"response_format": {"type": "xml"}}, "response_format"),
     "schema": (
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "cat"}}}},
+        {"response_format": schema_of({"type": "cat"})},
         "response_format",
     ),
+    "large schema": ({"response_format": schema_of(chain(9000))}, "response_format"),
+    "schema that crashes": ({"response_format": schema_of(chain(2000))}, "response_format"),
     "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
     "two": ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
     "unknown": ({"structured_outputs": {"yaml": "a"}}, "structured_outputs"),

@@ -14,8 +14,8 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models
 
-from dp_runtime.core.structured_outputs import MAX_BYTES, StructuredOutputs
-from dp_runtime.structured import grammar_compiler
+from dp_runtime.core.structured_outputs import StructuredOutputs
+from dp_runtime.structured import matchers
 from dp_runtime.structured.grammar_compiler import GrammarCompiler
 from tests.dp_runtime.structured.vocabulary import (
     EOS,
@@ -121,84 +121,8 @@ def test_what_is_refused_says_why_in_one_line(kind: str, value: Any, reason: str
     assert len(text) < 1000
 
 
-HOSTILE: list[dict[str, Any]] = [
-    {"regex": "(a{1,1000}){1,1000}"},
-    {"regex": "(.*a.{15}b|.*b.{17}c)"},
-    {"regex": r"\p{L}{1,5000}"},
-    {"regex": "|".join(f"word{n}" for n in range(25_000))},
-    {"json": {"enum": [f"value{n}" for n in range(15_000)]}},
-    {"json": {"allOf": [{"oneOf": [{"pattern": f"^a{n}"} for n in range(8)]}] * 6}},
-    {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}},
-    {"json": {"type": "integer", "multipleOf": 9973}},
-    {"json": {"multipleOf": 1e308}},
-    {"json": {"type": "string", "pattern": "(.*a.{15}b|.*b.{17}c)"}},
-    {"grammar": 'start: s\ns: s s | s s s | "a" | ""'},
-    {"grammar": 'start: (("a"{1,1000}){1,1000}){1,1000}'},
-    {"grammar": "start: T\nT: (/.*a.{10}/ & /.*b.{11}/ & ~/.*c.{9}/)"},
-    {"grammar": "start: " + "x" * (MAX_BYTES - 7)},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("given", HOSTILE, ids=lambda given: str(given)[:60])
-def test_hostile_grammars_end(given: dict[str, Any]) -> None:
-    """Each is refused, or served until a limit is met: the work of a token is bounded."""
-    try:
-        matcher = compiler().matcher(StructuredOutputs(**given))
-    except ValueError:
-        return
-    for token in tokens_of("aaabbbabab" * 3):
-        matcher.compute_bitmask()
-        if not matcher.consume_token(token):
-            assert matcher.is_error()
-            break
-
-
-def test_a_grammar_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one waits for it, and says so; later ones are served."""
-    monkeypatch.setattr(grammar_compiler, "COMPILE_S", 0.05)
-    goes_on = threading.Event()
-    slow = GrammarCompiler(TOKENIZER_JSON, VOCAB, (EOS,))
-    monkeypatch.setattr(grammar_compiler, "grammar_of", lambda wanted: goes_on.wait(60))
-    assert slow.vocabulary.vocab_size == VOCAB
-    with pytest.raises(ValueError, match=r"regex: 'a' is not allowed; it takes more than 0.05 s"):
-        slow.matcher(regex("a"))
-    with pytest.raises(ValueError, match=r"regex: 'b' .* another grammar is still being compiled"):
-        slow.matcher(regex("b"))
-    goes_on.set()
-    monkeypatch.undo()
-    assert allowed(slow.matcher(regex("c"))) - {EOS}
-
-
-def test_a_grammar_that_is_much_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though it meets no limit of the library; a rank would do it again for every request."""
-    wanted = StructuredOutputs(json={"enum": [f"value{n}" for n in range(15_000)]})
-    monkeypatch.setattr(grammar_compiler, "MAX_WORK_S", 0.02)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"json: .* at most 0.02 s of a processor to compile"):
-            compiler().check(wanted)
-    compiler().check(regex("a"))
-
-
-def test_what_was_checked_last_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-
-    def count(wanted: StructuredOutputs) -> str:
-        made.append(str(wanted.regex))
-        return LLMatcher.grammar_from_regex(str(wanted.regex))
-
-    monkeypatch.setattr(grammar_compiler, "grammar_of", count)
-    monkeypatch.setattr(grammar_compiler, "MAX_KNOWN_BYTES", 2.5 * grammar_compiler.ENTRY_BYTES)
-    some = GrammarCompiler(TOKENIZER_JSON, VOCAB, (EOS,))
-    for text in "abacbab":
-        some.check(regex(text))
-    assert made == ["a", "b", "c", "b", "a"]
-    for _ in range(2):
-        with pytest.raises(ValueError, match="unclosed"):
-            some.check(regex("("))
-
-
 def test_a_limit_that_one_matcher_meets_is_not_another_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_compiler, "MAX_LEXER_STATES", 2000)
+    monkeypatch.setattr(matchers, "MAX_LEXER_STATES", 2000)
     wanted, (token,) = regex(r"\p{L}{1,9999}"), tokens_of("e")
     first, second = compiler().matcher(wanted), compiler().matcher(wanted)
     while not first.is_error():

@@ -17,7 +17,7 @@ from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.sampling.sampler import Sampled
 from dp_runtime.sampling.token_masks import GrammarMasks
-from dp_runtime.structured import grammar_compiler, ready_matchers
+from dp_runtime.structured import matchers, ready_matchers
 from dp_runtime.structured.grammar_compiler import GrammarCompiler
 from dp_runtime.structured.structured_state import StructuredState
 from tests.dp_runtime.structured.vocabulary import (
@@ -183,7 +183,7 @@ def test_ignored_end_of_text_waits_for_the_grammar_s_end() -> None:
 def test_a_grammar_that_meets_a_limit_allows_nothing_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(grammar_compiler, "MAX_LEXER_STATES", 2000)
+    monkeypatch.setattr(matchers, "MAX_LEXER_STATES", 2000)
     (letter,) = tokens_of("e")
     state, index = state_of(request(1, regex(r"\p{L}{1,9999}")), request(2)), 0
     while not (masks := step(state, [(1, index), (2, 0)][: 1 + (index == 0)], [letter, A])).causes:
@@ -204,7 +204,8 @@ def test_tokens_that_the_model_lacks_have_no_bit() -> None:
 
 def test_what_can_t_be_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     state = StructuredState(compiler(), VOCAB)
-    state.compile_early([request(1, regex("(")), request(2), request(3)])
+    for item in (request(1, regex("(")), request(2), request(3)):
+        state.compile_early(item)
     state.forget([3, 99])
     monkeypatch.setattr(GrammarCompiler, "matcher", lambda self, wanted: pytest.fail("compiled"))
     with pytest.raises(ValueError, match="unclosed"):
@@ -217,7 +218,8 @@ def test_what_can_t_be_compiled_is_not_compiled_again(monkeypatch: pytest.Monkey
 def test_few_are_compiled_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ready_matchers, "MAX_READY", 2)
     state = StructuredState(compiler(), VOCAB)
-    state.compile_early([request(n) for n in range(4)])
+    for n in range(4):
+        state.compile_early(request(n))
     monkeypatch.setattr(GrammarCompiler, "matcher", lambda self, wanted: pytest.fail("compiled"))
     for n in (0, 1):
         state.add(n, request(n), ())
@@ -227,7 +229,8 @@ def test_few_are_compiled_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_compiled_early_is_taken_once() -> None:
     state, item = StructuredState(compiler(), VOCAB), request(5)
-    state.compile_early([item, request(6, regex("(")), request(7, None)])
+    for each in (item, request(6, regex("(")), request(7, None)):
+        state.compile_early(each)
     state.add(0, item, ())
     state.add(1, item, [A])
     assert shown(step(state, [(0, 0), (1, 1)], [A, B])) == {0: due([]), 1: due([A])}
