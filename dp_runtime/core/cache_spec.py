@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,11 @@ class PagedKv:
     def allocate(self, pages: PageGeometry, device: torch.device) -> Tensor:
         """Return a zeroed pool, for a masked column still multiplies V by 0, and 0 * NaN is NaN."""
         shape = (pages.num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)  # HND
-        return torch.zeros(shape, dtype=self.dtype, device=device)
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+        # The host gives a page of its memory, zeroed, when it is first touched; torch touches all.
+        zeroed = np.zeros(pages.num_pages * self.page_bytes, np.uint8)
+        return torch.from_numpy(zeroed).view(self.dtype).view(shape)
 
 
 CacheSpec = PagedKv  # one a layer; a layer with a recurrent state would add a class to this union
