@@ -18,6 +18,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-text token, a stop token or a stop string
     LENGTH = "length"  # max_tokens
     ABORT = "abort"
+    TIMEOUT = "timeout"  # timeout_s
     ERROR = "error"  # the request failed; nobody else's did
 
 

@@ -145,6 +145,10 @@ class SamplingParams:
         0, "requests with a lower one are served first, in order of arrival among equals; those "
         "that run go on", at_least=-MAX_INT,
     )  # fmt: skip
+    timeout_s: float | None = setting(
+        None, "seconds from its submission until the request ends with the tokens that it has, "
+        "wherever it is", above=0, at_most=MAX_INT, shown_default="no end",
+    )  # fmt: skip
     logprobs: int | None = setting(
         None, "report the chosen token's and the n best log probabilities of the unmodified "
         "distribution at every output position", at_least=0, at_most=MAX_LOGPROBS,

@@ -146,7 +146,10 @@ class AsyncEngine:
         """Start a request once it has a place, in the same order as callers of an Engine."""
         place = self._core.wait_for_place(new)
         try:
-            await asyncio.wrap_future(place.rank)
+            async with asyncio.timeout(new.seconds_left):
+                await asyncio.wrap_future(place.rank)
+        except TimeoutError:
+            pass  # it ends as soon as it has begun
         except BaseException:
             self._core.give_back(place)
             raise

@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Transition
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
-from dp_runtime.engine.busy_clock import BusyClock
+from dp_runtime.engine.deadlines import Deadlines
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.metrics_export import export_periodically
-from dp_runtime.engine.output_processor import Delivery, OutputProcessor, OutputSink
+from dp_runtime.engine.output_processor import Delivery, OutputProcessor, OutputSink, apply
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.routing.admission import Admission, Place
 from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.flight.record import FlightDump
+from dp_runtime.metrics.busy_clock import BusyClock
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankSnapshot
@@ -68,6 +70,7 @@ class EngineCore:
         balancer = LOAD_BALANCERS[config.routing]()
         self._admission = Admission(balancer, self._group.members, config.max_queued_requests)
         self._outputs = OutputProcessor()
+        self._deadlines = Deadlines(weakly(self._on_late))
         self._lock = threading.Lock()
         self._sending = threading.RLock()  # held from a request's log to its submission
         self._closed: BaseException | None = None
@@ -76,7 +79,7 @@ class EngineCore:
         self._group.listen(
             weakly(self._on_updates), weakly(self._on_failure), weakly(self._on_transition)
         )
-        bind_lifetime(self, self._group)
+        bind_lifetime(self, self._group, self._deadlines)
         if config.launcher == "ray":
             export_periodically(self)
         logger.info(
@@ -105,16 +108,6 @@ class EngineCore:
         rank = self._admission.enter(new.request.num_reserved_tokens, new.dp_rank)
         return self._begin(new, rank, sink_of)
 
-    def start_in_turn(self, new: NewRequest, sink_of: SinkOf[Sink]) -> Sink:
-        """Give a request to a rank once there is a place for it."""
-        place = self.wait_for_place(new)
-        try:
-            place.rank.result()
-        except BaseException:
-            self.give_back(place)
-            raise
-        return self.start_at(place, new, sink_of)
-
     def wait_for_place(self, new: NewRequest) -> Place:
         """Queue for a place; the caller starts the request there or gives the place back."""
         request = new.request
@@ -126,8 +119,8 @@ class EngineCore:
         self._admission.give_back(place)
 
     def start_at(self, place: Place, new: NewRequest, sink_of: SinkOf[Sink]) -> Sink:
-        """Give a request to the rank of a place that it has waited for."""
-        return self._begin(new, place.rank.result(), sink_of)
+        """Give a request to the rank of a place that it has waited for, or is late to wait for."""
+        return self._begin(new, self._admission.take(place), sink_of)
 
     def _begin(self, new: NewRequest, rank: int, sink_of: SinkOf[Sink]) -> Sink:
         tokens = new.request.num_reserved_tokens
@@ -143,13 +136,22 @@ class EngineCore:
             except BaseException:
                 self._admission.leave(rank, tokens)
                 raise
-            try:
-                self._group.submit(rank, [new.request])
-            except BaseException:
-                if self._outputs.remove(log.request_id):  # else it was counted as it ended
-                    self._count_out(log)
-                raise
+            late = new.seconds_left == 0
+            if not late:
+                self._submit(log, rank, new)
+        if late:
+            self._on_late([log.request_id])
         return sink
+
+    def _submit(self, log: RequestLog, rank: int, new: NewRequest) -> None:
+        if new.deadline < inf:
+            self._deadlines.add(log.request_id, new.deadline)
+        try:
+            self._group.submit(rank, [new.request])
+        except BaseException:
+            if self._outputs.remove(log.request_id):  # else it was counted as it ended
+                self._count_out(log)
+            raise
 
     def abort(self, request_id: int) -> None:
         log = self._outputs.get(request_id)
@@ -207,9 +209,26 @@ class EngineCore:
         self._outputs.disown(error)
 
     def _on_updates(self, dp_rank: int, updates: Sequence[RequestUpdate]) -> None:
-        deliveries = self._outputs.process(updates)
-        if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
-            self._group.abort(dp_rank, running)
+        with self._outputs.delivering():
+            deliveries = self._outputs.process(updates)
+            if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
+                self._group.abort(dp_rank, running)
+            self._count_ended(deliveries)
+            self._deliver(deliveries)
+
+    def _on_late(self, request_ids: Sequence[int]) -> None:
+        """End requests whose time is over with what they have, whether their ranks answer or not.
+
+        NOTE: what delivers may wait for `_sending`, so nobody who holds it waits for deliveries.
+        """
+        deliveries = []
+        taken = self._outputs.take(request_ids)
+        with self._sending:  # no rank gets them anew meanwhile
+            for log, sink in taken:
+                delivery = apply(log, sink, log.end_here(FinishReason.TIMEOUT))
+                assert delivery is not None, "what ends a request is told"
+                deliveries.append(delivery)
+                self._group.abort(log.dp_rank, [log.request_id])
         self._count_ended(deliveries)
         self._deliver(deliveries)
 
@@ -221,6 +240,7 @@ class EngineCore:
                 self._count_out(delivery.log)
 
     def _count_out(self, log: RequestLog) -> None:
+        self._deadlines.remove(log.request_id)
         with self._lock:
             self._clock.leave()
         self._admission.leave(log.dp_rank, log.request.num_reserved_tokens)
@@ -237,7 +257,7 @@ class EngineCore:
             for log in self._outputs.of_ranks(transition.gone):
                 lost = log.dp_rank in transition.lost
                 if log.abort_asked or (lost and log.num_losses == MAX_REPLAYS):
-                    ended.append(_end_of(log))
+                    ended.append(log.end_without_rank())
                     continue
                 log.num_losses += lost
                 tokens = log.request.num_reserved_tokens
@@ -260,16 +280,8 @@ class EngineCore:
     def _end(self, error: BaseException) -> None:
         with self._lock:
             self._closed = error
+        self._deadlines.close()
         self._admission.close(error)
         deliveries = self._outputs.fail_all(error)
         self._count_ended(deliveries)
         self._deliver(deliveries)
-
-
-def _end_of(log: RequestLog) -> RequestUpdate:
-    """What a request hears that no rank goes on with."""
-    count = len(log.token_ids)
-    if log.abort_asked:
-        return RequestUpdate(log.request_id, count, finish_reason=FinishReason.ABORT)
-    cause = f"{1 + log.num_losses} ranks were lost while they served it"
-    return RequestUpdate.failed(log.request_id, count, cause)

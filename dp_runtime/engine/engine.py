@@ -9,6 +9,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.core import EngineCore
+from dp_runtime.engine.inputs import NewRequest
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
 from dp_runtime.flight.record import FlightDump
@@ -71,7 +72,7 @@ class Engine:
 
             try:
                 for request in requests:
-                    handles.append(self._core.start_in_turn(request, RequestHandle))
+                    handles.append(self._placed(request))
                     while len(outputs) < len(handles) and handles[len(outputs)].done:
                         take()
                 while len(outputs) < len(handles):
@@ -132,6 +133,18 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _placed(self, new: NewRequest) -> RequestHandle:
+        """Start a request once it has a place."""
+        place = self._core.wait_for_place(new)
+        try:
+            place.rank.result(new.seconds_left)
+        except TimeoutError:
+            pass  # it ends as soon as it has begun
+        except BaseException:
+            self._core.give_back(place)
+            raise
+        return self._core.start_at(place, new, RequestHandle)
 
 
 def _deliver_finished(

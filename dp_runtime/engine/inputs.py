@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
+from math import inf
+from time import monotonic
 from typing import cast
 
 import numpy as np
@@ -29,6 +31,11 @@ class NewRequest:
 
     request: RankRequest
     dp_rank: int | None
+    deadline: float = inf  # time.monotonic()
+
+    @property
+    def seconds_left(self) -> float | None:
+        return None if self.deadline == inf else max(0.0, self.deadline - monotonic())
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +77,7 @@ class RequestFactory:
 
     def _make(self, prompt: object, params: SamplingParams, dp_rank: object) -> NewRequest:
         """The request as a rank gets it."""
+        deadline = inf if params.timeout_s is None else monotonic() + params.timeout_s
         given = _GivenPrompt.read(prompt)
         tokens = self._truncated(given, self._tokens(given), params)
         self._check_tokens(given.field, tokens)
@@ -91,7 +99,7 @@ class RequestFactory:
         request_id = next(self._ids)
         seed = derive_seed(self.seed, request_id) if params.seed is None else params.seed
         request = RankRequest(request_id, tokens, params, seed, ends, embeds, bad_words)
-        return NewRequest(request, rank)
+        return NewRequest(request, rank, deadline)
 
     @cached_property
     def _grammars(self) -> GrammarTrial:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from dp_runtime.engine.deadlines import Deadlines
 from dp_runtime.engine.rank_group import RankGroup
 from dp_runtime.errors import EngineClosed
 
@@ -33,8 +34,9 @@ def weakly(method: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def bind_lifetime(engine: Disownable, group: RankGroup) -> None:
+def bind_lifetime(engine: Disownable, group: RankGroup, deadlines: Deadlines) -> None:
     """Close the group once nobody holds the engine, and disown the engine in forked children."""
+    weakref.finalize(engine, deadlines.close).atexit = False
     weakref.finalize(engine, _close_later, group).atexit = False  # the group sees to the exit
     _engines.add(engine)
 

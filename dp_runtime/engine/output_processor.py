@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,9 @@ class OutputSink(Protocol):
 
     def disown(self, error: BaseException) -> None:
         """Fail in a forked child, without a lock that a thread may have held at the fork."""
+
+
+Live = tuple[RequestLog, OutputSink]
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class OutputProcessor:
     """
 
     def __init__(self) -> None:
-        self._live: dict[int, tuple[RequestLog, OutputSink]] = {}
+        self._live: dict[int, Live] = {}
         self._lock = threading.Lock()  # of adding and removing
+        self._under_way: set[object] = set()
+        self._done = threading.Condition()
 
     def get(self, request_id: int) -> RequestLog | None:
         live = self._live.get(request_id)
@@ -72,6 +78,28 @@ class OutputProcessor:
         with self._lock:
             return self._live.pop(request_id, None) is not None
 
+    @contextmanager
+    def delivering(self) -> Iterator[None]:
+        """Hold off `take` until what is processed here has been delivered."""
+        this = object()
+        with self._done:
+            self._under_way.add(this)
+        try:
+            yield
+        finally:
+            with self._done:
+                self._under_way.remove(this)
+                self._done.notify_all()
+
+    def take(self, request_ids: Sequence[int]) -> list[Live]:
+        """Return those that were live; nothing is, or will be, delivered to them by others."""
+        with self._lock:
+            found = [self._live.pop(each) for each in request_ids if each in self._live]
+        with self._done:
+            before = {*self._under_way}
+            self._done.wait_for(lambda: before.isdisjoint(self._under_way))
+        return found
+
     def of_ranks(self, dp_ranks: Collection[int]) -> list[RequestLog]:
         """Return the live requests of some ranks in the order of their arrival."""
         with self._lock:
@@ -84,7 +112,7 @@ class OutputProcessor:
             live = self._live.get(update.request_id)
             if live is None:
                 continue  # NOTE: ended by a stop string; the rank has not heard of it yet
-            delivery = _apply(*live, update)
+            delivery = apply(*live, update)
             if delivery is not None and (not delivery.ends or self.remove(update.request_id)):
                 deliveries.append(delivery)
         return deliveries
@@ -103,7 +131,8 @@ class OutputProcessor:
         return [Delivery(log, sink, error) for log, sink in live.values()]
 
 
-def _apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery | None:
+def apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery | None:
+    """Apply an update; None if it brings nothing for the user."""
     if update.error:
         return Delivery(log, sink, RequestFailed(f"request {log.request_id}: {update.error}"))
     rank_goes_on = update.finish_reason is None

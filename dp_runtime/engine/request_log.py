@@ -79,6 +79,16 @@ class RequestLog:
         num_scored = len(self.prompt_logprobs)
         return replace(self.request, outputs=tuple(self.token_ids), num_scored=num_scored)
 
+    def end_here(self, reason: FinishReason) -> RequestUpdate:
+        return RequestUpdate(self.request_id, len(self.token_ids), finish_reason=reason)
+
+    def end_without_rank(self) -> RequestUpdate:
+        """What a request hears that no rank goes on with."""
+        if self.abort_asked:
+            return self.end_here(FinishReason.ABORT)
+        cause = f"{1 + self.num_losses} ranks were lost while they served it"
+        return RequestUpdate.failed(self.request_id, len(self.token_ids), cause)
+
     def _arrive(self, count: int) -> None:
         now, first = monotonic(), not self.arrivals
         before = self.submitted_at if first else self.arrivals[-1][0]

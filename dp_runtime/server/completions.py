@@ -124,7 +124,7 @@ class CompletionChoice:
         body, reason, output = self._body, delta.finish_reason, self._handle.output
         if body.only_scores:
             delta = replace(delta, text="", token_ids=(), logprobs=())
-            reason = FinishReason.LENGTH
+            reason = FinishReason.LENGTH if reason is FinishReason.STOP else reason
         echoes = first and body.echo
         content = {
             "index": self._index,

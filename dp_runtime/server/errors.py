@@ -59,8 +59,12 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        retry = self.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-        return {"Retry-After": str(RETRY_AFTER_S)} if retry else {}
+        match self.status:
+            case HTTPStatus.TOO_MANY_REQUESTS | HTTPStatus.SERVICE_UNAVAILABLE:
+                return {"Retry-After": str(RETRY_AFTER_S)}
+            case HTTPStatus.GATEWAY_TIMEOUT:  # the client's own limit: OpenAI's client reads this
+                return {"X-Should-Retry": "false"}
+        return {}
 
     @property
     def body(self) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from time import time
 
-from dp_runtime.core.request import RequestDelta, RequestOutput
+from dp_runtime.core.request import FinishReason, RequestDelta, RequestOutput
 from dp_runtime.engine.async_handle import AsyncRequestHandle
-from dp_runtime.server.errors import refuse
+from dp_runtime.server.errors import ApiError, refuse
 
 MAX_ID_LENGTH = 256
 
@@ -41,7 +42,14 @@ class Job:
         return count
 
     async def outputs(self) -> list[RequestOutput]:
-        return [await handle.result() for handle in self.handles]
+        """Return what all choices have; ApiError 504 if time was over before the first token."""
+        outputs = [await handle.result() for handle in self.handles]
+        late = all(each.finish_reason is FinishReason.TIMEOUT for each in outputs)
+        if late and not any(each.token_ids for each in outputs):
+            seconds = self.handles[0].request.params.timeout_s
+            message = f"no token came within {seconds:g} s (timeout_s)"
+            raise ApiError(HTTPStatus.GATEWAY_TIMEOUT, message, "timeout_s", "request_timeout")
+        return outputs
 
     async def deltas(self) -> AsyncIterator[tuple[int, RequestDelta]]:
         """Yield the deltas of all choices as they come, each with its choice's index."""

@@ -70,6 +70,14 @@ class Admission:
             self._hand_out()
         return place
 
+    def take(self, place: Place) -> int:
+        """Return the rank of a place; above the limit if it is not yet this one's turn."""
+        with self._lock:
+            if place in self._waiting:
+                self._waiting.remove(place)
+                place.rank.set_result(self._loads.take(place.tokens, place.dp_rank))
+        return place.rank.result()
+
     def give_back(self, place: Place) -> None:
         """Take back a place, whether the caller still waits for it or has got it."""
         with self._lock:

@@ -17,7 +17,7 @@ SAMPLING_FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos",
     "skip_special_tokens", "prompt_logprobs", "logit_bias", "include_stop_str_in_output",
-    "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "priority",
+    "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "priority", "timeout_s",
 )  # fmt: skip
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # each is looked for at every character
@@ -116,6 +116,7 @@ class GenerationBody(Body):
     allowed_token_ids: TokenIds | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
     truncate_prompt_tokens: int | None = None
     priority: int | None = None
+    timeout_s: float | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     return_token_ids: bool = False

@@ -205,10 +205,10 @@ def test_results_that_are_finished_are_delivered_when_the_engine_fails(model: Pa
     config = EngineConfig(str(model), launcher="thread", max_model_len=2048)
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2000, 3)]
     with Engine(config) as engine:
-        second: Any = engine._core.start
+        second: Any = engine._core.start_at
 
-        def fail_later(*arguments: Any, wait: bool) -> Any:
-            handle = second(*arguments, wait)
+        def fail_later(*arguments: Any) -> Any:
+            handle = second(*arguments)
 
             def end() -> None:
                 handle.result()
@@ -218,7 +218,7 @@ def test_results_that_are_finished_are_delivered_when_the_engine_fails(model: Pa
                 threading.Thread(target=end).start()
             return handle
 
-        engine._core.start = fail_later  # type: ignore[method-assign, assignment]
+        engine._core.start_at = fail_later  # type: ignore[method-assign, assignment]
         with pytest.raises(RankFailed, match="gone"):
             engine.generate(["a", "b"], params, on_output=delivered.__setitem__)
     assert {index: len(made.token_ids) for index, made in delivered.items()} == {1: 3}

@@ -131,6 +131,36 @@ def test_a_full_queue_is_told_before_the_body_is_read(served: Served, key: dict[
     served.check_idle()
 
 
+def test_a_request_without_a_token_in_time_is_a_504(served: Served, key: dict[str, str]) -> None:
+    body = {"prompt": ["a", "b"], "timeout_s": 1e-6}
+    chat = {"messages": [{"role": "user", "content": "a"}], "timeout_s": 1e-6}
+    with served.client(headers=key) as client:
+        for path, one in (("completions", body), ("chat/completions", chat)):
+            answer = client.post(f"/v1/{path}", json=one)
+            assert answer.status_code == 504
+            assert answer.headers["x-should-retry"] == "false"
+            assert answer.json()["error"] == {
+                "message": "no token came within 1e-06 s (timeout_s)", "type": "server_error",
+                "param": "timeout_s", "code": "request_timeout",
+            }  # fmt: skip
+            lines = client.post(f"/v1/{path}", json=one | {"stream": True}).text.split("\n\n")
+            assert lines[-2:] == ["data: [DONE]", ""]
+            last = json.loads(lines[-3].removeprefix("data: "))
+            assert last["choices"][0]["finish_reason"] == "timeout"
+        assert client.post("/v1/completions", json=body | {"timeout_s": 0}).status_code == 400
+    served.check_idle()
+
+
+def test_a_late_request_has_what_came_in_time(served: Served, key: dict[str, str]) -> None:
+    body = ENDLESS | {"timeout_s": 0.5, "return_token_ids": True}
+    with served.client(headers=key) as client:
+        answer = client.post("/v1/completions", json=body).json()
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "timeout"
+    assert 0 < len(choice["token_ids"]) == answer["usage"]["completion_tokens"] < 1900
+    served.check_idle()
+
+
 def test_a_client_that_leaves_takes_its_request_along(served: Served, key: dict[str, str]) -> None:
     with served.client(headers=key) as client:
         with pytest.raises(httpx.ReadTimeout):
