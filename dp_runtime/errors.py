@@ -115,6 +115,10 @@ class EngineOverloaded(RuntimeError):
         return f"{unfinished}, and {self.limit} may be (max_queued_requests){waiting}"
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came before there was anything that it could drain."""
+
+
 class EngineClosed(OneLineError):
     """The engine was used after close()."""
 

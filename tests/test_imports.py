@@ -1,8 +1,11 @@
 """Who may import whom, and what a CPU run never loads."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,44 @@ def test_flashinfer_is_imported_by_its_backends_only() -> None:
     for package in ("dp_runtime", "workers", "collectives"):
         users = {line.split(":")[0] for line in offenders(package, ("flashinfer",))}
         assert all(user.startswith("dp_runtime/attention/") for user in users)
+
+
+OWN = {"dp_runtime", "workers", "collectives", "tests"}
+BROUGHT = {"triton", "grpcio"}  # by torch, and by ray[default]
+EXTRAS = {  # beside those that every installation has
+    "dp_runtime/server": {"serve"},
+    "dp_runtime/chat": {"serve"},
+    "dp_runtime/cli": {"serve"},
+    "dp_runtime/metrics": {"serve"},
+    "dp_runtime/structured": {"structured"},
+    "dp_runtime/attention": {"gpu"},
+    "dp_runtime/kernels": {"gpu"},
+    "workers/ray_cluster": {"serve"},  # to read metrics, where they are exported
+}
+
+
+def test_what_is_imported_is_listed_in_pyproject() -> None:
+    """By name, not only as a requirement of what is listed: that may change with its version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = {name: named(given) for name, given in project["optional-dependencies"].items()}
+    distributions = packages_distributions()
+    for package in ("dp_runtime", "workers", "collectives"):
+        for path in (ROOT / package).rglob("*.py"):
+            parent = "/".join(path.relative_to(ROOT).parts[:2])
+            allowed = named(project["dependencies"]) | BROUGHT
+            allowed = allowed.union(*(known[extra] for extra in EXTRAS.get(parent, ())))
+            tops = {name.split(".")[0] for name in imports(path)} - OWN - sys.stdlib_module_names
+            for top in tops:
+                found = {normal(name) for name in distributions.get(top, [top])}
+                assert found & allowed, f"{path.relative_to(ROOT)} imports {top}"
+
+
+def named(requirements: list[str]) -> set[str]:
+    return {normal(re.split(r"[\s\[<>=;]", each, maxsplit=1)[0]) for each in requirements}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @pytest.fixture(scope="module")

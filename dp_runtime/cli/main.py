@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,7 @@ from dp_runtime.errors import (
     RequestFailed,
     ServerSilent,
     StartError,
+    Terminated,
     one_line,
 )
 from dp_runtime.metrics.log import log_to_stderr
@@ -27,7 +29,10 @@ FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, ServerSilent, W
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 2 for a mistake of the user, 1 for what failed without one, 130 after Ctrl-C."""
+    """Return 2 for a mistake of the user, 1 for what failed without one, 130 after Ctrl-C.
+
+    143 is for SIGTERM before there was anything to drain.
+    """
     open_closed_streams()
     escape_unprintable()
     options = _parser().parse_args(arguments)
@@ -37,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, *FAILURES) as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:

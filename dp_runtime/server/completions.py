@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from dp_runtime.core.request import FinishReason, Prompt, RequestDelta, RequestOutput, TokenLogprob
 from dp_runtime.engine.async_handle import AsyncRequestHandle
 from dp_runtime.server.answers import EventStream, JsonAnswer, as_json
-from dp_runtime.server.jobs import Job
+from dp_runtime.server.jobs import Job, stop_reason
 from dp_runtime.server.logprobs import CompletionLogprobs, TokenNames, named_logprobs
 from dp_runtime.server.protocol.completions import CompletionBody
 from dp_runtime.server.protocol.fields import RankHeader
@@ -121,7 +121,7 @@ class CompletionChoice:
 
     def chunk(self, delta: RequestDelta) -> Content:
         first, self.begun = not self.begun, True
-        body, reason, output = self._body, delta.finish_reason, self._handle.output
+        body, reason = self._body, delta.finish_reason
         if body.only_scores:
             delta = replace(delta, text="", token_ids=(), logprobs=())
             reason = FinishReason.LENGTH if reason is FinishReason.STOP else reason
@@ -131,7 +131,7 @@ class CompletionChoice:
             "text": self._prompt_text + delta.text if echoes else delta.text,
             "logprobs": self._logprobs_of(delta, echoes),
             "finish_reason": reason,
-            "stop_reason": output.stop_reason if reason and output else None,
+            "stop_reason": stop_reason(self._handle) if reason else None,
         }
         if body.return_token_ids:
             content["token_ids"] = delta.token_ids

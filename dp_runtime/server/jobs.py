@@ -14,6 +14,13 @@ from dp_runtime.server.errors import ApiError, refuse
 MAX_ID_LENGTH = 256
 
 
+def stop_reason(handle: AsyncRequestHandle) -> str | int | None:
+    """The stop string, or which of its stop_token_ids ended a request; end-of-text is no reason."""
+    found = handle.output.stop_reason if handle.output else None
+    asked = isinstance(found, str) or found in handle.request.params.stop_token_ids
+    return found if asked else None
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """The engine's requests for one HTTP request, in the order of its choices."""

@@ -12,6 +12,7 @@ from types import FrameType
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.engine.async_engine import AsyncEngine
+from dp_runtime.errors import Terminated
 from dp_runtime.server.config import LOOPBACK, ServerConfig
 from dp_runtime.server.listener import Listener
 from dp_runtime.server.ports import Port, by_process, listening_ports
@@ -44,7 +45,7 @@ class Signals:
     def _take(self, number: int, frame: FrameType | None) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
         if self._starting:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def serve(
@@ -52,7 +53,7 @@ def serve(
     config: ServerConfig,
     on_drained: Callable[[AsyncEngine], None] = lambda engine: None,
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; KeyboardInterrupt if that came before the engine was ready.
+    """Serve until SIGTERM or Ctrl-C; before the engine is ready, Terminated or KeyboardInterrupt.
 
     `on_drained` is called before the engine closes.
     """
@@ -63,13 +64,13 @@ def serve(
     listener = Listener(state)
     _announce(listener, config)
     try:
-        engine = AsyncEngine(engine_config, show_progress=True)
+        engine = _started(engine_config)
         signals.started()
         try:
             gc.collect()
             gc.freeze()  # what has started stays: walking over it would hold up all streams
             state.serve(engine)
-            _say_ready(state, engine_config.dp_size)
+            _say_ready(state, listener, engine_config.dp_size)
             while not signals.stop.wait(LOOK_EVERY_S):
                 if listener.failed:
                     raise RuntimeError("the thread that serves HTTP has ended")
@@ -80,6 +81,15 @@ def serve(
             state.let_go()
     finally:
         listener.close(signals.hurry)
+
+
+def _started(config: EngineConfig) -> AsyncEngine:
+    try:
+        return AsyncEngine(config, show_progress=True)
+    except SystemExit as end:  # as SIGTERM unwinds a program where Ray has taken it
+        if end.code == signal.SIGTERM:
+            raise Terminated from None
+        raise
 
 
 def _allow_files(count: int) -> None:
@@ -94,22 +104,40 @@ def _allow_files(count: int) -> None:
                        allowed, fits)  # fmt: skip
 
 
-def _say_ready(state: ServerState, dp_size: int) -> None:
-    if state.sampling_defaults:
-        values = ", ".join(f"{name} {value}" for name, value in state.sampling_defaults.items())
-        print(f"requests that leave it out get {values}: generation_config.json says so")
-    _tell_ports(listening_ports())
+def _say_ready(state: ServerState, listener: Listener, dp_size: int) -> None:
+    """Print what was chosen: what a user would ask for first where an answer surprises."""
+    ports = listening_ports()
+    print(*start_report(state, listener.url, ports), sep="\n")
+    if opened := [port for port in ports if not port.is_local]:
+        logger.warning("reached from other hosts: %s; docs/security.md", by_process(opened))
     print(f"ready: {state.model_name} on {dp_size} ranks", flush=True)
 
 
-def _tell_ports(ports: Sequence[Port]) -> None:
-    print(f"all ports, by process: {by_process(ports)}")
-    if opened := [port for port in ports if not port.is_local]:
-        logger.warning("reached from other hosts: %s; docs/security.md", by_process(opened))
+def start_report(state: ServerState, url: str, ports: Sequence[Port]) -> list[str]:
+    """One line for each kind of choice."""
+    engine, config = state.engine, state.config
+    defaults = ", ".join(f"{name} {value}" for name, value in state.sampling_defaults.items())
+    chats = "none: the model's directory has no tokenizer.json"
+    if engine.tokenizer is not None:
+        chats = state.chats.description
+    lines = {
+        "HTTP": f"{url}, {_key(config)}",
+        "all ports, by process": by_process(ports),
+        "model": f"{engine.config.model}, prompt and answer of {engine.model.max_model_len} tokens",
+        "chats": chats,
+        "sampling": f"who leaves it out gets {defaults or 'the defaults of docs/settings.md'}",
+        "limits": f"{engine.config.max_queued_requests} unfinished requests, "
+        f"{config.max_in_flight} in flight, {config.max_connections} connections, "
+        f"{config.max_body_bytes} bytes of a body",
+    }
+    return [f"{name}: {value}" for name, value in lines.items()]
+
+
+def _key(config: ServerConfig) -> str:
+    return "clients bring an API key" if config.api_key else "no API key is asked for"
 
 
 def _announce(listener: Listener, config: ServerConfig) -> None:
-    key = "clients bring an API key" if config.api_key else "no API key is asked for"
-    print(f"listening on {listener.url}: HTTP, {key}", flush=True)
+    print(f"listening on {listener.url}: HTTP, {_key(config)}", flush=True)
     if config.host not in (LOOPBACK, "localhost", "::1") and config.api_key is None:
         logger.warning("whoever reaches %s may use this server: set --api-key", listener.url)

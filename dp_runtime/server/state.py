@@ -170,6 +170,8 @@ class ServerState:
         requests: list[NewRequest] = []
         num_tokens = 0
         for prompt in prompts:
+            if isinstance(prompt, str) and body.add_special_tokens is False:
+                prompt = self.needed_tokenizer.encode(prompt, add_special_tokens=False)
             for params_of_choice in _of_choices(params, body.n):
                 requests.append(self.engine.checked(prompt, params_of_choice, body.dp_rank))
                 prompt = requests[-1].request.prompt_token_ids

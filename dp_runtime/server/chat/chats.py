@@ -53,7 +53,7 @@ class Chats:
         templates = ChatTemplates.read(files, instead)
         parsers = Parsers.choose(config.tool_parser, config.reasoning_parser, templates.text)
         chats = cls(templates, parsers, tokenizer, config)
-        chats._log_choices()
+        chats._warn_of_hidden_tags()
         return chats
 
     @property
@@ -94,13 +94,15 @@ class Chats:
             raise refuse("chat_template", given, f"{allowed} lets clients bring one")
         return ChatTemplate.read(given, self.templates.special_tokens, "chat_template")
 
-    def _log_choices(self) -> None:
+    @property
+    def description(self) -> str:
         names, parsers = ", ".join(self.templates.by_name), self.parsers
         where = "the checkpoint's" if self.config.chat_template is None else "--chat-template"
-        logger.info(
-            "chat templates: %s (%s); tool calls are read as %s, thoughts as %s",
-            names or "none", where, parsers.tools, parsers.reasoning,
-        )  # fmt: skip
+        told = f"tool calls are read as {parsers.tools}, thoughts as {parsers.reasoning}"
+        return f"{where} template ({names}); {told}" if names else f"no template; {told}"
+
+    def _warn_of_hidden_tags(self) -> None:
+        parsers = self.parsers
         tags = [OPEN, CLOSE] if parsers.tools is not ToolParser.NONE else []
         tags += [BEGIN, END] if self.reasons else []
         if hidden := set(tags) & set(self.tokenizer.special_tokens.values()):

@@ -10,6 +10,7 @@ from dp_runtime.chat.reasoning import ReasoningTokens, Thought
 from dp_runtime.core.request import FinishReason, RequestDelta, RequestOutput, TokenLogprob
 from dp_runtime.engine.async_handle import AsyncRequestHandle
 from dp_runtime.server.chat.chats import ChatPrompt, Chats
+from dp_runtime.server.jobs import stop_reason
 from dp_runtime.server.logprobs import TokenNames, chat_logprobs
 from dp_runtime.server.protocol.chat import ChatBody
 from dp_runtime.text.text_stream import text_stream
@@ -100,11 +101,10 @@ class ChatChoice:
         return content
 
     def _end(self, reason: FinishReason) -> Content:
-        output = self._handle.output
         called = self._calls and reason is FinishReason.STOP
         return {
             "finish_reason": "tool_calls" if called else reason,
-            "stop_reason": output.stop_reason if output else None,
+            "stop_reason": stop_reason(self._handle),
         }
 
 

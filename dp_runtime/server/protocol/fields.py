@@ -93,6 +93,10 @@ class GenerationBody(Body):
     service_tier: str | None = NOT_USED
     safety_identifier: str | None = NOT_USED
     prompt_cache_key: str | None = NOT_USED
+    prompt_cache_retention: str | None = NOT_USED
+    store: bool | None = NOT_USED
+    cache_salt: str | None = NOT_USED
+    session_id: str | None = NOT_USED
     spaces_between_special_tokens: bool | None = NOT_USED
     request_id: str | None = None
     dp_rank: int | None = Field(None, description="the rank that serves the request")
@@ -115,6 +119,9 @@ class GenerationBody(Body):
     bad_words: Annotated[list[Stop], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
     allowed_token_ids: TokenIds | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
     truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="false for a chat unless set: its template writes them; else true"
+    )
     priority: int | None = None
     timeout_s: float | None = None
     response_format: dict[str, Any] | None = None

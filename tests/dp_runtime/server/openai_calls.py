@@ -16,9 +16,11 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from dp_runtime import RequestOutput
 from tests.dp_runtime.server.served import MODEL, WAIT_S, Served
 
 KEY = "none"
+EOS = 0  # of the tiny model
 USAGE = {"stream_options": {"include_usage": True}}
 Content = dict[str, Any]
 
@@ -139,6 +141,11 @@ class ChatCompletions(Calls):
         kind.model_validate_json(answer.to_json(), strict=True)
         content: Content = json.loads(answer.to_json())
         return content
+
+
+def told_stop_reason(output: RequestOutput) -> str | int | None:
+    """Over HTTP, end-of-text is no stop token."""
+    return None if output.stop_reason == EOS else output.stop_reason
 
 
 def joined(chunks: Sequence[Content]) -> Content:

@@ -16,6 +16,7 @@ from tests.dp_runtime.server.openai_calls import (
     Content,
     check_alike,
     joined,
+    told_stop_reason,
 )
 from tests.dp_runtime.server.served import Served, serving
 
@@ -76,9 +77,8 @@ def check_choice(choice: Content, expected: RequestOutput) -> None:
     assert choice["text"] == expected.text
     assert choice["token_ids"] == list(expected.token_ids)
     assert choice["prompt_token_ids"] == list(expected.prompt_token_ids)
-    assert (choice["finish_reason"], choice["stop_reason"]) == (
-        expected.finish_reason, expected.stop_reason,
-    )  # fmt: skip
+    reasons = (choice["finish_reason"], choice["stop_reason"])
+    assert reasons == (expected.finish_reason, told_stop_reason(expected))
     if expected.logprobs is None:
         assert choice["logprobs"] is None
     else:

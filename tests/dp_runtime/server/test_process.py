@@ -45,6 +45,17 @@ def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(line[6:])
 
 
+def check_report(lines: list[str]) -> None:
+    *_, http, _, model, chats, sampling, limits, ready = lines
+    assert re.fullmatch(r"HTTP: http://127.0.0.1:\d+, clients bring an API key", http)
+    assert re.fullmatch(r"model: \S+/tiny_model, prompt and answer of 2048 tokens", model)
+    due = "tool calls are read as hermes, thoughts as none"
+    assert chats == f"chats: the checkpoint's template (default); {due}"
+    assert sampling.startswith("sampling: who leaves it out gets ")
+    assert "4096 in flight, 8192 connections" in limits
+    assert ready.startswith("ready: ")
+
+
 def test_from_start_to_drain() -> None:
     environment = {"DP_RUNTIME_API_KEY": "sésame"}
     flags = ("--collective", "torch_distributed", "--drain-timeout-s", "600")
@@ -56,6 +67,7 @@ def test_from_start_to_drain() -> None:
             server.wait_for("ready: tiny_model on 2 ranks")
             assert client.get("/health").json()["status"] == "ok"
             assert told(server) == listening(server.look())
+            check_report(server.lines)
             with client.stream("POST", "/v1/completions", json=LONG) as answer:
                 events = events_of(answer)
                 next(events)
@@ -105,7 +117,7 @@ def test_a_start_that_is_interrupted_leaves_nothing(
         while not any(process.name().startswith(begun) for process in server.look()):
             assert server.process.poll() is None
         server.signal(number)
-        assert server.end() == 130
+        assert server.end() == 128 + number
     assert "error" not in server.text.lower()
 
 

@@ -54,3 +54,30 @@ def test_a_recommendation_that_can_not_be_followed_ends_the_start(tmp_path: Path
 def test_a_checkpoint_need_not_recommend_anything(tmp_path: Path) -> None:
     assert read_sampling_defaults(str(tmp_path)) == {}
     assert read_sampling_defaults(str(TINY_MODEL)) == {}
+
+
+def test_special_tokens_are_added_to_a_text_and_to_no_chat_unless_told(tmp_path: Path) -> None:
+    model = model_that_recommends(tmp_path)
+    path = model / "tokenizer.json"
+    path.unlink()
+    begin = {"SpecialToken": {"id": "b", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"b": {"id": "b", "ids": [7], "tokens": ["b"]}},
+    }  # fmt: skip
+    given = json.loads((TINY_MODEL / "tokenizer.json").read_text())
+    path.write_text(json.dumps(given | {"post_processor": processor}))
+    text, chat = {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}
+    short = {"max_tokens": 1, "return_token_ids": True}
+    with serving(model=str(model), dp_size=1) as served:
+        for said, fields in ((None, {}), (True, {"add_special_tokens": True}),
+                             (False, {"add_special_tokens": False})):  # fmt: skip
+            tokens = served.post("/tokenize", **text, **fields).json()["tokens"]
+            assert (tokens[0] == 7) is (said is not False)
+            (choice,) = served.post("/v1/completions", **text, **short, **fields).json()["choices"]
+            assert choice["prompt_token_ids"] == tokens
+            tokens = served.post("/tokenize", **chat, **fields).json()["tokens"]
+            assert (tokens[0] == 7) is (said is True)
+            answer = served.post("/v1/chat/completions", **chat, **short, **fields).json()
+            assert answer["prompt_token_ids"] == tokens
