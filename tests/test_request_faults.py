@@ -10,15 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLExecutor
 
-from dp_runtime import Engine, EngineConfig, SamplingParams
+from dp_runtime import Engine, EngineConfig, SamplingParams, StructuredOutputs
+from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.core.request import FinishReason, PromptEmbeds, RankRequest
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
+from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import RequestFailed
 from dp_runtime.sampling.request_sampling import RequestSampling
 from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.request_state import RequestState
 from dp_runtime.scheduler.scheduler import Scheduler
+from dp_runtime.structured.grammar_compiler import GrammarCompiler
+from dp_runtime.structured.grammar_follower import GrammarFollower
+from dp_runtime.structured.structured_state import StructuredState
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free, pools_of
 from tests.workers.engines import engine as process_engine
@@ -44,6 +50,12 @@ def thread_engine(model: Path, **fields: Any) -> Engine:
 @pytest.fixture(scope="module")
 def serving(model: Path) -> Iterator[Engine]:
     with thread_engine(model) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def writing() -> Iterator[Engine]:
+    with thread_engine(TINY_MODEL) as one:
         yield one
 
 
@@ -84,6 +96,83 @@ STAGES: dict[str, tuple[type, str, Callable[..., Sequence[int]]]] = {
         Sampler, "prompt_logprobs", lambda self, logits_of, ids, n: [7, *ids.tolist()]
     ),
 }  # fmt: skip
+
+
+TEXT_STAGES: dict[str, tuple[type, str, Callable[..., Sequence[int]]]] = {
+    "text": (RequestLog, "_read", lambda self, update: self.request.prompt_token_ids),
+    "output": (RequestLog, "_finished", lambda self, *end: self.request.prompt_token_ids),
+    "arrival": (RequestLog, "_arrive", lambda self, count: self.request.prompt_token_ids),
+}
+
+
+@pytest.mark.parametrize("stage", TEXT_STAGES)
+def test_an_exception_on_the_driver_ends_its_request(
+    stage: str, writing: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, prompt_of = TEXT_STAGES[stage]
+    monkeypatch.setattr(owner, name, raising_for_marked(getattr(owner, name), prompt_of))
+    params = SamplingParams(max_tokens=4, stop="no such text", logprobs=1, ignore_eos=True)
+    check_the_others(
+        writing,
+        lambda dp_rank: writing.submit(MARKED, params, dp_rank),
+        r"^request \d+: KeyError: 'planted'$",
+    )
+
+
+@pytest.mark.parametrize("at", ["compile", "advance", "mask"])
+def test_an_exception_of_its_grammar_ends_its_request(
+    at: str, writing: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others with grammars, in the same step, are served on."""
+    bad = StructuredOutputs(regex="[0-9]{40}")
+    good = replace(GREEDY, structured_outputs=StructuredOutputs(regex="[0-9a-f]{30}"))
+    expected = writing.generate([[5, 6]], good)[0].token_ids
+    match at:
+        case "compile":
+            real = GrammarCompiler.matcher
+
+            def compiled(self: GrammarCompiler, wanted: StructuredOutputs) -> Any:
+                if wanted == bad:
+                    raise KeyError("planted")
+                return real(self, wanted)
+
+            monkeypatch.setattr(GrammarCompiler, "matcher", compiled)
+        case "advance":
+            guarded = GrammarFollower.guarded
+
+            def fail(self: GrammarFollower, work: Any, *given: Any) -> None:
+                fails = self.request.params.structured_outputs == bad and self.num_outputs > 2
+                guarded(self, {}.__getitem__ if fails else work, *(["planted"] if fails else given))
+
+            monkeypatch.setattr(GrammarFollower, "guarded", fail)
+        case "mask":
+            monkeypatch.setattr(StructuredState, "_executor", property(FailingExecutor.of))
+    beside = []
+
+    def submit(dp_rank: int) -> Any:
+        beside.append(writing.submit([5, 6], good, dp_rank))
+        return writing.submit(MARKED, replace(GREEDY, structured_outputs=bad), dp_rank)
+
+    check_the_others(writing, submit, "KeyError: 'planted'")
+    assert [handle.result(60).token_ids for handle in beside] == [expected] * len(beside)
+
+
+class FailingExecutor:
+    """Fails for all that it is given at once if one of it is marked, as a library would."""
+
+    def __init__(self, state: StructuredState) -> None:
+        self._real, self._followers = LLExecutor(2), state._followers
+
+    @classmethod
+    def of(cls, state: StructuredState) -> FailingExecutor:
+        return cls(state)
+
+    def unsafe_compute_mask_ptr(self, entries: list[Any], *into: int) -> None:
+        given = [matcher for matcher, _ in entries]
+        for follower in self._followers.values():
+            if follower.matcher in given and follower.request.prompt_token_ids[:3] == MARKED:
+                raise KeyError("planted")
+        self._real.unsafe_compute_mask_ptr(entries, *into)
 
 
 @pytest.mark.parametrize("stage", STAGES)

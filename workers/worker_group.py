@@ -141,9 +141,11 @@ class WorkerGroup:
         """Give requests to a rank; one whose rank is lost waits for the engine's next answer."""
         self._check_owner()
         with self._lock:
-            if dp_rank in self._state.lost:
-                return
-            submitted = self._ranks.seat(dp_rank).call(Submit(requests))
+            if dp_rank not in self._state.lost:
+                self._send(dp_rank, requests)
+
+    def _send(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
+        submitted = self._ranks.seat(dp_rank).call(Submit(requests))
         submitted.add_done_callback(lambda done: self._refused(dp_rank, requests, done))
 
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
@@ -234,7 +236,7 @@ class WorkerGroup:
         def resume(requests: dict[int, list[RankRequest]]) -> None:
             with self._lock:
                 for dp_rank, some in requests.items():
-                    self._ranks.seat(dp_rank).call(Submit(some))
+                    self._send(dp_rank, some)
                 self._state = replace(
                     self._state, epoch=self._epochs.number, recovering=False, lost=frozenset()
                 )
@@ -294,7 +296,5 @@ class WorkerGroup:
         error = submitted.exception()
         if error is not None and not isinstance(error, RankFailed):
             text = f"{type(error).__name__}: {error}"
-            updates = [
-                RequestUpdate(one.request_id, len(one.outputs), error=text) for one in requests
-            ]
-            self._on_progress(dp_rank, updates)
+            told = [RequestUpdate(one.request_id, len(one.outputs), error=text) for one in requests]
+            self._on_progress(dp_rank, told)

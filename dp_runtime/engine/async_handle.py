@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from dp_runtime.core.request import RankRequest, RequestDelta, RequestOutput, TokenLogprob
-from dp_runtime.engine.core import Abort
 from dp_runtime.engine.delta_queue import DeltaQueue
-from dp_runtime.engine.output_processor import Delivery
+from dp_runtime.engine.output_processor import Delivery, Ends
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import fresh
 
@@ -19,11 +18,11 @@ class AsyncRequestHandle:
     It belongs to the event loop in which it was made, and only that loop's thread uses it.
     """
 
-    def __init__(self, log: RequestLog, on_abort: Abort, news: asyncio.Event) -> None:
+    def __init__(self, log: RequestLog, ends: Ends, news: asyncio.Event) -> None:
         self.loop = asyncio.get_running_loop()
         self.news = news  # set when something has come, for any of those submitted together
         self._log = log
-        self._on_abort = on_abort
+        self._ends = ends
         self._deltas = DeltaQueue()
         self._ended = asyncio.Event()
         self._output: RequestOutput | None = None
@@ -72,7 +71,11 @@ class AsyncRequestHandle:
     def abort(self) -> None:
         """End the request where it is; its result says `abort` unless it was already done."""
         if not self.done:
-            self._on_abort(self.request_id)
+            self._ends.abort(self.request_id)
+
+    def abandon(self) -> None:
+        if not self.done:
+            self._ends.abandon(self.request_id)
 
     async def next_delta(self) -> RequestDelta | None:
         """Return the next delta once there is one, None after the last; cancellation aborts."""
@@ -130,7 +133,7 @@ class AsyncRequestStream(AsyncIterator[RequestDelta]):
         self.handle.abort()
 
     def __del__(self) -> None:
-        self.close()
+        self.handle.abandon()
 
 
 def deliver_in_loops(deliveries: Sequence[Delivery]) -> None:

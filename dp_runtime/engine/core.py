@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from dp_runtime.engine.deadlines import Deadlines
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.metrics_export import export_periodically
-from dp_runtime.engine.output_processor import Delivery, OutputProcessor, OutputSink, apply
+from dp_runtime.engine.output_processor import Delivery, Ends, OutputProcessor, OutputSink, apply
 from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.routing.admission import Admission, Place
@@ -33,9 +33,8 @@ from dp_runtime.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Delivery]], None]
-Abort = Callable[[int], None]  # request id
 Sink = TypeVar("Sink", bound=OutputSink)
-SinkOf = Callable[[RequestLog, Abort], Sink]
+SinkOf = Callable[[RequestLog, Ends], Sink]
 MAX_REPLAYS = 3  # of a request, which may be what its ranks were lost of
 
 
@@ -70,7 +69,7 @@ class EngineCore:
         balancer = LOAD_BALANCERS[config.routing]()
         self._admission = Admission(balancer, self._group.members, config.max_queued_requests)
         self._outputs = OutputProcessor()
-        self._deadlines = Deadlines(weakly(self._on_late))
+        self._deadlines = Deadlines(weakly(self._on_due))
         self._lock = threading.Lock()
         self._sending = threading.RLock()  # held from a request's log to its submission
         self._closed: BaseException | None = None
@@ -128,7 +127,7 @@ class EngineCore:
             try:
                 rank, pinned = self._admission.settled(rank, tokens), new.dp_rank is not None
                 log = RequestLog(new.request, self._totals_of(rank), self.tokenizer, pinned)
-                sink = sink_of(log, self.abort)
+                sink = sink_of(log, self)
                 with self._lock:
                     self.check_open()
                     self._outputs.add(log, sink)
@@ -140,12 +139,12 @@ class EngineCore:
             if not late:
                 self._submit(log, rank, new)
         if late:
-            self._on_late([log.request_id])
+            self._on_due({log.request_id: FinishReason.TIMEOUT})
         return sink
 
     def _submit(self, log: RequestLog, rank: int, new: NewRequest) -> None:
         if new.deadline < inf:
-            self._deadlines.add(log.request_id, new.deadline)
+            self._deadlines.add(log.request_id, new.deadline, FinishReason.TIMEOUT)
         try:
             self._group.submit(rank, [new.request])
         except BaseException:
@@ -159,6 +158,10 @@ class EngineCore:
             with self._sending:
                 log.abort_asked = True
                 self._group.abort(log.dp_rank, [request_id])
+
+    def abandon(self, request_id: int) -> None:
+        """Abort a request that nobody holds any more; for the collection of garbage."""
+        self._deadlines.add(request_id, 0.0, FinishReason.ABORT)
 
     def step_trace(self) -> tuple[StepTrace, ...]:
         self.check_open()
@@ -216,16 +219,16 @@ class EngineCore:
             self._count_ended(deliveries)
             self._deliver(deliveries)
 
-    def _on_late(self, request_ids: Sequence[int]) -> None:
-        """End requests whose time is over with what they have, whether their ranks answer or not.
+    def _on_due(self, reasons: Mapping[int, FinishReason]) -> None:
+        """End requests at once with what they have, whether their ranks answer or not.
 
         NOTE: what delivers may wait for `_sending`, so nobody who holds it waits for deliveries.
         """
         deliveries = []
-        taken = self._outputs.take(request_ids)
+        taken = self._outputs.take(reasons)
         with self._sending:  # no rank gets them anew meanwhile
             for log, sink in taken:
-                delivery = apply(log, sink, log.end_here(FinishReason.TIMEOUT))
+                delivery = apply(log, sink, log.end_here(reasons[log.request_id]))
                 assert delivery is not None, "what ends a request is told"
                 deliveries.append(delivery)
                 self._group.abort(log.dp_rank, [log.request_id])

@@ -1,29 +1,32 @@
-"""Deadlines: which requests are late."""
+"""Deadlines: which requests are to end now, although nobody waits to say so."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from time import monotonic
+
+from dp_runtime.core.request import FinishReason
 
 
 class Deadlines:
-    """Tells of requests whose time is over, in a thread that the first deadline starts."""
+    """Tells, in a thread of its own, of requests whose time is over, and why they end.
 
-    def __init__(self, on_late: Callable[[Sequence[int]], None]) -> None:
-        self._on_late = on_late
-        self._due: dict[int, float] = {}  # request id: time.monotonic()
+    NOTE: `add` may be called by the collection of garbage, in a thread that holds any lock.
+    """
+
+    def __init__(self, on_due: Callable[[Mapping[int, FinishReason]], None]) -> None:
+        self._on_due = on_due
+        self._due: dict[int, tuple[float, FinishReason]] = {}  # by request id: time.monotonic()
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
         self._closed = False
+        self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
+        self._thread.start()
 
-    def add(self, request_id: int, at: float) -> None:
+    def add(self, request_id: int, at: float, reason: FinishReason) -> None:
         with self._changed:
-            self._due[request_id] = at
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
-                self._thread.start()
-            if at <= min(self._due.values()):
+            self._due[request_id] = at, reason
+            if at <= min(self._due.values())[0]:
                 self._changed.notify()
 
     def remove(self, request_id: int) -> None:
@@ -37,17 +40,17 @@ class Deadlines:
             self._changed.notify()
 
     def _run(self) -> None:
-        while late := self._wait():
-            self._on_late(late)
+        while due := self._wait():
+            self._on_due(due)
 
-    def _wait(self) -> Sequence[int]:
-        """Return the next late requests, once there are some; none after `close`."""
+    def _wait(self) -> Mapping[int, FinishReason]:
+        """Return the next requests that are due, once there are some; none after `close`."""
         with self._changed:
             while not self._closed:
-                now = monotonic()
-                if late := [each for each, at in self._due.items() if at <= now]:
-                    for request_id in late:
+                now, due = monotonic(), list(self._due.items())
+                if ended := {each: reason for each, (at, reason) in due if at <= now}:
+                    for request_id in ended:
                         del self._due[request_id]
-                    return late
-                self._changed.wait(min(self._due.values()) - now if self._due else None)
-        return ()
+                    return ended
+                self._changed.wait(min(self._due.values())[0] - now if due else None)
+        return {}

@@ -30,6 +30,15 @@ class OutputSink(Protocol):
 Live = tuple[RequestLog, OutputSink]
 
 
+class Ends(Protocol):
+    """Ends requests where they are."""
+
+    def abort(self, request_id: int) -> None: ...
+
+    def abandon(self, request_id: int) -> None:
+        """Abort without waiting for a lock that whoever collects garbage may hold."""
+
+
 @dataclass(frozen=True)
 class Delivery:
     log: RequestLog
@@ -91,7 +100,7 @@ class OutputProcessor:
                 self._under_way.remove(this)
                 self._done.notify_all()
 
-    def take(self, request_ids: Sequence[int]) -> list[Live]:
+    def take(self, request_ids: Collection[int]) -> list[Live]:
         """Return those that were live; nothing is, or will be, delivered to them by others."""
         with self._lock:
             found = [self._live.pop(each) for each in request_ids if each in self._live]

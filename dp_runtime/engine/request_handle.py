@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from dp_runtime.core.plain_values import plain_timeout
 from dp_runtime.core.request import RankRequest, RequestDelta, RequestOutput
 from dp_runtime.engine.delta_queue import DeltaQueue
+from dp_runtime.engine.output_processor import Ends
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import fresh, require
 
@@ -15,9 +16,9 @@ from dp_runtime.errors import fresh, require
 class RequestHandle:
     """A submitted request: wait for it, iterate over its deltas, or abort it."""
 
-    def __init__(self, log: RequestLog, on_abort: Callable[[int], None]) -> None:
+    def __init__(self, log: RequestLog, ends: Ends) -> None:
         self._log = log
-        self._on_abort = on_abort
+        self._ends = ends
         self._deltas = DeltaQueue()
         self._changed = threading.Condition()
         self._output: RequestOutput | None = None
@@ -64,7 +65,11 @@ class RequestHandle:
 
     def abort(self) -> None:
         """End the request where it is; its result says `abort` unless it was already done."""
-        self._on_abort(self.request_id)
+        self._ends.abort(self.request_id)
+
+    def abandon(self) -> None:
+        if not self.done:
+            self._ends.abandon(self.request_id)
 
     def __iter__(self) -> Iterator[RequestDelta]:
         """Iterate over deltas as they come in; the last one has the finish reason."""
@@ -121,4 +126,4 @@ class RequestStream:
         self._handle.abort()
 
     def __del__(self) -> None:
-        self.close()
+        self._handle.abandon()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ class GrammarFollower:
     request: RankRequest
     num_outputs: int = 0
     ended: bool = False  # any token may be sampled, for nobody will see it
+    failure: str = ""  # what the library raised for it
 
     @property
     def ignore_eos(self) -> bool:
@@ -34,9 +35,16 @@ class GrammarFollower:
             if token in self.request.stop_token_ids:
                 self.ended = True
             else:
-                self.matcher.consume_token(token)  # once it can't, it stays in error
+                self.guarded(self.matcher.consume_token, token)  # errors stay
 
     @property
     def error(self) -> str:
         """Tell why the grammar can't be followed any more, such as for a limit; empty if it can."""
-        return one_error(self.matcher.get_error())
+        return self.failure or one_error(self.matcher.get_error())
+
+    def guarded(self, work: Callable[..., object], *arguments: object) -> None:
+        """Do work for this request alone, which fails if that raises."""
+        try:
+            work(*arguments)
+        except BaseException as error:  # a panic of the library is no Exception
+            self.failure = self.failure or one_error(f"{type(error).__name__}: {error}")

@@ -17,13 +17,13 @@ class ReadyMatchers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._matchers: dict[int, LLMatcher | ValueError] = {}
+        self._matchers: dict[int, LLMatcher | Exception] = {}
 
     @property
     def full(self) -> bool:
         return len(self._matchers) >= MAX_READY
 
-    def put(self, request_id: int, matcher: LLMatcher | ValueError) -> None:
+    def put(self, request_id: int, matcher: LLMatcher | Exception) -> None:
         with self._lock:
             self._matchers[request_id] = matcher
 
@@ -31,7 +31,7 @@ class ReadyMatchers:
         """Return a request's matcher, None if it has none yet; raises why there can't be one."""
         with self._lock:
             found = self._matchers.pop(request_id, None)
-        if isinstance(found, ValueError):
+        if isinstance(found, Exception):
             raise found
         return found
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from dp_runtime.structured.ready_matchers import ReadyMatchers
 if TYPE_CHECKING:
     from llguidance import LLExecutor
 
-Entry = TypeVar("Entry")
+Entry = TypeVar("Entry", bound=tuple[Any, ...])
 
 
 class StructuredState:
@@ -51,7 +51,7 @@ class StructuredState:
         if wanted is not None and not self._ready.full:
             try:
                 self._ready.put(request.request_id, self.compiler.matcher(wanted))
-            except ValueError as error:
+            except Exception as error:  # of this request alone
                 self._ready.put(request.request_id, error)
 
     def forget(self, request_ids: Sequence[int]) -> None:
@@ -137,10 +137,19 @@ class StructuredState:
         matchers = [request.follower.matcher for request in requests]
         given = list(zip(matchers, places, drafts))
         into = words.ctypes.data, words.strides[0], len(words)
+        followers = {place: request.follower for place, request in zip(places, requests)}
+
+        def compute(work: Callable[..., object], entries: list[Entry]) -> None:
+            try:
+                work(entries, *into)
+            except BaseException:  # of one of them; a panic of the library is no Exception
+                for entry in entries:
+                    followers[entry[1]].guarded(work, [entry], *into)
+
         for some in _at_once([(matcher, place) for matcher, place, chain in given if not chain]):
-            self._executor.unsafe_compute_mask_ptr(some, *into)
+            compute(self._executor.unsafe_compute_mask_ptr, some)
         for chains in _at_once([entry for entry in given if entry[2]]):
-            self._executor.unsafe_compute_mask_ptr_with_draft_token(chains, *into)
+            compute(self._executor.unsafe_compute_mask_ptr_with_draft_token, chains)
 
     def _hide_eos(self, words: Int32) -> None:
         """Forbid end-of-text in the rows that allow something else."""

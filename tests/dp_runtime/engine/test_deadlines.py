@@ -27,14 +27,13 @@ WAIT_S = 30.0
 
 def test_the_earliest_is_told_of_first_and_none_that_was_removed() -> None:
     late: Queue[Sequence[int]] = Queue()
-    deadlines = Deadlines(late.put)
+    deadlines = Deadlines(lambda due: late.put(list(due)))
     now = monotonic()
     for request_id, after_s in ((1, 0.2), (2, 0.02), (3, 0.1), (4, 0.01), (5, 3600)):
-        deadlines.add(request_id, now + after_s)
+        deadlines.add(request_id, now + after_s, FinishReason.TIMEOUT)
     deadlines.remove(4)
     assert [late.get(timeout=WAIT_S) for _ in range(3)] == [[2], [3], [1]]
     thread = deadlines._thread
-    assert thread is not None
     deadlines.close()
     thread.join(WAIT_S)
     assert not thread.is_alive()
@@ -146,7 +145,6 @@ def test_deadlines_end_with_their_engine() -> None:
     with fake_engine() as (engine, group):
         handle = engine.submit([1], SamplingParams(timeout_s=3600))
         thread = engine._core._deadlines._thread
-        assert thread is not None
         group.on_failure(RankFailed("rank 1 died"))
         thread.join(WAIT_S)
         assert not thread.is_alive()

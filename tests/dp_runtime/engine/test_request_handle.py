@@ -1,6 +1,7 @@
 """The driver's side of a request: order of tokens, text, ends."""
 
 import threading
+from unittest.mock import Mock
 
 import pytest
 
@@ -8,7 +9,7 @@ from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, To
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.core import deliver_here
 from dp_runtime.engine.delta_queue import MAX_WAITING_DELTAS
-from dp_runtime.engine.output_processor import OutputProcessor
+from dp_runtime.engine.output_processor import Ends, OutputProcessor
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import RankFailed, RequestFailed
@@ -23,7 +24,9 @@ class Served:
         request = RankRequest(request_id, (1, 2), params, 0, frozenset())
         self.log = RequestLog(request, RequestTotals(1), None)
         self.aborted: list[int] = []
-        self.handle = RequestHandle(self.log, self.aborted.append)
+        self.handle = RequestHandle(
+            self.log, Mock(Ends, abort=self.aborted.append, abandon=self.aborted.append)
+        )
         self.processor = OutputProcessor()
         self.processor.add(self.log, self.handle)
 
