@@ -9,7 +9,7 @@ from dp_runtime.core.settings import check_settings, setting, settings_of
 from dp_runtime.core.step_program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.errors import require
 from dp_runtime.parallel.padding import PaddingMode
-from dp_runtime.parallel.transports import TRANSPORTS, Transport
+from dp_runtime.parallel.transports import TRANSPORTS, check_transport
 
 MAX_TIMEOUT_S = 604_800  # a week; poll() and Gloo can not wait for more than 2**31 - 1 ms
 
@@ -206,6 +206,12 @@ class EngineConfig:
         "always with 0, a lost rank fails the engine",
         at_least=0,
     )
+    standby_ranks: int = setting(
+        0,
+        "processes that wait, warm, to take the place of a lost rank; not with launcher thread",
+        at_least=0,
+        at_most=64,
+    )
     inject: str | None = setting(
         None,
         "for tests and experiments: faults that happen to ranks, as rank=2,step=50,kind=kill; "
@@ -232,7 +238,10 @@ class EngineConfig:
         self._check_faults()
         transport = TRANSPORTS.get(self.collective)
         if transport is not None:  # else auto
-            self._check_transport(transport)
+            shares_gpus = self.device == "cuda" and self.ranks_per_gpu > 1
+            check_transport(transport, self.device, self.launcher == "thread", shares_gpus)
+        ok = not self.standby_ranks or self.launcher != "thread"
+        require(ok, "standby_ranks", self.standby_ranks, "0 with launcher thread")
         feeds = 1 + self.speculative_num_steps
         require(
             self.max_num_requests * feeds <= self.max_num_tokens,
@@ -279,17 +288,3 @@ class EngineConfig:
             require(bool(steps) or value == unset, name, value, needs)
         ok = forced is None or forced <= 1 + steps
         require(ok, "speculative_forced_tokens", forced, f"None or 1..{1 + steps}")
-
-    def _check_transport(self, transport: Transport) -> None:
-        """ValueError if it does not go with the device, the launcher or ranks that share GPUs."""
-        field, name = "collective", transport.name
-        fits = self.device in ("auto", *transport.device_types)
-        require(fits, field, name, f"{name} is for GPUs, not for device cpu")
-        fits = transport.in_process == (self.launcher == "thread")
-        require(fits, field, name, "in_process goes with launcher 'thread', and with no other")
-        shares = self.device == "cuda" and self.ranks_per_gpu > 1
-        require(
-            transport.shares_gpus or not shares, field, name,
-            f"with ranks_per_gpu {self.ranks_per_gpu} use auto, shared_memory or peer_to_peer: "
-            "NCCL refuses two ranks on one GPU",
-        )  # fmt: skip

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -23,7 +23,13 @@ from dp_runtime.core.membership import Membership
 from dp_runtime.errors import RankFailed
 from dp_runtime.startup.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
-from workers.messages import ConcurrencyGroup, InProcessRendezvous, Message
+from workers.messages import (
+    NO_RANK,
+    ConcurrencyGroup,
+    InProcessRendezvous,
+    Message,
+    named,
+)
 from workers.rank_connection import RankConnection
 from workers.serial_thread import SerialThread
 from workers.supervision.interrupts import uninterrupted
@@ -38,25 +44,43 @@ PRELOAD = ("workers.local_rank", "torch._dynamo")
 _STARTING = threading.Lock()
 
 
-class ThreadRank:
-    """A rank in this process: its Worker, with a thread for each group of messages."""
+class Answering(Protocol):
+    def answer(self, message: Message[Any]) -> Any: ...
 
-    def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
-        self.dp_rank = dp_rank
-        self.worker = Worker(dp_rank, config, device)
+
+class WorkerThreads:
+    """A worker with a thread for each group of messages."""
+
+    def __init__(self, worker: Answering) -> None:
+        self._worker = worker
         self._threads = {group: SerialThread(f"messages-{group}") for group in ConcurrencyGroup}
 
     def call(self, message: Message[Answer]) -> Future[Answer]:
         return self._threads[message.group].submit(lambda: self._answer(message))
 
     def _answer(self, message: Message[Answer]) -> Answer:
-        answer: Answer = self.worker.answer(message)
+        answer: Answer = self._worker.answer(message)
         return answer
+
+    def end(self, error: RankFailed) -> None:
+        for thread in self._threads.values():
+            thread.end(error)
+
+
+class ThreadRank:
+    """A rank in this process."""
+
+    def __init__(self, dp_rank: int, config: EngineConfig, device: str) -> None:
+        self.dp_rank = dp_rank
+        self.worker = Worker(dp_rank, config, device)
+        self._threads = WorkerThreads(self.worker)
+
+    def call(self, message: Message[Answer]) -> Future[Answer]:
+        return self._threads.call(message)
 
     def kill(self) -> None:
         self.worker.abandon("it was ended by the driver")
-        for thread in self._threads.values():
-            thread.end(RankFailed(f"rank {self.dp_rank} has ended"))
+        self._threads.end(RankFailed(f"rank {self.dp_rank} has ended"))
         self.worker.release()
 
 
@@ -91,13 +115,14 @@ class ProcessRank:
         try:
             code = self._process.wait(EXIT_S)  # the kernel closes its socket a little before
         except subprocess.TimeoutExpired:
-            return RankFailed(f"rank {self.dp_rank} closed its connection")
+            return RankFailed(f"{named(self.dp_rank)} closed its connection")
         how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-        return RankFailed(f"the process of rank {self.dp_rank} ended ({how})")
+        return RankFailed(f"the process of {named(self.dp_rank)} ended ({how})")
 
 
 def _fork(dp_rank: int, timeout_s: float) -> tuple[ChildProcess, Connection]:
-    return _fork_server().fork("workers.local_rank:serve", f"dp-rank-{dp_rank}", timeout_s)
+    name = "dp-rank-standby" if dp_rank == NO_RANK else f"dp-rank-{dp_rank}"
+    return _fork_server().fork("workers.local_rank:serve", name, timeout_s)
 
 
 def _spawn(dp_rank: int, timeout_s: float) -> tuple[ChildProcess, Connection]:
@@ -135,7 +160,7 @@ class LocalLauncher:
         return self.config.launcher == "thread"
 
     def launch(self, dp_rank: int) -> ThreadRank | ProcessRank:
-        gpu = dp_rank // self.config.ranks_per_gpu
+        gpu = max(dp_rank, 0) // self.config.ranks_per_gpu  # a standby sees them all
         device = f"cuda:{gpu}" if self.config.device == "cuda" else "cpu"
         return (ThreadRank if self.threads else ProcessRank)(dp_rank, self.config, device)
 

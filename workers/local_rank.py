@@ -9,8 +9,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
 from collectives.shared_memory.rendezvous import remove_rendezvous
-from workers.local_group import ThreadRank
+from workers.local_group import WorkerThreads
 from workers.messages import Call, Join, Rendezvous, Reply
+from workers.standby.worker import worker_for
 
 
 def serve(connection: Connection, driver: int) -> None:
@@ -39,7 +40,7 @@ def serve(connection: Connection, driver: int) -> None:
 
     try:
         dp_rank, config, device = connection.recv()
-        rank = ThreadRank(dp_rank, config, device)
+        rank = WorkerThreads(worker_for(dp_rank, config, device))
         while driver not in wait([connection, driver]):
             run(connection.recv())
     except (EOFError, OSError):

@@ -21,6 +21,11 @@ from dp_runtime.parallel.transports import IN_PROCESS, TRANSPORTS
 
 Answer = TypeVar("Answer", covariant=True)
 JOIN_S = 60.0
+NO_RANK = -1  # the number of a standby, before it takes a seat
+
+
+def named(dp_rank: int) -> str:
+    return "a standby" if dp_rank == NO_RANK else f"rank {dp_rank}"
 
 
 class ConcurrencyGroup(StrEnum):
@@ -36,6 +41,7 @@ class HostInfo:
     dp_rank: int
     host: str
     flight: RingAddress | None = None  # where other processes of the host find its flight ring
+    gpu: str = ""  # the UUID of its GPU
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,19 @@ class Prepare(Message[HostInfo]):
     """Check the model against the config, before anything is loaded."""
 
     members: Membership | None = None  # of the epoch that it will join; None: those of the start
+
+
+@dataclass(frozen=True)
+class Warm(Message[str]):
+    pass  # to a standby: be ready for any rank's number; the answer is the host
+
+
+@dataclass(frozen=True)
+class TakeSeat(Message[None]):
+    """To a standby: be this rank from now on, on GPUs on the one with this UUID."""
+
+    dp_rank: int
+    gpu: str
 
 
 @dataclass(frozen=True)

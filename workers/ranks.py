@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import EngineClosed, StartError
-from workers.messages import InProcessRendezvous, Message
+from workers.messages import HostInfo, InProcessRendezvous, Message
 from workers.start_errors import raise_failures
 
 TOGETHER_S = 1.0  # for ranks with the same trouble to be named together
@@ -34,7 +34,7 @@ class Launcher(Protocol):
     """Makes the ranks of one engine, whatever kind of process they are."""
 
     def launch(self, dp_rank: int) -> RankHandle:
-        """Start a rank, in the place of the one that had this number before."""
+        """Start a rank in the place of the one that had this number before, or a standby."""
 
     def meeting(self, members: Membership) -> InProcessRendezvous | None:
         """Return a new place for these to meet, if ranks can not open one themselves."""
@@ -50,11 +50,13 @@ class Seat:
         self.dp_rank = handle.dp_rank
         self.handle = handle
         self._vacant = False
+        self.host: HostInfo | None = None  # of who sits, or sat, there: known once it has prepared
+        self.answered = False  # who sits there now is known to have come up before it took over
         self._handing_over = threading.Lock()
 
-    def take_over(self, handle: RankHandle) -> None:
+    def take_over(self, handle: RankHandle, answered: bool = False) -> None:
         with self._handing_over:
-            self.handle = handle
+            self.handle, self.answered = handle, answered
 
     @property
     def is_vacant(self) -> bool:
@@ -76,11 +78,20 @@ class Seat:
         return self.handle.call(message)
 
 
+class Reserve(Protocol):
+    """Standbys that can take the seats of lost ranks."""
+
+    def take(self, seat: Seat) -> RankHandle | None:
+        """Return one that has the seat's number from now on, if there is one where it is needed."""
+
+    def close(self) -> None: ...
+
+
 class Ranks:
     """The seats of an engine's ranks: of those that serve, and of others on their way in or out."""
 
-    def __init__(self, launcher: Launcher, handles: Sequence[RankHandle]) -> None:
-        self.launcher = launcher
+    def __init__(self, launcher: Launcher, handles: Sequence[RankHandle], reserve: Reserve) -> None:
+        self.launcher, self._reserve = launcher, reserve
         self._serving = {handle.dp_rank: Seat(handle) for handle in handles}  # never changed
         self._others: list[Seat] = []
         self._closed = False
@@ -102,15 +113,22 @@ class Ranks:
         with ThreadPoolExecutor(len(seats)) as pool:  # a device may hold a process for a while
             list(pool.map(lambda seat: seat.handle.kill(), seats))
         for seat in seats:
+            standby = self._reserve.take(seat)
             with self._lock:
-                self._check_open()
-                seat.take_over(self.launcher.launch(seat.dp_rank))
+                if not self._closed:
+                    handle = standby or self.launcher.launch(seat.dp_rank)
+                    seat.take_over(handle, answered=standby is not None)
+                    continue
+            if standby is not None:
+                standby.kill()
+            self._check_open()
 
     def kill(self) -> None:
         """End all ranks, and let none be started any more."""
         with self._lock:
             self._closed = True
             seats = [*self._serving.values(), *self._others]
+        self._reserve.close()
         for seat in seats:
             seat.handle.kill()
 

@@ -18,13 +18,14 @@ from dp_runtime.core.membership import Membership
 from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.startup.devices import resolve_device
 from workers.deadline import within
-from workers.messages import Message
+from workers.messages import NO_RANK, Message, named
 from workers.placement import bundle_of, describe_room, strategy_of
 from workers.ray_cluster.connection import LOST, RayConnection, connect
 from workers.ray_cluster.errors import cause_of, plain
 from workers.ray_cluster.nodes import held_cpus, living_nodes
 from workers.ray_cluster.packages import packages_for_ranks
 from workers.ray_cluster.rank_actor import RayWorker, actor_class, search_path
+from workers.standby.worker import worker_for
 from workers.worker_group import WorkerGroup
 
 GONE_S = 2.0  # for Ray to take note that the room of the ranks is given back
@@ -62,7 +63,8 @@ class RayRank:
         try:
             answer = getattr(self._actor, message.group).remote(message).future()
         except Exception as error:
-            self._fail(outer, RankFailed(f"rank {self.dp_rank} can't be called: {cause_of(error)}"))
+            text = f"{named(self.dp_rank)} can't be called: {cause_of(error)}"
+            self._fail(outer, RankFailed(text))
         else:
             answer.add_done_callback(lambda done: self._pass_on(done, outer))
         return outer
@@ -98,8 +100,8 @@ class RayRank:
             case RayTaskError(cause=BaseException() as cause):
                 self._fail(outer, cause)
             case RayError() as error:
-                _log.info("rank %d: %s", self.dp_rank, plain(error))
-                text = f"the actor of rank {self.dp_rank} died: {cause_of(error)}"
+                _log.info("%s: %s", named(self.dp_rank), plain(error))
+                text = f"the actor of {named(self.dp_rank)} died: {cause_of(error)}"
                 self._fail(outer, RankFailed(text))
             case error:
                 self._fail(outer, error)
@@ -205,16 +207,17 @@ class RayLauncher:
             raise RuntimeError(LOST)
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        bundle = self.placement.bundle_specs[0]
+        # A standby holds nothing of a bundle, but lives on its host and there sees all GPUs.
+        held = {} if dp_rank == NO_RANK else self.placement.bundle_specs[0]
         actor = actor_class().options(
-            num_cpus=bundle.get("CPU", 0),
-            num_gpus=bundle.get("GPU", 0),
-            memory=bundle.get("memory"),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, dp_rank),
+            num_cpus=held.get("CPU", 0),
+            num_gpus=held.get("GPU", 0),
+            memory=held.get("memory"),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, max(dp_rank, 0)),
             runtime_env=self._environment or None,
         )
         device = "cuda:0" if self.config.device == "cuda" else "cpu"
-        worker = pickle.dumps((RayWorker, (dp_rank, self.config, device)))
+        worker = pickle.dumps((worker_for, (dp_rank, self.config, device, RayWorker)))
         search = search_path(self.connection.starts_cluster)
         return RayRank(dp_rank, actor.remote(*search, worker), self.connection)
 

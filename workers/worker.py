@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 from functools import partial
+from time import sleep
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ from workers.messages import (
 )
 from workers.rank_stages import Connected, Joined, Loaded, Prepared, StartProgress
 
+LOADING_S = 0.1  # of whom has loaded nothing, until it is asked for its outputs again
 Stage = Prepared | Loaded | Connected | Joined
 
 
@@ -116,7 +118,8 @@ class Worker:
         self._use_device()
         self._stage = prepared = Prepared.for_rank(self.dp_rank, self.config, self.device, members)
         self._flight = prepared.flight
-        return HostInfo(self.dp_rank, socket.gethostname(), prepared.flight.ring.address)
+        ring = prepared.flight.ring.address
+        return HostInfo(self.dp_rank, socket.gethostname(), ring, self._gpu)
 
     def load(self) -> ModelInfo:
         assert isinstance(self._stage, Prepared), "prepare comes before load"
@@ -174,6 +177,9 @@ class Worker:
         self._wake()
 
     def poll(self, timeout_s: float) -> Polled:
+        if self._stage is None or isinstance(self._stage, Prepared):
+            sleep(LOADING_S)
+            return Polled([])
         return self._mailbox.poll(timeout_s)
 
     def health(self) -> RankHealth:
@@ -243,6 +249,12 @@ class Worker:
     def _use_device(self) -> None:
         if self.device != "cpu":
             torch.cuda.set_device(self.device)
+
+    @property
+    def _gpu(self) -> str:
+        if self.device == "cpu":
+            return ""
+        return str(torch.cuda.get_device_properties(self.device).uuid)
 
     def _fair_threads(self) -> int:
         return max(1, usable_cpus() // self.config.dp_size)

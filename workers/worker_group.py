@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Collection, Sequence
@@ -27,6 +26,7 @@ from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
 from workers.messages import Abandon, Abort, Submit
 from workers.ranks import Launcher, RankHandle, Ranks
+from workers.standby.reserve import StandbyReserve
 from workers.supervision.at_exit import close_at_exit
 from workers.supervision.epochs import Epochs
 from workers.supervision.group_flight import GroupFlight, TakenFlight
@@ -39,8 +39,6 @@ from workers.supervision.reach import health_of_all, in_child, totals_of_all, tr
 from workers.supervision.recovery import Recovery
 from workers.supervision.start_progress import show_capture, show_loading
 from workers.supervision.watch import RankWatch, SilenceLimits, name_silent
-
-_log = logging.getLogger(__name__)
 
 END_S = 20.0  # for another thread to end what it is closing
 
@@ -57,7 +55,8 @@ class WorkerGroup:
         self, config: EngineConfig, launcher: Launcher, handles: Sequence[RankHandle]
     ) -> None:
         self._config = config
-        self._ranks = ranks = Ranks(launcher, handles)
+        self.standbys = StandbyReserve(config, launcher, lambda: self._state.recovering)
+        self._ranks = ranks = Ranks(launcher, handles, self.standbys)
         self._recovering: threading.Thread | None = None
         self.metrics = MetricsCalls(lambda: ranks.seats)
         self._lock = threading.RLock()  # an abort may come from the collection of garbage
@@ -102,6 +101,7 @@ class WorkerGroup:
                 self._epochs.begin(deadline, attach_s, lambda: show_capture(bar, watch.healths))
             watch.serve(SilenceLimits.while_serving(self._config), self._notice)
             self._advance(Phase.SERVING)
+            self.standbys.begin()
         except BaseException:
             self._end()
             raise

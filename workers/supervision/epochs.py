@@ -27,10 +27,14 @@ _log = logging.getLogger(__name__)
 def show_nothing() -> None: ...
 
 
+def no_reason() -> str:
+    return ""
+
+
 class Epochs:
     """Prepares and loads ranks, and has all of them join each new epoch.
 
-    `why_not` says why none of this is waited for any more.
+    `why_not` says why none of this is waited for any more, `doomed` why this attempt is not.
     """
 
     def __init__(
@@ -46,17 +50,27 @@ class Epochs:
         self._meeting: AnyRendezvous | None = None
         self.number = -1
 
-    def prepare(self, seats: Sequence[Seat], deadline: Deadline) -> None:
+    def prepare(
+        self, seats: Sequence[Seat], deadline: Deadline, doomed: Callable[[], str] = no_reason
+    ) -> None:
+        why_not = lambda: self._why_not() or doomed()  # noqa: E731
         prepare = Prepare(self._ranks.members)
-        hosts = self._ranks.all(prepare, deadline, seats=seats, why_not=self._why_not)
+        hosts = self._ranks.all(prepare, deadline, seats=seats, why_not=why_not)
+        for seat, host in zip(seats, hosts, strict=True):
+            seat.host = host
         prepared = {seat.dp_rank: host for seat, host in zip(seats, hosts, strict=True)}
         self._hosts |= prepared
         self._on_prepared(prepared)
 
     def load(
-        self, seats: Sequence[Seat], deadline: Deadline, show: Callable[[], None] = show_nothing
+        self,
+        seats: Sequence[Seat],
+        deadline: Deadline,
+        show: Callable[[], None] = show_nothing,
+        doomed: Callable[[], str] = no_reason,
     ) -> list[ModelInfo]:
-        return self._ranks.all(Load(), deadline, show, seats, self._why_not)
+        why_not = lambda: self._why_not() or doomed()  # noqa: E731
+        return self._ranks.all(Load(), deadline, show, seats, why_not)
 
     def begin(
         self, deadline: Deadline, timeout_s: float, show: Callable[[], None] = show_nothing

@@ -89,10 +89,17 @@ class Recovery:
         self._history.append(done)
         _log.warning("recovered: epoch %d after the loss of %s", self._epochs.number, done)
 
-    def _forget_evidence(self) -> list[Evidence]:
+    def _forget_evidence(self, dp_ranks: Collection[int] | None = None) -> list[Evidence]:
+        """Take the evidence out, all of it or what names one of these ranks."""
         with self._lock:
-            evidence, self._evidence = self._evidence, []
-            return evidence
+            taken = [one for one in self._evidence if dp_ranks is None or one.dp_rank in dp_ranks]
+            self._evidence = [one for one in self._evidence if one not in taken]
+            return taken
+
+    def _doomed(self) -> str:
+        """Say who was lost since others took the seats of lost ranks."""
+        with self._lock:
+            return next((one.text for one in self._evidence if one.dp_rank is not None), "")
 
     def _check_history(self, now: float, text: str, tried: int) -> None:
         while self._history and now - self._history[0].at > WINDOW_S:
@@ -128,6 +135,7 @@ class Recovery:
         deadline = Deadline(self._config.start_timeout_s)
         if seats:
             self._ranks.replace(seats)
-            self._epochs.prepare(seats, deadline)
-            self._epochs.load(seats, deadline)
+            self._forget_evidence({seat.dp_rank for seat in seats})  # of who sat there before
+            self._epochs.prepare(seats, deadline, self._doomed)
+            self._epochs.load(seats, deadline, doomed=self._doomed)
         self._epochs.begin(deadline, JOIN_S)

@@ -25,6 +25,7 @@ OnSilence = Callable[[Sequence[int], str], None]  # of no ranks: of one for whic
 
 class Answering(Protocol):
     dp_rank: int
+    answered: bool  # its process has, before it got this number
 
     def call(self, message: Message[RankHealth]) -> Future[RankHealth]: ...
 
@@ -60,6 +61,10 @@ class _Pulse:
     comes_up: bool = True  # its process has not answered anybody yet, as far as is known
     is_lost: bool = False  # and was reported
     moved_at: float = math.inf  # when it was last seen to rest, or to have ended another step
+
+    @property
+    def has_come_up(self) -> bool:
+        return self.rank.answered or not self.comes_up
 
     def begin(self, now: float) -> None:
         self.answered_at, self.question, self.health = now, None, None
@@ -170,7 +175,7 @@ class RankWatch:
             for pulse in pulses
             if not pulse.is_lost
             and self._now - pulse.answered_at
-            > factor * (limits.first if pulse.comes_up else limits.later)
+            > factor * (limits.later if pulse.has_come_up else limits.first)
         ]
 
 

@@ -1,0 +1,1 @@
+"""Processes that wait, warm, for the number of a rank that is lost."""
