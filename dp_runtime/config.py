@@ -238,8 +238,8 @@ class EngineConfig:
         self._check_faults()
         transport = TRANSPORTS.get(self.collective)
         if transport is not None:  # else auto
-            shares_gpus = self.device == "cuda" and self.ranks_per_gpu > 1
-            check_transport(transport, self.device, self.launcher == "thread", shares_gpus)
+            threads = self.launcher == "thread"
+            check_transport(transport, self.device, threads, self.ranks_per_gpu)
         ok = not self.standby_ranks or self.launcher != "thread"
         require(ok, "standby_ranks", self.standby_ranks, "0 with launcher thread")
         feeds = 1 + self.speculative_num_steps

@@ -44,15 +44,16 @@ def choose_transport(
     return PEER_TO_PEER if device_type == "cuda" else SHARED_MEMORY
 
 
-def check_transport(transport: Transport, device: str, threads: bool, shares_gpus: bool) -> None:
+def check_transport(transport: Transport, device: str, threads: bool, ranks_per_gpu: int) -> None:
     """ValueError if it does not go with the device, the launcher or ranks that share GPUs."""
     field, name = "collective", transport.name
     fits = device in ("auto", *transport.device_types)
     require(fits, field, name, f"{name} is for GPUs, not for device cpu")
     fits = transport.in_process == threads
     require(fits, field, name, "in_process goes with launcher 'thread', and with no other")
+    shares = device == "cuda" and ranks_per_gpu > 1
     require(
-        transport.shares_gpus or not shares_gpus, field, name,
-        "with ranks_per_gpu above 1 use auto, shared_memory or peer_to_peer: NCCL refuses two "
-        "ranks on one GPU",
+        transport.shares_gpus or not shares, field, name,
+        f"with ranks_per_gpu {ranks_per_gpu} use auto, shared_memory or peer_to_peer: NCCL "
+        "refuses two ranks on one GPU",
     )  # fmt: skip
