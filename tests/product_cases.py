@@ -189,14 +189,18 @@ def covering_rows(
     return rows
 
 
-# Every pair of values; and every combination of what decides how rows are split, moved, padded.
+# Every pair of values; and every combination of what decides how rows are split and padded.
 GROUPS = [
     *every(2, tuple(DIMENSIONS)),
+    ("dp_size", "moe_sharding", "padding"),
+    ("dp_size", "padding", "load"),
+]
+# And of how rows are moved, for which requests.
+WIDE_GROUPS = [
+    *GROUPS,
     ("checkpoint", "dp_size", "moe_sharding"),
     ("checkpoint", "load", "overlap"),
     ("checkpoint", "extra", "few_pages"),
-    ("dp_size", "moe_sharding", "padding"),
-    ("dp_size", "padding", "load"),
     ("dp_size", "load", "extra"),
     ("dp_size", "overlap", "few_pages"),
 ]

@@ -13,6 +13,7 @@ from tests.product_cases import (
     COUNTS,
     DIMENSIONS,
     GROUPS,
+    WIDE_GROUPS,
     Case,
     combinations,
     covered,
@@ -23,6 +24,7 @@ from tests.reference import Reference
 from tests.serving import check_load
 
 CASES = [Case(**row) for row in covering_rows(DIMENSIONS, GROUPS)]
+WIDE_CASES = [Case(**row) for row in covering_rows(DIMENSIONS, WIDE_GROUPS)]
 
 
 def check_case(case: Case, reference: Reference) -> None:
@@ -34,6 +36,12 @@ def check_case(case: Case, reference: Reference) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_product(case: Case, reference_of: Callable[[str], Reference]) -> None:
+    check_case(case, reference_of(case.checkpoint))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", WIDE_CASES, ids=str)
+def test_wide_product(case: Case, reference_of: Callable[[str], Reference]) -> None:
     check_case(case, reference_of(case.checkpoint))
 
 
@@ -62,7 +70,7 @@ def test_cases_cover_all_pairs() -> None:
     rows = [vars(case) for case in CASES]
     found = {key for row in rows for key in covered(row, every(2, tuple(DIMENSIONS)))}
     assert found == pairs.keys()
-    assert 100 <= len(CASES) <= 200
+    assert 60 <= len(CASES) <= 100 <= len(WIDE_CASES) <= 200
 
 
 def test_covering_rows_of_a_small_product() -> None:
