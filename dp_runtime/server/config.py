@@ -54,8 +54,9 @@ class ServerConfig:
         "refuse", "what to do with fields that nobody reads", choices=("refuse", "ignore")
     )
     max_connections: int = setting(
-        8192, "connections that are open at a time; more are answered 503 at once", at_least=1
-    )
+        8192, "connections that are open at a time; for more, idle ones are closed, or they are "
+        "answered 503 if none is idle", at_least=1,
+    )  # fmt: skip
     max_in_flight: int = setting(
         4096, "requests that are answered at a time; more get 429", at_least=1
     )
@@ -76,8 +77,12 @@ class ServerConfig:
         at_least=1,
     )
     keep_alive_s: int = setting(
-        65, "seconds that a connection may be idle, or need for the head of a request", at_least=1
+        65, "seconds that a connection may be idle after an answer", at_least=1
     )
+    head_timeout_s: float = setting(
+        10.0, "seconds to wait for a request's head, of a new connection or from its first byte",
+        above=0,
+    )  # fmt: skip
     read_timeout_s: float = setting(60.0, "seconds to wait for a request's body", above=0)
     write_timeout_s: float = setting(
         300.0, "seconds to wait for a client that takes nothing of its answer",

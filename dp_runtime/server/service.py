@@ -102,6 +102,11 @@ def control_routes(state: ServerState) -> APIRouter:
         page = await asyncio.to_thread(metrics_page, ranks, state.model_name)
         return Response(page, media_type=CONTENT_TYPE)
 
+    @routes.get("/flight_record")
+    async def flight_record() -> Response:
+        """Return the last steps of every rank, for `dp-runtime doctor`, as lines of JSON."""
+        return Response(await state.flight_record(), media_type="application/x-ndjson")
+
     return routes
 
 

@@ -21,6 +21,7 @@ from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.engine.inputs import NewRequest, check_room
 from dp_runtime.errors import require, shown
+from dp_runtime.flight.dump_file import to_lines
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.server.answers import Client, Content, as_json
@@ -107,6 +108,13 @@ class ServerState:
         if self._engine is None:
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, STARTING)
         return await self._engine.metrics()
+
+    async def flight_record(self) -> bytes:
+        """What every rank did last, as a file that `doctor` reads; also while ranks hang."""
+        if self._engine is None:
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, STARTING)
+        dump = await self._engine.flight_record()
+        return await self.in_thread(lambda: "".join(to_lines(dump)).encode())
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.model_name):

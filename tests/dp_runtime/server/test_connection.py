@@ -11,10 +11,12 @@ from time import sleep
 from typing import Any
 
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dp_runtime import EngineConfig
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.server.config import ServerConfig
+from dp_runtime.server.connection import IdleConnections
 from dp_runtime.server.listener import Listener
 from dp_runtime.server.state import ServerState
 from tests.dp_runtime.server.hostile import GOOD, KEEP_OPEN, ask, connected, get, post, read_reply
@@ -36,7 +38,7 @@ def listening(**limits: Any) -> Iterator[Listener]:
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Listener]:
-    with listening(keep_alive_s=1, read_timeout_s=0.2) as listener:
+    with listening(keep_alive_s=1, head_timeout_s=0.2, read_timeout_s=0.2) as listener:
         yield listener
 
 
@@ -114,11 +116,25 @@ def test_bodies_in_flight_are_bounded_together() -> None:
             assert ask(listener.url, post(b" " * 900 + ABORT, b"/v1/abort")).status == 200
 
 
+def test_a_head_may_take_no_longer_on_a_connection_that_was_served() -> None:
+    limits = {"keep_alive_s": 600, "head_timeout_s": 0.2}
+    with listening(**limits) as listener, connected(listener.url) as client:
+        client.sendall(get(b"/health", KEEP_OPEN))
+        assert read_reply(client).status == 503
+        client.sendall(b"GET /hea")
+        assert client.recv(1) == b""
+
+
+def begin_body(client: socket.socket) -> None:
+    client.sendall(post(ABORT, b"/v1/abort", b"Expect: 100-continue", KEEP_OPEN)[: -len(ABORT)])
+    assert client.recv(100).startswith(b"HTTP/1.1 100")
+
+
 def test_more_connections_than_allowed_are_told_so() -> None:
     with listening(max_connections=2) as listener:
-        with connected(listener.url) as first, connected(listener.url):
-            first.sendall(get(b"/health", KEEP_OPEN))
-            assert read_reply(first).status == 503
+        with connected(listener.url) as first, connected(listener.url) as second:
+            begin_body(first)
+            begin_body(second)
             with connected(listener.url) as third:
                 reply = read_reply(third)
                 assert third.recv(1) == b""
@@ -126,6 +142,38 @@ def test_more_connections_than_allowed_are_told_so() -> None:
         assert "max_connections" in reply.error["message"]
         assert b"\r\nRetry-After: 1\r\n" in reply.head
         assert "max_connections" not in ask(listener.url, post(GOOD)).error["message"]
+
+
+def test_idle_connections_give_their_places_to_others() -> None:
+    """Whatever they hold: nothing, a part of a head, or an answered request."""
+    limits = {"max_connections": 8, "keep_alive_s": 600, "head_timeout_s": 600}
+    with listening(**limits) as listener, ExitStack() as stack:
+        busy = stack.enter_context(connected(listener.url))
+        begin_body(busy)
+        for number in range(30):
+            idle = stack.enter_context(connected(listener.url))
+            idle.sendall((b"", b"GET /hea", get(b"/health", KEEP_OPEN))[number % 3])
+            assert ask(listener.url, get(b"/health")).status == 503  # the model still loads
+        busy.sendall(ABORT)
+        assert read_reply(busy).status == 200
+
+
+class At(H11Protocol):
+    """A connection from an address."""
+
+    def __init__(self, address: str) -> None:
+        self.client = (address, 1)
+
+
+def test_the_oldest_of_the_address_that_has_most_is_taken() -> None:
+    one, many = [At("1"), At("1")], [At("2"), At("2"), At("2")]
+    idle = IdleConnections()
+    for connection in (*one, *many, many[0]):
+        idle.add(connection)
+    idle.discard(At("3"))
+    assert idle.take_oldest() is many[0]
+    assert idle.take_oldest() is one[0]
+    assert [idle.take_oldest() for _ in range(4)] == [many[1], one[1], many[2], None]
 
 
 def test_while_the_model_loads_requests_are_refused_before_their_body() -> None:

@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from dp_runtime import EngineConfig
+from dp_runtime.cli.main import main
 from dp_runtime.cli.model_choice import TINY_MODEL
+from dp_runtime.flight.dump_file import read_dump
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.listener import Listener
 from dp_runtime.server.state import ServerState
@@ -45,13 +48,27 @@ def test_health_tells_of_every_rank(served: Served) -> None:
         assert rank["last_step_age_s"] >= 0
 
 
+def test_a_flight_record_is_for_those_with_a_key_and_for_the_doctor(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served.client() as client:
+        assert client.get("/flight_record").status_code == 401
+        answer = client.get("/flight_record", headers={"Authorization": "Bearer secret"})
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    path = tmp_path / "flight.jsonl"
+    path.write_bytes(answer.content)
+    assert [rank.dp_rank for rank in read_dump(path).ranks] == [0, 1]
+    assert main(["doctor", str(path)]) == 0
+    assert "Flight record of 2 ranks" in capsys.readouterr().out
+
+
 def test_a_server_that_loads_has_no_metrics_yet() -> None:
     state = ServerState(ServerConfig(port=0), EngineConfig(str(TINY_MODEL)))
     listener = Listener(state)
     try:
         served = Served(listener.url, state, None, listener)  # type: ignore[arg-type]
         with served.client() as client:
-            for path in ("/metrics", "/health"):
+            for path in ("/metrics", "/health", "/flight_record"):
                 assert client.get(path).status_code == 503
     finally:
         listener.close(threading.Event())
