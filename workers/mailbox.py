@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from time import sleep
 
 from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.errors import CollectiveTimeout, RankDisagreement, StepAbandoned
 from dp_runtime.runner.step_loop import Inbox
-from workers.messages import Polled
+from workers.messages import Blame, Polled
 
 LINGER_S = 0.002  # outputs that follow within this time travel together
 
@@ -18,7 +19,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.error: str | None = None  # why the loop has ended
-        self.at_fault = False
+        self.blame = Blame.NOBODY  # for that
         self._changed = threading.Condition()
         self._added: list[RankRequest] = []
         self._aborted: list[int] = []
@@ -54,15 +55,15 @@ class Mailbox:
                 self._outbox += updates
                 self._changed.notify_all()
 
-    def fail(self, error: str, at_fault: bool) -> None:
+    def fail(self, error: str, blame: Blame) -> None:
         with self._changed:
-            self.error, self.at_fault = error, at_fault
+            self.error, self.blame = error, blame
             self._changed.notify_all()
 
     def recover(self) -> None:
         """Serve the next epoch with what was submitted and delivered meanwhile."""
         with self._changed:
-            self.error, self.at_fault = None, False
+            self.error = None
 
     def poll(self, timeout_s: float) -> Polled:
         """Return what was delivered since the last poll; waits for it up to timeout_s."""
@@ -73,4 +74,13 @@ class Mailbox:
             sleep(LINGER_S)
         with self._changed:
             progress, self._outbox = self._outbox, []
-            return Polled(progress, self.error, self.at_fault)
+            return Polled(progress, self.error, self.blame is Blame.RANK)
+
+
+def blame_of(error: BaseException) -> Blame:
+    match error:
+        case StepAbandoned():
+            return Blame.REQUEST
+        case CollectiveTimeout() | RankDisagreement():
+            return Blame.NOBODY
+    return Blame.RANK

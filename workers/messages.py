@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Any, ClassVar, Generic, TypeVar
 
 from collectives.in_process import InProcessGroup
@@ -64,6 +64,14 @@ class InProcessRendezvous:
 
 
 AnyRendezvous = Rendezvous | InProcessRendezvous
+
+
+class Blame(Enum):
+    """Whose fault ended the steps of a rank, as far as the rank can tell."""
+
+    RANK = "rank"  # its own
+    REQUEST = "request"  # one of its requests, which has ended
+    NOBODY = "nobody"  # others ended the step, or nobody knows
 
 
 @dataclass(frozen=True)
@@ -127,8 +135,11 @@ class Join(Message[None]):
 
 
 @dataclass(frozen=True)
-class Suspend(Message[None]):
-    """Abandon the step and leave the others, but keep requests, pages and outputs."""
+class Suspend(Message[bool]):
+    """Abandon the step and leave the others, but keep requests, pages and outputs.
+
+    Answers whether the reason was a request of this rank, which has ended.
+    """
 
     reason: str
 
@@ -154,6 +165,7 @@ class Abandon(Message[None]):
 
     group: ClassVar[ConcurrencyGroup] = ConcurrencyGroup.STATUS  # a join may be under way
     reason: str
+    epoch: int | None = None  # the one that it is about: it may come when the next has begun
 
 
 @dataclass(frozen=True)

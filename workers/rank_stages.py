@@ -14,10 +14,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import (
     CollectiveAborted,
-    CollectiveTimeout,
-    RankDisagreement,
     RankFailed,
-    StepAbandoned,
 )
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
@@ -38,11 +35,10 @@ from dp_runtime.startup.rank_plan import RankPlan, plan_rank
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue
 from workers.communicators import Communicator, FaultyCommunicator, connect
-from workers.mailbox import Mailbox
-from workers.messages import AnyRendezvous
+from workers.mailbox import Mailbox, blame_of
+from workers.messages import AnyRendezvous, Blame
 
 STOP_S = 5.0
-NOBODYS_FAULT = (CollectiveTimeout, RankDisagreement, StepAbandoned)  # no rank is sure to be
 
 
 @dataclass(eq=False)
@@ -251,7 +247,7 @@ class Joined:
         self._thread.join(STOP_S)
         if self._thread.is_alive():
             raise RankFailed(f"rank {self._dp_rank} did not leave its step within {STOP_S:g} s")
-        if self.mailbox.at_fault:
+        if self.mailbox.blame is Blame.RANK:
             raise RankFailed(self.mailbox.error or "")
         loaded = self._disconnected()
         loaded.requests.abandon_steps()
@@ -290,7 +286,7 @@ class Joined:
         try:
             self.loop.run(self.mailbox.take, self.mailbox.deliver)
         except CollectiveAborted as error:  # it says which rank ended the step, and why
-            self.mailbox.fail(str(error), at_fault=False)
-        except Exception as error:
+            self.mailbox.fail(str(error), Blame.NOBODY)
+        except BaseException as error:  # a panic of a library is no Exception
             text = f"rank {self._dp_rank}: {type(error).__name__}: {error}"
-            self.mailbox.fail(text, at_fault=not isinstance(error, NOBODYS_FAULT))
+            self.mailbox.fail(text, blame_of(error))

@@ -31,6 +31,7 @@ from workers.messages import (
     Abandon,
     Abort,
     AnyRendezvous,
+    Blame,
     ExportMetrics,
     HostInfo,
     Join,
@@ -91,8 +92,8 @@ class Worker:
                 return self.submit(requests)
             case Abort(request_ids):
                 return self.abort(request_ids)
-            case Abandon(reason):
-                return self.abandon(reason)
+            case Abandon(reason, epoch):
+                return self.abandon(reason, epoch)
             case Stop():
                 return self.stop()
             case Poll(timeout_s):
@@ -153,12 +154,15 @@ class Worker:
             self._progress.state = RankState.READY
             self._stage = self._stage.leave()
 
-    def suspend(self, reason: str) -> None:
-        if isinstance(self._stage, Joined):
-            self._progress.state = RankState.READY
-            self._stage = self._stage.suspend(reason)
-        elif not isinstance(self._stage, Loaded):
-            raise RankFailed(f"rank {self.dp_rank} has loaded nothing")
+    def suspend(self, reason: str) -> bool:
+        match self._stage:
+            case Joined() as joined:
+                self._progress.state = RankState.READY
+                self._stage = joined.suspend(reason)
+                return self._mailbox.blame is Blame.REQUEST
+            case Loaded():
+                return False
+        raise RankFailed(f"rank {self.dp_rank} has loaded nothing")
 
     def submit(self, requests: Sequence[RankRequest]) -> None:
         loaded = self._loaded
@@ -214,12 +218,11 @@ class Worker:
         self.leave()
         self._progress.state = RankState.STOPPED
 
-    def abandon(self, reason: str) -> None:
-        match self._stage:
-            case Connected() as connected:
-                connected.abandon(reason)
-            case Joined() as joined:
-                joined.connected.abandon(reason)
+    def abandon(self, reason: str, epoch: int | None = None) -> None:
+        stage = self._stage
+        connected = stage.connected if isinstance(stage, Joined) else stage
+        if isinstance(connected, Connected) and epoch in (None, connected.epoch):
+            connected.abandon(reason)
 
     def release(self) -> None:
         """Let go of weights and pages, which would else stay until garbage is collected."""

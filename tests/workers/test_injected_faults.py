@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dp_runtime import Engine, SamplingParams
-from dp_runtime.errors import RequestFailed
+from dp_runtime.errors import RankFailed, RequestFailed
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
 from tests.workers.test_recovery import WAIT_S, alike, recovering, served
@@ -87,3 +87,29 @@ def test_a_step_without_end_is_noticed(model: Path, monkeypatch: pytest.MonkeyPa
         tokens = handle.result(WAIT_S).token_ids
         assert epochs(engine) == {1}
         assert tokens == engine.generate([[7, 8]], GREEDY)[0].token_ids
+
+
+def test_requests_that_end_epochs_do_not_end_the_engine(model: Path) -> None:
+    """More of them than ranks may be replaced, one of which is replaced after them."""
+    count = 4
+    memory = [f"rank=1,step=0,kind=oom,epoch={epoch}" for epoch in range(count)]
+    inject = ";".join([*memory, f"rank=0,step=0,kind=raise,epoch={count}"])
+    with recovering(model, "thread", inject=inject, max_recoveries=1) as engine:
+        kept = engine.submit([5, 6], GREEDY, dp_rank=2)
+        for _ in range(count):
+            with pytest.raises(RequestFailed, match="OutOfMemoryError"):
+                engine.submit([7, 8], GREEDY, dp_rank=1).result(WAIT_S)
+        expected = engine.generate([[5, 6]], GREEDY)
+        assert kept.result(WAIT_S).token_ids == expected[0].token_ids
+        assert epochs(engine) == {count + 1}
+        check_pages_free(engine)
+
+
+def test_faults_without_end_are_one_error_with_their_history(model: Path) -> None:
+    """No rank is lost by them, and no request ends: they would go on for ever."""
+    inject = ";".join(f"rank=1,step=2,kind=mismatch,epoch={epoch}" for epoch in range(9))
+    with recovering(model, "thread", inject=inject, max_recoveries=2) as engine:
+        handle = engine.submit([5, 6], GREEDY)
+        with pytest.raises(RankFailed, match="recovered within 60 s before: ") as failed:
+            handle.result(WAIT_S)
+        assert str(failed.value).count("ranks []") == 2

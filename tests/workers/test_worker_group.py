@@ -130,7 +130,7 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
     group.close()
     group.close()
     assert [str(error) for error in failures] == ["rank 1: KeyError: 'x'"]
-    assert all(rank.calls.count("abandon") == 1 for rank in ranks)
+    assert all("abandon" in rank.calls for rank in ranks)
     assert all("stop" not in rank.calls for rank in ranks)
     assert [rank.killed for rank in ranks] == [1, 1, 1]
 

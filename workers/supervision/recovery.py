@@ -70,9 +70,13 @@ class Recovery:
         """
         started, lost, tried = monotonic(), set[int](), 0
         while True:
-            self._check_history(started, first, tried)
-            missing = self._suspend_all()
+            if any(one.dp_rank is not None for one in self._evidence):
+                self._check_history(started, first, tried)  # nobody needs to be asked for that
+            missing, ends_requests = self._suspend_all()
             lost |= missing
+            counts = bool(lost) or tried > 0 or not ends_requests
+            if counts:
+                self._check_history(started, first, tried)
             self._on_lost(missing)
             try:
                 self._begin_epoch([self._ranks.seat(dp_rank) for dp_rank in sorted(missing)])
@@ -86,7 +90,8 @@ class Recovery:
         self._forget_evidence()  # of who was replaced; a poller tells of others again
         self._on_begun()
         done = Recovered(started, tuple(sorted(lost)), first, monotonic() - started)
-        self._history.append(done)
+        if counts:
+            self._history.append(done)
         _log.warning("recovered: epoch %d after the loss of %s", self._epochs.number, done)
 
     def _forget_evidence(self, dp_ranks: Collection[int] | None = None) -> list[Evidence]:
@@ -112,13 +117,16 @@ class Recovery:
         failed = f"; {tried} attempts to replace ranks failed" if tried else ""
         raise RankFailed(text + failed + since)
 
-    def _suspend_all(self) -> set[int]:
-        """Have all ranks leave the step, and return those that can not."""
+    def _suspend_all(self) -> tuple[set[int], bool]:
+        """Have all ranks leave the step; those that can not, and if a request that ended was why.
+
+        Such a fault does not count: it takes a request along, so that no input ends an engine.
+        """
         evidence = self._forget_evidence()
         reason = evidence[0].text if evidence else "a rank could not be replaced"
         lost = {one.dp_rank for one in evidence if one.dp_rank is not None}
         for seat in self._ranks.seats:
-            seat.call(Abandon(reason))
+            seat.call(Abandon(reason, self._epochs.number))
         asked = [
             (seat, seat.call(Suspend(reason)))
             for seat in self._ranks.seats
@@ -127,9 +135,9 @@ class Recovery:
         wait([future for _, future in asked], SUSPEND_S)
         noticed = self._forget_evidence()  # meanwhile
         lost |= {one.dp_rank for one in noticed if one.dp_rank is not None}
-        return lost | {
-            seat.dp_rank for seat, future in asked if not future.done() or future.exception()
-        }
+        failed = [seat for seat, future in asked if not future.done() or future.exception()]
+        lost |= {seat.dp_rank for seat in failed}
+        return lost, any(future.result() for seat, future in asked if seat not in failed)
 
     def _begin_epoch(self, seats: list[Seat]) -> None:
         deadline = Deadline(self._config.start_timeout_s)
