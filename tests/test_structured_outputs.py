@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 from jsonschema import FormatChecker, validate
+from safetensors.torch import load_file
 
 from dp_runtime import Engine, RequestOutput, SamplingParams, StructuredOutputs
 from dp_runtime.cli.jsonl import read_prompts
 from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import RequestFailed
+from tests.checkpoints import eagle3_checkpoint
 from tests.serving import check_pages_free
-from tests.speculative_cases import TRAINED, engine_of
+from tests.speculative_cases import TRAINED, Drafted, engine_of
 from tests.structured_cases import CHOICES, COMPACT, GRAMMARS, REGEXES, SCHEMAS
 
 FORMATS = FormatChecker(formats=("date", "uuid", "ipv4", "ipv6"))
@@ -128,6 +130,45 @@ def test_texts_depend_on_the_request_alone(run: str, expected: list[RequestOutpu
     assert [one.token_ids for one in outputs] == [one.token_ids for one in expected]
     assert (report.preemptions > 0) == ("preempted" in run)
     assert (report.drafts_accepted > 0) == ("drafts" in run)
+
+
+@pytest.fixture(scope="module")
+def eagle3(tmp_path_factory: pytest.TempPathFactory) -> Drafted:
+    """A head that knows few tokens, and drafts them at random."""
+    head = tmp_path_factory.mktemp("eagle3")
+    return Drafted(TRAINED.model, eagle3_checkpoint(head, TRAINED.model, 4, seed=1))
+
+
+def its_tokens(eagle3: Drafted) -> list[int]:
+    """Of what is made of them alone, it drafts much as the target has it."""
+    assert eagle3.head is not None
+    knows = load_file(eagle3.head / "model.safetensors")["t2d"]
+    return [int(token) for token in knows.nonzero().flatten()]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_drafts_of_an_eagle3_head_change_no_text(
+    dp_size: int, overlap: bool, eagle3: Drafted, plain: Engine
+) -> None:
+    assert plain.tokenizer is not None
+    tokens = its_tokens(eagle3)
+    words = "|".join(re.escape(plain.tokenizer.decode([token])) for token in tokens)
+    some = StructuredOutputs(regex=f"({words}){{9,40}}")
+    params = [replace(FREE, structured_outputs=one) for one in WANTED[::4]]
+    flat = replace(
+        FREE, temperature=9.0, structured_outputs=some, allowed_token_ids=tokens, ignore_eos=False
+    )
+    params += [replace(flat, seed=seed) for seed in range(6)] + [FREE]
+    prompts = PROMPTS[: len(params)]
+    expected = plain.generate(prompts, params)
+    fields = {"max_model_len": 256, "max_num_requests": 16, "overlap": overlap}
+    with engine_of(eagle3, 3, dp_size, **fields) as engine:
+        outputs = engine.generate(prompts, params)
+        report = engine.report()
+        check_pages_free(engine)
+    assert [one.token_ids for one in outputs] == [one.token_ids for one in expected]
+    assert report.drafts_accepted > 0
 
 
 def one_text(engine: Engine, wanted: dict[str, Any], **more: Any) -> RequestOutput:

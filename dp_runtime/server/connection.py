@@ -56,11 +56,12 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
-            if (oldest := self.idle.take_oldest()) is not None:
-                oldest.transport.abort()  # what nobody reads would keep it open
-            else:
+            oldest = self.idle.take_oldest()
+            if oldest is None:
                 transport.write(_response(self._too_many))
                 transport.close()
+                return
+            oldest.transport.abort()  # what nobody reads would keep it open
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
