@@ -89,6 +89,10 @@ class StartError(OneLineError):
     """The ranks could not be started; names the ranks and the reason."""
 
 
+class ResizeFailed(OneLineError):
+    """The ranks could not be changed; those that served before go on."""
+
+
 class RankFailed(OneLineError):
     """A rank died or stopped while it served."""
 

@@ -78,7 +78,6 @@ def connect(
     listener: socket.socket | None = None,
     members: Membership | None = None,
 ) -> Communicator:
-    """Meet the members, or all that the engine starts with, at their position."""
     members = members or Membership.first(config.dp_size)
     position = members.position(dp_rank)
     if isinstance(rendezvous, InProcessRendezvous):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from collectives.in_process import InProcessGroup
 from collectives.session import session_token
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.errors import RankFailed
+from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.startup.devices import resolve_device
 from workers.forkserver import ForkServer, rank_environment
 from workers.messages import (
@@ -169,6 +170,16 @@ class LocalLauncher:
             return None
         group = InProcessGroup(members.size, self.config.step_timeout_s, members)
         return InProcessRendezvous(group)
+
+    def make_room(self, dp_ranks: Sequence[int], timeout_s: float) -> None:
+        if self.config.device != "cuda":
+            return
+        num_gpus = torch.cuda.device_count()
+        homeless = [rank for rank in dp_ranks if rank // self.config.ranks_per_gpu >= num_gpus]
+        if homeless:
+            raise StartError(f"no room for ranks {homeless}: this host has {num_gpus} GPUs")
+
+    def give_room(self, dp_ranks: Sequence[int]) -> None: ...
 
     def release(self) -> None: ...
 

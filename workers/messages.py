@@ -122,6 +122,20 @@ class Load(Message[ModelInfo]):
 
 
 @dataclass(frozen=True)
+class CheckPlan(Message[None]):
+    """Find out whether the rank could serve as one of these; nothing changes."""
+
+    members: Membership
+
+
+@dataclass(frozen=True)
+class Reshard(Message[HostInfo]):
+    """Of a rank that is suspended: load the experts of its position among these."""
+
+    members: Membership
+
+
+@dataclass(frozen=True)
 class OpenRendezvous(Message[Rendezvous]):
     transport: str
     one_host: bool

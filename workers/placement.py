@@ -30,7 +30,11 @@ class Node:
 
 
 def bundle_of(
-    config: EngineConfig, nodes: Sequence[Node], strategy: Mapping[str, Any], held: float
+    config: EngineConfig,
+    nodes: Sequence[Node],
+    strategy: Mapping[str, Any],
+    held: float,
+    num_ranks: int | None = None,  # None: those of the start
 ) -> dict[str, float]:
     """Return a rank's shares of what is free: a fraction of a CPU if ranks are more than CPUs.
 
@@ -38,7 +42,7 @@ def bundle_of(
     """
     gpus = _SHARES // config.ranks_per_gpu / _SHARES if config.device == "cuda" else 0.0
     one_host = strategy.get("strategy") == "STRICT_PACK"
-    share = cpu_share(nodes, config.dp_size, gpus, one_host)
+    share = cpu_share(nodes, num_ranks or config.dp_size, gpus, one_host)
     bundle = {"CPU": share or _SMALLEST} if share or not held else dict(_NO_CPUS)
     return bundle | ({"GPU": gpus} if gpus else {})
 

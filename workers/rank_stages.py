@@ -37,36 +37,9 @@ from dp_runtime.structured.compile_queue import CompileQueue
 from workers.communicators import Communicator, FaultyCommunicator, connect
 from workers.mailbox import Mailbox, blame_of
 from workers.messages import AnyRendezvous, Blame
+from workers.stages.progress import StartProgress
 
 STOP_S = 5.0
-
-
-@dataclass(eq=False)
-class StartProgress:
-    """Tells how far a rank is before it serves: its start writes, `health` reads meanwhile."""
-
-    state: RankState = RankState.STARTING
-    bytes_loaded: int = 0
-    builds: KernelBuilds | None = None
-    graphs_captured: int = 0
-    graphs_total: int = 0
-
-    def add_bytes(self, count: int) -> None:
-        self.bytes_loaded += count
-
-    def count_graphs(self, captured: int, total: int) -> None:
-        self.graphs_captured, self.graphs_total = captured, total
-
-    def describe(self, health: RankHealth) -> RankHealth:
-        return replace(
-            health,
-            state=self.state,
-            bytes_loaded=self.bytes_loaded,
-            kernels_built=self.builds.num_built if self.builds else 0,
-            kernels_total=self.builds.total if self.builds else 0,
-            graphs_captured=self.graphs_captured,
-            graphs_total=self.graphs_total,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +66,7 @@ class Prepared:
         return self.config.launcher != "thread"
 
     def load(self, progress: StartProgress) -> Loaded:
-        progress.state = RankState.LOADING
+        progress.begin_loading()
         progress.builds = KernelBuilds(jit_modules_of(self.plan), self.device)
         with progress.builds as builds:
             rank = load_rank(self.config, self.plan, progress.add_bytes)
@@ -101,6 +74,11 @@ class Prepared:
             builds.wait()
         progress.state = RankState.READY
         return Loaded.without_requests(self, rank)
+
+    def plan_among(self, members: Membership) -> RankPlan:
+        """Plan the same rank, with its pages, as one of these; ValueError if it does not fit."""
+        config = replace(self.config, num_pages=self.plan.pages.num_pages)
+        return plan_rank(config, self.dp_rank, self.plan.device, members)
 
     def describe(self, health: RankHealth) -> RankHealth:
         return replace(
@@ -126,7 +104,7 @@ class Loaded:
 
     @classmethod
     def without_requests(cls, prepared: Prepared, rank: LoadedRank) -> Loaded:
-        requests = ServedRequests.none(prepared.config, prepared.plan, rank)
+        requests = ServedRequests.none(prepared.plan, rank)
         return cls(prepared, rank, requests, Mailbox(), CompileQueue(requests.structured))
 
     def connect(

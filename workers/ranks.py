@@ -36,6 +36,12 @@ class Launcher(Protocol):
     def launch(self, dp_rank: int) -> RankHandle:
         """Start a rank in the place of the one that had this number before, or a standby."""
 
+    def make_room(self, dp_ranks: Sequence[int], timeout_s: float) -> None:
+        """Reserve what ranks that are new here will run on; StartError if there is no room."""
+
+    def give_room(self, dp_ranks: Sequence[int]) -> None:
+        """Give back what these ran on, who have ended and will not be replaced."""
+
     def meeting(self, members: Membership) -> InProcessRendezvous | None:
         """Return a new place for these to meet, if ranks can not open one themselves."""
 
@@ -122,6 +128,42 @@ class Ranks:
             if standby is not None:
                 standby.kill()
             self._check_open()
+
+    def launch(self, dp_ranks: Sequence[int], timeout_s: float) -> list[Seat]:
+        """Start ranks beside those that serve; StartError if there is no room for them."""
+        self.launcher.make_room(dp_ranks, timeout_s)
+        seats: list[Seat] = []
+        try:
+            for dp_rank in dp_ranks:
+                with self._lock:
+                    self._check_open()
+                    seats.append(Seat(self.launcher.launch(dp_rank)))
+                    self._others.append(seats[-1])
+        except BaseException:
+            self.dismiss(seats)
+            self.launcher.give_room(dp_ranks)
+            raise
+        return seats
+
+    def enter(self, members: Membership, joining: Sequence[Seat]) -> list[Seat]:
+        """Have these serve from now on; return the seats of those that do no more, now vacant."""
+        with self._lock:
+            self._check_open()
+            known = self._serving | {seat.dp_rank: seat for seat in joining}
+            left = [seat for name, seat in self._serving.items() if name not in members]
+            self._serving = {dp_rank: known[dp_rank] for dp_rank in members.dp_ranks}
+            self._others = [*(seat for seat in self._others if seat not in joining), *left]
+        for seat in left:
+            seat.vacate()
+        return left
+
+    def dismiss(self, seats: Sequence[Seat]) -> None:
+        """End ranks that do not serve, and give back their room."""
+        for seat in seats:
+            seat.vacate().kill()
+        self.launcher.give_room([seat.dp_rank for seat in seats])
+        with self._lock:
+            self._others = [seat for seat in self._others if seat not in seats]
 
     def kill(self) -> None:
         """End all ranks, and let none be started any more."""

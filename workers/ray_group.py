@@ -19,18 +19,15 @@ from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.startup.devices import resolve_device
 from workers.deadline import within
 from workers.messages import NO_RANK, Message, named
-from workers.placement import bundle_of, describe_room, strategy_of
 from workers.ray_cluster.connection import LOST, RayConnection, connect
 from workers.ray_cluster.errors import cause_of, plain
-from workers.ray_cluster.nodes import held_cpus, living_nodes
 from workers.ray_cluster.packages import packages_for_ranks
 from workers.ray_cluster.rank_actor import RayWorker, actor_class, search_path
+from workers.ray_cluster.rooms import Rooms
 from workers.standby.worker import worker_for
 from workers.worker_group import WorkerGroup
 
-GONE_S = 2.0  # for Ray to take note that the room of the ranks is given back
 POLL_S = 0.2
-WAITING_S = 5.0  # until the log says that there is no room yet
 SAME_TROUBLE_S = 1.0  # for ranks with the same trouble to be named together
 Answer = TypeVar("Answer")
 # What the driver's environment says about GPUs and their network holds for the ranks too.
@@ -117,9 +114,9 @@ def start_ray(config: EngineConfig, deadline: float) -> WorkerGroup:
         found = within(deadline, "ask Ray for its resources", ray.cluster_resources)
         config = resolve_device(config, int(found.get("GPU", 0)), "the Ray cluster")
         config = with_absolute_paths(config)
-        placement = place(config, deadline)
-        undo.callback(_remove, placement, connection)
-        launcher = RayLauncher(config, placement, connection, undo)
+        rooms = Rooms(config, connection, deadline)
+        undo.callback(rooms.close)
+        launcher = RayLauncher(config, rooms, connection, undo)
         ranks = within(deadline, "create actors", launcher.launch_all)
         _wait_created(ranks, connection, deadline)
         return WorkerGroup(config, replace(launcher, undo=undo.pop_all()), ranks)
@@ -142,63 +139,16 @@ def _absolute(path: str) -> str:
         return path
 
 
-def place(config: EngineConfig, deadline: float) -> Any:
-    """Reserve a bundle for each rank; StartError if there is no room for them in time."""
-    import ray
-
-    nodes = within(deadline, "ask Ray for its nodes", lambda: living_nodes(deadline))
-    strategy = strategy_of(config, nodes)
-    bundle = bundle_of(config, nodes, strategy, held_cpus())
-    bundles = [bundle] * config.dp_size
-    placement = within(
-        deadline, "reserve room", lambda: ray.util.placement_group(bundles, **strategy)
-    )
-    need = f"room for {config.dp_size} ranks of {bundle} ({strategy})"
-    _log.info("placement: %s; %s", need, describe_room(nodes))
-    try:
-        _wait_for_room(placement, need, deadline)
-    except BaseException:
-        ray.util.remove_placement_group(placement)
-        raise
-    return placement
-
-
-def _wait_for_room(placement: Any, need: str, deadline: float) -> None:
-    warn_at = monotonic() + WAITING_S
-    while not placement.wait(min(POLL_S, max(deadline - monotonic(), 0.0))):
-        now = monotonic()
-        if now >= deadline:
-            raise StartError(
-                f"no {need} in start_timeout_s; {describe_room(living_nodes(now + GONE_S))}"
-            )
-        if now >= warn_at:
-            _log.warning("waiting for %s; %s", need, describe_room(living_nodes(deadline)))
-            warn_at = deadline + 1
-
-
-def _remove(placement: Any, connection: RayConnection) -> None:
-    """Give the room back, which ends the actors in it."""
-    import ray
-
-    if connection.connected:
-        with suppress(StartError):  # Ray does not answer; the room is given back with the job
-            within(
-                monotonic() + GONE_S,
-                "give room back",
-                lambda: ray.util.remove_placement_group(placement),
-            )
-
-
 def environment_of_ranks(driver: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in driver.items() if name.startswith(PASSED_ON)}
 
 
 @dataclass(frozen=True, eq=False)
 class RayLauncher:
-    """Creates actors in the bundles of a placement; a lost rank's successor gets the same one."""
+    """Creates actors in their rooms; a lost rank's successor gets the same one."""
 
     config: EngineConfig
-    placement: Any
+    rooms: Rooms
     connection: RayConnection
     undo: ExitStack
 
@@ -208,12 +158,13 @@ class RayLauncher:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         # A standby holds nothing of a bundle, but lives on its host and there sees all GPUs.
-        held = {} if dp_rank == NO_RANK else self.placement.bundle_specs[0]
+        placement, index = self.rooms.of(max(dp_rank, 0))
+        held = {} if dp_rank == NO_RANK else placement.bundle_specs[index]
         actor = actor_class().options(
             num_cpus=held.get("CPU", 0),
             num_gpus=held.get("GPU", 0),
             memory=held.get("memory"),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.placement, max(dp_rank, 0)),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
             runtime_env=self._environment or None,
         )
         device = "cuda:0" if self.config.device == "cuda" else "cpu"
@@ -225,6 +176,12 @@ class RayLauncher:
         return [self.launch(dp_rank) for dp_rank in range(self.config.dp_size)]
 
     def meeting(self, members: Membership) -> None: ...  # actors open one
+
+    def make_room(self, dp_ranks: Sequence[int], timeout_s: float) -> None:
+        self.rooms.make(dp_ranks, timeout_s)
+
+    def give_room(self, dp_ranks: Sequence[int]) -> None:
+        self.rooms.give_back(dp_ranks)
 
     def release(self) -> None:
         self.undo.close()

@@ -23,6 +23,7 @@ from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
+from dp_runtime.startup.device_memory import free_garbage
 from dp_runtime.startup.host_limits import usable_cpus
 from workers.communicators import OpenedRendezvous, open_rendezvous
 from workers.mailbox import Mailbox
@@ -32,6 +33,7 @@ from workers.messages import (
     Abort,
     AnyRendezvous,
     Blame,
+    CheckPlan,
     ExportMetrics,
     HostInfo,
     Join,
@@ -48,14 +50,17 @@ from workers.messages import (
     ReadTotals,
     ReadTrace,
     Rendezvous,
+    Reshard,
     Stop,
     Submit,
     Suspend,
 )
-from workers.rank_stages import Connected, Joined, Loaded, Prepared, StartProgress
+from workers.rank_stages import Connected, Joined, Loaded, Prepared
+from workers.stages.progress import StartProgress
+from workers.stages.resharding import Unsharded
 
 LOADING_S = 0.1  # of whom has loaded nothing, until it is asked for its outputs again
-Stage = Prepared | Loaded | Connected | Joined
+Stage = Prepared | Loaded | Unsharded | Connected | Joined
 
 
 class Worker:
@@ -80,6 +85,10 @@ class Worker:
                 return self.prepare(members)
             case Load():
                 return self.load()
+            case CheckPlan(members):
+                return self.check_plan(members)
+            case Reshard(members):
+                return self.reshard(members)
             case OpenRendezvous(transport, one_host):
                 return self.open_rendezvous(transport, one_host)
             case Join(rendezvous, epoch, timeout_s):
@@ -118,9 +127,24 @@ class Worker:
             torch.set_num_threads(self.config.torch_threads or self._fair_threads())
         self._use_device()
         self._stage = prepared = Prepared.for_rank(self.dp_rank, self.config, self.device, members)
+        return self._announce(prepared)
+
+    def _announce(self, prepared: Prepared) -> HostInfo:
         self._flight = prepared.flight
         ring = prepared.flight.ring.address
         return HostInfo(self.dp_rank, socket.gethostname(), ring, self._gpu)
+
+    def check_plan(self, members: Membership) -> None:
+        """Look whether the rank could be one of these; ValueError if not. Nothing changes."""
+        self._holder.prepared.plan_among(members)
+
+    def reshard(self, members: Membership) -> HostInfo:
+        """Load the experts of a position among others; pages and requests stay as they are."""
+        assert isinstance(self._stage, Loaded), "suspend comes before reshard"
+        self._stage = Unsharded.of(self._stage)
+        free_garbage(self.device)
+        self._stage = loaded = self._stage.load(members, self._progress)
+        return self._announce(loaded.prepared)
 
     def load(self) -> ModelInfo:
         assert isinstance(self._stage, Prepared), "prepare comes before load"
@@ -165,18 +189,18 @@ class Worker:
         raise RankFailed(f"rank {self.dp_rank} has loaded nothing")
 
     def submit(self, requests: Sequence[RankRequest]) -> None:
-        loaded = self._loaded
+        holder = self._holder
         for request in requests:
             if request.params.structured_outputs is None:
-                loaded.mailbox.submit([request])
+                holder.mailbox.submit([request])
             else:
-                loaded.compiling.put(request, partial(self._forward, loaded.mailbox))
+                holder.compiling.put(request, partial(self._forward, holder.mailbox))
         self._wake()
 
     def abort(self, request_ids: Sequence[int]) -> None:
         """End requests before the next step; ids that are done are ignored."""
-        self._loaded.compiling.release(request_ids)
-        self._loaded.requests.structured.forget(request_ids)
+        self._holder.compiling.release(request_ids)
+        self._holder.requests.structured.forget(request_ids)
         self._mailbox.abort(request_ids)
         self._wake()
 
@@ -207,7 +231,9 @@ class Worker:
 
     def totals(self) -> Totals:
         match self._stage:
-            case Loaded(requests=requests) | Joined(requests=requests):
+            case (
+                Loaded(requests=requests) | Unsharded(requests=requests) | Joined(requests=requests)
+            ):
                 return requests.recorder.totals.copied()
         return Totals(self.dp_rank)
 
@@ -229,17 +255,17 @@ class Worker:
         self._stage = None
 
     @property
-    def _loaded(self) -> Loaded:
+    def _holder(self) -> Loaded | Unsharded:  # of requests and mail
         match self._stage:
-            case Loaded() as loaded:
-                return loaded
+            case Loaded() | Unsharded() as holder:
+                return holder
             case Connected(loaded=loaded) | Joined(connected=Connected(loaded=loaded)):
                 return loaded
         raise AssertionError(f"rank {self.dp_rank} has loaded nothing")
 
     @property
     def _mailbox(self) -> Mailbox:
-        return self._loaded.mailbox
+        return self._holder.mailbox
 
     def _forward(self, mailbox: Mailbox, request: RankRequest) -> None:
         mailbox.submit([request])

@@ -45,6 +45,10 @@ class Membership:
     def named(self, positions: Iterable[int]) -> str:
         return ", ".join(str(self.dp_ranks[position]) for position in positions)
 
+    def besides(self, others: Membership) -> frozenset[int]:
+        """Return those that are not among others."""
+        return frozenset(self.dp_ranks) - frozenset(others.dp_ranks)
+
     def without(self, dp_ranks: Collection[int]) -> Membership:
         """Leave some out; ValueError if nobody is left."""
         left = tuple(rank for rank in self.dp_ranks if rank not in dp_ranks)

@@ -105,6 +105,19 @@ class AsyncEngine:
             raise
         return handles
 
+    @property
+    def dp_ranks(self) -> tuple[int, ...]:
+        """The ranks that serve now."""
+        return self._core.members.dp_ranks
+
+    async def resize(self, dp_size: int) -> tuple[int, ...]:
+        """As `Engine.resize`; cancellation does not undo it."""
+        return (await asyncio.to_thread(self._core.changes.resize, dp_size)).dp_ranks
+
+    async def drain(self, dp_rank: int, timeout_s: float = 0.0) -> tuple[int, ...]:
+        """As `Engine.drain`; cancellation does not undo it."""
+        return (await asyncio.to_thread(self._core.changes.drain, dp_rank, timeout_s)).dp_ranks
+
     async def step_trace(self) -> tuple[StepTrace, ...]:
         return await asyncio.to_thread(self._core.step_trace)
 

@@ -9,7 +9,7 @@ from math import inf
 from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.membership import Transition
+from dp_runtime.core.membership import Membership, Transition
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
 from dp_runtime.engine.deadlines import Deadlines
 from dp_runtime.engine.inputs import NewRequest, RequestFactory
@@ -20,6 +20,7 @@ from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.routing.admission import Admission, Place
 from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS
+from dp_runtime.engine.routing.membership_changes import MembershipChanges
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.busy_clock import BusyClock
@@ -68,6 +69,7 @@ class EngineCore:
         self.factory = RequestFactory(model, self.tokenizer, config.seed, lambda: group.members)
         balancer = LOAD_BALANCERS[config.routing]()
         self._admission = Admission(balancer, self._group.members, config.max_queued_requests)
+        self.changes = MembershipChanges(group, self._admission, weakly(self.check_open))
         self._outputs = OutputProcessor()
         self._deadlines = Deadlines(weakly(self._on_due))
         self._lock = threading.Lock()
@@ -90,6 +92,10 @@ class EngineCore:
     @property
     def model(self) -> ModelInfo:
         return self._group.model
+
+    @property
+    def members(self) -> Membership:
+        return self._group.members
 
     @property
     def num_unfinished(self) -> int:

@@ -100,6 +100,27 @@ class Engine:
         new = self._core.factory.make(prompt, params, dp_rank)
         return self._core.start(new, RequestHandle)
 
+    @property
+    def dp_ranks(self) -> tuple[int, ...]:
+        """The ranks that serve now."""
+        return self._core.members.dp_ranks
+
+    def resize(self, dp_size: int) -> tuple[int, ...]:
+        """Serve with so many ranks from now on, and return them; no request is lost.
+
+        New ranks, which load before anything changes, get the smallest free numbers; those with
+        the largest leave. ValueError, or ResizeFailed without room: then nothing has changed.
+        """
+        return self._core.changes.resize(dp_size).dp_ranks
+
+    def drain(self, dp_rank: int, timeout_s: float = 0.0) -> tuple[int, ...]:
+        """Serve without a rank, and return the others; as `resize`, and no request is lost.
+
+        The rank gets no new requests, and its own have `timeout_s` seconds to end there before
+        they go on elsewhere, those that were pinned to it too.
+        """
+        return self._core.changes.drain(dp_rank, timeout_s).dp_ranks
+
     def step_trace(self) -> tuple[StepTrace, ...]:
         """Return the steps that the ranks remember, with their rows and times."""
         return self._core.step_trace()

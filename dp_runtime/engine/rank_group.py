@@ -60,6 +60,9 @@ class RankGroup(Protocol):
     def health(self) -> tuple[RankHealth, ...]:
         """Return the state of every rank, also of those that do not answer."""
 
+    def change(self, target: Membership) -> None:
+        """Have these ranks serve; ValueError or ResizeFailed if they can't, and nothing changes."""
+
     def trace(self) -> tuple[StepTrace, ...]: ...  # ordered by step and rank
 
     def flight_record(self) -> FlightDump:

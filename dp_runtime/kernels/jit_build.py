@@ -74,6 +74,14 @@ def forbid_compilation() -> None:
         knobs.runtime.jit_cache_hook = _refuse
 
 
+def allow_compilation() -> None:
+    os.environ.pop("FLASHINFER_DISABLE_JIT", None)
+    if find_spec("triton") is not None:
+        from triton import knobs
+
+        knobs.runtime.jit_cache_hook = None
+
+
 def _refuse(*, repr: str, **call: object) -> NoReturn:
     """Triton calls this before it compiles a kernel or loads a compiled one."""
     raise RuntimeError(f"the Triton kernel {repr} was not built before the rank was ready")

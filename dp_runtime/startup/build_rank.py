@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
 import torch
 
+from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.attention.registry import CHOSEN, backend_class
 from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
@@ -27,11 +29,13 @@ from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
 from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.parallel.step_coordinator import StepCoordinator
+from dp_runtime.runner.drafting import Drafting
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import StepRunner
+from dp_runtime.sampling.draft_verification import ForcedAcceptance
 from dp_runtime.speculative.adaptive_length import AdaptiveLength
 from dp_runtime.startup.device_memory import free_bytes
-from dp_runtime.startup.loaded_rank import LoadedRank
+from dp_runtime.startup.loaded_rank import KeptPages, LoadedRank
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.memory_profile import run_largest_steps
 from dp_runtime.startup.rank_plan import RankPlan
@@ -64,9 +68,7 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         backend_class(plan.backend)(layers.attention, own_pools, own_scales)
         for layers, own_pools, own_scales in zip(plan.layers, pools, scales)
     ]
-    models = ServedModels.build(
-        model, plan.draft, sources, backends, plan.sharding, plan.moe_backend
-    )
+    models = _build_models(plan, sources, backends)
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
         architecture=model.architecture,
@@ -81,7 +83,25 @@ def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], No
         sampling_defaults=read_sampling_defaults(config.model),
     )
     all_pools = tuple(pool for own_pools in pools for pool in own_pools)
-    return LoadedRank(models, all_pools, info, monotonic() - started, allocated_before)
+    return LoadedRank(models, backends, all_pools, info, monotonic() - started, allocated_before)
+
+
+def reload_rank(
+    config: EngineConfig, plan: RankPlan, kept: KeptPages, on_bytes: Callable[[int], None]
+) -> LoadedRank:
+    """Read the weights of another sharding, for the pages that a rank has."""
+    started, sources = monotonic(), _open_weights(config, plan, on_bytes)
+    models = _build_models(plan, sources, kept.backends)
+    info = replace(kept.info, bytes_read=sum(source.bytes_read for source in sources))
+    load_s = monotonic() - started
+    return LoadedRank(models, kept.backends, kept.pools, info, load_s, kept.allocated_before)
+
+
+def _build_models(
+    plan: RankPlan, sources: Sequence[WeightSource], backends: Sequence[AttentionBackend]
+) -> ServedModels:
+    own = sources, backends, plan.sharding, plan.moe_backend
+    return ServedModels.build(plan.model, plan.draft, *own)
 
 
 def _open_weights(
@@ -184,10 +204,10 @@ def assemble(
         members=plan.members, programs=programs,
         policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
     )  # fmt: skip
-    served = served or ServedRequests.none(config, plan, loaded)
+    served = served or ServedRequests.none(plan, loaded)
     runner = StepRunner(
         loaded.models.target,
-        served.drafting,
+        _drafting(config, loaded, served),
         served.sampler,
         served.structured,
         collective=collective,
@@ -197,6 +217,14 @@ def assemble(
         flight=flight,
     )
     return StepLoop(served.scheduler, coordinator, runner, served.recorder, plan.depth)
+
+
+def _drafting(config: EngineConfig, loaded: LoadedRank, served: ServedRequests) -> Drafting | None:
+    if loaded.models.draft is None or served.drafts is None:
+        return None
+    mean_tokens = config.speculative_forced_tokens
+    forced = None if mean_tokens is None else ForcedAcceptance(mean_tokens)
+    return Drafting(loaded.models.draft, forced, served.drafts)
 
 
 def new_flight(config: EngineConfig, plan: RankPlan) -> FlightRecorder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
 from dp_runtime.startup.host_limits import usable_memory
@@ -20,3 +22,10 @@ def rank_memory(device: str, dp_size: int, ranks_per_gpu: int) -> int:
 
 def free_bytes(device: str) -> int:
     return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
+def free_garbage(device: str) -> None:
+    """Give what nobody holds any more back, also to the device."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from dp_runtime.config import EngineConfig
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.metrics.totals import Recorder
-from dp_runtime.runner.drafting import Drafting, DraftState
-from dp_runtime.sampling.draft_verification import ForcedAcceptance
+from dp_runtime.runner.drafting import DraftState
 from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.abandonment import abandon_steps
 from dp_runtime.scheduler.scheduler import Scheduler
@@ -25,27 +23,24 @@ class ServedRequests:
     scheduler: Scheduler
     sampler: Sampler
     structured: StructuredState
-    drafting: Drafting | None
+    drafts: DraftState | None
     recorder: Recorder
 
     @classmethod
-    def none(cls, config: EngineConfig, plan: RankPlan, loaded: LoadedRank) -> ServedRequests:
+    def none(cls, plan: RankPlan, loaded: LoadedRank) -> ServedRequests:
         device, num_rows = torch.device(plan.device), plan.limits.num_table_rows
         sampler = Sampler(plan.model.vocab_size, num_rows, device)
         info = loaded.info
         compiler = GrammarCompiler(info.tokenizer_json, info.vocab_size, info.eos_token_ids)
         structured = StructuredState(compiler, info.vocab_size)
         states: list[PerRequestState] = [sampler, structured]
-        drafting = None
+        drafts = None
         if loaded.models.draft is not None:
-            mean_tokens = config.speculative_forced_tokens
-            forced = None if mean_tokens is None else ForcedAcceptance(mean_tokens)
-            draft_state = DraftState(loaded.models.draft, num_rows, device)
-            drafting = Drafting(loaded.models.draft, forced, draft_state)
-            states.append(draft_state)
+            drafts = DraftState(loaded.models.draft, num_rows, device)
+            states.append(drafts)
         scheduler = Scheduler(plan.pages, plan.limits, states)
         recorder = Recorder(plan.dp_rank)
-        return cls(scheduler, sampler, structured, drafting, recorder)
+        return cls(scheduler, sampler, structured, drafts, recorder)
 
     def abandon_steps(self) -> None:
         """Forget the steps in flight, for the next epoch to begin where committed ones ended."""

@@ -179,7 +179,7 @@ class SpeculativeRanks:
             pages = PageGeometry(num_pages or plan.pages.num_pages, plan.pages.page_size)
             part = replace(plan, limits=limits, pages=pages, depth=config.depth)
             parts.append(part)
-            own = ServedRequests.none(config, part, loaded)
+            own = ServedRequests.none(part, loaded)
             ranks.append(ScriptedRank(own, [one for one in script if one.dp_rank == rank]))
         served = Served()
         for epoch, fault in enumerate((*faults, None)):

@@ -48,7 +48,7 @@ def load(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, params
 
 
-def served(engine: Engine, seed: int, disturb: Callable[[], None]) -> list[RequestOutput]:
+def served(engine: Engine, seed: int, disturb: Callable[[], object]) -> list[RequestOutput]:
     """Serve a load, disturb it in its midst, and check what streams delivered."""
     handles = submitted(engine, seed)
     next(iter(handles[0]))

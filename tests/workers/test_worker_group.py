@@ -73,6 +73,10 @@ class FakeLauncher:
 
     def meeting(self, members: Membership) -> None: ...
 
+    def make_room(self, dp_ranks: Any, timeout_s: float) -> None: ...
+
+    def give_room(self, dp_ranks: Any) -> None: ...
+
     def release(self) -> None:
         released.append(True)
 

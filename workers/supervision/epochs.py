@@ -8,20 +8,27 @@ from collections.abc import Callable, Mapping, Sequence
 from collectives.awake_clock import Deadline
 from collectives.shared_memory.rendezvous import remove_rendezvous
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.metrics.status import ModelInfo
 from workers.communicators import transport_of, where
 from workers.messages import (
     AnyRendezvous,
+    CheckPlan,
     HostInfo,
     Join,
     Load,
+    Message,
     OpenRendezvous,
     Prepare,
     Rendezvous,
+    Reshard,
 )
 from workers.ranks import Ranks, Seat
 
 _log = logging.getLogger(__name__)
+
+
+WhyNot = Callable[[], str]
 
 
 def show_nothing() -> None: ...
@@ -41,33 +48,58 @@ class Epochs:
         self,
         config: EngineConfig,
         ranks: Ranks,
-        why_not: Callable[[], str],
+        why_not: WhyNot,
         on_prepared: Callable[[Mapping[int, HostInfo]], None],
     ) -> None:
         self._config, self._ranks, self._why_not = config, ranks, why_not
         self._on_prepared = on_prepared
         self._hosts: dict[int, HostInfo] = {}
+        self._sharded: dict[int, Membership] = {}  # among whom each rank has loaded its experts
         self._meeting: AnyRendezvous | None = None
         self.number = -1
 
     def prepare(
-        self, seats: Sequence[Seat], deadline: Deadline, doomed: Callable[[], str] = no_reason
+        self,
+        seats: Sequence[Seat],
+        deadline: Deadline,
+        doomed: WhyNot = no_reason,
+        members: Membership | None = None,
+    ) -> None:
+        members = members or self._ranks.members
+        self._take(seats, members, Prepare(members), deadline, doomed)
+
+    def check(self, members: Membership, deadline: Deadline) -> None:
+        """ValueError if ranks that serve could not go on as these."""
+        staying = [seat for seat in self._ranks.seats if seat.dp_rank in members]
+        self._ranks.all(CheckPlan(members), deadline, seats=staying, why_not=self._why_not)
+
+    def check_hosts(self, members: Membership) -> None:
+        """ValueError if these, all of whom are prepared, can not meet."""
+        transport_of(self._config, [self._hosts[dp_rank] for dp_rank in members.dp_ranks])
+
+    def _take(
+        self,
+        seats: Sequence[Seat],
+        members: Membership,
+        message: Message[HostInfo],
+        deadline: Deadline,
+        doomed: WhyNot = no_reason,
     ) -> None:
         why_not = lambda: self._why_not() or doomed()  # noqa: E731
-        prepare = Prepare(self._ranks.members)
-        hosts = self._ranks.all(prepare, deadline, seats=seats, why_not=why_not)
+        hosts = self._ranks.all(message, deadline, seats=seats, why_not=why_not)
         for seat, host in zip(seats, hosts, strict=True):
             seat.host = host
-        prepared = {seat.dp_rank: host for seat, host in zip(seats, hosts, strict=True)}
-        self._hosts |= prepared
-        self._on_prepared(prepared)
+        found = {seat.dp_rank: host for seat, host in zip(seats, hosts, strict=True)}
+        self._hosts |= found
+        self._sharded |= dict.fromkeys(found, members)
+        self._on_prepared(found)
 
     def load(
         self,
         seats: Sequence[Seat],
         deadline: Deadline,
         show: Callable[[], None] = show_nothing,
-        doomed: Callable[[], str] = no_reason,
+        doomed: WhyNot = no_reason,
     ) -> list[ModelInfo]:
         why_not = lambda: self._why_not() or doomed()  # noqa: E731
         return self._ranks.all(Load(), deadline, show, seats, why_not)
@@ -77,7 +109,11 @@ class Epochs:
     ) -> None:
         """Have all ranks join the next epoch, where nobody of the last one can be."""
         self.number += 1
-        self._meeting = self._ranks.launcher.meeting(self._ranks.members) or self._open(deadline)
+        members = self._ranks.members
+        others = [seat for seat in self._ranks.seats if self._sharded[seat.dp_rank] != members]
+        if others:
+            self._take(others, members, Reshard(members), deadline)
+        self._meeting = self._ranks.launcher.meeting(members) or self._open(deadline)
         join = Join(self._meeting, self.number, timeout_s)
         try:
             self._ranks.all(join, deadline, show, why_not=self._why_not)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from workers.messages import AnyRendezvous
-
 
 class Phase(IntEnum):
     STARTING = 0
@@ -29,6 +27,10 @@ class GroupState:
 
     phase: Phase = Phase.STARTING
     epoch: int = 0
-    rendezvous: AnyRendezvous | None = None  # of the epoch
-    recovering: bool = False
+    recovering: bool = False  # or between two epochs as planned
     lost: frozenset[int] = frozenset()  # whose requests wait for a new epoch
+    left: frozenset[int] = frozenset()  # the same, as planned
+
+    @property
+    def gone(self) -> frozenset[int]:
+        return self.lost | self.left

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from time import monotonic
+from typing import Protocol
 
 from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
 from workers.messages import Abandon, Suspend
 from workers.ranks import Ranks, Seat
@@ -39,22 +41,30 @@ class Recovered:
         return f"ranks {list(self.dp_ranks)} ({self.text}), in {self.seconds:.1f} s"
 
 
-class Recovery:
-    """Replaces lost ranks; the others keep weights, pages and requests.
+class Seating(Protocol):
+    """Who hears of ranks that come and go."""
 
-    `on_lost` hears who is lost before they are replaced, `on_begun` once all ranks step again.
-    """
+    def gone(self, lost: Collection[int], left: Collection[int]) -> None:
+        """Some serve no more, before others take their seats, or they are without a seat."""
+
+    def enter(self, members: Membership, joining: Sequence[Seat]) -> list[Seat]:
+        """Have these serve; return the seats of those who do no more."""
+
+    def begun(self) -> None: ...  # all ranks step again
+
+
+class Recovery:
+    """Replaces lost ranks; the others keep weights, pages and requests."""
 
     def __init__(
         self,
         config: EngineConfig,
         ranks: Ranks,
         epochs: Epochs,
-        on_lost: Callable[[Collection[int]], None],
-        on_begun: Callable[[], None],
+        seating: Seating,
     ) -> None:
         self._config, self._ranks, self._epochs = config, ranks, epochs
-        self._on_lost, self._on_begun = on_lost, on_begun
+        self._seating = seating
         self._lock = threading.Lock()
         self._evidence: list[Evidence] = []
         self._history: deque[Recovered] = deque()
@@ -68,16 +78,40 @@ class Recovery:
 
         first: the text of the evidence that this began with.
         """
-        started, lost, tried = monotonic(), set[int](), 0
+        started = monotonic()
+        if any(one.dp_rank is not None for one in self._evidence):
+            self._check_history(started, first, 0)  # nobody needs to be asked for that
+        missing, ends_requests = self._suspend_all(first)
+        counts = bool(missing) or not ends_requests
+        if counts:
+            self._check_history(started, first, 0)
+        lost, tried = self._replace(first, missing)
+        self._seating.begun()
+        done = Recovered(started, tuple(sorted(lost)), first, monotonic() - started)
+        if counts or tried:
+            self._history.append(done)
+        _log.warning("recovered: epoch %d after the loss of %s", self._epochs.number, done)
+
+    def change(self, target: Membership, joining: Sequence[Seat]) -> None:
+        """Begin the next epoch with others, who have loaded; ranks lost meanwhile are replaced."""
+        started, first = monotonic(), f"the ranks are to be {target}"
+        missing, _ = self._suspend_all(first)
+        known = {*self._ranks.members.dp_ranks, *(seat.dp_rank for seat in joining)}
+        members = Membership(tuple(rank for rank in target.dp_ranks if rank in known))
+        left = self._ranks.members.besides(members)
+        self._seating.gone(missing - left, left)
+        leaving = self._seating.enter(members, joining)
+        self._replace(first, missing - left)
+        self._seating.begun()
+        self._ranks.dismiss(leaving)
+        seconds = monotonic() - started
+        _log.warning("epoch %d: ranks %s, after %.1f s", self._epochs.number, members, seconds)
+
+    def _replace(self, first: str, missing: set[int]) -> tuple[set[int], int]:
+        """Begin the next epoch with others on missing seats: all who were lost, vain attempts."""
+        lost, tried = set(missing), 0
         while True:
-            if any(one.dp_rank is not None for one in self._evidence):
-                self._check_history(started, first, tried)  # nobody needs to be asked for that
-            missing, ends_requests = self._suspend_all()
-            lost |= missing
-            counts = bool(lost) or tried > 0 or not ends_requests
-            if counts:
-                self._check_history(started, first, tried)
-            self._on_lost(missing)
+            self._seating.gone(missing, frozenset())
             try:
                 self._begin_epoch([self._ranks.seat(dp_rank) for dp_rank in sorted(missing)])
                 break
@@ -87,12 +121,11 @@ class Recovery:
                 _log.warning("recovery: %s", error)
                 threading.Event().wait(PAUSE_S * 2**tried)
                 tried += 1
+            self._check_history(monotonic(), first, tried)
+            missing, _ = self._suspend_all("a rank could not be replaced")
+            lost |= missing
         self._forget_evidence()  # of who was replaced; a poller tells of others again
-        self._on_begun()
-        done = Recovered(started, tuple(sorted(lost)), first, monotonic() - started)
-        if counts:
-            self._history.append(done)
-        _log.warning("recovered: epoch %d after the loss of %s", self._epochs.number, done)
+        return lost, tried
 
     def _forget_evidence(self, dp_ranks: Collection[int] | None = None) -> list[Evidence]:
         """Take the evidence out, all of it or what names one of these ranks."""
@@ -117,13 +150,13 @@ class Recovery:
         failed = f"; {tried} attempts to replace ranks failed" if tried else ""
         raise RankFailed(text + failed + since)
 
-    def _suspend_all(self) -> tuple[set[int], bool]:
+    def _suspend_all(self, why: str) -> tuple[set[int], bool]:
         """Have all ranks leave the step; those that can not, and if a request that ended was why.
 
         Such a fault does not count: it takes a request along, so that no input ends an engine.
         """
         evidence = self._forget_evidence()
-        reason = evidence[0].text if evidence else "a rank could not be replaced"
+        reason = evidence[0].text if evidence else why
         lost = {one.dp_rank for one in evidence if one.dp_rank is not None}
         for seat in self._ranks.seats:
             seat.call(Abandon(reason, self._epochs.number))
@@ -137,7 +170,8 @@ class Recovery:
         lost |= {one.dp_rank for one in noticed if one.dp_rank is not None}
         failed = [seat for seat, future in asked if not future.done() or future.exception()]
         lost |= {seat.dp_rank for seat in failed}
-        return lost, any(future.result() for seat, future in asked if seat not in failed)
+        ends_requests = any(future.result() for seat, future in asked if seat not in failed)
+        return lost & {*self._ranks.members.dp_ranks}, ends_requests
 
     def _begin_epoch(self, seats: list[Seat]) -> None:
         deadline = Deadline(self._config.start_timeout_s)

@@ -1,0 +1,203 @@
+"""Ranks come and go while an engine serves: no request is lost, and no token changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dp_runtime import Engine, SamplingParams
+from dp_runtime.errors import EngineClosed, ResizeFailed, StartError
+from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.serving import check_pages_free
+from tests.workers.leftovers import rank_processes, wait_until
+from tests.workers.test_recovery import (
+    NUM_REQUESTS,
+    WAIT_S,
+    alike,
+    delivered,
+    recovering,
+    served,
+)
+from tests.workers.test_watch import nothing_left
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("membership")))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_drafts"),
+    [
+        ("thread", 2),
+        ("local", 0),
+        pytest.param("local", 2, marks=pytest.mark.slow),
+        pytest.param("ray", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_resize_costs_no_request(model: Path, launcher: str, num_drafts: int) -> None:
+    with (
+        nothing_left(),
+        recovering(model, launcher, dp_size=4, speculative_num_steps=num_drafts) as engine,
+    ):
+        expected = alike(served(engine, 1, lambda: None))
+        for epoch, size in enumerate((3, 2, 4), 1):
+            assert alike(served(engine, 1, partial(engine.resize, size))) == expected
+            assert engine.dp_ranks == tuple(range(size))
+            assert [rank.dp_rank for rank in engine.health()] == [*range(size)]
+            assert {rank.epoch for rank in engine.health()} == {epoch}
+            check_pages_free(engine)
+        assert engine.report().requests == 4 * NUM_REQUESTS
+
+
+@pytest.mark.parametrize("gone", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+def test_any_rank_can_be_drained(model: Path, gone: int) -> None:
+    launcher = "local" if gone == 0 else "thread"
+    with nothing_left(), recovering(model, launcher, dp_size=3) as engine:
+        expected = alike(served(engine, 2, lambda: None))
+        assert alike(served(engine, 2, lambda: engine.drain(gone, 0.2))) == expected
+        left = tuple(rank for rank in range(3) if rank != gone)
+        assert engine.dp_ranks == left
+        assert tuple(rank.dp_rank for rank in engine.metrics()) == left
+        dump = engine.flight_record()
+        assert tuple(rank.dp_rank for rank in dump.ranks) == left
+        assert all(len(rank.steps[-1].passes[0].real_rows) == 2 for rank in dump.ranks)
+        with pytest.raises(ValueError, match=rf"dp_rank: {gone} is not allowed; None or a rank in"):
+            engine.submit([1], dp_rank=gone)
+        assert engine.resize(3) == (0, 1, 2)
+        assert alike(served(engine, 2, lambda: None)) == expected
+        check_pages_free(engine)
+
+
+def test_what_was_pinned_to_a_rank_that_leaves_goes_on_elsewhere(model: Path) -> None:
+    endless = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
+    with recovering(model, "thread", dp_size=2) as engine:
+        expected = engine.generate([[5, 6, 7]], endless)[0].token_ids
+        handles = [engine.submit([5, 6, 7], endless, dp_rank=1) for _ in range(4)]
+        next(iter(handles[0]))
+        doomed = engine.submit([5, 6], endless, dp_rank=1)
+        doomed.abort()
+        assert engine.drain(1) == (0,)
+        assert {output.token_ids for output in delivered(handles)} == {expected}
+        assert {handle.result(WAIT_S).dp_rank for handle in handles} == {0}
+        assert doomed.result(WAIT_S).finish_reason == "abort"
+        check_pages_free(engine)
+
+
+def test_requests_of_a_rank_end_there_if_they_have_the_time(model: Path) -> None:
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    with recovering(model, "thread", dp_size=2) as engine:
+        handles = [engine.submit([5, 6, 7], params, dp_rank=1) for _ in range(4)]
+        engine.drain(1, WAIT_S)
+        assert [handle.result(WAIT_S).dp_rank for handle in handles] == [1] * 4
+
+
+def test_experts_are_split_unevenly_over_more_ranks_than_at_the_start(model: Path) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=1) as engine:
+        expected = alike(served(engine, 3, lambda: None))
+        assert alike(served(engine, 3, partial(engine.resize, 3))) == expected
+        assert len(rank_processes()) == 3
+        assert alike(served(engine, 3, partial(engine.drain, 0))) == expected
+        assert engine.dp_ranks == (1, 2)
+        wait_until(lambda: len(rank_processes()) == 2, "the process has ended")
+
+
+@pytest.mark.slow
+def test_ray_gives_new_ranks_room_of_their_own(model: Path) -> None:
+    with nothing_left(), recovering(model, "ray", dp_size=1) as engine:
+        expected = alike(served(engine, 3, lambda: None))
+        for size in (2, 1, 2):
+            assert alike(served(engine, 3, partial(engine.resize, size))) == expected
+
+
+def killed_while_it_changes(engine: Engine, size: int, delay_s: float) -> None:
+    """Kill a rank while the ranks change, whichever is there then."""
+    known = {rank.pid for rank in engine.health()}
+
+    def kill_one() -> None:
+        pids = sorted({*rank_processes()} - known) if delay_s < 0 else sorted(known)
+        os.kill(pids[-1] if pids else min(known), signal.SIGKILL)
+
+    killer = threading.Timer(abs(delay_s), kill_one)
+    killer.start()
+    try:
+        engine.resize(size)
+    finally:
+        killer.join()
+
+
+@pytest.mark.parametrize(
+    "delay_s", [0.1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.0, 0.4, 0.8, 1.2))]
+)
+def test_a_rank_that_is_killed_during_a_change_costs_no_request(
+    model: Path, delay_s: float
+) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=2) as engine:
+        expected = alike(served(engine, 4, lambda: None))
+        for size in (3, 2):
+            try:
+                disturb = partial(killed_while_it_changes, engine, size, delay_s)
+                assert alike(served(engine, 4, disturb)) == expected
+            except ResizeFailed:  # they go on as they were
+                pass
+            assert alike(served(engine, 4, lambda: None)) == expected
+            check_pages_free(engine)
+
+
+def test_a_new_rank_that_can_not_start_changes_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object) -> None:
+        raise StartError("no room for ranks [2]")
+
+    with recovering(model, "thread", dp_size=2) as engine:
+        expected = alike(served(engine, 5, lambda: None))
+        monkeypatch.setattr("workers.local_group.LocalLauncher.make_room", full)
+
+        def refused() -> None:
+            with pytest.raises(ResizeFailed, match=r"^no room for ranks \[2\]; ranks 0..1 serve"):
+                engine.resize(3)
+
+        assert alike(served(engine, 5, refused)) == expected
+        assert {rank.epoch for rank in engine.health()} == {0}
+
+
+def test_a_close_ends_a_change(model: Path) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=1) as engine:
+        ended: list[BaseException] = []
+
+        def change() -> None:
+            try:
+                engine.resize(3)
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        wait_until(lambda: len(rank_processes()) > 1, "new ranks start", WAIT_S)
+        engine.close()
+        thread.join(WAIT_S)
+    assert [type(error) for error in ended] == [EngineClosed]
+
+
+def test_wrong_changes_are_refused(model: Path) -> None:
+    with recovering(model, "thread", dp_size=2) as engine:
+        for size in (0, -1, 5000, True, "2", None, 1.5):
+            with pytest.raises(ValueError, match=r"^dp_size: "):
+                engine.resize(size)  # type: ignore[arg-type]
+        for rank in (2, -1, None, "0", True):
+            with pytest.raises(ValueError, match=r"^dp_rank: .* a rank in 0\.\.1$"):
+                engine.drain(rank)  # type: ignore[arg-type]
+        for seconds in (-1, float("nan"), float("inf"), None):
+            with pytest.raises(ValueError, match=r"^timeout_s: "):
+                engine.drain(0, seconds)  # type: ignore[arg-type]
+        assert engine.drain(0) == (1,)
+        with pytest.raises(ValueError, match="the last rank can't go"):
+            engine.drain(1)
+    with pytest.raises(EngineClosed):
+        engine.resize(2)

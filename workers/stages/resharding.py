@@ -1,0 +1,51 @@
+"""Unsharded: the stage of a rank between two shardings of the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dp_runtime.core.membership import Membership
+from dp_runtime.kernels.jit_build import KernelBuilds, allow_compilation
+from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.startup.build_rank import jit_modules_of, new_flight, reload_rank
+from dp_runtime.startup.loaded_rank import KeptPages
+from dp_runtime.startup.served_requests import ServedRequests
+from dp_runtime.structured.compile_queue import CompileQueue
+from workers.mailbox import Mailbox
+from workers.rank_stages import Loaded, Prepared
+from workers.stages.progress import StartProgress
+
+
+@dataclass(frozen=True, eq=False)
+class Unsharded:
+    """A rank that has let go of its weights, to load those of another position among others."""
+
+    prepared: Prepared
+    kept: KeptPages
+    requests: ServedRequests
+    mailbox: Mailbox
+    compiling: CompileQueue
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> Unsharded:
+        rank = loaded.rank
+        kept = KeptPages(rank.backends, rank.pools, rank.info, rank.allocated_before)
+        return cls(loaded.prepared, kept, loaded.requests, loaded.mailbox, loaded.compiling)
+
+    def load(self, members: Membership, progress: StartProgress) -> Loaded:
+        progress.begin_loading()
+        before = self.prepared
+        plan = before.plan_among(members)
+        prepared = replace(before, plan=plan, flight=new_flight(before.config, plan))
+        allow_compilation()  # other shapes may want other kernels
+        builds = progress.builds = KernelBuilds(jit_modules_of(prepared.plan), prepared.device)
+        with builds:
+            rank = reload_rank(prepared.config, prepared.plan, self.kept, progress.add_bytes)
+            progress.state = RankState.COMPILING
+            builds.wait()
+        progress.state = RankState.READY
+        before.flight.ring.close()
+        return Loaded(prepared, rank, self.requests, self.mailbox, self.compiling)
+
+    def describe(self, health: RankHealth) -> RankHealth:
+        return self.prepared.describe(health)
