@@ -66,7 +66,7 @@ def latin_1(room: Path) -> dict[str, str]:
     return {"LOCPATH": str(room), "LC_ALL": "en_US.ISO-8859-1"}
 
 
-@pytest.mark.parametrize("locale", ["C", "ISO-8859-1"])
+@pytest.mark.parametrize("locale", ["C", pytest.param("ISO-8859-1", marks=pytest.mark.slow)])
 def test_files_and_prompts_are_utf_8_in_any_locale(
     locale: str, model: Path, tmp_path: Path
 ) -> None:
@@ -224,7 +224,10 @@ def test_results_that_are_finished_are_delivered_when_the_engine_fails(model: Pa
     assert {index: len(made.token_ids) for index, made in delivered.items()} == {1: 3}
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed",
+    ["<&- >&- 2>&-", *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-"))],
+)
 def test_streams_that_the_caller_closed(closed: str, model: Path, tmp_path: Path) -> None:
     """Files that are opened later do not become stdout, and a traceback loses nothing."""
     output = tmp_path / "out.jsonl"
