@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -136,3 +138,11 @@ def test_quiet_steps_are_counted_in_a_row_and_only_beside_others() -> None:
     steps = [step(number, one, rank) for number, one in enumerate(rows) for rank in (0, 1)]
     assert longest_quiet(steps, 1) == 3
     assert longest_quiet(steps, 0) == 1
+
+
+@pytest.mark.slow
+def test_a_soak_with_faults_ends_without_one_of_its_own() -> None:
+    command = [sys.executable, "-m", "examples.fault_soak", "--minutes", "0.4", "--every-s", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.stdout.endswith("no faults\n"), done.stdout + done.stderr
+    assert done.returncode == 0

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Delivery]], None]
 Sink = TypeVar("Sink", bound=OutputSink)
 SinkOf = Callable[[RequestLog, Ends], Sink]
-MAX_REPLAYS = 3  # of a request, which may be what its ranks were lost of
+MAX_REPLAYS = 3  # without a token: the request may be what its ranks were lost of
 
 
 def deliver_here(deliveries: Sequence[Delivery]) -> None:

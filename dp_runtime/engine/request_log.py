@@ -31,7 +31,7 @@ class RequestLog:
         self.request = request
         self.pinned = pinned  # to its rank
         self.abort_asked = False
-        self.num_losses = 0  # of ranks that served it
+        self.num_losses = 0  # of ranks that served it, since its last token
         self.submitted_at = monotonic()
         self.token_ids: list[int] = []
         self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
@@ -86,7 +86,7 @@ class RequestLog:
         """What a request hears that no rank goes on with."""
         if self.abort_asked:
             return self.end_here(FinishReason.ABORT)
-        cause = f"{1 + self.num_losses} ranks were lost while they served it"
+        cause = f"{1 + self.num_losses} ranks were lost before it had another token"
         return RequestUpdate.failed(self.request_id, len(self.token_ids), cause)
 
     def _arrive(self, count: int) -> None:
@@ -94,6 +94,7 @@ class RequestLog:
         before = self.submitted_at if first else self.arrivals[-1][0]
         self._totals.add_tokens(now - before, count, first)
         self.arrivals.append((now, count))
+        self.num_losses = 0
 
     def end(self, reason: FinishReason) -> None:
         self._totals.add_end(reason, monotonic() - self.submitted_at)
