@@ -206,6 +206,10 @@ class EngineConfig:
         "always with 0, a lost rank fails the engine",
         at_least=0,
     )
+    min_dp_size: int | None = setting(
+        None, "ranks that go on without the others while lost ones can not be replaced; memory "
+        "for their larger shares of the experts is set aside", at_least=1, shown_default="dp_size",
+    )  # fmt: skip
     standby_ranks: int = setting(
         0,
         "processes that wait, warm, to take the place of a lost rank; not with launcher thread",
@@ -240,6 +244,8 @@ class EngineConfig:
         if transport is not None:  # else auto
             threads = self.launcher == "thread"
             check_transport(transport, self.device, threads, self.ranks_per_gpu)
+        ok = (self.min_dp_size or 1) <= self.dp_size
+        require(ok, "min_dp_size", self.min_dp_size, f"at most dp_size {self.dp_size}")
         ok = not self.standby_ranks or self.launcher != "thread"
         require(ok, "standby_ranks", self.standby_ranks, "0 with launcher thread")
         feeds = 1 + self.speculative_num_steps

@@ -31,7 +31,7 @@ from dp_runtime.startup.build_rank import (
 )
 from dp_runtime.startup.graph_capture import capture
 from dp_runtime.startup.loaded_rank import LoadedRank
-from dp_runtime.startup.rank_plan import RankPlan, plan_rank
+from dp_runtime.startup.rank_plan import RankPlan, plan_rank, sketch_rank
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue
 from workers.communicators import Communicator, FaultyCommunicator, connect
@@ -78,11 +78,15 @@ class Prepared:
     def plan_among(self, members: Membership) -> RankPlan:
         """Plan the same rank, with its pages, as one of these; ValueError if it does not fit."""
         config = replace(self.config, num_pages=self.plan.pages.num_pages)
-        return plan_rank(config, self.dp_rank, self.plan.device, members)
+        plan = sketch_rank(config, self.dp_rank, self.plan.device, members)
+        if plan.shortage:
+            raise ValueError(f"dp_size: {members.size} is not allowed; {plan.shortage}")
+        return plan
 
     def describe(self, health: RankHealth) -> RankHealth:
         return replace(
             health,
+            dp_size=self.plan.members.size,
             num_pages=self.plan.pages.num_pages,
             bytes_total=self.plan.load_bytes,
             memory=RankMemory(self.dp_rank, self.plan.memory, None),

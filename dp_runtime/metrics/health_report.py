@@ -28,6 +28,7 @@ def _describe(rank: RankHealth) -> dict[str, str | int | float]:
         "dp_rank": rank.dp_rank,
         "state": rank.state,
         "epoch": rank.epoch,
+        "dp_size": rank.dp_size,
         "last_step": rank.last_step,
         "last_step_age_s": round(rank.last_step_age_s, 3),
         "running": rank.num_running,

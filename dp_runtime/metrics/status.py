@@ -69,6 +69,7 @@ class RankHealth:
     host: str = ""
     clock_offset_ns: int = 0  # the wall clock minus the performance counter of its host
     epoch: int = 0
+    dp_size: int = 0  # ranks that serve together, known once the rank has a plan
     last_step: int = -1
     last_step_age_s: float = 0.0
     free_pages: int = 0

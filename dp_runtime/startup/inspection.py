@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.membership import Membership
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import RankMemory, memory_table
 from dp_runtime.startup.build_rank import jit_modules_of
@@ -17,8 +20,23 @@ def describe(config: EngineConfig, device: str) -> str:
     plans = [sketch_rank(config, rank, device) for rank in range(config.dp_size)]
     first = plans[0]
     lines = [*_model_lines(first), *_choice_lines(config, first), *_rank_lines(plans)]
+    lines += _fewer_lines(config, first, device)
     missing = dict.fromkeys(plan.shortage for plan in plans if plan.shortage)
     return "\n".join([*lines, *(f"does not fit: {shortage}" for shortage in missing)])
+
+
+def _fewer_lines(config: EngineConfig, plan: RankPlan, device: str) -> list[str]:
+    """Say for fewer ranks, each with the pages that it has, whether they can hold the experts."""
+    kept = replace(config, num_pages=plan.pages.num_pages)
+    fit, lacking = list[str](), list[str]()
+    for size in range(config.dp_size - 1, 0, -1):
+        fewer = sketch_rank(kept, size - 1, device, Membership.first(size))
+        (lacking if fewer.shortage else fit).append(str(size))
+    told = [f"{', '.join(fit)} can hold the experts" if fit else ""]
+    told += [f"{', '.join(lacking)} can not" if lacking else ""]
+    fewest = config.min_dp_size or config.dp_size
+    text = "; ".join(filter(None, told))
+    return [f"fewer      of the ranks {text}; min_dp_size is {fewest}"] if text else []
 
 
 def _model_lines(plan: RankPlan) -> list[str]:

@@ -41,6 +41,7 @@ class MemoryNeeds:
     page_bytes: int  # of one page over all layers
     graphs: bool
     dp_size: int
+    set_aside: int = 0  # bytes of weights that the rank may take over
 
 
 def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
@@ -63,7 +64,7 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
     budget = MemoryBudget(
         memory=rank_memory(needs.device, size, config.ranks_per_gpu),
         use=memory,
-        other=buffers + captured,
+        other=buffers + captured + needs.set_aside,
         page_bytes=needs.page_bytes,
         max_model_len=limits.max_model_len,
         one_sequence=-(-length // page) + 1,

@@ -17,7 +17,7 @@ class MemoryBudget:
 
     memory: int  # bytes of the rank
     use: MemoryUse  # without pages
-    other: int  # bytes of buffers and graphs
+    other: int  # bytes of buffers, graphs, and what min_dp_size sets aside
     page_bytes: int
     max_model_len: int
     one_sequence: int  # pages of a sequence of that length with its drafts, and the null page

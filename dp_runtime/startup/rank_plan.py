@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -23,6 +24,7 @@ from dp_runtime.models.registry import read_model_config
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.speculative.draft import DraftConfig, read_draft_config
 from dp_runtime.startup.execution_choices import choose_depth, choose_graphs, resolve_dtype
+from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.memory_plan import MemoryNeeds, plan_memory
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.weights.dummy import MetaWeights
@@ -110,18 +112,16 @@ def sketch_rank(
     if fp8 and config.moe_sharding == "tp":
         _check_blocks(model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
-    limits = Limits(
-        config.max_num_requests,
-        config.max_num_tokens,
-        model.resolve_max_model_len(config.max_model_len),
-        config.speculative_num_steps,
-    )
+    limits = _limits(config, model)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     depth = choose_depth(config, device, backend)
     weights = MetaWeights(dtype)
+    build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
+    models = build(weights, sharding)
     needs = MemoryNeeds(
         device=device,
-        models=_models_without_memory(model, draft, layers, weights, sharding, moe_backend),
+        models=models,
+        set_aside=_set_aside(config, models, sharding, partial(build, MetaWeights(dtype))),
         limits=limits,
         backend=backend,
         attention=[plan.attention for plan in layers],
@@ -138,6 +138,29 @@ def sketch_rank(
         pages=memory.pages, load_bytes=weights.bytes_read, memory=memory.use,
         shortage=memory.shortage,
     )  # fmt: skip
+
+
+def _limits(config: EngineConfig, model: ModelConfig) -> Limits:
+    return Limits(
+        config.max_num_requests,
+        config.max_num_tokens,
+        model.resolve_max_model_len(config.max_model_len),
+        config.speculative_num_steps,
+    )
+
+
+def _set_aside(
+    config: EngineConfig,
+    models: ServedModels,
+    sharding: RankSharding,
+    build: Callable[[RankSharding], ServedModels],
+) -> int:
+    """Count the bytes of weights that a rank takes over if only min_dp_size ranks are left."""
+    fewest = min(config.min_dp_size or sharding.dp_size, sharding.dp_size)
+    if fewest == sharding.dp_size:
+        return 0
+    largest = replace(sharding, position=fewest - 1, dp_size=fewest)
+    return max(param_bytes(build(largest)) - param_bytes(models), 0)
 
 
 def attention_spec(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> AttentionSpec:
@@ -186,6 +209,7 @@ def _models_without_memory(
     layers: Sequence[LayerPlan],
     weights: MetaWeights,
     sharding: RankSharding,
+    *,
     moe_backend: str,
 ) -> ServedModels:
     """Build a rank's models on the meta device, over caches without a page."""

@@ -7,11 +7,12 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dp_runtime import Engine, SamplingParams
-from dp_runtime.errors import EngineClosed, ResizeFailed, StartError
+from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, StartError
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
 from tests.workers.leftovers import rank_processes, wait_until
@@ -20,10 +21,12 @@ from tests.workers.test_recovery import (
     WAIT_S,
     alike,
     delivered,
+    kill,
     recovering,
     served,
 )
 from tests.workers.test_watch import nothing_left
+from workers.local_group import LocalLauncher
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +204,48 @@ def test_wrong_changes_are_refused(model: Path) -> None:
             engine.drain(1)
     with pytest.raises(EngineClosed):
         engine.resize(2)
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """While it is set, no rank can be launched."""
+    refuses, launch = threading.Event(), LocalLauncher.launch
+
+    def refusing(self: LocalLauncher, dp_rank: int) -> Any:
+        if refuses.is_set():
+            raise StartError(f"no room for rank {dp_rank}")
+        return launch(self, dp_rank)
+
+    monkeypatch.setattr(LocalLauncher, "launch", refusing)
+    monkeypatch.setattr("workers.supervision.changes.RESTORE_S", 0.2)
+    return refuses
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "victims"), [(0, [1]), pytest.param(2, [0, 2], marks=pytest.mark.slow)]
+)
+def test_others_go_on_without_a_rank_that_can_not_be_replaced(
+    model: Path, full: threading.Event, num_drafts: int, victims: list[int]
+) -> None:
+    fields = {"min_dp_size": 1, "speculative_num_steps": num_drafts}
+    with nothing_left(), recovering(model, "local", **fields) as engine:
+        expected = alike(served(engine, 6, lambda: None))
+        full.set()
+        pids = [engine.health()[rank].pid for rank in victims]
+        assert alike(served(engine, 6, partial(kill, pids))) == expected
+        left = tuple(rank for rank in range(3) if rank not in victims)
+        assert engine.dp_ranks == left
+        assert [rank.dp_size for rank in engine.health()] == [len(left)] * len(left)
+        assert alike(served(engine, 6, full.clear)) == expected
+        wait_until(lambda: engine.dp_ranks == (0, 1, 2), "all ranks are back", WAIT_S)
+        assert alike(served(engine, 6, lambda: None)) == expected
+        check_pages_free(engine)
+
+
+def test_fewer_ranks_than_min_dp_size_end_the_engine(model: Path, full: threading.Event) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=2, max_recoveries=3) as engine:
+        full.set()
+        os.kill(engine.health()[1].pid, signal.SIGKILL)
+        wait_until(lambda: engine._core._closed is not None, "the end", WAIT_S)
+        with pytest.raises(RankFailed, match="3 attempts to replace ranks failed"):
+            engine.generate([[1]])

@@ -25,6 +25,8 @@ _log = logging.getLogger(__name__)
 WINDOW_S = 60.0  # in which max_recoveries are counted
 SUSPEND_S = 6.0  # for a rank to leave its step
 JOIN_S = 30.0  # for ranks that have loaded to meet
+VAIN_TRIES = 2  # to replace ranks, until the others go on without them if they may
+COME_UP_S = 60.0  # for a process to come up, where the others may go on without it
 PAUSE_S = 0.2  # before the second attempt, doubled for each that follows
 
 
@@ -121,11 +123,33 @@ class Recovery:
                 _log.warning("recovery: %s", error)
                 threading.Event().wait(PAUSE_S * 2**tried)
                 tried += 1
-            self._check_history(monotonic(), first, tried)
             missing, _ = self._suspend_all("a rank could not be replaced")
             lost |= missing
+            if tried >= min(VAIN_TRIES, self._config.max_recoveries) and self._can_go_on_without(
+                missing
+            ):
+                self._seating.gone(missing, frozenset())
+                members = self._ranks.members.without(missing)
+                self._ranks.dismiss(self._seating.enter(members, ()))
+                _log.warning("degraded: ranks %s go on without %s", members, sorted(missing))
+                missing = set()
+            else:
+                self._check_history(monotonic(), first, tried)
         self._forget_evidence()  # of who was replaced; a poller tells of others again
         return lost, tried
+
+    def _can_go_on_without(self, missing: set[int]) -> bool:
+        """Tell whether there are enough others, and the experts fit into their memory."""
+        fewest = self._config.min_dp_size or self._config.dp_size
+        if not missing or self._ranks.members.size - len(missing) < fewest:
+            return False
+        members = self._ranks.members.without(missing)
+        try:
+            self._epochs.check(members, Deadline(self._config.start_timeout_s))
+        except (StartError, RankFailed, ValueError) as error:
+            _log.warning("ranks %s can not go on alone: %s", members, error)
+            return False
+        return True
 
     def _forget_evidence(self, dp_ranks: Collection[int] | None = None) -> list[Evidence]:
         """Take the evidence out, all of it or what names one of these ranks."""
@@ -178,6 +202,11 @@ class Recovery:
         if seats:
             self._ranks.replace(seats)
             self._forget_evidence({seat.dp_rank for seat in seats})  # of who sat there before
-            self._epochs.prepare(seats, deadline, self._doomed)
+            self._epochs.prepare(seats, self._deadline_to_come_up(deadline), self._doomed)
             self._epochs.load(seats, deadline, doomed=self._doomed)
         self._epochs.begin(deadline, JOIN_S)
+
+    def _deadline_to_come_up(self, deadline: Deadline) -> Deadline:
+        config = self._config
+        degrades = (config.min_dp_size or config.dp_size) < self._ranks.members.size
+        return Deadline(min(COME_UP_S, config.start_timeout_s)) if degrades else deadline

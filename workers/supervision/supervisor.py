@@ -17,9 +17,10 @@ from dp_runtime.core.request import (
     TransitionListener,
     UpdateListener,
 )
-from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, StartError, fresh
+from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, fresh
 from workers.messages import Abandon, Abort, Submit
 from workers.ranks import Ranks, Seat
+from workers.supervision.changes import Changes
 from workers.supervision.epochs import Epochs
 from workers.supervision.group_flight import GroupFlight, TakenFlight
 from workers.supervision.group_state import Evidence, GroupState, Phase
@@ -48,7 +49,7 @@ class Supervisor:
         self.failure: BaseException | None = None
         self._over = over
         self._changed = threading.Condition(self.lock)  # the state
-        self._changing = threading.Lock()  # one change at a time
+        self._changes = Changes(self._change, lambda: ranks.members, over)
         self._threads: set[threading.Thread] = set()  # that begin an epoch
         self._recovery = Recovery(config, ranks, epochs, self)
         self._pollers: Pollers | None = None
@@ -99,22 +100,20 @@ class Supervisor:
         Raises ValueError if they do not fit, ResizeFailed if others can not be started, until
         when the ranks go on as they are; EngineClosed or RankFailed if the engine ends meanwhile.
         """
-        if not self._changing.acquire(blocking=False):
-            raise ResizeFailed("another change of the ranks is under way")
+        self._changes.make(target, why_not)
+
+    def _change(self, target: Membership, why_not: Callable[[], str]) -> None:
+        self._raise_if_over()
+        if target == self._ranks.members:
+            return
+        joining = self._bring_up(target, why_not)
         try:
-            joining = self._bring_up(target, why_not)
-            try:
-                self._claim()
-            except BaseException:
-                self._ranks.dismiss(joining)
-                raise
-            self._begin(lambda: self._recovery.change(target, joining))
-        finally:
-            self._changing.release()
-        if self.failure is not None:
-            raise fresh(self.failure)
-        if self.state.phase is Phase.CLOSED:
-            raise EngineClosed("the engine is closed")
+            self._claim()
+        except BaseException:
+            self._ranks.dismiss(joining)
+            raise
+        self._begin(lambda: self._recovery.change(target, joining))
+        self._raise_if_over()
 
     def _bring_up(self, target: Membership, why_not: Callable[[], str]) -> list[Seat]:
         deadline, new = Deadline(self._config.start_timeout_s), target.besides(self._ranks.members)
@@ -128,7 +127,7 @@ class Supervisor:
                 self._epochs.load(seats, deadline, doomed=why_not)
         except BaseException as error:
             self._ranks.dismiss(seats)
-            if isinstance(error, StartError | OSError | RankFailed):
+            if isinstance(error, OSError | RuntimeError):
                 self._raise_if_over()
                 raise ResizeFailed(f"{error}; ranks {self._ranks.members} serve on") from error
             raise
@@ -174,6 +173,7 @@ class Supervisor:
             text = self._told(evidence)
             self._flight.write_later(self.take_flight(text))
             self._recovery.run(text)
+            self._changes.restore_later()
 
         self._begin(recover)
 

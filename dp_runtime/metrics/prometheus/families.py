@@ -65,6 +65,7 @@ OWN = (
            lambda rank: rank.answered),
     Family("gauge", "rank_state", "1 for the state the rank is in", _states, ("state",)),
     Family("gauge", "epoch", "Times that ranks have joined anew", lambda rank: rank.health.epoch),
+    Family("gauge", "dp_size", "Ranks that serve together", lambda rank: rank.health.dp_size),
     Family("gauge", "last_step", "Number of the last finished step in this epoch",
            lambda rank: rank.health.last_step),
     Family("gauge", "last_step_age_seconds", "Time since the last finished step",

@@ -1,0 +1,70 @@
+"""Changes: who is to serve, and one change to that at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from dp_runtime.core.membership import Membership
+from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed
+
+GIVE_WAY_S = 20.0  # for an attempt to restore ranks to end
+RESTORE_S, MAX_RESTORE_S = 5.0, 60.0  # between such attempts: at first, and doubled up to this
+
+WhyNot = Callable[[], str]
+_log = logging.getLogger(__name__)
+
+
+class Changes:
+    """Makes what is asked for, and restores what was lost, in a thread of its own.
+
+    `change` makes ranks serve, or raises and leaves those that do.
+    """
+
+    def __init__(
+        self,
+        change: Callable[[Membership, WhyNot], None],
+        members: Callable[[], Membership],
+        over: threading.Event,
+    ) -> None:
+        self._change, self._members, self._over = change, members, over
+        self._wanted = members()
+        self._changing = threading.Lock()
+        self._asked = threading.Event()  # a change waits for its turn
+        self._restoring = threading.Lock()
+
+    def make(self, target: Membership, why_not: WhyNot) -> None:
+        self._asked.set()  # an attempt to restore ranks gives way
+        try:
+            if not self._changing.acquire(timeout=GIVE_WAY_S):
+                raise ResizeFailed("another change of the ranks is under way")
+        finally:
+            self._asked.clear()
+        try:
+            self._change(target, why_not)
+            self._wanted = target
+        finally:
+            self._changing.release()
+        self.restore_later()
+
+    def restore_later(self) -> None:
+        """Try to start missing ranks, if there are any, until they are back."""
+        if self._members() != self._wanted and self._restoring.acquire(blocking=False):
+            threading.Thread(target=self._restore, name="restore-ranks", daemon=True).start()
+
+    def _restore(self) -> None:
+        pause_s, gives_way = (
+            RESTORE_S,
+            lambda: "another comes first" if self._asked.is_set() else "",
+        )
+        while not self._over.wait(pause_s) and self._members() != self._wanted:
+            with self._changing:
+                try:
+                    self._change(self._wanted, gives_way)
+                except (ResizeFailed, ValueError) as error:
+                    _log.info("missing ranks are not back: %s", error)
+                except (EngineClosed, RankFailed):
+                    break
+            pause_s = min(2 * pause_s, MAX_RESTORE_S)
+        self._restoring.release()
