@@ -183,17 +183,18 @@ def check(handle: RequestHandle, wanted: Wanted, counts: Counts) -> None:
         counts.wrong.append(f"request {handle.request_id}: {output.token_ids}, not {due}")
 
 
-def grown(uses: Sequence[Use]) -> list[str]:
-    """Name what grew between the second quarter and the last, by the means."""
+def grown(uses: Sequence[Use], before: Use, after: Use) -> list[str]:
+    """Name what grew: memory while it served; what goes by the number of ranks, in all."""
     quarter, found = max(len(uses) // 4, 1), []
-    for name in vars(uses[0]):
-        values = [getattr(use, name) for use in uses]
-        before = sum(values[quarter : 2 * quarter] or values) / quarter
-        after = sum(values[-quarter:]) / quarter
-        most = max(values)
-        print(f"{name:<14} second quarter {before:8.1f}, last {after:8.1f}, most {most:8.1f}")
-        if after > GROWTH * before + 2:
-            found.append(f"{name} grew from {before:.1f} to {after:.1f}")
+    for name in vars(before):
+        first, last = getattr(before, name), getattr(after, name)
+        if name.endswith("_mib"):
+            values = [getattr(use, name) for use in uses]
+            first = sum(values[quarter : 2 * quarter] or values[:1]) / quarter
+            last = sum(values[-quarter:]) / quarter
+        print(f"{name:<14} {first:8.1f} -> {last:8.1f}")
+        if last > GROWTH * first + 2:
+            found.append(f"{name} grew from {first:.1f} to {last:.1f}")
     return found
 
 
@@ -220,11 +221,10 @@ def main() -> None:
         )  # fmt: skip
         with Engine(config) as engine:
             wanted = undisturbed(engine, draw)
-            chaos = Chaos(engine, counts, draw, args.every_s)
+            before, chaos = Use.now(), Chaos(engine, counts, draw, args.every_s)
             uses = serve(engine, wanted, counts, args)
             chaos.end()
-            faults = counts.wrong + leaks(engine)
-    faults += grown(uses)
+            faults = counts.wrong + leaks(engine) + grown(uses, before, Use.now())
     happened = ", ".join(f"{count} {name}" for name, count in sorted(counts.happened.items()))
     print(f"{counts.ended} requests ended, {counts.aborted} of them aborted; {happened}")
     print("\n".join(f"FAULT: {fault}" for fault in faults) or "no faults")
