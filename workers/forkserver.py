@@ -60,19 +60,22 @@ class ForkedProcess:
         self, pid: int, pidfd: int, status: socket.socket, server_stopped: threading.Event
     ) -> None:
         """Share `server_stopped` with the server's other children, of which one waits for it."""
-        self.pid, self._pidfd, self._status = pid, pidfd, status
+        self.pid, self._status = pid, status
+        self._pidfd: int | None = pidfd
         self._server_stopped = server_stopped
         self._code: int | None = None
-        self._lock = threading.Lock()
+        self._lock, self._closing = threading.Lock(), threading.Lock()
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        with self._closing, suppress(ProcessLookupError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit status, negative for a signal; subprocess.TimeoutExpired if it runs."""
         with self._lock:
             if self._code is None:
+                assert self._pidfd is not None, "it is open until the status is known"
                 if not wait([self._status, self._pidfd], timeout):
                     raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
                 told = b""
@@ -82,10 +85,17 @@ class ForkedProcess:
                     self._server_stopped.set()
                 self._code = _STATUS.unpack(told)[0] if told else LOST
                 self._status.close()
+                self._close()
             return self._code
 
+    def _close(self) -> None:
+        with self._closing:
+            if self._pidfd is not None:
+                os.close(self._pidfd)
+                self._pidfd = None
+
     def __del__(self) -> None:
-        os.close(self._pidfd)
+        self._close()
 
 
 class ForkServer:

@@ -97,7 +97,7 @@ class GroupFlight:
     def write_later(self, taken: TakenFlight) -> None:
         """Write a file in a thread of its own, for which also the end of the program waits."""
         writer = threading.Thread(target=self._write, args=(taken,), name="flight-record")
-        self._writers.append(writer)
+        self._writers = [*(one for one in self._writers if one.is_alive()), writer]
         writer.start()
 
     def finish(self) -> None:
