@@ -92,6 +92,9 @@ def _made(given: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**given)
 
 
+def _ignore(*_: object) -> None: ...
+
+
 def call(engine: Engine, draw: Draw, kept: list[Any]) -> None:
     """Make one call; handles and streams are kept for later calls."""
     name = draw.random.choice(
@@ -103,7 +106,8 @@ def call(engine: Engine, draw: Draw, kept: list[Any]) -> None:
         case "stream":
             kept.append(engine.stream(*draw.submission()))
         case "generate":
-            engine.generate(*draw.batch(), on_output=draw.of((None, lambda *_: None)))
+            on_output: Any = draw.random.choice((None, _ignore, 5))
+            engine.generate(*draw.batch(), draw.of([False]), on_output)
         case "handle" if kept:
             use(kept.pop(draw.random.randrange(len(kept))), draw)
         case "look":
@@ -131,8 +135,11 @@ def use(one: Any, draw: Draw) -> None:
 
 
 async def call_async(engine: AsyncEngine, draw: Draw, kept: list[Any]) -> None:
-    name = draw.random.choice(("submit", "stream", "generate", "handle", "handle", "look"))
+    name = draw.random.choice(("submit", "stream", "generate", "handle", "handle", "look", "all"))
     match name:
+        case "all":
+            some = draw.several(lambda: engine.checked(*draw.submission()))
+            kept.extend(engine.submit_all(draw.of([some])))
         case "submit":
             kept.append(engine.submit(*draw.submission()))
         case "stream":

@@ -12,7 +12,7 @@ from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStream, deliver_in_loops
 from dp_runtime.engine.core import EngineCore
-from dp_runtime.engine.inputs import NewRequest
+from dp_runtime.engine.inputs import NewRequest, checked_requests
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.snapshot import RankSnapshot
@@ -97,7 +97,7 @@ class AsyncEngine:
         handles: list[AsyncRequestHandle] = []
         sink_of = partial(AsyncRequestHandle, news=asyncio.Event())
         try:
-            for new in requests:
+            for new in checked_requests(requests):
                 handles.append(self._core.start(new, sink_of))
         except BaseException:
             for handle in handles:

@@ -12,7 +12,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
 from dp_runtime.engine.deadlines import Deadlines
-from dp_runtime.engine.inputs import NewRequest, RequestFactory
+from dp_runtime.engine.inputs import NewRequest, RequestFactory, checked_flag, checked_seconds
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.metrics_export import export_periodically
 from dp_runtime.engine.output_processor import Delivery, Ends, OutputProcessor, OutputSink, apply
@@ -57,7 +57,7 @@ class EngineCore:
         require(ok, "config", config, allowed)
         self.config = config = config.copied()
         self._deliver = deliver
-        self._group = start_ranks(config, show_progress)
+        self._group = start_ranks(config, checked_flag("show_progress", show_progress))
         model = self._group.model
         try:
             text = model.tokenizer_json
@@ -190,7 +190,7 @@ class EngineCore:
             RankSnapshot(
                 answered, rank.health, rank.totals, self._totals_of(rank.totals.dp_rank).copied()
             )
-            for rank, answered in self._group.metrics.read(timeout_s)
+            for rank, answered in self._group.metrics.read(checked_seconds("timeout_s", timeout_s))
         )
 
     def flight_record(self) -> FlightDump:

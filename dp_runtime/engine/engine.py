@@ -9,7 +9,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.core import EngineCore
-from dp_runtime.engine.inputs import NewRequest
+from dp_runtime.engine.inputs import NewRequest, checked_flag
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
 from dp_runtime.flight.record import FlightDump
@@ -58,11 +58,12 @@ class Engine:
         """
         ok = on_output is None or callable(on_output)
         require(ok, "on_output", on_output, "None or a function of index and output")
+        shows = checked_flag("show_progress", show_progress)
         self._core.check_open()
         requests = self._core.factory.make_all(prompts, params, dp_ranks)
         handles: list[RequestHandle] = []
         outputs: list[RequestOutput] = []
-        with ProgressBar("generate", len(requests), "request", show_progress) as progress:
+        with ProgressBar("generate", len(requests), "request", shows) as progress:
 
             def take() -> None:
                 outputs.append(handles[len(outputs)].result())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +14,14 @@ from typing import cast
 import numpy as np
 
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.plain_values import plain_int, plain_ints, plain_list, plain_str
+from dp_runtime.core.plain_values import (
+    plain_bool,
+    plain_int,
+    plain_ints,
+    plain_list,
+    plain_str,
+    plain_timeout,
+)
 from dp_runtime.core.request import PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.embeds import copied_embeds
@@ -223,6 +231,27 @@ def copied_params(params: object) -> SamplingParams:
         raise
     except Exception as error:  # of a user's own kind
         raise _unreadable("params", params, error) from None
+
+
+def checked_seconds(field: str, given: object) -> float:
+    seconds = plain_timeout(given)
+    require(seconds is not None, field, given, "seconds >= 0")
+    assert seconds is not None, "checked above"
+    return min(seconds, threading.TIMEOUT_MAX)
+
+
+def checked_flag(field: str, given: object) -> bool:
+    flag = plain_bool(given)
+    require(flag is not None, field, given, "a bool")
+    return bool(flag)
+
+
+def checked_requests(given: object) -> list[NewRequest]:
+    entries = plain_list(given)
+    made = [entry for entry in entries or () if isinstance(entry, NewRequest)]
+    ok = entries is not None and len(made) == len(entries)
+    require(ok, "requests", given, "a list of what `checked` returned")
+    return made
 
 
 def _token(field: str, entry: object) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-from dp_runtime.core.plain_values import plain_timeout
 from dp_runtime.core.request import RankRequest, RequestDelta, RequestOutput
 from dp_runtime.engine.delta_queue import DeltaQueue
+from dp_runtime.engine.inputs import checked_seconds
 from dp_runtime.engine.output_processor import Ends
 from dp_runtime.engine.request_log import RequestLog
-from dp_runtime.errors import fresh, require
+from dp_runtime.errors import fresh
 
 
 class RequestHandle:
@@ -54,7 +54,7 @@ class RequestHandle:
 
     def result(self, timeout: float | None = None) -> RequestOutput:
         """Return the finished request; raises TimeoutError after `timeout` s, or why it failed."""
-        seconds = None if timeout is None else _seconds(timeout)
+        seconds = None if timeout is None else checked_seconds("timeout", timeout)
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, seconds):
                 raise TimeoutError(f"request {self.request_id} is not finished after {timeout} s")
@@ -100,13 +100,6 @@ class RequestHandle:
         self._changed = threading.Condition()
         if not self.done:
             self._error = error
-
-
-def _seconds(timeout: object) -> float:
-    seconds = plain_timeout(timeout)
-    require(seconds is not None, "timeout", timeout, "None or seconds >= 0")
-    assert seconds is not None, "checked above"
-    return min(seconds, threading.TIMEOUT_MAX)
 
 
 class RequestStream:

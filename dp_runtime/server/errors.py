@@ -28,6 +28,7 @@ from dp_runtime.errors import (
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+LATE = "request_timeout"
 MAX_MESSAGE = 2000
 FORM = "structured_outputs"  # the field that a request may fail by after its check
 FAULT = "a fault of the server, which its log has"
@@ -50,6 +51,8 @@ class ApiError(Exception):
                 return "authentication_error"
             case 404:
                 return "not_found_error"
+            case 408:
+                return "timeout_error"
             case 429:
                 return "rate_limit_error"
             case status if status >= 500:
@@ -62,7 +65,7 @@ class ApiError(Exception):
         match self.status:
             case HTTPStatus.TOO_MANY_REQUESTS | HTTPStatus.SERVICE_UNAVAILABLE:
                 return {"Retry-After": str(RETRY_AFTER_S)}
-            case HTTPStatus.GATEWAY_TIMEOUT:  # the client's own limit: OpenAI's client reads this
+            case _ if self.code == LATE:  # by the client's own limit; OpenAI's client reads this
                 return {"X-Should-Retry": "false"}
         return {}
 

@@ -9,7 +9,7 @@ from time import time
 
 from dp_runtime.core.request import FinishReason, RequestDelta, RequestOutput
 from dp_runtime.engine.async_handle import AsyncRequestHandle
-from dp_runtime.server.errors import ApiError, refuse
+from dp_runtime.server.errors import LATE, ApiError, refuse
 
 MAX_ID_LENGTH = 256
 
@@ -49,13 +49,13 @@ class Job:
         return count
 
     async def outputs(self) -> list[RequestOutput]:
-        """Return what all choices have; ApiError 504 if time was over before the first token."""
+        """Return what all choices have; ApiError 408 if time was over before the first token."""
         outputs = [await handle.result() for handle in self.handles]
         late = all(each.finish_reason is FinishReason.TIMEOUT for each in outputs)
         if late and not any(each.token_ids for each in outputs):
             seconds = self.handles[0].request.params.timeout_s
             message = f"no token came within {seconds:g} s (timeout_s)"
-            raise ApiError(HTTPStatus.GATEWAY_TIMEOUT, message, "timeout_s", "request_timeout")
+            raise ApiError(HTTPStatus.REQUEST_TIMEOUT, message, "timeout_s", LATE)
         return outputs
 
     async def deltas(self) -> AsyncIterator[tuple[int, RequestDelta]]:
