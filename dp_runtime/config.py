@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import KW_ONLY, MISSING, dataclass
 
 from dp_runtime.core.faults import ALLOWED, ENDS_PROCESS, FIELD, Fault, read_faults
@@ -216,6 +217,11 @@ class EngineConfig:
         at_least=0,
         at_most=64,
     )
+    host_weights: bool = setting(
+        False,
+        "keep a copy of each rank's weights in the memory of the driver's host, from which who "
+        "takes the place of a lost rank loads; Linux only",
+    )
     inject: str | None = setting(
         None,
         "for tests and experiments: faults that happen to ranks, as rank=2,step=50,kind=kill; "
@@ -246,6 +252,8 @@ class EngineConfig:
             check_transport(transport, self.device, threads, self.ranks_per_gpu)
         ok = (self.min_dp_size or 1) <= self.dp_size
         require(ok, "min_dp_size", self.min_dp_size, f"at most dp_size {self.dp_size}")
+        on_linux = sys.platform == "linux"
+        require(on_linux or not self.host_weights, "host_weights", True, "False but on Linux")
         ok = not self.standby_ranks or self.launcher != "thread"
         require(ok, "standby_ranks", self.standby_ranks, "0 with launcher thread")
         feeds = 1 + self.speculative_num_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,6 +18,7 @@ from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.transports import IN_PROCESS, TRANSPORTS
+from dp_runtime.weights.host_copy import CopyAddress
 
 Answer = TypeVar("Answer", covariant=True)
 JOIN_S = 60.0
@@ -118,7 +119,7 @@ class TakeSeat(Message[None]):
 
 @dataclass(frozen=True)
 class Load(Message[ModelInfo]):
-    pass
+    copies: Mapping[int, CopyAddress] = field(default_factory=dict)  # by dp_rank
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank, sketch_rank
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue
+from dp_runtime.weights.host_copy import CopyAddress
 from workers.communicators import Communicator, FaultyCommunicator, connect
 from workers.mailbox import Mailbox, blame_of
 from workers.messages import AnyRendezvous, Blame
@@ -65,11 +66,11 @@ class Prepared:
     def owns_process(self) -> bool:
         return self.config.launcher != "thread"
 
-    def load(self, progress: StartProgress) -> Loaded:
+    def load(self, progress: StartProgress, copy: CopyAddress | None = None) -> Loaded:
         progress.begin_loading()
         progress.builds = KernelBuilds(jit_modules_of(self.plan), self.device)
         with progress.builds as builds:
-            rank = load_rank(self.config, self.plan, progress.add_bytes)
+            rank = load_rank(self.config, self.plan, progress.add_bytes, copy)
             progress.state = RankState.COMPILING
             builds.wait()
         progress.state = RankState.READY
@@ -167,8 +168,7 @@ class Connected:
             progress.state = RankState.CAPTURING
             graphs = capture(plan, loop, progress.count_graphs)
         if prepared.owns_process:
-            gc.collect()
-            gc.freeze()  # what was loaded lives as long as the rank: no step should walk over it
+            gc.collect()  # the last epoch's loop and graphs
             if measures:  # else a new rank has run no step yet, and builds kernels as they come
                 forbid_compilation()
         if self.due:
@@ -238,8 +238,6 @@ class Joined:
 
     def _disconnected(self) -> Loaded:
         self.connected.communicator.close()
-        if self.connected.loaded.prepared.owns_process:
-            gc.unfreeze()  # the loop and its graphs are garbage now
         return self.connected.loaded
 
     def describe(self, health: RankHealth) -> RankHealth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.startup.device_memory import free_garbage
 from dp_runtime.startup.host_limits import usable_cpus
+from dp_runtime.weights.host_copy import CopyAddress
 from workers.communicators import OpenedRendezvous, open_rendezvous
 from workers.mailbox import Mailbox
 from workers.messages import (
@@ -83,8 +85,8 @@ class Worker:
         match message:
             case Prepare(members):
                 return self.prepare(members)
-            case Load():
-                return self.load()
+            case Load(copies):
+                return self.load(copies.get(self.dp_rank))
             case CheckPlan(members):
                 return self.check_plan(members)
             case Reshard(members):
@@ -142,15 +144,24 @@ class Worker:
         """Load the experts of a position among others; pages and requests stay as they are."""
         assert isinstance(self._stage, Loaded), "suspend comes before reshard"
         self._stage = Unsharded.of(self._stage)
+        if self.config.launcher != "thread":
+            gc.unfreeze()
         free_garbage(self.device)
         self._stage = loaded = self._stage.load(members, self._progress)
+        self._settle()
         return self._announce(loaded.prepared)
 
-    def load(self) -> ModelInfo:
+    def load(self, copy: CopyAddress | None = None) -> ModelInfo:
         assert isinstance(self._stage, Prepared), "prepare comes before load"
-        loaded = self._stage.load(self._progress)
+        loaded = self._stage.load(self._progress, copy)
         self._stage = loaded
+        self._settle()
         return loaded.rank.info
+
+    def _settle(self) -> None:
+        if self.config.launcher != "thread":
+            gc.collect()
+            gc.freeze()  # what is there by now stays: no step should walk over it, and no join
 
     def open_rendezvous(self, transport: str, one_host: bool) -> Rendezvous:
         opened = open_rendezvous(transport, one_host)

@@ -177,6 +177,6 @@ class WorkerGroup:
         self._flight.finish()
         self._ranks.kill()
         self._supervisor.end()
-        self._epochs.forget_meeting()
+        self._epochs.end()
         self._ranks.launcher.release()
         self._ended.set()

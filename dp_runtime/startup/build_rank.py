@@ -43,6 +43,8 @@ from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.weights.chat_files import read_chat_files
 from dp_runtime.weights.files import is_present, read_text
+from dp_runtime.weights.host_copy import CopyAddress
+from dp_runtime.weights.kept_weights import KeptWeights
 from dp_runtime.weights.loader import open_weights
 from dp_runtime.weights.sampling_defaults import read_sampling_defaults
 from dp_runtime.weights.source import WeightSource
@@ -50,16 +52,36 @@ from dp_runtime.weights.source import WeightSource
 logger = logging.getLogger(__name__)
 
 
-def load_rank(config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None]) -> LoadedRank:
-    """Allocate the pages and read this rank's weights; StartError if GPU memory is not free."""
+def load_rank(
+    config: EngineConfig,
+    plan: RankPlan,
+    on_bytes: Callable[[int], None],
+    copy: CopyAddress | None = None,
+) -> LoadedRank:
+    """Allocate the pages and load this rank's weights; StartError if memory is not free.
+
+    copy: where a rank before this one has left its weights, or this one leaves them.
+    """
     log_choices(plan)
+    with KeptWeights(copy, str(plan.sharding), plan.load_bytes) as kept:
+        rank = _load(config, plan, on_bytes, kept)
+        logger.info("rank %d: weights %s, in %.2f s", plan.dp_rank, kept.finish(), rank.load_s)
+    return rank
+
+
+def _load(
+    config: EngineConfig, plan: RankPlan, on_bytes: Callable[[int], None], kept: KeptWeights
+) -> LoadedRank:
     started = monotonic()
     device, model = torch.device(plan.device), plan.model
     chat = read_chat_files(config.model)
     if device.type == "cuda":
         check_free(plan, free_bytes(plan.device))
     allocated_before = _allocated(device)
-    sources = _open_weights(config, plan, on_bytes)
+    sources = kept.sources(
+        lambda: _open_weights(config, plan, on_bytes),
+        len(plan.layers), device, plan.dtype, on_bytes,
+    )  # fmt: skip
     pools = [
         [cache.allocate(plan.pages, device) for cache in layers.caches] for layers in plan.layers
     ]

@@ -21,6 +21,8 @@ def describe(config: EngineConfig, device: str) -> str:
     first = plans[0]
     lines = [*_model_lines(first), *_choice_lines(config, first), *_rank_lines(plans)]
     lines += _fewer_lines(config, first, device)
+    if config.host_weights:
+        lines.append(_copy_line([plan.load_bytes for plan in plans]))
     missing = dict.fromkeys(plan.shortage for plan in plans if plan.shortage)
     return "\n".join([*lines, *(f"does not fit: {shortage}" for shortage in missing)])
 
@@ -85,6 +87,12 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
 
 def _kernel_names(plan: RankPlan) -> str:
     return ", ".join(kernel.name for kernel in jit_modules_of(plan)) or "none to compile"
+
+
+def _copy_line(sizes: list[int]) -> str:
+    each = ", ".join(f"{size / 2**20:,.1f}" for size in sizes)
+    total = sum(sizes) / 2**20
+    return f"copies of the weights in host memory, in MiB: {each}; {total:,.1f} in all"
 
 
 def _rank_lines(plans: list[RankPlan]) -> list[str]:

@@ -15,8 +15,9 @@ from dp_runtime.errors import require
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, rank_memory
+from dp_runtime.startup.host_limits import usable_memory
 from dp_runtime.startup.memory_estimate import activation_peak, captured_bytes, param_bytes
-from dp_runtime.startup.memory_shortage import MemoryBudget
+from dp_runtime.startup.memory_shortage import MemoryBudget, copy_shortage
 from dp_runtime.startup.served_models import ServedModels
 
 KV_MEMORY_FRACTION = {"cpu": 0.5, "cuda": 0.9}  # by device, where the config has none
@@ -41,6 +42,7 @@ class MemoryNeeds:
     page_bytes: int  # of one page over all layers
     graphs: bool
     dp_size: int
+    host_copy: int  # bytes of the host's memory that keep the weights
     set_aside: int = 0  # bytes of weights that the rank may take over
 
 
@@ -69,13 +71,15 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
         max_model_len=limits.max_model_len,
         one_sequence=-(-length // page) + 1,
         dtype_bytes=target.dtype.itemsize,
+        host_copy=0 if on_gpu else needs.host_copy,
     )
     fraction = config.kv_memory_fraction or KV_MEMORY_FRACTION[torch.device(needs.device).type]
     num_pages = _num_pages(config, budget, length, fraction)
     return MemoryPlan(
         PageGeometry(num_pages, page),
         replace(memory, kv_cache=num_pages * needs.page_bytes),
-        budget.shortage(config, fraction),
+        budget.shortage(config, fraction)
+        or copy_shortage(needs.host_copy, usable_memory() // size),
     )
 
 

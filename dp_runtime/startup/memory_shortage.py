@@ -22,10 +22,11 @@ class MemoryBudget:
     max_model_len: int
     one_sequence: int  # pages of a sequence of that length with its drafts, and the null page
     dtype_bytes: int  # of a weight
+    host_copy: int = 0  # bytes that keep the weights, if the rank's memory is the host's
 
     @property
     def left(self) -> int:
-        return self.memory - self.use.total - self.other
+        return self.memory - self.use.total - self.other - self.host_copy
 
     @property
     def max_pages(self) -> int:
@@ -66,12 +67,14 @@ class MemoryBudget:
         )
 
     def _before_pages(self, config: EngineConfig) -> str:
-        taken = self.use.total + self.other
+        taken = self.use.total + self.other + self.host_copy
+        copy = f", their copy {_gib(self.host_copy)} (host_weights)" if self.host_copy else ""
         return (
             f"model: {config.model!r} is not allowed; a rank has {_gib(self.memory)} of memory and "
-            f"needs {_gib(taken)} before its first KV page: weights {_gib(self.use.weights)}, "
-            f"workspaces {_gib(self.use.workspaces)}, activations {_gib(self.use.activations)}, "
-            f"buffers and graphs {_gib(self.other)}; {self._remedy(config)}"
+            f"needs {_gib(taken)} before its first KV page: weights {_gib(self.use.weights)}"
+            f"{copy}, workspaces {_gib(self.use.workspaces)}, "
+            f"activations {_gib(self.use.activations)}, buffers and graphs "
+            f"{_gib(self.other)}; {self._remedy(config)}"
         )
 
     def _remedy(self, config: EngineConfig) -> str:
@@ -85,6 +88,16 @@ class MemoryBudget:
             else "larger GPUs, or a larger dp_size, over which the experts are divided"
         )
         return "; ".join([*halved, f"it needs {more}"])
+
+
+def copy_shortage(host_copy: int, share: int) -> str:
+    """Return one line, or nothing if a copy fits into a rank's share of the host's memory."""
+    if host_copy <= share:
+        return ""
+    return (
+        f"host_weights: True is not allowed; the copy of a rank's weights takes "
+        f"{_gib(host_copy)}, and its share of the host's memory is {_gib(share)}"
+    )
 
 
 def _gib(num_bytes: int) -> str:

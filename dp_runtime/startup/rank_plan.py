@@ -128,6 +128,7 @@ def sketch_rank(
         page_bytes=page_bytes(layers),
         graphs=graphs,
         dp_size=members.size,
+        host_copy=weights.bytes_read if config.host_weights else 0,
     )
     memory = plan_memory(config, needs)
     return RankPlan(

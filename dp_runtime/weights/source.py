@@ -17,7 +17,9 @@ class WeightSource(Protocol):
 
     device: torch.device
     dtype: torch.dtype
-    bytes_read: int
+
+    @property
+    def bytes_read(self) -> int: ...  # of a checkpoint's files
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         """Read a part of a tensor of this full shape; e4m3 with scales is widened."""

@@ -22,6 +22,11 @@ from workers.ranks import RankHandle, Seat
 from workers.standby.reserve import StandbyReserve
 
 
+@pytest.fixture
+def own_model(tmp_path: Path) -> Path:
+    return add_mtp(tiny_checkpoint(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("standby")))
@@ -36,8 +41,14 @@ def standby_pids() -> list[int]:
     return [pid for pid in rank_processes() if psutil.Process(pid).name() == "dp-rank-standby"]
 
 
-def test_a_standby_takes_the_place_of_a_killed_rank(model: Path) -> None:
-    with nothing_left(), recovering(model, "local", standby_ranks=1) as engine:
+def open_copies() -> list[str]:
+    links = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if entry.is_symlink()]
+    return [link for link in links if "dp-runtime-weights-" in link]
+
+
+def test_a_standby_takes_the_place_of_a_killed_rank(own_model: Path) -> None:
+    fields: dict[str, Any] = {"standby_ranks": 1, "host_weights": True}
+    with nothing_left(), recovering(own_model, "local", **fields) as engine:
         expected = alike(served(engine, 1, lambda: None))
         warm(engine)
         idle = standby_pids()
@@ -46,12 +57,15 @@ def test_a_standby_takes_the_place_of_a_killed_rank(model: Path) -> None:
         warm(engine)
         assert {rank.epoch for rank in engine.health()} == {0}
         idle, victim = standby_pids(), engine.health()[1].pid
+        (own_model / "model.safetensors").write_bytes(b"")  # which nobody has to read again
         assert alike(served(engine, 1, partial(kill, [victim]))) == expected
         after = engine.health()
         assert [after[1].pid] == idle
         assert {rank.epoch for rank in after} == {1}
         assert psutil.Process(after[1].pid).name() == "dp-rank-1"
+        assert len(open_copies()) == 3
         check_pages_free(engine)
+    assert not open_copies()
 
 
 @pytest.mark.slow

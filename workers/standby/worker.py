@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -21,7 +22,7 @@ from workers.messages import NO_RANK, Message, ReadHealth, TakeSeat, Warm
 from workers.serial_thread import SerialThread
 from workers.worker import Worker
 
-NICENESS = 15  # of what is done before anybody needs it
+NICENESS = 5  # of what is done before anybody needs it
 
 
 class StandbyWorker:
@@ -68,6 +69,8 @@ class StandbyWorker:
             os.nice(NICENESS)
         plan = plan_rank(self._config, 0, self._device)
         jit_modules_of(plan)  # imports them; they are loaded on the GPU of the lost rank
+        gc.collect()
+        gc.freeze()  # or it would be walked over as the seat's rank loads
 
 
 def _device_of(gpu: str) -> str:

@@ -24,6 +24,7 @@ from workers.messages import (
     Reshard,
 )
 from workers.ranks import Ranks, Seat
+from workers.standby.host_copies import HostCopies
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Epochs:
         self._on_prepared = on_prepared
         self._hosts: dict[int, HostInfo] = {}
         self._sharded: dict[int, Membership] = {}  # among whom each rank has loaded its experts
+        self._copies = HostCopies(config.host_weights)
         self._meeting: AnyRendezvous | None = None
         self.number = -1
 
@@ -102,7 +104,9 @@ class Epochs:
         doomed: WhyNot = no_reason,
     ) -> list[ModelInfo]:
         why_not = lambda: self._why_not() or doomed()  # noqa: E731
-        return self._ranks.all(Load(), deadline, show, seats, why_not)
+        dp_ranks = [seat.dp_rank for seat in seats]
+        copies = self._copies.addresses(dp_ranks, self._sharded[dp_ranks[0]])
+        return self._ranks.all(Load(copies), deadline, show, seats, why_not)
 
     def begin(
         self, deadline: Deadline, timeout_s: float, show: Callable[[], None] = show_nothing
@@ -120,6 +124,10 @@ class Epochs:
         except BaseException:
             self.forget_meeting()
             raise
+
+    def end(self) -> None:
+        self.forget_meeting()
+        self._copies.close()
 
     def forget_meeting(self) -> None:
         """Remove what a rank that was killed as it attached could not."""
