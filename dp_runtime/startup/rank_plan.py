@@ -101,9 +101,8 @@ def sketch_rank(
     members = members or Membership.first(config.dp_size)
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
-    attention = attention_spec(config, model, dtype)
+    attention, draft = attention_spec(config, model, dtype), read_draft(config, model)
     backend, reason = choose_backend(config.attention_backend, attention, torch_device)
-    draft = read_draft(config, model)
     layers = plan_layers(attention, model, draft)
     for plan in layers[1:]:
         choose_backend(backend, plan.attention, torch_device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -75,10 +75,6 @@ class FakeLauncher:
     def give_room(self, dp_ranks: Any) -> None: ...
 
     def meeting(self, members: Membership) -> None: ...
-
-    def make_room(self, dp_ranks: Sequence[int], timeout_s: float) -> None: ...
-
-    def give_room(self, dp_ranks: Sequence[int]) -> None: ...
 
     def release(self) -> None: ...
 
