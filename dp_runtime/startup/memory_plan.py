@@ -15,7 +15,6 @@ from dp_runtime.errors import require
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.startup.device_memory import CUBLAS_BYTES, rank_memory
-from dp_runtime.startup.host_limits import usable_memory
 from dp_runtime.startup.memory_estimate import activation_peak, captured_bytes, param_bytes
 from dp_runtime.startup.memory_shortage import MemoryBudget, copy_shortage
 from dp_runtime.startup.served_models import ServedModels
@@ -78,8 +77,7 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
     return MemoryPlan(
         PageGeometry(num_pages, page),
         replace(memory, kv_cache=num_pages * needs.page_bytes),
-        budget.shortage(config, fraction)
-        or copy_shortage(needs.host_copy, usable_memory() // size),
+        budget.shortage(config, fraction) or copy_shortage(needs.host_copy, size),
     )
 
 

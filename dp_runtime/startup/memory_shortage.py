@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.metrics.memory import MemoryUse
+from dp_runtime.startup.host_limits import usable_memory
 
 GIB = 2**30
 
@@ -90,9 +91,9 @@ class MemoryBudget:
         return "; ".join([*halved, f"it needs {more}"])
 
 
-def copy_shortage(host_copy: int, share: int) -> str:
+def copy_shortage(host_copy: int, num_ranks: int) -> str:
     """Return one line, or nothing if a copy fits into a rank's share of the host's memory."""
-    if host_copy <= share:
+    if not host_copy or host_copy <= (share := usable_memory() // num_ranks):
         return ""
     return (
         f"host_weights: True is not allowed; the copy of a rank's weights takes "
