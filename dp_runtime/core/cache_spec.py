@@ -29,7 +29,7 @@ class PagedKv:
     def allocate(self, pages: PageGeometry, device: torch.device) -> Tensor:
         """Return a zeroed pool, for a masked column still multiplies V by 0, and 0 * NaN is NaN."""
         shape = (pages.num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)  # HND
-        if device.type != "cpu":
+        if device.type != "cpu" or not pages.num_pages:
             return torch.zeros(shape, dtype=self.dtype, device=device)
         # The host gives a page of its memory, zeroed, when it is first touched; torch touches all.
         zeroed = np.zeros(pages.num_pages * self.page_bytes, np.uint8)
