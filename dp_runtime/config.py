@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import KW_ONLY, MISSING, dataclass
 
 from dp_runtime.core.faults import ALLOWED, ENDS_PROCESS, FIELD, Fault, read_faults
@@ -219,8 +218,7 @@ class EngineConfig:
     )
     host_weights: bool = setting(
         False,
-        "keep a copy of each rank's weights in the memory of the driver's host, from which who "
-        "takes the place of a lost rank loads; Linux only",
+        "keep each rank's weights in memory of the host too, for its successor; Linux only",
     )
     inject: str | None = setting(
         None,
@@ -252,8 +250,6 @@ class EngineConfig:
             check_transport(transport, self.device, threads, self.ranks_per_gpu)
         ok = (self.min_dp_size or 1) <= self.dp_size
         require(ok, "min_dp_size", self.min_dp_size, f"at most dp_size {self.dp_size}")
-        on_linux = sys.platform == "linux"
-        require(on_linux or not self.host_weights, "host_weights", True, "False but on Linux")
         ok = not self.standby_ranks or self.launcher != "thread"
         require(ok, "standby_ranks", self.standby_ranks, "0 with launcher thread")
         feeds = 1 + self.speculative_num_steps

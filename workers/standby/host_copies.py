@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 
 from dp_runtime.core.membership import Membership
+from dp_runtime.errors import require
 from dp_runtime.weights.host_copy import CopyAddress, CopyMemory
 
 
@@ -13,6 +15,8 @@ class HostCopies:
     """Belongs to the driver, which outlives ranks; without `wanted` it has none."""
 
     def __init__(self, wanted: bool) -> None:
+        ok = sys.platform == "linux" or not wanted
+        require(ok, "host_weights", wanted, "False but on Linux")
         self._wanted = wanted
         self._copies: dict[tuple[int, Membership], CopyMemory] = {}
         self._lock = threading.Lock()
