@@ -24,6 +24,7 @@ def unharmed(served: Served) -> Iterator[None]:
     """Assert that others were served meanwhile, and that nothing is logged and left of it."""
     expected = served.post("/v1/completions", **GOOD).json()["choices"]
     served.post("/tokenize", prompt="a")
+    served.post("/v1/completions", **GOOD, response_format={"type": "json_object"})
     with nothing_logged():
         before = held(served)
         with bystander(served, expected):
