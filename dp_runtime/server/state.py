@@ -51,7 +51,8 @@ class ServerState:
         self.sampling_defaults: Mapping[str, Any] = {}  # of fields that a request leaves out
         self._engine: AsyncEngine | None = None
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="requests")
-        self._form_threads = ThreadPoolExecutor(4, "requests-forms")  # they wait for the grammars of others
+        # Each waits for the grammars of others.
+        self._form_threads = ThreadPoolExecutor(4, thread_name_prefix="requests-forms")
         self._chats: Chats | None = None
         self._chat_template = _given_template(config.chat_template)
 

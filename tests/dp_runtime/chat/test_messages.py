@@ -160,7 +160,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(messages=ANYTHING | st.lists(ANYTHING), tools=ANYTHING | st.lists(ANYTHING), choice=ANYTHING)
 def test_whatever_is_given_is_read_or_refused(messages: Any, tools: Any, choice: Any) -> None:
     with suppress(ValueError):

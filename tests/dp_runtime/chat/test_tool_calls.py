@@ -28,7 +28,7 @@ WORDS = st.lists(
 
 
 @pytest.mark.parametrize("new", [hermes, qwen_xml])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=WORDS, cuts=st.lists(st.integers(0, 200), max_size=8))
 def test_pieces_make_no_difference_and_what_is_no_call_is_content(
     new: Any, text: str, cuts: list[int]

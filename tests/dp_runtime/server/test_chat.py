@@ -23,7 +23,7 @@ BODY: dict[str, Any] = {"model": MODEL, "messages": CHAT}
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving() as running:
+    with serving(dp_size=1) as running:
         yield running
         running.check_idle()
 

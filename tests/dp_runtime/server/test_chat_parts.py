@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def served(template: str) -> Iterator[Served]:
-    with serving({"chat_template": template}) as running:
+    with serving({"chat_template": template}, dp_size=1) as running:
         yield running
         running.check_idle()
 
@@ -122,15 +123,31 @@ SCRIPTS: dict[str, tuple[str, tuple[str | None, str | None, list[tuple[str, str]
 }
 
 
+@pytest.fixture(scope="module")
+def answers(served: Served) -> dict[str, tuple[Any, list[Any]]]:
+    """To each script, whole and in chunks; all are asked for at the same time."""
+    create = create_at(served.url)
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    with ThreadPoolExecutor(2 * len(SCRIPTS)) as pool:
+        asked = {
+            name: (
+                pool.submit(create, **written(text)),
+                pool.submit(lambda body: list(create(**body)), written(text, **streamed)),
+            )
+            for name, (text, _) in SCRIPTS.items()
+        }
+        return {name: (whole.result(), chunks.result()) for name, (whole, chunks) in asked.items()}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_parts_of_an_answer_whole_and_streamed(create: Any, name: str) -> None:
-    text, expected = SCRIPTS[name]
-    body = written(text)
-    whole = create(**body)
+def test_parts_of_an_answer_whole_and_streamed(
+    answers: dict[str, tuple[Any, list[Any]]], name: str
+) -> None:
+    _, expected = SCRIPTS[name]
+    whole, chunks = answers[name]
     reason = "tool_calls" if expected[2] else "stop"
     assert parts(whole.choices[0].message) == expected
     assert whole.choices[0].finish_reason == reason
-    chunks = list(create(**body, stream=True, stream_options={"include_usage": True}))
     assert joined(chunks) == (*expected, reason)
     assert chunks[-1].usage == whole.usage
     tokens = whole.usage.completion_tokens_details.reasoning_tokens

@@ -59,7 +59,7 @@ FORMS: dict[str, tuple[Content, str]] = {
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     template: Path = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(TEMPLATE)
-    with serving({"chat_template": str(template)}) as running:
+    with serving({"chat_template": str(template)}, dp_size=1) as running:
         yield running
         running.check_idle()
 

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dp_runtime import EngineConfig
 from dp_runtime.cli.model_choice import TINY_MODEL
+from dp_runtime.errors import StartError
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.connection import IdleConnections
 from dp_runtime.server.listener import Listener
@@ -27,7 +28,7 @@ ABORT = b'{"abort_all":true}'
 
 @contextmanager
 def listening(**limits: Any) -> Iterator[Listener]:
-    state = ServerState(ServerConfig(port=0, **limits), EngineConfig(str(TINY_MODEL)))
+    state = ServerState(ServerConfig(**{"port": 0} | limits), EngineConfig(str(TINY_MODEL)))
     listener = Listener(state)
     try:
         with nothing_logged():
@@ -174,6 +175,14 @@ def test_the_oldest_of_the_address_that_has_most_is_taken() -> None:
     assert idle.take_oldest() is many[0]
     assert idle.take_oldest() is one[0]
     assert [idle.take_oldest() for _ in range(4)] == [many[1], one[1], many[2], None]
+
+
+def test_a_port_that_is_taken_is_a_start_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        text = rf"can not listen on 127\.0\.0\.1 port {port}: \[Errno 98\]"
+        with pytest.raises(StartError, match=text), listening(port=port):
+            pass
 
 
 def test_while_the_model_loads_requests_are_refused_before_their_body() -> None:

@@ -28,7 +28,7 @@ QUIET: Any = {
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving() as running, unharmed(running):
+    with serving(dp_size=1) as running, unharmed(running):
         yield running
 
 
@@ -79,13 +79,13 @@ def send_drawn(served: Served, seed: int, count: int) -> None:
 
 
 def test_mutants_are_served_or_refused(served: Served) -> None:
-    statuses = send_mutants(served, 1, 200)
-    assert statuses[200] > 20
-    assert statuses[400] > 80
+    statuses = send_mutants(served, 1, 120)
+    assert statuses[200] > 10
+    assert statuses[400] > 40
 
 
 def test_requests_drawn_from_our_schema_are_served_or_refused(served: Served) -> None:
-    send_drawn(served, 1, 4)
+    send_drawn(served, 1, 2)
 
 
 @pytest.mark.slow

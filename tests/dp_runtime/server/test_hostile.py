@@ -27,7 +27,7 @@ ENDLESS = '"prompt":"a","stream":true,"ignore_eos":true,"max_tokens":1900'
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving({"write_timeout_s": 1.0}) as running, unharmed(running):
+    with serving({"write_timeout_s": 1.0}, dp_size=1) as running, unharmed(running):
         yield running
 
 

@@ -33,9 +33,9 @@ async def expected_of_all(engine: AsyncEngine, asks: Sequence[Ask]) -> list[Hear
 
 def test_what_64_clients_hear_is_what_the_engine_says_and_nothing_is_left() -> None:
     with serving() as served:
-        asks = make_load(100, seed=1)
+        asks = make_load(80, seed=1)
         expected = asyncio.run(expected_of_all(served.engine, asks))
-        asyncio.run(hear_all(served.url, asks[:64], 64))
+        asyncio.run(hear_all(served.url, asks[:32], 32))
         served.check_idle()
         before = held(served)
         assert asyncio.run(hear_all(served.url, asks, 64)) == expected

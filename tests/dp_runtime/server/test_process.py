@@ -87,6 +87,7 @@ def test_from_start_to_drain() -> None:
     assert "reached from other hosts" not in server.text
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_one_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
