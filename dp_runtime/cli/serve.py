@@ -14,7 +14,7 @@ from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.server.config import ServerConfig
 
-KEY_VARIABLE = "DP_RUNTIME_API_KEY"
+KEY_VARIABLES = {"api_key": "DP_RUNTIME_API_KEY", "admin_key": "DP_RUNTIME_ADMIN_KEY"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +28,9 @@ def serve(options: argparse.Namespace) -> None:
         raise ValueError("serve needs the extra 'serve': pip install 'dp-runtime[serve]'")
     from dp_runtime.server.run import serve as run
 
-    # The ranks and whatever else inherits the environment are none of the key's business.
-    given = {"api_key": os.environ.pop(KEY_VARIABLE, None)} | given_fields(options, ServerConfig)
+    # The ranks and whatever else inherits the environment are none of the keys' business.
+    keys = {name: os.environ.pop(variable, None) for name, variable in KEY_VARIABLES.items()}
+    given = keys | given_fields(options, ServerConfig)
     with ExitStack() as stack:
         trace = TraceFile.opened(stack, options.trace)
 

@@ -28,6 +28,12 @@ class ServerConfig:
         shown_default="$DP_RUNTIME_API_KEY, which `ps` does not show, else none",
         secret=True,
     )
+    admin_key: str | None = setting(
+        None,
+        "key that calls of /admin/ must bring; without one, nobody can change the ranks over HTTP",
+        shown_default="$DP_RUNTIME_ADMIN_KEY, else none",
+        secret=True,
+    )
     generation_config: str = setting(
         "auto", "sampling parameters of requests that leave them out: those that the checkpoint's "
         "generation_config.json recommends, or none of them", choices=("auto", "none"),

@@ -21,6 +21,7 @@ from dp_runtime.errors import (
     EngineOverloaded,
     RankFailed,
     RequestFailed,
+    ResizeFailed,
     one_line,
     shown,
 )
@@ -101,6 +102,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.BAD_REQUEST, str(error), param, "request_failed")
         case EngineOverloaded():
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), None, "engine_overloaded")
+        case ResizeFailed():
+            return ApiError(HTTPStatus.CONFLICT, str(error), None, "resize_failed")
         case RankFailed() | EngineClosed():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), None, "engine_failed")
     logger.error("a fault of this server, which a client was told of by 500", exc_info=error)
@@ -113,7 +116,15 @@ def add_error_handlers(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
-    for kind in (ApiError, ValueError, RequestFailed, EngineOverloaded, RankFailed, EngineClosed):
+    for kind in (
+        ApiError,
+        ValueError,
+        RequestFailed,
+        EngineOverloaded,
+        RankFailed,
+        EngineClosed,
+        ResizeFailed,
+    ):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

@@ -15,6 +15,8 @@ from dp_runtime.server.state import ServerState
 
 OPEN_PATHS = frozenset({"/health", "/metrics"})  # for probes and scrapers, which bring no key
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+ADMIN_PATHS = "/admin/"
+NO_ADMIN = "this server takes no admin calls: it was started without an admin_key"
 SMUGGLED = {b"content-length", b"transfer-encoding"}
 TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 TOO_MANY = HTTPStatus.TOO_MANY_REQUESTS
@@ -27,8 +29,7 @@ class Guard:
         self._app, self._state, self._config = app, state, state.config
         self._num_in_flight = 0
         self._num_bytes = 0  # of the bodies of those in flight
-        key = self._config.api_key
-        self._key = None if key is None else sha256(os.fsencode(key)).digest()
+        self._key, self._admin_key = _digest(state.config.api_key), _digest(state.config.admin_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -48,7 +49,12 @@ class Guard:
     async def _serve(
         self, headers: dict[bytes, bytes], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        self._check_key(headers.get(b"authorization", b""))
+        if scope["path"].startswith(ADMIN_PATHS):
+            if self._admin_key is None:
+                raise ApiError(HTTPStatus.FORBIDDEN, NO_ADMIN, None, "admin_disabled")
+            self._check_key(headers.get(b"authorization", b""), self._admin_key)
+        else:
+            self._check_key(headers.get(b"authorization", b""), self._key)
         if scope["path"] in GENERATING_PATHS:
             self._state.check_place()
         num_bytes = self._place(headers.get(b"content-length"))
@@ -65,10 +71,10 @@ class Guard:
             self._num_in_flight -= 1
             self._num_bytes -= num_bytes
 
-    def _check_key(self, given: bytes) -> None:
+    def _check_key(self, given: bytes, wanted: bytes | None) -> None:
         scheme, _, key = given.partition(b" ")
         ok = scheme.lower() == b"bearer"
-        if self._key and not (hmac.compare_digest(sha256(key).digest(), self._key) and ok):
+        if wanted and not (hmac.compare_digest(sha256(key).digest(), wanted) and ok):
             message = "the request brings no API key that this server has"
             raise ApiError(HTTPStatus.UNAUTHORIZED, message, None, "invalid_api_key")
 
@@ -112,6 +118,10 @@ class Guard:
         if sum(map(body.count, (b",", b"[", b"{"))) > limit:
             message = f"the body has more than {limit} commas and brackets (max_body_values)"
             raise ApiError(TOO_LARGE, message)
+
+
+def _digest(key: str | None) -> bytes | None:
+    return None if key is None else sha256(os.fsencode(key)).digest()
 
 
 class _Replayed:

@@ -26,3 +26,12 @@ class AbortBody(Body):
     request_id: str | None = None
     request_ids: Texts = Field(default_factory=list)
     abort_all: bool = False
+
+
+class ResizeBody(Body):
+    dp_size: int
+
+
+class DrainBody(Body):
+    dp_rank: int
+    timeout_s: float = 0.0
