@@ -19,7 +19,7 @@ from tests.dp_runtime.server.mutants import mutants
 from tests.dp_runtime.server.served import WAIT_S, Served, serving
 from tests.dp_runtime.server.unharmed import unharmed
 
-REFUSALS = {400, 404, 405, 408, 413, 429}
+REFUSALS = {400, 403, 404, 405, 408, 413, 429}
 QUIET: Any = {
     "phases": [Phase.generate], "database": None, "deadline": None,
     "suppress_health_check": list(HealthCheck),
