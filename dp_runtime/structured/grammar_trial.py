@@ -21,7 +21,7 @@ from dp_runtime.structured.grammar import compilable, grammar_of, one_error
 
 TRIAL_S = 20.0  # that an answer may take on a busy machine, with the process's start
 WAIT_S = 30.0  # for the grammars of others
-MAX_WORK_S = 0.25  # of a processor; a rank compiles again for each request
+MAX_WORK_S = 0.5  # of a processor; a rank compiles again for each request
 MAX_KNOWN_BYTES = 8 * MAX_BYTES
 ENTRY_BYTES = 1024  # of each known one beside its text
 

@@ -52,7 +52,7 @@ def new_matcher(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
 
 def follow_forced(matcher: LLMatcher) -> None:
     """Go on behind the tokens that are the only ones, as the brace of an object (ValueError)."""
-    matcher.consume_tokens(matcher.compute_ff_tokens())
+    matcher.try_consume_tokens(matcher.compute_ff_tokens())  # the text of a special one may not
     if not matcher.is_stopped():
         matcher.compute_bitmask()
     if matcher.is_error():

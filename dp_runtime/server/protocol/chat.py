@@ -44,8 +44,8 @@ class ChatBody(GenerationBody, TemplateFields):
 
     def check_answer(self) -> None:
         top, most = self.top_logprobs, MAX_LOGPROBS
-        if top is not None and not (self.logprobs and 0 <= top <= most):
-            raise refuse("top_logprobs", top, f"an integer in 0..{most}, with logprobs true")
+        if top is not None and not 0 <= top <= (most if self.logprobs else 0):
+            raise refuse("top_logprobs", top, f"an integer in 0..{most}, 0 without logprobs true")
         if self.echo and not self.continue_final_message:
             raise refuse("echo", True, "false unless continue_final_message is true")
 

@@ -30,6 +30,7 @@ FIELDS: dict[str, tuple[Content, Content]] = {  # of the request, and what they 
     "logit_bias": ({"logit_bias": {"300": 30}, "seed": 4}, {}),
     "stop": ({"stop": ["a", "e"], "temperature": 0, "max_tokens": 40}, {}),
     "logprobs": ({"logprobs": True, "temperature": 0}, {"logprobs": 0}),
+    "top_logprobs alone": ({"top_logprobs": 0, "seed": 15}, {}),
     "top_logprobs": ({"logprobs": True, "top_logprobs": 3, "seed": 15}, {"logprobs": 3}),
     "extras": (
         {"top_k": 9, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 3, "seed": 6,
