@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dp_runtime import Engine, SamplingParams
+from dp_runtime import Engine, FinishReason, SamplingParams
 from dp_runtime.errors import RankFailed, RequestFailed
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
@@ -113,3 +114,18 @@ def test_faults_without_end_are_one_error_with_their_history(model: Path) -> Non
         with pytest.raises(RankFailed, match="recovered within 60 s before: ") as failed:
             handle.result(WAIT_S)
         assert str(failed.value).count("ranks []") == 2
+
+
+def test_a_request_is_late_although_its_rank_hangs(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends before anybody has noticed; its pages are free once the rank steps again."""
+    monkeypatch.setattr("workers.rank_stages.STOP_S", 0.2)
+    inject = "rank=0,step=8,kind=slow,seconds=6"
+    fields: dict[str, Any] = {"dp_size": 1, "step_timeout_s": 3.0, "inject": inject}
+    with nothing_left(), recovering(model, "thread", **fields) as engine:
+        output = engine.submit([7, 8], replace(GREEDY, timeout_s=0.5)).result(WAIT_S)
+        assert output.finish_reason is FinishReason.TIMEOUT
+        assert len(output.token_ids) < 60
+        assert len(engine.generate([[7, 8]], GREEDY)[0].token_ids) == 60
+        check_pages_free(engine)
