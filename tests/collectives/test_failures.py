@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from collectives.in_process import InProcessGroup
+from collectives.shared_memory.group import SharedMemoryGroup
+from dp_runtime.core.membership import Membership
+from dp_runtime.errors import CollectiveAborted, CollectiveTimeout
+from dp_runtime.parallel.collective import RowCollective
 from tests.collectives import failing
 from tests.collectives.ranks import KINDS, PROCESS_KINDS, SOON_S, Outcome, Ranks
 from tests.workers.leftovers import shared_memory_names
@@ -120,3 +126,33 @@ def test_closing_frees_the_own_waiter(ranks: Ranks, kind: str) -> None:
     ended = ranks.run(kind, 2, failing.close_case)[0]
     assert ended.error == "CollectiveAborted"
     assert ended.seconds < SOON_S
+
+
+@pytest.mark.parametrize("transport", ["in_process", "shared_memory"])
+def test_texts_call_ranks_by_their_names(tmp_path: Path, transport: str) -> None:
+    members, path = Membership((2, 7)), str(tmp_path / "meet")
+    threads = InProcessGroup(2, 0.2, members)
+
+    def texts(position: int) -> list[str]:
+        collective: RowCollective
+        close: Callable[[], None]
+        if transport == "in_process":
+            collective, close = threads.collective(position), lambda: None
+        else:
+            group = SharedMemoryGroup(path, position, 2, 0.2, members=members)
+            collective, close = group.collective, group.close
+        collective.barrier()
+        if position == 1:
+            return []
+        with pytest.raises(CollectiveTimeout) as late:
+            collective.barrier()
+        collective.abort("for a test")
+        with pytest.raises(CollectiveAborted) as aborted:
+            collective.raise_if_failed()
+        close()
+        return [str(late.value), str(aborted.value)]
+
+    with ThreadPoolExecutor(2) as pool:
+        (late, aborted), _ = pool.map(texts, range(2))
+    assert late == "barrier: waited 0.2 s for ranks 7"
+    assert "ranks 7" in aborted or aborted == "aborted by rank 2: for a test"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("launcher", "num_drafts"),
     [
         ("thread", 2),
-        ("local", 0),
+        pytest.param("local", 0, marks=pytest.mark.slow),
         pytest.param("local", 2, marks=pytest.mark.slow),
         pytest.param("ray", 2, marks=pytest.mark.slow),
     ],
@@ -249,3 +251,30 @@ def test_fewer_ranks_than_min_dp_size_end_the_engine(model: Path, full: threadin
         wait_until(lambda: engine._core._closed is not None, "the end", WAIT_S)
         with pytest.raises(RankFailed, match="3 attempts to replace ranks failed"):
             engine.generate([[1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_walk_of_changes_and_faults_costs_no_request(model: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    fields = {"speculative_num_steps": 2 * (seed % 2), "max_recoveries": 50}
+    with nothing_left(), recovering(model, "local", **fields) as engine:
+        expected = alike(served(engine, seed, lambda: None))
+
+        def disturb() -> None:
+            match draw.choice(["resize", "drain", "kill", "both"]):
+                case "resize":
+                    engine.resize(draw.randint(1, 4))
+                case "drain" if len(engine.dp_ranks) > 1:
+                    engine.drain(draw.choice(engine.dp_ranks), draw.choice([0.0, 0.2]))
+                case "kill":
+                    kill([draw.choice([rank.pid for rank in engine.health() if rank.pid])])
+                case "both":
+                    kill([draw.choice([rank.pid for rank in engine.health() if rank.pid])])
+                    with suppress(ResizeFailed):  # a rank that is lost can not be asked
+                        engine.resize(draw.randint(1, 4))
+
+        for _ in range(8):
+            assert alike(served(engine, seed, disturb)) == expected
+            check_pages_free(engine)
+        assert len(rank_processes()) == len(engine.dp_ranks)
