@@ -2,6 +2,7 @@
 
     python -m examples.benchmarks.recovery --model examples/tiny_moe/checkpoint --device cpu
 
+With `--standby-ranks` each fault comes once all standbys are warm.
 Prints, as p50 and p99 over the faults, seconds from the signal until the fault is noticed, until
 all ranks step again, and until the first next token of a request of another rank and of the lost
 one's, which is replayed.
@@ -46,6 +47,9 @@ def main() -> None:
 
 def measure_one(engine: Engine, args: argparse.Namespace, draw: random.Random) -> dict[str, float]:
     """Decode, send a signal to one rank, and wait until requests of all ranks have new tokens."""
+    group: Any = engine._core._group
+    supervisor, standbys = group._supervisor, group.standbys
+    wait_for(lambda: standbys.num_warm == engine.config.standby_ranks)
     endless = SamplingParams(max_tokens=args.tokens, temperature=0.0, ignore_eos=True)
     size = engine.config.dp_size
     prompts = [[draw.randrange(3, 100) for _ in range(8)] for _ in range(args.requests)]
@@ -53,12 +57,11 @@ def measure_one(engine: Engine, args: argparse.Namespace, draw: random.Random) -
     sleep(BEFORE_S + draw.random() / 2)
     victim = draw.choice(engine.health())
     assert not any(handle.done for handle in handles), "requests end early: raise --tokens"
-    group: Any = engine._core._group
-    epoch, started = group._state.epoch, monotonic()
+    epoch, started = supervisor.state.epoch, monotonic()
     os.kill(victim.pid, SIGNALS[args.kind])
-    wait_for(lambda: group._state.recovering or group._state.epoch > epoch)
+    wait_for(lambda: supervisor.state.recovering or supervisor.state.epoch > epoch)
     noticed = monotonic()
-    wait_for(lambda: group._state.epoch > epoch)
+    wait_for(lambda: supervisor.state.epoch > epoch)
     begun = monotonic()
     lost = handles[victim.dp_rank :: size]
     kept = [handle for handle in handles if handle not in lost]
@@ -98,6 +101,8 @@ def parse_args() -> argparse.Namespace:
     add_flags(parser, "model", "dp_size", "collective", device="cuda", overlap=None)
     parser.add_argument("--launcher", choices=["local", "ray"], default="local")
     parser.add_argument("--kind", choices=list(SIGNALS), default="kill")
+    parser.add_argument("--standby-ranks", type=int, default=0)
+    parser.add_argument("--host-weights", action="store_true")
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=1500, help="of a request, to outlast a fault")

@@ -100,7 +100,9 @@ def test_an_unfinished_copy_is_not_used(model: Path, memory: CopyMemory) -> None
     (model / "model.safetensors").rename(model / "kept")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         load(model, memory)
-    os.pwrite(opened(memory), b"half of a copy", 0)
+    descriptor = opened(memory)
+    os.pwrite(descriptor, b"half of a copy", 0)
+    os.close(descriptor)
     assert not memory.is_finished
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         load(model, memory)
@@ -119,6 +121,7 @@ def test_a_finished_copy_can_not_change(memory: CopyMemory) -> None:
     reader = CopyReader(descriptor)
     with pytest.raises(AssertionError, match="has load a, not load b"):
         reader.next("load b")
+    os.close(descriptor)
 
 
 def test_another_host_has_no_copy(memory: CopyMemory) -> None:
