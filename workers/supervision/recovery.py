@@ -28,6 +28,7 @@ JOIN_S = 30.0  # for ranks that have loaded to meet
 VAIN_TRIES = 2  # to replace ranks, until the others go on without them if they may
 COME_UP_S = 60.0  # for a process to come up, where the others may go on without it
 PAUSE_S = 0.2  # before the second attempt, doubled for each that follows
+MAX_PAUSE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Recovery:
                 raise
             except (StartError, RankFailed, ValueError, OSError) as error:
                 _log.warning("recovery: %s", error)
-                threading.Event().wait(PAUSE_S * 2**tried)
+                threading.Event().wait(min(PAUSE_S * 2**tried, MAX_PAUSE_S))
                 tried += 1
             missing, _ = self._suspend_all("a rank could not be replaced")
             lost |= missing

@@ -92,7 +92,7 @@ def test_dashboards_of_vllm_find_their_metrics(engine: Engine) -> None:
             assert sample.labels["engine"] == sample.labels["dp_rank"]
             assert sample.labels["model_name"] == "tiny"
     reasons = [sample.labels["finished_reason"] for sample in page["vllm:request_success"].samples]
-    assert set(reasons) == {"stop", "length", "abort", "error"}
+    assert set(reasons) == {"stop", "length", "abort", "error", "timeout"}
     for name in DISTRIBUTED_BY_VLLM:
         assert page[name].type == "histogram"
 
