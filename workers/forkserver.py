@@ -27,6 +27,7 @@ from typing import NoReturn
 from collectives.session import VARIABLE, session_token
 from dp_runtime.errors import StartError
 
+FORK_S = 10.0  # for a server that has forked before
 GRACE_S = 1.0  # for children to end by themselves once the driver has ended
 TELL_S = 2.0  # for the server to tell of a child that has ended
 LOST = 255  # exit status where the server ended before it could tell
@@ -107,6 +108,7 @@ class ForkServer:
     def __init__(self, *preload: str) -> None:
         self.driver, self.import_path = os.getpid(), import_path()
         self._lock = threading.Lock()
+        self._has_forked = False  # it has imported all
         self._stopped = threading.Event()  # it could not tell of a child, and may go on later
         self._control, theirs = socket.socketpair()
         self._requests = Connection(os.dup(self._control.fileno()))
@@ -137,6 +139,8 @@ class ForkServer:
         with its_channel, its_status, self._lock, suppress(BrokenPipeError):
             self._requests.send(request)
             socket.send_fds(self._control, [b"+"], [its_channel.fileno(), its_status.fileno()])
+        if self._has_forked:
+            timeout_s = min(timeout_s, FORK_S)
         status.settimeout(timeout_s)
         try:
             told, fds, _, _ = socket.recv_fds(status, _STATUS.size, 1)
@@ -146,12 +150,19 @@ class ForkServer:
                 self._process.wait(GRACE_S)  # else it might still look usable
             raise StartError(f"{name}: no process was started within {timeout_s:g} s") from None
         if not told:
-            code = self._process.wait(GRACE_S)
-            raise StartError(f"{name}: the process that starts ranks ended (exit status {code})")
+            raise StartError(f"{name}: the process that starts ranks ended ({self._how()})")
         status.settimeout(None)
+        self._has_forked = True
         self._stopped.clear()
         process = ForkedProcess(_STATUS.unpack(told)[0], fds[0], status, self._stopped)
         return process, Connection(channel.detach())
+
+    def _how(self) -> str:
+        try:
+            return f"exit status {self._process.wait(GRACE_S)}"
+        except subprocess.TimeoutExpired:  # its libraries take leave at length
+            self._process.kill()
+            return "and was killed, as it took long"
 
     def close(self) -> None:
         self._requests.close()

@@ -116,6 +116,34 @@ def test_a_stopped_server_is_replaced() -> None:
     server.close()
 
 
+def test_a_server_that_has_forked_before_is_waited_for_shortly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = ForkServer("tests.workers.forked")
+    child, channel = server.fork(TELL, "dp-rank-0", 60.0)
+    channel.recv()
+    os.kill(server._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(forkserver, "FORK_S", 0.2)
+    with pytest.raises(StartError, match=r"dp-rank-1: no process was started within 0\.2 s"):
+        server.fork(TELL, "dp-rank-1", 600.0)
+    channel.close()
+    child.kill()
+    server.close()
+
+
+def test_a_server_that_ends_slowly_is_a_start_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ForkServer("tests.workers.forked")
+
+    def still_runs(timeout: float) -> int:
+        raise subprocess.TimeoutExpired("the server", timeout)
+
+    monkeypatch.setattr(server._process, "wait", still_runs)
+    os.kill(server._process.pid, signal.SIGKILL)
+    with pytest.raises(StartError, match=r"dp-rank-0: the process that starts .* was killed"):
+        server.fork(TELL, "dp-rank-0", 60.0)
+    server.close()
+
+
 def test_a_server_that_can_not_import_is_a_start_error() -> None:
     server = ForkServer("tests.no_such_module")
     with pytest.raises(StartError, match=r"dp-rank-0: the process that starts ranks ended \(exit"):

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.workers.test_recovery import (
 )
 from tests.workers.test_watch import nothing_left
 from workers.local_group import LocalLauncher
+from workers.supervision.epochs import Epochs
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,28 @@ def test_a_rank_that_is_killed_during_a_change_costs_no_request(
                 pass
             assert alike(served(engine, 4, lambda: None)) == expected
             check_pages_free(engine)
+
+
+def test_a_rank_that_is_stopped_as_all_meet_holds_nobody_up(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, stopped = Epochs.begin, list[int]()
+
+    def begin_without_one(self: Epochs, *given: Any, **named: Any) -> None:
+        if self.number == 0:
+            ring = self._hosts[1].flight
+            assert ring is not None
+            stopped.append(ring.pid)
+            os.kill(ring.pid, signal.SIGSTOP)
+        begin(self, *given, **named)
+
+    monkeypatch.setattr("workers.supervision.recovery.JOIN_S", 100 * WAIT_S)
+    monkeypatch.setattr(Epochs, "begin", begin_without_one)
+    with nothing_left(), recovering(model, "local", dp_size=1) as engine:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(engine.resize, 2).result(WAIT_S) == (0, 1)
+        assert [rank.epoch for rank in engine.health()] == [2, 2]
+        assert engine.health()[1].pid != stopped[0]
 
 
 def test_a_new_rank_that_can_not_start_changes_nothing(

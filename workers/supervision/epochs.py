@@ -109,18 +109,23 @@ class Epochs:
         return self._ranks.all(Load(copies), deadline, show, seats, why_not)
 
     def begin(
-        self, deadline: Deadline, timeout_s: float, show: Callable[[], None] = show_nothing
+        self,
+        deadline: Deadline,
+        timeout_s: float,
+        show: Callable[[], None] = show_nothing,
+        doomed: WhyNot = no_reason,
     ) -> None:
         """Have all ranks join the next epoch, where nobody of the last one can be."""
         self.number += 1
+        why_not = lambda: self._why_not() or doomed()  # noqa: E731
         members = self._ranks.members
         others = [seat for seat in self._ranks.seats if self._sharded[seat.dp_rank] != members]
         if others:
-            self._take(others, members, Reshard(members), deadline)
-        self._meeting = self._ranks.launcher.meeting(members) or self._open(deadline)
+            self._take(others, members, Reshard(members), deadline, doomed)
+        self._meeting = self._ranks.launcher.meeting(members) or self._open(deadline, why_not)
         join = Join(self._meeting, self.number, timeout_s)
         try:
-            self._ranks.all(join, deadline, show, why_not=self._why_not)
+            self._ranks.all(join, deadline, show, why_not=why_not)
         except BaseException:
             self.forget_meeting()
             raise
@@ -135,11 +140,11 @@ class Epochs:
         if isinstance(meeting, Rendezvous) and meeting.in_host_memory:
             remove_rendezvous(meeting.address)
 
-    def _open(self, deadline: Deadline) -> Rendezvous:
+    def _open(self, deadline: Deadline, why_not: WhyNot) -> Rendezvous:
         hosts = [self._hosts[seat.dp_rank] for seat in self._ranks.seats]
         one_host = len({host.host for host in hosts}) == 1
         opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
         first = self._ranks.seats[:1]
-        (meeting,) = self._ranks.all(opening, deadline, seats=first, why_not=self._why_not)
+        (meeting,) = self._ranks.all(opening, deadline, seats=first, why_not=why_not)
         _log.info("epoch %d: ranks on %s meet over %s at %s", self.number, *where(hosts, meeting))
         return meeting

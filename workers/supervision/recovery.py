@@ -160,9 +160,10 @@ class Recovery:
             return taken
 
     def _doomed(self) -> str:
-        """Say who was lost since others took the seats of lost ranks."""
+        """Say who of those that serve was lost since others took the seats of lost ranks."""
         with self._lock:
-            return next((one.text for one in self._evidence if one.dp_rank is not None), "")
+            serve = (one.text for one in self._evidence if one.dp_rank in self._ranks.members)
+            return next(serve, "")
 
     def _check_history(self, now: float, text: str, tried: int) -> None:
         while self._history and now - self._history[0].at > WINDOW_S:
@@ -205,7 +206,7 @@ class Recovery:
             self._forget_evidence({seat.dp_rank for seat in seats})  # of who sat there before
             self._epochs.prepare(seats, self._deadline_to_come_up(deadline), self._doomed)
             self._epochs.load(seats, deadline, doomed=self._doomed)
-        self._epochs.begin(deadline, JOIN_S)
+        self._epochs.begin(deadline, JOIN_S, doomed=self._doomed)
 
     def _deadline_to_come_up(self, deadline: Deadline) -> Deadline:
         config = self._config

@@ -125,6 +125,8 @@ class Supervisor:
                 self._epochs.prepare(seats, deadline, why_not, target)
                 self._epochs.check_hosts(target)
                 self._epochs.load(seats, deadline, doomed=why_not)
+                for seat in seats:
+                    seat.answered = True
         except BaseException as error:
             self._ranks.dismiss(seats)
             if isinstance(error, OSError | RuntimeError):
