@@ -160,11 +160,6 @@ class Suspend(Message[bool]):
 
 
 @dataclass(frozen=True)
-class Leave(Message[None]):
-    pass  # end the steps of this epoch together with the other ranks; the weights stay
-
-
-@dataclass(frozen=True)
 class Submit(Message[None]):
     requests: Sequence[RankRequest]
 

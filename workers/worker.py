@@ -39,7 +39,6 @@ from workers.messages import (
     ExportMetrics,
     HostInfo,
     Join,
-    Leave,
     Load,
     Message,
     OpenRendezvous,
@@ -95,8 +94,6 @@ class Worker:
                 return self.open_rendezvous(transport, one_host)
             case Join(rendezvous, epoch, timeout_s):
                 return self.join(rendezvous, epoch, timeout_s)
-            case Leave():
-                return self.leave()
             case Suspend(reason):
                 return self.suspend(reason)
             case Submit(requests):

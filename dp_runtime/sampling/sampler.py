@@ -183,7 +183,7 @@ class Sampler:
     ) -> tuple[Tensor, Tensor]:
         """Return token ids [n] and whether logits were valid [n], for rows from first_row on."""
         values = logits.values.float()
-        adjusted = self._bias(values, rows, requests)
+        adjusted = self._bias(values, requests)
         adjusted = mask_rows(adjusted, masks)
         words = [request.bad_words for request in requests]
         adjusted = mask_bad_words(adjusted, words, verification, first_row)
@@ -194,9 +194,7 @@ class Sampler:
             logits = RowLogits.from_logits(adjusted)
         return self._draw(adjusted, logits.peaks, logits.best, rows), logits.valid
 
-    def _bias(
-        self, logits: Tensor, rows: SamplePositions, requests: list[RequestSampling]
-    ) -> Tensor:
+    def _bias(self, logits: Tensor, requests: list[RequestSampling]) -> Tensor:
         biased = [(i, r) for i, r in enumerate(requests) if len(r.bias_ids)]
         if not biased:
             return logits

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed
+from workers.supervision.epochs import WhyNot
 
 GIVE_WAY_S = 20.0  # for an attempt to restore ranks to end
 RESTORE_S, MAX_RESTORE_S = 5.0, 60.0  # between such attempts: at first, and doubled up to this
 
-WhyNot = Callable[[], str]
 _log = logging.getLogger(__name__)
 
 
@@ -54,10 +54,8 @@ class Changes:
             threading.Thread(target=self._restore, name="restore-ranks", daemon=True).start()
 
     def _restore(self) -> None:
-        pause_s, gives_way = (
-            RESTORE_S,
-            lambda: "another comes first" if self._asked.is_set() else "",
-        )
+        pause_s = RESTORE_S
+        gives_way = lambda: "another change comes first" if self._asked.is_set() else ""  # noqa: E731
         while not self._over.wait(pause_s) and self._members() != self._wanted:
             with self._changing:
                 try:

@@ -16,7 +16,6 @@ MAX_RANKS = 4096
 MAX_DRAIN_S = 86_400.0
 LOOK_EVERY_S = 0.02
 
-
 TargetOf = Callable[[Membership], Membership]
 
 
@@ -62,9 +61,7 @@ class MembershipChanges:
 
         return self._change(without, seconds)
 
-    def _change(
-        self, target_of: Callable[[Membership], Membership], timeout_s: float
-    ) -> Membership:
+    def _change(self, target_of: TargetOf, timeout_s: float) -> Membership:
         if not self._changing.acquire(blocking=False):
             raise ResizeFailed("another change of the ranks is under way")
         try:
