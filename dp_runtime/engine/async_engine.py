@@ -48,6 +48,11 @@ class AsyncEngine:
     def num_unfinished(self) -> int:
         return self._core.num_unfinished
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether ranks were lost for good; else those that do not serve are soon back."""
+        return self._core.has_failed
+
     def check_place(self) -> None:
         """Raise EngineOverloaded if a request that is submitted now would find no place."""
         self._core.check_place()

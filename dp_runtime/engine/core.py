@@ -101,6 +101,10 @@ class EngineCore:
     def num_unfinished(self) -> int:
         return self._admission.num_unfinished
 
+    @property
+    def has_failed(self) -> bool:
+        return self._closed is not None and not isinstance(self._closed, EngineClosed)
+
     def check_open(self) -> None:
         if self._closed is not None:
             raise fresh(self._closed)
@@ -274,12 +278,9 @@ class EngineCore:
                 again.setdefault(rank, []).append(log.replay(self._totals_of(rank)))
             resume(again)
         num_again = sum(map(len, again.values()))
-        if transition.gone:
-            logger.warning(
-                "%d requests of ranks that serve no more go on; %d have ended",
-                num_again,
-                len(ended),
-            )
+        if num_again or ended:
+            text = "requests of ranks that serve no more: %d go on, %d have ended"
+            logger.warning(text, num_again, len(ended))
         self._on_updates(transition.members.dp_ranks[0], ended)
 
     def _on_failure(self, error: BaseException) -> None:

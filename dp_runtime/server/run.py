@@ -123,6 +123,8 @@ def start_report(state: ServerState, url: str, ports: Sequence[Port]) -> list[st
     lines = {
         "HTTP": f"{url}, {_key(config)}",
         "all ports, by process": by_process(ports),
+        "ranks": f"{engine.config.dp_size} ({engine.config.launcher}), "
+        f"{engine.config.standby_ranks} standbys; /admin/ {_admin(config)}",
         "model": f"{engine.config.model}, prompt and answer of {engine.model.max_model_len} tokens",
         "chats": chats,
         "sampling": f"who leaves it out gets {defaults or 'the defaults of docs/settings.md'}",
@@ -135,6 +137,10 @@ def start_report(state: ServerState, url: str, ports: Sequence[Port]) -> list[st
 
 def _key(config: ServerConfig) -> str:
     return "clients bring an API key" if config.api_key else "no API key is asked for"
+
+
+def _admin(config: ServerConfig) -> str:
+    return "wants the admin key" if config.admin_key else "is closed: there is no admin key"
 
 
 def _announce(listener: Listener, config: ServerConfig) -> None:

@@ -102,7 +102,8 @@ class ServerState:
             return False, {"status": "starting", "ranks": []}
         ranks = await self._engine.health()
         report = HealthReport.of(ranks)
-        status = "draining" if self.draining else "ok" if report.can_serve else "failed"
+        status = "ok" if report.can_serve else "failed" if self._engine.has_failed else "paused"
+        status = "draining" if self.draining else status
         return status == "ok", {"status": status, "ranks": report.ranks}
 
     async def metrics(self) -> tuple[RankSnapshot, ...]:

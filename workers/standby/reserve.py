@@ -43,6 +43,7 @@ class _Standby:
             self.comes_up, self.answered_at = False, now
             if error := self.host.exception():
                 return str(error)
+            _log.info("a standby waits, warm, on %s", self.host.result())
         silent = now - self.answered_at
         if self.question is None and silent >= BEAT_S:
             self.question = self.handle.call(ReadHealth())

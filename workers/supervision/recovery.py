@@ -41,7 +41,8 @@ class Recovered:
     seconds: float
 
     def __str__(self) -> str:
-        return f"ranks {list(self.dp_ranks)} ({self.text}), in {self.seconds:.1f} s"
+        who = f"ranks {list(self.dp_ranks)}" if self.dp_ranks else "no rank"
+        return f"{who} ({self.text}), in {self.seconds:.1f} s"
 
 
 class Seating(Protocol):
@@ -108,7 +109,9 @@ class Recovery:
         self._seating.begun()
         self._ranks.dismiss(leaving)
         seconds = monotonic() - started
-        _log.warning("epoch %d: ranks %s, after %.1f s", self._epochs.number, members, seconds)
+        _log.warning(
+            "changed: epoch %d has ranks %s, after %.1f s", self._epochs.number, members, seconds
+        )
 
     def _replace(self, first: str, missing: set[int]) -> tuple[set[int], int]:
         """Begin the next epoch with others on missing seats: all who were lost, vain attempts."""

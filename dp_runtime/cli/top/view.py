@@ -12,6 +12,7 @@ from dp_runtime.cli.top.columns import count, milliseconds, rank_table, rate
 from dp_runtime.cli.top.rates import Interval, RankRow
 
 WIDE = 120  # columns of a terminal that has room for full titles
+STATUS_STYLES = {"ok": "green", "starting": "yellow", "paused": "yellow", "draining": "yellow"}
 TIMES = {"first token": "first_token", "between tokens": "inter_token"}
 
 
@@ -39,7 +40,7 @@ class View:
         epoch = last.sum("dp_runtime_epoch", dp_rank=last.dp_ranks[0])
         return Text.assemble(
             (", ".join(names), "bold"), f" at {self.url}: ",
-            (status, "green" if status == "ok" else "bold red"),
+            (status, STATUS_STYLES.get(status, "bold red")),
             f", {num_ranks} ranks, epoch {epoch:.0f}",
         )  # fmt: skip
 

@@ -8,9 +8,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
+from dp_runtime.metrics.status import RankState
 from tests.dp_runtime.server.served import WAIT_S, serving
 
 ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
@@ -53,3 +55,16 @@ def test_all_hear_of_a_rank_that_is_killed(log: pytest.LogCaptureFixture) -> Non
         assert not len(served.state.jobs)
     assert "the engine has failed" in log.text
     assert "Traceback" not in log.text
+
+
+def test_an_engine_whose_ranks_meet_anew_is_paused_and_not_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with serving() as served, served.client() as client:
+        group = served.engine._core._group
+        between = [replace(rank, state=RankState.READY) for rank in group.health()]
+        monkeypatch.setattr(group, "health", lambda: tuple(between))
+        health = client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "paused")
+        monkeypatch.undo()
+        assert client.get("/health").json()["status"] == "ok"
