@@ -115,7 +115,7 @@ class Recovery:
 
     def _replace(self, first: str, missing: set[int]) -> tuple[set[int], int]:
         """Begin the next epoch with others on missing seats: all who were lost, vain attempts."""
-        lost, tried = set(missing), 0
+        lost, tried, pause_s = set(missing), 0, PAUSE_S
         while True:
             self._seating.gone(missing, frozenset())
             try:
@@ -125,8 +125,8 @@ class Recovery:
                 raise
             except (StartError, RankFailed, ValueError, OSError) as error:
                 _log.warning("recovery: %s", error)
-                threading.Event().wait(min(PAUSE_S * 2**tried, MAX_PAUSE_S))
-                tried += 1
+                threading.Event().wait(pause_s)
+                tried, pause_s = tried + 1, min(2 * pause_s, MAX_PAUSE_S)
             missing, _ = self._suspend_all("a rank could not be replaced")
             lost |= missing
             if tried >= min(VAIN_TRIES, self._config.max_recoveries) and self._can_go_on_without(
