@@ -6,8 +6,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import count, islice
 
-from dp_runtime.errors import require
-
 
 @dataclass(frozen=True)
 class Membership:
@@ -32,7 +30,7 @@ class Membership:
 
     def __str__(self) -> str:
         first, last = self.dp_ranks[0], self.dp_ranks[-1]
-        if last - first == self.size - 1:
+        if self.size > 1 and last - first == self.size - 1:
             return f"{first}..{last}"
         return ", ".join(map(str, self.dp_ranks))
 
@@ -50,10 +48,8 @@ class Membership:
         return frozenset(self.dp_ranks) - frozenset(others.dp_ranks)
 
     def without(self, dp_ranks: Collection[int]) -> Membership:
-        """Leave some out; ValueError if nobody is left."""
-        left = tuple(rank for rank in self.dp_ranks if rank not in dp_ranks)
-        require(bool(left), "dp_rank", sorted(dp_ranks), "one of several: the last rank can't go")
-        return Membership(left)
+        """Leave some out, but not all."""
+        return Membership(tuple(rank for rank in self.dp_ranks if rank not in dp_ranks))
 
     def resized(self, size: int) -> Membership:
         """Take in the smallest free numbers, or leave out the largest."""

@@ -56,6 +56,7 @@ class MembershipChanges:
 
         def without(members: Membership) -> Membership:
             require(rank in members, "dp_rank", dp_rank, f"a rank in {members}")
+            require(members.size > 1, "dp_rank", dp_rank, "one of several: the last rank can't go")
             assert rank is not None, "checked above"
             return members.without({rank})
 
