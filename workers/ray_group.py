@@ -19,6 +19,7 @@ from dp_runtime.errors import RankFailed, StartError
 from dp_runtime.startup.devices import resolve_device
 from workers.deadline import within
 from workers.messages import NO_RANK, Message, named
+from workers.ranks import TOGETHER_S
 from workers.ray_cluster.connection import LOST, RayConnection, connect
 from workers.ray_cluster.errors import cause_of, plain
 from workers.ray_cluster.packages import packages_for_ranks
@@ -28,7 +29,6 @@ from workers.standby.worker import worker_for
 from workers.worker_group import WorkerGroup
 
 POLL_S = 0.2
-SAME_TROUBLE_S = 1.0  # for ranks with the same trouble to be named together
 Answer = TypeVar("Answer")
 # What the driver's environment says about GPUs and their network holds for the ranks too.
 PASSED_ON = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "FLASHINFER_", "CUDA_MODULE_")
@@ -202,7 +202,7 @@ def _wait_created(ranks: Sequence[RayRank], connection: RayConnection, deadline:
         if not connection.connected:
             raise StartError(LOST)
         if any(future.exception() for future in done):
-            wait(futures, SAME_TROUBLE_S)
+            wait(futures, TOGETHER_S)
             break
     causes: dict[str, list[int]] = {}
     for rank, future in enumerate(futures):

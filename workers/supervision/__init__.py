@@ -1,1 +1,1 @@
-"""Keeps the ranks of a group in sight, and ends them with those who hold it."""
+"""Keeps the ranks of a group in service, through faults and changes, and ends them with it."""
