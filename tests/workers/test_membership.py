@@ -196,6 +196,36 @@ def test_a_new_rank_that_can_not_start_changes_nothing(
         assert {rank.epoch for rank in engine.health()} == {0}
 
 
+@pytest.mark.parametrize(
+    "launcher", ["thread", pytest.param("local", marks=pytest.mark.slow)]
+)  # fmt: skip
+def test_new_ranks_that_can_not_meet_the_others_change_nothing(
+    model: Path, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Epochs.begin
+
+    def begin_for_two(self: Epochs, *given: Any, **named: Any) -> None:
+        begin(self, *given, **named)
+        if self._ranks.members.size > 2:
+            raise StartError("no room where ranks meet")
+
+    monkeypatch.setattr(Epochs, "begin", begin_for_two)
+    with nothing_left(), recovering(model, launcher, dp_size=2) as engine:
+        expected = alike(served(engine, 5, lambda: None))
+
+        def refused() -> None:
+            with pytest.raises(ResizeFailed, match=r"^no room where ranks meet; ranks 0..1 serve"):
+                engine.resize(4)
+
+        assert alike(served(engine, 5, refused)) == expected
+        assert engine.dp_ranks == (0, 1)
+        assert [rank.dp_size for rank in engine.health()] == [2, 2]
+        check_pages_free(engine)
+        monkeypatch.setattr(Epochs, "begin", begin)
+        assert engine.resize(4) == (0, 1, 2, 3)
+        assert alike(served(engine, 5, lambda: None)) == expected
+
+
 def test_a_close_ends_a_change(model: Path) -> None:
     with nothing_left(), recovering(model, "local", dp_size=1) as engine:
         ended: list[BaseException] = []

@@ -72,6 +72,7 @@ class Recovery:
         self._lock = threading.Lock()
         self._evidence: list[Evidence] = []
         self._history: deque[Recovered] = deque()
+        self.trouble = ""  # of the last vain attempt
 
     def note(self, evidence: Evidence) -> None:
         with self._lock:
@@ -97,7 +98,10 @@ class Recovery:
         _log.warning("recovered: epoch %d after the loss of %s", self._epochs.number, done)
 
     def change(self, target: Membership, joining: Sequence[Seat]) -> None:
-        """Begin the next epoch with others, who have loaded; ranks lost meanwhile are replaced."""
+        """Begin the next epoch with others, who have loaded; ranks lost meanwhile are replaced.
+
+        If they do not come together, those that served go on without the new ones.
+        """
         started, first = monotonic(), f"the ranks are to be {target}"
         missing, _ = self._suspend_all(first)
         known = {*self._ranks.members.dp_ranks, *(seat.dp_rank for seat in joining)}
@@ -105,15 +109,18 @@ class Recovery:
         left = self._ranks.members.besides(members)
         self._seating.gone(missing - left, left)
         leaving = self._seating.enter(members, joining)
-        self._replace(first, missing - left)
+        newcomers = frozenset(seat.dp_rank for seat in joining)
+        self._replace(first, missing - left, newcomers)
         self._seating.begun()
         self._ranks.dismiss(leaving)
-        seconds = monotonic() - started
+        members, seconds = self._ranks.members, monotonic() - started
         _log.warning(
             "changed: epoch %d has ranks %s, after %.1f s", self._epochs.number, members, seconds
         )
 
-    def _replace(self, first: str, missing: set[int]) -> tuple[set[int], int]:
+    def _replace(
+        self, first: str, missing: set[int], newcomers: frozenset[int] = frozenset()
+    ) -> tuple[set[int], int]:
         """Begin the next epoch with others on missing seats: all who were lost, vain attempts."""
         lost, tried, pause_s = set(missing), 0, PAUSE_S
         while True:
@@ -124,23 +131,34 @@ class Recovery:
             except EngineClosed:
                 raise
             except (StartError, RankFailed, ValueError, OSError) as error:
+                self.trouble = str(error)
                 _log.warning("recovery: %s", error)
                 threading.Event().wait(pause_s)
                 tried, pause_s = tried + 1, min(2 * pause_s, MAX_PAUSE_S)
             missing, _ = self._suspend_all("a rank could not be replaced")
             lost |= missing
-            if tried >= min(VAIN_TRIES, self._config.max_recoveries) and self._can_go_on_without(
-                missing
-            ):
-                self._seating.gone(missing, frozenset())
-                members = self._ranks.members.without(missing)
+            vain = self._dispensable(missing, newcomers) if tried >= self._patience else set()
+            if vain:
+                self._seating.gone(vain, frozenset())
+                members = self._ranks.members.without(vain)
                 self._ranks.dismiss(self._seating.enter(members, ()))
-                _log.warning("degraded: ranks %s go on without %s", members, sorted(missing))
-                missing = set()
+                _log.warning("degraded: ranks %s go on without %s", members, sorted(vain))
+                missing = missing - vain
             else:
                 self._check_history(monotonic(), first, tried)
         self._forget_evidence()  # of who was replaced; a poller tells of others again
         return lost, tried
+
+    @property
+    def _patience(self) -> int:  # vain attempts, before others go on without somebody
+        return min(VAIN_TRIES, self._config.max_recoveries)
+
+    def _dispensable(self, missing: set[int], newcomers: frozenset[int]) -> set[int]:
+        """Return without whom the others can go on: those that never served come first."""
+        waiting = newcomers & {*self._ranks.members.dp_ranks}
+        if waiting:
+            return set(waiting)
+        return missing if self._can_go_on_without(missing) else set()
 
     def _can_go_on_without(self, missing: set[int]) -> bool:
         """Tell whether there are enough others, and the experts fit into their memory."""

@@ -114,6 +114,8 @@ class Supervisor:
             raise
         self._begin(lambda: self._recovery.change(target, joining))
         self._raise_if_over()
+        if any(seat.dp_rank not in self._ranks.members for seat in joining):
+            raise ResizeFailed(f"{self._recovery.trouble}; ranks {self._ranks.members} serve on")
 
     def _bring_up(self, target: Membership, why_not: Callable[[], str]) -> list[Seat]:
         deadline, new = Deadline(self._config.start_timeout_s), target.besides(self._ranks.members)
