@@ -15,7 +15,7 @@ from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.runner.step_loop import StepLoop
 from tests.product_cases import Item
 from tests.reference import Reference, check_greedy
-from workers.rank_stages import Joined
+from workers.stages.rank_stages import Joined
 
 IDLE_S = 10.0
 

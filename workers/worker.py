@@ -56,8 +56,8 @@ from workers.messages import (
     Submit,
     Suspend,
 )
-from workers.rank_stages import Connected, Joined, Loaded, Prepared
 from workers.stages.progress import StartProgress
+from workers.stages.rank_stages import Connected, Joined, Loaded, Prepared
 from workers.stages.resharding import Unsharded
 
 LOADING_S = 0.1  # of whom has loaded nothing, until it is asked for its outputs again

@@ -30,8 +30,8 @@ from dp_runtime.startup.loaded_rank import LoadedRank
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
 from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
-from workers import rank_stages
 from workers.messages import Call, Join, Load, Prepare, Rendezvous
+from workers.stages import rank_stages
 from workers.supervision.leaving import STOP_S
 
 

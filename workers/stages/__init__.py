@@ -1,1 +1,1 @@
-"""What belongs to the stages of a rank."""
+"""The stages of a rank as values, and how far it is between them."""

@@ -12,8 +12,8 @@ from dp_runtime.startup.loaded_rank import KeptPages
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue
 from workers.mailbox import Mailbox
-from workers.rank_stages import Loaded, Prepared
 from workers.stages.progress import StartProgress
+from workers.stages.rank_stages import Loaded, Prepared
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ from workers.mailbox import Mailbox, blame_of
 from workers.messages import AnyRendezvous, Blame
 from workers.stages.progress import StartProgress
 
-STOP_S = 5.0
+STOP_S = 5.0  # for a step to end
 
 
 @dataclass(frozen=True, eq=False)
