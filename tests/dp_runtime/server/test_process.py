@@ -46,8 +46,9 @@ def events_of(answer: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def check_report(lines: list[str]) -> None:
-    *_, http, _, model, chats, sampling, limits, ready = lines
+    *_, http, _, ranks, model, chats, sampling, limits, ready = lines
     assert re.fullmatch(r"HTTP: http://127.0.0.1:\d+, clients bring an API key", http)
+    assert ranks == "ranks: 2 (local), 0 standbys; /admin/ is closed: there is no admin key"
     assert re.fullmatch(r"model: \S+/tiny_model, prompt and answer of 2048 tokens", model)
     due = "tool calls are read as hermes, thoughts as none"
     assert chats == f"chats: the checkpoint's template (default); {due}"
