@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ from tests.workers.test_recovery import (
 )
 from tests.workers.test_watch import nothing_left
 from workers.local_group import LocalLauncher
+from workers.rank_stages import Loaded
+from workers.stages.resharding import Unsharded
 from workers.supervision.epochs import Epochs
 
 
@@ -176,6 +179,30 @@ def test_a_rank_that_is_stopped_as_all_meet_holds_nobody_up(
             assert pool.submit(engine.resize, 2).result(WAIT_S) == (0, 1)
         assert [rank.epoch for rank in engine.health()] == [2, 2]
         assert engine.health()[1].pid != stopped[0]
+
+
+def test_a_rank_that_is_lost_as_others_load_costs_nobody_else(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Unsharded.load
+
+    def slow_or_lost(self: Unsharded, *given: Any) -> Loaded:
+        monkeypatch.setattr("workers.supervision.recovery.SUSPEND_S", 0.5)
+        if self.prepared.dp_rank == 1:
+            raise RuntimeError("the fault of a test")
+        given[1].begin_loading()
+        sleep(3.0)
+        return load(self, *given)
+
+    monkeypatch.setattr(Unsharded, "load", slow_or_lost)
+    with recovering(model, "thread", dp_size=2) as engine:
+        ranks = engine._core._group._ranks  # type: ignore[attr-defined]
+        survivor, lost = (ranks.seat(dp_rank).handle for dp_rank in (0, 1))
+        expected = alike(served(engine, 5, lambda: None))
+        assert alike(served(engine, 5, partial(engine.resize, 3))) == expected
+        assert engine.dp_ranks == (0, 1, 2)
+        assert ranks.seat(0).handle is survivor, "it was given the time to load"
+        assert ranks.seat(1).handle is not lost
 
 
 def test_a_new_rank_that_can_not_start_changes_nothing(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Collection, Sequence
-from concurrent.futures import wait
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
@@ -15,7 +15,8 @@ from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
-from workers.messages import Abandon, Suspend
+from dp_runtime.metrics.status import RankHealth, RankState
+from workers.messages import Abandon, ReadHealth, Suspend
 from workers.ranks import Ranks, Seat
 from workers.supervision.epochs import Epochs
 from workers.supervision.group_state import Evidence
@@ -24,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 WINDOW_S = 60.0  # in which max_recoveries are counted
 SUSPEND_S = 6.0  # for a rank to leave its step
+ASK_S = 1.0  # for one that is late to say that it loads
 JOIN_S = 30.0  # for ranks that have loaded to meet
 VAIN_TRIES = 2  # to replace ranks, until the others go on without them if they may
 COME_UP_S = 60.0  # for a process to come up, where the others may go on without it
@@ -207,18 +209,27 @@ class Recovery:
         lost = {one.dp_rank for one in evidence if one.dp_rank is not None}
         for seat in self._ranks.seats:
             seat.call(Abandon(reason, self._epochs.number))
-        asked = [
-            (seat, seat.call(Suspend(reason)))
-            for seat in self._ranks.seats
-            if seat.dp_rank not in lost
-        ]
-        wait([future for _, future in asked], SUSPEND_S)
+        asked = {
+            seat.call(Suspend(reason)): seat for seat in self._ranks.seats if seat.dp_rank not in lost
+        }
+        self._await(asked)
         noticed = self._forget_evidence()  # meanwhile
         lost |= {one.dp_rank for one in noticed if one.dp_rank is not None}
-        failed = [seat for seat, future in asked if not future.done() or future.exception()]
+        failed = [seat for future, seat in asked.items() if not future.done() or future.exception()]
         lost |= {seat.dp_rank for seat in failed}
-        ends_requests = any(future.result() for seat, future in asked if seat not in failed)
+        ends_requests = any(future.result() for future, seat in asked.items() if seat not in failed)
         return lost & {*self._ranks.members.dp_ranks}, ends_requests
+
+    def _await(self, asked: Mapping[Future[bool], Seat]) -> None:
+        """Let these leave their steps; those that load experts finish that before."""
+        late, deadline = wait(asked, SUSPEND_S).not_done, Deadline(self._config.start_timeout_s)
+        while late and deadline.left() > 0:
+            answers = {future: asked[future].call(ReadHealth()) for future in late}
+            wait(answers.values(), ASK_S)
+            loading = {future for future, answer in answers.items() if _loads(answer)}
+            late = wait(loading or late, SUSPEND_S if loading else ASK_S).not_done
+            if not loading:
+                break
 
     def _begin_epoch(self, seats: list[Seat]) -> None:
         deadline = Deadline(self._config.start_timeout_s)
@@ -233,3 +244,9 @@ class Recovery:
         config = self._config
         degrades = (config.min_dp_size or config.dp_size) < self._ranks.members.size
         return Deadline(min(COME_UP_S, config.start_timeout_s)) if degrades else deadline
+
+
+def _loads(answer: Future[RankHealth]) -> bool:
+    if not answer.done() or answer.exception() is not None:
+        return False
+    return answer.result().state in (RankState.LOADING, RankState.COMPILING)
