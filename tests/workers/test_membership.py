@@ -31,7 +31,7 @@ from tests.workers.test_recovery import (
 )
 from tests.workers.test_watch import nothing_left
 from workers.local_group import LocalLauncher
-from workers.rank_stages import Loaded
+from workers.stages.rank_stages import Loaded
 from workers.stages.resharding import Unsharded
 from workers.supervision.epochs import Epochs
 
