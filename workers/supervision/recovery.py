@@ -209,9 +209,8 @@ class Recovery:
         lost = {one.dp_rank for one in evidence if one.dp_rank is not None}
         for seat in self._ranks.seats:
             seat.call(Abandon(reason, self._epochs.number))
-        asked = {
-            seat.call(Suspend(reason)): seat for seat in self._ranks.seats if seat.dp_rank not in lost
-        }
+        others = [seat for seat in self._ranks.seats if seat.dp_rank not in lost]
+        asked = {seat.call(Suspend(reason)): seat for seat in others}
         self._await(asked)
         noticed = self._forget_evidence()  # meanwhile
         lost |= {one.dp_rank for one in noticed if one.dp_rank is not None}
