@@ -35,6 +35,7 @@ def serve(options: argparse.Namespace) -> None:
         trace = TraceFile.opened(stack, options.trace)
 
         def on_drained(engine: AsyncEngine) -> None:
-            trace.write(asyncio.run(engine.step_trace()), asyncio.run(engine.health()))
+            if trace.file is not None:  # else no rank need be well enough to tell
+                trace.write(asyncio.run(engine.step_trace()), asyncio.run(engine.health()))
 
         run(config_from(options), ServerConfig(**given), on_drained)

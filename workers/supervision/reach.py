@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import Future, wait
 
 from collectives.awake_clock import Deadline
@@ -12,6 +13,7 @@ from workers.messages import ReadHealth, ReadTotals, ReadTrace
 from workers.ranks import Ranks
 
 STATUS_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 def health_of_all(ranks: Ranks) -> tuple[RankHealth, ...]:
@@ -20,8 +22,15 @@ def health_of_all(ranks: Ranks) -> tuple[RankHealth, ...]:
     return tuple(health_of(dp_rank, answer) for dp_rank, answer in asked.items())
 
 
-def trace_of_all(ranks: Ranks) -> tuple[StepTrace, ...]:  # by step and rank
-    steps = [step for rank in ranks.all(ReadTrace(), Deadline(STATUS_S)) for step in rank]
+def trace_of_all(ranks: Ranks) -> tuple[StepTrace, ...]:  # by step and rank, of who answers
+    asked = {seat.dp_rank: seat.call(ReadTrace()) for seat in ranks.seats}
+    wait(asked.values(), STATUS_S)
+    steps: list[StepTrace] = []
+    for dp_rank, answer in asked.items():
+        if answer.done() and answer.exception() is None:
+            steps += answer.result()
+        else:
+            _log.warning("rank %d does not tell of its steps", dp_rank)
     return tuple(sorted(steps, key=lambda step: (step.step_id, step.dp_rank)))
 
 

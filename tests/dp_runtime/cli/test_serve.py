@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dp_runtime.cli.main import main
 from dp_runtime.cli.serve import KEY_VARIABLES
+from dp_runtime.errors import RankFailed
 
 
 @pytest.mark.parametrize("key", ["api_key", "admin_key"])
@@ -15,3 +18,17 @@ def test_an_empty_key_is_no_open_server(
     monkeypatch.setenv(KEY_VARIABLES[key], "")
     assert main(["serve"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {key}: '' is not allowed")
+
+
+def test_a_server_without_a_trace_ends_well_as_a_rank_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Recovering:
+        async def step_trace(self) -> None:
+            raise RankFailed("the process of rank 1 ended (SIGKILL)")
+
+    def drained(config: Any, server: Any, on_drained: Any) -> None:
+        on_drained(Recovering())
+
+    monkeypatch.setattr("dp_runtime.server.run.serve", drained)
+    assert main(["serve"]) == 0
