@@ -93,12 +93,13 @@ class Chaos:
             "stop": lambda: self._signal(signal.SIGSTOP),
             "stop and continue": self._stop_and_continue,
             "resize": lambda: self._engine.resize(self._draw.choice(SIZES)),
-            "drain": lambda: self._engine.drain(self._draw.choice(self._engine.dp_ranks), 0.5),
+            "drain": self._drain,
         }
         self._thread = Thread(target=self._run, name="chaos", daemon=True)
         self._thread.start()
 
     def end(self) -> None:
+        assert self._thread.is_alive(), "what it raised is on stderr"
         self._over.set()
         self._thread.join(WAIT_S)
         self._engine.resize(4)
@@ -108,23 +109,32 @@ class Chaos:
             name = self._draw.choice(sorted(self._acts))
             try:
                 self._acts[name]()
-            except (ResizeFailed, ValueError) as error:  # a fault came between, or the last rank
+            except ResizeFailed as error:  # a fault came between
                 name = f"{name} refused"
                 print(f"{name}: {error}", file=sys.stderr)
             self._counts.happened[name] += 1
 
-    def _signal(self, number: signal.Signals) -> int:
+    def _signal(self, number: signal.Signals) -> list[int]:
+        """Send a signal to a rank that answers, if any does just now."""
         pids = [rank.pid for rank in self._engine.health() if rank.pid]
-        pid = self._draw.choice(pids)
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-        return pid
+        chosen = self._draw.sample(pids, min(1, len(pids)))
+        _send(chosen, number)
+        return chosen
 
     def _stop_and_continue(self) -> None:
-        pid = self._signal(signal.SIGSTOP)
+        chosen = self._signal(signal.SIGSTOP)
         sleep(self._draw.uniform(0.2, 4.0))
+        _send(chosen, signal.SIGCONT)
+
+    def _drain(self) -> None:
+        if len(self._engine.dp_ranks) > min(SIZES):
+            self._engine.drain(self._draw.choice(self._engine.dp_ranks), 0.5)
+
+
+def _send(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, number)
 
 
 def undisturbed(engine: Engine, draw: random.Random) -> list[Wanted]:
