@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -28,6 +29,9 @@ USE_THE_CLUSTER = ("tests/workers/test_ray.py", "tests/test_processes.py")  # th
 # Other engines on this machine are not of this session, nor is another xdist worker's.
 os.environ["DP_RUNTIME_SESSION"] = f"test{os.getpid()}x{secrets.token_hex(4)}"
 os.environ.pop("RAY_ADDRESS", None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Whoever runs in the background of a shell ignores SIGINT, and so would programs started here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["RAY_AUTH_MODE"] = "token"  # read when ray is first imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported

@@ -128,7 +128,10 @@ def test_inspect_tells_what_the_engine_then_has(
     assert "Qwen3MoeForCausalLM: 2 layers (2 MoE), hidden 64, vocabulary 27" in shown
     assert "torch_ref: the only backend for device cpu" in shown
     lines = shown.splitlines()
-    rows = [line.replace(",", "").split() for line in lines[-6:-4]]
+    assert (
+        lines[-1].split() == "fewer of the ranks 1 can hold the experts; min_dp_size is 2".split()
+    )
+    rows = [line.replace(",", "").split() for line in lines[-7:-5]]
     fields: dict[str, Any] = {"moe_sharding": sharding, "max_num_requests": 5}
     config = EngineConfig(str(model), dp_size=2, launcher="thread", max_model_len=256, **fields)
     with Engine(config) as engine:
@@ -139,7 +142,7 @@ def test_inspect_tells_what_the_engine_then_has(
             assert pages == rank.num_pages
             assert cache_tokens == engine.model.cache_tokens
         memory = [rank.memory for rank in engine.health() if rank.memory]
-        assert lines[-4:] == memory_table(memory).splitlines()
+        assert lines[-5:-1] == memory_table(memory).splitlines()
         for rank, use in zip(engine.health(), memory, strict=True):
             assert rank.bytes_read <= use.predicted.weights < rank.bytes_read * 1.02
             assert use.predicted.kv_cache == rank.num_pages * 64 * 2 * 2 * 2 * 16 * 4

@@ -194,8 +194,8 @@ def test_an_exception_ends_its_request(
     "fields",
     [
         {},
-        {"overlap": True},
-        {"speculative_num_steps": 2},
+        pytest.param({"overlap": True}, marks=pytest.mark.slow),
+        pytest.param({"speculative_num_steps": 2}, marks=pytest.mark.slow),
         {"speculative_num_steps": 2, "overlap": True},
     ],
     ids=str,

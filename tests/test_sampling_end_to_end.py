@@ -69,7 +69,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("checkpoint", ["qwen", "mixtral"])
+@pytest.mark.parametrize("checkpoint", ["qwen", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_seeded_tokens_depend_on_the_request_alone(
     checkpoint: str, reference_of: ReferenceOf
 ) -> None:

@@ -27,7 +27,7 @@ SMALL = LoadShape(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("padding", ["max_len", "ragged"])
+@pytest.mark.parametrize("padding", [pytest.param("max_len", marks=pytest.mark.slow), "ragged"])
 def test_a_small_soak_ends_without_a_fault(
     padding: str, reference_of: Callable[[str], Reference]
 ) -> None:

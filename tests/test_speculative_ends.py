@@ -77,7 +77,11 @@ SAMPLED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("checkpoint", "kind"),
-    [("eagle3_mixtral", "adaptive"), ("agreeing", "dp4"), ("agreeing", "preempted")],
+    [
+        ("eagle3_mixtral", "adaptive"),
+        ("agreeing", "preempted"),
+        pytest.param("agreeing", "dp4", marks=pytest.mark.slow),
+    ],
 )
 def test_sampled_tokens(
     checkpoint: str, kind: str, drafted_of: DraftedOf, oracle_of: Callable[[str], Reference]
@@ -108,7 +112,7 @@ def test_max_tokens(overlap: bool, drafted_of: DraftedOf) -> None:
     assert inside > 0
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_stop_tokens(overlap: bool, drafted_of: DraftedOf) -> None:
     with engine_of(drafted_of("agreeing"), 0) as engine:
         plain = engine.generate(PROMPTS[:8], GREEDY)

@@ -70,6 +70,7 @@ def test_a_request_at_fault_fails_alone(model: Path, num_drafts: int) -> None:
         check_pages_free(engine)
 
 
+@pytest.mark.slow
 def test_what_is_only_late_costs_nothing_else(model: Path) -> None:
     inject = "rank=0,step=2,kind=slow,seconds=0.3;rank=2,step=0,kind=drop_wakeup"
     with recovering(model, "thread", inject=inject) as engine:

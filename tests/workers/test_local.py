@@ -186,6 +186,7 @@ def test_a_killed_rank_fails_all_requests(model: Path) -> None:
     wait_until(lambda: left_overs() == before, "nothing is left")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_a_timeout(model: Path) -> None:
     before = left_overs()
     with engine(model, "local", step_timeout_s=1.0) as one:
@@ -237,7 +238,9 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     wait_until(lambda: left_overs() == before, "nothing is left")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     """A stopped job is sent SIGTERM, then SIGKILL: the driver has no time to clean up."""
     before = left_overs()

@@ -44,7 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("launcher", "num_drafts"),
     [
-        ("thread", 2),
+        ("thread", 0),
+        pytest.param("thread", 2, marks=pytest.mark.slow),
         pytest.param("local", 0, marks=pytest.mark.slow),
         pytest.param("local", 2, marks=pytest.mark.slow),
         pytest.param("ray", 2, marks=pytest.mark.slow),
@@ -65,7 +66,9 @@ def test_a_resize_costs_no_request(model: Path, launcher: str, num_drafts: int) 
         assert engine.report().requests == 4 * NUM_REQUESTS
 
 
-@pytest.mark.parametrize("gone", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    "gone", [0, *(pytest.param(one, marks=pytest.mark.slow) for one in (1, 2))]
+)
 def test_any_rank_can_be_drained(model: Path, gone: int) -> None:
     launcher = "local" if gone == 0 else "thread"
     with nothing_left(), recovering(model, launcher, dp_size=3) as engine:
@@ -181,6 +184,7 @@ def test_a_rank_that_is_stopped_as_all_meet_holds_nobody_up(
         assert engine.health()[1].pid != stopped[0]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_lost_as_others_load_costs_nobody_else(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

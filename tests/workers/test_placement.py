@@ -111,14 +111,14 @@ CLUSTER = f"""
 import json, ray
 from time import monotonic
 from dp_runtime import EngineConfig
-from workers.ray_group import place
+from workers.ray_cluster.rooms import place
 ray.init("local", num_cpus=4, num_gpus=4, labels={{"{GPU_DOMAIN}": "rack1"}},
          include_dashboard=False, log_to_driver=False)
 seen = {{}}
 for fields in ({{"dp_size": 4}}, {{"dp_size": 8, "ranks_per_gpu": 2}}, {{"dp_size": 5}}):
     deadline = monotonic() + (0.3 if fields["dp_size"] == 5 else 20.0)
     try:
-        placement = place(EngineConfig("x", device="cuda", **fields), deadline)
+        placement = place(EngineConfig("x", device="cuda", **fields), fields["dp_size"], deadline)
     except Exception as error:
         seen[fields["dp_size"]] = str(error)
         continue

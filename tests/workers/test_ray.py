@@ -94,7 +94,10 @@ def exported(names: set[str]) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)],
+    [
+        signal.SIGKILL,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGSTOP)),
+    ],
 )
 def test_a_lost_rank_fails_all_requests(model: Path, number: signal.Signals) -> None:
     with engine(model, "ray", step_timeout_s=1.0) as one:

@@ -88,7 +88,9 @@ def test_a_close_does_not_wait_for_a_rank_that_is_stopped(model: Path, frozen: l
         first.join()
 
 
-@pytest.mark.parametrize("collective", ["shared_memory", "torch_distributed"])
+@pytest.mark.parametrize(
+    "collective", ["shared_memory", pytest.param("torch_distributed", marks=pytest.mark.slow)]
+)
 def test_ranks_that_are_paused_together_are_not_lost(
     collective: str, model: Path, frozen: list[int]
 ) -> None:
@@ -106,6 +108,7 @@ def test_ranks_that_are_paused_together_are_not_lost(
         handle.result(TOLD_S)
 
 
+@pytest.mark.slow
 def test_the_stopped_rank_is_named_over_gloo(model: Path, frozen: list[int]) -> None:
     gloo = "torch_distributed"
     with nothing_left(), engine(model, "local", collective=gloo, step_timeout_s=1.0) as one:

@@ -33,7 +33,7 @@ class Rooms:
 
     def __init__(self, config: EngineConfig, connection: RayConnection, deadline: float) -> None:
         self._config, self._connection = config, connection
-        self._first = _place(config, config.dp_size, deadline)
+        self._first = place(config, config.dp_size, deadline)
         self._later: dict[int, Any] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class Rooms:
         deadline = monotonic() + min(timeout_s, NEW_ROOM_S)
         try:
             for dp_rank in new:
-                placement = _place(self._config, 1, deadline, self._host)
+                placement = place(self._config, 1, deadline, self._host)
                 with self._lock:
                     if not self._closed:
                         self._later[dp_rank] = placement
@@ -83,7 +83,7 @@ class Rooms:
         return str(table["bundles_to_node_id"][0])
 
 
-def _place(config: EngineConfig, num_ranks: int, deadline: float, host: str = "") -> Any:
+def place(config: EngineConfig, num_ranks: int, deadline: float, host: str = "") -> Any:
     """Reserve a bundle for each rank; StartError if there is no room for them in time.
 
     host: the id of the node that they must be on.

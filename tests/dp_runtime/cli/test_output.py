@@ -89,6 +89,7 @@ def test_files_and_prompts_are_utf_8_in_any_locale(
     assert tuple(lines_of(output)[0]["token_ids"]) == expected.token_ids, "argv is UTF-8 too"
 
 
+@pytest.mark.slow
 def test_a_console_without_a_character_shows_it_as_an_escape(model: Path) -> None:
     with launched(model, *SHORT, "--prompt", "é", env={"PYTHONIOENCODING": "ascii"}) as run:
         out, errors = run.communicate(timeout=200)

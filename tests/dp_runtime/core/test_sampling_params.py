@@ -16,6 +16,7 @@ BAD: dict[str, list[Any]] = {
     "temperature": [-0.1, NAN, INF, -INF, "0.5", None, True, HUGE, 1j, np.float32(NAN)],
     "top_k": [-2, 1.5, "5", None, True, NAN],
     "top_p": [0, 0.0, -0.5, 1.01, NAN, "1", None, True],
+    "timeout_s": [-0.1, NAN, INF, "1", True, HUGE],
     "min_p": [-0.01, 1.5, NAN, "0", None, False],
     "presence_penalty": [-2.1, 2.1, NAN, "1", None, True],
     "frequency_penalty": [-2.1, 2.1, INF, "1", None, True],

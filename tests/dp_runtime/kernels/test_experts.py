@@ -107,10 +107,15 @@ def test_the_product_is_the_routers(
     [
         (64, 32, (16, 16, 16), 16),
         (48, 24, (16, 32, 32), 1),
-        (32, 40, (32, 16, 16), 3),
-        (64, 32, (16, 16, 16), None),
-        (48, 24, (16, 32, 32), None),
         (32, 40, (32, 16, 16), None),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)
+            for sizes in (
+                (32, 40, (32, 16, 16), 3),
+                (64, 32, (16, 16, 16), None),
+                (48, 24, (16, 32, 32), None),
+            )
+        ),
     ],
 )
 def test_experts_equal_the_torch_loop(
