@@ -128,9 +128,7 @@ def test_inspect_tells_what_the_engine_then_has(
     assert "Qwen3MoeForCausalLM: 2 layers (2 MoE), hidden 64, vocabulary 27" in shown
     assert "torch_ref: the only backend for device cpu" in shown
     lines = shown.splitlines()
-    assert (
-        lines[-1].split() == "fewer of the ranks 1 can hold the experts; min_dp_size is 2".split()
-    )
+    assert lines[-1].endswith("of the ranks 1 can hold the experts; min_dp_size is 2")
     rows = [line.replace(",", "").split() for line in lines[-7:-5]]
     fields: dict[str, Any] = {"moe_sharding": sharding, "max_num_requests": 5}
     config = EngineConfig(str(model), dp_size=2, launcher="thread", max_model_len=256, **fields)
