@@ -39,9 +39,9 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(optionalhook=True)  # a run without xdist is one process
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run the whole suite in two processes, and parts that are named in this one."""
+    """Run the whole suite in three processes, as many tests wait; what is named in this one."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS
-    return 0 if named or torch.cuda.is_available() else 2
+    return 0 if named or torch.cuda.is_available() else 3
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -61,7 +61,7 @@ class FilesTogether(LoadFileScheduling):  # type: ignore[misc]  # xdist is not t
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that both processes end at about the same time."""
+    """Begin with what takes longest, so that all processes end at about the same time."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items.sort(key=_turn)
 

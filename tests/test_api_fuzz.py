@@ -23,7 +23,7 @@ from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.errors import EngineClosed
 from tests.api_calls import ALLOWED, WAIT_S, Draw, call, call_async, line_of
 from tests.serving import check_pages_free
-from tests.workers.leftovers import left_overs, wait_until
+from tests.workers.leftovers import left_overs, nothing_new, wait_until
 
 GOOD = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 DEFAULTS = SamplingParams(max_tokens=2)
@@ -191,5 +191,5 @@ def test_any_call_is_served_or_refused(calls: int, tasks: int, lines: int, tmp_p
     ]  # fmt: skip
     print(*counts, sep="\n")
     assert all(count["served"] and count["ValueError"] for count in counts)
-    assert left_overs() == before
+    assert nothing_new(before)
     assert psutil.Process().num_fds() <= num_fds + 8  # those of pools that stay

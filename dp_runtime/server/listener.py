@@ -18,6 +18,7 @@ from dp_runtime.server.state import ServerState
 
 BACKLOG = 4096
 LOOK_EVERY_S = 0.05
+MAX_HEAD_BYTES = 1 << 16  # in however many pieces it comes; one that comes whole may have more
 END_S = 5.0  # for clients to take the last of what they were sent
 
 
@@ -31,6 +32,7 @@ class Listener:
             make_app(state), http=connection_class(state.config), ws="none", lifespan="off",
             log_config=None, log_level="error", access_log=False, server_header=False,
             backlog=BACKLOG, timeout_keep_alive=state.config.keep_alive_s,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._loop = uvloop.new_event_loop()

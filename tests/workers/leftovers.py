@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,10 +31,20 @@ def serving_processes() -> set[int]:
     return {pid for pid in rank_processes() if "dp-runtime-" in _maps(pid)}
 
 
-def left_overs() -> tuple[set[int], list[str], set[Path]]:
+LeftOvers = tuple[set[int], list[str], set[Path]]
+
+
+def left_overs() -> LeftOvers:
     """Processes of ranks, threads of ranks in this process, and names of shared memory."""
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("dp-rank"))
     return set(rank_processes()), threads, shared_memory_names()
+
+
+def nothing_new(before: LeftOvers) -> bool:
+    """Tell whether all that is there was there before, of which some may have ended meanwhile."""
+    processes, threads, names = left_overs()
+    more_threads = Counter(threads) - Counter(before[1])
+    return processes <= before[0] and not more_threads and names <= before[2]
 
 
 def shared_memory_names() -> set[Path]:

@@ -29,7 +29,13 @@ from dp_runtime.startup.build_rank import load_rank
 from dp_runtime.startup.loaded_rank import LoadedRank
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
-from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
+from tests.workers.leftovers import (
+    left_overs,
+    nothing_new,
+    rank_processes,
+    serving_processes,
+    wait_until,
+)
 from workers.messages import Call, Join, Load, Prepare, Rendezvous
 from workers.stages import rank_stages
 from workers.supervision.leaving import STOP_S
@@ -134,7 +140,7 @@ def test_use_after_close(launcher: str, model: Path) -> None:
         with pytest.raises(EngineClosed, match="the engine is closed"):
             use()
     handle.abort()
-    wait_until(lambda: left_overs() == before, "nothing is left")
+    wait_until(lambda: nothing_new(before), "nothing is left")
 
 
 def test_ranks_that_are_threads_leave_no_memory_to_the_collector(
@@ -183,7 +189,7 @@ def test_a_killed_rank_fails_all_requests(model: Path) -> None:
         assert "rank 1 ended (SIGKILL)" in one.health()[0].error
         closing = time.monotonic()
     assert time.monotonic() - closing < STOP_S
-    wait_until(lambda: left_overs() == before, "nothing is left")
+    wait_until(lambda: nothing_new(before), "nothing is left")
 
 
 @pytest.mark.slow
@@ -198,7 +204,7 @@ def test_a_stopped_rank_is_a_timeout(model: Path) -> None:
             handle.result(TOLD_S)
         closing = time.monotonic()
     assert time.monotonic() - closing < STOP_S
-    wait_until(lambda: left_overs() == before, "nothing is left, not even the stopped one")
+    wait_until(lambda: nothing_new(before), "nothing is left, not even the stopped one")
 
 
 def test_a_start_that_fails_on_one_rank(tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def test_a_start_that_fails_on_one_rank(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(ValueError, match=rf"^rank 1: .*{name}: shape: \(47, 64\)"):
         engine(tmp_path, "local")
-    wait_until(lambda: left_overs() == before, "nothing is left")
+    wait_until(lambda: nothing_new(before), "nothing is left")
 
 
 def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
@@ -224,7 +230,7 @@ def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
     with pytest.raises(StartError, match=r"^the process of rank 0 ended \(SIGKILL\)$"):
         engine(model, "local")
     killer.join()
-    wait_until(lambda: left_overs() == before, "nothing is left")
+    wait_until(lambda: nothing_new(before), "nothing is left")
 
 
 def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
@@ -235,7 +241,7 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
         status, errors = driver.end()
     assert status == 130
     assert "Traceback" not in errors
-    wait_until(lambda: left_overs() == before, "nothing is left")
+    wait_until(lambda: nothing_new(before), "nothing is left")
 
 
 @pytest.mark.parametrize(

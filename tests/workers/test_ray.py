@@ -23,7 +23,13 @@ from dp_runtime.flight.record import Source
 from dp_runtime.metrics.status import RankState
 from tests.checkpoints import tiny_checkpoint
 from tests.workers.engines import ENDLESS, SHORT, TOLD_S, Driver, engine
-from tests.workers.leftovers import left_overs, rank_processes, serving_processes, wait_until
+from tests.workers.leftovers import (
+    left_overs,
+    nothing_new,
+    rank_processes,
+    serving_processes,
+    wait_until,
+)
 from workers.supervision.leaving import STOP_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -33,7 +39,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 def nothing_is_left() -> Iterator[None]:
     before = left_overs()
     yield
-    wait_until(lambda: left_overs() == before, "no rank and no shared memory is left", 30)
+    wait_until(lambda: nothing_new(before), "no rank and no shared memory is left", 30)
     wait_until(all_resources_free, "all shares of CPUs are given back", 30)
 
 
@@ -176,4 +182,4 @@ def test_ranks_end_with_a_driver_that_started_the_cluster(model: Path, tmp_path:
         wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         driver.signal(signal.SIGKILL)
         driver.end()
-    wait_until(lambda: left_overs() == before, "nothing is left", 10)
+    wait_until(lambda: nothing_new(before), "nothing is left", 10)

@@ -22,7 +22,7 @@ from collectives.session import VARIABLE, session_token
 from dp_runtime import Engine, EngineConfig, TokensPrompt
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, engine
-from tests.workers.leftovers import left_overs, rank_processes, wait_until
+from tests.workers.leftovers import left_overs, nothing_new, rank_processes, wait_until
 from workers.supervision.leaving import STOP_S
 
 
@@ -46,7 +46,7 @@ def freeze(pids: list[int], frozen: list[int]) -> None:
 def nothing_left() -> Iterator[None]:
     before = left_overs()
     yield
-    wait_until(lambda: left_overs() == before, "nothing is left")
+    wait_until(lambda: nothing_new(before), "nothing is left")
 
 
 def test_a_single_rank_that_is_stopped_is_named(model: Path, frozen: list[int]) -> None:
@@ -119,6 +119,7 @@ def test_the_stopped_rank_is_named_over_gloo(model: Path, frozen: list[int]) -> 
             handle.result(TOLD_S)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_while_it_starts_is_named(model: Path, frozen: list[int]) -> None:
     known = rank_processes().keys()
 

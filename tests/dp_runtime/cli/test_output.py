@@ -109,6 +109,7 @@ def test_a_full_disk_is_said_and_told_by_the_exit_status(
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_stdout_is_said(model: Path) -> None:
     with open("/dev/full", "wb") as full, launched(model, *SHORT, stdout=full) as run:
         errors = run.communicate(timeout=200)[1]

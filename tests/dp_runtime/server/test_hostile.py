@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from time import sleep
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.dp_runtime.server.hostile import (
     get,
     post,
     prompt,
+    read_reply,
 )
 from tests.dp_runtime.server.served import Served, serving
 from tests.dp_runtime.server.unharmed import soon, unharmed
@@ -48,6 +50,15 @@ def test_what_a_field_must_not_be_is_refused(served: Served, name: str) -> None:
 @pytest.mark.parametrize("name", SERVED)
 def test_what_is_odd_but_right_is_served(served: Served, name: str) -> None:
     assert ask(served.url, SERVED[name]).status == 200
+
+
+def test_a_long_head_is_served_in_whatever_pieces_it_comes(served: Served) -> None:
+    request = SERVED["long query"]
+    with connected(served.url) as client:
+        for start in range(0, len(request), 20_000):
+            client.sendall(request[start : start + 20_000])
+            sleep(0.02)  # for the server to take it
+        assert read_reply(client).status == 200
 
 
 @pytest.mark.parametrize("name", HEADS)

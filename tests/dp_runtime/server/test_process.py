@@ -103,7 +103,7 @@ def test_a_port_that_is_taken_is_one_error() -> None:
 @pytest.mark.parametrize(
     ("launcher", "begun", "number"),
     [
-        ("local", "dp-rank-", signal.SIGTERM),
+        pytest.param("local", "dp-rank-", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("local", "dp-rank-", signal.SIGINT, marks=pytest.mark.slow),
         *(
             pytest.param("ray", *how, marks=[pytest.mark.slow, pytest.mark.ray])
