@@ -11,14 +11,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from collectives.in_process import InProcessGroup
 from dp_runtime.core.membership import Membership
 from dp_runtime.core.request import RankRequest, RequestUpdate
-from dp_runtime.flight.ring import RingAddress
+from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.transports import IN_PROCESS, TRANSPORTS
-from dp_runtime.weights.host_copy import CopyAddress
 
 Answer = TypeVar("Answer", covariant=True)
 JOIN_S = 60.0
@@ -41,7 +40,7 @@ class ConcurrencyGroup(StrEnum):
 class HostInfo:
     dp_rank: int
     host: str
-    flight: RingAddress | None = None  # where other processes of the host find its flight ring
+    flight: MemoryAddress | None = None  # where other processes of the host find its flight ring
     gpu: str = ""  # the UUID of its GPU
 
 
@@ -119,7 +118,7 @@ class TakeSeat(Message[None]):
 
 @dataclass(frozen=True)
 class Load(Message[ModelInfo]):
-    copies: Mapping[int, CopyAddress] = field(default_factory=dict)  # by dp_rank
+    copies: Mapping[int, MemoryAddress] = field(default_factory=dict)  # by dp_rank
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from dp_runtime.core.request import RankRequest
 from dp_runtime.errors import RankFailed
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import wall_offset_ns
+from dp_runtime.host.limits import usable_cpus
+from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankMetrics
@@ -25,8 +27,6 @@ from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.startup.device_memory import free_garbage
-from dp_runtime.startup.host_limits import usable_cpus
-from dp_runtime.weights.host_copy import CopyAddress
 from workers.communicators import OpenedRendezvous, open_rendezvous
 from workers.mailbox import Mailbox
 from workers.messages import (
@@ -148,7 +148,7 @@ class Worker:
         self._settle()
         return self._announce(loaded.prepared)
 
-    def load(self, copy: CopyAddress | None = None) -> ModelInfo:
+    def load(self, copy: MemoryAddress | None = None) -> ModelInfo:
         assert isinstance(self._stage, Prepared), "prepare comes before load"
         loaded = self._stage.load(self._progress, copy)
         self._stage = loaded

@@ -11,7 +11,6 @@ import mmap
 import os
 import secrets
 import socket
-import stat
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from functools import cached_property
 from struct import Struct
 from time import perf_counter_ns, time_ns
 
+from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.parallel.agreement import RECORD_WORDS
 
 NUM_STEPS = 512
@@ -87,40 +87,12 @@ class RingLayout:
         return self.collectives_at + number % self.num_collectives * COLLECTIVE.size
 
 
-@dataclass(frozen=True)
-class RingAddress:
-    """Where other processes of the host can map a ring, which has no name in any directory."""
-
-    host: str
-    pid: int
-    descriptor: int
-    name: str
-
-    def map(self) -> mmap.mmap | None:
-        """Map the ring for reading; None where it can't be reached from this process."""
-        path = f"/proc/{self.pid}/fd/{self.descriptor}"
-        if self.host != socket.gethostname():
-            return None
-        try:
-            if self.name not in os.readlink(path):  # another machine or container
-                return None
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:
-            return None
-        try:
-            found = os.fstat(descriptor)
-            usable = stat.S_ISREG(found.st_mode) and found.st_size > 0
-            return mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) if usable else None
-        finally:
-            os.close(descriptor)
-
-
 @dataclass(frozen=True, eq=False)
 class FlightRing:
     layout: RingLayout
     dp_rank: int
     memory: mmap.mmap
-    address: RingAddress | None  # of a ring that other processes can map
+    address: MemoryAddress | None  # of a ring that other processes can map
 
     @classmethod
     def in_process(cls, layout: RingLayout, dp_rank: int) -> FlightRing:
@@ -136,7 +108,7 @@ class FlightRing:
         name = f"dp-flight-{secrets.token_hex(8)}"
         descriptor = os.memfd_create(name)
         os.ftruncate(descriptor, layout.total_bytes)
-        address = RingAddress(socket.gethostname(), os.getpid(), descriptor, name)
+        address = MemoryAddress.of(descriptor, name)
         ring = cls(layout, dp_rank, mmap.mmap(descriptor, layout.total_bytes), address)
         ring._write_head()
         return ring

@@ -18,6 +18,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.errors import StartError, require
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import FlightRing, RingLayout
+from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import MemoryUse
@@ -43,7 +44,6 @@ from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.weights.chat_files import read_chat_files
 from dp_runtime.weights.files import is_present, read_text
-from dp_runtime.weights.host_copy import CopyAddress
 from dp_runtime.weights.kept_weights import KeptWeights
 from dp_runtime.weights.loader import open_weights
 from dp_runtime.weights.sampling_defaults import read_sampling_defaults
@@ -56,7 +56,7 @@ def load_rank(
     config: EngineConfig,
     plan: RankPlan,
     on_bytes: Callable[[int], None],
-    copy: CopyAddress | None = None,
+    copy: MemoryAddress | None = None,
 ) -> LoadedRank:
     """Allocate the pages and load this rank's weights; StartError if memory is not free.
 

@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from dp_runtime.startup.host_limits import usable_memory
+from dp_runtime.host.limits import usable_memory
 
 CUDA_RESERVE = 2 << 30  # for the CUDA context and kernels, NCCL's buffers, fragmentation
 CUBLAS_BYTES = 32 << 20  # its workspace on SM90 and later, which torch allocates and keeps

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.host.limits import usable_memory
 from dp_runtime.metrics.memory import MemoryUse
-from dp_runtime.startup.host_limits import usable_memory
 
 GIB = 2**30
 

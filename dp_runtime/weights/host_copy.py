@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import secrets
-import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,32 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dp_runtime.host.memory_address import MemoryAddress
+
 ALIGNMENT = 64
 _NAME = "dp-runtime-weights-"
 _LENGTH = 8  # bytes of the index's length, at the end of the copy
 _WRITE_AT_ONCE = 1 << 30
-
-
-@dataclass(frozen=True)
-class CopyAddress:
-    """Where the processes of a host find the memory of a copy."""
-
-    host: str
-    pid: int
-    descriptor: int
-    name: str
-
-    def open(self) -> int | None:
-        """Open it for reading and writing; None where it can't be reached from this process."""
-        path = f"/proc/{self.pid}/fd/{self.descriptor}"
-        if self.host != socket.gethostname():
-            return None
-        try:
-            if self.name not in os.readlink(path):  # another machine or container
-                return None
-            return os.open(path, os.O_RDWR)
-        except OSError:
-            return None
 
 
 class CopyMemory:
@@ -53,7 +32,7 @@ class CopyMemory:
     def __init__(self) -> None:
         name = _NAME + secrets.token_hex(4)
         self._descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self.address = CopyAddress(socket.gethostname(), os.getpid(), self._descriptor, name)
+        self.address = MemoryAddress.of(self._descriptor, name)
 
     @property
     def is_finished(self) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dp_runtime.errors import StartError
-from dp_runtime.weights.host_copy import CopyAddress, CopyReader, CopyWriter, is_sealed
+from dp_runtime.host.memory_address import MemoryAddress
+from dp_runtime.weights.host_copy import CopyReader, CopyWriter, is_sealed
 from dp_runtime.weights.source import Part, Shape, WeightSource
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class KeptWeights:
     Else they read the checkpoint, and fill the copy if it is still empty. Leave it in a `with`.
     """
 
-    def __init__(self, address: CopyAddress | None, identity: str, num_bytes: int) -> None:
+    def __init__(self, address: MemoryAddress | None, identity: str, num_bytes: int) -> None:
         """num_bytes: what the copy will take of the host's memory."""
         self._descriptor = None if address is None else address.open()
         self._wanted, self._identity, self._num_bytes = address is not None, identity, num_bytes

@@ -17,6 +17,7 @@ from dp_runtime.errors import (
     RankFailed,
 )
 from dp_runtime.flight.recorder import FlightRecorder
+from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
@@ -34,7 +35,6 @@ from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank, sketch_rank
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue
-from dp_runtime.weights.host_copy import CopyAddress
 from workers.communicators import Communicator, FaultyCommunicator, connect
 from workers.mailbox import Mailbox, blame_of
 from workers.messages import AnyRendezvous, Blame
@@ -66,7 +66,7 @@ class Prepared:
     def owns_process(self) -> bool:
         return self.config.launcher != "thread"
 
-    def load(self, progress: StartProgress, copy: CopyAddress | None = None) -> Loaded:
+    def load(self, progress: StartProgress, copy: MemoryAddress | None = None) -> Loaded:
         progress.begin_loading()
         progress.builds = KernelBuilds(jit_modules_of(self.plan), self.device)
         with progress.builds as builds:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import require
-from dp_runtime.weights.host_copy import CopyAddress, CopyMemory
+from dp_runtime.host.memory_address import MemoryAddress
+from dp_runtime.weights.host_copy import CopyMemory
 
 
 class HostCopies:
@@ -21,7 +22,9 @@ class HostCopies:
         self._copies: dict[tuple[int, Membership], CopyMemory] = {}
         self._lock = threading.Lock()
 
-    def addresses(self, dp_ranks: Sequence[int], members: Membership) -> Mapping[int, CopyAddress]:
+    def addresses(
+        self, dp_ranks: Sequence[int], members: Membership
+    ) -> Mapping[int, MemoryAddress]:
         """Return where these ranks find their copies, which are new and empty if unfinished."""
         if not self._wanted:
             return {}

@@ -16,7 +16,8 @@ from dp_runtime.errors import CollectiveAborted, CollectiveTimeout
 from dp_runtime.flight.reading import read_ring
 from dp_runtime.flight.record import CollectiveFlight, Source
 from dp_runtime.flight.recorder import FlightRecorder, Kind, describe, without_foreign_text
-from dp_runtime.flight.ring import NUM_STEPS, FlightRing, RingAddress, RingLayout, wall_offset_ns
+from dp_runtime.flight.ring import NUM_STEPS, FlightRing, RingLayout, wall_offset_ns
+from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.parallel.agreement import StepRecord, agree
 from tests.dp_runtime.flight.flights import Clock, Flights
 
@@ -98,7 +99,7 @@ def test_an_idle_rank_and_one_that_ends() -> None:
     assert [step.outcome for step in found.steps] == ["idle", "stop"]
 
 
-def step_for_ever(told: SimpleQueue[RingAddress | None]) -> None:
+def step_for_ever(told: SimpleQueue[MemoryAddress | None]) -> None:
     ring = FlightRing.shared(LAYOUT, 1)
     flight = FlightRecorder(ring)
     flight.join(0, "shared_memory")
@@ -110,7 +111,7 @@ def step_for_ever(told: SimpleQueue[RingAddress | None]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="rings are shared through Linux's memfd")
 def test_a_ring_is_readable_while_its_process_is_stopped_and_after_its_end() -> None:
     fork = multiprocessing.get_context("fork")
-    told: SimpleQueue[RingAddress | None] = fork.SimpleQueue()
+    told: SimpleQueue[MemoryAddress | None] = fork.SimpleQueue()
     process = fork.Process(target=step_for_ever, args=(told,), daemon=True)
     process.start()
     address, pid = told.get(), process.pid

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dp_runtime.startup.host_limits import Cgroups, usable_cpus, usable_memory
+from dp_runtime.host.limits import Cgroups, usable_cpus, usable_memory
 
 GIB = 2**30
 NO_LIMIT_V1 = 0x7FFFFFFFFFFFF000
