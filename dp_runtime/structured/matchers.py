@@ -13,7 +13,6 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from time import thread_time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def follow_forced(matcher: LLMatcher) -> None:
 
 
 def _serve(channel: socket.socket) -> None:
-    """Answer each grammar, a line of JSON, with its work in seconds or why there is none."""
+    """Answer each grammar, a line of JSON, with why it is refused, if it is."""
     with channel.makefile("rw") as lines:
         given = json.loads(lines.readline())
         vocabulary: LLTokenizer | None = None
@@ -71,9 +70,7 @@ def _serve(channel: socket.socket) -> None:
                 vocabulary = vocabulary or new_vocabulary(**given)
                 # Its default action ends this process: nothing within could.
                 signal.setitimer(signal.ITIMER_PROF, wanted["max_work_s"])
-                started = thread_time()
                 follow_forced(new_matcher(vocabulary, wanted["grammar"]))
-                answer["work_s"] = thread_time() - started
             except BaseException as error:  # a panic of the library is no Exception
                 answer["error"] = str(error)
             finally:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from dp_runtime.kernels.jit_build import KernelBuilds
+import torch
+
+from dp_runtime.kernels.jit_build import JitModule, KernelBuilds
 from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.startup.loaded_rank import LoadedRank
 
 
 @dataclass(eq=False)
@@ -21,8 +25,18 @@ class StartProgress:
     def add_bytes(self, count: int) -> None:
         self.bytes_loaded += count
 
-    def begin_loading(self) -> None:
+    def load(
+        self, modules: Sequence[JitModule], device: torch.device, load: Callable[[], LoadedRank]
+    ) -> LoadedRank:
+        """Build kernels while weights are loaded."""
         self.state, self.bytes_loaded = RankState.LOADING, 0
+        self.builds = KernelBuilds(modules, device)
+        with self.builds as builds:
+            rank = load()
+            self.state = RankState.COMPILING
+            builds.wait()
+        self.state = RankState.READY
+        return rank
 
     def count_graphs(self, captured: int, total: int) -> None:
         self.graphs_captured, self.graphs_total = captured, total

@@ -18,7 +18,7 @@ from dp_runtime.errors import (
 )
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.host.memory_address import MemoryAddress
-from dp_runtime.kernels.jit_build import KernelBuilds, forbid_compilation
+from dp_runtime.kernels.jit_build import forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
 from dp_runtime.runner.fault_injection import DueFaults, FaultyLaunch
@@ -67,13 +67,8 @@ class Prepared:
         return self.config.launcher != "thread"
 
     def load(self, progress: StartProgress, copy: MemoryAddress | None = None) -> Loaded:
-        progress.begin_loading()
-        progress.builds = KernelBuilds(jit_modules_of(self.plan), self.device)
-        with progress.builds as builds:
-            rank = load_rank(self.config, self.plan, progress.add_bytes, copy)
-            progress.state = RankState.COMPILING
-            builds.wait()
-        progress.state = RankState.READY
+        load = lambda: load_rank(self.config, self.plan, progress.add_bytes, copy)  # noqa: E731
+        rank = progress.load(jit_modules_of(self.plan), self.device, load)
         return Loaded.without_requests(self, rank)
 
     def plan_among(self, members: Membership) -> RankPlan:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dp_runtime.core.membership import Membership
-from dp_runtime.kernels.jit_build import KernelBuilds, allow_compilation
-from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.kernels.jit_build import allow_compilation
+from dp_runtime.metrics.status import RankHealth
 from dp_runtime.startup.build_rank import jit_modules_of, new_flight, reload_rank
 from dp_runtime.startup.loaded_rank import KeptPages
 from dp_runtime.startup.served_requests import ServedRequests
@@ -33,17 +33,12 @@ class Unsharded:
         return cls(loaded.prepared, kept, loaded.requests, loaded.mailbox, loaded.compiling)
 
     def load(self, members: Membership, progress: StartProgress) -> Loaded:
-        progress.begin_loading()
         before = self.prepared
         plan = before.plan_among(members)
         prepared = replace(before, plan=plan, flight=new_flight(before.config, plan))
         allow_compilation()  # other shapes may want other kernels
-        builds = progress.builds = KernelBuilds(jit_modules_of(prepared.plan), prepared.device)
-        with builds:
-            rank = reload_rank(prepared.config, prepared.plan, self.kept, progress.add_bytes)
-            progress.state = RankState.COMPILING
-            builds.wait()
-        progress.state = RankState.READY
+        reload = lambda: reload_rank(before.config, plan, self.kept, progress.add_bytes)  # noqa: E731
+        rank = progress.load(jit_modules_of(plan), prepared.device, reload)
         before.flight.ring.close()
         return Loaded(prepared, rank, self.requests, self.mailbox, self.compiling)
 

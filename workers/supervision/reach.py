@@ -9,24 +9,20 @@ from collectives.awake_clock import Deadline
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
-from workers.messages import ReadHealth, ReadTotals, ReadTrace
-from workers.ranks import Ranks
+from workers.messages import Message, ReadHealth, ReadTotals, ReadTrace
+from workers.ranks import Ranks, Sent
 
 STATUS_S = 5.0
 _log = logging.getLogger(__name__)
 
 
 def health_of_all(ranks: Ranks) -> tuple[RankHealth, ...]:
-    asked = {seat.dp_rank: seat.call(ReadHealth()) for seat in ranks.seats}
-    wait(asked.values(), STATUS_S)
-    return tuple(health_of(dp_rank, answer) for dp_rank, answer in asked.items())
+    return tuple(health_of(*answer) for answer in _ask(ranks, ReadHealth()).items())
 
 
 def trace_of_all(ranks: Ranks) -> tuple[StepTrace, ...]:  # by step and rank, of who answers
-    asked = {seat.dp_rank: seat.call(ReadTrace()) for seat in ranks.seats}
-    wait(asked.values(), STATUS_S)
     steps: list[StepTrace] = []
-    for dp_rank, answer in asked.items():
+    for dp_rank, answer in _ask(ranks, ReadTrace()).items():
         if answer.done() and answer.exception() is None:
             steps += answer.result()
         else:
@@ -36,6 +32,13 @@ def trace_of_all(ranks: Ranks) -> tuple[StepTrace, ...]:  # by step and rank, of
 
 def totals_of_all(ranks: Ranks) -> tuple[Totals, ...]:
     return tuple(ranks.all(ReadTotals(), Deadline(STATUS_S)))
+
+
+def _ask(ranks: Ranks, message: Message[Sent]) -> dict[int, Future[Sent]]:
+    """Return the answers by dp_rank, those that came in time and those that did not."""
+    asked = {seat.dp_rank: seat.call(message) for seat in ranks.seats}
+    wait(asked.values(), STATUS_S)
+    return asked
 
 
 def in_child(dp_rank: int, owner: int) -> RankHealth:
