@@ -29,6 +29,7 @@ import psutil
 
 from dp_runtime import Engine, EngineConfig, RequestHandle, SamplingParams
 from dp_runtime.errors import ResizeFailed
+from examples.soak_checks import wait_for_pages
 
 TINY_MODEL = Path(__file__).parent / "tiny_moe" / "checkpoint"
 POLL_S = 0.005
@@ -210,13 +211,11 @@ def grown(uses: Sequence[Use], before: Use, after: Use) -> list[str]:
 
 def leaks(engine: Engine) -> list[str]:
     """Name pages that are not free once all requests have ended."""
-    deadline = monotonic() + WAIT_S
-    while monotonic() < deadline:
-        ranks = engine.health()
-        if all(rank.free_pages == rank.num_pages - 1 for rank in ranks):
-            return []
-        sleep(0.1)
-    return [f"rank {rank.dp_rank} has {rank.free_pages} of {rank.num_pages}" for rank in ranks]
+    return [
+        f"rank {rank.dp_rank} has {rank.free_pages} of {rank.num_pages}"
+        for rank in wait_for_pages(engine)
+        if rank.free_pages != rank.num_pages - 1
+    ]
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def test_a_standby_takes_the_place_of_a_killed_rank(own_model: Path) -> None:
         warm(engine)
         idle = standby_pids()
         kill(idle)  # which disturbs nobody
-        wait_until(lambda: bool(standby_pids()) and standby_pids() != idle, "another", WAIT_S)
+        wait_until(lambda: bool({*standby_pids()} - {*idle}), "another", WAIT_S)
         warm(engine)
         assert {rank.epoch for rank in engine.health()} == {0}
         idle, victim = standby_pids(), engine.health()[1].pid

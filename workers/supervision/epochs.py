@@ -87,7 +87,7 @@ class Epochs:
         deadline: Deadline,
         doomed: WhyNot = no_reason,
     ) -> None:
-        why_not = lambda: self._why_not() or doomed()  # noqa: E731
+        why_not = self._or(doomed)
         hosts = self._ranks.all(message, deadline, seats=seats, why_not=why_not)
         for seat, host in zip(seats, hosts, strict=True):
             seat.host = host
@@ -103,7 +103,7 @@ class Epochs:
         show: Callable[[], None] = show_nothing,
         doomed: WhyNot = no_reason,
     ) -> list[ModelInfo]:
-        why_not = lambda: self._why_not() or doomed()  # noqa: E731
+        why_not = self._or(doomed)
         dp_ranks = [seat.dp_rank for seat in seats]
         copies = self._copies.addresses(dp_ranks, self._sharded[dp_ranks[0]])
         return self._ranks.all(Load(copies), deadline, show, seats, why_not)
@@ -117,7 +117,7 @@ class Epochs:
     ) -> None:
         """Have all ranks join the next epoch, where nobody of the last one can be."""
         self.number += 1
-        why_not = lambda: self._why_not() or doomed()  # noqa: E731
+        why_not = self._or(doomed)
         members = self._ranks.members
         others = [seat for seat in self._ranks.seats if self._sharded[seat.dp_rank] != members]
         if others:
@@ -133,6 +133,9 @@ class Epochs:
     def end(self) -> None:
         self.forget_meeting()
         self._copies.close()
+
+    def _or(self, doomed: WhyNot) -> WhyNot:
+        return lambda: self._why_not() or doomed()
 
     def forget_meeting(self) -> None:
         """Remove what a rank that was killed as it attached could not."""
