@@ -24,7 +24,7 @@ from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankMetrics
 from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
-from dp_runtime.metrics.totals import Totals
+from dp_runtime.metrics.totals import Recorder, Totals
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.startup.device_memory import free_garbage
 from workers.communicators import OpenedRendezvous, open_rendezvous
@@ -59,9 +59,9 @@ from workers.messages import (
 from workers.stages.progress import StartProgress
 from workers.stages.rank_stages import Connected, Joined, Loaded, Prepared
 from workers.stages.resharding import Unsharded
+from workers.stages.stage import Stage, holder_of
 
 LOADING_S = 0.1  # of whom has loaded nothing, until it is asked for its outputs again
-Stage = Prepared | Loaded | Unsharded | Connected | Joined
 
 
 class Worker:
@@ -230,20 +230,16 @@ class Worker:
         return health if stage is None else stage.describe(health)
 
     def trace(self) -> tuple[StepTrace, ...]:
-        stage = self._stage
-        return tuple(stage.loop.recorder.steps) if isinstance(stage, Joined) else ()
+        recorder = self._recorder
+        return () if recorder is None else tuple(recorder.steps)
 
     def flight(self) -> bytes:
         assert self._flight is not None, "prepare comes before flight"
         return self._flight.snapshot()
 
     def totals(self) -> Totals:
-        match self._stage:
-            case (
-                Loaded(requests=requests) | Unsharded(requests=requests) | Joined(requests=requests)
-            ):
-                return requests.recorder.totals.copied()
-        return Totals(self.dp_rank)
+        recorder = self._recorder
+        return Totals(self.dp_rank) if recorder is None else recorder.totals.copied()
 
     def export_metrics(self, requests: RequestTotals) -> None:
         raise AssertionError("only the ranks of a cluster have whom to give their metrics")
@@ -264,12 +260,14 @@ class Worker:
 
     @property
     def _holder(self) -> Loaded | Unsharded:  # of requests and mail
-        match self._stage:
-            case Loaded() | Unsharded() as holder:
-                return holder
-            case Connected(loaded=loaded) | Joined(connected=Connected(loaded=loaded)):
-                return loaded
-        raise AssertionError(f"rank {self.dp_rank} has loaded nothing")
+        holder = holder_of(self._stage)
+        assert holder is not None, f"rank {self.dp_rank} has loaded nothing"
+        return holder
+
+    @property
+    def _recorder(self) -> Recorder | None:  # of its steps, once it has loaded
+        holder = holder_of(self._stage)
+        return None if holder is None else holder.requests.recorder
 
     @property
     def _mailbox(self) -> Mailbox:

@@ -141,7 +141,7 @@ class WorkerGroup:
 
     def totals(self) -> tuple[Totals, ...]:
         self._check_owner()
-        return totals_of_all(self._ranks)
+        return self._supervisor.until_answered(lambda: totals_of_all(self._ranks))
 
     def flight_record(self) -> FlightDump:
         self._check_owner()

@@ -179,8 +179,9 @@ class EngineCore:
 
     def report(self) -> Report:
         self.check_open()
-        num_ended = sum(sum(rank.ended.values()) for rank in self._requests.values())
-        return Report.from_totals(self._group.totals(), num_ended, self._clock.elapsed_s)
+        totals = self._group.totals()
+        num_ended = sum(sum(rank.ended.values()) for rank in list(self._requests.values()))
+        return Report.from_totals(totals, num_ended, self._clock.elapsed_s)
 
     def health(self) -> tuple[RankHealth, ...]:
         if isinstance(self._closed, EngineClosed):

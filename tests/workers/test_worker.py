@@ -183,6 +183,15 @@ def test_an_abandoned_step_is_told_at_the_next_poll(worker: Worker) -> None:
     assert worker.health().error == "aborted by rank 0: rank 3 is gone"
 
 
+def test_a_rank_between_two_epochs_tells_of_its_steps(worker: Worker) -> None:
+    worker.submit([request_of(1, [1, 2])])
+    assert worker.poll(5.0).progress
+    worker.suspend("rank 3 is gone")
+    steps, totals = worker.trace(), worker.totals()
+    assert (len(steps), totals.output_tokens) == (totals.steps, totals.steps)
+    assert steps
+
+
 def test_an_error_in_a_step_is_told_with_its_rank(worker: Worker) -> None:
     worker.submit([request_of(1, [1, 2]), request_of(1, [3, 4])])  # one id twice: our own mistake
     wait_until(lambda: worker.health().state is RankState.FAILED, "failed")

@@ -145,8 +145,6 @@ def test_health_of_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> 
     hung, dead = group.health()
     assert (hung.state, hung.error) == (RankState.UNREACHABLE, "does not answer")
     assert (dead.state, dead.error) == (RankState.UNREACHABLE, "rank 1 ended")
-    with pytest.raises(StartError, match=r"ranks \[0\] did not finish"):
-        group_of({"readtotals": HUNG})[0].totals()
 
 
 def hosts_of(names: str) -> list[HostInfo]:

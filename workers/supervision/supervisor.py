@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from time import monotonic
+from typing import TypeVar
 
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from dp_runtime.config import EngineConfig
@@ -17,7 +19,7 @@ from dp_runtime.core.request import (
     TransitionListener,
     UpdateListener,
 )
-from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, fresh
+from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, StartError, fresh
 from workers.messages import Abandon, Abort, Submit
 from workers.ranks import Ranks, Seat
 from workers.supervision.changes import Changes
@@ -29,6 +31,7 @@ from workers.supervision.recovery import Recovery
 from workers.supervision.watch import RankWatch, SilenceLimits, name_silent
 
 END_S = 20.0  # for another thread to end what it is closing
+Answer = TypeVar("Answer")
 
 
 class Supervisor:
@@ -81,6 +84,22 @@ class Supervisor:
         with self.lock:
             if dp_rank in self._ranks.members and dp_rank not in self.state.gone:
                 self._ranks.seat(dp_rank).call(Abort(request_ids))
+
+    def until_answered(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask ranks, and once more while one of them is lost or replaced.
+
+        Raises RankFailed if that lasts for start_timeout_s, or the engine has failed by then.
+        """
+        until = monotonic() + self._config.start_timeout_s
+        while True:
+            try:
+                return ask()
+            except (RankFailed, StartError) as error:
+                self._raise_if_over()
+                if monotonic() >= until:
+                    raise RankFailed(str(error)) from error
+            with self._changed:
+                self._changed.wait(LOOK_EVERY_S)
 
     def advance(self, phase: Phase) -> bool:
         """Enter a later phase; False if the group is in that phase, or a later one, already."""
