@@ -167,6 +167,7 @@ class EngineCore:
         if log is not None:
             with self._sending:
                 log.abort_asked = True
+                self._deadlines.abort_soon(request_id)
                 self._group.abort(log.dp_rank, [request_id])
 
     def abandon(self, request_id: int) -> None:

@@ -144,6 +144,27 @@ def test_what_is_submitted_and_aborted_meanwhile_is_seen_to(model: Path) -> None
         check_pages_free(engine)
 
 
+def test_an_abort_is_answered_before_anybody_notices_that_its_rank_is_lost(model: Path) -> None:
+    with nothing_left(), recovering(model, "local", hang_timeout_s=3600.0) as engine:
+        endless = SamplingParams(max_tokens=200, ignore_eos=True)
+        lost = [engine.submit([4, 5], endless, dp_rank=1) for _ in range(4)]
+        next(iter(lost[0]))
+        pid = engine.health()[1].pid
+        os.kill(pid, signal.SIGSTOP)
+        for handle in lost[:3]:
+            handle.abort()
+        ended = [handle.result(WAIT_S) for handle in lost[:3]]
+        assert {output.finish_reason for output in ended} <= {
+            FinishReason.ABORT,
+            FinishReason.LENGTH,
+        }
+        assert engine._core._group._supervisor.state.epoch == 0  # type: ignore[attr-defined]
+        kill([pid])
+        assert len(lost[3].result(WAIT_S).token_ids) == 200
+        assert [handle.result() for handle in lost[:3]] == ended
+        check_pages_free(engine)
+
+
 @pytest.fixture
 def faulty() -> Iterator[threading.Event]:
     """Once set, the next step of some rank raises, of one engine's thread ranks."""

@@ -40,6 +40,20 @@ def test_the_earliest_is_told_of_first_and_none_that_was_removed() -> None:
     assert late.empty()
 
 
+def test_the_first_of_two_ends_of_a_request_counts() -> None:
+    told: Queue[object] = Queue()
+    deadlines = Deadlines(told.put)
+    now = monotonic()
+    for request_id in (1, 2):
+        deadlines.add(request_id, now + 3600, FinishReason.TIMEOUT)
+    deadlines.add(1, now, FinishReason.ABORT)
+    deadlines.add(2, now + 7200, FinishReason.ABORT)
+    assert told.get(timeout=WAIT_S) == {1: FinishReason.ABORT}
+    deadlines.add(2, 0.0, FinishReason.ABORT)
+    assert told.get(timeout=WAIT_S) == {2: FinishReason.ABORT}
+    deadlines.close()
+
+
 def test_a_late_request_ends_with_what_was_delivered() -> None:
     """Its rank says nothing, as one that hangs or is being replaced; then it speaks again."""
     with fake_engine() as (engine, group):

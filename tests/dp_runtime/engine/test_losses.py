@@ -6,10 +6,10 @@ import pytest
 
 from dp_runtime import RequestHandle, SamplingParams
 from dp_runtime.core.membership import Transition
-from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate
 from dp_runtime.engine.core import MAX_REPLAYS
 from dp_runtime.errors import RequestFailed
-from tests.dp_runtime.engine.fake_group import FakeGroup, fake_engine
+from tests.dp_runtime.engine.fake_group import FakeGroup, fake_engine, outstanding
 
 MANY = SamplingParams(max_tokens=20, ignore_eos=True)
 
@@ -54,3 +54,20 @@ def test_a_request_without_a_token_between_losses_fails_alone() -> None:
             suspect.result(1)
         assert not other.done
         assert [*group.taken] == [other.request_id]
+
+
+def test_an_abort_that_no_rank_answers_ends_the_request_with_what_was_delivered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with fake_engine() as (engine, group):
+        handle, other = engine.submit([1], MANY, 0), engine.submit([2], MANY, 0)
+        say(group, handle, 5)
+        monkeypatch.setattr(group, "abort", lambda dp_rank, request_ids: None)  # it is lost
+        handle.abort()
+        output = handle.result(30)
+        assert (output.finish_reason, output.token_ids) == (FinishReason.ABORT, (5,))
+        lose(group, 0)
+        assert [*group.taken] == [other.request_id], "nobody goes on with it"
+        group.on_progress(0, [RequestUpdate(handle.request_id, 1, (6,))])
+        assert [token for delta in handle for token in delta.token_ids] == [5]
+        assert outstanding(engine) == [(1, 21), (0, 0)]
