@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.host.memory_address import MemoryAddress
+from dp_runtime.weights.read_ahead import ReadAhead
 
 ALIGNMENT = 64
 _NAME = "dp-runtime-weights-"
@@ -99,17 +100,18 @@ class CopyWriter:
 class CopyReader:
     """Gives the answers of a finished copy again, to the same calls in the same order."""
 
-    def __init__(self, descriptor: int) -> None:
-        # Private: torch wants memory that can be written, and what it writes goes nowhere.
-        self._memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-        length = int.from_bytes(self._memory[-_LENGTH:], "little")
-        index = json.loads(self._memory[-_LENGTH - length : -_LENGTH])
+    def __init__(self, descriptor: int, device: torch.device) -> None:
+        self.num_bytes = os.fstat(descriptor).st_size
+        index_end = self.num_bytes - _LENGTH
+        length = int.from_bytes(os.pread(descriptor, _LENGTH, index_end), "little")
+        index = json.loads(os.pread(descriptor, length, index_end - length))
         self.identity: str = index["identity"]
-        self.num_bytes = len(self._memory)
         self._entries = [
             Entry(one["call"], [StoredTensor(**each) for each in one["tensors"]], one["value"])
             for one in reversed(index["entries"])
         ]
+        self._device = device
+        self._ahead = ReadAhead(descriptor, index_end - length, device)
 
     def next(self, call: str) -> Entry:
         entry = self._entries.pop()
@@ -117,15 +119,15 @@ class CopyReader:
         return entry
 
     def tensor(self, stored: StoredTensor) -> Tensor:
-        """Map a tensor; it must be copied, as the memory may go away."""
+        """Bring a tensor of the entry that came last to the device."""
         dtype = getattr(torch, stored.dtype)
-        count = 1
-        for size in stored.shape:
-            count *= size
-        if count == 0:  # which torch refuses to map
-            return torch.empty(tuple(stored.shape), dtype=dtype)
-        flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=stored.offset)
-        return flat.view(tuple(stored.shape))
+        num_bytes = math.prod(stored.shape) * dtype.itemsize
+        content = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        self._ahead.copy(stored.offset, content)
+        return content.view(dtype).view(tuple(stored.shape))
 
     def check_all_read(self) -> None:
         assert not self._entries, f"{len(self._entries)} answers of the copy were not asked for"
+
+    def close(self) -> None:
+        self._ahead.close()

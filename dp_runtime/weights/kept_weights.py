@@ -115,7 +115,7 @@ class CopiedWeights:
 
     def _tensors(self, *what: object) -> list[Tensor]:
         stored = self._reader.next(call_of(self._number, *what)).tensors
-        tensors = [self._reader.tensor(one).to(self.device, copy=True) for one in stored]
+        tensors = [self._reader.tensor(one) for one in stored]
         self._on_bytes(sum(tensor.nbytes for tensor in tensors))
         return tensors
 
@@ -141,6 +141,8 @@ class KeptWeights:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._reader is not None:
+            self._reader.close()
         if self._descriptor is not None:
             os.close(self._descriptor)
 
@@ -153,11 +155,12 @@ class KeptWeights:
         on_bytes: Callable[[int], None],
     ) -> Sequence[WeightSource]:
         if self._descriptor is not None and is_sealed(self._descriptor):
-            reader = CopyReader(self._descriptor)
+            reader = CopyReader(self._descriptor, device)
             if reader.identity == self._identity:
                 self._reader = reader
                 rest = reader, device, dtype, on_bytes
                 return [CopiedWeights(number, *rest) for number in range(count)]
+            reader.close()
         sources = open_checkpoints()
         if self._descriptor is None or is_sealed(self._descriptor):
             return sources

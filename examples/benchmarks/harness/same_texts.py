@@ -7,20 +7,22 @@ from dataclasses import dataclass, replace
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
 
+NUM_BEST = 5  # tokens that are scored at each place
+
 
 @dataclass(frozen=True)
 class Difference:
     request: int  # its place among the requests
     token: int  # the first that is not the same
-    gap: float  # in log probability, between the best two tokens there; inf if it is no such pair
+    gap: float  # in log probability, from the best token there to the other one; inf: it is low
 
 
 def scored(
     engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[RequestOutput]:
-    """Serve requests, request n on rank n mod dp_size, with the best two tokens at each place."""
+    """Serve requests, request n on rank n mod dp_size, with the best tokens at each place."""
     ranks = [n % engine.config.dp_size for n in range(len(prompts))]
-    return engine.generate(prompts, replace(params, logprobs=2), ranks)
+    return engine.generate(prompts, replace(params, logprobs=NUM_BEST), ranks)
 
 
 def differences(
@@ -38,5 +40,5 @@ def differences(
 
 def _gap(reference: RequestOutput, token: int, other: int) -> float:
     assert reference.logprobs is not None, "the reference has log probabilities"
-    (_, best), (second_id, second) = reference.logprobs[token].top[:2]
-    return best - second if second_id == other else float("inf")
+    top = dict(reference.logprobs[token].top)
+    return max(top.values()) - top[other] if other in top else float("inf")

@@ -118,9 +118,10 @@ def test_a_finished_copy_can_not_change(memory: CopyMemory) -> None:
         os.pwrite(descriptor, b"x", 0)
     with pytest.raises(PermissionError):
         os.ftruncate(descriptor, 0)
-    reader = CopyReader(descriptor)
+    reader = CopyReader(descriptor, torch.device("cpu"))
     with pytest.raises(AssertionError, match="has load a, not load b"):
         reader.next("load b")
+    reader.close()
     os.close(descriptor)
 
 
@@ -173,9 +174,7 @@ def test_tensors_of_any_kind_come_back(
     for number, tensor in enumerate(tensors):
         writer.add(str(number), [tensor], value=number / 7)
     writer.finish()
-    reader = CopyReader(descriptor)
-    os.close(descriptor)
-    memory.close()
+    reader = CopyReader(descriptor, torch.device("cpu"))
     assert reader.identity == "one"
     for number, tensor in enumerate(tensors):
         entry = reader.next(str(number))
@@ -185,3 +184,6 @@ def test_tensors_of_any_kind_come_back(
         assert torch.equal(found.float(), tensor.float())
         assert entry.value == number / 7
     reader.check_all_read()
+    reader.close()
+    os.close(descriptor)
+    memory.close()
