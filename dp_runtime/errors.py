@@ -97,6 +97,10 @@ class RankFailed(OneLineError):
     """A rank died or stopped while it served."""
 
 
+class RankMissing(OneLineError):
+    """A request is pinned to a rank that was lost, and others serve without it until it is back."""
+
+
 class ServerSilent(OneLineError):
     """A server can not be asked, or does not say what a server of dp-runtime says."""
 

@@ -106,6 +106,10 @@ class WorkerGroup:
     def members(self) -> Membership:
         return self._ranks.members
 
+    @property
+    def wanted(self) -> Membership:
+        return self._supervisor.changes.wanted
+
     def listen(
         self,
         on_progress: UpdateListener,

@@ -16,6 +16,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.errors import (
     EngineClosed,
     RankFailed,
+    RankMissing,
     RequestFailed,
     ServerSilent,
     StartError,
@@ -25,7 +26,15 @@ from dp_runtime.errors import (
 from dp_runtime.metrics.log import log_to_stderr
 
 Command = Callable[[argparse.Namespace], int | None]
-FAILURES = (StartError, RankFailed, RequestFailed, EngineClosed, ServerSilent, WriteFailed)
+FAILURES = (
+    StartError,
+    RankFailed,
+    RankMissing,
+    RequestFailed,
+    EngineClosed,
+    ServerSilent,
+    WriteFailed,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

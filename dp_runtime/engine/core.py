@@ -66,7 +66,8 @@ class EngineCore:
             self._group.close()
             raise
         group = self._group
-        self.factory = RequestFactory(model, self.tokenizer, config.seed, lambda: group.members)
+        ranks = (lambda: group.members, lambda: group.wanted)
+        self.factory = RequestFactory(model, self.tokenizer, config.seed, *ranks)
         balancer = LOAD_BALANCERS[config.routing]()
         self._admission = Admission(balancer, self._group.members, config.max_queued_requests)
         self.changes = MembershipChanges(group, self._admission, weakly(self.check_open))

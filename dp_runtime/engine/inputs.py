@@ -25,7 +25,7 @@ from dp_runtime.core.plain_values import (
 from dp_runtime.core.request import PromptEmbeds, RankRequest, TokensPrompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.embeds import copied_embeds
-from dp_runtime.errors import ContextExceeded, one_line, require, shown
+from dp_runtime.errors import ContextExceeded, RankMissing, one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
 from dp_runtime.structured.grammar_trial import GrammarTrial
@@ -57,6 +57,7 @@ class RequestFactory:
     tokenizer: Tokenizer | None
     seed: int
     members: Callable[[], Membership]  # those that serve now
+    wanted: Callable[[], Membership]  # those that are to
     _ids: Iterator[int] = field(default_factory=count)
 
     def make(self, prompt: object, params: object, dp_rank: object) -> NewRequest:
@@ -156,6 +157,9 @@ class RequestFactory:
             return None
         rank = plain_int(dp_rank)
         members = self.members()
+        if rank not in members and rank in self.wanted():
+            others = f"ranks {members} serve until it is back"
+            raise RankMissing(f"dp_rank: rank {rank} was lost; {others}")
         require(rank in members, "dp_rank", dp_rank, f"None or a rank in {members}")
         return rank
 

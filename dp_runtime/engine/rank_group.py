@@ -45,6 +45,9 @@ class RankGroup(Protocol):
     @property
     def members(self) -> Membership: ...  # of the epoch
 
+    @property
+    def wanted(self) -> Membership: ...  # who is to serve: more, where others go on without some
+
     def listen(
         self,
         on_progress: UpdateListener,

@@ -20,6 +20,7 @@ from dp_runtime.errors import (
     EngineClosed,
     EngineOverloaded,
     RankFailed,
+    RankMissing,
     RequestFailed,
     ResizeFailed,
     one_line,
@@ -104,6 +105,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), None, "engine_overloaded")
         case ResizeFailed():
             return ApiError(HTTPStatus.CONFLICT, str(error), None, "resize_failed")
+        case RankMissing():
+            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "dp_rank", "rank_missing")
         case RankFailed() | EngineClosed():
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), None, "engine_failed")
     logger.error("a fault of this server, which a client was told of by 500", exc_info=error)
@@ -122,6 +125,7 @@ def add_error_handlers(app: FastAPI) -> None:
         RequestFailed,
         EngineOverloaded,
         RankFailed,
+        RankMissing,
         EngineClosed,
         ResizeFailed,
     ):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dp_runtime import Engine, SamplingParams
-from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, StartError
+from dp_runtime.errors import EngineClosed, RankFailed, RankMissing, ResizeFailed, StartError
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
 from tests.workers.leftovers import rank_processes, wait_until
@@ -34,6 +34,8 @@ from workers.local_group import LocalLauncher
 from workers.stages.rank_stages import Loaded
 from workers.stages.resharding import Unsharded
 from workers.supervision.epochs import Epochs
+
+ENDS_SOON = SamplingParams(max_tokens=2)
 
 
 @pytest.fixture(scope="module")
@@ -323,9 +325,14 @@ def test_others_go_on_without_a_rank_that_can_not_be_replaced(
         left = tuple(rank for rank in range(3) if rank not in victims)
         assert engine.dp_ranks == left
         assert [rank.dp_size for rank in engine.health()] == [len(left)] * len(left)
+        with pytest.raises(RankMissing, match=rf"^dp_rank: rank {victims[0]} was lost; "):
+            engine.submit([1], dp_rank=victims[0])
+        with pytest.raises(ValueError, match=r"^dp_rank: 3 is not allowed; "):
+            engine.submit([1], dp_rank=3)
         assert alike(served(engine, 6, full.clear)) == expected
         wait_until(lambda: engine.dp_ranks == (0, 1, 2), "all ranks are back", WAIT_S)
         assert alike(served(engine, 6, lambda: None)) == expected
+        assert engine.generate([[1]], ENDS_SOON, [victims[0]])[0].dp_rank == victims[0]
         check_pages_free(engine)
 
 

@@ -29,7 +29,7 @@ class Changes:
         over: threading.Event,
     ) -> None:
         self._change, self._members, self._over = change, members, over
-        self._wanted = members()
+        self.wanted = members()
         self._changing = threading.Lock()
         self._asked = threading.Event()  # a change waits for its turn
         self._restoring = threading.Lock()
@@ -43,23 +43,23 @@ class Changes:
             self._asked.clear()
         try:
             self._change(target, why_not)
-            self._wanted = target
+            self.wanted = target
         finally:
             self._changing.release()
         self.restore_later()
 
     def restore_later(self) -> None:
         """Try to start missing ranks, if there are any, until they are back."""
-        if self._members() != self._wanted and self._restoring.acquire(blocking=False):
+        if self._members() != self.wanted and self._restoring.acquire(blocking=False):
             threading.Thread(target=self._restore, name="restore-ranks", daemon=True).start()
 
     def _restore(self) -> None:
         pause_s = RESTORE_S
         gives_way = lambda: "another change comes first" if self._asked.is_set() else ""  # noqa: E731
-        while not self._over.wait(pause_s) and self._members() != self._wanted:
+        while not self._over.wait(pause_s) and self._members() != self.wanted:
             with self._changing:
                 try:
-                    self._change(self._wanted, gives_way)
+                    self._change(self.wanted, gives_way)
                 except (ResizeFailed, ValueError) as error:
                     _log.info("missing ranks are not back: %s", error)
                 except (EngineClosed, RankFailed):

@@ -52,7 +52,7 @@ class Supervisor:
         self.failure: BaseException | None = None
         self._over = over
         self._changed = threading.Condition(self.lock)  # the state
-        self._changes = Changes(self._change, lambda: ranks.members, over)
+        self.changes = Changes(self._change, lambda: ranks.members, over)
         self._threads: set[threading.Thread] = set()  # that begin an epoch
         self._recovery = Recovery(config, ranks, epochs, self)
         self._pollers: Pollers | None = None
@@ -119,7 +119,7 @@ class Supervisor:
         Raises ValueError if they do not fit, ResizeFailed if others can not be started, until
         when the ranks go on as they are; EngineClosed or RankFailed if the engine ends meanwhile.
         """
-        self._changes.make(target, why_not)
+        self.changes.make(target, why_not)
 
     def _change(self, target: Membership, why_not: Callable[[], str]) -> None:
         self._raise_if_over()
@@ -196,7 +196,7 @@ class Supervisor:
             text = self._told(evidence)
             self._flight.write_later(self.take_flight(text))
             self._recovery.run(text)
-            self._changes.restore_later()
+            self.changes.restore_later()
 
         self._begin(recover)
 

@@ -35,6 +35,7 @@ class FakeGroup:
 
     def __init__(self, dp_size: int) -> None:
         self.members = Membership.first(dp_size)
+        self.wanted = self.members
         self.metrics = MetricsCalls(list)
         self.taken: dict[int, tuple[int, RankRequest]] = {}  # by request id: rank and request
         self.refusal: BaseException | None = None  # raised by the next submit

@@ -18,7 +18,8 @@ ROOM = MAX_MODEL_LEN - 1
 
 
 def made(prompt: Any, **params: Any) -> RankRequest:
-    factory = RequestFactory(MODEL, None, seed=0, members=lambda: Membership.first(1))
+    one = lambda: Membership.first(1)  # noqa: E731
+    factory = RequestFactory(MODEL, None, seed=0, members=one, wanted=one)
     return factory.make(prompt, SamplingParams(**params), None).request
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from dp_runtime.core.membership import Membership
 from dp_runtime.metrics.status import RankState
 from tests.dp_runtime.server.served import WAIT_S, serving
 
@@ -55,6 +56,18 @@ def test_all_hear_of_a_rank_that_is_killed(log: pytest.LogCaptureFixture) -> Non
         assert not len(served.state.jobs)
     assert "the engine has failed" in log.text
     assert "Traceback" not in log.text
+
+
+def test_a_client_whose_rank_is_missing_is_told_to_come_again() -> None:
+    with serving() as served:
+        served.engine._core._group._supervisor.changes.wanted = Membership.first(3)  # type: ignore[attr-defined]
+        refused = served.post("/v1/completions", prompt="a", dp_rank=2)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == ("rank_missing", "dp_rank")
+        assert error["message"] == "dp_rank: rank 2 was lost; ranks 0..1 serve until it is back"
+        assert served.post("/v1/completions", prompt="a", dp_rank=3).status_code == 400
+        assert served.post("/v1/completions", prompt="a", dp_rank=1).status_code == 200
 
 
 def test_an_engine_whose_ranks_meet_anew_is_paused_and_not_failed(
