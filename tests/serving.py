@@ -84,7 +84,9 @@ def generate_among_aborts(
 def check_pages_free(engine: Engine | AsyncEngine) -> None:
     """Assert that all ranks soon have all their pages back; page 0 is nobody's."""
     deadline = monotonic() + IDLE_S
-    while held := [rank for rank in engine._core.health() if rank.free_pages != rank.num_pages - 1]:
+    while held := [
+        rank for rank in engine._core.health(5.0) if rank.free_pages != rank.num_pages - 1
+    ]:
         assert monotonic() < deadline, f"pages are still held: {held}"
         sleep(0.005)
 

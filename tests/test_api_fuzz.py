@@ -96,7 +96,7 @@ def check_nothing_left(engine: Engine | AsyncEngine) -> None:
     check_pages_free(engine)
     assert engine._core._deadlines._due == {}
     assert engine._core._outputs._live == {}
-    assert all(rank.epoch == 0 for rank in engine._core.health())
+    assert all(rank.epoch == 0 for rank in engine._core.health(5.0))
 
 
 def fuzz_calls(count: int, seed: int) -> Counter[str]:

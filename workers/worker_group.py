@@ -30,7 +30,13 @@ from workers.supervision.group_state import Phase
 from workers.supervision.interrupts import uninterrupted
 from workers.supervision.leaving import STOP_S, leave_together
 from workers.supervision.metrics_calls import MetricsCalls
-from workers.supervision.reach import health_of_all, in_child, totals_of_all, trace_of_all
+from workers.supervision.reach import (
+    STATUS_S,
+    health_of_all,
+    in_child,
+    totals_of_all,
+    trace_of_all,
+)
 from workers.supervision.start_progress import show_capture, show_loading
 from workers.supervision.supervisor import END_S, Supervisor
 from workers.supervision.watch import RankWatch, SilenceLimits
@@ -127,10 +133,10 @@ class WorkerGroup:
         self._check_owner()
         self._supervisor.abort(dp_rank, request_ids)
 
-    def health(self) -> tuple[RankHealth, ...]:
+    def health(self, timeout_s: float = STATUS_S) -> tuple[RankHealth, ...]:
         if not self.belongs_here:
             return tuple(in_child(seat.dp_rank, self._owner) for seat in self._ranks.seats)
-        return health_of_all(self._ranks)
+        return health_of_all(self._ranks, timeout_s)
 
     def change(self, target: Membership) -> None:
         """Have these ranks serve from now on; Supervisor.change says what it raises."""

@@ -185,10 +185,10 @@ class EngineCore:
         num_ended = sum(sum(rank.ended.values()) for rank in list(self._requests.values()))
         return Report.from_totals(totals, num_ended, self._clock.elapsed_s)
 
-    def health(self) -> tuple[RankHealth, ...]:
+    def health(self, timeout_s: float) -> tuple[RankHealth, ...]:
         if isinstance(self._closed, EngineClosed):
             raise fresh(self._closed)
-        return self._group.health()
+        return self._group.health(checked_seconds("timeout_s", timeout_s))
 
     def metrics(self, timeout_s: float) -> tuple[RankSnapshot, ...]:
         if isinstance(self._closed, EngineClosed):

@@ -133,9 +133,9 @@ class Engine:
         """Return what each rank has done, or had when it last answered; until it is closed."""
         return self._core.metrics(timeout_s)
 
-    def health(self) -> tuple[RankHealth, ...]:
+    def health(self, timeout_s: float = 5.0) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""
-        return self._core.health()
+        return self._core.health(timeout_s)
 
     def flight_record(self) -> FlightDump:
         """Return the last steps of every rank, also of those that hang; as `health`, any time."""

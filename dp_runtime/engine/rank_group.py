@@ -60,8 +60,8 @@ class RankGroup(Protocol):
 
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None: ...
 
-    def health(self) -> tuple[RankHealth, ...]:
-        """Return the state of every rank, also of those that do not answer."""
+    def health(self, timeout_s: float) -> tuple[RankHealth, ...]:
+        """Return the state of every rank, also of those that do not answer in time."""
 
     def change(self, target: Membership) -> None:
         """Have these ranks serve; ValueError or ResizeFailed if they can't, and nothing changes."""

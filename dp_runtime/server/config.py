@@ -24,7 +24,7 @@ class ServerConfig:
     )
     api_key: str | None = setting(
         None,
-        "key that clients must bring as a bearer token, except to /health and /metrics",
+        "key that clients must bring as a bearer token, except to /health, /ready and /metrics",
         shown_default="$DP_RUNTIME_API_KEY, which `ps` does not show, else none",
         secret=True,
     )

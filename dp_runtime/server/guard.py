@@ -13,7 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dp_runtime.server.errors import ApiError, as_api_error
 from dp_runtime.server.state import ServerState
 
-OPEN_PATHS = frozenset({"/health", "/metrics"})  # for probes and scrapers, which bring no key
+OPEN_PATHS = frozenset(
+    {"/health", "/ready", "/metrics"}
+)  # for probes and scrapers, which bring no key
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 ADMIN_PATHS = "/admin/"
 NO_ADMIN = "this server takes no admin calls: it was started without an admin_key"

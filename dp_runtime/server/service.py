@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -90,10 +90,13 @@ def control_routes(state: ServerState) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> JSONResponse:
-        """Tell of each rank its state, last finished step and its age; 503 while it can't serve."""
-        healthy, content = await state.health()
-        status = HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE
-        return JSONResponse(content, status)
+        """Tell of each rank its state, last finished step and its age; 200 while it may go on."""
+        return _told(await state.health(), ("ok", "paused"))
+
+    @routes.get("/ready")
+    async def ready() -> JSONResponse:
+        """Tell the same; 200 only while all ranks serve."""
+        return _told(await state.health(), ("ok",))
 
     @routes.get("/metrics")
     async def metrics() -> Response:
@@ -108,6 +111,11 @@ def control_routes(state: ServerState) -> APIRouter:
         return Response(await state.flight_record(), media_type="application/x-ndjson")
 
     return routes
+
+
+def _told(health: Content, well: Collection[str]) -> JSONResponse:
+    ok = health["status"] in well
+    return JSONResponse(health, HTTPStatus.OK if ok else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def _tokenized(chats: Chats, body: TokenizeBody, max_model_len: int) -> bytes:

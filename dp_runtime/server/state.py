@@ -34,6 +34,7 @@ from dp_runtime.text.tokenizer import Tokenizer
 from dp_runtime.weights.files import read_text
 
 STARTING = "the model is loading"
+HEALTH_S = 0.8  # for ranks to answer: Kubernetes' probes wait for a second unless told otherwise
 SMALL_WORK = 2048  # characters to tokenize or tokens to check; more would hold up the event loop
 Result = TypeVar("Result")
 
@@ -96,15 +97,15 @@ class ServerState:
             raise ApiError(400, "the model's directory has no tokenizer.json: use token ids")
         return self._chats
 
-    async def health(self) -> tuple[bool, dict[str, Any]]:
-        """Tell whether requests can be served, and how each rank is."""
+    async def health(self) -> dict[str, Any]:
+        """Tell how the server is, and each rank."""
         if self._engine is None:
-            return False, {"status": "starting", "ranks": []}
-        ranks = await self._engine.health()
+            return {"status": "starting", "ranks": []}
+        ranks = await self._engine.health(HEALTH_S)
         report = HealthReport.of(ranks)
         status = "ok" if report.can_serve else "failed" if self._engine.has_failed else "paused"
         status = "draining" if self.draining else status
-        return status == "ok", {"status": status, "ranks": report.ranks}
+        return {"status": status, "ranks": report.ranks}
 
     async def metrics(self) -> tuple[RankSnapshot, ...]:
         if self._engine is None:

@@ -139,10 +139,9 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
     assert [rank.killed for rank in ranks] == [1, 1, 1]
 
 
-def test_health_of_ranks_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.supervision.reach.STATUS_S", 0.2)
+def test_health_of_ranks_that_do_not_answer() -> None:
     group, _ = group_of({"readhealth": HUNG}, {"readhealth": RankFailed("rank 1 ended")})
-    hung, dead = group.health()
+    hung, dead = group.health(0.2)
     assert (hung.state, hung.error) == (RankState.UNREACHABLE, "does not answer")
     assert (dead.state, dead.error) == (RankState.UNREACHABLE, "rank 1 ended")
 

@@ -16,13 +16,13 @@ STATUS_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-def health_of_all(ranks: Ranks) -> tuple[RankHealth, ...]:
-    return tuple(health_of(*answer) for answer in _ask(ranks, ReadHealth()).items())
+def health_of_all(ranks: Ranks, timeout_s: float) -> tuple[RankHealth, ...]:
+    return tuple(health_of(*answer) for answer in _ask(ranks, ReadHealth(), timeout_s).items())
 
 
 def trace_of_all(ranks: Ranks) -> tuple[StepTrace, ...]:  # by step and rank, of who answers
     steps: list[StepTrace] = []
-    for dp_rank, answer in _ask(ranks, ReadTrace()).items():
+    for dp_rank, answer in _ask(ranks, ReadTrace(), STATUS_S).items():
         if answer.done() and answer.exception() is None:
             steps += answer.result()
         else:
@@ -34,10 +34,10 @@ def totals_of_all(ranks: Ranks) -> tuple[Totals, ...]:
     return tuple(ranks.all(ReadTotals(), Deadline(STATUS_S)))
 
 
-def _ask(ranks: Ranks, message: Message[Sent]) -> dict[int, Future[Sent]]:
+def _ask(ranks: Ranks, message: Message[Sent], timeout_s: float) -> dict[int, Future[Sent]]:
     """Return the answers by dp_rank, those that came in time and those that did not."""
     asked = {seat.dp_rank: seat.call(message) for seat in ranks.seats}
-    wait(asked.values(), STATUS_S)
+    wait(asked.values(), timeout_s)
     return asked
 
 

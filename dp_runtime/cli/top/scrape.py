@@ -17,7 +17,7 @@ from prometheus_client.samples import Sample
 
 from dp_runtime.errors import ServerSilent
 
-TIMEOUT_S = 15.0  # a server waits 5 s for the health of a rank that does not answer
+TIMEOUT_S = 15.0  # a server waits a second for ranks that do not answer, and may be busy
 MAX_BYTES = 64 << 20
 KNOWN_BY = "dp_runtime_steps_total"
 

@@ -65,7 +65,7 @@ class FakeGroup:
             rank, _ = self.taken.pop(request_id)
             self.on_progress(rank, [RequestUpdate(request_id, 0, **how)])
 
-    def health(self) -> tuple[RankHealth, ...]:
+    def health(self, timeout_s: float) -> tuple[RankHealth, ...]:
         return ()
 
     def trace(self) -> tuple[StepTrace, ...]:

@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from dp_runtime.core.membership import Membership
-from dp_runtime.metrics.status import RankState
+from dp_runtime.metrics.status import RankHealth, RankState
 from tests.dp_runtime.server.served import WAIT_S, serving
 
 ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
@@ -25,6 +26,11 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     logging.getLogger("dp_runtime").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("dp_runtime").removeHandler(caplog.handler)
+
+
+def told(client: httpx.Client) -> dict[str, tuple[int, str]]:
+    answers = {path: client.get(path) for path in ("/health", "/ready")}
+    return {path: (one.status_code, one.json()["status"]) for path, one in answers.items()}
 
 
 def test_all_hear_of_a_rank_that_is_killed(log: pytest.LogCaptureFixture) -> None:
@@ -47,8 +53,8 @@ def test_all_hear_of_a_rank_that_is_killed(log: pytest.LogCaptureFixture) -> Non
         thread.join(WAIT_S)
         assert (whole[0].status_code, whole[0].headers["retry-after"]) == (503, "1")
         assert "rank 1" in whole[0].json()["error"]["message"]
+        assert told(client) == {"/health": (503, "failed"), "/ready": (503, "failed")}
         health = client.get("/health")
-        assert (health.status_code, health.json()["status"]) == (503, "failed")
         assert "SIGKILL" in health.json()["ranks"][1]["error"]
         refused = client.post("/v1/completions", json=ENDLESS)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_failed")
@@ -75,9 +81,25 @@ def test_an_engine_whose_ranks_meet_anew_is_paused_and_not_failed(
 ) -> None:
     with serving() as served, served.client() as client:
         group = served.engine._core._group
-        between = [replace(rank, state=RankState.READY) for rank in group.health()]
-        monkeypatch.setattr(group, "health", lambda: tuple(between))
-        health = client.get("/health")
-        assert (health.status_code, health.json()["status"]) == (503, "paused")
+        between = tuple(replace(rank, state=RankState.READY) for rank in group.health(5.0))
+        waits: list[float] = []
+
+        def health(timeout_s: float) -> tuple[RankHealth, ...]:
+            waits.append(timeout_s)
+            return between
+
+        monkeypatch.setattr(group, "health", health)
+        assert told(client) == {"/health": (200, "paused"), "/ready": (503, "paused")}
+        assert max(waits) < 1.0, "as long as a probe of Kubernetes waits"
         monkeypatch.undo()
-        assert client.get("/health").json()["status"] == "ok"
+        assert told(client) == {"/health": (200, "ok"), "/ready": (200, "ok")}
+
+
+def test_a_server_lives_although_a_rank_does_not_answer() -> None:
+    with serving(launcher="local", hang_timeout_s=3600.0) as served, served.client() as client:
+        pid = client.get("/health").json()["ranks"][1]["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert told(client) == {"/health": (200, "paused"), "/ready": (503, "paused")}
+        finally:
+            os.kill(pid, signal.SIGCONT)
