@@ -32,7 +32,7 @@ GRACE_S = 1.0  # for children to end by themselves once the driver has ended
 TELL_S = 2.0  # for the server to tell of a child that has ended
 LOST = 255  # exit status where the server ended before it could tell
 _STATUS = struct.Struct("=i")  # first the pid, then the exit status
-_PR_SET_NAME = 15
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 Target = Callable[[Connection, int], None]  # a channel to the driver, and the driver's pidfd
 
@@ -44,6 +44,12 @@ def import_path() -> str:
 
 def rank_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": import_path(), VARIABLE: session_token()}
+
+
+def resume_with_parent_death() -> None:
+    """Let a process that is stopped go on when its parent dies, and see that."""
+    harmless = signal.SIGCONT  # it also comes when the thread ends that started this process
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, harmless)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class ForkServer:
         self.driver, self.import_path = os.getpid(), import_path()
         self._lock = threading.Lock()
         self._has_forked = False  # it has imported all
+        self._closed = False
         self._stopped = threading.Event()  # it could not tell of a child, and may go on later
         self._control, theirs = socket.socketpair()
         self._requests = Connection(os.dup(self._control.fileno()))
@@ -157,6 +164,11 @@ class ForkServer:
         process = ForkedProcess(_STATUS.unpack(told)[0], fds[0], status, self._stopped)
         return process, Connection(channel.detach())
 
+    def wait_for_loss(self) -> bool:
+        """Wait for its end; tell whether it was one that worked, and nobody had let go of it."""
+        self._process.wait()
+        return self._has_forked and not self._closed
+
     def _how(self) -> str:
         try:
             return f"exit status {self._process.wait(GRACE_S)}"
@@ -165,6 +177,7 @@ class ForkServer:
             return "and was killed, as it took long"
 
     def close(self) -> None:
+        self._closed = True
         self._requests.close()
         self._control.close()
 
@@ -267,6 +280,7 @@ class _Server:
 
 def main(_token: str, control: str, driver: str, *preload: str) -> None:
     """Import `preload`, then fork; `python -m workers.forkserver TOKEN FD PIDFD MODULE...`."""
+    resume_with_parent_death()
     for module in preload:
         import_module(module)
     gc.freeze()  # children share these pages as long as no collection writes to them

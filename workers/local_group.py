@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -43,6 +44,7 @@ Answer = TypeVar("Answer")
 # torch imports its compiler, for a second, at the first torch.cat of meta tensors: see rank_plan.
 PRELOAD = ("workers.local_rank", "torch._dynamo")
 _STARTING = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 class Answering(Protocol):
@@ -149,7 +151,17 @@ def _fork_server() -> ForkServer:
             for outdated in _servers:
                 outdated.close()
             _servers[:] = [ForkServer(*PRELOAD)]
+            threading.Thread(
+                target=_replace_if_lost, args=_servers, name="fork-server", daemon=True
+            ).start()
         return _servers[0]
+
+
+def _replace_if_lost(server: ForkServer) -> None:
+    """Have another at hand before a rank is lost: its imports take seconds."""
+    if server.wait_for_loss():
+        _log.warning("the process that starts ranks has ended; another is started")
+        _fork_server()
 
 
 @dataclass(frozen=True)

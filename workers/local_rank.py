@@ -9,6 +9,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
 from collectives.shared_memory.rendezvous import remove_rendezvous
+from workers.forkserver import resume_with_parent_death
 from workers.local_group import WorkerThreads
 from workers.messages import Call, Join, Rendezvous, Reply
 from workers.standby.worker import worker_for
@@ -51,4 +52,5 @@ def serve(connection: Connection, driver: int) -> None:
 
 
 if __name__ == "__main__":
+    resume_with_parent_death()
     serve(Connection(int(sys.argv[2])), int(sys.argv[3]))  # after the session token

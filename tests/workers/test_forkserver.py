@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from dp_runtime.errors import StartError
 from tests.workers.engines import REPOSITORY
 from tests.workers.leftovers import wait_until
-from workers import forkserver
+from workers import forkserver, local_group
 from workers.forkserver import ForkServer
 
 TELL = "tests.workers.forked:tell"
@@ -31,6 +32,8 @@ told = [channel.recv() for process, channel in children]
 if os.fork() == 0:  # holds the driver's ends of all channels
     time.sleep(60)
 os.kill(told[1]["pid"], signal.SIGSTOP)
+if sys.argv[1:]:
+    os.kill(told[0]["server"], signal.SIGSTOP)
 print(json.dumps(told), flush=True)
 time.sleep(60)
 """
@@ -160,22 +163,79 @@ def test_a_server_of_another_import_path_is_not_used(monkeypatch: pytest.MonkeyP
     server.close()
 
 
-def test_all_end_with_the_driver(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped_too", [[], ["server"]])
+def test_all_end_with_the_driver(stopped_too: list[str]) -> None:
     """Also where a child of its program holds its sockets, and where a rank is stopped."""
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
+        [sys.executable, "-c", DRIVER, *stopped_too], cwd=REPOSITORY, stdout=subprocess.PIPE,
+        text=True, start_new_session=True,
     )  # fmt: skip
+    processes: list[psutil.Process] = []
     try:
         assert driver.stdout is not None
         told = json.loads(driver.stdout.readline())
-        processes = [psutil.Process(one["pid"]) for one in told]
+        processes += [psutil.Process(one["pid"]) for one in told]
         processes.append(psutil.Process(told[0]["server"]))
         driver.kill()
         driver.wait()
         wait_until(lambda: not any(map(alive, processes)), "children and server end", 20)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)  # the forked child
+        end(processes)
+
+
+FRESH = """
+import os, signal, time
+from dp_runtime.config import EngineConfig
+from workers.local_group import ProcessRank, _spawn
+from workers import local_group
+from workers.messages import ReadHealth
+local_group._fork = _spawn
+rank = ProcessRank(0, EngineConfig("x"), "cpu")
+pid = rank.call(ReadHealth()).result().pid
+os.kill(pid, signal.SIGSTOP)
+print(pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_stopped_rank_of_a_fresh_interpreter_ends_with_the_driver() -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", FRESH], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    with driver:
+        assert driver.stdout is not None
+        rank = psutil.Process(int(driver.stdout.readline()))
+        driver.kill()
+    try:
+        wait_until(lambda: not alive(rank), "the rank ends", 20)
+    finally:
+        end([rank])
+
+
+def test_a_server_that_dies_is_replaced_before_a_rank_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_group, "PRELOAD", ("tests.workers.forked",))
+    servers: list[ForkServer] = []
+    monkeypatch.setattr(local_group, "_servers", servers)
+    first = local_group._fork_server()
+    child, _ = first.fork(TELL, "dp-rank-0", 60.0)
+    first._process.kill()
+    wait_until(lambda: servers[0] is not first, "another is started")
+    assert local_group._fork_server() is servers[0]
+    again, channel = servers[0].fork(TELL, "dp-rank-0", 60.0)
+    assert channel.recv()["server"] == servers[0]._process.pid
+    for process in (child, again):
+        process.kill()
+    servers[0].close()
+    assert not servers[0].wait_for_loss(), "nobody needs another"
+
+
+def end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def alive(process: psutil.Process) -> bool:

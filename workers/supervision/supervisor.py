@@ -86,10 +86,7 @@ class Supervisor:
                 self._ranks.seat(dp_rank).call(Abort(request_ids))
 
     def until_answered(self, ask: Callable[[], Answer]) -> Answer:
-        """Ask ranks, and once more while one of them is lost or replaced.
-
-        Raises RankFailed if that lasts for start_timeout_s, or the engine has failed by then.
-        """
+        """Ask ranks again while one of them is lost or replaced; RankFailed if it stays so."""
         until = monotonic() + self._config.start_timeout_s
         while True:
             try:
