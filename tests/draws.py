@@ -11,7 +11,7 @@ import torch
 
 from dp_runtime import RequestOutput, SamplingParams
 from dp_runtime.core.request import FinishReason
-from dp_runtime.sampling.rng import uniform
+from dp_runtime.sampling.rng import counter_bits
 from tests.reference import NearTie, Reference, Tokens
 
 MARGIN = 1e-5
@@ -24,7 +24,8 @@ def draw(
     """The next token, written plainly in float64, and how close any decision on the way was.
 
     logits [vocab]. The second number is the least distance of a compared pair: of logits for
-    greedy and top_k, of shares of the distribution for top_p, min_p and the draw itself.
+    greedy and top_k, of shares of the distribution for top_p and min_p, of logits with noise for
+    the draw itself.
     """
     x = logits.astype(np.float64)
     for token, bias in params.logit_bias.items():
@@ -54,10 +55,31 @@ def draw(
     min_weight = params.min_p * weights.max()
     margins.append(np.abs(weights[weights > 0] - min_weight).min() if params.min_p else 1.0)
     weights[weights < min_weight] = 0
-    cumulative = np.cumsum(weights) / weights.sum()
-    u = uniform(torch.tensor([params.seed]), torch.tensor([len(outputs)])).item()
-    margins.append(np.abs(u - cumulative[:-1]).min())
-    return int(np.searchsorted(cumulative, u, side="right")), float(min(margins))
+    key = int(counter_bits(torch.tensor([params.seed]), torch.tensor([len(outputs)])))
+    with np.errstate(divide="ignore"):
+        scores = np.log(weights) - np.log(exponentials(key, len(x)))
+    second, first = np.argsort(scores)[-2:]
+    margins.append(scores[first] - scores[second])
+    return int(first), float(min(margins))
+
+
+def exponentials(key: int, vocab: int) -> np.ndarray:
+    """The time at which each token comes if all are equally likely: [vocab] float64."""
+    u = token_bits(key, vocab).astype(np.float32) + np.float32(0.5)
+    u *= np.float32((1 - 2.0**-24) / 2**31)  # below 1
+    return -np.log1p(-u.astype(np.float64))
+
+
+def token_bits(key: int, vocab: int) -> np.ndarray:
+    """Random integers [vocab] below 2**31, by Python's own."""
+    low, high = key % 2**32, key // 2**32 % 2**32
+    found = []
+    for token in range(vocab):
+        x = (token * 0x9E3779B9 + low) % 2**32
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32 ^ high
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        found.append((x ^ x >> 16) % 2**31)
+    return np.array(found)
 
 
 def check_drawn(

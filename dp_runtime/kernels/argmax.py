@@ -17,14 +17,21 @@ def row_maxima(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert values.stride(1) == 1, "a row is in one piece"
     parts = triton.cdiv(size, BLOCK * BLOCKS_AT_ONCE)
     keys = torch.empty(rows, parts, dtype=torch.int64, device=values.device)
-    peaks = torch.empty(rows, dtype=torch.float32, device=values.device)
-    best = torch.empty(rows, dtype=torch.int64, device=values.device)
-    finite = torch.empty(rows, dtype=torch.bool, device=values.device)
     if rows:
         _part_maxima[(rows, parts)](
             values, keys, size, values.stride(0), parts,
             BLOCK=BLOCK, BLOCKS=BLOCKS_AT_ONCE, num_warps=4,
         )  # fmt: skip
+    return reduce_keys(keys)
+
+
+def reduce_keys(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find each row's maximum, its column, and if it is finite, in the keys [n, parts] of parts."""
+    rows, parts = keys.shape
+    peaks = torch.empty(rows, dtype=torch.float32, device=keys.device)
+    best = torch.empty(rows, dtype=torch.int64, device=keys.device)
+    finite = torch.empty(rows, dtype=torch.bool, device=keys.device)
+    if rows:
         _row_maxima[(rows,)](
             keys, peaks, best, finite, parts, PARTS=triton.next_power_of_2(parts), num_warps=1
         )
@@ -33,7 +40,6 @@ def row_maxima(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @triton.jit
 def _part_maxima(values, keys, size, stride, parts, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Pack a maximum above its inverted column, so that the largest key is the first maximum."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -45,11 +51,16 @@ def _part_maxima(values, keys, size, stride, parts, BLOCK: tl.constexpr, BLOCKS:
         value = value.to(tl.float32)
         better = (value > peak) | (value != value)
         peak, first = tl.where(better, value, peak), tl.where(better, column, first)
+    tl.store(keys + row * parts + part, tl.max(ordered_key(peak, first), 0))
+
+
+@triton.jit
+def ordered_key(peak, first):
+    """Pack a maximum above its inverted column, so that the largest key is the first maximum."""
     bits = tl.where(peak == 0.0, 0, peak.to(tl.int32, bitcast=True))  # one zero
     bits = tl.where(peak != peak, 0x7FC00000, bits)  # one NaN, above all else
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # as integers in the order of the floats
-    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - first).to(tl.int64)
-    tl.store(keys + row * parts + part, tl.max(key, 0))
+    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - first).to(tl.int64)
 
 
 @triton.jit

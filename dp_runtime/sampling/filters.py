@@ -1,4 +1,4 @@
-"""Penalties, filters and the inverse of the distribution."""
+"""Penalties, and the filters of what may be drawn."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def penalise(
     return logits - frequency * counts - presence * in_output
 
 
-def keep_weights(
+def keep_logits(
     logits: Tensor,  # [n, vocab] float32
     peaks: Tensor,  # [n] their maxima
     draws: Array,  # [n, 4] temperature above 0, top_k in 1..vocab, top_p, min_p
 ) -> Tensor:
-    """Weigh the tokens that may be drawn [n, vocab] float32; all others get 0.
+    """Return logits [n, vocab] float32 to draw from, up to a constant; -inf may not be drawn.
 
-    NOTE: softmax, not exp: a vectorised function may round a row's tail differently elsewhere.
+    The largest is 0 and stays, since no filter takes a peak.
     """
     temperature, top_k, top_p, min_p = draws.T
-    device = logits.device
-    temperatures = on_device(temperature.astype(np.float32), device)
-    scaled = (logits - peaks[:, None]) / temperatures[:, None]
+    temperatures = on_device(temperature.astype(np.float32), logits.device)
+    kept = (logits - peaks[:, None]) / temperatures[:, None]
     rows = np.flatnonzero(top_k < logits.shape[1])
     counts = top_k[rows].astype(np.int64)
-    weights = change_rows(scaled, rows, lambda limited: _keep_top_k(limited, counts)).softmax(-1)
-    rows = np.flatnonzero(top_p < 1)
-    weights = change_rows(weights, rows, lambda limited: _keep_top_p(limited, top_p[rows]))
+    kept = change_rows(kept, rows, lambda limited: _keep_top_k(limited, counts))
+    nuclei = np.flatnonzero(top_p < 1)
+    kept = change_rows(kept, nuclei, lambda limited: _keep_top_p(limited, top_p[nuclei]))
     if min_p.any():
-        shares = on_device(min_p.astype(np.float32), device)
-        weights = weights.masked_fill(weights < (shares * weights.amax(-1))[:, None], 0)
-    return weights
+        least = np.log(min_p, out=np.full_like(min_p, -np.inf), where=min_p > 0)
+        floors = on_device(least.astype(np.float32), logits.device)
+        kept = kept.masked_fill(kept < floors[:, None], -torch.inf)
+    return kept
 
 
 def _keep_top_k(logits: Tensor, top_k: Array) -> Tensor:
@@ -59,24 +59,12 @@ def _keep_top_k(logits: Tensor, top_k: Array) -> Tensor:
     return logits.masked_fill(logits < kth_best, -torch.inf)
 
 
-def _keep_top_p(weights: Tensor, top_p: Array) -> Tensor:
-    ordered, ids = weights.sort(dim=-1, descending=True, stable=True)
-    sums = ordered.cumsum(-1, dtype=torch.float64)
-    goals = on_device(top_p, weights.device)[:, None] * sums[:, -1:]
-    ordered[:, 1:].masked_fill_(sums[:, :-1] >= goals, 0)
-    return torch.empty_like(weights).scatter_(1, ids, ordered)
-
-
-def invert(
-    weights: Tensor,  # [n, vocab] float32
-    uniforms: Tensor,  # [n] float64 in [0, 1)
-    fallback: Tensor,  # [n] int64 of positive weight, where rounding is not monotonic
-) -> Tensor:
-    """Find where cumulative weights pass uniforms * their sum; NaN weights get the fallback."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    goals = uniforms[:, None] * sums[:, -1:]
-    tokens = torch.searchsorted(sums, goals, right=True).clamp_(max=weights.shape[1] - 1)
-    return torch.where(weights.gather(1, tokens) > 0, tokens, fallback[:, None]).squeeze(1)
+def _keep_top_p(logits: Tensor, top_p: Array) -> Tensor:
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    sums = ordered.softmax(-1).cumsum(-1, dtype=torch.float64)
+    goals = on_device(top_p, logits.device)[:, None] * sums[:, -1:]
+    ordered[:, 1:].masked_fill_(sums[:, :-1] >= goals, -torch.inf)
+    return torch.empty_like(logits).scatter_(1, ids, ordered)
 
 
 def take_rows(matrix: Tensor, rows: Array) -> Tensor:  # rows ascend

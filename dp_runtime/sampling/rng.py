@@ -40,9 +40,13 @@ def _mix_int(value: int) -> int:
     return bits ^ bits >> 31
 
 
-def uniform(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:
-    """Draw [n] float64 from [0, 1) by SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
+def counter_bits(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:
+    """Draw [n] int64 of 64 bits by SplitMix64's finaliser (Steele, Lea and Flood, 2014)."""
     # Seed, stream and index are mixed in turn, so that neighbouring seeds share no sequence.
     key = _mix(_mix(seeds + _signed(_GOLDEN)) + _signed(_GOLDEN * (stream + 1)))
-    bits = _mix(key + (indices + 1) * _signed(_GOLDEN))
-    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+    return _mix(key + (indices + 1) * _signed(_GOLDEN))
+
+
+def uniform(seeds: Tensor, indices: Tensor, stream: int = 0) -> Tensor:
+    """Draw [n] float64 from [0, 1)."""
+    return _shift_right(counter_bits(seeds, indices, stream), 11).to(torch.float64) * 2.0**-53

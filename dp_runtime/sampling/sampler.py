@@ -16,13 +16,14 @@ from dp_runtime.core.request import RankRequest, TokenLogprob
 from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.sampling.bad_words import mask_bad_words
 from dp_runtime.sampling.draft_verification import Verification, accepted_drafts, first_positions
-from dp_runtime.sampling.filters import Array, invert, keep_weights, take_rows
+from dp_runtime.sampling.filters import Array, keep_logits, take_rows
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, LogitsOf, Logprobs, row_parts, token_logprobs
 from dp_runtime.sampling.penalties import penalise_rows
 from dp_runtime.sampling.request_sampling import RequestSampling
-from dp_runtime.sampling.rng import uniform
+from dp_runtime.sampling.rng import counter_bits
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.token_masks import NO_GRAMMARS, GrammarMasks, mask_rows
+from dp_runtime.sampling.token_race import race
 
 
 class SampledTokens(NamedTuple):
@@ -61,7 +62,7 @@ class Sampled:
         return SampledTokens(tuple(token_ids.tolist()), tuple(logprobs), num_accepted, invalid)
 
 
-CHOICE_BYTES = 38  # per logit, for all filters together
+CHOICE_BYTES = 34  # per logit, for all filters together
 
 
 def sampling_bytes(num_rows: int, vocab_size: int) -> int:
@@ -77,8 +78,9 @@ class Sampler:
     of allowed_token_ids, bad_words, grammars and, below min_tokens, of stop ids; repetition penalty
     over prompt and outputs (Keskar et al., CTRL, 2019), frequency and presence penalty over outputs
     (OpenAI API reference); temperature; top_k with what ties; top_p; min_p. The token is the
-    inverse of the cumulative distribution at uniform(seed, output index). Other ties go to the
-    lowest id. A row's token depends on its request, index and logits alone, not on the batch.
+    largest of what is left plus noise, a pure function of seed, output index and token id. Other
+    ties go to the lowest id. A row's token depends on its request, index and logits alone, not on
+    the batch; logits that round differently change it only where the two best tie in that rounding.
     NOTE: penalties and bad_words follow the outputs, of which such a request samples each in order.
     """
 
@@ -248,9 +250,9 @@ class Sampler:
         device_index = on_device(index, self.device)
         seeds, outputs = on_device(counters[:, index], self.device)
         drawn, fallback = take_rows(logits, index), best[device_index]
-        weights = keep_weights(drawn, peaks[device_index], draws[index])
-        picked = invert(weights, uniform(seeds, outputs), fallback)
-        return best.index_copy(0, device_index, picked)
+        kept = keep_logits(drawn, peaks[device_index], draws[index])
+        tokens, valid = race(kept, counter_bits(seeds, outputs))
+        return best.index_copy(0, device_index, torch.where(valid, tokens, fallback))
 
     def _logprobs(
         self, logits: Tensor, token_ids: Tensor, requests: list[RequestSampling]
