@@ -44,7 +44,7 @@ def test_a_rank_at_fault_is_replaced_and_no_other(
         assert disturbed == alike(served(engine, 5, lambda: None))
         assert epochs(engine) == {len(faults)}
         group: Any = engine._core._group
-        lost = [one.dp_ranks for one in group._recovery._history]
+        lost = [one.dp_ranks for one in group._supervisor._recovery._history]
         replaced = [() if kind == "mismatch" else (rank,) for rank, kind in faults]
         assert lost == replaced
         check_pages_free(engine)
