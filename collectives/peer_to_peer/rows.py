@@ -27,6 +27,7 @@ from collectives.peer_to_peer.kernels import (
 from collectives.watchdog import Watchdog
 from dp_runtime.core.device_copy import on_device
 from dp_runtime.errors import StartError
+from dp_runtime.host.capturing import not_capturing
 from dp_runtime.kernels.triton_launch import overlaps
 from dp_runtime.parallel.collective import Counts
 
@@ -35,6 +36,7 @@ NUM_WARPS = 8
 GATHER, SCATTER = range(2)
 WORDS = (torch.int32, torch.int16, torch.uint8)  # rows are moved as the widest that divides them
 SUMS = {torch.int32: tl.int32, torch.int64: tl.int64, torch.float64: tl.float64}  # else float32
+CAPTURE_S = 1.0  # for a graph that is being captured, before the device is waited for
 MAX_LAYOUTS = 4096  # counts whose offsets the device remembers
 
 
@@ -183,7 +185,8 @@ class PeerRows:
             self._watch.close()
             with torch.cuda.stream(self._side):
                 self._stop.copy_(self._one, non_blocking=True)
-            torch.cuda.synchronize(self._stop.device)
+            with not_capturing(CAPTURE_S):
+                torch.cuda.synchronize(self._stop.device)
 
     def close(self) -> None:
         """Unmap the peers' memory; the own one stays, for a peer may not have let go of it yet."""

@@ -24,12 +24,13 @@ from collectives.rows import split
 from collectives.torch_distributed.state import GroupState
 from collectives.watchdog import Watchdog
 from dp_runtime.errors import StartError
+from dp_runtime.host.capturing import not_capturing
 from dp_runtime.parallel.collective import Counts
 
 # These keep torch from starting its own watchdog, which ends the process when a peer is lost, and
 # its monitor; a Watchdog has their task here (docs/collectives.md).
 ENVIRONMENT = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_FR_BUFFER_SIZE": "0"}
-_GRACE_S = 1.0  # for a launch to end before an abort; one that is stuck is ended by it
+_GRACE_S = 1.0  # for a capture, and a launch, to end before an abort, which ends a stuck launch
 
 
 def set_environment() -> None:
@@ -117,12 +118,13 @@ class NcclRows:
                 return
             self._aborted = True
             self._watch.close()
-            free = self._launching.acquire(timeout=_GRACE_S)
-            try:
-                self._backend.abort()
-            finally:
-                if free:
-                    self._launching.release()
+            with not_capturing(_GRACE_S):  # a capture launches, so its turn comes first
+                free = self._launching.acquire(timeout=_GRACE_S)
+                try:
+                    self._backend.abort()
+                finally:
+                    if free:
+                        self._launching.release()
 
     def _connect(self, dp_size: int) -> None:
         torch.cuda.set_device(self._device)

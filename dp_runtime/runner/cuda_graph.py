@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from dp_runtime.host.capturing import capturing
+
 Output = TypeVar("Output")
 
 
@@ -14,6 +16,7 @@ def capture_graph(run: Callable[[], Output], pool: Any) -> tuple[torch.cuda.CUDA
     run()  # compiles, plans and connects: none of it may happen while capturing
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # Threads that abort or watch the rank call CUDA meanwhile. An exception ends the capture.
+    with capturing(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = run()
     return graph, output

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from collectives.torch_distributed import nccl
 from collectives.torch_distributed.group import TorchDistributedGroup
 from dp_runtime.errors import CollectiveAborted, CollectiveTimeout, StartError
+from dp_runtime.host.capturing import capturing
 from tests.collectives import cases
 from tests.collectives.ranks import RankThread, outcome
 from tests.collectives.test_rows import patterns
@@ -116,6 +117,24 @@ def test_rows(machine: Machine, tmp_path: Path, dp_size: int) -> None:
 
     run(tmp_path, dp_size, case)
     assert sorted(machine.aborts) == list(range(dp_size))  # each frees its device, once
+
+
+def test_an_abort_waits_for_the_end_of_a_capture(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl, "_GRACE_S", 20.0)
+
+    def case(group: TorchDistributedGroup) -> list[int]:
+        with capturing():
+            thread = threading.Thread(target=group.abort, args=("an epoch ends",))
+            thread.start()
+            thread.join(0.2)
+            aborted_meanwhile = list(machine.aborts)
+        thread.join()
+        return aborted_meanwhile
+
+    assert run(tmp_path, 1, case) == [[]]
+    assert machine.aborts == [0]
 
 
 def test_ranks_leave_together(machine: Machine, tmp_path: Path) -> None:

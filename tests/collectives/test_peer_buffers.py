@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from collectives.peer_to_peer import buffers
+from collectives.peer_to_peer import buffers, rows
 from collectives.peer_to_peer.buffers import MIN_BYTES, PeerBuffer
-from collectives.peer_to_peer.rows import GATHER, SCATTER, Alternation
+from collectives.peer_to_peer.rows import GATHER, SCATTER, Alternation, PeerRows
+from collectives.watchdog import Watchdog
+from dp_runtime.host.capturing import capturing
+from tests.workers.leftovers import wait_until
 
 
 @dataclass(eq=False)
@@ -83,3 +89,28 @@ def test_which_operations_repeat() -> None:
     alternation = Alternation()
     order = (GATHER, SCATTER, SCATTER, GATHER, GATHER, GATHER)
     assert [alternation.repeats(each) for each in order] == [False, False, True, False, True, True]
+
+
+def test_an_abort_ends_kernels_at_once_and_waits_for_the_device_after_a_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[object] = []
+    monkeypatch.setattr(rows, "CAPTURE_S", 20.0)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda of: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    peer = PeerRows.__new__(PeerRows)
+    watchdog, stop = Watchdog(60.0, lambda error: None), torch.zeros(1)
+    own: dict[str, Any] = {
+        "_aborting": threading.Lock(), "_aborted": False, "_side": None, "_watch": watchdog,
+        "_stop": stop, "_one": torch.ones(1),
+    }  # fmt: skip
+    vars(peer).update(own)
+    with capturing():
+        thread = threading.Thread(target=peer.abort)
+        thread.start()
+        wait_until(lambda: bool(stop.item()), "kernels are told to stop")
+        thread.join(0.2)
+        assert not waited
+    thread.join()
+    assert len(waited) == 1
