@@ -85,6 +85,10 @@ class StepAbandoned(OneLineError):
     """A step can not end, because of one request that is over now; its rank is well."""
 
 
+class CaptureFailed(OneLineError):
+    """A rank could not capture one of its CUDA graphs."""
+
+
 class StartError(OneLineError):
     """The ranks could not be started; names the ranks and the reason."""
 

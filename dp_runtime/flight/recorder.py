@@ -52,6 +52,7 @@ class Phase(IntEnum):
     COMMIT = 5  # on a GPU, the wait for its results too
     IDLE = 6
     ENDED = 7  # all ranks agreed to stop
+    CAPTURE = 8  # of CUDA graphs, between two steps
 
 
 class Kind(IntEnum):
@@ -164,6 +165,9 @@ class FlightRecorder:
     def committed(self, step_id: int) -> None:
         at = self._layout.step(self._first_turn + step_id) + COMMITTED_AT
         MARK.pack_into(self._memory, at, perf_counter_ns())
+
+    def capture(self) -> None:
+        NOW.pack_into(self._memory, NOW_AT, Phase.CAPTURE, self._turn, 0, perf_counter_ns())
 
     def rest(self) -> None:
         NOW.pack_into(self._memory, NOW_AT, IDLE, self._turn, 0, perf_counter_ns())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dp_runtime.metrics.status import RankHealth, RankState
 
-SERVING = (RankState.RUNNING, RankState.IDLE)
+SERVING = (RankState.RUNNING, RankState.IDLE, RankState.CAPTURING)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ def _describe(rank: RankHealth) -> dict[str, str | int | float]:
         "dp_size": rank.dp_size,
         "last_step": rank.last_step,
         "last_step_age_s": round(rank.last_step_age_s, 3),
+        "graphs_captured": rank.graphs_captured,
+        "graphs_total": rank.graphs_total,
         "running": rank.num_running,
         "queued": rank.num_queued,
         "host": rank.host,

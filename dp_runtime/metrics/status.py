@@ -17,7 +17,7 @@ class RankState(StrEnum):
     LOADING = "loading"
     COMPILING = "compiling"  # weights are there, kernels are not all built
     READY = "ready"
-    CAPTURING = "capturing"  # decode graphs
+    CAPTURING = "capturing"  # CUDA graphs; in all epochs but the first it steps meanwhile
     RUNNING = "running"
     IDLE = "idle"
     FAILED = "failed"

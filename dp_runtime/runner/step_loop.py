@@ -17,6 +17,7 @@ from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
+from dp_runtime.runner.pending_capture import PendingCapture
 from dp_runtime.runner.step_runner import CapturedGraphs, StepOutput, StepRunner
 from dp_runtime.runner.step_timer import StepTimer
 from dp_runtime.scheduler.abandonment import fail_prefill
@@ -63,9 +64,28 @@ class StepLoop:
         self.idle = threading.Event()
         self._max_inflight_steps = max_inflight_steps
         self._inflight: deque[InflightStep] = deque()
+        self._pending: PendingCapture | None = None
         self._num_drafts = (0, 0)  # proposed and accepted since the last record
         self._wait_s = 0.0  # for slower ranks, in the last step
         self._dp_rank = coordinator.dp_rank
+
+    @property
+    def is_capturing(self) -> bool:
+        return self._pending is not None
+
+    def capture(self, pending: PendingCapture) -> None:
+        """Capture these between steps from now on, and then replay them; an event of all ranks."""
+        self._pending = pending
+
+    def advance_capture(self) -> None:
+        """Capture the next unit of what is pending, at the same place of a step on all ranks.
+
+        NOTE: whoever captured the last one votes for graphs in its next record, so all ranks plan
+        by graphs from the same step on.
+        """
+        if self._pending is not None and self._pending.advance():
+            self.use_graphs(self._pending.graphs)
+            self._pending = None
 
     def use_graphs(self, captured: CapturedGraphs) -> None:
         """Choose among these graphs from the next step on; all ranks have captured the same."""
@@ -121,7 +141,21 @@ class StepLoop:
             return False
         if agreement.idle:
             self._rest(deliver)
-            return True
+        else:
+            self._launch(scheduled, agreement, timer, deliver)
+        if self.is_capturing:
+            self._commit_down_to(0, deliver)  # a capture waits for the device: tokens go out first
+            self.flight.capture()
+            self.advance_capture()
+        return True
+
+    def _launch(
+        self,
+        scheduled: SchedulerOutput,
+        agreement: Agreement,
+        timer: StepTimer,
+        deliver: Deliver,
+    ) -> None:
         self.runner.clear_pages(self.scheduler.page_table.take_pages_to_clear())
         try:
             output = self.launch(scheduled, agreement)
@@ -131,7 +165,6 @@ class StepLoop:
         self._wait_s = timer.agree_wait_s + sum(each.wait_s for each in output.passes)
         self._inflight.append(InflightStep(scheduled, agreement, output, timer))
         self._commit_down_to(self._max_inflight_steps, deliver)
-        return True
 
     def _blame_request(
         self, scheduled: SchedulerOutput, error: Exception, deliver: Deliver
@@ -147,12 +180,12 @@ class StepLoop:
             deliver(self.commit(self._inflight.popleft()))
 
     def _rest(self, deliver: Deliver) -> None:
-        """No rank has rows: commit what is left, else sleep until a request arrives anywhere.
+        """No rank has rows: commit or capture what is left, else sleep until a request arrives.
 
         NOTE: every rank calls `idle`, if only for no time, or its next record wakes nobody. Ranks
         differ in what is in flight: those that may not run ahead have committed it already.
         """
-        goes_on = bool(self._inflight) or self.scheduler.has_work
+        goes_on = bool(self._inflight) or self.scheduler.has_work or self.is_capturing
         self._commit_down_to(0, deliver)
         if not goes_on:
             self.idle.set()

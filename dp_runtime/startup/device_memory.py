@@ -24,6 +24,12 @@ def free_bytes(device: str) -> int:
     return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
+def uncached_free_bytes(device: str) -> int:
+    """Count what torch keeps for later allocations as free too; it is, after this."""
+    torch.cuda.empty_cache()
+    return free_bytes(device)
+
+
 def free_garbage(device: str) -> None:
     """Give what nobody holds any more back, also to the device."""
     gc.collect()

@@ -1,66 +1,52 @@
-"""The capture of a rank's graphs, an event of all ranks at once."""
+"""Which graphs a rank captures, together with all others."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from time import monotonic
-
-import torch
 
 from dp_runtime.core.step_program import Pass
-from dp_runtime.metrics.status import GraphUse
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.runner.pass_graphs import PassGraphs
+from dp_runtime.runner.pending_capture import PendingCapture
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
-from dp_runtime.startup.device_memory import free_bytes
+from dp_runtime.startup.device_memory import uncached_free_bytes
 from dp_runtime.startup.rank_plan import RankPlan
-
-logger = logging.getLogger(__name__)
 
 MakeBuckets = Callable[[int, int], GraphBuckets]  # of max_requests and query_len
 
 
-def capture(
+def plan_capture(
     plan: RankPlan,
     loop: StepLoop,
     on_captured: Callable[[int, int], None],  # hears how many are done, of how many
     make_buckets: MakeBuckets = GraphBuckets,
-) -> GraphUse:
-    """Capture all graphs together with all other ranks; the loop then replays them."""
-    started, free = monotonic(), free_bytes(plan.device)
-    captured = CapturedGraphs(
+) -> PendingCapture:
+    """Make the buffers of all graphs of a loop, which are yet to be captured."""
+    before = uncached_free_bytes(plan.device)
+    graphs = CapturedGraphs(
         passes={
             pass_kind: _pass_graphs(pass_kind, plan, loop, make_buckets)
             for pass_kind in loop.runner.passes
         },
         piecewise=_piecewise_graphs(loop.runner, plan.limits.max_num_tokens),
     )
-    of_passes = [graphs for each in captured.passes.values() for graphs in each.values()]
-    parts: list[PassGraphs | PiecewiseGraphs] = [*captured.piecewise.values(), *of_passes]
-    total, done = sum(part.count for part in parts), 0
+    used_bytes = lambda: before - uncached_free_bytes(plan.device)  # noqa: E731
+    return PendingCapture(graphs, loop.runner.collective, used_bytes, on_captured)
+
+
+def capture_all(loop: StepLoop, pending: PendingCapture) -> None:
+    """Capture all graphs before any step, together with all other ranks; the loop replays them."""
+    loop.capture(pending)
     try:
-        with torch.inference_mode():
-            for part in parts:
-                for _ in part.capture():
-                    done += 1
-                    on_captured(done, total)
+        while loop.is_capturing:
+            loop.advance_capture()
     except BaseException as error:
         loop.coordinator.abort(f"{type(error).__name__}: {error}")
         raise
-    loop.use_graphs(captured)
-    use = GraphUse(total, monotonic() - started, free - free_bytes(plan.device))
-    stages = captured.piecewise[loop.runner.model].buckets
-    logger.info(
-        "captured %s; steps with prefill replay their MoE stages up to %d rows of a rank",
-        use,
-        stages.max_rows,
-    )
-    return use
 
 
 def _pass_graphs(

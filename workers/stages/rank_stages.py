@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from dataclasses import dataclass, replace
 from socket import socket
@@ -20,8 +19,9 @@ from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.kernels.jit_build import forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
-from dp_runtime.metrics.status import GraphUse, RankHealth, RankState
+from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.runner.fault_injection import DueFaults, FaultyLaunch
+from dp_runtime.runner.pending_capture import PendingCapture
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.startup.build_rank import (
     assemble,
@@ -30,7 +30,8 @@ from dp_runtime.startup.build_rank import (
     new_flight,
     profile,
 )
-from dp_runtime.startup.graph_capture import capture
+from dp_runtime.startup.device_memory import free_garbage
+from dp_runtime.startup.graph_capture import capture_all, plan_capture
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank, sketch_rank
 from dp_runtime.startup.served_requests import ServedRequests
@@ -149,26 +150,31 @@ class Connected:
     due: DueFaults
 
     def begin(self, progress: StartProgress) -> Joined:
-        """Begin to step, once all ranks have measured memory and captured graphs, at every join."""
-        # Both are events of all ranks, some of which may be new, over the communicator's buffers.
+        """Begin to step; at the first start once memory is measured and graphs are captured.
+
+        Both are events of all ranks. Graphs write to the communicator's buffers, so every epoch has
+        its own; in later ones, whose requests wait, they are captured between the steps.
+        """
         prepared, rank = self.loaded.prepared, self.loaded.rank
         config, plan = prepared.config, prepared.plan
         board, collective = self.communicator.board, self.communicator.collective
         served = self.loaded.requests
+        if prepared.owns_process:
+            free_garbage(plan.device)  # the last epoch's loop and graphs, before there are others
         loop = assemble(config, plan, rank, board, collective, prepared.flight, self.epoch, served)
         measures = prepared.device.type != "cpu" and self.epoch == 0
         measured = profile(loop, rank) if measures else None
-        graphs = None
-        if plan.graphs:
+        pending = plan_capture(plan, loop, progress.count_graphs) if plan.graphs else None
+        if pending is not None and self.epoch > 0:
+            loop.capture(pending)
+        elif pending is not None:
             progress.state = RankState.CAPTURING
-            graphs = capture(plan, loop, progress.count_graphs)
-        if prepared.owns_process:
-            gc.collect()  # the last epoch's loop and graphs
-            if measures:  # else a new rank has run no step yet, and builds kernels as they come
-                forbid_compilation()
+            capture_all(loop, pending)
+        if prepared.owns_process and measures:
+            forbid_compilation()  # in a later epoch a new rank builds kernels as they come
         if self.due:
             FaultyLaunch(loop, self.due)
-        return Joined(self, loop, measured, graphs)
+        return Joined(self, loop, measured, pending)
 
     def abandon(self, reason: str) -> None:
         self.communicator.board.abort(reason)
@@ -186,10 +192,10 @@ class Joined:
         connected: Connected,
         loop: StepLoop,
         measured: MemoryUse | None,
-        graphs: GraphUse | None,
+        capture: PendingCapture | None,
     ) -> None:
         self.connected, self.loop = connected, loop
-        self._measured, self._graphs = measured, graphs
+        self._measured, self._capture = measured, capture
         self._dp_rank = connected.loaded.prepared.dp_rank
         self._thread = threading.Thread(
             target=self._run, name=f"dp-rank-{self._dp_rank}", daemon=True
@@ -244,7 +250,7 @@ class Joined:
             state=self._state,
             last_step=step,
             last_step_age_s=monotonic() - since,
-            graphs=self._graphs,
+            graphs=self._capture.use if self._capture else None,
             memory=replace(health.memory, measured=self._measured),
         )
 
@@ -252,6 +258,8 @@ class Joined:
     def _state(self) -> RankState:
         if self.mailbox.error is not None:
             return RankState.FAILED
+        if self.loop.is_capturing:
+            return RankState.CAPTURING
         return RankState.IDLE if self.loop.idle.is_set() else RankState.RUNNING
 
     def _run(self) -> None:

@@ -60,7 +60,7 @@ class _Pulse:
     health: RankHealth | None = None
     comes_up: bool = True  # its process has not answered anybody yet, as far as is known
     is_lost: bool = False  # and was reported
-    moved_at: float = math.inf  # when it was last seen to rest, or to have ended another step
+    moved_at: float = math.inf  # when it was last seen to rest, or to have ended or captured more
 
     @property
     def has_come_up(self) -> bool:
@@ -82,7 +82,7 @@ class _Pulse:
 
     def _take(self, health: RankHealth, now: float) -> None:
         before, self.health, self.comes_up = self.health, health, False
-        steps = health.state is RankState.RUNNING
+        steps = health.state in (RankState.RUNNING, RankState.CAPTURING)
         if not steps or before is None or _place(before) != _place(health):
             self.moved_at = now
 
@@ -139,7 +139,7 @@ class RankWatch:
     def serve(self, limits: SilenceLimits, on_silence: OnSilence) -> None:
         """Judge by these limits, now that all ranks have answered the driver and joined."""
         for pulse in self._all:
-            pulse.comes_up = False
+            pulse.comes_up, pulse.moved_at = False, self._now
         self._judging = (limits, on_silence)
 
     def end(self) -> None:
@@ -179,8 +179,8 @@ class RankWatch:
         ]
 
 
-def _place(health: RankHealth) -> tuple[RankState, int, int]:
-    return health.state, health.epoch, health.last_step
+def _place(health: RankHealth) -> tuple[RankState, int, int, int]:
+    return health.state, health.epoch, health.last_step, health.graphs_captured
 
 
 def _silence_of(pulses: Sequence[_Pulse], now: float) -> str:

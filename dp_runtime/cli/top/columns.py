@@ -12,7 +12,7 @@ from rich.text import Text
 from dp_runtime.cli.top.rates import RankRow
 
 OLD_STEP_S = 5.0
-STYLES = {"running": "green", "idle": "cyan"}  # any other state is not good
+STYLES = {"running": "green", "idle": "cyan", "capturing": "yellow"}  # any other state is not good
 
 
 @dataclass(frozen=True)

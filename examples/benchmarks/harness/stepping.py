@@ -35,7 +35,7 @@ from dp_runtime.startup.build_rank import (
     new_flight,
     profile,
 )
-from dp_runtime.startup.graph_capture import MakeBuckets, capture
+from dp_runtime.startup.graph_capture import MakeBuckets, capture_all, plan_capture
 from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.harness.kernel_profile import Profile
 from examples.benchmarks.harness.spawned import run_spawned
@@ -184,7 +184,9 @@ class SteppedRank:
 
     def capture(self, buckets: MakeBuckets) -> None:
         """Capture graphs of these sizes, with all other ranks, in place of those there are."""
-        capture(self._plan, self.loop, lambda done, total: None, buckets)
+        capture_all(
+            self.loop, plan_capture(self._plan, self.loop, lambda done, total: None, buckets)
+        )
 
     def run(self, load: Load, window: Window | None = None) -> LoadResult:
         """Serve a load; all ranks call it at the same time, and end it together."""

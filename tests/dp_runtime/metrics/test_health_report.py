@@ -7,7 +7,7 @@ import pytest
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.status import RankHealth, RankState
 
-SERVING = {RankState.RUNNING, RankState.IDLE}
+SERVING = {RankState.RUNNING, RankState.IDLE, RankState.CAPTURING}
 
 
 @pytest.mark.parametrize("state", RankState)
@@ -22,9 +22,19 @@ def test_no_ranks_can_not_serve() -> None:
 
 def test_the_report_survives_json() -> None:
     ranks = [
-        RankHealth(0, RankState.IDLE, pid=7, host="a", last_step=12, last_step_age_s=0.12345),
+        RankHealth(
+            0,
+            RankState.IDLE,
+            pid=7,
+            host="a",
+            last_step=12,
+            last_step_age_s=0.12345,
+            graphs_captured=3,
+            graphs_total=4,
+        ),
         RankHealth(1, RankState.FAILED, error='rank 1: "x"\n'),
     ]
     first, second = json.loads(json.dumps(HealthReport.of(ranks).ranks))
     assert (first["state"], first["last_step"], first["last_step_age_s"]) == ("idle", 12, 0.123)
+    assert (first["graphs_captured"], first["graphs_total"]) == (3, 4)
     assert (second["dp_rank"], second["state"], second["error"]) == (1, "failed", 'rank 1: "x"\n')

@@ -13,31 +13,19 @@ import torch
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.attention_metadata import Place
-from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import Pass, Program
-from dp_runtime.models.causal_lm import Hidden
-from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.agreement import StepTotals
-from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
-from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.padding_cost import measure_padding_cost
-from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.runner import step_loop
-from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
-from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.step_loop import Inbox, StepLoop
-from dp_runtime.runner.step_runner import CapturedGraphs
-from dp_runtime.runner.step_timer import PassTimer
-from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from dp_runtime.startup.build_rank import assemble, load_rank, new_flight
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.dp_runtime.runner.eager_graphs import captured_of
 
 CPU = torch.device("cpu")
 LAST_STEPS = 2  # without rows, once all requests are done
@@ -208,55 +196,6 @@ def test_the_padding_cost_is_the_same_on_all_ranks() -> None:
         ]
         costs = {run.result(20) for run in runs}
     assert len(costs) == 1
-
-
-class EagerGraphs:
-    """Stands for a pass's captured graphs: launches again what they would replay."""
-
-    def __init__(self, runner: PassRunner, buckets: GraphBuckets, with_logits: bool) -> None:
-        self.buckets = buckets
-        self.replays: list[PaddingPlan] = []
-        self._runner, self._with_logits = runner, with_logits
-
-    def covers(self, batch: LocalBatch) -> bool:
-        return PassGraphs.covers(self, batch)  # type: ignore[arg-type]
-
-    def replay(
-        self, batch: LocalBatch, plan: PaddingPlan, future: FutureTokens, place: Place
-    ) -> PassOutput:
-        self.replays.append(plan)
-        eager = ExecutionPlan(ExecutionMode.EAGER, self.buckets.query_len, plan)
-        timer = PassTimer(self._runner.collective)
-        hidden = self._runner.run(eager, batch, future, place, timer).hidden
-        if not self._with_logits:
-            return PassOutput(hidden, None)
-        return PassOutput(hidden, RowLogits.from_logits(self._runner.model.logits(hidden.last)))
-
-
-class EagerStages:
-    """Stands for a model's captured stages."""
-
-    def __init__(self, model: PassModel, buckets: PiecewiseBuckets) -> None:
-        self.buckets = buckets
-        self.plans: list[PaddingPlan] = []
-        self._model = model
-
-    def forward(self, inputs: Any, metadata: Any, exchange: RowExchange) -> Hidden:
-        self.plans.append(exchange.plan)
-        return self._model.forward(inputs, metadata, exchange)
-
-
-def captured_of(loop: StepLoop) -> CapturedGraphs:
-    """Graphs of up to 2 requests a rank, and stages of up to 16 rows."""
-    program, passes = loop.coordinator.program, loop.runner.passes
-    graphs: Any = {}
-    for pass_kind, runner in passes.items():
-        length = program.query_len(pass_kind)
-        with_logits = pass_kind is not Pass.DRAFT_EXTEND
-        graphs[pass_kind] = {length: EagerGraphs(runner, GraphBuckets(2, length), with_logits)}
-    models = {runner.model for runner in passes.values()}
-    stages: Any = {model: EagerStages(model, PiecewiseBuckets(16)) for model in models}
-    return CapturedGraphs(graphs, stages)
 
 
 @pytest.mark.parametrize("num_steps", [0, 2])
