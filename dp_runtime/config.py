@@ -115,6 +115,11 @@ class EngineConfig:
     max_num_tokens: int = setting(
         2048, "tokens of a rank in a step; longer prompts run in chunks", at_least=1
     )
+    max_step_ms: float | None = setting(
+        None, "milliseconds of a step while requests wait for tokens: prompts get so little of it, "
+        "an eighth of max_num_tokens at least, that steps do not last longer on average",
+        above=0, at_most=60_000, shown_default="off",
+    )  # fmt: skip
     max_model_len: int | None = setting(
         None, "prompt and output tokens of a request", at_least=2, shown_default="the model's"
     )
@@ -182,10 +187,7 @@ class EngineConfig:
         300.0, "seconds until all ranks must serve", above=0, at_most=MAX_TIMEOUT_S
     )
     step_timeout_s: float = setting(
-        60.0,
-        "seconds that a rank waits for another in a step",
-        above=0,
-        at_most=MAX_TIMEOUT_S,
+        60.0, "seconds that a rank waits for another in a step", above=0, at_most=MAX_TIMEOUT_S
     )
     flight_dump_dir: str | None = setting(
         None,
@@ -227,11 +229,7 @@ class EngineConfig:
         allowed=ALLOWED,
     )
     torch_threads: int | None = setting(
-        None,
-        "threads of a CPU rank",
-        at_least=1,
-        at_most=4096,
-        shown_default="cores / dp_size",
+        None, "threads of a CPU rank", at_least=1, at_most=4096, shown_default="cores / dp_size"
     )
     log_level: str = setting(
         "warning",

@@ -66,8 +66,8 @@ class Aborter:
                     inbox = replace(inbox, abort=[*inbox.abort, request.request_id])
         before = scheduler.schedule
 
-        def schedule(program: Any) -> SchedulerOutput:
-            scheduled = before(program)
+        def schedule(program: Any, prefill_budget: int | None = None) -> SchedulerOutput:
+            scheduled = before(program, prefill_budget)
             ids = scheduler.table.request_ids[scheduled.req_indices]
             if self.request_id in ids.tolist():
                 self.steps.append("scheduled")

@@ -205,6 +205,8 @@ CASES: dict[str, tuple[Act, str]] = {
         config(max_num_requests=9, max_num_tokens=8), "max_num_requests: 9",
     ),
     "kv_memory_fraction": (config(kv_memory_fraction=1.5), "kv_memory_fraction: 1.5"),
+    "max_step_ms": (config(max_step_ms=0), "max_step_ms: 0"),
+    "max_step_ms below 0": (config(max_step_ms=-5.0), "max_step_ms: -5.0"),
     "step_timeout_s": (config(step_timeout_s=float("nan")), "step_timeout_s: nan"),
     "start_timeout_s": (config(start_timeout_s=-1), "start_timeout_s: -1"),
     "seed": (config(seed=2**63), f"seed: {2**63}"),

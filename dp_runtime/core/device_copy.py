@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,18 @@ class HostCopy:
         self._tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
         self._done: torch.cuda.Event | None = None
         if any(tensor.is_cuda for tensor in tensors):
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             self._done.record()
+        self._made_s = perf_counter()
 
     def wait(self) -> tuple[Tensor, ...]:
         if self._done is not None:
             self._done.synchronize()
         return self._tensors
+
+    def seconds_since(self, other: HostCopy) -> float:
+        """Return the device's time from another copy, both waited for, to this one."""
+        if self._done is None or other._done is None:
+            return self._made_s - other._made_s
+        elapsed_ms: float = other._done.elapsed_time(self._done)
+        return elapsed_ms / 1e3

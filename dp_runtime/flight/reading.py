@@ -109,14 +109,16 @@ class _Reader:
             self._us(MARK.unpack_from(self.ring, at + mark)[0])
             for mark in (SAMPLED_AT, COMMITTING_AT, COMMITTED_AT)
         )
-        queued, proposed, accepted, votes, faults, waited = words[4 + MAX_PASSES :]
+        queued, proposed, accepted, votes, faults, waited, *load = words[4 + MAX_PASSES :]
+        prefill_rows, num_sampling, step_us = load
         return StepFlight(
             epoch=epoch, step_id=step_id, begun_us=self._us(begun), posted_us=self._us(posted),
             agreed_us=self._us(agreed), sampled_us=sampled, committing_us=committing,
             committed_us=committed, record_key=tuple(words[:4]),
             rows=tuple(words[4 : 4 + num_passes]), queued_tokens=queued,
             drafts_proposed=proposed, drafts_accepted=accepted, graph_votes=votes,
-            fault_bits=faults, waited_us=waited, outcome=_name(OUTCOMES, outcome),
+            fault_bits=faults, waited_us=waited, prefill_rows=prefill_rows,
+            num_sampling=num_sampling, step_us=step_us, outcome=_name(OUTCOMES, outcome),
             next_program_id=next_program, passes=self._passes(at),
             collectives=tuple(collectives),
         )  # fmt: skip

@@ -63,6 +63,9 @@ class StepFlight:
     graph_votes: int
     fault_bits: int
     waited_us: int  # for other ranks, in the step before
+    prefill_rows: int
+    num_sampling: int  # requests that get a token
+    step_us: int  # how long an earlier step took, where max_step_ms is set
     outcome: str
     next_program_id: int
     passes: tuple[PassFlight, ...]

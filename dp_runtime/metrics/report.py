@@ -28,6 +28,8 @@ class Report:
     wait_s: tuple[float, ...]  # [rank] for slower ranks
     idle_steps: tuple[int, ...]  # [rank]
     output_tokens_by_rank: tuple[int, ...]
+    prefill_budget: int = 0  # prompt tokens of a rank in a step, when there last was a limit
+    held_back_steps: tuple[int, ...] = ()  # [rank] that it shortened
     drafts_proposed: int = 0
     accepted_histogram: tuple[int, ...] = ()  # verifications by accepted drafts, all ranks
     pass_s: Mapping[str, float] = field(default_factory=dict)  # mean of the ranks, without waits
@@ -76,6 +78,8 @@ class Report:
             wait_s=tuple(rank.wait_s for rank in ranks),
             idle_steps=tuple(rank.idle_steps for rank in ranks),
             output_tokens_by_rank=tuple(rank.output_tokens for rank in ranks),
+            prefill_budget=first.prefill_budget,
+            held_back_steps=tuple(rank.held_back_steps for rank in ranks),
             drafts_proposed=sum(rank.drafts_proposed for rank in ranks),
             accepted_histogram=reduce(add_counts, (rank.accepted for rank in ranks)),
             pass_s={
@@ -91,6 +95,7 @@ class Report:
             f"{self.tokens_per_s:.1f} output tok/s over {self.elapsed_s:.2f} s",
             f"padding_waste {self.padding_waste:.3f}   row_balance {self.row_balance:.3f}   "
             f"wire_rows {self.wire_rows}",
+            *self._budget(),
             *self._speculation(),
             "rank  output tokens  idle steps  busy s  wait for the slowest rank s",
         ]
@@ -101,6 +106,15 @@ class Report:
         ]
         lines.append(f" all  mean busy {fmean(self.busy_s):.2f} s, wait {fmean(self.wait_s):.2f} s")
         return "\n".join(lines)
+
+    def _budget(self) -> list[str]:
+        if not self.prefill_budget:
+            return []
+        steps = "  ".join(map(str, self.held_back_steps))
+        return [
+            f"prefill budget {self.prefill_budget} tokens   steps in which it held prompts back, "
+            f"by rank  {steps}"
+        ]
 
     def _speculation(self) -> list[str]:
         if not self.verifications:

@@ -33,6 +33,8 @@ class Totals:
     wait_s: float = 0.0  # for slower ranks
     wait_for_s: dict[int, float] = field(default_factory=partial(defaultdict, float))  # by whom
     idle_steps: int = 0  # this rank had no rows while another had
+    prefill_budget: int = 0  # prompt tokens of a step, when there last was a limit
+    held_back_steps: int = 0  # prompts of this rank would have had more of the step without it
     drafts_proposed: int = 0
     accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
     phase_s: dict[str, float] = field(default_factory=partial(defaultdict, float))  # but waits
@@ -75,6 +77,10 @@ class Totals:
     def add_wait(self, slowest_rank: int, seconds: float) -> None:
         if seconds:
             self.wait_for_s[slowest_rank] += seconds
+
+    def add_prefill_budget(self, budget: int, held_back: bool) -> None:
+        self.prefill_budget = budget
+        self.held_back_steps += held_back
 
     def copied(self) -> Totals:
         return replace(

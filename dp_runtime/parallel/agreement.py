@@ -11,6 +11,7 @@ from typing import NamedTuple
 from dp_runtime.core.step_program import MAX_PASSES, Program
 from dp_runtime.errors import RankDisagreement
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan, ExecutionPolicy
+from dp_runtime.parallel.prefill_budget import BudgetPolicy, StepLoad, no_budget
 
 
 class FaultBits(IntFlag):
@@ -34,6 +35,9 @@ class StepRecord(NamedTuple):
     graph_votes: int = 0  # bit n: this rank's rows of pass n fit a captured graph
     fault_bits: int = 0  # FaultBits
     waited_us: int = 0  # for slower ranks, in the step before this one
+    prefill_rows: int = 0  # of the target pass
+    num_sampling: int = 0  # requests that get a token from this step
+    step_us: int = 0  # how long an earlier step took: see StepLoad
 
     def to_words(self) -> tuple[int, ...]:  # [RECORD_WORDS]; rows take MAX_PASSES places
         rows = self.real_rows
@@ -62,6 +66,7 @@ class Agreement(NamedTuple):
     stop: bool
     next_program_id: int
     slowest: int  # position of the rank that was, in the step before this one: it waited least
+    next_prefill_budget: int | None  # prompt tokens of each rank in the next step; None: no limit
 
     @property
     def real_rows(self) -> tuple[tuple[int, ...], ...]:  # [pass][rank]
@@ -97,6 +102,7 @@ def agree(
     policy: ProgramPolicy = keep_program,
     execution: ExecutionPolicy = EAGER,
     dp_ranks: Sequence[int] = (),
+    budget: BudgetPolicy = no_budget,
 ) -> Agreement:
     """Fold all ranks' records; RankDisagreement, with a table, if steps or programs differ.
 
@@ -105,7 +111,8 @@ def agree(
     size = len(records)
     names = dp_ranks or range(size)
     columns = zip(*records, strict=True)
-    epochs, steps, ids, rows, queued, proposed, accepted, votes, faults, waits = columns
+    epochs, steps, ids, rows, queued, proposed, accepted, votes, faults, waits, *load = columns
+    prefill_rows, num_sampling, step_us = load
     epoch, step_id, program_id = epochs[0], steps[0], ids[0]
     if not epochs.count(epoch) == steps.count(step_id) == ids.count(program_id) == size:
         raise RankDisagreement(_table("ranks disagree about the step", records, names))
@@ -133,6 +140,7 @@ def agree(
         stop=any(bits & _STOP for bits in faults),
         next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
         slowest=waits.index(min(waits)),
+        next_prefill_budget=budget(StepLoad(max(prefill_rows), sum(num_sampling), max(step_us))),
     )
 
 

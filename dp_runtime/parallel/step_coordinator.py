@@ -16,6 +16,7 @@ from dp_runtime.parallel.agreement import (
 )
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
+from dp_runtime.parallel.prefill_budget import BudgetPolicy, no_budget
 from dp_runtime.parallel.step_board import StepBoard
 
 
@@ -32,6 +33,7 @@ class StepCoordinator:
         members: Membership | None = None,
         programs: Sequence[Program] = SERVING_PROGRAMS,
         policy: ProgramPolicy = keep_program,
+        budget: BudgetPolicy = no_budget,
     ) -> None:
         self.board = board
         self.collective = collective
@@ -41,11 +43,18 @@ class StepCoordinator:
         self.programs = programs
         self._execution = execution
         self.policy = policy
+        self.budget = budget
         self._program_id = 0  # the first program is part of the epoch
+        self.prefill_budget: int | None = None  # of the next step
 
     @property
     def execution(self) -> ExecutionPolicy:
         return self._execution
+
+    @property
+    def limits_prefill(self) -> bool:
+        """Tell whether agreements need the times of steps."""
+        return self.budget is not no_budget
 
     def execute_by(self, execution: ExecutionPolicy) -> None:
         """Plan passes by this policy from the next step on; an event of all ranks at once."""
@@ -67,10 +76,11 @@ class StepCoordinator:
     def agree(self, records: Sequence[StepRecord]) -> Agreement:
         """Fold the next step's records; RankDisagreement comes before any of its collectives."""
         agreement = agree(
-            records, self.programs, self.policy, self._execution, self.members.dp_ranks
+            records, self.programs, self.policy, self._execution, self.members.dp_ranks, self.budget
         )
         self.step_id += 1
         self._program_id = agreement.next_program_id
+        self.prefill_budget = agreement.next_prefill_budget
         return agreement
 
     def abort(self, reason: str) -> None:

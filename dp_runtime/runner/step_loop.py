@@ -19,7 +19,7 @@ from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.pending_capture import PendingCapture
 from dp_runtime.runner.step_runner import CapturedGraphs, StepOutput, StepRunner
-from dp_runtime.runner.step_timer import StepTimer
+from dp_runtime.runner.step_timer import StepClock, StepTimer
 from dp_runtime.scheduler.abandonment import fail_prefill
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
@@ -67,6 +67,7 @@ class StepLoop:
         self._pending: PendingCapture | None = None
         self._num_drafts = (0, 0)  # proposed and accepted since the last record
         self._wait_s = 0.0  # for slower ranks, in the last step
+        self._clock = StepClock()
         self._dp_rank = coordinator.dp_rank
 
     @property
@@ -127,7 +128,8 @@ class StepLoop:
             self._commit_down_to(0, deliver)
         timer = StepTimer(self.coordinator.board)
         self.flight.schedule(self.coordinator.step_id)
-        scheduled = self.scheduler.schedule(self.coordinator.program)
+        budget = self.coordinator.prefill_budget
+        scheduled = self.scheduler.schedule(self.coordinator.program, budget)
         deliver(self.scheduler.take_failed())
         record = self._record(scheduled, inbox.stop)
         timer.end_schedule()
@@ -137,6 +139,7 @@ class StepLoop:
         self.flight.agree(agreement)
         timer.end_agree()
         self._count(agreement)
+        self._count_budget(budget, record)
         if agreement.stop:
             return False
         if agreement.idle:
@@ -201,6 +204,12 @@ class StepLoop:
         for seconds in self.scheduler.requests.take_queue_times():
             self.recorder.totals.queue_s.add(seconds)
 
+    def _count_budget(self, budget: int | None, record: StepRecord) -> None:
+        limit = self.scheduler.limits.max_num_tokens
+        if budget is not None:
+            held_back = record.prefill_rows == budget < limit and record.queued_tokens > 0
+            self.recorder.totals.add_prefill_budget(budget, held_back)
+
     def _apply(self, commands: Inbox) -> list[RequestUpdate]:
         for request in commands.add:
             self.scheduler.add(request)
@@ -218,12 +227,17 @@ class StepLoop:
             graph_votes=self.runner.graph_votes(scheduled, self.coordinator.program),
             fault_bits=FaultBits.STOP if stop else FaultBits.NONE,
             waited_us=round(self._wait_s * 1e6),
+            prefill_rows=scheduled.prefill_rows,
+            num_sampling=len(scheduled.sampled),
+            step_us=self._clock.take_us(self.coordinator.step_id - 1 - self._max_inflight_steps),
         )
 
     def commit(self, step: InflightStep) -> list[RequestUpdate]:
         at, output = perf_counter(), step.output
         self.flight.commit(step.agreement.step_id)
         output.sampled.copy.wait()
+        if self.coordinator.limits_prefill:
+            self._clock.committed(step.agreement.step_id, step.timer.started, output.sampled.copy)
         self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels
         tokens = output.sampled.to_host()
         num_accepted = tokens.num_accepted

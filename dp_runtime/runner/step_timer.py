@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from dp_runtime.core.device_copy import HostCopy
 from dp_runtime.core.step_program import Pass
 from dp_runtime.metrics.trace import PassTrace
 from dp_runtime.parallel.collective import RowCollective
@@ -26,6 +27,27 @@ class StepTimer:
     def end_agree(self) -> None:
         self.agree_wait_s = self._board.waited_s - self._waited
         self.agree_s = perf_counter() - self.started - self.schedule_s - self.agree_wait_s
+
+
+class StepClock:
+    """Measures steps from when the device had the tokens of one to when it had the next one's.
+
+    So a step gets the time that it took, however early the host launched it.
+    """
+
+    def __init__(self) -> None:
+        self._last: HostCopy | None = None
+        self._us: dict[int, int] = {}  # by step id, until they are taken
+
+    def committed(self, step_id: int, started_s: float, tokens: HostCopy) -> None:
+        seconds = perf_counter() - started_s  # less only if the loop had slept before
+        if self._last is not None:
+            seconds = min(seconds, tokens.seconds_since(self._last))
+        self._last = tokens
+        self._us[step_id] = round(seconds * 1e6)
+
+    def take_us(self, step_id: int) -> int:
+        return self._us.pop(step_id, 0)
 
 
 class PassTimer:

@@ -96,7 +96,7 @@ class Scheduler:
         self.requests.settle()
         return RequestUpdate(request_id, len(request.outputs), finish_reason=FinishReason.ABORT)
 
-    def schedule(self, program: Program) -> SchedulerOutput:
+    def schedule(self, program: Program, prefill_budget: int | None = None) -> SchedulerOutput:
         query_len = program.query_len(Pass.TARGET)
         ready = self._reserve_pages(query_len)
         req_indices = self.running[ready]
@@ -104,6 +104,8 @@ class Scheduler:
         prefilling = self.table.prefilling(req_indices, needed)
         decodes = req_indices[(needed > 0) & ~prefilling]
         budget = self.limits.max_num_tokens - len(decodes) * query_len  # at least 0: see Limits
+        if prefill_budget is not None:
+            budget = min(budget, prefill_budget)
         chunks: list[Chunk] = []
         for index, count in zip(req_indices[prefilling].tolist(), needed[prefilling].tolist()):
             if budget:
@@ -284,8 +286,7 @@ class Scheduler:
     def _fail(self, request: RequestState, error: Exception) -> None:
         """End a request, and no other; the caller settles."""
         self.requests.finish(request, FinishReason.ERROR)
-        at = len(request.outputs)
-        self._failed.append(RequestUpdate.failed(request.request_id, at, error))
+        self._failed.append(RequestUpdate.failed(request.request_id, len(request.outputs), error))
 
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> SchedulerOutput:
         step = build_batches(self.table, self.page_table, decodes, chunks, program)

@@ -77,6 +77,10 @@ class SchedulerOutput:
         return self.batches[-2 if self.num_drafts else -1]
 
     @property
+    def prefill_rows(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    @property
     def prefill(self) -> bool:
         return any(chunk.length > 1 for chunk in self.chunks)
 

@@ -28,6 +28,7 @@ from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
 from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
 from dp_runtime.parallel.padding_cost import measure_padding_cost
+from dp_runtime.parallel.prefill_budget import budget_policy
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.drafting import Drafting
@@ -215,16 +216,15 @@ def assemble(
     """
     device, model = torch.device(plan.device), plan.model
     mode = PaddingMode(config.padding)
-    cost = (
-        measure_padding_cost(collective, model.hidden_size, plan.dtype, device)
-        if mode is PaddingMode.AUTO
-        else None
-    )
+    cost = None
+    if mode is PaddingMode.AUTO:
+        cost = measure_padding_cost(collective, model.hidden_size, plan.dtype, device)
     programs = config.programs
     coordinator = StepCoordinator(
         board, collective, ExecutionPolicy(PaddingPolicy(mode, cost)), epoch=epoch,
         members=plan.members, programs=programs,
         policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
+        budget=budget_policy(config.max_step_ms, plan.limits.max_num_tokens, plan.depth),
     )  # fmt: skip
     served = served or ServedRequests.none(plan, loaded)
     runner = StepRunner(

@@ -95,10 +95,10 @@ class SeparateScheduler(Scheduler):
         self.prefill_agreed = False
         self._nobodys = Scheduler(pages, limits)
 
-    def schedule(self, program: Program) -> SchedulerOutput:
+    def schedule(self, program: Program, prefill_budget: int | None = None) -> SchedulerOutput:
         has_prefill = self.queued_tokens > 0
         if has_prefill == self.prefill_agreed:
-            return super().schedule(program)
+            return super().schedule(program, prefill_budget)
         return self._nobodys.schedule(program)
 
 
@@ -198,6 +198,7 @@ class Experiment:
     decoders: int  # requests of every rank but the prefilling one
     context: int  # their prompts
     tokens_a_step: int  # that a step may emit for one of them
+    least_chunk: int | None = None  # where a step's budget may be less than its chunk
 
     def short(self) -> Experiment:
         """The same with few prompts."""
@@ -205,12 +206,16 @@ class Experiment:
 
     def output_len(self, chunk: int) -> int:
         """Tokens of a decoder, enough for all steps of a run."""
-        steps = self.num_prompts * (-(-self.prompt_len // chunk) + 2 * PAUSE)
+        least = self._least(chunk)
+        steps = self.num_prompts * (-(-self.prompt_len // least) + 2 * PAUSE)
         return (steps + 2 * self.hold(chunk) + 2 * PAUSE) * self.tokens_a_step
 
     def hold(self, chunk: int) -> int:
         """Steps after which the decoders' own prompts are in the cache, and some more."""
-        return -(-self.decoders * self.context // chunk) + 2 * PAUSE
+        return -(-self.decoders * self.context // self._least(chunk)) + 2 * PAUSE
+
+    def _least(self, chunk: int) -> int:
+        return chunk if self.least_chunk is None else min(chunk, self.least_chunk)
 
     def observe(self, rank: SteppedRank, way: str, chunk: int, first_id: int) -> View:
         """One run, to be called by all ranks at the same time.

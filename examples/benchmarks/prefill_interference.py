@@ -28,11 +28,13 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
+from dp_runtime.parallel.prefill_budget import FLOOR_SHARE
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser
 from examples.benchmarks.harness.stepping import SteppedRank, run_ranks
@@ -76,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model")
     add_flags(
         parser, "device", "moe_sharding", "moe_backend", "collective", "cuda_graphs",
-        "speculative_num_steps", dp_size=2, overlap=None,
+        "speculative_num_steps", "max_step_ms", dp_size=2, overlap=None,
     )  # fmt: skip
     parser.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 4096])
     parser.add_argument("--prompt", type=int, default=4096)
@@ -98,6 +100,8 @@ def measure_all(args: argparse.Namespace, model: str) -> dict[int, dict[str, Vie
     """What every rank saw of every chunk size and way."""
     steps = args.speculative_num_steps
     experiment = Experiment(args.prompt, args.prompts, args.decoders, args.context, steps + 1)
+    if args.max_step_ms is not None:
+        experiment = replace(experiment, least_chunk=-(-max(args.chunks) // FLOOR_SHARE))
     longest = max(experiment.output_len(chunk) for chunk in args.chunks)
     config = config_from(
         args, model=model, load_format="dummy", launcher="local",
@@ -142,6 +146,7 @@ def figures(
         "prompt": args.prompt,
         "decoders_a_rank": args.decoders,
         "speculative_num_steps": args.speculative_num_steps,
+        "max_step_ms": args.max_step_ms,
         "prefill_steps": sum(step.prefill_rows > 0 for step in own.steps),
         "emitting_share": shares(seen),
         "tokens_an_emission": round(fmean(tokens_of_emissions(seen)), 3),

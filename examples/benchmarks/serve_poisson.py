@@ -17,7 +17,7 @@ from time import monotonic
 
 import numpy as np
 
-from dp_runtime import EngineConfig
+from dp_runtime import AsyncEngine, EngineConfig
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.api_load import Load, measure, serving, through_api, through_http
@@ -69,8 +69,15 @@ def serve(config: EngineConfig, options: argparse.Namespace, deadline_s: float) 
                 if monotonic() + load[-1].at_s + END_S > deadline_s:
                     print(f"{name} at {rate:g} requests a second is left out: no time", flush=True)
                     continue
-                figures = {"way": name, "rate": rate} | measure(way, load, pids)
+                figures = {"way": name, "rate": rate, "max_step_ms": config.max_step_ms}
+                before = held_back(engine)
+                figures |= measure(way, load, pids)
+                figures["held_back_steps"] = held_back(engine) - before  # of all ranks
                 write_figures(figures, options.json, config=str(config))
+
+
+def held_back(engine: AsyncEngine) -> int:
+    return sum(asyncio.run(engine.report()).held_back_steps)
 
 
 def make_load(options: argparse.Namespace, rate: float, vocab_size: int) -> Load:
@@ -98,6 +105,7 @@ def _options() -> argparse.Namespace:
     where.add_argument("--shape", choices=sorted(SHAPES), help="dummy weights of this shape")
     parser.add_argument("--load-format", default="safetensors", choices=("safetensors", "dummy"))
     add_flags(parser, "dp_size", "device", "moe_sharding", "collective", "overlap", "json")
+    add_flags(parser, "max_step_ms")
     parser.add_argument("--ranks-per-gpu", type=int, default=1)
     parser.add_argument("--launcher", default="local", choices=("local", "ray"))
     parser.add_argument("--max-num-requests", type=int, default=128)

@@ -19,6 +19,7 @@ def record_of(dp_rank: int, step: int) -> StepRecord:
         epoch=3, step_id=step, program_id=0, real_rows=(dp_rank * 7 + step,),
         queued_tokens=10**12 + step * dp_rank, drafts_proposed=4, drafts_accepted=dp_rank,
         graph_votes=dp_rank % 2, fault_bits=step % 2, waited_us=step + 5 * dp_rank,
+        prefill_rows=dp_rank + 3, num_sampling=step % 3, step_us=10**6 * step + dp_rank,
     )  # fmt: skip
 
 

@@ -54,12 +54,15 @@ class ReferenceScheduler:
         self.waiting.insert(len(before), new)
         assert self.waiting[: len(before)] == before
 
-    def schedule(self) -> Rows:
+    def schedule(self, prefill_budget: int | None = None) -> Rows:
         ready = [item for item in list(self.running) if item.running and self.reserve(item)]
         budget = self.limits.max_num_tokens
         rows: Rows = []
         admitting = len(ready) == len(self.running)
-        for item in sorted(ready, key=lambda item: item.prefilling):
+        for item in ready:
+            budget -= 0 if item.prefilling else self.launch(item, budget, rows)
+        budget = budget if prefill_budget is None else min(budget, prefill_budget)
+        for item in [item for item in ready if item.prefilling]:
             budget -= self.launch(item, budget, rows)
         while (
             admitting

@@ -22,6 +22,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "cuda_graphs": {"action": BOOL, "default": None},
     "overlap": {"action": BOOL, "default": True},
     "speculative_num_steps": {"type": int, "default": 0},
+    "max_step_ms": {"type": float, "help": "target for steps with prefill beside decodes"},
     "forced_tokens": {"type": float, "help": "that a verification emits, forced"},
     "read_rate": {"type": float, "help": "TB/s, for the floor"},
     "json": {"type": Path},

@@ -27,7 +27,8 @@ LAYOUT = RingLayout(2, 3, 12)
 def test_a_step_is_read_as_it_was_noted(clock: Clock) -> None:
     program = Program((Pass.DRAFT, Pass.TARGET, Pass.DRAFT_EXTEND))
     records = [
-        StepRecord(3, 17, 0, (1, 2, 3), 40, 5, 4, 7, 0, 99), StepRecord(3, 17, 0, (0, 6, 0)),
+        StepRecord(3, 17, 0, (1, 2, 3), 40, 5, 4, 7, 0, 99, 2, 1, 800),
+        StepRecord(3, 17, 0, (0, 6, 0)),
     ]  # fmt: skip
     flight = FlightRecorder.in_process(1, LAYOUT)
     flight.join(3, "shared_memory")
@@ -54,6 +55,7 @@ def test_a_step_is_read_as_it_was_noted(clock: Clock) -> None:
     assert (step.begun_us, step.posted_us, step.sampled_us) == (zero, zero + 5, 0)
     assert (step.rows, step.queued_tokens, step.graph_votes) == ((1, 2, 3), 40, 7)
     assert (step.drafts_proposed, step.drafts_accepted, step.waited_us) == (5, 4, 99)
+    assert (step.prefill_rows, step.num_sampling, step.step_us) == (2, 1, 800)
     assert (step.outcome, step.next_program_id) == ("run", 0)
     assert [one.kind for one in step.passes] == ["draft", "target", "draft_extend"]
     assert [one.mode for one in step.passes] == ["eager"] * 3

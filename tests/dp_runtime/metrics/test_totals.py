@@ -40,6 +40,13 @@ def test_steps_add_up() -> None:
     assert (totals.step_tokens.sum, totals.step_tokens.count) == (26.0, 2)
 
 
+def test_steps_that_held_prompts_back_are_counted_and_the_last_budget_is_kept() -> None:
+    totals = Totals(0)
+    for budget, held_back in ((512, True), (700, False), (256, True)):
+        totals.add_prefill_budget(budget, held_back)
+    assert (totals.prefill_budget, totals.held_back_steps) == (256, 2)
+
+
 @pytest.mark.parametrize(("rows", "idle"), [((0, 5), 1), ((1, 0), 0)])
 def test_a_step_is_idle_without_rows_in_any_pass(rows: tuple[int, int], idle: int) -> None:
     totals = Totals(0)

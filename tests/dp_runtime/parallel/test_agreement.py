@@ -11,6 +11,7 @@ from dp_runtime.errors import RankDisagreement
 from dp_runtime.parallel.agreement import RECORD_WORDS, FaultBits, StepRecord, StepTotals, agree
 from dp_runtime.parallel.buckets import GraphBuckets
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
+from dp_runtime.parallel.prefill_budget import StepLoad
 
 SPECULATIVE = Program((Pass.DRAFT, Pass.DRAFT, Pass.TARGET, Pass.DRAFT_EXTEND))
 PROGRAMS = (*SERVING_PROGRAMS, SPECULATIVE)
@@ -34,7 +35,8 @@ def step_records(draw: st.DrawFn) -> list[StepRecord]:
         StepRecord(
             epoch, step_id, program_id, draw(rows), draw(count), draw(count), draw(count),
             draw(st.integers(0, 2**passes - 1)),
-            draw(st.sampled_from([FaultBits.NONE, FaultBits.STOP])), draw(count),
+            draw(st.sampled_from([FaultBits.NONE, FaultBits.STOP])), draw(count), draw(count),
+            draw(count), draw(count),
         )
         for _ in range(draw(st.integers(1, 8)))
     ]  # fmt: skip
@@ -60,6 +62,7 @@ def test_the_agreement_is_the_same_pure_value_on_all_ranks(records: list[StepRec
     assert first.idle == (sum(map(sum, first.real_rows)) == 0)
     assert first.stop == any(record.fault_bits for record in records)
     assert first.queued_tokens == tuple(record.queued_tokens for record in records)
+    assert first.next_prefill_budget is None, "nobody asked for one"
     assert records[first.slowest].waited_us == min(record.waited_us for record in records)
     for index, plan in enumerate(first.plans):
         votes = [record.graph_votes & 1 << index for record in records]
@@ -78,9 +81,16 @@ def test_totals_do_not_depend_on_the_order_of_ranks(
     def policy(totals: StepTotals) -> int:
         return (totals.drafts_accepted + totals.drafts_proposed) % len(PROGRAMS)
 
-    one = agree(records, PROGRAMS, policy, GRAPHS)
-    other = agree(shuffled, PROGRAMS, policy, GRAPHS)
+    def budget(load: StepLoad) -> int:
+        assert load.prefill_rows == max(record.prefill_rows for record in records)
+        assert load.num_sampling == sum(record.num_sampling for record in records)
+        assert load.step_us == max(record.step_us for record in records)
+        return sum(load)
+
+    one = agree(records, PROGRAMS, policy, GRAPHS, budget=budget)
+    other = agree(shuffled, PROGRAMS, policy, GRAPHS, budget=budget)
     assert one.next_program_id == other.next_program_id
+    assert one.next_prefill_budget == other.next_prefill_budget is not None
 
 
 @pytest.mark.parametrize("field", ["epoch", "step_id", "program_id"])

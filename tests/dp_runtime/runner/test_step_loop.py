@@ -148,9 +148,9 @@ def test_every_wait_is_counted_by_the_rank_that_made_the_others_wait(checkpoint:
     def slow_down(loop: StepLoop) -> None:
         schedule = loop.scheduler.schedule
 
-        def slowly(program: Program) -> SchedulerOutput:
+        def slowly(program: Program, prefill_budget: int | None = None) -> SchedulerOutput:
             sleep(0.02)
-            return schedule(program)
+            return schedule(program, prefill_budget)
 
         if loop.coordinator.collective.dp_rank == 1:
             loop.scheduler.schedule = slowly  # type: ignore[method-assign]

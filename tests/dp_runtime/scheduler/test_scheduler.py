@@ -1,6 +1,7 @@
 """The scheduler under random arrivals, aborts and page shortage, at depth 0 and 1."""
 
 from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -63,9 +64,9 @@ class Driver:
             self.reference.end(request_id)
         self.check()
 
-    def step(self) -> SchedulerOutput:
-        scheduled = self.scheduler.schedule(PROGRAM)
-        rows = self.reference.schedule()
+    def step(self, prefill_budget: int | None = None) -> SchedulerOutput:
+        scheduled = self.scheduler.schedule(PROGRAM, prefill_budget)
+        rows = self.reference.schedule(prefill_budget)
         self.check()
         self.check_batch(scheduled, rows)
         self.steps += 1
@@ -160,7 +161,7 @@ def scheduler(num_pages: int, page_size: int = 4, requests: int = 6, tokens: int
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(1, 30), st.integers(1, 20), st.integers(-1, 2)),
-        st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0)),
+        st.tuples(st.just("step"), st.none() | st.integers(1, 20), st.just(0), st.just(0)),
         st.tuples(st.just("abort"), st.integers(0, 20), st.just(0), st.just(0)),
     ),
     max_size=60,
@@ -170,7 +171,7 @@ actions = st.lists(
 @settings(deadline=None, max_examples=150)
 @given(actions, st.integers(11, 30), st.integers(1, 40), st.integers(0, 1))
 def test_every_request_gets_its_tokens_and_no_page_leaks(
-    todo: list[tuple[str, int, int, int]], num_pages: int, tokens: int, depth: int
+    todo: list[tuple[str, Any, int, int]], num_pages: int, tokens: int, depth: int
 ) -> None:
     driver = Driver(scheduler(num_pages, tokens=tokens), depth)
     made: dict[int, RankRequest] = {}
@@ -181,7 +182,7 @@ def test_every_request_gets_its_tokens_and_no_page_leaks(
         elif name == "abort" and first in made:
             driver.abort(first)
         elif name == "step":
-            driver.step()
+            driver.step(prefill_budget=first)
     driver.drain()
     assert driver.scheduler.num_free_pages == num_pages - 1
     for number, item in made.items():
@@ -241,6 +242,19 @@ def test_decoding_comes_before_prefill_chunks() -> None:
     driver.add(request(2, 30, 4))
     lengths = [driver.step().batches[0].query_lens.tolist() for _ in range(4)]
     assert lengths == [[1, 7], [1, 7], [1, 7], [1, 7]]
+
+
+def test_prompts_get_no_more_than_their_budget_and_decodes_are_not_part_of_it() -> None:
+    driver = Driver(scheduler(num_pages=60, tokens=16), 0)
+    for number in (1, 2):
+        driver.add(request(number, 3, 20))
+    driver.step()
+    for number, prompt in ((3, 10), (4, 3), (5, 9)):
+        driver.add(request(number, prompt, 4))
+    steps = [driver.step(prefill_budget=6) for _ in range(4)]
+    lengths = [step.target.query_lens.tolist() for step in steps]
+    assert lengths == [[1, 1, 6], [1, 1, 4, 2], [1, 1, 1, 1, 5], [1, 1, 1, 1, 4]]
+    assert [step.prefill_rows for step in steps] == [6, 6, 6, 4]
 
 
 def test_nobody_is_admitted_while_an_older_request_lacks_pages() -> None:
