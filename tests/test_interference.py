@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.request import RankRequest, RequestUpdate
@@ -10,8 +14,9 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import SERVING_PROGRAMS, Pass
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.metrics.trace import PassTrace, StepTrace
-from dp_runtime.sampling.sampler import SampledTokens
+from dp_runtime.sampling.sampler import SampledTokens, Sampler
 from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.scheduler import Scheduler
 from examples.benchmarks.interference import (
     Decoder,
     Driver,
@@ -20,6 +25,7 @@ from examples.benchmarks.interference import (
     SeenStep,
     SeparateScheduler,
     View,
+    scheduling,
 )
 
 PROGRAM = SERVING_PROGRAMS[0]
@@ -63,6 +69,21 @@ def test_separate_steps_prefill_once_all_know_and_decode_once_nobody_prefills() 
     assert scheduler.schedule(PROGRAM).real_rows == (0,)  # another rank still prefills
     scheduler.prefill_agreed = False
     assert scheduler.schedule(PROGRAM).real_rows == (1,)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_scheduler_of_other_chunks_keeps_the_states_of_the_ranks_requests(separate: bool) -> None:
+    sampler, limits = Sampler(50, 4, torch.device("cpu")), Limits(2, 16, 20)
+    loop: Any = SimpleNamespace(scheduler=Scheduler(PageGeometry(9, 4), limits, [sampler]))
+    loop.coordinator = SimpleNamespace(agree=None)
+    with scheduling(loop, 4, separate):
+        scheduler = loop.scheduler
+        scheduler.add(request(1, 6, 3))
+        scheduler.prefill_agreed = True
+        assert scheduler.schedule(PROGRAM).real_rows == (4,)
+        assert len(sampler) == 1
+        scheduler.abort(1)
+    assert loop.scheduler.limits == limits
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from time import perf_counter
@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 
 from dp_runtime.core.attention_metadata import PageGeometry
+from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.metrics.totals import Recorder
@@ -90,8 +91,10 @@ class SeparateScheduler(Scheduler):
     next: by then all ranks know.
     """
 
-    def __init__(self, pages: PageGeometry, limits: Limits) -> None:
-        super().__init__(pages, limits)
+    def __init__(
+        self, pages: PageGeometry, limits: Limits, states: Sequence[PerRequestState] = ()
+    ) -> None:
+        super().__init__(pages, limits, states)
         self.prefill_agreed = False
         self._nobodys = Scheduler(pages, limits)
 
@@ -250,7 +253,8 @@ def scheduling(loop: StepLoop, chunk: int, separate: bool) -> Iterator[None]:
     """Meanwhile the rank has a new scheduler, whose steps have `chunk` rows at most."""
     before, agree = loop.scheduler, loop.coordinator.agree
     limits = replace(before.limits, max_num_tokens=chunk)
-    scheduler = (SeparateScheduler if separate else Scheduler)(before.pages, limits)
+    _, *states = before.requests.states  # the first is its page table
+    scheduler = (SeparateScheduler if separate else Scheduler)(before.pages, limits, states)
 
     def agree_and_tell(*args: Any) -> Agreement:
         agreement = agree(*args)
