@@ -57,7 +57,7 @@ class Seat:
         self.handle = handle
         self._vacant = False
         self.host: HostInfo | None = None  # of who sits, or sat, there: known once it has prepared
-        self.answered = False  # who sits there now is known to have come up before it took over
+        self.answered = False  # who sits there now is known to have come up
         self._handing_over = threading.Lock()
 
     def take_over(self, handle: RankHandle, answered: bool = False) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -31,6 +32,7 @@ from tests.workers.test_recovery import (
 )
 from tests.workers.test_watch import nothing_left
 from workers.local_group import LocalLauncher
+from workers.ranks import Seat
 from workers.stages.rank_stages import Loaded
 from workers.stages.resharding import Unsharded
 from workers.supervision.epochs import Epochs
@@ -184,6 +186,50 @@ def test_a_rank_that_is_stopped_as_all_meet_holds_nobody_up(
             assert pool.submit(engine.resize, 2).result(WAIT_S) == (0, 1)
         assert [rank.epoch for rank in engine.health()] == [2, 2]
         assert engine.health()[1].pid != stopped[0]
+
+
+def stopped_as_it_loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stop the next rank that is to load, once; return its pid."""
+    load, stopped = Epochs.load, list[int]()
+
+    def load_but_one(self: Epochs, seats: Sequence[Seat], *given: Any, **named: Any) -> Any:
+        if not stopped:
+            host = seats[0].host
+            assert host is not None
+            assert host.flight is not None
+            stopped.append(host.flight.pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+        return load(self, seats, *given, **named)
+
+    monkeypatch.setattr(Epochs, "load", load_but_one)
+    monkeypatch.setattr("workers.supervision.watch.LOADING", 1)
+    return stopped
+
+
+def test_a_new_rank_that_is_stopped_as_it_loads_holds_no_change_up(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=1) as engine:
+        stopped = stopped_as_it_loads(monkeypatch)
+        with pytest.raises(
+            ResizeFailed, match=r"^rank 1 has not answered for .* \(during 'load'\)"
+        ):
+            engine.resize(2)
+        assert engine.dp_ranks == (0,)
+        assert engine.resize(2) == (0, 1)
+        assert engine.health()[1].pid != stopped[0]
+
+
+def test_a_successor_that_is_stopped_as_it_loads_is_replaced(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=2) as engine:
+        stopped = stopped_as_it_loads(monkeypatch)
+        expected = alike(served(engine, 5, lambda: None))
+        pid = engine.health()[1].pid
+        assert alike(served(engine, 5, partial(kill, [pid]))) == expected
+        assert engine.health()[1].pid not in (pid, *stopped)
+        assert len(stopped) == 1
 
 
 @pytest.mark.slow

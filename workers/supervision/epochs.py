@@ -90,7 +90,7 @@ class Epochs:
         why_not = self._or(doomed)
         hosts = self._ranks.all(message, deadline, seats=seats, why_not=why_not)
         for seat, host in zip(seats, hosts, strict=True):
-            seat.host = host
+            seat.host, seat.answered = host, True
         found = {seat.dp_rank: host for seat, host in zip(seats, hosts, strict=True)}
         self._hosts |= found
         self._sharded |= dict.fromkeys(found, members)

@@ -15,11 +15,12 @@ from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
-from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.metrics.status import RankHealth
 from workers.messages import Abandon, ReadHealth, Suspend
 from workers.ranks import Ranks, Seat
 from workers.supervision.epochs import Epochs
 from workers.supervision.group_state import Evidence
+from workers.supervision.watch import LOADS
 
 _log = logging.getLogger(__name__)
 
@@ -248,4 +249,4 @@ class Recovery:
 def _loads(answer: Future[RankHealth]) -> bool:
     if not answer.done() or answer.exception() is not None:
         return False
-    return answer.result().state in (RankState.LOADING, RankState.COMPILING)
+    return answer.result().state in LOADS

@@ -28,7 +28,7 @@ from workers.supervision.group_flight import GroupFlight, TakenFlight
 from workers.supervision.group_state import Evidence, GroupState, Phase
 from workers.supervision.poller import Pollers
 from workers.supervision.recovery import Recovery
-from workers.supervision.watch import RankWatch, SilenceLimits, name_silent
+from workers.supervision.watch import RankWatch, SilenceLimits, name_silent, watched
 
 END_S = 20.0  # for another thread to end what it is closing
 Answer = TypeVar("Answer")
@@ -140,11 +140,11 @@ class Supervisor:
             self._epochs.check(target, deadline)
             if new:
                 seats = self._ranks.launch(sorted(new), self._config.start_timeout_s)
-                self._epochs.prepare(seats, deadline, why_not, target)
-                self._epochs.check_hosts(target)
-                self._epochs.load(seats, deadline, doomed=why_not)
-                for seat in seats:
-                    seat.answered = True
+                with watched(seats, self._config) as silent:
+                    doomed = lambda: why_not() or silent()  # noqa: E731
+                    self._epochs.prepare(seats, deadline, doomed, target)
+                    self._epochs.check_hosts(target)
+                    self._epochs.load(seats, deadline, doomed=doomed)
         except BaseException as error:
             self._ranks.dismiss(seats)
             if isinstance(error, OSError | RuntimeError):

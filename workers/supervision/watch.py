@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,14 +19,16 @@ BEAT_S = 0.5  # after an answer, until the next question
 RECENT_S = 3 * BEAT_S  # a rank that has answered since then is well
 MIN_SILENCE_S = 2.0  # a rank on a busy machine may take so long
 TOGETHER = 5  # times as long may all ranks be silent: they are paused, not lost
+LOADING = 5  # times as long may one be that loads: much of that may hold the GIL
 ASK_S = 1.0
+LOADS = (RankState.STARTING, RankState.LOADING, RankState.COMPILING)
 
 OnSilence = Callable[[Sequence[int], str], None]  # of no ranks: of one for which all wait
 
 
 class Answering(Protocol):
     dp_rank: int
-    answered: bool  # its process has, before it got this number
+    answered: bool  # its process has come up, as the driver knows from another answer
 
     def call(self, message: Message[RankHealth]) -> Future[RankHealth]: ...
 
@@ -37,19 +40,22 @@ class SilenceLimits:
     first: float  # before it has answered for the first time
     later: float
     step: float = math.inf  # in a step, for how long none may end
+    loading: float = math.inf  # once it has answered
 
     @classmethod
     def while_starting(cls, config: EngineConfig) -> SilenceLimits:
         """Allow half the start for its process to come up, and less once it answers."""
         half = max(config.start_timeout_s / 2, MIN_SILENCE_S)
-        return cls(half, min(half, max(config.step_timeout_s, 5 * MIN_SILENCE_S)))
+        later = min(half, max(config.step_timeout_s, 5 * MIN_SILENCE_S))
+        return cls(half, later, loading=later)
 
     @classmethod
     def while_serving(cls, config: EngineConfig) -> SilenceLimits:
         """Allow a process that takes another's place as long as at the start."""
         later = max(config.hang_timeout_s, MIN_SILENCE_S) + BEAT_S
         step = config.hang_timeout_s if config.device == "cuda" else config.step_timeout_s
-        return cls(cls.while_starting(config).first, later, max(step, MIN_SILENCE_S))
+        first = cls.while_starting(config).first
+        return cls(first, later, max(step, MIN_SILENCE_S), min(first, LOADING * later))
 
 
 @dataclass(eq=False)
@@ -65,6 +71,12 @@ class _Pulse:
     @property
     def has_come_up(self) -> bool:
         return self.rank.answered or not self.comes_up
+
+    def limit(self, limits: SilenceLimits) -> float:
+        if not self.has_come_up:
+            return limits.first
+        loads = self.health is None or self.health.state in LOADS
+        return limits.loading if loads else limits.later
 
     def begin(self, now: float) -> None:
         self.answered_at, self.question, self.health = now, None, None
@@ -173,10 +185,20 @@ class RankWatch:
         return [
             pulse
             for pulse in pulses
-            if not pulse.is_lost
-            and self._now - pulse.answered_at
-            > factor * (limits.later if pulse.has_come_up else limits.first)
+            if not pulse.is_lost and self._now - pulse.answered_at > factor * pulse.limit(limits)
         ]
+
+
+@contextmanager
+def watched(newcomers: Sequence[Answering], config: EngineConfig) -> Iterator[Callable[[], str]]:
+    """Watch ranks that do not serve yet; yields what says who is silent, if anybody is."""
+    texts: list[str] = []
+    limits = SilenceLimits.while_serving(config)
+    watch = RankWatch(newcomers, limits, lambda dp_ranks, text: texts.append(text))
+    try:
+        yield lambda: texts[0] if texts else ""
+    finally:
+        watch.end()
 
 
 def _place(health: RankHealth) -> tuple[RankState, int, int, int]:
