@@ -36,6 +36,7 @@ from workers.ranks import Seat
 from workers.stages.rank_stages import Loaded
 from workers.stages.resharding import Unsharded
 from workers.supervision.epochs import Epochs
+from workers.supervision.recovery import Recovery
 
 ENDS_SOON = SamplingParams(max_tokens=2)
 
@@ -230,6 +231,41 @@ def test_a_successor_that_is_stopped_as_it_loads_is_replaced(
         assert alike(served(engine, 5, partial(kill, [pid]))) == expected
         assert engine.health()[1].pid not in (pid, *stopped)
         assert len(stopped) == 1
+
+
+@pytest.fixture
+def killed_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill rank 0 as the ranks begin to change."""
+    change = Recovery.change
+
+    def change_without_one(self: Recovery, *given: Any) -> None:
+        handle = self._ranks.seat(0).handle
+        handle.kill()
+        change(self, *given)
+
+    monkeypatch.setattr(Recovery, "change", change_without_one)
+
+
+@pytest.mark.usefixtures("killed_as_it_changes")
+def test_a_loss_during_a_change_counts_as_one_of_the_recoveries(model: Path) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=1, max_recoveries=1) as engine:
+        assert engine.resize(2) == (0, 1)
+        kill([engine.health()[1].pid])
+        wait_until(lambda: engine._core.has_failed, "the end", WAIT_S)
+        with pytest.raises(
+            RankFailed, match=r"recovered within 60 s before: ranks \[0\] \(the ranks"
+        ):
+            engine.submit([1])
+
+
+@pytest.mark.usefixtures("killed_as_it_changes")
+def test_a_loss_during_a_change_is_not_recovered_where_none_may_be(model: Path) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=1, max_recoveries=0) as engine:
+        with pytest.raises(
+            RankFailed, match=r"^ranks \[0\] were lost as the ranks are to be 0\.\.1$"
+        ):
+            engine.resize(2)
+        assert engine._core.has_failed
 
 
 @pytest.mark.slow

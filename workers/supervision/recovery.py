@@ -110,13 +110,17 @@ class Recovery:
         known = {*self._ranks.members.dp_ranks, *(seat.dp_rank for seat in joining)}
         members = Membership(tuple(rank for rank in target.dp_ranks if rank in known))
         left = self._ranks.members.besides(members)
+        if missing - left:
+            self._check_history(started, f"ranks {sorted(missing - left)} were lost as {first}", 0)
         self._seating.gone(missing - left, left)
         leaving = self._seating.enter(members, joining)
         newcomers = frozenset(seat.dp_rank for seat in joining)
-        self._replace(first, missing - left, newcomers)
+        replaced, _ = self._replace(first, missing - left, newcomers)
         self._seating.begun()
         self._ranks.dismiss(leaving)
         members, seconds = self._ranks.members, monotonic() - started
+        if lost := replaced - newcomers:
+            self._history.append(Recovered(started, tuple(sorted(lost)), first, seconds))
         _log.warning(
             "changed: epoch %d has ranks %s, after %.1f s", self._epochs.number, members, seconds
         )
@@ -147,7 +151,7 @@ class Recovery:
                 self._ranks.dismiss(self._seating.enter(members, ()))
                 _log.warning("degraded: ranks %s go on without %s", members, sorted(vain))
                 missing = missing - vain
-            else:
+            if missing or not vain:
                 self._check_history(monotonic(), first, tried)
         self._forget_evidence()  # of who was replaced; a poller tells of others again
         return lost, tried
