@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.request import (
-    FailureListener,
-    RankRequest,
-    TransitionListener,
-    UpdateListener,
-)
+from dp_runtime.core.request import Listeners, RankRequest
 from dp_runtime.errors import RankFailed
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.progress_bar import ProgressBar
@@ -116,13 +111,8 @@ class WorkerGroup:
     def wanted(self) -> Membership:
         return self._supervisor.changes.wanted
 
-    def listen(
-        self,
-        on_progress: UpdateListener,
-        on_failure: FailureListener,
-        on_transition: TransitionListener,
-    ) -> None:
-        self._supervisor.listen(on_progress, on_failure, on_transition)
+    def listen(self, listeners: Listeners) -> None:
+        self._supervisor.listen(listeners)
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
         """Give requests to a rank; one whose rank is lost waits for the engine's next answer."""

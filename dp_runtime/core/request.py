@@ -108,7 +108,13 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # one per prompt token after the first
 
 
-UpdateListener = Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did
-FailureListener = Callable[[BaseException], None]
 Resume = Callable[[dict[int, list[RankRequest]]], None]  # what each rank begins or goes on with
-TransitionListener = Callable[[Transition, Resume], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Listeners:
+    """Who hears of what ranks do, in threads of their group."""
+
+    on_progress: Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did
+    on_failure: Callable[[BaseException], None]  # of all of them, once
+    on_transition: Callable[[Transition, Resume], None]

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from dp_runtime.core.request import RankRequest, RequestDelta, RequestOutput, TokenLogprob
 from dp_runtime.engine.delta_queue import DeltaQueue
-from dp_runtime.engine.output_processor import Delivery, Ends
+from dp_runtime.engine.output_processor import Delivery, Ends, deliver_here
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import fresh
 
@@ -144,14 +144,9 @@ def deliver_in_loops(deliveries: Sequence[Delivery]) -> None:
         by_loop.setdefault(delivery.sink.loop, []).append(delivery)
     for loop, own in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_deliver_all, own)
+            loop.call_soon_threadsafe(deliver_here, own)
         except RuntimeError:  # the loop was closed: nobody reads these requests any more
             _abort_all(own)
-
-
-def _deliver_all(deliveries: Sequence[Delivery]) -> None:
-    for delivery in deliveries:
-        delivery.deliver()
 
 
 def _abort_all(deliveries: Sequence[Delivery]) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
-from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, Resume
+from dp_runtime.core.request import FinishReason, Listeners, RankRequest, RequestUpdate, Resume
 from dp_runtime.engine.deadlines import Deadlines
 from dp_runtime.engine.inputs import NewRequest, RequestFactory, checked_flag, checked_seconds
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
@@ -39,20 +39,13 @@ SinkOf = Callable[[RequestLog, Ends], Sink]
 MAX_REPLAYS = 3  # without a token: the request may be what its ranks were lost of
 
 
-def deliver_here(deliveries: Sequence[Delivery]) -> None:
-    for delivery in deliveries:
-        delivery.deliver()
-
-
 class EngineCore:
     """Starts ranks, gives them requests, and delivers what they report to each request's sink.
 
     `deliver` gets all that a rank reports in one poll, in the thread that asks this rank.
     """
 
-    def __init__(
-        self, config: EngineConfig, show_progress: bool = False, deliver: Deliver = deliver_here
-    ) -> None:
+    def __init__(self, config: EngineConfig, show_progress: bool, deliver: Deliver) -> None:
         ok, allowed = isinstance(config, EngineConfig), "an EngineConfig, as EngineConfig('path')"
         require(ok, "config", config, allowed)
         self.config = config = config.copied()
@@ -65,12 +58,10 @@ class EngineCore:
         except BaseException:
             self._group.close()
             raise
-        group = self._group
-        ranks = (lambda: group.members, lambda: group.wanted)
-        self.factory = RequestFactory(model, self.tokenizer, config.seed, *ranks)
+        self.factory = RequestFactory(model, self.tokenizer, config.seed, self._group)
         balancer = LOAD_BALANCERS[config.routing]()
         self._admission = Admission(balancer, self._group.members, config.max_queued_requests)
-        self.changes = MembershipChanges(group, self._admission, weakly(self.check_open))
+        self.changes = MembershipChanges(self._group, self._admission, weakly(self.check_open))
         self._outputs = OutputProcessor()
         self._deadlines = Deadlines(weakly(self._on_due))
         self._lock = threading.Lock()
@@ -78,9 +69,8 @@ class EngineCore:
         self._closed: BaseException | None = None
         self._clock = BusyClock()
         self._requests: dict[int, RequestTotals] = {}  # by dp_rank, also of ranks that have left
-        self._group.listen(
-            weakly(self._on_updates), weakly(self._on_failure), weakly(self._on_transition)
-        )
+        progress, failure = weakly(self._on_updates), weakly(self._on_failure)
+        self._group.listen(Listeners(progress, failure, weakly(self._on_transition)))
         bind_lifetime(self, self._group, self._deadlines)
         if config.launcher == "ray":
             export_periodically(self)

@@ -10,6 +10,7 @@ from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest, checked_flag
+from dp_runtime.engine.output_processor import deliver_here
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
 from dp_runtime.flight.record import FlightDump
@@ -28,7 +29,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
-        self._core = EngineCore(config, show_progress)
+        self._core = EngineCore(config, show_progress, deliver_here)
 
     @property
     def config(self) -> EngineConfig:

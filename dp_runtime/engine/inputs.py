@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from math import inf
 from time import monotonic
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -46,6 +46,14 @@ class NewRequest:
         return None if self.deadline == inf else max(0.0, self.deadline - monotonic())
 
 
+class RanksToServe(Protocol):
+    @property
+    def members(self) -> Membership: ...  # who does
+
+    @property
+    def wanted(self) -> Membership: ...  # who is to
+
+
 @dataclass(frozen=True, eq=False)
 class RequestFactory:
     """Makes complete requests; every mistake is a ValueError that names field and value.
@@ -56,8 +64,7 @@ class RequestFactory:
     model: ModelInfo
     tokenizer: Tokenizer | None
     seed: int
-    members: Callable[[], Membership]  # those that serve now
-    wanted: Callable[[], Membership]  # those that are to
+    ranks: RanksToServe
     _ids: Iterator[int] = field(default_factory=count)
 
     def make(self, prompt: object, params: object, dp_rank: object) -> NewRequest:
@@ -156,8 +163,8 @@ class RequestFactory:
         if dp_rank is None:
             return None
         rank = plain_int(dp_rank)
-        members = self.members()
-        if rank not in members and rank in self.wanted():
+        members = self.ranks.members
+        if rank not in members and rank in self.ranks.wanted:
             others = f"ranks {members} serve until it is back"
             raise RankMissing(f"dp_rank: rank {rank} was lost; {others}")
         require(rank in members, "dp_rank", dp_rank, f"None or a rank in {members}")

@@ -62,6 +62,11 @@ class Delivery:
             self.sink.put(self.news, self.output)
 
 
+def deliver_here(deliveries: Sequence[Delivery]) -> None:
+    for delivery in deliveries:
+        delivery.deliver()
+
+
 class OutputProcessor:
     """Applies ranks' updates to the logs of live requests: text, stop strings, deltas.
 

@@ -9,12 +9,7 @@ from typing import Protocol
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.request import (
-    FailureListener,
-    RankRequest,
-    TransitionListener,
-    UpdateListener,
-)
+from dp_runtime.core.request import Listeners, RankRequest
 from dp_runtime.errors import StartError
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.request_totals import RequestTotals
@@ -48,12 +43,7 @@ class RankGroup(Protocol):
     @property
     def wanted(self) -> Membership: ...  # who is to serve: more, where others go on without some
 
-    def listen(
-        self,
-        on_progress: UpdateListener,
-        on_failure: FailureListener,
-        on_transition: TransitionListener,
-    ) -> None:
+    def listen(self, listeners: Listeners) -> None:
         """Deliver outputs, transitions and the first failure from threads of the group."""
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None: ...

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.startup.devices import resolve_device
 from workers.communicators import cluster_address, open_rendezvous, transport_of
 from workers.messages import HostInfo, Join, Message, OpenRendezvous, Polled, Rendezvous
+from workers.supervision.supervisor import NOBODY
 from workers.worker_group import WorkerGroup
 
 HUNG = "never answers"
@@ -126,7 +127,7 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
     met = Rendezvous("torch_distributed", "tcp://10.0.0.0:5000", "secret")
     ranks[0].answers["openrendezvous"] = met
     group.start(False, 5.0)
-    group.listen(lambda rank, progress: None, on_failure, lambda ranks, resume: None)
+    group.listen(replace(NOBODY, on_failure=on_failure))
     assert told.wait(20)
     deadline = time.monotonic() + 20
     while not all("abandon" in rank.calls for rank in ranks) and time.monotonic() < deadline:

@@ -12,13 +12,7 @@ from typing import TypeVar
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
-from dp_runtime.core.request import (
-    FailureListener,
-    RankRequest,
-    RequestUpdate,
-    TransitionListener,
-    UpdateListener,
-)
+from dp_runtime.core.request import Listeners, RankRequest, RequestUpdate
 from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, StartError, fresh
 from workers.messages import Abandon, Abort, Submit
 from workers.ranks import Ranks, Seat
@@ -32,6 +26,11 @@ from workers.supervision.watch import RankWatch, SilenceLimits, name_silent, wat
 
 END_S = 20.0  # for another thread to end what it is closing
 Answer = TypeVar("Answer")
+NOBODY = Listeners(
+    lambda dp_rank, updates: None,
+    lambda error: None,
+    lambda transition, resume: resume({}),
+)
 
 
 class Supervisor:
@@ -56,23 +55,15 @@ class Supervisor:
         self._threads: set[threading.Thread] = set()  # that begin an epoch
         self._recovery = Recovery(config, ranks, epochs, self)
         self._pollers: Pollers | None = None
-        self._on_progress: UpdateListener = lambda dp_rank, updates: None
-        self._on_failure: FailureListener = lambda error: None
-        self._on_transition: TransitionListener = lambda transition, resume: resume({})
+        self._listeners = NOBODY
 
-    def listen(
-        self,
-        on_progress: UpdateListener,
-        on_failure: FailureListener,
-        on_transition: TransitionListener,
-    ) -> None:
+    def listen(self, listeners: Listeners) -> None:
         with self.lock:
-            self._on_progress, self._on_failure = on_progress, on_failure
-            self._on_transition = on_transition
-            failure = self.failure
+            self._listeners, failure = listeners, self.failure
         if failure is not None:  # a rank was lost before anybody listened
-            on_failure(failure)
-        self._pollers = Pollers(on_progress, self._suspect, lambda: self.state.epoch, self._over)
+            listeners.on_failure(failure)
+        progress = listeners.on_progress
+        self._pollers = Pollers(progress, self._suspect, lambda: self.state.epoch, self._over)
         self._pollers.follow(self._ranks.seats)
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
@@ -230,7 +221,7 @@ class Supervisor:
     def begun(self) -> None:
         """Begin the epoch in which all ranks step again with the requests of those gone."""
         with self.lock:
-            state, tell = self.state, self._on_transition
+            state, tell = self.state, self._listeners.on_transition
         if self.watch is not None:
             self.watch.serve(SilenceLimits.while_serving(self._config), self._notice)
 
@@ -256,7 +247,7 @@ class Supervisor:
         if error is not None and not isinstance(error, RankFailed):
             text = f"{type(error).__name__}: {error}"
             told = [RequestUpdate(one.request_id, len(one.outputs), error=text) for one in requests]
-            self._on_progress(dp_rank, told)
+            self._listeners.on_progress(dp_rank, told)
 
     def _set(self, state: GroupState) -> None:
         with self._changed:
@@ -266,7 +257,7 @@ class Supervisor:
     def _fail(self, error: BaseException) -> None:
         if self.advance(Phase.FAILED):
             with self.lock:
-                self.failure, tell = error, self._on_failure
+                self.failure, tell = error, self._listeners.on_failure
             tell(error)
             for seat in self._ranks.seats:
                 seat.call(Abandon(str(error)))

@@ -9,14 +9,7 @@ from unittest.mock import patch
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.request import (
-    FailureListener,
-    FinishReason,
-    RankRequest,
-    RequestUpdate,
-    TransitionListener,
-    UpdateListener,
-)
+from dp_runtime.core.request import FinishReason, Listeners, RankRequest, RequestUpdate
 from dp_runtime.engine.engine import Engine
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
@@ -29,9 +22,6 @@ MODEL = ModelInfo("Fake", VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN, (7,), None, 10
 
 class FakeGroup:
     model = MODEL
-    on_progress: UpdateListener
-    on_failure: FailureListener
-    on_transition: TransitionListener
 
     def __init__(self, dp_size: int) -> None:
         self.members = Membership.first(dp_size)
@@ -40,14 +30,9 @@ class FakeGroup:
         self.taken: dict[int, tuple[int, RankRequest]] = {}  # by request id: rank and request
         self.refusal: BaseException | None = None  # raised by the next submit
 
-    def listen(
-        self,
-        on_progress: UpdateListener,
-        on_failure: FailureListener,
-        on_transition: TransitionListener,
-    ) -> None:
-        self.on_progress, self.on_failure = on_progress, on_failure
-        self.on_transition = on_transition
+    def listen(self, listeners: Listeners) -> None:
+        self.on_progress, self.on_failure = listeners.on_progress, listeners.on_failure
+        self.on_transition = listeners.on_transition
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
         refusal, self.refusal = self.refusal, None

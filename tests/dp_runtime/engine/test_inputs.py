@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 
 from dp_runtime import SamplingParams
-from dp_runtime.core.membership import Membership
 from dp_runtime.core.request import RankRequest, TokensPrompt
 from dp_runtime.engine.inputs import RequestFactory, check_room
-from tests.dp_runtime.engine.fake_group import MAX_MODEL_LEN, MODEL
+from tests.dp_runtime.engine.fake_group import MAX_MODEL_LEN, MODEL, FakeGroup
 
 ROOM = MAX_MODEL_LEN - 1
 
 
 def made(prompt: Any, **params: Any) -> RankRequest:
-    one = lambda: Membership.first(1)  # noqa: E731
-    factory = RequestFactory(MODEL, None, seed=0, members=one, wanted=one)
+    factory = RequestFactory(MODEL, None, seed=0, ranks=FakeGroup(1))
     return factory.make(prompt, SamplingParams(**params), None).request
 
 

@@ -7,9 +7,8 @@ import pytest
 
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, TokenLogprob
 from dp_runtime.core.sampling_params import SamplingParams
-from dp_runtime.engine.core import deliver_here
 from dp_runtime.engine.delta_queue import MAX_WAITING_DELTAS
-from dp_runtime.engine.output_processor import Ends, OutputProcessor
+from dp_runtime.engine.output_processor import Ends, OutputProcessor, deliver_here
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.errors import RankFailed, RequestFailed
