@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from time import monotonic, sleep
 from typing import Any
@@ -17,7 +19,35 @@ from tests.product_cases import Item
 from tests.reference import Reference, check_greedy
 from workers.stages.rank_stages import Joined
 
-IDLE_S = 10.0
+IDLE_S, SERVED_S = 10.0, 60.0
+
+
+@contextmanager
+def bystander(serve: Callable[[], object]) -> Iterator[None]:
+    """Someone who asks for the same good thing all the while, and gets it.
+
+    `serve` returns what was got, or None where somebody else may have ended it.
+    """
+    expected, done = serve(), threading.Event()
+    assert expected is not None
+    seen: list[object] = []
+
+    def ask() -> None:
+        while not done.wait(0.02):
+            try:
+                seen.append(serve())
+            except BaseException as error:
+                seen.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(SERVED_S)
+    assert seen
+    assert [one for one in seen if one not in (expected, None)] == []
 
 
 def check_load(

@@ -8,8 +8,7 @@ import random
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from dp_runtime.cli.jsonl import read_prompts
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.errors import EngineClosed
 from tests.api_calls import ALLOWED, WAIT_S, Draw, call, call_async, line_of
-from tests.serving import check_pages_free
+from tests.serving import bystander, check_pages_free
 from tests.workers.leftovers import left_overs, nothing_new, wait_until
 
 GOOD = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
@@ -57,30 +56,6 @@ class Outcomes:
             self.unexpected.append(f"the text of {type(error).__name__}: {text[:3000]!r}")
 
 
-@contextmanager
-def bystander(serve: Callable[[], tuple[int, ...]]) -> Iterator[None]:
-    """Someone who asks for the same good thing all the while, and gets it."""
-    expected, done = serve(), threading.Event()
-    seen: list[Any] = []
-
-    def ask() -> None:
-        while not done.wait(0.02):
-            try:
-                seen.append(serve())
-            except BaseException as error:
-                seen.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(WAIT_S)
-    assert {*seen} <= {expected}
-    assert seen
-
-
 def in_threads(work: Callable[[int], None]) -> None:
     threads = [threading.Thread(target=work, args=(number,)) for number in range(NUM_THREADS)]
     for thread in threads:
@@ -94,7 +69,7 @@ def check_nothing_left(engine: Engine | AsyncEngine) -> None:
     gc.collect()
     wait_until(lambda: engine._core.num_unfinished == 0, "nothing is unfinished", WAIT_S)
     check_pages_free(engine)
-    assert engine._core._deadlines._due == {}
+    wait_until(lambda: engine._core._deadlines._due == {}, "no deadline is left", WAIT_S)
     assert engine._core._outputs._live == {}
     assert all(rank.epoch == 0 for rank in engine._core.health(5.0))
 

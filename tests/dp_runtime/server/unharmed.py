@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic, sleep
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import psutil
 
 from tests.dp_runtime.server.served import WAIT_S, Served
+from tests.serving import bystander
 
 LOGGERS = ("dp_runtime", "workers", "collectives", "uvicorn.error", "asyncio")
 GOOD: dict[str, Any] = {"prompt": "A class", "max_tokens": 4, "temperature": 0}
@@ -22,12 +24,12 @@ GOOD: dict[str, Any] = {"prompt": "A class", "max_tokens": 4, "temperature": 0}
 @contextmanager
 def unharmed(served: Served) -> Iterator[None]:
     """Assert that others were served meanwhile, and that nothing is logged and left of it."""
-    expected = served.post("/v1/completions", **GOOD).json()["choices"]
+    served.post("/v1/completions", **GOOD)
     served.post("/tokenize", prompt="a")
     served.post("/v1/completions", **GOOD, response_format={"type": "json_object"})
     with nothing_logged():
         before = held(served)
-        with bystander(served, expected):
+        with served.client() as client, bystander(partial(good_answer, client)):
             yield
         served.check_idle()
         soon(lambda: all(now <= then for now, then in zip(held(served), before)), served, before)
@@ -49,31 +51,11 @@ def soon(holds: Callable[[], bool], served: Served, before: object = None) -> No
         sleep(0.01)
 
 
-@contextmanager
-def bystander(served: Served, expected: Any) -> Iterator[None]:
-    """Someone who asks for good things all the while, and gets them."""
-    done, seen = threading.Event(), []
-
-    def ask() -> None:
-        with httpx.Client(base_url=served.url, timeout=WAIT_S) as client:
-            while not done.wait(0.05):
-                answer = client.post("/v1/completions", json=GOOD)
-                seen.append((answer.status_code, answer.json().get("choices")))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(WAIT_S)
-    assert seen
-    assert {status for status, _ in seen} == {200}
-    assert all(choices == expected for _, choices in seen if not aborted(choices))
-
-
-def aborted(choices: Any) -> bool:  # as by {"abort_all": true} of somebody else
-    return bool(choices[0]["finish_reason"] == "abort")
+def good_answer(client: httpx.Client) -> list[Any] | None:
+    """Ask for a good thing; None if somebody's {"abort_all": true} has ended it."""
+    answer = client.post("/v1/completions", json=GOOD).raise_for_status()
+    choices: list[Any] = answer.json()["choices"]
+    return None if choices[0]["finish_reason"] == "abort" else choices
 
 
 @contextmanager
