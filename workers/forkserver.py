@@ -30,7 +30,7 @@ from dp_runtime.errors import StartError
 FORK_S = 10.0  # for a server that has forked before
 GRACE_S = 1.0  # for children to end by themselves once the driver has ended
 TELL_S = 2.0  # for the server to tell of a child that has ended
-LOST = 255  # exit status where the server ended before it could tell
+NOT_TOLD = 255  # exit status where the server ended before it could tell
 _STATUS = struct.Struct("=i")  # first the pid, then the exit status
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
@@ -90,7 +90,7 @@ class ForkedProcess:
                     told = self._status.recv(_STATUS.size)
                 else:
                     self._server_stopped.set()
-                self._code = _STATUS.unpack(told)[0] if told else LOST
+                self._code = _STATUS.unpack(told)[0] if told else NOT_TOLD
                 self._status.close()
                 self._close()
             return self._code
@@ -270,10 +270,10 @@ class _Server:
 
     def _end(self) -> None:
         """Let children see for themselves that the driver is gone; one that is stopped can not."""
-        left = list(self._children)
-        while left and (ended := wait(left, GRACE_S)):
-            left = [fd for fd in left if fd not in ended]
-        for fd in left:
+        running = list(self._children)
+        while running and (ended := wait(running, GRACE_S)):
+            running = [fd for fd in running if fd not in ended]
+        for fd in running:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
 

@@ -150,12 +150,12 @@ class Ranks:
         with self._lock:
             self._check_open()
             known = self._serving | {seat.dp_rank: seat for seat in joining}
-            left = [seat for name, seat in self._serving.items() if name not in members]
+            vacated = [seat for name, seat in self._serving.items() if name not in members]
             self._serving = {dp_rank: known[dp_rank] for dp_rank in members.dp_ranks}
-            self._others = [*(seat for seat in self._others if seat not in joining), *left]
-        for seat in left:
+            self._others = [*(seat for seat in self._others if seat not in joining), *vacated]
+        for seat in vacated:
             seat.vacate()
-        return left
+        return vacated
 
     def dismiss(self, seats: Sequence[Seat]) -> None:
         """End ranks that do not serve, and give back their room."""

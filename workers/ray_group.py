@@ -28,7 +28,7 @@ from workers.ray_cluster.rooms import Rooms
 from workers.standby.worker import worker_for
 from workers.worker_group import WorkerGroup
 
-POLL_S = 0.2
+LOOK_S = 0.2
 Answer = TypeVar("Answer")
 # What the driver's environment says about GPUs and their network holds for the ranks too.
 PASSED_ON = ("NCCL_", "TORCH_NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "FLASHINFER_", "CUDA_MODULE_")
@@ -198,7 +198,7 @@ def _wait_created(ranks: Sequence[RayRank], connection: RayConnection, deadline:
     """StartError that names the cause, and for which ranks, if an actor can't be created."""
     futures = [rank.created() for rank in ranks]
     while not all(future.done() for future in futures) and monotonic() < deadline:
-        done, _ = wait(futures, POLL_S, FIRST_EXCEPTION)
+        done, _ = wait(futures, LOOK_S, FIRST_EXCEPTION)
         if not connection.connected:
             raise StartError(LOST)
         if any(future.exception() for future in done):

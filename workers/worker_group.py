@@ -33,7 +33,7 @@ from workers.supervision.reach import (
     trace_of_all,
 )
 from workers.supervision.start_progress import show_capture, show_loading
-from workers.supervision.supervisor import END_S, Supervisor
+from workers.supervision.supervisor import THREADS_END_S, Supervisor
 from workers.supervision.watch import RankWatch, SilenceLimits
 
 
@@ -156,7 +156,7 @@ class WorkerGroup:
         """Close in this thread, which an interrupt may end halfway."""
         before, watch = self._supervisor.state, self._supervisor.watch
         if not self._supervisor.advance(Phase.CLOSED):
-            self._ended.wait(STOP_S + END_S)
+            self._ended.wait(STOP_S + THREADS_END_S)
             return
         try:
             if before.phase < Phase.FAILED and not before.recovering:

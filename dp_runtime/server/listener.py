@@ -17,7 +17,7 @@ from dp_runtime.server.connection import connection_class
 from dp_runtime.server.state import ServerState
 
 BACKLOG = 4096
-LOOK_EVERY_S = 0.05
+HURRY_EVERY_S = 0.05
 MAX_HEAD_BYTES = 1 << 16  # in however many pieces it comes; one that comes whole may have more
 END_S = 5.0  # for clients to take the last of what they were sent
 
@@ -53,7 +53,7 @@ class Listener:
         self._state.draining = True
         deadline = monotonic() + self._state.config.drain_timeout_s
         while len(self._state.jobs) and monotonic() < deadline and not self.failed:
-            if hurry.wait(LOOK_EVERY_S):
+            if hurry.wait(HURRY_EVERY_S):
                 return
 
     def close(self, hurry: threading.Event) -> None:
@@ -61,7 +61,7 @@ class Listener:
         self._server.should_exit = True
         deadline = monotonic() + END_S
         while not self.failed and monotonic() < deadline and not hurry.is_set():
-            self._thread.join(LOOK_EVERY_S)
+            self._thread.join(HURRY_EVERY_S)
         if not self.failed:
             self._loop.call_soon_threadsafe(self._cut_off)
             self._thread.join(END_S)

@@ -21,7 +21,7 @@ from dp_runtime.server.state import ServerState
 logger = logging.getLogger(__name__)
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-LOOK_EVERY_S = 0.5
+CHECK_EVERY_S = 0.5
 FILES_BESIDE = 1024  # open files of a server that are no connections, and more
 
 
@@ -71,7 +71,7 @@ def serve(
             gc.freeze()  # what has started stays: walking over it would hold up all streams
             state.serve(engine)
             _say_ready(state, listener, engine_config.dp_size)
-            while not signals.stop.wait(LOOK_EVERY_S):
+            while not signals.stop.wait(CHECK_EVERY_S):
                 if listener.failed:
                     raise RuntimeError("the thread that serves HTTP has ended")
             listener.drain(signals.hurry)

@@ -81,7 +81,7 @@ def test_what_is_only_late_costs_nothing_else(model: Path) -> None:
 
 def test_a_step_without_end_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank answers all the while, and there is no other that waits for it."""
-    monkeypatch.setattr("workers.stages.rank_stages.STOP_S", 0.2)
+    monkeypatch.setattr("workers.stages.rank_stages.LEAVE_S", 0.2)
     inject = "rank=0,step=8,kind=slow,seconds=5"
     fields: dict[str, Any] = {"dp_size": 1, "step_timeout_s": 1.0, "inject": inject}
     with nothing_left(), recovering(model, "thread", **fields) as engine:
@@ -121,7 +121,7 @@ def test_a_request_is_late_although_its_rank_hangs(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends before anybody has noticed; its pages are free once the rank steps again."""
-    monkeypatch.setattr("workers.stages.rank_stages.STOP_S", 0.2)
+    monkeypatch.setattr("workers.stages.rank_stages.LEAVE_S", 0.2)
     inject = "rank=0,step=8,kind=slow,seconds=6"
     fields: dict[str, Any] = {"dp_size": 1, "step_timeout_s": 3.0, "inject": inject}
     with nothing_left(), recovering(model, "thread", **fields) as engine:

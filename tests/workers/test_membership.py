@@ -174,13 +174,14 @@ def test_a_rank_that_is_stopped_as_all_meet_holds_nobody_up(
 
     def begin_without_one(self: Epochs, *given: Any, **named: Any) -> None:
         if self.number == 0:
-            ring = self._hosts[1].flight
-            assert ring is not None
-            stopped.append(ring.pid)
-            os.kill(ring.pid, signal.SIGSTOP)
+            host = self._ranks.seat(1).host
+            assert host is not None
+            assert host.flight is not None
+            stopped.append(host.flight.pid)
+            os.kill(host.flight.pid, signal.SIGSTOP)
         begin(self, *given, **named)
 
-    monkeypatch.setattr("workers.supervision.recovery.JOIN_S", 100 * WAIT_S)
+    monkeypatch.setattr("workers.supervision.recovery.MEET_S", 100 * WAIT_S)
     monkeypatch.setattr(Epochs, "begin", begin_without_one)
     with nothing_left(), recovering(model, "local", dp_size=1) as engine:
         with ThreadPoolExecutor(1) as pool:

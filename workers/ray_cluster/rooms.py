@@ -17,7 +17,7 @@ from workers.ray_cluster.connection import RayConnection
 from workers.ray_cluster.nodes import held_cpus, living_nodes
 
 GONE_S = 2.0  # for Ray to take note that the room of the ranks is given back
-POLL_S = 0.2
+LOOK_S = 0.2
 WAITING_S = 5.0  # until the log says that there is no room yet
 NEW_ROOM_S = 10.0  # for ranks that come later: others serve, and nobody wants to wait for long
 NODE_ID = "ray.io/node-id"
@@ -114,7 +114,7 @@ def place(config: EngineConfig, num_ranks: int, deadline: float, host: str = "")
 
 def _wait_for_room(placement: Any, need: str, deadline: float) -> None:
     warn_at = monotonic() + WAITING_S
-    while not placement.wait(min(POLL_S, max(deadline - monotonic(), 0.0))):
+    while not placement.wait(min(LOOK_S, max(deadline - monotonic(), 0.0))):
         now = monotonic()
         if now >= deadline:
             raise StartError(f"no {need} in time; {describe_room(living_nodes(now + GONE_S))}")

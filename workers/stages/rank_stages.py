@@ -41,7 +41,7 @@ from workers.mailbox import Mailbox, blame_of
 from workers.messages import AnyRendezvous, Blame
 from workers.stages.progress import StartProgress
 
-STOP_S = 5.0  # for a step to end
+LEAVE_S = 5.0  # for a step to end
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,22 +214,22 @@ class Joined:
         self.connected.communicator.board.wake()
 
     def leave(self) -> Loaded:
-        """Leave the step loop together with the other ranks, or without them after STOP_S."""
+        """Leave the step loop together with the other ranks, or without them after LEAVE_S."""
         self.mailbox.stop()
         self.wake()
-        self._thread.join(STOP_S)
+        self._thread.join(LEAVE_S)
         if self._thread.is_alive():
             self.loop.coordinator.abort("it was told to stop")
-            self._thread.join(STOP_S)
+            self._thread.join(LEAVE_S)
         loaded = self._disconnected()
         return Loaded.without_requests(loaded.prepared, loaded.rank)
 
     def suspend(self, reason: str) -> Loaded:
         """Leave the step where it is; RankFailed if it does not end, or a fault here ended it."""
         self.connected.abandon(reason)
-        self._thread.join(STOP_S)
+        self._thread.join(LEAVE_S)
         if self._thread.is_alive():
-            raise RankFailed(f"rank {self._dp_rank} did not leave its step within {STOP_S:g} s")
+            raise RankFailed(f"rank {self._dp_rank} did not leave its step within {LEAVE_S:g} s")
         if self.mailbox.blame is Blame.RANK:
             raise RankFailed(self.mailbox.error or "")
         loaded = self._disconnected()

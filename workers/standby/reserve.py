@@ -15,11 +15,11 @@ from workers.messages import NO_RANK, ReadHealth, TakeSeat, Warm
 from workers.ranks import Launcher, RankHandle, Seat
 from workers.supervision.watch import BEAT_S, SilenceLimits
 
-ANSWER_S = 0.5  # for a standby to show that it is well
+WELL_S = 0.5  # for a standby to show that it is well
 TAKE_S = 10.0  # for one that warms up to be warm, and for it to take a seat
 QUIET_S = 1.0  # after a recovery, until new standbys may cost the ranks time
-PAUSE_S = 1.0  # after one was lost, doubled for each that follows ...
-MAX_PAUSE_S = 60.0  # ... up to this, and forgotten after twice as long
+LOST_PAUSE_S = 1.0  # after one was lost, doubled for each that follows ...
+MAX_LOST_PAUSE_S = 60.0  # ... up to this, and forgotten after twice as long
 END_S = 5.0
 
 _log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class StandbyReserve:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._clock = AwakeClock()
-        self._due, self._pause_s, self._lost_at = 0.0, PAUSE_S, 0.0
+        self._due, self._pause_s, self._lost_at = 0.0, LOST_PAUSE_S, 0.0
         self._thread = threading.Thread(target=self._run, name="standbys", daemon=True)
 
     @property
@@ -82,7 +82,7 @@ class StandbyReserve:
         while host is not None and (standby := self._next(host.host)):
             handle = standby.handle
             try:
-                handle.call(ReadHealth()).result(ANSWER_S)
+                handle.call(ReadHealth()).result(WELL_S)
                 handle.call(TakeSeat(seat.dp_rank, host.gpu)).result(TAKE_S)
             except (RuntimeError, TimeoutError) as error:
                 _log.warning("rank %d: a standby can not take its seat: %r", seat.dp_rank, error)
@@ -147,7 +147,7 @@ class StandbyReserve:
         handle.kill()
 
     def _lose(self, now: float, why: str) -> None:
-        forgotten = now - self._lost_at > 2 * MAX_PAUSE_S
-        self._pause_s = PAUSE_S if forgotten else min(2 * self._pause_s, MAX_PAUSE_S)
+        forgotten = now - self._lost_at > 2 * MAX_LOST_PAUSE_S
+        self._pause_s = LOST_PAUSE_S if forgotten else min(2 * self._pause_s, MAX_LOST_PAUSE_S)
         self._due, self._lost_at = now + self._pause_s, now
         _log.warning("a standby was lost; another is started in %g s: %s", self._pause_s, why)

@@ -1,4 +1,4 @@
-"""Changes: who is to serve, and one change to that at a time."""
+"""Changes: who is to serve, and attempts to bring back who does not."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class Changes:
     ) -> None:
         self._change, self._members, self._over = change, members, over
         self.wanted = members()
-        self._changing = threading.Lock()
+        self._turn = threading.Lock()  # of a change, for which one that restores ranks gives way
         self._asked = threading.Event()  # a change waits for its turn
         self._restoring = threading.Lock()
 
     def make(self, target: Membership, why_not: WhyNot) -> None:
         self._asked.set()  # an attempt to restore ranks gives way
         try:
-            if not self._changing.acquire(timeout=GIVE_WAY_S):
-                raise ResizeFailed("another change of the ranks is under way")
+            if not self._turn.acquire(timeout=GIVE_WAY_S):
+                raise ResizeFailed("missing ranks are started, and that does not give way")
         finally:
             self._asked.clear()
         try:
             self._change(target, why_not)
             self.wanted = target
         finally:
-            self._changing.release()
+            self._turn.release()
         self.restore_later()
 
     def restore_later(self) -> None:
@@ -57,7 +57,7 @@ class Changes:
         pause_s = RESTORE_S
         gives_way = lambda: "another change comes first" if self._asked.is_set() else ""  # noqa: E731
         while not self._over.wait(pause_s) and self._members() != self.wanted:
-            with self._changing:
+            with self._turn:
                 try:
                     self._change(self.wanted, gives_way)
                 except (ResizeFailed, ValueError) as error:

@@ -54,7 +54,6 @@ class Epochs:
     ) -> None:
         self._config, self._ranks, self._why_not = config, ranks, why_not
         self._on_prepared = on_prepared
-        self._hosts: dict[int, HostInfo] = {}
         self._sharded: dict[int, Membership] = {}  # among whom each rank has loaded its experts
         self._copies = HostCopies(config.host_weights)
         self._meeting: AnyRendezvous | None = None
@@ -75,9 +74,9 @@ class Epochs:
         staying = [seat for seat in self._ranks.seats if seat.dp_rank in members]
         self._ranks.all(CheckPlan(members), deadline, seats=staying, why_not=self._why_not)
 
-    def check_hosts(self, members: Membership) -> None:
+    def check_hosts(self, seats: Sequence[Seat]) -> None:
         """ValueError if these, all of whom are prepared, can not meet."""
-        transport_of(self._config, [self._hosts[dp_rank] for dp_rank in members.dp_ranks])
+        transport_of(self._config, _hosts_of(seats))
 
     def _take(
         self,
@@ -92,7 +91,6 @@ class Epochs:
         for seat, host in zip(seats, hosts, strict=True):
             seat.host, seat.answered = host, True
         found = {seat.dp_rank: host for seat, host in zip(seats, hosts, strict=True)}
-        self._hosts |= found
         self._sharded |= dict.fromkeys(found, members)
         self._on_prepared(found)
 
@@ -144,10 +142,14 @@ class Epochs:
             remove_rendezvous(meeting.address)
 
     def _open(self, deadline: Deadline, why_not: WhyNot) -> Rendezvous:
-        hosts = [self._hosts[seat.dp_rank] for seat in self._ranks.seats]
+        hosts = _hosts_of(self._ranks.seats)
         one_host = len({host.host for host in hosts}) == 1
         opening = OpenRendezvous(transport_of(self._config, hosts).name, one_host)
         first = self._ranks.seats[:1]
         (meeting,) = self._ranks.all(opening, deadline, seats=first, why_not=why_not)
         _log.info("epoch %d: ranks on %s meet over %s at %s", self.number, *where(hosts, meeting))
         return meeting
+
+
+def _hosts_of(seats: Sequence[Seat]) -> list[HostInfo]:
+    return [seat.host for seat in seats if seat.host is not None]

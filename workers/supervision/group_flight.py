@@ -71,13 +71,11 @@ class GroupFlight:
 
     def __init__(self, seats: Callable[[], Sequence[Seat]], directory: str | None) -> None:
         self._seats, self._directory = seats, directory  # seats: of those that serve now
-        self._hosts: dict[int, HostInfo] = {}
         self._maps: dict[int, mmap.mmap] = {}
         self._writers: list[threading.Thread] = []
 
     def map_rings(self, hosts: Mapping[int, HostInfo]) -> None:
         """Map the rings of these ranks, as far as they are processes of this host."""
-        self._hosts |= hosts
         for dp_rank, host in hosts.items():
             self._maps.pop(dp_rank, None)
             if host.flight is not None and (memory := host.flight.map()) is not None:
@@ -90,9 +88,9 @@ class GroupFlight:
         return TakenFlight(reason, time_ns() // 1000, ranks)
 
     def _take(self, seat: Seat, silent_s: float) -> TakenRank:
-        memory, host = self._maps.get(seat.dp_rank), self._hosts.get(seat.dp_rank)
+        memory = self._maps.get(seat.dp_rank)
         ring = seat.call(ReadFlight()) if memory is None else memory[:]
-        return TakenRank(seat.dp_rank, ring, _process_state(host), silent_s)
+        return TakenRank(seat.dp_rank, ring, _process_state(seat.host), silent_s)
 
     def write_later(self, taken: TakenFlight) -> None:
         """Write a file in a thread of its own, for which also the end of the program waits."""

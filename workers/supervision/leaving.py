@@ -19,7 +19,7 @@ def leave_together(ranks: Ranks, watch: RankWatch | None, given_up: Callable[[],
     leaving = [seat.call(Stop()) for seat in ranks.seats]
     deadline = Deadline(STOP_S)
     while deadline.left() > 0 and not given_up():
-        done, left = wait(leaving, LOOK_EVERY_S, FIRST_EXCEPTION)
+        done, pending = wait(leaving, LOOK_EVERY_S, FIRST_EXCEPTION)
         lost = watch.silent(LEAVE_SILENCE_S) if watch else []
-        if not left or lost or any(future.exception() for future in done):
+        if not pending or lost or any(future.exception() for future in done):
             return

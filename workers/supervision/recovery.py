@@ -27,11 +27,11 @@ _log = logging.getLogger(__name__)
 WINDOW_S = 60.0  # in which max_recoveries are counted
 SUSPEND_S = 6.0  # for a rank to leave its step
 ASK_S = 1.0  # for one that is late to say that it loads
-JOIN_S = 30.0  # for ranks that have loaded to meet
+MEET_S = 30.0  # for ranks that have loaded to meet
 VAIN_TRIES = 2  # to replace ranks, until the others go on without them if they may
 COME_UP_S = 60.0  # for a process to come up, where the others may go on without it
-PAUSE_S = 0.2  # before the second attempt, doubled for each that follows
-MAX_PAUSE_S = 10.0
+RETRY_PAUSE_S = 0.2  # before the second attempt, doubled for each that follows
+MAX_RETRY_PAUSE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Recovery:
         self, first: str, missing: set[int], newcomers: frozenset[int] = frozenset()
     ) -> tuple[set[int], int]:
         """Begin the next epoch with others on missing seats: all who were lost, vain attempts."""
-        lost, tried, pause_s = set(missing), 0, PAUSE_S
+        lost, tried, pause_s = set(missing), 0, RETRY_PAUSE_S
         while True:
             self._seating.gone(missing, frozenset())
             try:
@@ -141,7 +141,7 @@ class Recovery:
                 self.trouble = str(error)
                 _log.warning("recovery: %s", error)
                 threading.Event().wait(pause_s)
-                tried, pause_s = tried + 1, min(2 * pause_s, MAX_PAUSE_S)
+                tried, pause_s = tried + 1, min(2 * pause_s, MAX_RETRY_PAUSE_S)
             missing, _ = self._suspend_all("a rank could not be replaced")
             lost |= missing
             vain = self._dispensable(missing, newcomers) if tried >= self._patience else set()
@@ -242,7 +242,7 @@ class Recovery:
             self._forget_evidence({seat.dp_rank for seat in seats})  # of who sat there before
             self._epochs.prepare(seats, self._deadline_to_come_up(deadline), self._doomed)
             self._epochs.load(seats, deadline, doomed=self._doomed)
-        self._epochs.begin(deadline, JOIN_S, doomed=self._doomed)
+        self._epochs.begin(deadline, MEET_S, doomed=self._doomed)
 
     def _deadline_to_come_up(self, deadline: Deadline) -> Deadline:
         config = self._config

@@ -24,7 +24,7 @@ from workers.supervision.poller import Pollers
 from workers.supervision.recovery import Recovery
 from workers.supervision.watch import RankWatch, SilenceLimits, name_silent, watched
 
-END_S = 20.0  # for another thread to end what it is closing
+THREADS_END_S = 20.0  # for another thread to end what it is closing
 Answer = TypeVar("Answer")
 NOBODY = Listeners(
     lambda dp_rank, updates: None,
@@ -134,7 +134,8 @@ class Supervisor:
                 with watched(seats, self._config) as silent:
                     doomed = lambda: why_not() or silent()  # noqa: E731
                     self._epochs.prepare(seats, deadline, doomed, target)
-                    self._epochs.check_hosts(target)
+                    both = [*self._ranks.seats, *seats]
+                    self._epochs.check_hosts([one for one in both if one.dp_rank in target])
                     self._epochs.load(seats, deadline, doomed=doomed)
         except BaseException as error:
             self._ranks.dismiss(seats)
@@ -211,12 +212,12 @@ class Supervisor:
             self.watch.renew(lost)
 
     def enter(self, members: Membership, joining: Sequence[Seat]) -> list[Seat]:
-        left = self._ranks.enter(members, joining)
+        vacated = self._ranks.enter(members, joining)
         if self.watch is not None:
             self.watch.follow(self._ranks.seats)
         if self._pollers is not None:
             self._pollers.follow(self._ranks.seats)
-        return left
+        return vacated
 
     def begun(self) -> None:
         """Begin the epoch in which all ranks step again with the requests of those gone."""
@@ -276,4 +277,4 @@ class Supervisor:
         if self._pollers is not None:  # else the last user of the engine may be a daemon at exit
             self._pollers.join()
         for thread in self._threads - {threading.current_thread()}:
-            thread.join(END_S)
+            thread.join(THREADS_END_S)

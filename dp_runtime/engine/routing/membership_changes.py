@@ -14,7 +14,7 @@ from dp_runtime.errors import ResizeFailed, require
 
 MAX_RANKS = 4096
 MAX_DRAIN_S = 86_400.0
-LOOK_EVERY_S = 0.02
+DRAINED_EVERY_S = 0.02
 
 TargetOf = Callable[[Membership], Membership]
 
@@ -74,7 +74,7 @@ class MembershipChanges:
             until = monotonic() + timeout_s
             while monotonic() < until and self._admission.num_unfinished_of(leaving):
                 self._check_open()
-                sleep(LOOK_EVERY_S)
+                sleep(DRAINED_EVERY_S)
             self._group.change(target)
         finally:
             self._admission.spare(())

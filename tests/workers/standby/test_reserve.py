@@ -97,8 +97,8 @@ def reserve_of(
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAUSE_S", 0.01)
-    monkeypatch.setattr(module, "ANSWER_S", 0.2)
+    monkeypatch.setattr(module, "LOST_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "WELL_S", 0.2)
 
 
 def seat_on(host: str | None, gpu: str = "") -> Seat:
