@@ -111,6 +111,10 @@ class WorkerGroup:
     def wanted(self) -> Membership:
         return self._supervisor.changes.wanted
 
+    @property
+    def num_standbys(self) -> int:
+        return self.standbys.num_warm
+
     def listen(self, listeners: Listeners) -> None:
         self._supervisor.listen(listeners)
 

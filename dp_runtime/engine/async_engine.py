@@ -115,6 +115,11 @@ class AsyncEngine:
         """The ranks that serve now."""
         return self._core.members.dp_ranks
 
+    @property
+    def num_standbys(self) -> int:
+        """Warm processes (`standby_ranks`) that can take the place of a lost rank now."""
+        return self._core.num_standbys
+
     async def resize(self, dp_size: int) -> tuple[int, ...]:
         """As `Engine.resize`; cancellation does not undo it."""
         return (await asyncio.to_thread(self._core.changes.resize, dp_size)).dp_ranks

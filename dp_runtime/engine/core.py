@@ -89,6 +89,10 @@ class EngineCore:
         return self._group.members
 
     @property
+    def num_standbys(self) -> int:
+        return self._group.num_standbys
+
+    @property
     def num_unfinished(self) -> int:
         return self._admission.num_unfinished
 

@@ -107,6 +107,11 @@ class Engine:
         """The ranks that serve now."""
         return self._core.members.dp_ranks
 
+    @property
+    def num_standbys(self) -> int:
+        """Warm processes (`standby_ranks`) that can take the place of a lost rank now."""
+        return self._core.num_standbys
+
     def resize(self, dp_size: int) -> tuple[int, ...]:
         """Serve with so many ranks from now on, and return them; no request is lost.
 

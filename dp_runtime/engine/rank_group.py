@@ -43,6 +43,9 @@ class RankGroup(Protocol):
     @property
     def wanted(self) -> Membership: ...  # who is to serve: more, where others go on without some
 
+    @property
+    def num_standbys(self) -> int: ...  # warm processes that could take a lost rank's place
+
     def listen(self, listeners: Listeners) -> None:
         """Deliver outputs, transitions and the first failure from threads of the group."""
 

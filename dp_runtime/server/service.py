@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Sequence
 from functools import partial
 from http import HTTPStatus
@@ -12,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from dp_runtime.chat.tools import ToolUse
-from dp_runtime.metrics.prometheus.page import CONTENT_TYPE, metrics_page
+from dp_runtime.metrics.prometheus.page import CONTENT_TYPE
 from dp_runtime.metrics.status import DEFAULT_TEMPLATE
 from dp_runtime.server.answers import as_json
 from dp_runtime.server.chat.chats import Chats
@@ -101,9 +100,7 @@ def control_routes(state: ServerState) -> APIRouter:
     @routes.get("/metrics")
     async def metrics() -> Response:
         """Export the metrics of every rank in Prometheus' text format."""
-        ranks = await state.metrics()
-        page = await asyncio.to_thread(metrics_page, ranks, state.model_name)
-        return Response(page, media_type=CONTENT_TYPE)
+        return Response(await state.metrics(), media_type=CONTENT_TYPE)
 
     @routes.get("/flight_record")
     async def flight_record() -> Response:

@@ -23,7 +23,7 @@ from dp_runtime.engine.inputs import NewRequest, check_room
 from dp_runtime.errors import require, shown
 from dp_runtime.flight.dump_file import to_lines
 from dp_runtime.metrics.health_report import HealthReport
-from dp_runtime.metrics.snapshot import RankSnapshot
+from dp_runtime.metrics.prometheus.page import metrics_page
 from dp_runtime.server.answers import Client, Content, as_json
 from dp_runtime.server.chat.chats import Chats
 from dp_runtime.server.config import ServerConfig
@@ -100,17 +100,20 @@ class ServerState:
     async def health(self) -> dict[str, Any]:
         """Tell how the server is, and each rank."""
         if self._engine is None:
-            return {"status": "starting", "ranks": []}
+            return {"status": "starting", "ranks": [], "standbys": 0}
         ranks = await self._engine.health(HEALTH_S)
         report = HealthReport.of(ranks)
         status = "ok" if report.can_serve else "failed" if self._engine.has_failed else "paused"
         status = "draining" if self.draining else status
-        return {"status": status, "ranks": report.ranks}
+        num_standbys = self._engine.num_standbys
+        return {"status": status, "ranks": report.ranks, "standbys": num_standbys}
 
-    async def metrics(self) -> tuple[RankSnapshot, ...]:
+    async def metrics(self) -> bytes:
+        """What Prometheus reads."""
         if self._engine is None:
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, STARTING)
-        return await self._engine.metrics()
+        ranks, num_standbys = await self._engine.metrics(), self._engine.num_standbys
+        return await asyncio.to_thread(metrics_page, ranks, self.model_name, num_standbys)
 
     async def flight_record(self) -> bytes:
         """What every rank did last, as a file that `doctor` reads; also while ranks hang."""

@@ -33,8 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def warm(engine: Engine, count: int = 1) -> None:
-    group: Any = engine._core._group
-    wait_until(lambda: group.standbys.num_warm == count, f"{count} warm standbys", WAIT_S)
+    wait_until(lambda: engine.num_standbys == count, f"{count} warm standbys", WAIT_S)
 
 
 def standby_pids() -> list[int]:

@@ -38,10 +38,12 @@ class View:
         names = {sample.labels["model_name"] for sample in last.samples["vllm:prompt_tokens_total"]}
         status = str(last.health.get("status", "unknown"))
         epoch = last.sum("dp_runtime_epoch", dp_rank=last.dp_ranks[0])
+        num_warm = last.sum("dp_runtime_standbys_warm")
+        standbys = f"{num_warm:.0f} standbys, " if num_warm else ""
         return Text.assemble(
             (", ".join(names), "bold"), f" at {self.url}: ",
             (status, STATUS_STYLES.get(status, "bold red")),
-            f", {num_ranks} ranks, epoch {epoch:.0f}",
+            f", {num_ranks} ranks, {standbys}epoch {epoch:.0f}",
         )  # fmt: skip
 
     def _load(self) -> Text:

@@ -35,10 +35,14 @@ ALIASES = {
 ALIAS_LABELS = {"finish_reason": "finished_reason"}
 
 
-def metrics_page(ranks: Sequence[RankSnapshot], model_name: str) -> bytes:
+def metrics_page(ranks: Sequence[RankSnapshot], model_name: str, num_standbys: int = 0) -> bytes:
     """Return the page in the text format, whose type CONTENT_TYPE says."""
+    standbys = Metric(
+        f"{PREFIX}standbys_warm", "Processes that could take a lost rank's place", "gauge"
+    )
+    standbys.add_sample(standbys.name, {}, num_standbys)
     # Never OpenMetrics: for that prometheus_client (0.26) makes underscores of colons in names.
-    return generate_latest(_Page(list(metrics_of(ranks, model_name))))
+    return generate_latest(_Page([standbys, *metrics_of(ranks, model_name)]))
 
 
 def metrics_of(ranks: Sequence[RankSnapshot], model_name: str) -> Iterator[Metric]:

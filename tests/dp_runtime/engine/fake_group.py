@@ -22,6 +22,7 @@ MODEL = ModelInfo("Fake", VOCAB_SIZE, HIDDEN_SIZE, MAX_MODEL_LEN, (7,), None, 10
 
 class FakeGroup:
     model = MODEL
+    num_standbys = 0
 
     def __init__(self, dp_size: int) -> None:
         self.members = Membership.first(dp_size)

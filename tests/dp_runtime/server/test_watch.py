@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -43,9 +44,20 @@ def test_health_tells_of_every_rank(served: Served) -> None:
     health = answer.json()
     assert health["status"] == "ok"
     assert [rank["dp_rank"] for rank in health["ranks"]] == [0, 1]
+    assert health["standbys"] == 0
     for rank in health["ranks"]:
         assert rank["state"] in ("running", "idle")
         assert rank["last_step_age_s"] >= 0
+
+
+def test_warm_standbys_are_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    group: Any = served.engine._core._group
+    monkeypatch.setattr(type(group.standbys), "num_warm", 3)
+    with served.client() as client:
+        assert client.get("/health").json()["standbys"] == 3
+        page = {family.name: family.samples for family in parse(client.get("/metrics").text)}
+    (sample,) = page["dp_runtime_standbys_warm"]
+    assert (sample.labels, sample.value) == ({}, 3.0)
 
 
 def test_a_flight_record_is_for_those_with_a_key_and_for_the_doctor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from dp_runtime.cli.top.scrape import Scrape
 from dp_runtime.metrics.health_report import HealthReport
@@ -40,12 +41,12 @@ def rank_after(dp_rank: int, steps: int, answered: bool = True) -> RankSnapshot:
     return RankSnapshot(answered, health, totals, requests)
 
 
-def scrape(at: float, *ranks: RankSnapshot, error: str = "") -> Scrape:
+def scrape(at: float, *ranks: RankSnapshot, error: str = "", num_standbys: int = 0) -> Scrape:
     healths = [replace(rank.health, error=error) for rank in ranks]
     health = json.dumps({"status": "ok", "ranks": HealthReport.of(healths).ranks})
-    parsed = Scrape.parsed(metrics_page(ranks, "tiny").decode(), health)
+    parsed = Scrape.parsed(metrics_page(ranks, "tiny", num_standbys).decode(), health)
     return replace(parsed, at=at)
 
 
-def after(at: float, steps: int, **how: str) -> Scrape:
+def after(at: float, steps: int, **how: Any) -> Scrape:
     return scrape(at, *(rank_after(rank, steps) for rank in range(DP_SIZE)), **how)

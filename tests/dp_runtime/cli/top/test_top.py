@@ -40,6 +40,12 @@ def test_the_table_fits_its_terminal_and_has_titles_and_units(width: int) -> Non
     assert cells[4:9] == ["8,000", "20.0", "25", "1", "25"]
 
 
+def test_warm_standbys_are_told() -> None:
+    last = after(2.0, 9000, num_standbys=2)
+    view = View(URL, Interval(None, last), Interval(None, last))
+    assert shown(view, 80)[0] == f"tiny at {URL}: ok, 2 ranks, 2 standbys, epoch 0"
+
+
 def test_errors_of_ranks_stand_below_the_table() -> None:
     view = View(
         URL, Interval(None, after(2.0, 5, error="rank 0: it broke")), Interval(None, after(2.0, 5))
