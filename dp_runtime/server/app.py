@@ -9,7 +9,7 @@ from dp_runtime.server.admin import admin_routes
 from dp_runtime.server.chat.routes import chat_routes
 from dp_runtime.server.completions import completion_routes
 from dp_runtime.server.errors import add_error_handlers
-from dp_runtime.server.guard import Guard
+from dp_runtime.server.http.guard import Guard
 from dp_runtime.server.service import control_routes, model_routes, token_routes
 from dp_runtime.server.state import ServerState
 

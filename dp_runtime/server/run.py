@@ -14,8 +14,8 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.errors import Terminated
 from dp_runtime.server.config import LOOPBACK, ServerConfig
-from dp_runtime.server.listener import Listener
-from dp_runtime.server.ports import Port, by_process, listening_ports
+from dp_runtime.server.http.listener import Listener
+from dp_runtime.server.http.ports import Port, by_process, listening_ports
 from dp_runtime.server.state import ServerState
 
 logger = logging.getLogger(__name__)

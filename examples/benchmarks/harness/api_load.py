@@ -14,7 +14,7 @@ import psutil
 
 from dp_runtime import AsyncEngine, Engine, EngineConfig, SamplingParams
 from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.listener import Listener
+from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.state import ServerState
 from examples.benchmarks.harness.http_load import Outcome, run_client
 from examples.benchmarks.harness.load import (

@@ -16,7 +16,7 @@ from dp_runtime import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.core.request import Prompt
 from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.listener import Listener
+from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.state import ServerState
 from tests.serving import check_pages_free
 

@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.listener import Listener
+from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.state import ServerState
 from tests.dp_runtime.server.served import MODEL, Served, serving
 

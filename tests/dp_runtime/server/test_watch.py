@@ -13,7 +13,7 @@ from dp_runtime.cli.main import main
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.flight.dump_file import read_dump
 from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.listener import Listener
+from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.state import ServerState
 from tests.dp_runtime.server.served import MODEL, Served, serving
 

@@ -17,8 +17,8 @@ from dp_runtime import EngineConfig
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.errors import StartError
 from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.connection import IdleConnections
-from dp_runtime.server.listener import Listener
+from dp_runtime.server.http.connection import IdleConnections
+from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.state import ServerState
 from tests.dp_runtime.server.hostile import GOOD, KEEP_OPEN, ask, connected, get, post, read_reply
 from tests.dp_runtime.server.unharmed import nothing_logged

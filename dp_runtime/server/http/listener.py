@@ -13,7 +13,7 @@ import uvloop
 from dp_runtime.errors import StartError
 from dp_runtime.server.app import make_app
 from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.connection import connection_class
+from dp_runtime.server.http.connection import connection_class
 from dp_runtime.server.state import ServerState
 
 BACKLOG = 4096
