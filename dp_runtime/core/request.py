@@ -117,4 +117,4 @@ class Listeners:
 
     on_progress: Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did
     on_failure: Callable[[BaseException], None]  # of all of them, once
-    on_transition: Callable[[Transition, Resume], None]
+    on_transition: Callable[[Transition, Resume], int]  # losses put down to a request

@@ -258,18 +258,23 @@ class EngineCore:
     def _totals_of(self, dp_rank: int) -> RequestTotals:
         return self._requests.setdefault(dp_rank, RequestTotals(dp_rank))
 
-    def _on_transition(self, transition: Transition, resume: Resume) -> None:
-        """Have the next ranks go on with what others had; nobody submits meanwhile."""
+    def _on_transition(self, transition: Transition, resume: Resume) -> int:
+        """Have the next ranks go on with what others had; nobody submits meanwhile.
+
+        Returns how many losses, this one included, were put down to a request.
+        """
         again: dict[int, list[RankRequest]] = {}
-        ended = []
+        ended, num_blamed = [], 0
         with self._sending:
             self._admission.serve(transition.members)
             for log in self._outputs.of_ranks(transition.gone):
                 lost = log.dp_rank in transition.lost
-                if log.abort_asked or (lost and log.num_losses == MAX_REPLAYS):
+                log.num_losses += lost
+                is_why = log.num_losses > MAX_REPLAYS and not log.abort_asked
+                if is_why or log.abort_asked:
+                    num_blamed = max(num_blamed, is_why * log.num_losses)
                     ended.append(log.end_without_rank())
                     continue
-                log.num_losses += lost
                 tokens = log.request.num_reserved_tokens
                 rank = self._admission.move(log.dp_rank, tokens, log.pinned)
                 again.setdefault(rank, []).append(log.replay(self._totals_of(rank)))
@@ -279,6 +284,7 @@ class EngineCore:
             text = "requests of ranks that serve no more: %d go on, %d have ended"
             logger.warning(text, num_again, len(ended))
         self._on_updates(transition.members.dp_ranks[0], ended)
+        return num_blamed
 
     def _on_failure(self, error: BaseException) -> None:
         logger.error("the engine has failed, and all its requests with it: %s", error)

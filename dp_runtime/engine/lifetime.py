@@ -22,14 +22,13 @@ class Disownable(Protocol):
         """Refuse all use from now on, without a lock that a thread may have held at the fork."""
 
 
-def weakly(method: Callable[..., None]) -> Callable[..., None]:
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """Call the method without keeping its object alive; once that is gone a call does nothing."""
     reference = weakref.WeakMethod(method)
 
-    def call(*arguments: Any) -> None:
+    def call(*arguments: Any) -> Any:
         bound = reference()
-        if bound is not None:
-            bound(*arguments)
+        return None if bound is None else bound(*arguments)
 
     return call
 

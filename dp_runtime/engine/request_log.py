@@ -86,7 +86,7 @@ class RequestLog:
         """What a request hears that no rank goes on with."""
         if self.abort_asked:
             return self.end_here(FinishReason.ABORT)
-        cause = f"{1 + self.num_losses} ranks were lost before it had another token"
+        cause = f"{self.num_losses} ranks were lost before it had another token"
         return RequestUpdate.failed(self.request_id, len(self.token_ids), cause)
 
     def _arrive(self, count: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from dp_runtime import Engine, EngineConfig, RequestHandle, RequestOutput, SamplingParams
 from dp_runtime.core.request import FinishReason
-from dp_runtime.errors import RankFailed
+from dp_runtime.errors import RankFailed, RequestFailed
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
 from tests.workers.leftovers import wait_until
@@ -165,17 +165,22 @@ def test_an_abort_is_answered_before_anybody_notices_that_its_rank_is_lost(model
         check_pages_free(engine)
 
 
+class Faulty(threading.Event):
+    always = False  # or the next step only
+
+
 @pytest.fixture
-def faulty() -> Iterator[threading.Event]:
+def faulty() -> Iterator[Faulty]:
     """Once set, the next step of some rank raises, of one engine's thread ranks."""
-    armed = threading.Event()
+    armed = Faulty()
     from dp_runtime.runner.step_runner import StepRunner
 
     original = StepRunner.run
 
     def run(self: StepRunner, scheduled: Any, agreement: Any) -> Any:
         if armed.is_set() and scheduled.req_indices.size:
-            armed.clear()
+            if not armed.always:
+                armed.clear()
             raise RuntimeError("the fault of a test")
         return original(self, scheduled, agreement)
 
@@ -190,6 +195,22 @@ def test_a_rank_that_raises_is_replaced(model: Path, faulty: threading.Event) ->
         assert alike(served(engine, 4, faulty.set)) == expected
         assert {rank.epoch for rank in engine.health()} == {1}
         check_pages_free(engine)
+
+
+def test_no_request_ends_the_engine_however_often_it_comes(
+    model: Path, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its ranks were lost of is put down to it, and counts as no recovery."""
+    monkeypatch.setattr("dp_runtime.engine.core.MAX_REPLAYS", 1)
+    faulty.always = True
+    with recovering(model, "thread", dp_size=2, max_recoveries=3) as engine:
+        for _ in range(4):
+            faulty.set()
+            with pytest.raises(RequestFailed, match="2 ranks were lost before it had another"):
+                engine.generate([[1, 2]])
+        faulty.clear()
+        assert len(engine.generate([[1, 2]], SamplingParams(max_tokens=3))[0].token_ids) == 3
+        assert {rank.epoch for rank in engine.health()} == {8}
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ class Seating(Protocol):
     def enter(self, members: Membership, joining: Sequence[Seat]) -> list[Seat]:
         """Have these serve; return the seats of those who do no more."""
 
-    def begun(self) -> None: ...  # all ranks step again
+    def begun(self) -> int: ...  # all ranks step again; losses that were put down to a request
 
 
 class Recovery:
@@ -94,10 +94,11 @@ class Recovery:
         if counts:
             self._check_history(started, first, 0)
         lost, tried = self._replace(first, missing)
-        self._seating.begun()
+        num_blamed = self._seating.begun()
         done = Recovered(started, tuple(sorted(lost)), first, monotonic() - started)
         if counts or tried:
             self._history.append(done)
+        self._forgive(num_blamed)
         _log.warning("recovered: epoch %d after the loss of %s", self._epochs.number, done)
 
     def change(self, target: Membership, joining: Sequence[Seat]) -> None:
@@ -116,14 +117,20 @@ class Recovery:
         leaving = self._seating.enter(members, joining)
         newcomers = frozenset(seat.dp_rank for seat in joining)
         replaced, _ = self._replace(first, missing - left, newcomers)
-        self._seating.begun()
+        num_blamed = self._seating.begun()
         self._ranks.dismiss(leaving)
         members, seconds = self._ranks.members, monotonic() - started
         if lost := replaced - newcomers:
             self._history.append(Recovered(started, tuple(sorted(lost)), first, seconds))
+        self._forgive(num_blamed)
         _log.warning(
             "changed: epoch %d has ranks %s, after %.1f s", self._epochs.number, members, seconds
         )
+
+    def _forgive(self, num_losses: int) -> None:
+        """Forget the last losses, as no input ends an engine."""
+        for _ in range(min(num_losses, len(self._history))):
+            self._history.pop()
 
     def _replace(
         self, first: str, missing: set[int], newcomers: frozenset[int] = frozenset()

@@ -12,7 +12,7 @@ from typing import TypeVar
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
-from dp_runtime.core.request import Listeners, RankRequest, RequestUpdate
+from dp_runtime.core.request import Listeners, RankRequest, RequestUpdate, Resume
 from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, StartError, fresh
 from workers.messages import Abandon, Abort, Submit
 from workers.ranks import Ranks, Seat
@@ -26,11 +26,14 @@ from workers.supervision.watch import RankWatch, SilenceLimits, name_silent, wat
 
 THREADS_END_S = 20.0  # for another thread to end what it is closing
 Answer = TypeVar("Answer")
-NOBODY = Listeners(
-    lambda dp_rank, updates: None,
-    lambda error: None,
-    lambda transition, resume: resume({}),
-)
+
+
+def _go_on_without_requests(transition: Transition, resume: Resume) -> int:
+    resume({})
+    return 0
+
+
+NOBODY = Listeners(lambda rank, updates: None, lambda error: None, _go_on_without_requests)
 
 
 class Supervisor:
@@ -219,7 +222,7 @@ class Supervisor:
             self._pollers.follow(self._ranks.seats)
         return vacated
 
-    def begun(self) -> None:
+    def begun(self) -> int:
         """Begin the epoch in which all ranks step again with the requests of those gone."""
         with self.lock:
             state, tell = self.state, self._listeners.on_transition
@@ -234,7 +237,7 @@ class Supervisor:
                 after = replace(self.state, epoch=epoch, recovering=False, lost=none, left=none)
                 self._set(after)
 
-        tell(Transition(self._ranks.members, state.lost, state.left), resume)
+        return tell(Transition(self._ranks.members, state.lost, state.left), resume) or 0
 
     def _send(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
         submitted = self._ranks.seat(dp_rank).call(Submit(requests))

@@ -14,8 +14,8 @@ from tests.dp_runtime.engine.fake_group import FakeGroup, fake_engine, outstandi
 MANY = SamplingParams(max_tokens=20, ignore_eos=True)
 
 
-def lose(group: FakeGroup, dp_rank: int) -> None:
-    """Lose a rank, whose successor serves in the next epoch."""
+def lose(group: FakeGroup, dp_rank: int) -> int:
+    """Lose a rank, whose successor serves in the next epoch; losses put down to a request."""
 
     def resume(again: dict[int, list[RankRequest]]) -> None:
         for rank, requests in again.items():
@@ -23,7 +23,7 @@ def lose(group: FakeGroup, dp_rank: int) -> None:
 
     for request_id in [one for one, (rank, _) in group.taken.items() if rank == dp_rank]:
         group.taken.pop(request_id)
-    group.on_transition(Transition(group.members, lost=frozenset({dp_rank})), resume)
+    return group.on_transition(Transition(group.members, lost=frozenset({dp_rank})), resume)
 
 
 def say(group: FakeGroup, handle: RequestHandle, token: int) -> None:
@@ -36,7 +36,7 @@ def test_a_request_that_gets_on_outlives_any_number_of_losses() -> None:
         served = engine.submit([1], MANY, 0)
         for token in range(2 * MAX_REPLAYS + 2):
             say(group, served, token)
-            lose(group, 0)
+            assert lose(group, 0) == 0
             assert not served.done
             _, again = group.taken[served.request_id]
             assert again.outputs == tuple(range(token + 1))
@@ -47,9 +47,9 @@ def test_a_request_without_a_token_between_losses_fails_alone() -> None:
         suspect, other = engine.submit([1], MANY, 0), engine.submit([2], MANY, 1)
         say(group, suspect, 5)
         for _ in range(MAX_REPLAYS):
-            lose(group, 0)
+            assert lose(group, 0) == 0
             assert not suspect.done
-        lose(group, 0)
+        assert lose(group, 0) == MAX_REPLAYS + 1
         with pytest.raises(RequestFailed, match="4 ranks were lost before it had another token"):
             suspect.result(1)
         assert not other.done
