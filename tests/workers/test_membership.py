@@ -18,6 +18,7 @@ import pytest
 
 from dp_runtime import Engine, SamplingParams
 from dp_runtime.errors import EngineClosed, RankFailed, RankMissing, ResizeFailed, StartError
+from dp_runtime.metrics.status import RankState
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
 from tests.workers.leftovers import rank_processes, wait_until
@@ -279,7 +280,7 @@ def test_a_rank_that_is_lost_as_others_load_costs_nobody_else(
         monkeypatch.setattr("workers.supervision.recovery.SUSPEND_S", 0.5)
         if self.prepared.dp_rank == 1:
             raise RuntimeError("the fault of a test")
-        given[1].begin_loading()
+        given[1].state = RankState.LOADING
         sleep(3.0)
         return load(self, *given)
 
