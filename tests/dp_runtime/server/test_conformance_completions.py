@@ -150,8 +150,9 @@ def as_text(calls: Completions, token_ids: Any) -> str:
 
 def check_offsets(choice: Content) -> None:
     """Tokens stand in the text where text_offset says."""
-    columns = choice["logprobs"]
-    for token, offset in zip(columns["tokens"], columns["text_offset"], strict=True):
+    columns, hides_last = choice["logprobs"], choice["finish_reason"] == "stop"
+    tokens = [*zip(columns["tokens"], columns["text_offset"], strict=True)]
+    for token, offset in tokens[: len(tokens) - hides_last]:
         if "\ufffd" in token:
             return  # a part of a character, after which texts and tokens differ in length
         assert choice["text"][offset : offset + len(token)] == token
