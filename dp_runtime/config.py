@@ -145,8 +145,8 @@ class EngineConfig:
     )
     cuda_graphs: bool | None = setting(
         None,
-        "replay decode steps, each rank at its own size, and in small steps with prefill the "
-        "MoE stages; inspect says why not",
+        "replay decode steps, each rank at its own size, and in steps with prefill all but "
+        "attention; inspect says why not",
         shown_default="wherever all kernels in use can be captured",
     )
     poison_padding: bool = setting(

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -112,7 +113,11 @@ class NcclRows:
         self._watch.drain(timeout_s)
 
     def abort(self) -> None:
-        """End this rank's kernels and communicator, and wait for that; callable from any thread."""
+        """End this rank's kernels and communicator; callable from any thread.
+
+        NOTE: NCCL ends kernels at once, but waits in its abort until no graph has any of them
+        (init.cc, commDestroySync). Graphs go once the step has been left, which follows this.
+        """
         with self._aborting:
             if self._aborted:
                 return
@@ -121,7 +126,8 @@ class NcclRows:
             with not_capturing(_GRACE_S):  # a capture launches, so its turn comes first
                 free = self._launching.acquire(timeout=_GRACE_S)
                 try:
-                    self._backend.abort()
+                    with suppress(TimeoutError):
+                        _bounded(self._backend.abort, _GRACE_S)
                 finally:
                     if free:
                         self._launching.release()
@@ -157,5 +163,5 @@ def _bounded(call: Callable[[], None], timeout_s: float) -> None:
         else:
             outcome.set_result(None)
 
-    threading.Thread(target=run, name="nccl-connect", daemon=True).start()
+    threading.Thread(target=run, name="nccl", daemon=True).start()
     outcome.result(timeout_s)

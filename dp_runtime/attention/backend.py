@@ -23,10 +23,15 @@ class PagedAttention:
 
     cache: LayerCache
 
-    def run(self, q: Tensor, plan: AttentionPlan) -> Tensor:
-        """Attend from q [rows, num_heads, head_dim] as planned; the result has the same shape."""
+    def run(self, q: Tensor, plan: AttentionPlan, out: Tensor | None = None) -> Tensor:
+        """Attend from q [rows, num_heads, head_dim] as planned; returns `out`, of that shape too.
+
+        out: by default a new tensor.
+        """
         plan.check_rows(self.cache, "q", q, plan.q_shape)
-        return plan.attend(q, self.cache) if plan.num_tokens else q
+        if out is not None:
+            plan.check_rows(self.cache, "out", out, plan.q_shape)
+        return plan.attend(q, self.cache, out) if plan.num_tokens else q
 
 
 class AttentionBackend(ABC):
@@ -96,5 +101,5 @@ class AttentionBackend(ABC):
 
 
 class _NoRows(AttentionPlan):
-    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
+    def attend(self, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
         raise AssertionError("a pass without rows calls no kernel")

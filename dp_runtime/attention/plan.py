@@ -55,8 +55,11 @@ class AttentionPlan(ABC):
     spec: AttentionSpec
 
     @abstractmethod
-    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
-        """Attend causally from q [rows, num_heads, head_dim], at least one row; the same shape."""
+    def attend(self, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
+        """Attend causally from q [rows, num_heads, head_dim], at least one row.
+
+        Returns `out`, of the same shape; by default a new tensor.
+        """
 
     def comparisons(self, device: torch.device) -> Iterable[Comparison]:
         mapping, size = self.slots.mapping, self.spec.page_size

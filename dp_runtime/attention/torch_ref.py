@@ -35,8 +35,8 @@ class QueryPlan(AttentionPlan):
 
     groups: tuple[QueryGroup, ...]
 
-    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    def attend(self, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(q) if out is None else out
         for group in self.groups:
             out[group.rows] = _attend_group(q[group.rows], group, cache).to(q.dtype)
         return out

@@ -34,7 +34,8 @@ def rotate_and_append(
 ) -> Tensor:
     """Norm and rotate query and key heads, write keys and values, and return the queries.
 
-    qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> q [rows, num_heads, head_dim]. Norm and
+    qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> q [rows, num_heads, head_dim]. What has a
+    negative slot is written nowhere. Norm and
     rotation are float32, each rounded to qkv's dtype, as the models were trained. An e4m3 pool
     comes as bytes (uint8); a value is divided by its scale and clamped to +-448.
     """
@@ -113,7 +114,7 @@ def _rotate_and_append_kernel(
     tl.store(into + half, high, mask=is_q)
     page, offset = slot // page_size, slot % page_size
     into = pool + ((page * 2 * kv_heads + plane) * page_size + offset) * HEAD_DIM + dim
-    is_kv = inside & (plane >= 0)
+    is_kv = inside & (tl.where(plane >= 0, slot, -1) >= 0)
     if QUANTIZED:
         unit = tl.where(plane < kv_heads, k_scale, v_scale)
         tl.store(into, _e4m3(tl.div_rn(low.to(tl.float32), unit)), mask=is_kv)

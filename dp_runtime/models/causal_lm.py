@@ -55,6 +55,9 @@ class Hidden(NamedTuple):
     last: Tensor  # [rows, hidden], after the final norm
     aux_hidden_states: Tensor  # [rows, layers * hidden] entering those layers; without any, `last`
 
+    def first(self, rows: int) -> Hidden:
+        return Hidden(self.last[:rows], self.aux_hidden_states[:rows])
+
 
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:

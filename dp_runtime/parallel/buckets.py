@@ -7,6 +7,8 @@ from dataclasses import dataclass
 LOCAL_STEP = 16  # requests; above it, local rows are captured in multiples of it
 MIN_GATHERED = 16
 GATHERED_FACTOR = 4  # between gathered sizes: few are needed, since kernels read the real counts
+MIN_PIECES = 64  # rows
+FINE_PIECES = 256  # rows, from which on a null row costs more than a graph
 # Above it, the GPU is slower than the host's kernel launches: capturing stages gains nothing.
 MAX_PIECEWISE_ROWS = 2048
 
@@ -30,6 +32,7 @@ class GraphBuckets:
 
     max_requests: int
     query_len: int = 1
+    piecewise_sizes: tuple[int, ...] = ()  # gathered, of passes in which other ranks prefill
 
     @property
     def max_rows(self) -> int:
@@ -51,10 +54,23 @@ class GraphBuckets:
         return min(-(-count // LOCAL_STEP) * LOCAL_STEP, self.max_requests)
 
     def graph_keys(self) -> tuple[GraphKey, ...]:
-        """Return every key a step may need, the largest first: the others fit into its memory."""
-        locals_ = {self.local(count * self.query_len) for count in range(self.max_requests + 1)}
-        sizes = {self.gathered(rows) for rows in locals_ if rows}
-        keys = {GraphKey(rows, size) for size in sizes for rows in locals_ if rows <= size}
+        """Return what a pass needs in which all ranks have a graph, the largest first.
+
+        The others fit into the memory of the first.
+        """
+        return self._keys({self.gathered(rows) for rows in self._locals if rows})
+
+    def keys_beside_prefill(self) -> tuple[GraphKey, ...]:
+        """Return what a pass may need beside, in which another rank prefills."""
+        known = {*self.graph_keys()}
+        return tuple(key for key in self._keys({*self.piecewise_sizes}) if key not in known)
+
+    @property
+    def _locals(self) -> set[int]:
+        return {self.local(count * self.query_len) for count in range(self.max_requests + 1)}
+
+    def _keys(self, sizes: set[int]) -> tuple[GraphKey, ...]:
+        keys = {GraphKey(rows, size) for size in sizes for rows in self._locals if rows <= size}
         return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.local_rows)))
 
 
@@ -80,3 +96,22 @@ class PiecewiseBuckets:
     def gathered(self, largest: int) -> int:  # rows of every rank, from the largest rank's
         assert self.cover(largest), f"{largest} rows, stages go to {self.max_rows}"
         return _gathered(largest, self.max_rows)
+
+
+@dataclass(frozen=True)
+class PieceBuckets:
+    """A rank's own rows at which a forward is captured in pieces; none if max_rows is 0."""
+
+    max_rows: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return powers of two, from 256 on with one size between; the largest comes first."""
+        powers = [MIN_PIECES << n for n in range(self.max_rows.bit_length())]
+        between = [3 * size // 2 for size in powers if size >= FINE_PIECES]
+        smaller = {size for size in (*powers, *between) if size < self.max_rows}
+        return tuple(sorted(smaller | {self.max_rows} - {0}, reverse=True))
+
+    def of(self, rows: int) -> int:
+        assert 0 < rows <= self.max_rows, f"{rows} rows, pieces go to {self.max_rows}"
+        return min(size for size in self.sizes if size >= rows)

@@ -14,7 +14,7 @@ from dp_runtime.parallel.padding import PaddingPlan, PaddingPolicy
 
 class ExecutionMode(StrEnum):
     GRAPH = auto()  # the whole forward is replayed
-    PIECEWISE = auto()  # the MoE stages are replayed, all else is launched kernel by kernel
+    PIECEWISE = auto()  # MoE stages are replayed, and of all else what a rank has graphs for
     EAGER = auto()
     EMPTY = auto()  # no rank has a row: no forward runs
 

@@ -5,9 +5,8 @@ Null rows between the real rows and a graph's are valid sequences on the null pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from dp_runtime.parallel.buckets import GraphBuckets, GraphKey
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import graph_exchange, graph_plan
-from dp_runtime.runner.cuda_graph import capture_graph
+from dp_runtime.runner.cuda_graph import GraphMemory, capture_graph
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graph_inputs import GraphInputs
 from dp_runtime.sampling.row_logits import RowLogits
@@ -57,6 +56,7 @@ class PassGraphs:
         table_pages: int,
         collective: RowCollective,
         buckets: GraphBuckets,
+        memory: GraphMemory,
         *,
         reads_hidden: bool,
         with_logits: bool,
@@ -67,6 +67,7 @@ class PassGraphs:
         self._model = model
         self._pages = pages
         self._collective = collective
+        self._memory = memory
         self._poison = poison
         rows, width = buckets.max_rows, model.hidden_size if reads_hidden else 0
         self._inputs = GraphInputs(
@@ -87,15 +88,27 @@ class PassGraphs:
             and (length == 1 or bool((batch.query_lens == length).all()))
         )
 
+    def has(self, rows: int, gathered: int) -> bool:
+        return GraphKey(self.buckets.local(rows), gathered) in self._graphs
+
     @property
     def count(self) -> int:
-        return len(self.buckets.graph_keys())
+        return len(self.buckets.graph_keys()) + len(self.buckets.keys_beside_prefill())
 
     def capture(self) -> Iterator[None]:
-        """Capture every key, and yield after each; warming up enters collectives of all ranks."""
-        pool = torch.cuda.graph_pool_handle()
-        for key in self.buckets.graph_keys():
-            self._graphs[key] = self._capture(key, pool)
+        """Capture what passes without prefill need, and yield after each graph.
+
+        Warming up enters collectives of all ranks.
+        """
+        yield from self._capture_all(self.buckets.graph_keys())
+
+    def capture_beside_prefill(self) -> Iterator[None]:
+        """Capture the others in the same way."""
+        yield from self._capture_all(self.buckets.keys_beside_prefill())
+
+    def _capture_all(self, keys: Iterable[GraphKey]) -> Iterator[None]:
+        for key in keys:
+            self._graphs[key] = self._capture(key)
             yield
 
     def replay(
@@ -110,11 +123,10 @@ class PassGraphs:
         self._inputs.write(batch, local_rows, plan, future)
         captured.graph.replay()
         self._collective.arm_watchdog(f"the graph of {key}")
-        (last, aux_hidden_states), logits = captured.output.hidden, captured.output.logits
-        batch_logits = None if logits is None else logits[:rows]
-        return PassOutput(Hidden(last[:rows], aux_hidden_states[:rows]), batch_logits)
+        hidden, logits = captured.output.hidden, captured.output.logits
+        return PassOutput(hidden.first(rows), None if logits is None else logits[:rows])
 
-    def _capture(self, key: GraphKey, pool: Any) -> _Captured:
+    def _capture(self, key: GraphKey) -> _Captured:
         inputs, size = self._inputs, self._collective.dp_size
         shapes = tuple(
             key.local_rows if rank == self._collective.dp_rank else key.gathered_rows
@@ -135,7 +147,7 @@ class PassGraphs:
             logits = self._model.logits(hidden.last, self._logits[: key.local_rows])
             return PassOutput(hidden, RowLogits.from_logits(logits))
 
-        graph, output = capture_graph(forward, pool)
+        graph, output = capture_graph(forward, self._memory)
         return _Captured(graph, output, attention)
 
     def _metadata(self, rows: int) -> AttentionMetadata:

@@ -45,11 +45,15 @@ class PassRunner:
         future: FutureTokens,
         place: Place,
         timer: PassTimer,
+        fits_graph: bool,  # what this rank voted
     ) -> PassOutput:
         match plan.mode:
             case ExecutionMode.EMPTY:
                 return PassOutput(Hidden(future.hidden, future.hidden), None)
             case ExecutionMode.GRAPH:
+                return self.graphs[plan.query_len].replay(batch, plan.padding, future, place)
+            case ExecutionMode.PIECEWISE if fits_graph and self._has_graph(plan, batch):
+                # Another rank prefills, not this one.
                 return self.graphs[plan.query_len].replay(batch, plan.padding, future, place)
             case ExecutionMode.PIECEWISE:
                 assert self.piecewise is not None, "agreed on stages that are not captured"
@@ -66,6 +70,9 @@ class PassRunner:
         """Tell whether this rank has a graph for these rows."""
         graphs = self.graphs.get(query_len)
         return graphs is not None and graphs.covers(batch)
+
+    def _has_graph(self, plan: ExecutionPlan, batch: LocalBatch) -> bool:
+        return self.graphs[plan.query_len].has(batch.num_tokens, plan.padding.rows_per_rank)
 
     def _prepare(
         self, batch: LocalBatch, future: FutureTokens, place: Place

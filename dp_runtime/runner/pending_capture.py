@@ -1,9 +1,11 @@
-"""PendingCapture: graphs that all ranks capture a few at a time, while they serve or before."""
+"""PendingCapture: graphs that all ranks capture one at a time, while they serve or before."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain
 from time import monotonic
 
 import torch
@@ -11,18 +13,16 @@ import torch
 from dp_runtime.errors import CaptureFailed, CollectiveAborted, CollectiveTimeout
 from dp_runtime.metrics.status import GraphUse
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.runner.pass_graphs import PassGraphs
-from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.step_runner import CapturedGraphs
 
 logger = logging.getLogger(__name__)
 
 
 class PendingCapture:
-    """Captures graphs in an order that all ranks share, a unit at each `advance`.
+    """Captures graphs in an order that all ranks share, one at each `advance`.
 
-    A unit is the graph of a whole pass, or a model's MoE stages at one size: each takes about as
-    long as one forward. Warming up enters collectives, so all ranks advance at the same places.
+    First come those of passes without prefill, which can be replayed while the others are captured.
+    Warming up enters collectives, so all ranks advance at the same places.
     """
 
     def __init__(
@@ -35,38 +35,43 @@ class PendingCapture:
         self.graphs = graphs
         self.use: GraphUse | None = None  # once all are captured
         self._collective, self._used_bytes, self._on_captured = collective, used_bytes, on_captured
-        stages: Iterable[PassGraphs | PiecewiseGraphs] = graphs.piecewise.values()
-        self._total = sum(part.count for part in (*stages, *_of_passes(graphs)))
+        passes = [each for by_len in graphs.passes.values() for each in by_len.values()]
+        stages = graphs.piecewise.values()
+        counts = [*(part.count for part in passes), *(part.count for part in stages)]
+        self._total = sum(counts)
         self._done = 0
         self._capture_s = 0.0
-        self._captures = _captures(graphs)
+        of_passes = chain.from_iterable(part.capture() for part in passes)
+        beside = chain.from_iterable(part.capture_beside_prefill() for part in passes)
+        of_stages = chain.from_iterable(part.capture() for part in stages)
+        self._parts = deque(
+            [
+                (of_passes, CapturedGraphs(graphs.passes)),
+                (chain(of_stages, beside), graphs),
+            ]
+        )
         on_captured(0, self._total)
 
-    def advance(self) -> bool:
-        """Capture the next unit; True once there is none, so that the graphs can be replayed."""
+    def advance(self) -> CapturedGraphs | None:
+        """Capture the next graph; without one, return all that can be replayed from now on."""
         started = monotonic()
-        goes_on = self._capture_unit()
+        goes_on = self._capture_one(self._parts[0][0])
         self._capture_s += monotonic() - started
-        if not goes_on:
+        if goes_on:
+            return None
+        _, captured = self._parts.popleft()
+        if not self._parts:
             self.use = GraphUse(self._total, self._capture_s, self._used_bytes())
-            stages = max(
-                (one.buckets.max_rows for one in self.graphs.piecewise.values()), default=0
-            )
-            logger.info(
-                "captured %s; steps with prefill replay their MoE stages up to %d rows of a rank",
-                self.use,
-                stages,
-            )
-        return not goes_on
+            logger.info("captured %s; %s", self.use, _sizes(self.graphs))
+        return captured
 
-    def _capture_unit(self) -> bool:
+    def _capture_one(self, captures: Iterator[None]) -> bool:
         try:
             with torch.inference_mode():
-                for ends_unit in self._captures:
+                for _ in captures:
                     self._done += 1
                     self._on_captured(self._done, self._total)
-                    if ends_unit:
-                        return True
+                    return True
         except (CollectiveAborted, CollectiveTimeout):
             raise
         except Exception as error:
@@ -76,15 +81,6 @@ class PendingCapture:
         return False
 
 
-def _captures(graphs: CapturedGraphs) -> Iterator[bool]:
-    """Capture all graphs, and tell after each whether it is the last of its unit."""
-    for model, stages in graphs.piecewise.items():
-        for number, _ in enumerate(stages.capture(), 1):
-            yield number % model.num_moe_layers == 0
-    for of_pass in _of_passes(graphs):
-        for _ in of_pass.capture():
-            yield True
-
-
-def _of_passes(graphs: CapturedGraphs) -> list[PassGraphs]:
-    return [each for by_query_len in graphs.passes.values() for each in by_query_len.values()]
+def _sizes(graphs: CapturedGraphs) -> str:
+    stages = max((one.buckets.max_rows for one in graphs.piecewise.values()), default=0)
+    return f"passes with prefill replay theirs up to {stages} rows of a rank"

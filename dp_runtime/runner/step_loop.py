@@ -15,6 +15,7 @@ from dp_runtime.errors import StepAbandoned
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
+from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.pending_capture import PendingCapture
@@ -79,19 +80,24 @@ class StepLoop:
         self._pending = pending
 
     def advance_capture(self) -> None:
-        """Capture the next unit of what is pending, at the same place of a step on all ranks.
+        """Capture the next graph of what is pending, at the same place of a step on all ranks.
 
-        NOTE: whoever captured the last one votes for graphs in its next record, so all ranks plan
-        by graphs from the same step on.
+        NOTE: who can replay more votes so in its next record, so all ranks plan by these graphs
+        from the same step on.
         """
-        if self._pending is not None and self._pending.advance():
-            self.use_graphs(self._pending.graphs)
+        if self._pending is None:
+            return
+        captured = self._pending.advance()
+        if captured is not None:
+            self.use_graphs(captured)
+        if self._pending.use is not None:
             self._pending = None
 
     def use_graphs(self, captured: CapturedGraphs) -> None:
         """Choose among these graphs from the next step on; all ranks have captured the same."""
         self.runner.use_graphs(captured)
-        collective = self.coordinator.collective
+        collective, stages = self.coordinator.collective, captured.piecewise
+        buckets = stages[self.runner.model].buckets if stages else PiecewiseBuckets()
         self.coordinator.execute_by(
             replace(
                 self.coordinator.execution,
@@ -100,7 +106,7 @@ class StepLoop:
                     for pass_kind, by_query_len in captured.passes.items()
                     for query_len, graphs in by_query_len.items()
                 },
-                piecewise=captured.piecewise[self.runner.model].buckets,
+                piecewise=buckets,
                 counted=counts_real_rows(collective),
             )
         )

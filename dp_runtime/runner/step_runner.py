@@ -36,7 +36,7 @@ from dp_runtime.structured.structured_state import StructuredState
 @dataclass(frozen=True, eq=False)
 class CapturedGraphs:
     passes: Mapping[Pass, Mapping[int, PassGraphs]]  # by query length
-    piecewise: Mapping[PassModel, PiecewiseGraphs]
+    piecewise: Mapping[PassModel, PiecewiseGraphs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class StepRunner:
             pass_kind: replace(
                 runner,
                 graphs=captured.passes[pass_kind],
-                piecewise=captured.piecewise[runner.model],
+                piecewise=captured.piecewise.get(runner.model),
             )
             for pass_kind, runner in self.passes.items()
         }
@@ -130,7 +130,8 @@ class StepRunner:
     @torch.inference_mode()
     def run(self, scheduled: SchedulerOutput, agreement: Agreement) -> StepOutput:
         """Build metadata, run every pass of the program and sample, without waiting for any."""
-        step = _LaunchedStep(self.passes, self.collective, self.flight, scheduled, agreement)
+        votes = self.graph_votes(scheduled, agreement.program)
+        step = _LaunchedStep(self.passes, self.collective, self.flight, scheduled, agreement, votes)
         if agreement.program.num_drafts:
             return self.run_speculative(step)
         return self.run_plain(step)
@@ -209,6 +210,7 @@ class _LaunchedStep:
     flight: FlightRecorder
     scheduled: SchedulerOutput
     agreement: Agreement
+    graph_votes: int  # bit n: this rank's rows of pass n fit a captured graph
     traces: list[PassTrace] = field(default_factory=list)
     prepare_s: float = 0.0
     sample_start_s: float = 0.0
@@ -220,7 +222,8 @@ class _LaunchedStep:
         pass_kind, plan = self.agreement.program.passes[index], self.agreement.plans[index]
         place = Place(self.flight.ring.dp_rank, self.agreement.step_id, pass_kind)
         runner = self.passes[pass_kind]
-        output = runner.run(plan, self.scheduled.batches[index], future, place, timer)
+        fits_graph = self.graph_votes >> index & 1 == 1
+        output = runner.run(plan, self.scheduled.batches[index], future, place, timer, fits_graph)
         self.flight.end_pass()
         self.traces.append(timer.trace(pass_kind, plan, runner.model.num_moe_layers))
         self.prepare_s += timer.prepare_s

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from dp_runtime.core.step_program import Pass
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.row_exchange import counts_real_rows
+from dp_runtime.runner.cuda_graph import GraphMemory
 from dp_runtime.runner.pass_graphs import PassGraphs
 from dp_runtime.runner.pending_capture import PendingCapture
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
@@ -27,12 +29,16 @@ def plan_capture(
 ) -> PendingCapture:
     """Make the buffers of all graphs of a loop, which are yet to be captured."""
     before = uncached_free_bytes(plan.device)
+    stages, memory = _stage_buckets(loop, plan), GraphMemory.new()
+    models = dict.fromkeys(each.model for each in loop.runner.passes.values())
     graphs = CapturedGraphs(
         passes={
-            pass_kind: _pass_graphs(pass_kind, plan, loop, make_buckets)
+            pass_kind: _pass_graphs(pass_kind, plan, loop, stages, make_buckets, memory)
             for pass_kind in loop.runner.passes
         },
-        piecewise=_piecewise_graphs(loop.runner, plan.limits.max_num_tokens),
+        piecewise={
+            model: _piecewise_graphs(model, loop.runner, stages, memory) for model in models
+        },
     )
     used_bytes = lambda: before - uncached_free_bytes(plan.device)  # noqa: E731
     return PendingCapture(graphs, loop.runner.collective, used_bytes, on_captured)
@@ -50,7 +56,12 @@ def capture_all(loop: StepLoop, pending: PendingCapture) -> None:
 
 
 def _pass_graphs(
-    pass_kind: Pass, plan: RankPlan, loop: StepLoop, make_buckets: MakeBuckets
+    pass_kind: Pass,
+    plan: RankPlan,
+    loop: StepLoop,
+    stages: PiecewiseBuckets,
+    make_buckets: MakeBuckets,
+    memory: GraphMemory,
 ) -> dict[int, PassGraphs]:
     programs, runner = loop.coordinator.programs, loop.runner.passes[pass_kind]
     lengths = sorted(
@@ -62,7 +73,12 @@ def _pass_graphs(
             plan.pages,
             -(-plan.limits.max_cached_len // plan.pages.page_size),
             runner.collective,
-            make_buckets(plan.limits.max_num_requests, length),
+            replace(
+                make_buckets(plan.limits.max_num_requests, length),
+                # No prompt has a row in a draft pass.
+                piecewise_sizes=() if pass_kind is Pass.DRAFT else stages.sizes,
+            ),
+            memory,
             reads_hidden=pass_kind is not Pass.TARGET,
             # In draft_extend only the device knows which rows need logits.
             with_logits=pass_kind is not Pass.DRAFT_EXTEND,
@@ -73,13 +89,23 @@ def _pass_graphs(
     }
 
 
-def _piecewise_graphs(runner: StepRunner, max_num_tokens: int) -> dict[PassModel, PiecewiseGraphs]:
-    collective, buckets = runner.collective, PiecewiseBuckets()
+def _stage_buckets(loop: StepLoop, plan: RankPlan) -> PiecewiseBuckets:
+    collective = loop.runner.collective
     # If padding crosses the wire, a stage at a bucket's size costs more than an eager one.
     if collective.dp_size == 1 or counts_real_rows(collective):
-        buckets = PiecewiseBuckets.for_steps(max_num_tokens)
-    models = {each.model: None for each in runner.passes.values()}
-    return {
-        model: PiecewiseGraphs(model, collective, buckets, runner.poison, runner.device)
-        for model in models
-    }
+        return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens)
+    return PiecewiseBuckets()
+
+
+def _piecewise_graphs(
+    model: PassModel, runner: StepRunner, buckets: PiecewiseBuckets, memory: GraphMemory
+) -> PiecewiseGraphs:
+    return PiecewiseGraphs(
+        model,
+        runner.collective,
+        buckets,
+        memory,
+        reads_hidden=model is not runner.model,
+        poison=runner.poison,
+        device=runner.device,
+    )

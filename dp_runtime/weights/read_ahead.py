@@ -10,8 +10,8 @@ from torch import Tensor
 
 # A copy from pages that the driver has not pinned runs at a tenth of the bus.
 BLOCK = 32 << 20  # bytes
-NUM_BLOCKS = 8
-NUM_THREADS = 4  # one fills memory slower than a GPU's bus takes it
+NUM_BLOCKS = 16
+NUM_THREADS = 8  # one fills memory slower than a GPU's bus takes it
 
 
 class ReadAhead:

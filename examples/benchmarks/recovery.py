@@ -19,6 +19,7 @@ import random
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 from typing import Any
@@ -58,8 +59,11 @@ def main() -> None:
         config, draw = config_from(args, flight_dump_dir=dumps, **given), random.Random(args.seed)
         with Engine(config) as engine:
             bench = Bench(engine, args, draw)
-            felt = [bench.measure_one() for _ in range(args.faults)]
-    report(felt)
+            kinds = list(islice(cycle(args.kind), args.faults))
+            felt = [bench.measure_one(kind) for kind in kinds]
+    for kind in args.kind:
+        print(f"{kind}:")
+        report([one for one, sent in zip(felt, kinds) if sent == kind])
 
 
 def report(felt: Sequence[Felt]) -> None:
@@ -94,7 +98,7 @@ class Bench:
             gaps = [f"{one.gap:.4f}" for one in differences(self._undisturbed, again)]
             print(f"undisturbed twice: {len(gaps)} of {args.requests} texts differ, gaps {gaps}")
 
-    def measure_one(self) -> Felt:
+    def measure_one(self, kind: str) -> Felt:
         """Decode, send a signal to one rank, and wait until requests of all have new tokens."""
         supervisor, config = self._group._supervisor, self._engine.config
         wait_for(lambda: self._group.standbys.num_warm == config.standby_ranks)
@@ -108,7 +112,7 @@ class Bench:
         victim = self._draw.choice(ranks)
         assert not any(handle.done for handle in handles), "requests end early: raise --tokens"
         epoch, started = supervisor.state.epoch, monotonic()
-        os.kill(victim.pid, SIGNALS[self._args.kind])
+        os.kill(victim.pid, SIGNALS[kind])
         wait_for(lambda: supervisor.state.recovering or supervisor.state.epoch > epoch)
         noticed = monotonic()
         wait_for(lambda: supervisor.state.epoch > epoch)
@@ -127,7 +131,10 @@ class Bench:
             "next token, replayed": replayed - started,
             "95 % of the rate before": back - started,
         }
-        print(json.dumps(seconds | {"rank": victim.dp_rank, "rate_before": rate}), flush=True)
+        print(
+            json.dumps(seconds | {"kind": kind, "rank": victim.dp_rank, "rate_before": rate}),
+            flush=True,
+        )
         before = pages_in_use(ranks, victim.dp_rank)
         return Felt(seconds, before, pages_after, len(lost), different)
 
@@ -186,7 +193,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--launcher", choices=["local", "ray"], default="local")
     parser.add_argument("--load-format", default="safetensors")
     parser.add_argument("--log-level", default="error")
-    parser.add_argument("--kind", choices=list(SIGNALS), default="kill")
+    parser.add_argument(
+        "--kind", choices=list(SIGNALS), nargs="+", default=["kill"], help="in turn"
+    )
     parser.add_argument("--standby-ranks", type=int, default=0)
     parser.add_argument("--host-weights", action="store_true")
     parser.add_argument("--faults", type=int, default=50)

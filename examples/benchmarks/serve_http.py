@@ -23,17 +23,10 @@ import numpy as np
 from dp_runtime import AsyncEngine, Engine, EngineConfig
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
-from examples.benchmarks.harness.api_load import (
-    Load,
-    Way,
-    ask_sync,
-    measure,
-    serving,
-    through_api,
-    through_http,
-)
+from examples.benchmarks.harness.api_load import Load, Way, ask_sync, measure, through_api
 from examples.benchmarks.harness.arguments import new_parser, write_figures
 from examples.benchmarks.harness.http_load import Outcome
+from examples.benchmarks.harness.http_service import serving, through_http
 from examples.benchmarks.harness.load import LoadRequest
 
 TINY_MODEL = Path(__file__).parents[1] / "tiny_moe" / "checkpoint"

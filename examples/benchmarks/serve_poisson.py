@@ -4,13 +4,16 @@
 
 Prompts are log-uniform 128..4096 tokens, outputs 32..512. Both ways get the same requests at the
 same times, streamed, from one engine with one set of ranks; the HTTP client is a process of its
-own. Times are those that the caller sees. What would not end within --time-limit-s is left out.
+own. With `--no-http` there is the engine alone, which needs no server. Times are those that the
+caller sees. What would not end within --time-limit-s is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -20,8 +23,14 @@ import numpy as np
 from dp_runtime import AsyncEngine, EngineConfig
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
-from examples.benchmarks.harness.api_load import Load, measure, serving, through_api, through_http
-from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser, write_figures
+from examples.benchmarks.harness.api_load import Load, Way, measure, through_api
+from examples.benchmarks.harness.arguments import (
+    BOOL,
+    add_flags,
+    config_from,
+    new_parser,
+    write_figures,
+)
 from examples.benchmarks.harness.load import LoadRequest
 from examples.nvl4.shape import SHAPES, write_shape
 
@@ -45,21 +54,17 @@ def main() -> None:
             max_model_len=options.prompt_len[1] + options.output_len[1],
             start_timeout_s=options.time_limit_s,
         )
-        print(machine.describe("torch", "fastapi", "uvicorn", "uvloop"), config, sep="\n")
+        packages = ("torch", "fastapi", "uvicorn", "uvloop") if options.http else ("torch",)
+        print(machine.describe(*packages), config, sep="\n")
         serve(config, options, deadline_s)
 
 
 def serve(config: EngineConfig, options: argparse.Namespace, deadline_s: float) -> None:
     started = monotonic()
     vocab_size = read_model_config(config.model).vocab_size
-    with serving(config, show_progress=True) as (engine, url):
+    with engine_and_ways(config, options) as (engine, ways):
         print(f"ready in {monotonic() - started:.1f} s", flush=True)
         pids = [rank.pid for rank in asyncio.run(engine.health())]
-        limits = {"at_most": options.requests, "timeout_s": options.time_limit_s}
-        ways = {
-            "AsyncEngine": through_api(engine, stream=True, **limits),
-            "HTTP": through_http(url, stream=True, **limits),
-        }
         warm_up = make_load(options, WARM_RATE, vocab_size)[: 8 * config.dp_size]
         for way in ways.values():
             way(warm_up)
@@ -78,6 +83,25 @@ def serve(config: EngineConfig, options: argparse.Namespace, deadline_s: float) 
 
 def held_back(engine: AsyncEngine) -> int:
     return sum(asyncio.run(engine.report()).held_back_steps)
+
+
+@contextmanager
+def engine_and_ways(
+    config: EngineConfig, options: argparse.Namespace
+) -> Iterator[tuple[AsyncEngine, dict[str, Way]]]:
+    limits = {"at_most": options.requests, "timeout_s": options.time_limit_s}
+    if options.http:
+        from examples.benchmarks.harness.http_service import serving, through_http
+
+        with serving(config, show_progress=True) as (engine, url):
+            api = through_api(engine, stream=True, **limits)
+            yield engine, {"AsyncEngine": api, "HTTP": through_http(url, stream=True, **limits)}
+        return
+    engine = AsyncEngine(config, show_progress=True)
+    try:
+        yield engine, {"AsyncEngine": through_api(engine, stream=True, **limits)}
+    finally:
+        engine.close_now()
 
 
 def make_load(options: argparse.Namespace, rate: float, vocab_size: int) -> Load:
@@ -108,6 +132,8 @@ def _options() -> argparse.Namespace:
     add_flags(parser, "max_step_ms")
     parser.add_argument("--ranks-per-gpu", type=int, default=1)
     parser.add_argument("--launcher", default="local", choices=("local", "ray"))
+    parser.add_argument("--routing", default="least_tokens", help="round_robin: in turn")
+    parser.add_argument("--http", action=BOOL, default=True, help="over HTTP too")
     parser.add_argument("--max-num-requests", type=int, default=128)
     parser.add_argument("--max-num-tokens", type=int, default=2048)
     parser.add_argument("--rate", type=float, nargs="+", default=[16.0, 32.0])

@@ -37,6 +37,7 @@ class Machine:
     done: bool = True  # whether events have happened
     connects: bool = True
     aborts: list[int] = field(default_factory=list)  # ranks
+    graphs: threading.Event = field(default_factory=threading.Event)  # set once they are gone
 
 
 class Event:
@@ -72,11 +73,13 @@ class StandIn:
 
     def abort(self) -> None:
         self.machine.aborts.append(self._rank)
+        self.machine.graphs.wait(30.0)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
+    machine.graphs.set()
     monkeypatch.setattr(Event, "machine", machine, raising=False)
     monkeypatch.setattr(StandIn, "machine", machine, raising=False)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", StandIn, raising=False)
@@ -202,6 +205,21 @@ def test_an_abort_does_not_wait_for_a_launch_for_ever(machine: Machine, tmp_path
         launch.join()
 
     run(tmp_path, 1, case)
+
+
+def test_an_abort_does_not_wait_for_graphs_that_go_after_it(
+    machine: Machine, tmp_path: Path
+) -> None:
+    def case(group: TorchDistributedGroup) -> None:
+        machine.graphs.clear()
+        group.abort("a peer is lost")
+        group.close()
+        assert machine.aborts == [0], "its kernels end"
+        machine.graphs.set()
+
+    started = time.monotonic()
+    run(tmp_path, 1, case)
+    assert time.monotonic() - started < 20.0, "NCCL would wait for 30 s"
 
 
 def test_a_start_without_a_peer_ends(machine: Machine, tmp_path: Path) -> None:

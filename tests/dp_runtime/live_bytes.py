@@ -70,7 +70,8 @@ def exchange_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def attend_frugally(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let torch_ref copy what it gets, as a GPU's kernels do; its masks would take far more."""
 
-    def attend(plan: QueryPlan, q: Tensor, cache: LayerCache) -> Tensor:
+    def attend(plan: QueryPlan, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
+        assert out is None, "a layer has it allocate"
         keys_and_values = q.new_empty(len(q), 2 * cache.pool.shape[2], q.shape[2])
         copies = q.clone(), keys_and_values
         return copies[0].clone()

@@ -77,5 +77,6 @@ def test_graphs_are_captured_again_by_ranks_that_serve(
         again = engine.generate(prompts(), PARAMS)
         check_pages_free(engine)
     assert all(output.finish_reason is FinishReason.LENGTH for output in again)
-    compare(checkpoint, disturbed)[1].check(f"{dp_size} ranks, while they capture")
-    compare(checkpoint, again)[1].check(f"{dp_size} ranks, from graphs of a later epoch")
+    # A few thousand positions, whose tail is uncertain.
+    compare(checkpoint, disturbed)[1].check(f"{dp_size} ranks, while they capture", 1.5)
+    compare(checkpoint, again)[1].check(f"{dp_size} ranks, from graphs of a later epoch", 1.5)

@@ -41,6 +41,8 @@ def serve(model: Path, **changes: Any) -> list[RequestOutput]:
     return outputs
 
 
+# Prompts are read while other ranks decode.
+IN_CHUNKS: dict[str, Any] = {"max_num_tokens": 48, "max_num_requests": 8, "overlap": True}
 CASES = [
     ("trtllm", 1, {}),
     ("flashinfer", 1, {}),
@@ -54,6 +56,9 @@ CASES = [
     ("trtllm", 2, {"speculative_num_steps": 3, "poison_padding": True}),
     ("trtllm", 2, {"speculative_num_steps": 3, "collective": "torch_distributed"}),
     ("flashinfer", 1, {"speculative_num_steps": 3}),
+    ("trtllm", 2, IN_CHUNKS | {"poison_padding": True}),
+    ("trtllm", 4, IN_CHUNKS | {"poison_padding": True}),
+    ("trtllm", 4, IN_CHUNKS | {"speculative_num_steps": 3}),
 ]
 
 

@@ -19,6 +19,7 @@ from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.runner.pending_capture import PendingCapture
 from dp_runtime.runner.step_loop import StepLoop
+from dp_runtime.runner.step_runner import CapturedGraphs
 from dp_runtime.startup import rank_plan
 from dp_runtime.startup.rank_plan import RankPlan
 from tests.checkpoints import tiny_checkpoint
@@ -37,14 +38,14 @@ OnCaptured = Callable[[int, int], None]
 
 
 class HeldCapture(PendingCapture):
-    """Goes on behind the first unit once it may on all ranks."""
+    """Goes on behind the first graph once it may on all ranks."""
 
     held: threading.Event
 
-    def advance(self) -> bool:
+    def advance(self) -> CapturedGraphs | None:
         waits = self._done > 0 and self.held.is_set()
         if any(held for (held,) in self._collective.all_gather_ints((waits,))):
-            return False
+            return None
         return super().advance()
 
 

@@ -72,7 +72,7 @@ class FlashinferPlan(AttentionPlan):
 
     wrappers: Wrappers
 
-    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    def attend(self, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(q) if out is None else out
         self.wrappers.run(q, cache.pool, cache.scales, self.metadata, out)
         return out

@@ -42,8 +42,8 @@ class KernelPlan(AttentionPlan):
     groups: tuple[KernelGroup, ...]
     calls: TrtllmCalls
 
-    def attend(self, q: Tensor, cache: LayerCache) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    def attend(self, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(q) if out is None else out
         for group in self.groups:
             in_one_piece = isinstance(group.rows, slice)
             rows = q[group.rows].contiguous()

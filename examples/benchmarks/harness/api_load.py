@@ -1,22 +1,16 @@
-"""Ways to ask for a load: an engine in this process, or its server over HTTP; what each costs."""
+"""Ways to ask an engine of this process for a load, and what any way costs."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic, process_time
 
 import psutil
 
-from dp_runtime import AsyncEngine, Engine, EngineConfig, SamplingParams
-from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.http.listener import Listener
-from dp_runtime.server.state import ServerState
-from examples.benchmarks.harness.http_load import Outcome, run_client
+from dp_runtime import AsyncEngine, Engine, SamplingParams
+from examples.benchmarks.harness.http_load import Outcome
 from examples.benchmarks.harness.load import (
     Answer,
     LoadRequest,
@@ -27,25 +21,6 @@ from examples.benchmarks.harness.load import (
 
 Load = list[LoadRequest]
 Way = Callable[[Load], Outcome]
-
-
-@contextmanager
-def serving(config: EngineConfig, show_progress: bool = False) -> Iterator[tuple[AsyncEngine, str]]:
-    """Serve as `launch.py serve` does; this process may use the engine too."""
-    state = ServerState(ServerConfig(port=0), config)
-    listener = Listener(state)
-    try:
-        engine = AsyncEngine(config, show_progress)
-        try:
-            gc.collect()
-            gc.freeze()
-            state.serve(engine)
-            yield engine, listener.url
-        finally:
-            engine.close_now()
-            state.let_go()
-    finally:
-        listener.close(threading.Event())
 
 
 def params_of(request: LoadRequest) -> SamplingParams:
@@ -78,10 +53,6 @@ def through_api(engine: AsyncEngine, stream: bool, at_most: int, timeout_s: floa
             return Outcome(await run_load(load, ask, at_most))
 
     return lambda load: asyncio.run(run(load))
-
-
-def through_http(url: str, stream: bool, at_most: int, timeout_s: float) -> Way:
-    return lambda load: run_client(url, load, stream, at_most, timeout_s)
 
 
 def measure(way: Way, load: Load, rank_pids: Sequence[int]) -> dict[str, float]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 from dp_runtime.host.capturing import capturing, not_capturing
-from dp_runtime.runner.cuda_graph import capture_graph
+from dp_runtime.runner.cuda_graph import GraphMemory, capture_graph
 
 LONG_S = 20.0
 
@@ -30,14 +29,15 @@ def test_the_device_is_waited_for_once_a_capture_has_ended(monkeypatch: pytest.M
     events: list[str] = []
     threads: list[threading.Thread] = []
 
-    @contextmanager
-    def graph(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-        events.append("captured")
+    class Graph:
+        def capture_begin(self, **kwargs: Any) -> None: ...
+
+        def capture_end(self) -> None:
+            events.append("captured")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
     def run() -> None:
         events.append("run")
@@ -45,7 +45,7 @@ def test_the_device_is_waited_for_once_a_capture_has_ended(monkeypatch: pytest.M
             threads.append(waits_for_turn(events))
             threads[0].join(0.2)
 
-    capture_graph(run, None)
+    capture_graph(run, GraphMemory(None, None))
     threads[0].join(LONG_S)
     assert events == ["run", "run", "captured", "the device is waited for"]
 

@@ -76,9 +76,10 @@ def test_queries_come_back_rotated_and_keys_and_values_go_to_the_pool(
     heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(3)
-    rows = Heads.draw(5, heads, kv_heads, head_dim, normed, dtype)
+    rows = Heads.draw(6, heads, kv_heads, head_dim, normed, dtype)
     pool = draw(4, 2, kv_heads, 8, head_dim, dtype=dtype)
-    slots = torch.tensor([31, 8, 9, 0, 0], dtype=torch.int32, device=DEVICE)  # two null rows
+    # Two null rows of a graph, and one of a piece, which is written nowhere.
+    slots = torch.tensor([31, 8, 9, 0, 0, -1], dtype=torch.int32, device=DEVICE)
     due = pool.clone()
     q = rotate_and_append(pool, slots, rows.qkv, rows.rotation, 1.0, 1.0)
     tolerance: dict[str, Any] = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}

@@ -48,6 +48,23 @@ def test_there_are_few_graphs_and_idle_ranks_run_no_attention(
     assert keys[0].local_rows == max_rows, "the largest comes first, the others fit its memory"
 
 
+@given(MAX_REQUESTS, LENGTHS, st.integers(1, 4096), st.data())
+def test_a_rank_that_decodes_has_a_graph_beside_any_prefill(
+    max_requests: int, length: int, max_num_tokens: int, data: st.DataObject
+) -> None:
+    stages = PiecewiseBuckets.for_steps(max_num_tokens)
+    buckets = GraphBuckets(max_requests, length, stages.sizes)
+    keys, beside = buckets.graph_keys(), buckets.keys_beside_prefill()
+    assert not {*keys} & {*beside}
+    assert keys == GraphBuckets(max_requests, length).graph_keys()
+    largest = data.draw(st.integers(1, stages.max_rows))
+    gathered = stages.gathered(largest)
+    for rows in range(0, min(largest, buckets.max_rows) + 1, length):
+        own = buckets.local(rows)
+        if own <= gathered:  # null rows fit what is gathered
+            assert GraphKey(own, gathered) in (*keys, *beside)
+
+
 @given(st.integers(1, 10_000), st.integers(0, 10_000))
 def test_a_captured_stage_holds_the_largest_rank(max_num_tokens: int, largest: int) -> None:
     buckets = PiecewiseBuckets.for_steps(max_num_tokens)

@@ -10,7 +10,7 @@ from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.step_program import Pass
 from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
+from dp_runtime.parallel.buckets import GraphBuckets, GraphKey, PiecewiseBuckets
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import RowExchange
@@ -22,6 +22,7 @@ from dp_runtime.runner.step_runner import CapturedGraphs
 from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.row_logits import RowLogits
 
+STAGES = PiecewiseBuckets(16)
 Meet = Callable[[], None]  # what stands for the capture of one graph
 
 
@@ -37,12 +38,21 @@ class EagerGraphs:
 
     @property
     def count(self) -> int:
-        return len(self.buckets.graph_keys())
+        return PassGraphs.count.fget(self)  # type: ignore[attr-defined]
 
     def capture(self) -> Iterator[None]:
-        for _ in range(self.count):
+        for _ in self.buckets.graph_keys():
             self._meet()
             yield
+
+    def capture_beside_prefill(self) -> Iterator[None]:
+        for _ in self.buckets.keys_beside_prefill():
+            self._meet()
+            yield
+
+    def has(self, rows: int, gathered: int) -> bool:
+        keys = (*self.buckets.graph_keys(), *self.buckets.keys_beside_prefill())
+        return GraphKey(self.buckets.local(rows), gathered) in keys
 
     def covers(self, batch: LocalBatch) -> bool:
         return PassGraphs.covers(self, batch)  # type: ignore[arg-type]
@@ -53,7 +63,7 @@ class EagerGraphs:
         self.replays.append(plan)
         eager = ExecutionPlan(ExecutionMode.EAGER, self.buckets.query_len, plan)
         timer = PassTimer(self._runner.collective)
-        hidden = self._runner.run(eager, batch, future, place, timer).hidden
+        hidden = self._runner.run(eager, batch, future, place, timer, False).hidden
         if not self._with_logits:
             return PassOutput(hidden, None)
         return PassOutput(hidden, RowLogits.from_logits(self._runner.model.logits(hidden.last)))
@@ -88,8 +98,8 @@ def captured_of(loop: StepLoop, meet: Meet = lambda: None) -> CapturedGraphs:
     for pass_kind, runner in passes.items():
         length = program.query_len(pass_kind)
         with_logits = pass_kind is not Pass.DRAFT_EXTEND
-        of_pass = EagerGraphs(runner, GraphBuckets(2, length), with_logits, meet)
+        of_pass = EagerGraphs(runner, GraphBuckets(2, length, STAGES.sizes), with_logits, meet)
         graphs[pass_kind] = {length: of_pass}
     models = dict.fromkeys(runner.model for runner in passes.values())
-    stages: Any = {model: EagerStages(model, PiecewiseBuckets(16), meet) for model in models}
+    stages: Any = {model: EagerStages(model, STAGES, meet) for model in models}
     return CapturedGraphs(graphs, stages)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from collectives.in_process import InProcessGroup
+from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.step_program import Pass
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden
@@ -18,6 +20,8 @@ from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
 from dp_runtime.parallel.row_exchange import PaddedExchange, RowExchange, graph_plan
+from dp_runtime.runner.cuda_graph import GraphMemory
+from dp_runtime.runner.forward_pieces import ForwardPieces
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 
 HIDDEN = 4
@@ -44,6 +48,11 @@ class Stages:
     moe_stages: tuple[MoeStage, ...]
     hidden_size: int = HIDDEN
     dtype: torch.dtype = torch.float32
+
+    @property
+    def backend(self) -> Any:
+        spec = AttentionSpec(2, 1, 8, 16, torch.float32, torch.float32)
+        return SimpleNamespace(spec=spec)
 
     @property
     def num_moe_layers(self) -> int:
@@ -73,7 +82,7 @@ def collective() -> RowCollective:
 
 @pytest.fixture
 def graphs(collective: RowCollective, monkeypatch: pytest.MonkeyPatch) -> PiecewiseGraphs:
-    def capture(self: PiecewiseGraphs, stage: MoeStage, gathered: int, memory: Any) -> Replay:
+    def capture(self: PiecewiseGraphs, stage: MoeStage, gathered: int) -> Replay:
         buffers = self._buffers
         plan = graph_plan(collective, (gathered,), gathered)
         exchange = PaddedExchange(plan, collective, False, buffers.row_ranges)
@@ -84,11 +93,16 @@ def graphs(collective: RowCollective, monkeypatch: pytest.MonkeyPatch) -> Piecew
         return Replay(run)
 
     monkeypatch.setattr(PiecewiseGraphs, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(GraphMemory, "new", lambda: None)
+    monkeypatch.setattr(ForwardPieces, "_capture", lambda *_: None)
+    monkeypatch.setattr(ForwardPieces, "covers", lambda *_: False)
     model: Any = Stages((Scaling(2.0), Scaling(3.0)))
+    buckets = PiecewiseBuckets.for_steps(50)
+    memory: Any = None
     made = PiecewiseGraphs(
-        model, collective, PiecewiseBuckets.for_steps(50), False, torch.device("cpu")
-    )
+        model, collective, buckets, memory,
+        reads_hidden=False, poison=False, device=torch.device("cpu"),
+    )  # fmt: skip
     with torch.inference_mode():
         assert sum(1 for _ in made.capture()) == made.count
     return made

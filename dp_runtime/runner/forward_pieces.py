@@ -1,0 +1,239 @@
+"""A forward as CUDA graphs of its pieces, cut where attention runs and where a MoE stage does.
+
+What lies between depends on the number of rows alone, padded to a bucket; attention's kernels need
+sizes that only the host knows, and MoE stages are graphs of their own, by gathered rows. A step
+with prefill then costs the host two launches a layer beside attention's, not some twenty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dp_runtime.attention.backend import PagedAttention
+from dp_runtime.attention.plan import AttentionPlan, CacheSlots, LayerCache
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.core.attention_metadata import AttentionMetadata, Place
+from dp_runtime.layers.moe import MoeStage
+from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.model import PassModel
+from dp_runtime.parallel.buckets import PieceBuckets
+from dp_runtime.parallel.row_exchange import RowExchange
+from dp_runtime.runner.cuda_graph import GraphMemory, PieceCapture
+
+NOWHERE = -1  # the slot of a null row: its key and value are stored nowhere
+
+
+@dataclass(frozen=True, eq=False)
+class StageRows:
+    """All captured stages read and write these."""
+
+    rows: Tensor  # [max_rows, hidden], a stage's input
+    sums: Tensor  # [max_rows, hidden], its result
+    row_ranges: Tensor  # [2, dp_size] int32: where each rank's rows begin, and how many are real
+
+
+@dataclass(frozen=True, eq=False)
+class PieceInputs:
+    """What pieces read beside what the one before left; rows beyond a batch's are null rows."""
+
+    token_ids: Tensor  # [max_rows] int64
+    positions: Tensor  # [max_rows] int64
+    hidden: Tensor  # [max_rows, n], read by draft models; n is 0 for others
+    slot_mapping: Tensor  # [max_rows] int32
+    q: Tensor  # [max_rows, num_heads, head_dim], what the next attention reads
+    attended: Tensor  # [max_rows, num_heads, head_dim], and what it writes
+
+    @classmethod
+    def zeros(
+        cls, max_rows: int, hidden_size: int, spec: AttentionSpec, device: torch.device
+    ) -> PieceInputs:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        heads = (max_rows, spec.num_heads, spec.head_dim)
+        return cls(
+            token_ids=zeros(max_rows, dtype=torch.int64),
+            positions=zeros(max_rows, dtype=torch.int64),
+            hidden=zeros(max_rows, hidden_size, dtype=spec.dtype),
+            slot_mapping=zeros(max_rows, dtype=torch.int32),
+            q=zeros(*heads, dtype=spec.dtype),
+            attended=zeros(*heads, dtype=spec.dtype),
+        )
+
+    def write(self, inputs: PassInputs, slots: CacheSlots, bucket: int) -> None:
+        """Take a batch's rows, followed by null rows up to the bucket."""
+        rows = len(inputs.token_ids)
+        self.token_ids[:rows].copy_(inputs.token_ids)
+        self.positions[:rows].copy_(inputs.positions)
+        self.slot_mapping[:rows].copy_(slots.mapping)
+        self.slot_mapping[rows:bucket].fill_(NOWHERE)
+        if self.hidden.shape[1]:
+            self.hidden[:rows].copy_(inputs.hidden)
+
+    def pass_inputs(self, rows: int) -> PassInputs:
+        no_rows, no_embeds = self.token_ids[:0], self.hidden[:0]
+        token_ids, positions = self.token_ids[:rows], self.positions[:rows]
+        return PassInputs(token_ids, positions, no_rows, no_embeds, self.hidden[:rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """A cut at which one layer's attention runs."""
+
+    paged: PagedAttention
+
+
+@dataclass(frozen=True)
+class RunStage:
+    """A cut at which one of the model's MoE stages runs."""
+
+    index: int
+
+
+Cut = Attend | RunStage
+OnCut = Callable[[Cut], None]
+
+
+@dataclass(frozen=True, eq=False)
+class CutPlan(AttentionPlan):
+    """Attends nowhere: it makes a cut, at which a pass attends by its own plan."""
+
+    inputs: PieceInputs
+    on_cut: OnCut
+
+    def attend(self, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
+        self.inputs.q[: len(q)].copy_(q)
+        self.on_cut(Attend(PagedAttention(cache)))
+        return self.inputs.attended[: len(q)]
+
+    @classmethod
+    def of_rows(cls, rows: int, spec: AttentionSpec, inputs: PieceInputs, on_cut: OnCut) -> CutPlan:
+        """Plan for rows that are requests of one token each; no kernel reads this metadata."""
+        device, ones = inputs.slot_mapping.device, np.ones(rows, np.int32)
+        slots = inputs.slot_mapping[:rows]
+        metadata = AttentionMetadata(
+            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            seq_lens=torch.ones(rows, dtype=torch.int32, device=device),
+            page_table=torch.zeros(rows, 1, dtype=torch.int32, device=device),
+            slot_mapping=slots,
+            query_lens_host=ones,
+            seq_lens_host=ones,
+            page_table_host=np.zeros((rows, 1), np.int32),
+            place=Place(-1, -1, f"captured in pieces of {rows} rows"),
+        )
+        return cls(metadata, CacheSlots(slots, spec.page_size), spec, inputs, on_cut)
+
+
+@dataclass(frozen=True, eq=False)
+class CutStage(MoeStage):
+    """Makes a cut in place of a stage."""
+
+    index: int
+    stage_rows: StageRows
+    on_cut: OnCut
+
+    def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
+        self.stage_rows.rows[: len(x)].copy_(x)
+        self.on_cut(RunStage(self.index))
+        return self.stage_rows.sums[: len(x)]
+
+
+class StageReplay(Protocol):
+    def replay(self, rows: int, gathered: int) -> None:
+        """Run a stage on the first rows of StageRows, gathered with the other ranks'."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    pieces: Sequence[torch.cuda.CUDAGraph]  # one before each cut, and one after the last
+    cuts: Sequence[Cut]
+    hidden: Hidden  # of the bucket's rows
+
+
+class ForwardPieces:
+    """Captures one model's forward in pieces, and runs a pass with them."""
+
+    def __init__(
+        self,
+        model: PassModel,
+        buckets: PieceBuckets,
+        stage_rows: StageRows,
+        memory: GraphMemory,
+        *,
+        reads_hidden: bool,  # the model takes hidden states beside tokens
+    ) -> None:
+        self.buckets = buckets
+        self._model, self._stage_rows, self._memory = model, stage_rows, memory
+        width = model.hidden_size if reads_hidden else 0
+        device = stage_rows.rows.device
+        self._inputs = PieceInputs.zeros(buckets.max_rows, width, model.backend.spec, device)
+        self._captured: dict[int, _Captured] = {}  # by bucket
+
+    @property
+    def count(self) -> int:
+        return len(self.buckets.sizes)
+
+    def covers(self, inputs: PassInputs) -> bool:
+        rows = len(inputs.token_ids)
+        return 0 < rows <= self.buckets.max_rows and not len(inputs.embed_rows)
+
+    def capture(self) -> Iterator[None]:
+        """Capture every bucket, and yield after each; no other rank takes part."""
+        for rows in self.buckets.sizes:
+            self._captured[rows] = self._capture(rows)
+            yield
+
+    def forward(
+        self,
+        inputs: PassInputs,
+        plan: AttentionPlan,
+        stages: Sequence[StageReplay],
+        gathered: int,
+    ) -> Hidden:
+        """Run a pass that `covers` allows; valid until the next one."""
+        rows = len(inputs.token_ids)
+        bucket = self.buckets.of(rows)
+        captured = self._captured[bucket]
+        self._inputs.write(inputs, plan.slots, bucket)
+        q, attended = self._inputs.q[:rows], self._inputs.attended[:rows]
+        for piece, cut in zip(captured.pieces, captured.cuts):
+            piece.replay()
+            match cut:
+                case Attend(paged):
+                    paged.run(q, plan, attended)
+                case RunStage(index):
+                    stages[index].replay(rows, gathered)
+        captured.pieces[-1].replay()
+        return captured.hidden.first(rows)
+
+    def cut_forward(self, rows: int, on_cut: OnCut) -> Hidden:
+        """Run the forward of so many rows; on_cut is called in place of attention and stages."""
+        places = {id(stage): index for index, stage in enumerate(self._model.moe_stages)}
+        model = self._model.with_stages(
+            lambda stage: CutStage(
+                stage.router, stage.experts, stage.kernels,
+                places[id(stage)], self._stage_rows, on_cut,
+            )
+        )  # fmt: skip
+        plan = CutPlan.of_rows(rows, model.backend.spec, self._inputs, on_cut)
+        no_exchange: Any = None  # all that would exchange rows is cut out
+        return model.forward(self._inputs.pass_inputs(rows), plan, no_exchange)
+
+    def _capture(self, rows: int) -> _Captured:
+        cuts = list[Cut]()
+        self._inputs.slot_mapping.fill_(NOWHERE)
+        self.cut_forward(rows, lambda cut: None)  # compiles: that may not happen while capturing
+        with PieceCapture(self._memory) as capture:
+
+            def on_cut(cut: Cut) -> None:
+                cuts.append(cut)
+                capture.cut()
+
+            hidden = self.cut_forward(rows, on_cut)
+        return _Captured(capture.graphs, cuts, hidden)
