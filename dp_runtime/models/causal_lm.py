@@ -49,6 +49,13 @@ class PassInputs:
         return x
 
 
+@dataclass(frozen=True, eq=False)
+class PassPlan:
+    """What layers need to know of a pass's sequences, each kind of layer its own part."""
+
+    attention: AttentionPlan
+
+
 class Hidden(NamedTuple):
     """A forward's result: the inputs of the LM head and of a draft model."""
 
@@ -71,13 +78,13 @@ class DecoderLayer:
         x: Tensor,
         residual: Tensor | None,
         cos_sin: CosSin,
-        plan: AttentionPlan,
+        plan: PassPlan,
         exchange: RowExchange,
     ) -> tuple[Tensor, Tensor]:
         """Return what the layer adds to the residual, and that residual."""
         normed, residual = self.input_norm.add(x, residual)
         normed, residual = self.post_attention_norm.add(
-            self.attention(normed, cos_sin, plan), residual
+            self.attention(normed, cos_sin, plan.attention), residual
         )
         if isinstance(self.mlp, MoeStage):
             return self.mlp(normed, exchange), residual
@@ -143,7 +150,7 @@ class CausalLM(LmHeadMixin):
         assert set(layers) <= set(range(len(self.layers))), f"{layers} of {len(self.layers)} layers"
         return replace(self, aux_hidden_state_layers=layers)
 
-    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: PassPlan, exchange: RowExchange) -> Hidden:
         x = inputs.embedded(self.embedding)
         cos_sin = self.rotary(inputs.positions, x.dtype)
         aux_hidden_states = x.new_empty(len(x), len(self.aux_hidden_state_layers), x.shape[1])

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.backend import AttentionBackend
-from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage
-from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.row_exchange import RowExchange
 
@@ -42,7 +41,7 @@ class PassModel(Protocol):
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> PassModel:
         """Copy the model with every MoE stage replaced; graphs do so."""
 
-    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden: ...
+    def forward(self, inputs: PassInputs, plan: PassPlan, exchange: RowExchange) -> Hidden: ...
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Apply the LM head to [n, hidden] of `Hidden.last` -> [n, vocab], or `out`."""

@@ -20,7 +20,7 @@ from dp_runtime.attention.plan import AttentionPlan, CacheSlots, LayerCache
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.attention_metadata import AttentionMetadata, Place
 from dp_runtime.layers.moe import MoeStage
-from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets
 from dp_runtime.parallel.row_exchange import RowExchange
@@ -223,7 +223,7 @@ class ForwardPieces:
         )  # fmt: skip
         plan = CutPlan.of_rows(rows, model.backend.spec, self._inputs, on_cut)
         no_exchange: Any = None  # all that would exchange rows is cut out
-        return model.forward(self._inputs.pass_inputs(rows), plan, no_exchange)
+        return model.forward(self._inputs.pass_inputs(rows), PassPlan(plan), no_exchange)
 
     def _capture(self, rows: int) -> _Captured:
         cuts = list[Cut]()

@@ -15,7 +15,7 @@ from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.errors import ContractViolation
-from dp_runtime.models.causal_lm import Hidden
+from dp_runtime.models.causal_lm import Hidden, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, GraphKey
 from dp_runtime.parallel.collective import RowCollective
@@ -141,7 +141,7 @@ class PassGraphs:
 
         def forward() -> PassOutput:
             pass_inputs = inputs.pass_inputs(key.local_rows)
-            hidden = self._model.forward(pass_inputs, attention, exchange)
+            hidden = self._model.forward(pass_inputs, PassPlan(attention), exchange)
             if not self._with_logits:
                 return PassOutput(hidden, None)
             logits = self._model.logits(hidden.last, self._logits[: key.local_rows])

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.flight.exchange import RecordedExchange
 from dp_runtime.flight.recorder import FlightRecorder
-from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
@@ -60,11 +59,11 @@ class PassRunner:
                 forward = self.piecewise.forward
             case ExecutionMode.EAGER:
                 forward = self.model.forward
-        inputs, attention = self._prepare(batch, future, place)
+        inputs, prepared = self._prepare(batch, future, place)
         padded = PaddedExchange(plan.padding, self.collective, self.poison)
         exchange = RecordedExchange(padded, self.flight)
         timer.end_prepare()
-        return PassOutput(forward(inputs, attention, exchange), None)
+        return PassOutput(forward(inputs, prepared, exchange), None)
 
     def fits_graph(self, query_len: int, batch: LocalBatch) -> bool:
         """Tell whether this rank has a graph for these rows."""
@@ -76,7 +75,7 @@ class PassRunner:
 
     def _prepare(
         self, batch: LocalBatch, future: FutureTokens, place: Place
-    ) -> tuple[PassInputs, AttentionPlan]:
+    ) -> tuple[PassInputs, PassPlan]:
         if future.num_rejected is not None and self.device.type == "cpu":
             num_rejected = np.zeros(batch.num_requests, np.int64)
             num_rejected[: len(future.num_rejected)] = future.num_rejected.numpy()
@@ -85,7 +84,8 @@ class PassRunner:
         metadata = AttentionMetadata.build(
             batch, self.pages, place, self.device, future.num_rejected
         )
-        return pass_inputs(batch, future, self.device), self.model.backend.plan(metadata)
+        plan = PassPlan(self.model.backend.plan(metadata))
+        return pass_inputs(batch, future, self.device), plan
 
 
 def pass_inputs(batch: LocalBatch, future: FutureTokens, device: torch.device) -> PassInputs:

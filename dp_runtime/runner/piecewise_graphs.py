@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.device_copy import on_device
 from dp_runtime.layers.moe import MoeStage
-from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets, PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
@@ -99,13 +98,15 @@ class PiecewiseGraphs:
         self._model = self._uncaptured.with_stages(lambda stage: captured[id(stage)])
         yield from self._pieces.capture()
 
-    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: PassPlan, exchange: RowExchange) -> Hidden:
         padding = exchange.plan
         self._buffers.row_ranges.copy_(
             on_device(padding.row_ranges, self._buffers.row_ranges.device)
         )
         if self._pieces.covers(inputs):
-            hidden = self._pieces.forward(inputs, plan, self._stages, padding.rows_per_rank)
+            hidden = self._pieces.forward(
+                inputs, plan.attention, self._stages, padding.rows_per_rank
+            )
         else:
             hidden = self._model.forward(inputs, plan, exchange)
         self._collective.arm_watchdog(f"stages of {padding.rows_per_rank} gathered rows")

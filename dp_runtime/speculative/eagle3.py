@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.backend import AttentionBackend
-from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
@@ -21,7 +20,7 @@ from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import Rotary
-from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.models.model import Model
@@ -63,10 +62,10 @@ class Eagle3(LmHeadMixin):
     def project(self, aux_hidden_states: Tensor) -> Tensor:
         return self.fc(aux_hidden_states)
 
-    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: PassPlan, exchange: RowExchange) -> Hidden:
         cos_sin = self.rotary(inputs.positions, self.dtype)
         x = concat_normed(inputs, self.embedding, self.embedding_norm, self.hidden_norm)
-        x = self.attention(x, cos_sin, plan)
+        x = self.attention(x, cos_sin, plan.attention)
         # NOTE: a sum overwrites its second operand, and the hidden state is the caller's.
         x, residual = self.post_attention_norm.add(inputs.hidden, x)
         return Hidden(*self.norm.add(self.mlp(x), residual))

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.backend import AttentionBackend
-from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.errors import require
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import Rotary
-from dp_runtime.models.causal_lm import DecoderLayer, Hidden, PassInputs
+from dp_runtime.models.causal_lm import DecoderLayer, Hidden, PassInputs, PassPlan
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.fp8_config import parse_fp8_experts
 from dp_runtime.models.hf_config import ConfigFields
@@ -97,7 +96,7 @@ class Mtp(LmHeadMixin):
     def project(self, aux_hidden_states: Tensor) -> Tensor:
         return aux_hidden_states
 
-    def forward(self, inputs: PassInputs, plan: AttentionPlan, exchange: RowExchange) -> Hidden:
+    def forward(self, inputs: PassInputs, plan: PassPlan, exchange: RowExchange) -> Hidden:
         x = self.fc(concat_normed(inputs, self.embedding, self.embedding_norm, self.hidden_norm))
         cos_sin = self.rotary(inputs.positions, x.dtype)
         x, residual = self.layer(x, None, cos_sin, plan, exchange)

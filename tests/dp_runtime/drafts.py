@@ -15,7 +15,7 @@ from torch import Tensor
 from collectives.in_process import InProcessGroup
 from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
@@ -108,7 +108,7 @@ class DraftRank:
         )
         exchange = PaddedExchange(plan, self.collective, poison=True)
         metadata = metadata_of(batch, self.num_pages, PAGE_SIZE)
-        return model.forward(inputs, model.backend.plan(metadata), exchange)
+        return model.forward(inputs, PassPlan(model.backend.plan(metadata)), exchange)
 
     def follow(
         self, new: Sequence[list[int]], before: Sequence[int], following: Sequence[list[int]]

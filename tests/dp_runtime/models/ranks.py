@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.models.causal_lm import PassInputs
+from dp_runtime.models.causal_lm import PassInputs, PassPlan
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.parallel.row_exchange import PaddedExchange
@@ -63,7 +63,7 @@ class Rank:
                 torch.tensor(rows, dtype=torch.int64),
                 replaced,
             ),
-            self.model.backend.plan(metadata_of(batch, self.num_pages, PAGE_SIZE)),
+            PassPlan(self.model.backend.plan(metadata_of(batch, self.num_pages, PAGE_SIZE))),
             PaddedExchange(plan, self.collective.row_collective, self.poison),
         ).last
         logits = self.model.logits(hidden)

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.attention.kv_writer import KvWriter
-from dp_runtime.models.causal_lm import Hidden, PassInputs
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
@@ -122,7 +122,7 @@ def test_pieces_give_what_the_whole_forward_gives(rank: DraftRank, drafts: bool)
     exchange = PaddedExchange(padding, rank.collective, False)
     with torch.inference_mode():
         with zeroed(model) as pools:
-            due = model.forward(inputs, model.backend.plan(metadata), exchange)
+            due = model.forward(inputs, PassPlan(model.backend.plan(metadata)), exchange)
             kept = [pool.clone() for pool in pools]
         with zeroed(model) as pools:
             rows = StageRows(

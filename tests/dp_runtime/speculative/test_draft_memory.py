@@ -11,7 +11,7 @@ import torch
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.models.causal_lm import PassInputs
+from dp_runtime.models.causal_lm import PassInputs, PassPlan
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.parallel.row_exchange import PaddedExchange
@@ -47,13 +47,13 @@ def test_a_draft_s_forward_is_predicted(
     draft = build_draft(draft_config, target, weights, sharding, own, "torch")
     table, _ = random_page_table([ROWS], PAGE_SIZE, np.random.default_rng(0))
     batch = paged_batch([(ROWS, ROWS)], table, PAGE_SIZE)
-    attention = draft.backend.plan(metadata_of(batch, NUM_PAGES, PAGE_SIZE))
+    sequences = PassPlan(draft.backend.plan(metadata_of(batch, NUM_PAGES, PAGE_SIZE)))
     ids, none = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     inputs = PassInputs(ids, ids, none, torch.zeros(0, 0), torch.randn(ROWS, 64).to(dtype))
     plan = PaddingPlan.for_mode(PaddingMode.MAX_LEN, (ROWS,))
     exchange = PaddedExchange(plan, InProcessGroup(1, 1.0).collective(0), False)
     with torch.inference_mode(), LiveBytes() as live:
-        out = draft.forward(inputs, attention, exchange)
+        out = draft.forward(inputs, sequences, exchange)
     assert out.last.dtype == out.aux_hidden_states.dtype == dtype
     predicted = draft.forward_bytes(ROWS, ROWS, False)
     print(f"{name}: predicted {predicted}, live {live.peak}")
