@@ -1,4 +1,7 @@
-"""LocalBatch: the real rows of one rank in one pass. It knows nothing of other ranks."""
+"""LocalBatch: the real rows of one rank in one pass. It knows nothing of other ranks.
+
+SamplePositions: the output tokens that its sampled rows become.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
 NULL_PAGE = 0
+NULL_SLOT = 0  # of recurrent states
 
 
 def _empty_ids() -> Int64:
     return np.zeros(0, np.int64)
 
 
-def _all_exact() -> Bool:
+def _none_of() -> Bool:
     return np.zeros(0, np.bool_)
 
 
@@ -50,7 +54,9 @@ class LocalBatch:
     seq_lens: Int32  # [requests] tokens in the cache after this step
     page_table: Int32  # [requests, pages], rows end in the null page
     sample_rows: Int64  # [samples] rows whose logits are needed
-    lengths_are_bounds: Bool = field(default_factory=_all_exact)  # [requests]; empty: all exact
+    lengths_are_bounds: Bool = field(default_factory=_none_of)  # [requests]; empty: all exact
+    state_slots: Int64 = field(default_factory=_empty_ids)  # [requests]; empty: no recurrent state
+    is_fresh: Bool = field(default_factory=_none_of)  # likewise; the request has no state yet
     embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
     embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
 
@@ -62,6 +68,8 @@ class LocalBatch:
         assert self.page_table.shape[0] == requests, "page_table has one row per request"
         assert np.add.reduce(self.query_lens) == rows, "query_lens sum to the rows"
         assert len(self.lengths_are_bounds) in (0, requests), "one entry per request, or none"
+        assert len(self.state_slots) in (0, requests), "one state slot per request, or none"
+        assert len(self.is_fresh) == len(self.state_slots), "is_fresh has one entry per state slot"
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
         for array in vars(self).values():
             array.setflags(write=False)
@@ -83,7 +91,7 @@ class LocalBatch:
             positions=positions,
             slot_mapping=slots_of(self.page_table, owner, positions, page_size),
             seq_lens=(self.seq_lens - num_rejected).astype(np.int32),
-            lengths_are_bounds=_all_exact(),
+            lengths_are_bounds=_none_of(),
         )
 
     @classmethod
@@ -99,3 +107,15 @@ class LocalBatch:
             page_table=np.zeros((0, 0), np.int32),
             sample_rows=long,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class SamplePositions:
+    req_indices: Int64  # [n] rows of the request table
+    output_indices: Int64  # [n] which output token of its request this is, from 0
+
+    def __len__(self) -> int:
+        return len(self.req_indices)
+
+    def __getitem__(self, rows: slice) -> SamplePositions:
+        return SamplePositions(self.req_indices[rows], self.output_indices[rows])

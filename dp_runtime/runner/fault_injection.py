@@ -9,8 +9,8 @@ from time import sleep
 
 import torch
 
+from dp_runtime.core.batch import SamplePositions
 from dp_runtime.core.faults import Fault, FaultKind
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.parallel.agreement import Agreement, StepRecord
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.runner.step_loop import StepLoop

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.core.batch import Int64
-from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.core.batch import Int64, SamplePositions
 from dp_runtime.errors import require
 from dp_runtime.sampling.rng import uniform
 

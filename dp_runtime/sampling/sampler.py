@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_runtime.core.batch import SamplePositions
 from dp_runtime.core.device_copy import HostCopy, on_device
 from dp_runtime.core.request import RankRequest, TokenLogprob
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.sampling.bad_words import mask_bad_words
 from dp_runtime.sampling.draft_verification import Verification, accepted_drafts, first_positions
 from dp_runtime.sampling.filters import Array, keep_logits, take_rows

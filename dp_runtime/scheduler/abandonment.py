@@ -10,16 +10,17 @@ from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 def abandon_steps(scheduler: Scheduler) -> None:
     """Take all requests back to their committed outputs; pages keep what committed steps wrote.
 
-    Every other state of a request begins anew from its outputs, as after a preemption. A draft's
-    next chain begins with what a row of its last but one token gives, so that is fed again.
+    So do recurrent states that no other step can have written. Every other state of a request
+    begins anew from its outputs, as after a preemption. A draft's next chain begins with what a row
+    of its last but one token gives, so that is fed again.
     """
     table, requests = scheduler.table, scheduler.requests
-    table.num_inflight_steps[:] = 0
-    requests.settle()
     num_again = 2 if scheduler.limits.max_drafts else 1
     for req_index in table.req_indices:
+        table.abandon(table.request(req_index), num_again)
+    requests.settle()
+    for req_index in table.req_indices:
         state = table.request(req_index)
-        table.abandon(state, num_again)
         state.num_scored = state.num_reported
         for each in requests.states:
             if each is not scheduler.page_table:

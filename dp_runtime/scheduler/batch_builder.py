@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dp_runtime.core.batch import Bool, Float32, Int64, LocalBatch, slots_of
-from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.core.batch import Bool, Float32, Int64, LocalBatch, SamplePositions, slots_of
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
@@ -112,9 +111,18 @@ def _target_batch(step: _Layout) -> LocalBatch:
             [np.arange(step.num_decode_rows), chunk_samples, *_score_rows(step)]
         ),
         lengths_are_bounds=_are_bounds(step, step.req_indices),
+        state_slots=step.table.state_slots(step.req_indices),
+        is_fresh=_are_fresh(step),
         embed_rows=embed_rows,
         embeds=embeds,
     )
+
+
+def _are_fresh(step: _Layout) -> Bool:
+    """Tell which requests have no recurrent state yet; [0] if none is kept."""
+    if not step.table.keeps_state:
+        return np.zeros(0, np.bool_)
+    return np.array([False] * len(step.decodes) + [chunk.is_fresh for chunk in step.chunks], bool)
 
 
 def _decode_tokens(step: _Layout) -> tuple[Int64, Int64]:
@@ -175,6 +183,8 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
         token_ids=tokens,
         future_token_index=future_token_index,
         sample_rows=np.concatenate([first_rows, step.chunk_last_rows]),
+        state_slots=np.zeros(0, np.int64),  # a draft model keeps no state
+        is_fresh=np.zeros(0, np.bool_),
         embed_rows=embed_rows,
         embeds=embeds,
     )

@@ -11,6 +11,7 @@ class Limits:
     max_num_tokens: int
     max_model_len: int
     max_drafts: int = 0  # of a request in a step
+    keeps_state: bool = False  # layers have a recurrent state, whose memory is dear
 
     @property
     def max_cached_len(self) -> int:
@@ -23,5 +24,13 @@ class Limits:
 
     @property
     def num_table_rows(self) -> int:
-        """Count running requests, and as many that stopped while a step with them is in flight."""
-        return 2 * self.max_num_requests
+        """Count running requests, and as many that stopped while a step with them is in flight.
+
+        NOTE: a row has a slot in the recurrent states. With those, who arrives waits for a row.
+        """
+        return self.max_num_requests if self.keeps_state else 2 * self.max_num_requests
+
+    @property
+    def num_state_slots(self) -> int:
+        """Count the null slot and one of each row, or none."""
+        return 1 + self.num_table_rows if self.keeps_state else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dp_runtime.core.batch import Bool, Int32, Int64
+from dp_runtime.core.batch import NULL_SLOT, Bool, Int32, Int64
 from dp_runtime.scheduler.request_state import NO_ROW, RequestState
 
 
@@ -12,9 +12,10 @@ class RequestTable:
     """One row for each admitted request; its columns are written by its methods alone.
 
     `num_tokens` and `num_computed_tokens` count steps in flight as if all drafts were accepted.
+    keeps_state: layers have a recurrent state, and each row a slot of its own in it.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, keeps_state: bool = False) -> None:
         def column() -> Int64:
             return np.zeros(num_rows, np.int64)
 
@@ -27,12 +28,21 @@ class RequestTable:
         self.num_inflight_steps = column()
         self.last_token = column()  # of those that the host knows
         self.last_sample_index = column()  # of the newest token in its step's samples, or -1
+        self.keeps_state = keeps_state
         self._requests: list[RequestState | None] = [None] * num_rows
         self._free = list(reversed(range(num_rows)))
 
     @property
     def req_indices(self) -> list[int]:
         return [index for index, request in enumerate(self._requests) if request is not None]
+
+    @property
+    def has_free_row(self) -> bool:
+        return bool(self._free)
+
+    def state_slots(self, req_indices: Int64) -> Int64:
+        """Return the slot of each row in the recurrent states; none if there are none."""
+        return req_indices + (NULL_SLOT + 1) if self.keeps_state else req_indices[:0]
 
     def take(self, request: RequestState) -> int:
         assert request.req_index == NO_ROW, f"request {request.request_id} has a row already"
@@ -89,10 +99,17 @@ class RequestTable:
         self.num_cached_tokens[req_indices] += query_lens
 
     def abandon(self, request: RequestState, num_again: int) -> None:
-        """Forget a request's steps in flight; its last num_again tokens at least are fed again."""
+        """Forget a request's steps in flight; its last num_again tokens at least are fed again.
+
+        A recurrent state is that of the last row written, and of no row before it: where a step in
+        flight may have written, or rows are fed again, the request begins anew.
+        """
         index = request.req_index
-        cached = int(self.num_cached_tokens[index])
-        cached = max(0, min(cached, request.num_tokens - num_again))
+        written = int(self.num_cached_tokens[index])
+        cached = max(0, min(written, request.num_tokens - num_again))
+        if self.keeps_state and (self.num_inflight_steps[index] or cached < written):
+            cached = 0
+        self.num_inflight_steps[index] = 0
         self.num_tokens[index] = request.num_tokens
         self.num_computed_tokens[index] = self.num_cached_tokens[index] = cached
         (self.last_token[index],) = request.tokens(request.num_tokens - 1, request.num_tokens)

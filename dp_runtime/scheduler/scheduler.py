@@ -36,7 +36,7 @@ class Scheduler:
     ) -> None:
         self.pages = pages
         self.limits = limits
-        self.table = RequestTable(limits.num_table_rows)
+        self.table = RequestTable(limits.num_table_rows, limits.keeps_state)
         self.page_table = PageTable(pages, limits.num_table_rows, limits.max_cached_len)
         self.requests = RequestLifecycle(self.table, (self.page_table, *states))
         self.num_preemptions = 0
@@ -256,7 +256,7 @@ class Scheduler:
         while self.waiting and budget and len(self.running) < self.limits.max_num_requests:
             request = self.waiting[0]
             fits = self.page_table.pages_for(request.num_tokens + 1) <= self.num_free_pages
-            if request.status is RequestStatus.PREEMPTED or not fits:
+            if request.status is RequestStatus.PREEMPTED or not (fits and self.table.has_free_row):
                 break  # NOTE: nobody overtakes a preempted request that still has a step in flight
             if (chunk := self._begin(request, budget)) is None:
                 continue

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dp_runtime.core.batch import Int64, LocalBatch
+from dp_runtime.core.batch import Int64, LocalBatch, SamplePositions
 from dp_runtime.core.request import PromptEmbeds, TokenLogprob
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.scheduler.request_state import RequestState
 
 PromptLogprobs = Sequence[tuple[TokenLogprob, ...] | Exception]  # of each chunk that scores
@@ -41,6 +40,11 @@ class Chunk:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+    @property
+    def is_fresh(self) -> bool:
+        """Its request begins: nothing of it is computed, or no longer."""
+        return self.start == 0
 
     @property
     def prompt_tokens(self) -> int:

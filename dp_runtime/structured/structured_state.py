@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from dp_runtime.core.batch import Int32
+from dp_runtime.core.batch import Int32, SamplePositions
 from dp_runtime.core.device_copy import HostCopy
 from dp_runtime.core.request import RankRequest
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.sampling.draft_verification import Verification, first_positions
 from dp_runtime.sampling.filters import Array
 from dp_runtime.sampling.sampler import Sampled

@@ -54,6 +54,18 @@ class ReferenceScheduler:
         self.waiting.insert(len(before), new)
         assert self.waiting[: len(before)] == before
 
+    @property
+    def num_held(self) -> int:
+        """Requests that run, or stopped while a step with them is in flight."""
+        return sum(item.running or item.launched > 0 for item in self.requests.values())
+
+    def abandon(self, known: dict[int, int]) -> None:
+        """Forget the steps in flight, and who was in one computes all of its known tokens again."""
+        for item in self.requests.values():
+            if item.launched:
+                item.computed, item.launched, item.known = 0, 0, known[item.request_id]
+                self.settle(item)
+
     def schedule(self, prefill_budget: int | None = None) -> Rows:
         ready = [item for item in list(self.running) if item.running and self.reserve(item)]
         budget = self.limits.max_num_tokens
@@ -69,6 +81,7 @@ class ReferenceScheduler:
             and self.waiting
             and budget
             and len(self.running) < self.limits.max_num_requests
+            and self.num_held < self.limits.num_table_rows
             and not self.waiting[0].launched
             and self.pages_for(self.waiting[0].known + 1) <= self.num_free
         ):

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dp_runtime.core.batch import SamplePositions
 from dp_runtime.core.request import RankRequest
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from dp_runtime.core.batch import SamplePositions
 from dp_runtime.core.request import RankRequest
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.sampling.draft_verification import ForcedAcceptance, Verification
 from dp_runtime.sampling.sampler import Sampler

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dp_runtime.core.batch import SamplePositions
 from dp_runtime.core.request import RankRequest, TokenLogprob
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.sampling import logprobs
 from dp_runtime.sampling.draft_verification import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from dp_runtime.core.sample_positions import SamplePositions
+from dp_runtime.core.batch import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.sampling.row_logits import RowLogits

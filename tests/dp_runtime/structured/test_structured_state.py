@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dp_runtime.core.batch import SamplePositions
 from dp_runtime.core.device_copy import HostCopy
 from dp_runtime.core.request import RankRequest
-from dp_runtime.core.sample_positions import SamplePositions
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.sampling.draft_verification import Verification

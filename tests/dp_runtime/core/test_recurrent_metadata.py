@@ -1,0 +1,81 @@
+"""The contract of recurrent layers on the host: whose state a kernel reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dp_runtime.core.attention_metadata import Place
+from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.recurrent_metadata import RecurrentMetadata
+from dp_runtime.errors import ContractViolation
+from tests.dp_runtime.core.test_attention_metadata import batch as paged
+
+CPU = torch.device("cpu")
+PLACE = Place(3, 17, "target")
+NUM_SLOTS = 6
+
+
+def batch() -> LocalBatch:
+    """A prefill of 5 tokens, a decode at length 6, and a chunk of 2 on 3."""
+    slots, fresh = np.array([5, 1, 3]), np.array([True, False, False])
+    return replace(paged(), state_slots=slots, is_fresh=fresh)
+
+
+def build(of: LocalBatch) -> RecurrentMetadata:
+    return RecurrentMetadata.build(of, NUM_SLOTS, PLACE, CPU)
+
+
+def test_metadata_holds_what_the_batch_says() -> None:
+    of = batch()
+    metadata = build(of)
+    assert metadata.batch_size == 3
+    assert (metadata.cu_seqlens.tolist(), metadata.cu_seqlens.dtype) == ([0, 5, 6, 8], torch.int32)
+    assert metadata.query_lens_host is of.query_lens
+    assert (metadata.slots.tolist(), metadata.slots.dtype) == ([5, 1, 3], torch.int64)
+    assert metadata.is_fresh.tolist() == [True, False, False]
+    assert metadata.is_fresh.dtype == torch.bool
+
+
+def test_an_idle_rank_has_metadata_of_nobody() -> None:
+    metadata = build(LocalBatch.empty())
+    assert metadata.batch_size == 0
+    assert metadata.cu_seqlens.tolist() == [0]
+    assert (metadata.slots.shape, metadata.is_fresh.shape) == ((0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("field", "index", "value", "numbers"),
+    [
+        ("state_slots", 0, 6, ("state_slots is 6", "1..5")),
+        ("state_slots", 2, 0, ("state_slots is 0", "1..5")),
+        ("state_slots", 1, -1, ("state_slots is -1", "1..5")),
+        ("state_slots", 1, 3, ("state_slots has 3 twice", "once")),
+        ("is_fresh", 1, True, ("is_fresh[1] is True at position 5", "only there")),
+        ("is_fresh", 0, False, ("is_fresh[0] is False at position 0", "only there")),
+    ],
+)
+def test_a_changed_value_names_place_field_and_what_is_allowed(
+    field: str, index: int, value: int, numbers: tuple[str, str]
+) -> None:
+    array = getattr(batch(), field).copy()
+    array[index] = value
+    with pytest.raises(ContractViolation) as error:
+        build(replace(batch(), **{field: array}))
+    for text in ("rank 3, step 17, pass target", *numbers):
+        assert text in str(error.value)
+
+
+def test_requests_without_slots_are_refused() -> None:
+    with pytest.raises(ContractViolation, match="0 state slots for 3 requests"):
+        build(paged())
+
+
+def test_a_batch_has_a_slot_and_a_flag_for_each_request_or_none() -> None:
+    with pytest.raises(AssertionError, match="one state slot per request"):
+        replace(batch(), state_slots=np.array([1]), is_fresh=np.array([True]))
+    with pytest.raises(AssertionError, match="is_fresh has one entry"):
+        replace(batch(), is_fresh=np.array([True]))
