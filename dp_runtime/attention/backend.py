@@ -46,17 +46,20 @@ class AttentionBackend(ABC):
     def __init__(
         self,
         spec: AttentionSpec,
-        pools: Sequence[Tensor],  # [layer]
+        pools: Sequence[Tensor | None],  # [layer]; None: the layer does not attend
         scales: Sequence[KvScales] = (),  # [layer], or all 1.0
     ) -> None:
         self.spec = spec
-        self.device = pools[0].device
-        self._caches = tuple(
-            LayerCache(layer, pool, scale)
+        self._caches = {
+            layer: LayerCache(layer, pool, scale)
             for layer, (pool, scale) in enumerate(
                 zip(pools, scales or [KvScales()] * len(pools), strict=True)
             )
-        )
+            if pool is not None
+        }
+        assert self._caches, "no layer attends"
+        self._last_layer = max(self._caches)
+        self.device = self._caches[self._last_layer].pool.device
 
     @classmethod
     @abstractmethod
@@ -75,7 +78,7 @@ class AttentionBackend(ABC):
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Zero pages of all layers: a masked column is 0 * V, and 0 * NaN would be NaN."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        for cache in self._caches:
+        for cache in self._caches.values():
             cache.pool.view(torch.uint8).index_fill_(0, index, 0)
 
     def layer(self, index: int) -> PagedAttention:
@@ -83,7 +86,7 @@ class AttentionBackend(ABC):
 
     def plan(self, metadata: AttentionMetadata) -> AttentionPlan:
         """Plan a pass for all layers; ContractViolation for anything a kernel would misread."""
-        where = f"{metadata.place}, layers 0..{len(self._caches) - 1}"
+        where = f"{metadata.place}, layers 0..{self._last_layer}"
         compare(metadata_comparisons(metadata, self.spec, self.device), where)
         plan = self._plan(metadata) if metadata.num_tokens else self._plan_no_rows(metadata)
         compare(plan.comparisons(self.device), where)

@@ -14,10 +14,11 @@ class MemoryUse:
     workspaces: int  # of attention backends and cuBLAS
     activations: int  # the most that a step needs at once, and frees again
     kv_cache: int
+    recurrent_state: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.workspaces + self.activations + self.kv_cache
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class RankMemory:
 
 def memory_table(ranks: Sequence[RankMemory]) -> str:
     names = [field.name for field in fields(MemoryUse)]
+    if not any(rank.predicted.recurrent_state for rank in ranks):
+        names.remove("recurrent_state")
     measured = all(rank.measured for rank in ranks)
     head = "predicted / measured" if measured else "predicted; only running GPU ranks measure it"
     lines = [

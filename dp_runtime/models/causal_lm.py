@@ -12,6 +12,7 @@ from torch import Tensor
 from dp_runtime.attention.backend import AttentionBackend, PagedAttention
 from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.qk_norm_rope import CosSin
+from dp_runtime.core.recurrent_metadata import RecurrentMetadata
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.linear import Linear
@@ -54,6 +55,7 @@ class PassPlan:
     """What layers need to know of a pass's sequences, each kind of layer its own part."""
 
     attention: AttentionPlan
+    recurrent: RecurrentMetadata | None = None  # of a model with layers that have a state
 
 
 class Hidden(NamedTuple):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.layers.expert_layouts import ExpertNames, ExpertShape
 from dp_runtime.layers.experts import Experts
 from dp_runtime.layers.linear import Linear
@@ -109,6 +110,7 @@ class MoeDecoder:
         sharding: RankSharding,
         backend: AttentionBackend,
         moe: MoeKernels,
+        states: Sequence[LayerState],
     ) -> CausalLM:
         def mlp(layer: int, prefix: str) -> MoeStage | DenseMLP:
             return self.load_mlp(config, layer, prefix, weights, sharding, moe)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
 from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
@@ -40,8 +42,12 @@ class Architecture(Protocol):
         sharding: RankSharding,
         backend: AttentionBackend,
         moe: MoeKernels,
+        states: Sequence[LayerState],
     ) -> Model:
-        """Load one rank's part of a model, its layers bound to the caches of a backend."""
+        """Load one rank's part of a model, its layers bound to their caches.
+
+        backend: over the pages of the layers that attend. states: of the others, [layer].
+        """
 
 
 def find_architecture(name: str) -> Architecture:
@@ -85,10 +91,11 @@ def build_model(
     sharding: RankSharding,
     backend: AttentionBackend,
     moe_backend: str = "torch",
+    states: Sequence[LayerState] = (),
 ) -> Model:
     """Load one rank's part of a model, and check that its checkpoint has nothing else to say."""
     architecture = find_architecture(config.architecture)
     moe = make_moe_kernels(moe_backend)
-    model = architecture.build(config, weights, sharding, backend, moe)
+    model = architecture.build(config, weights, sharding, backend, moe, states)
     weights.require_all_read(SKIPPABLE, HINTS)
     return model

@@ -61,6 +61,7 @@ class StepRunner:
         *,
         collective: RowCollective,
         pages: PageGeometry,
+        num_state_slots: int,  # of the target's recurrent layers; a draft model has none
         device: torch.device,
         poison: bool,  # fill padded rows with NaN
         flight: FlightRecorder,
@@ -84,7 +85,8 @@ class StepRunner:
         self.collective = collective
         self.poison = poison
         self.flight = flight
-        self.passes = {Pass.TARGET: pass_runner(model)}
+        target = replace(pass_runner(model), num_state_slots=num_state_slots)
+        self.passes = {Pass.TARGET: target}
         if drafting is not None:
             self.passes[Pass.DRAFT] = pass_runner(drafting.model)
             self.passes[Pass.DRAFT_EXTEND] = pass_runner(drafting.model)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.backend import AttentionBackend
-from dp_runtime.core.cache_spec import CacheSpec, PagedKv
+from dp_runtime.core.cache_spec import PagedKv
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
@@ -39,7 +39,7 @@ class DraftConfig:
     hidden_size: int
     aux_hidden_state_layers: tuple[int, ...]  # whose inputs it reads; none: the final norm's output
 
-    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[PagedKv, ...]:
         """List what each layer keeps between passes, [layer]."""
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
         return (kv,) * self.num_layers

@@ -15,13 +15,13 @@ from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.attention.registry import CHOSEN, backend_class
 from dp_runtime.attention.spec import KvScales
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.cache_spec import LayerCaches, LayerState
 from dp_runtime.errors import StartError, require
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import FlightRing, RingLayout
 from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.layers.moe_kernels import make_moe_kernels
-from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
@@ -36,10 +36,8 @@ from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import StepRunner
 from dp_runtime.sampling.draft_verification import ForcedAcceptance
 from dp_runtime.speculative.adaptive_length import AdaptiveLength
-from dp_runtime.startup.device_memory import free_bytes
-from dp_runtime.startup.loaded_rank import KeptPages, LoadedRank
-from dp_runtime.startup.memory_estimate import param_bytes
-from dp_runtime.startup.memory_profile import run_largest_steps
+from dp_runtime.startup.device_memory import allocated_bytes, free_bytes
+from dp_runtime.startup.loaded_rank import KeptCaches, LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.startup.served_requests import ServedRequests
@@ -78,20 +76,22 @@ def _load(
     chat = read_chat_files(config.model)
     if device.type == "cuda":
         check_free(plan, free_bytes(plan.device))
-    allocated_before = _allocated(device)
+    allocated_before = allocated_bytes(device)
     sources = kept.sources(
         lambda: _open_weights(config, plan, on_bytes),
         len(plan.layers), device, plan.dtype, on_bytes,
     )  # fmt: skip
-    pools = [
-        [cache.allocate(plan.pages, device) for cache in layers.caches] for layers in plan.layers
+    slots = plan.limits.num_state_slots
+    caches = [
+        LayerCaches.allocate(layers.caches, plan.pages, slots, device) for layers in plan.layers
     ]
     scales: list[Sequence[KvScales]] = [read_kv_scales(sources[0], plan), ()]  # a draft has none
     backends = [
-        backend_class(plan.backend)(layers.attention, own_pools, own_scales)
-        for layers, own_pools, own_scales in zip(plan.layers, pools, scales)
+        backend_class(plan.backend)(layers.attention, own.pools, own_scales)
+        for layers, own, own_scales in zip(plan.layers, caches, scales)
     ]
-    models = _build_models(plan, sources, backends)
+    states = caches[0].states
+    models = _build_models(plan, sources, backends, states)
     tokenizer = Path(config.model, "tokenizer.json")
     info = ModelInfo(
         architecture=model.architecture,
@@ -105,25 +105,30 @@ def _load(
         chat=chat,
         sampling_defaults=read_sampling_defaults(config.model),
     )
-    all_pools = tuple(pool for own_pools in pools for pool in own_pools)
-    return LoadedRank(models, backends, all_pools, info, monotonic() - started, allocated_before)
+    pools = [pool for own in caches for pool in own.pools if pool is not None]
+    load_s = monotonic() - started
+    return LoadedRank(models, backends, pools, states, info, load_s, allocated_before)
 
 
 def reload_rank(
-    config: EngineConfig, plan: RankPlan, kept: KeptPages, on_bytes: Callable[[int], None]
+    config: EngineConfig, plan: RankPlan, kept: KeptCaches, on_bytes: Callable[[int], None]
 ) -> LoadedRank:
-    """Read the weights of another sharding, for the pages that a rank has."""
+    """Read the weights of another sharding, for the caches that a rank has."""
     started, sources = monotonic(), _open_weights(config, plan, on_bytes)
-    models = _build_models(plan, sources, kept.backends)
+    models = _build_models(plan, sources, kept.backends, kept.states)
     info = replace(kept.info, bytes_read=sum(source.bytes_read for source in sources))
     load_s = monotonic() - started
-    return LoadedRank(models, kept.backends, kept.pools, info, load_s, kept.allocated_before)
+    own = kept.backends, kept.pools, kept.states
+    return LoadedRank(models, *own, info, load_s, kept.allocated_before)
 
 
 def _build_models(
-    plan: RankPlan, sources: Sequence[WeightSource], backends: Sequence[AttentionBackend]
+    plan: RankPlan,
+    sources: Sequence[WeightSource],
+    backends: Sequence[AttentionBackend],
+    states: Sequence[LayerState],
 ) -> ServedModels:
-    own = sources, backends, plan.sharding, plan.moe_backend
+    own = sources, backends, states, plan.sharding, plan.moe_backend
     return ServedModels.build(plan.model, plan.draft, *own)
 
 
@@ -145,6 +150,9 @@ def log_choices(plan: RankPlan) -> None:
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
         logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
     use, gib = plan.memory, 2**30
+    if use.recurrent_state:
+        requests, state = plan.limits.max_num_requests, use.recurrent_state / gib
+        logger.info("recurrent state of %d requests, %.2f GiB", requests, state)
     logger.info(
         "%d KV pages of %d tokens, %.2f GiB; weights %.2f, workspaces %.2f, activations %.2f GiB",
         plan.pages.num_pages, plan.pages.page_size, use.kv_cache / gib,
@@ -164,17 +172,14 @@ def check_free(plan: RankPlan, free: int) -> None:
     use, gib = plan.memory, 2**30
     if use.total <= free:
         return
+    state = f", recurrent state {use.recurrent_state / gib:.1f}" if use.recurrent_state else ""
     raise StartError(
         f"rank {plan.dp_rank}: {plan.device} has {free / gib:.1f} GiB free and "
         f"{use.total / gib:.1f} GiB are planned: weights {use.weights / gib:.1f}, workspaces "
         f"{use.workspaces / gib:.1f}, activations {use.activations / gib:.1f}, "
-        f"{plan.pages.num_pages} KV pages {use.kv_cache / gib:.1f}; end other processes on this "
-        "GPU, or lower kv_memory_fraction or num_pages"
+        f"{plan.pages.num_pages} KV pages {use.kv_cache / gib:.1f}{state}; end other processes on "
+        "this GPU, or lower kv_memory_fraction or num_pages"
     )
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
@@ -234,6 +239,7 @@ def assemble(
         served.structured,
         collective=collective,
         pages=plan.pages,
+        num_state_slots=plan.limits.num_state_slots,
         device=device,
         poison=config.poison_padding,
         flight=flight,
@@ -278,23 +284,3 @@ def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
     ranks = plan.sharding.dp_size
     max_rows = plan.limits.max_num_tokens * ranks
     return moe_jit_modules(model, shard, ranks, max_rows, plan.dtype, torch.device(plan.device))
-
-
-def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
-    """Run the largest steps on a GPU rank, with all others, and measure the memory in use."""
-    device = loop.runner.device
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        run_largest_steps(loop, loaded.pools)
-        torch.cuda.synchronize(device)
-    except BaseException as error:
-        loop.coordinator.abort(f"{type(error).__name__}: {error}")
-        raise
-    after, weights = _allocated(device), param_bytes(loaded.models)
-    pages = sum(pool.nbytes for pool in loaded.pools)
-    return MemoryUse(
-        weights=weights,
-        workspaces=after - loaded.allocated_before - weights - pages,  # cuBLAS's too
-        activations=torch.cuda.max_memory_allocated(device) - after,
-        kv_cache=pages,
-    )

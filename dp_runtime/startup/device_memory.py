@@ -20,6 +20,10 @@ def rank_memory(device: str, dp_size: int, ranks_per_gpu: int) -> int:
     return max(total // ranks_per_gpu - CUDA_RESERVE, 0)
 
 
+def allocated_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def free_bytes(device: str) -> int:
     return torch.cuda.mem_get_info(torch.device(device))[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.cache_spec import RecurrentState
 from dp_runtime.core.membership import Membership
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import RankMemory, memory_table
@@ -50,6 +51,18 @@ def _model_lines(plan: RankPlan) -> list[str]:
         *_draft_lines(plan),
         f"experts    {model.num_experts} of intermediate size {model.moe_intermediate_size}, "
         f"top {model.num_experts_per_tok}{_fp8_note(plan)}",
+        *_state_lines(plan),
+    ]
+
+
+def _state_lines(plan: RankPlan) -> list[str]:
+    if not plan.slot_bytes:
+        return []
+    caches = plan.layers[0].caches
+    num_layers = sum(isinstance(cache, RecurrentState) for cache in caches)
+    return [
+        f"state      {num_layers} of {len(caches)} layers are recurrent: {plan.slot_bytes:,} bytes "
+        f"a request, {plan.limits.num_state_slots} slots with the null one"
     ]
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from torch import Tensor
 
 from dp_runtime.attention.plan import LayerCache
+from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, logprobs_bytes
@@ -29,10 +30,12 @@ def param_bytes(models: object) -> int:
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, (LayerCache, LayerState)):
+        return
     elif isinstance(value, tuple):
         for item in value:
             yield from _tensors(item)
-    elif is_dataclass(value) and not isinstance(value, LayerCache):
+    elif is_dataclass(value):
         for field in fields(value):
             yield from _tensors(getattr(value, field.name))
 

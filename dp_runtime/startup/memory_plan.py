@@ -39,6 +39,7 @@ class MemoryNeeds:
     backend: str
     attention: Sequence[AttentionSpec]  # of the model, and of its draft
     page_bytes: int  # of one page over all layers
+    slot_bytes: int  # of one request's recurrent state over all layers
     graphs: bool
     dp_size: int
     host_copy: int  # bytes of the host's memory that keep the weights
@@ -56,6 +57,7 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
         workspaces=workspaces + (CUBLAS_BYTES if on_gpu else 0),
         activations=activation_peak(models, limits, size, config.padding != "ragged"),
         kv_cache=0,
+        recurrent_state=limits.num_state_slots * needs.slot_bytes,
     )
     target = models.target
     exchanged = size * limits.max_num_tokens * target.hidden_size * target.dtype.itemsize
@@ -67,6 +69,8 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
         use=memory,
         other=buffers + captured + needs.set_aside,
         page_bytes=needs.page_bytes,
+        slot_bytes=needs.slot_bytes,
+        num_state_slots=limits.num_state_slots,
         max_model_len=limits.max_model_len,
         one_sequence=-(-length // page) + 1,
         dtype_bytes=target.dtype.itemsize,

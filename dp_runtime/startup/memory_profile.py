@@ -2,20 +2,22 @@
 
 It loads every kernel and connects every collective before the first request, and its peak is the
 measured need for activations. Nothing of it stays: requests, sampler and recorder are its own, no
-step id is used, and the pages it wrote are zeroed.
+step id is used, and the pages and states it wrote are zeroed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import chain
 
-from torch import Tensor
+import torch
 
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.flight.recorder import FlightRecorder
+from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.parallel.agreement import Agreement, StepRecord, agree
 from dp_runtime.runner.step_loop import InflightStep, StepLoop
@@ -25,11 +27,14 @@ from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
+from dp_runtime.startup.device_memory import allocated_bytes
+from dp_runtime.startup.loaded_rank import LoadedRank
+from dp_runtime.startup.memory_estimate import param_bytes
 
 NUM_STEPS = 2  # all prompts at once, then a decode of all requests
 
 
-def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
+def run_largest_steps(loop: StepLoop, loaded: LoadedRank) -> None:
     """Run max_num_tokens rows, then decodes, with everything a request can ask for, on all ranks.
 
     All but the first rank have a row less, so that the MoE stage pads as in most steps.
@@ -49,6 +54,7 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
         runner.structured,
         collective=runner.collective,
         pages=pages,
+        num_state_slots=limits.num_state_slots,
         device=runner.device,
         poison=runner.poison,
         flight=FlightRecorder.in_process(dp_rank, runner.flight.ring.layout),
@@ -56,11 +62,12 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(dp_rank))
     for request in largest_load(scheduler.limits, scheduler.pages, position, sampler.vocab_size):
         scheduler.add(request)
-    last_page = 0
+    last_page = last_slot = 0
     for _ in range(NUM_STEPS):
         scheduled = scheduler.schedule(loop.coordinator.program)
         tables = [batch.page_table for batch in scheduled.batches]
         last_page = max(last_page, *(int(table.max(initial=0)) for table in tables))
+        last_slot = max(last_slot, int(scheduled.target.state_slots.max(initial=0)))
         agreement = _agree(loop, scheduled)
         if not agreement.idle:
             output, timer = (
@@ -68,8 +75,10 @@ def run_largest_steps(loop: StepLoop, pools: Sequence[Tensor]) -> None:
                 StepTimer(loop.coordinator.board),
             )
             trial.commit(InflightStep(scheduled, agreement, output, timer))
-    for pool in pools:
+    for pool in loaded.pools:
         pool[: last_page + 1].zero_()
+    for tensor in chain.from_iterable(loaded.states):
+        tensor[: last_slot + 1].zero_()
 
 
 def _agree(loop: StepLoop, scheduled: SchedulerOutput) -> Agreement:
@@ -114,4 +123,26 @@ def _params(scored: bool) -> SamplingParams:
         logit_bias={0: 1.0},
         logprobs=1,
         prompt_logprobs=1 if scored else None,
+    )
+
+
+def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
+    """Run the largest steps on a GPU rank, with all others, and measure the memory in use."""
+    device = loop.runner.device
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        run_largest_steps(loop, loaded)
+        torch.cuda.synchronize(device)
+    except BaseException as error:
+        loop.coordinator.abort(f"{type(error).__name__}: {error}")
+        raise
+    after, weights = allocated_bytes(device), param_bytes(loaded.models)
+    pages = sum(pool.nbytes for pool in loaded.pools)
+    states = sum(tensor.nbytes for state in loaded.states for tensor in state)
+    return MemoryUse(
+        weights=weights,
+        workspaces=after - loaded.allocated_before - weights - pages - states,  # cuBLAS's
+        activations=torch.cuda.max_memory_allocated(device) - after,
+        kv_cache=pages,
+        recurrent_state=states,
     )

@@ -20,6 +20,8 @@ class MemoryBudget:
     use: MemoryUse  # without pages
     other: int  # bytes of buffers, graphs, and what min_dp_size sets aside
     page_bytes: int
+    slot_bytes: int  # of a request's recurrent state
+    num_state_slots: int  # the null slot included
     max_model_len: int
     one_sequence: int  # pages of a sequence of that length with its drafts, and the null page
     dtype_bytes: int  # of a weight
@@ -36,13 +38,21 @@ class MemoryBudget:
     def pages_within(self, fraction: float) -> int:
         return max(int(self.left * fraction // self.page_bytes), 0)
 
+    def max_requests_beside(self, num_bytes: float) -> int:
+        """Count the requests whose recurrent state fits beside so many bytes."""
+        if not self.slot_bytes:
+            return 0
+        return max(
+            int((self.left + self.use.recurrent_state - num_bytes) // self.slot_bytes) - 1, 0
+        )
+
     def shortage(self, config: EngineConfig, fraction: float) -> str:
         """Return one line, or nothing if a sequence of max_model_len fits.
 
         NOTE: it only advises what helps: no fraction makes room where the weights leave none.
         """
         if self.left < self.page_bytes:
-            return self._before_pages(config)
+            return self._before_pages(config, fraction)
         fits = self.max_pages if config.num_pages is not None else self.pages_within(fraction)
         wanted = config.num_pages or self.one_sequence
         if fits >= wanted:
@@ -60,6 +70,7 @@ class MemoryBudget:
             if not advice:  # no length fits, so it is the fraction that is at fault
                 name, value = "kv_memory_fraction", fraction
             advice.append(f"kv_memory_fraction {min(needed, 1.0):g} is enough")
+        advice += self._fewer_requests(config, fraction)
         part = "" if config.num_pages is not None else f" and kv_memory_fraction is {fraction:g}"
         return (
             f"{name}: {value} is not allowed; {_gib(wanted * self.page_bytes)} of KV pages "
@@ -67,15 +78,31 @@ class MemoryBudget:
             f"{_gib(self.memory)} are left{part}; {'; '.join(advice) or self._remedy(config)}"
         )
 
-    def _before_pages(self, config: EngineConfig) -> str:
+    def _fewer_requests(self, config: EngineConfig, fraction: float) -> list[str]:
+        """Advise as many requests as leave room for the pages, if there are any."""
+        pages = (config.num_pages or self.one_sequence) * self.page_bytes
+        fit = self.max_requests_beside(pages if config.num_pages else pages / fraction)
+        return [f"max_num_requests {fit} fits"] if fit else []
+
+    def _before_pages(self, config: EngineConfig, fraction: float) -> str:
         taken = self.use.total + self.other + self.host_copy
+        fewer = "; ".join(self._fewer_requests(config, fraction))
         copy = f", their copy {_gib(self.host_copy)} (host_weights)" if self.host_copy else ""
         return (
             f"model: {config.model!r} is not allowed; a rank has {_gib(self.memory)} of memory and "
             f"needs {_gib(taken)} before its first KV page: weights {_gib(self.use.weights)}"
             f"{copy}, workspaces {_gib(self.use.workspaces)}, "
-            f"activations {_gib(self.use.activations)}, buffers and graphs "
-            f"{_gib(self.other)}; {self._remedy(config)}"
+            f"activations {_gib(self.use.activations)}, {self._state}buffers and graphs "
+            f"{_gib(self.other)}; {fewer or self._remedy(config)}"
+        )
+
+    @property
+    def _state(self) -> str:
+        if not self.slot_bytes:
+            return ""
+        state = _gib(self.use.recurrent_state)
+        return (
+            f"recurrent state {state} ({self.num_state_slots} slots of {self.slot_bytes:,} bytes), "
         )
 
     def _remedy(self, config: EngineConfig) -> str:

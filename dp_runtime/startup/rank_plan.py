@@ -13,7 +13,7 @@ from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.attention_metadata import PageGeometry
-from dp_runtime.core.cache_spec import CacheSpec
+from dp_runtime.core.cache_spec import CacheSpec, LayerCaches, page_bytes, slot_bytes
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
@@ -70,15 +70,19 @@ class RankPlan:
 
     @property
     def page_bytes(self) -> int:
-        return page_bytes(self.layers)
+        return page_bytes(_caches(self.layers))
+
+    @property
+    def slot_bytes(self) -> int:
+        return slot_bytes(_caches(self.layers))
 
     @property
     def cache_tokens(self) -> int:
         return (self.pages.num_pages - 1) * self.pages.page_size
 
 
-def page_bytes(layers: Sequence[LayerPlan]) -> int:  # of a page over all layers
-    return sum(cache.page_bytes for plan in layers for cache in plan.caches)
+def _caches(layers: Sequence[LayerPlan]) -> list[CacheSpec]:
+    return [cache for plan in layers for cache in plan.caches]
 
 
 def plan_rank(
@@ -111,8 +115,10 @@ def sketch_rank(
     if fp8 and config.moe_sharding == "tp":
         _check_blocks(model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
-    limits = _limits(config, model)
-    graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
+    caches = _caches(layers)
+    limits = _limits(config, model, keeps_state=slot_bytes(caches) > 0)
+    own = config, device, backend, moe_backend
+    graphs, graphs_reason = choose_graphs(*own, limits.keeps_state)
     depth = choose_depth(config, device, backend)
     weights = MetaWeights(dtype)
     build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
@@ -124,7 +130,8 @@ def sketch_rank(
         limits=limits,
         backend=backend,
         attention=[plan.attention for plan in layers],
-        page_bytes=page_bytes(layers),
+        page_bytes=page_bytes(caches),
+        slot_bytes=slot_bytes(caches),
         graphs=graphs,
         dp_size=members.size,
         host_copy=weights.bytes_read if config.host_weights else 0,
@@ -140,12 +147,18 @@ def sketch_rank(
     )  # fmt: skip
 
 
-def _limits(config: EngineConfig, model: ModelConfig) -> Limits:
+def _limits(config: EngineConfig, model: ModelConfig, keeps_state: bool) -> Limits:
+    require(
+        not (keeps_state and config.speculative_num_steps),
+        "speculative_num_steps", config.speculative_num_steps,
+        "0 for a model with recurrent layers, whose state has no way back from a rejected draft",
+    )  # fmt: skip
     return Limits(
         config.max_num_requests,
         config.max_num_tokens,
         model.resolve_max_model_len(config.max_model_len),
         config.speculative_num_steps,
+        keeps_state,
     )
 
 
@@ -212,15 +225,14 @@ def _models_without_memory(
     *,
     moe_backend: str,
 ) -> ServedModels:
-    """Build a rank's models on the meta device, over caches without a page."""
-    meta = torch.device("meta")
-    backends = []
-    for plan in layers:
-        no_pages = PageGeometry(0, plan.attention.page_size)
-        pools = [cache.allocate(no_pages, meta) for cache in plan.caches]
-        backends.append(TorchRefBackend(plan.attention, pools))
-    sources = [weights] * len(layers)
-    return ServedModels.build(model, draft, sources, backends, sharding, moe_backend)
+    """Build a rank's models on the meta device, over caches without a page or a slot."""
+    meta, no_pages = torch.device("meta"), PageGeometry(0, layers[0].attention.page_size)
+    empty = [LayerCaches.allocate(plan.caches, no_pages, 0, meta) for plan in layers]
+    backends = [
+        TorchRefBackend(plan.attention, caches.pools) for plan, caches in zip(layers, empty)
+    ]
+    sources, states = [weights] * len(layers), empty[0].states
+    return ServedModels.build(model, draft, sources, backends, states, sharding, moe_backend)
 
 
 def _check_blocks(model: ModelConfig, dp_size: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.model import Model, PassModel
@@ -30,10 +31,11 @@ class ServedModels:
         draft: DraftConfig | None,
         weights: Sequence[WeightSource],
         backends: Sequence[AttentionBackend],
+        states: Sequence[LayerState],  # of the model
         sharding: RankSharding,
         moe_backend: str,
     ) -> ServedModels:
-        target = build_model(config, weights[0], sharding, backends[0], moe_backend)
+        target = build_model(config, weights[0], sharding, backends[0], moe_backend, states)
         if draft is None:
             return cls(target, None)
         target = target.with_aux_hidden_states(draft.aux_hidden_state_layers)

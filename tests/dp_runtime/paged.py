@@ -14,7 +14,7 @@ from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.cache_spec import CacheSpec
+from dp_runtime.core.cache_spec import CacheSpec, LayerCaches
 
 CPU = torch.device("cpu")
 PLACE = Place(0, 0, "target")
@@ -99,5 +99,6 @@ def backend_over(
 ) -> TorchRefBackend:
     """The reference over zeroed pools of a model's layers; without pages where nothing runs."""
     pages = PageGeometry(num_pages, page_size)
-    pools = [cache.allocate(pages, CPU) for cache in config.cache_specs(page_size, dtype)]
-    return TorchRefBackend(spec_of(pools[0], config.num_heads), pools)
+    pools = LayerCaches.allocate(config.cache_specs(page_size, dtype), pages, 0, CPU).pools
+    first = next(pool for pool in pools if pool is not None)
+    return TorchRefBackend(spec_of(first, config.num_heads), pools)

@@ -28,11 +28,11 @@ from dp_runtime.startup.build_rank import (
     jit_modules_of,
     load_rank,
     new_flight,
-    profile,
 )
 from dp_runtime.startup.device_memory import free_garbage
 from dp_runtime.startup.graph_capture import capture_all, plan_capture
 from dp_runtime.startup.loaded_rank import LoadedRank
+from dp_runtime.startup.memory_profile import profile
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank, sketch_rank
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue

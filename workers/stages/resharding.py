@@ -8,7 +8,7 @@ from dp_runtime.core.membership import Membership
 from dp_runtime.kernels.jit_build import allow_compilation
 from dp_runtime.metrics.status import RankHealth
 from dp_runtime.startup.build_rank import jit_modules_of, new_flight, reload_rank
-from dp_runtime.startup.loaded_rank import KeptPages
+from dp_runtime.startup.loaded_rank import KeptCaches
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue
 from workers.mailbox import Mailbox
@@ -21,7 +21,7 @@ class Unsharded:
     """A rank that has let go of its weights, to load those of another position among others."""
 
     prepared: Prepared
-    kept: KeptPages
+    kept: KeptCaches
     requests: ServedRequests
     mailbox: Mailbox
     compiling: CompileQueue
@@ -29,7 +29,7 @@ class Unsharded:
     @classmethod
     def of(cls, loaded: Loaded) -> Unsharded:
         rank = loaded.rank
-        kept = KeptPages(rank.backends, rank.pools, rank.info, rank.allocated_before)
+        kept = KeptCaches(rank.backends, rank.pools, rank.states, rank.info, rank.allocated_before)
         return cls(loaded.prepared, kept, loaded.requests, loaded.mailbox, loaded.compiling)
 
     def load(self, members: Membership, progress: StartProgress) -> Loaded:

@@ -39,7 +39,7 @@ class FlashinferBackend(AttentionBackend):
     capturable: ClassVar[bool] = False  # planned on the host, with exact lengths
 
     def __init__(
-        self, spec: AttentionSpec, pools: Sequence[Tensor], scales: Sequence[KvScales] = ()
+        self, spec: AttentionSpec, pools: Sequence[Tensor | None], scales: Sequence[KvScales] = ()
     ) -> None:
         from dp_runtime.attention.flashinfer.wrappers import PagedWrappers
 

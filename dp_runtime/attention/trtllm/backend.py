@@ -35,7 +35,7 @@ class TrtllmBackend(AttentionBackend):
     def __init__(
         self,
         spec: AttentionSpec,
-        pools: Sequence[Tensor],
+        pools: Sequence[Tensor | None],
         scales: Sequence[KvScales] = (),
         calls: TrtllmCalls | None = None,  # by default those of the device's architecture
     ) -> None:

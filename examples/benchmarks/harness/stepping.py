@@ -33,9 +33,9 @@ from dp_runtime.startup.build_rank import (
     jit_modules_of,
     load_rank,
     new_flight,
-    profile,
 )
 from dp_runtime.startup.graph_capture import MakeBuckets, capture_all, plan_capture
+from dp_runtime.startup.memory_profile import profile
 from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.harness.kernel_profile import Profile
 from examples.benchmarks.harness.spawned import run_spawned

@@ -98,7 +98,7 @@ def rank(tmp_path: Path) -> Iterator[DraftRank]:
 
 @contextmanager
 def zeroed(model: PassModel) -> Iterator[list[Tensor]]:
-    pools = [cache.pool for cache in model.backend._caches]
+    pools = [cache.pool for cache in model.backend._caches.values()]
     for pool in pools:
         pool.zero_()
     yield pools

@@ -83,7 +83,7 @@ def on_ranks(model: str, run: Callable[[Ready], Any], **fields: Any) -> list[Any
 
 def predicted_and_live(ready: Ready) -> tuple[int, int]:
     with LiveBytes() as live:
-        run_largest_steps(ready.loop, ready.loaded.pools)
+        run_largest_steps(ready.loop, ready.loaded)
     return ready.plan.memory.activations, live.peak
 
 
@@ -164,7 +164,7 @@ def test_the_largest_steps_leave_no_trace(
     def run(ready: Ready) -> None:
         before = traces(ready.loop)
         with LiveBytes() as live:
-            run_largest_steps(ready.loop, ready.loaded.pools)
+            run_largest_steps(ready.loop, ready.loaded)
         assert live.peak > 0, "steps ran"
         assert traces(ready.loop) == before
         assert all(not pool.any() for pool in ready.loaded.pools), "pages are as fresh as before"

@@ -1,0 +1,149 @@
+"""Memory of a model whose layers have pages or a recurrent state, as it lists them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dp_runtime import EngineConfig
+from dp_runtime.metrics.memory import RankMemory, memory_table
+from dp_runtime.speculative.draft import DraftConfig
+from dp_runtime.startup import memory_plan, rank_plan
+from dp_runtime.startup.build_rank import load_rank, reload_rank
+from dp_runtime.startup.inspection import describe
+from dp_runtime.startup.loaded_rank import KeptCaches
+from dp_runtime.startup.memory_estimate import param_bytes
+from dp_runtime.startup.rank_plan import plan_rank, sketch_rank
+from tests.checkpoints import tiny_checkpoint
+from tests.dp_runtime.hybrid import hybrid_checkpoint, is_recurrent
+
+HIDDEN = 64
+SLOT = 2 * (HIDDEN * 4 + HIDDEN * 8)  # of the two recurrent layers
+PAGE = 2 * 2 * 2 * 16 * 16 * 4  # of the two layers that attend: K and V, heads, tokens, head_dim
+REQUESTS = 5
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
+    model = hybrid_checkpoint(tmp_path, monkeypatch)
+    return EngineConfig(
+        str(model), max_model_len=256, page_size=16, max_num_requests=REQUESTS, max_num_tokens=64,
+        device="cpu", launcher="thread",
+    )  # fmt: skip
+
+
+def test_pages_are_of_the_layers_that_attend_and_states_of_the_others(config: EngineConfig) -> None:
+    plan = plan_rank(config, 0, "cpu")
+    assert (plan.page_bytes, plan.slot_bytes) == (PAGE, SLOT)
+    assert plan.limits.keeps_state
+    assert plan.memory.kv_cache == plan.pages.num_pages * PAGE
+    assert plan.memory.recurrent_state == (REQUESTS + 1) * SLOT
+    rank = load_rank(config, plan, lambda count: None)
+    assert sum(pool.nbytes for pool in rank.pools) == plan.memory.kv_cache
+    assert [len(state) for state in rank.states] == [2 * is_recurrent(layer) for layer in range(4)]
+    tensors = [tensor for state in rank.states for tensor in state]
+    assert sum(tensor.nbytes for tensor in tensors) == plan.memory.recurrent_state
+    assert not any(tensor.any() for tensor in (*rank.pools, *tensors))
+    assert param_bytes(rank.models) == plan.memory.weights, "caches are no weights"
+
+
+def test_states_are_kept_while_weights_are_exchanged(config: EngineConfig) -> None:
+    plan = plan_rank(config, 0, "cpu")
+    rank = load_rank(config, plan, lambda count: None)
+    kept = KeptCaches(rank.backends, rank.pools, rank.states, rank.info, rank.allocated_before)
+    again = reload_rank(config, plan, kept, lambda count: None)
+    assert again.states is rank.states
+    mixers = [layer.mixer for layer in again.models.target.layers]  # type: ignore[attr-defined]
+    assert [mixers[layer].state is rank.states[layer] for layer in (0, 2)] == [True, True]
+
+
+def test_inspect_shows_the_state_of_each_rank(config: EngineConfig) -> None:
+    large = replace(config, dp_size=2, max_num_requests=2000, max_num_tokens=2000)
+    lines = describe(large, "cpu").splitlines()
+    line = next(line for line in lines if line.startswith("state "))
+    assert line.split(maxsplit=1)[1] == (
+        f"2 of 4 layers are recurrent: {SLOT:,} bytes a request, 2001 slots with the null one"
+    )
+    head = next(index for index, line in enumerate(lines) if line.endswith("recurrent state"))
+    due = f"{2001 * SLOT / 2**20:.1f}"
+    assert [lines[head + 1 + rank].split()[::5] for rank in (0, 1)] == [["0", due], ["1", due]]
+
+
+def test_a_model_without_recurrent_layers_says_nothing_of_states(tmp_path: Path) -> None:
+    plain = EngineConfig(str(tiny_checkpoint(tmp_path)), max_model_len=256, device="cpu")
+    plan = plan_rank(plain, 0, "cpu")
+    assert (plan.slot_bytes, plan.memory.recurrent_state) == (0, 0)
+    assert not plan.limits.keeps_state
+    assert "recurrent" not in describe(plain, "cpu")
+    assert "recurrent" not in memory_table([RankMemory(0, plan.memory)])
+
+
+def test_states_that_leave_no_room_for_pages_are_named_with_what_fits(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use = sketch_rank(config, 0, "cpu").memory
+    states, sequence = use.recurrent_state, 17 * PAGE  # 256 tokens and the null page
+    room = use.total - use.kv_cache + sequence - states
+    whole = replace(config, kv_memory_fraction=1.0)
+    for fit in (3, 1):
+        memory = room + (fit + 1) * SLOT
+        monkeypatch.setattr(memory_plan, "rank_memory", lambda *arguments, of=memory: of)
+        with pytest.raises(ValueError, match="is not allowed; ") as error:
+            plan_rank(whole, 0, "cpu")
+        text = str(error.value)
+        assert describe(whole, "cpu").splitlines()[-1] == f"does not fit: {text}"
+        requests = int(re.findall(r"max_num_requests (\d+) fits", text)[0])
+        assert requests >= fit
+        plan_rank(replace(whole, max_num_requests=requests), 0, "cpu")
+
+
+def test_states_that_exceed_the_memory_are_named_with_numbers(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = replace(config, max_num_requests=60_000, max_num_tokens=60_000)
+    use = sketch_rank(many, 0, "cpu").memory
+    memory = use.total - use.kv_cache - use.recurrent_state // 2
+    monkeypatch.setattr(memory_plan, "rank_memory", lambda *arguments: memory)
+    with pytest.raises(ValueError, match="before its first KV page") as error:
+        plan_rank(many, 0, "cpu")
+    text = str(error.value)
+    size = f"{use.recurrent_state / 2**30:.2f} GiB"
+    assert f"recurrent state {size} (60001 slots of {SLOT:,} bytes)" in text
+    requests = int(re.findall(r"max_num_requests (\d+) fits", text)[0])
+    assert 20_000 < requests < 60_000
+    plan_rank(replace(many, max_num_requests=requests), 0, "cpu")
+
+
+def test_graphs_of_such_a_model_are_not_captured_and_the_plan_says_why(
+    config: EngineConfig,
+) -> None:
+    plan = plan_rank(config, 0, "cpu")
+    assert not plan.graphs
+    assert "recurrent states" in plan.graphs_reason
+    with pytest.raises(ValueError, match=r"cuda_graphs: True is not allowed; .*recurrent states"):
+        plan_rank(replace(config, cuda_graphs=True), 0, "cpu")
+
+
+def test_drafts_are_refused_as_long_as_no_state_can_go_back(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = DraftConfig(
+        method="mtp", directory=config.model, num_layers=1, num_heads=4, num_kv_heads=2,
+        head_dim=16, vocab_size=199, hidden_size=HIDDEN, aux_hidden_state_layers=(),
+    )  # fmt: skip
+    monkeypatch.setattr(rank_plan, "read_draft", lambda *arguments: draft)
+    with pytest.raises(ValueError, match="speculative_num_steps: 2 is not allowed; 0 for a model"):
+        plan_rank(replace(config, speculative_num_steps=2), 0, "cpu")
+
+
+def test_a_layer_that_does_not_attend_has_no_pages_to_attend_to(config: EngineConfig) -> None:
+    plan = plan_rank(config, 0, "cpu")
+    backend = load_rank(config, plan, lambda count: None).backends[0]
+    assert backend.device == torch.device("cpu")
+    assert backend.layer(3).cache.layer == 3
+    with pytest.raises(KeyError):
+        backend.layer(2)
