@@ -55,38 +55,29 @@ class Engine:
 
         `params` are for all or one per prompt; `dp_ranks` pins prompts to ranks. All prompts are
         checked before any is submitted (ValueError). `on_output` gets index and output as soon as
-        this and all earlier ones are finished; if the engine fails, all that are finished.
+        this and all earlier ones are finished; if the engine fails, all that are finished. Where
+        a request fails (RequestFailed), it gets all others before that is raised.
         """
         ok = on_output is None or callable(on_output)
         require(ok, "on_output", on_output, "None or a function of index and output")
         shows = checked_flag("show_progress", show_progress)
         self._core.check_open()
         requests = self._core.factory.make_all(prompts, params, dp_ranks)
-        handles: list[RequestHandle] = []
-        outputs: list[RequestOutput] = []
         with ProgressBar("generate", len(requests), "request", shows) as progress:
-
-            def take() -> None:
-                outputs.append(handles[len(outputs)].result())
-                if on_output is not None:
-                    on_output(len(outputs) - 1, outputs[-1])
-                progress.update(len(outputs))
-
+            batch = _Batch(on_output, progress)
             try:
                 for request in requests:
-                    handles.append(self._placed(request))
-                    while len(outputs) < len(handles) and handles[len(outputs)].done:
-                        take()
-                while len(outputs) < len(handles):
-                    take()
+                    batch.handles.append(self._placed(request))
+                    batch.take_done()
+                while batch.num_left:
+                    batch.take()
             except (RankFailed, RequestFailed, EngineClosed, KeyboardInterrupt):
-                if on_output is not None:
-                    _deliver_finished(handles[len(outputs) :], len(outputs), on_output)
+                batch.deliver_done()
                 raise
             finally:
-                for handle in handles[len(outputs) :]:
-                    handle.abort()
-        return outputs
+                batch.abort()
+        batch.raise_failure()
+        return batch.outputs
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, dp_rank: int | None = None
@@ -175,11 +166,56 @@ class Engine:
         return self._core.start_at(place, new, RequestHandle)
 
 
-def _deliver_finished(
-    handles: Sequence[RequestHandle],
-    first_index: int,
-    on_output: Callable[[int, RequestOutput], None],
-) -> None:
-    for index, handle in enumerate(handles, first_index):
-        if handle.output is not None:
-            on_output(index, handle.output)
+class _Batch:
+    """The requests of one call, whose outputs are taken in their order."""
+
+    def __init__(
+        self, on_output: Callable[[int, RequestOutput], None] | None, progress: ProgressBar
+    ) -> None:
+        self.handles: list[RequestHandle] = []
+        self.outputs: list[RequestOutput] = []
+        self._failures: list[RequestFailed] = []
+        self._on_output, self._progress = on_output, progress
+
+    @property
+    def num_left(self) -> int:
+        return len(self.handles) - self._num_taken
+
+    @property
+    def _num_taken(self) -> int:
+        return len(self.outputs) + len(self._failures)
+
+    def take(self) -> None:
+        """Wait for the next; without `on_output` nobody gets the others where it fails."""
+        index = self._num_taken
+        try:
+            self.outputs.append(self.handles[index].result())
+        except RequestFailed as error:
+            if self._on_output is None:
+                raise
+            self._failures.append(error)
+        else:
+            if self._on_output is not None:
+                self._on_output(index, self.outputs[-1])
+        self._progress.update(self._num_taken)
+
+    def take_done(self) -> None:
+        while self.num_left and self.handles[self._num_taken].done:
+            self.take()
+
+    def deliver_done(self) -> None:
+        """Deliver what has ended, also behind what has not."""
+        for index in range(self._num_taken, len(self.handles)):
+            output = self.handles[index].output
+            if output is not None and self._on_output is not None:
+                self._on_output(index, output)
+
+    def abort(self) -> None:
+        for handle in self.handles[self._num_taken :]:
+            handle.abort()
+
+    def raise_failure(self) -> None:
+        """Raise the first failure, with the number of others."""
+        if self._failures:
+            first, others = self._failures[0], len(self._failures) - 1
+            raise RequestFailed(f"{first}; {others} more failed" if others else str(first))

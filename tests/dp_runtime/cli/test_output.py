@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,20 @@ def test_results_that_are_finished_are_delivered_when_the_engine_fails(model: Pa
         with pytest.raises(RankFailed, match="gone"):
             engine.generate(["a", "b"], params, on_output=delivered.__setitem__)
     assert {index: len(made.token_ids) for index, made in delivered.items()} == {1: 3}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_requests_that_fail_cost_the_others_nothing(
+    count: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    inject = ";".join(f"rank={rank},step=2,kind=nan" for rank in range(count))
+    fail = ["--inject", inject, "--dp-size", "2", "--output", str(output)]
+    assert main([*flags(model), *SHORT, *fail]) == 1
+    assert len(lines_of(output)) == 6 - count
+    expected = r"error: request 0: the model gave NaN or infinite logits for its token \d"
+    more = "; 1 more failed" if count == 2 else ""
+    assert re.fullmatch(f"{expected}{more}\n", capsys.readouterr().err.splitlines(True)[-1])
 
 
 @pytest.mark.parametrize(
