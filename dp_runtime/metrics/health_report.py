@@ -15,7 +15,7 @@ class HealthReport:
     """`ranks` are for JSON; the engine can serve only if every rank can."""
 
     can_serve: bool
-    ranks: tuple[dict[str, str | int | float], ...]
+    ranks: tuple[dict[str, str | int | float | None], ...]
 
     @classmethod
     def of(cls, ranks: Sequence[RankHealth]) -> HealthReport:
@@ -23,7 +23,7 @@ class HealthReport:
         return cls(can_serve, tuple(map(_describe, ranks)))
 
 
-def _describe(rank: RankHealth) -> dict[str, str | int | float]:
+def _describe(rank: RankHealth) -> dict[str, str | int | float | None]:
     return {
         "dp_rank": rank.dp_rank,
         "state": rank.state,
@@ -36,6 +36,6 @@ def _describe(rank: RankHealth) -> dict[str, str | int | float]:
         "running": rank.num_running,
         "queued": rank.num_queued,
         "host": rank.host,
-        "pid": rank.pid,
+        "pid": rank.pid or None,  # `kill -9 0` would end the whole job of who reads it
         "error": rank.error,
     }

@@ -65,7 +65,7 @@ class RankHealth:
 
     dp_rank: int
     state: RankState
-    pid: int = 0
+    pid: int = 0  # 0 of a rank that does not answer, which is nobody to send signals to
     host: str = ""
     clock_offset_ns: int = 0  # the wall clock minus the performance counter of its host
     epoch: int = 0

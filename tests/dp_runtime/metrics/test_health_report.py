@@ -37,4 +37,5 @@ def test_the_report_survives_json() -> None:
     first, second = json.loads(json.dumps(HealthReport.of(ranks).ranks))
     assert (first["state"], first["last_step"], first["last_step_age_s"]) == ("idle", 12, 0.123)
     assert (first["graphs_captured"], first["graphs_total"]) == (3, 4)
+    assert (first["pid"], second["pid"]) == (7, None), "0 is the whole job of who signals to it"
     assert (second["dp_rank"], second["state"], second["error"]) == (1, "failed", 'rank 1: "x"\n')
