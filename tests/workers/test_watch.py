@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from dp_runtime.metrics.status import RankHealth, RankState
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, engine
 from tests.workers.leftovers import left_overs, nothing_new, rank_processes, wait_until
 from workers.supervision.leaving import STOP_S
-from workers.supervision.watch import SilenceLimits, _Pulse
+from workers.supervision.watch import RankWatch, SilenceLimits, _Pulse
 
 
 @pytest.fixture
@@ -65,6 +66,28 @@ def test_a_rank_that_loads_may_be_silent_for_longer() -> None:
     ):  # fmt: skip
         pulse._take(RankHealth(0, state), 0.0)
         assert pulse.limit(limits) == limit
+
+
+def test_a_rank_that_was_silent_as_an_epoch_began_is_told_of_again_in_it() -> None:
+    class Fake:
+        answered = True
+
+        def __init__(self, dp_rank: int, answer: Future[RankHealth]) -> None:
+            self.dp_rank, self._answer = dp_rank, answer
+
+        def call(self, message: object) -> Future[RankHealth]:
+            return self._answer
+
+    told: list[Sequence[int]] = []
+    limits = SilenceLimits(first=2.0, later=2.0, loading=2.0)
+    well: Future[RankHealth] = Future()
+    well.set_result(RankHealth(0, RankState.IDLE))
+    tell = lambda ranks, text: told.append(ranks)  # noqa: E731
+    watch = RankWatch([Fake(0, well), Fake(1, Future())], limits, tell)
+    wait_until(lambda: told == [[1]], "the silent rank is told of")
+    watch.serve(limits, tell)
+    wait_until(lambda: told == [[1], [1]], "it is told of in the new epoch too")
+    watch.end()
 
 
 def test_a_single_rank_that_is_stopped_is_named(model: Path, frozen: list[int]) -> None:

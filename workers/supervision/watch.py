@@ -149,9 +149,9 @@ class RankWatch:
                 pulse.begin(self._now)
 
     def serve(self, limits: SilenceLimits, on_silence: OnSilence) -> None:
-        """Judge by these limits, now that all ranks have answered the driver and joined."""
+        """Judge by these limits, now that all ranks have joined; tell anew of who is silent."""
         for pulse in self._all:
-            pulse.comes_up, pulse.moved_at = False, self._now
+            pulse.comes_up, pulse.is_lost, pulse.moved_at = False, False, self._now
         self._judging = (limits, on_silence)
 
     def end(self) -> None:
