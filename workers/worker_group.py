@@ -182,5 +182,6 @@ class WorkerGroup:
         self._ranks.kill()
         self._supervisor.end()
         self._epochs.end()
+        self._flight.forget()
         self._ranks.launcher.release()
         self._ended.set()

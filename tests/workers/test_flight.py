@@ -58,6 +58,17 @@ def check_healthy(dump: FlightDump) -> None:
             assert all(0 < c.entered_us <= c.left_us for c in one.collectives)
 
 
+def test_an_engine_that_is_closed_keeps_no_ring(model: Path) -> None:
+    def num_rings() -> int:
+        return Path("/proc/self/maps").read_text().count("dp-flight")
+
+    before = num_rings()
+    one = engine(model, "local")
+    assert num_rings() == before + 2
+    one.close()
+    assert num_rings() == before, "the engine is still held"
+
+
 @pytest.mark.parametrize(
     "collective",
     ["shared_memory", pytest.param("torch_distributed", marks=pytest.mark.slow)],

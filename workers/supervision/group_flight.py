@@ -103,6 +103,9 @@ class GroupFlight:
         for writer in self._writers:
             writer.join(WRITE_S)
 
+    def forget(self) -> None:
+        self._maps.clear()  # an engine may be held for long after its ranks have ended
+
     def _write(self, taken: TakenFlight) -> None:
         dump = taken.read()
         if not any(rank.steps for rank in dump.ranks):
