@@ -50,7 +50,8 @@ class KvWriter:
         plan.check_rows(cache, "cos", rotation.cos, plan.angle_shape)
         plan.check_rows(cache, "sin", rotation.sin, plan.angle_shape)
         if weight is not None:
-            plan.check_rows(cache, "norm_weight", weight, plan.norm_shape)
+            wide = torch.float32 if weight.dtype == torch.float32 else None  # see `rms_norm`
+            plan.check_rows(cache, "norm_weight", weight, plan.norm_shape, wide)
 
     def _store(self, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         scales, slots, pool = self.cache.scales, plan.slots, self._storage()

@@ -71,9 +71,16 @@ class AttentionPlan(ABC):
             due = slots_due(self.metadata, size)
             yield from value_comparisons("slots.mapping", mapping, due)
 
-    def check_rows(self, layer: LayerCache, name: str, tensor: Tensor, shape: Shape) -> None:
+    def check_rows(
+        self,
+        layer: LayerCache,
+        name: str,
+        tensor: Tensor,
+        shape: Shape,
+        dtype: torch.dtype | None = None,  # by default the spec's
+    ) -> None:
         """Compare a tensor that a layer is called with; the message names place and layer."""
-        dtype, device = self.spec.dtype, layer.pool.device
+        dtype, device = dtype or self.spec.dtype, layer.pool.device
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             found = (tensor.shape, tensor.dtype, tensor.device)
             what = (f"{name} {item}" for item in ("shape", "dtype", "device"))

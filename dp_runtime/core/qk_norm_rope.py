@@ -15,7 +15,7 @@ CosSin = tuple[Tensor, Tensor]  # [rows, 1, head_dim / 2] each
 class QkNormRope:
     """An RMSNorm of each query and key head, if the layer has one, then the rotary embedding."""
 
-    norm_weight: Tensor | None  # [num_heads + num_kv_heads, head_dim]
+    norm_weight: Tensor | None  # [num_heads + num_kv_heads, head_dim], as for `rms_norm`
     eps: float
     cos: Tensor  # [rows, 1, head_dim / 2]
     sin: Tensor  # [rows, 1, head_dim / 2]
@@ -27,8 +27,12 @@ class QkNormRope:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute x / sqrt(mean(x^2) + eps) * weight, rounding the quotient (arXiv 1910.07467)."""
-    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)  # as in training
+    """Compute x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
+
+    The quotient is rounded to the weight's dtype, as in training; float32 has one rounding less.
+    """
+    quotient = F.rms_norm(x.float(), x.shape[-1:], eps=eps)
+    return (weight * quotient.to(weight.dtype)).to(x.dtype)
 
 
 def rotate(x: Tensor, cos_sin: CosSin) -> Tensor:

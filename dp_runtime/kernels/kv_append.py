@@ -101,8 +101,10 @@ def _rotate_and_append_kernel(
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(x * x + y * y, 1)[:, None] / HEAD_DIM + eps)
         w = weight + head * HEAD_DIM + dim
-        x = ((x * scale).to(dtype) * tl.load(w, mask=rotated, other=0.0)).to(tl.float32)
-        y = ((y * scale).to(dtype) * tl.load(w + half, mask=rotated, other=0.0)).to(tl.float32)
+        low_gain = tl.load(w, mask=rotated, other=0.0)
+        high_gain = tl.load(w + half, mask=rotated, other=0.0)
+        x = ((x * scale).to(low_gain.dtype) * low_gain).to(dtype).to(tl.float32)
+        y = ((y * scale).to(low_gain.dtype) * high_gain).to(dtype).to(tl.float32)
     angle = row * half + dim
     c = tl.load(cos + angle, mask=dim < half, other=0.0).to(tl.float32)
     s = tl.load(sin + angle, mask=dim < half, other=0.0).to(tl.float32)

@@ -11,7 +11,10 @@ from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, ov
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add x [rows, size] to `residual`, if given, in place; return the RMSNorm of the sum."""
+    """Add x [rows, size] to `residual`, if given, in place; return the RMSNorm of the sum.
+
+    The weight's dtype is that of x or float32, as in `core.qk_norm_rope.rms_norm`.
+    """
     assert x.is_contiguous(), "x is contiguous"
     out = torch.empty_like(x)
     rows, size = x.shape
@@ -43,4 +46,5 @@ def _add_rms_norm_kernel(
         value = value.to(dtype).to(tl.float32)  # sum and quotient rounded, as models were trained
         tl.store(residual + at, value.to(dtype), mask=inside)
     quotient = value * tl.rsqrt(tl.sum(value * value, 0) / size + eps)
-    tl.store(out + at, (quotient.to(dtype).to(tl.float32) * scale).to(dtype), mask=inside)
+    quotient = quotient.to(weight.dtype.element_ty).to(tl.float32)
+    tl.store(out + at, (quotient * scale).to(dtype), mask=inside)

@@ -12,7 +12,7 @@ from dp_runtime.weights.source import WeightSource
 
 @dataclass(frozen=True, eq=False)
 class RMSNorm:
-    weight: Tensor  # [size], or [heads, size] for one weight per head
+    weight: Tensor  # [size], or [heads, size] for one weight per head; see `rms_norm`
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -38,3 +38,8 @@ class RMSNorm:
     @classmethod
     def load(cls, weights: WeightSource, name: str, size: int, eps: float) -> RMSNorm:
         return cls(weights.load(f"{name}.weight", (size,)), eps)
+
+    @classmethod
+    def load_zero_centered(cls, weights: WeightSource, name: str, size: int, eps: float) -> RMSNorm:
+        """Load a norm that multiplies by 1 + weight, in float32."""
+        return cls(1 + weights.float32(f"{name}.weight", (size,)), eps)

@@ -41,8 +41,14 @@ class DummyWeights(NoCheckpoint):
         self._on_bytes(values.nbytes + scales.nbytes)
         return values, scales
 
+    def float32(self, name: str, shape: Shape) -> Tensor:
+        return self._zeros(shape, torch.float32)
+
     def integers(self, name: str, shape: Shape) -> Tensor:
-        tensor = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        return self._zeros(shape, torch.int64)
+
+    def _zeros(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        tensor = torch.zeros(shape, dtype=dtype, device=self.device)
         self._on_bytes(tensor.nbytes)
         return tensor
 
@@ -77,7 +83,13 @@ class MetaWeights(NoCheckpoint):
         self.bytes_read += values.nbytes + scales.nbytes
         return values, scales
 
+    def float32(self, name: str, shape: Shape) -> Tensor:
+        return self._empty(shape, torch.float32)
+
     def integers(self, name: str, shape: Shape) -> Tensor:
-        tensor = torch.empty(shape, dtype=torch.int64, device=self.device)
+        return self._empty(shape, torch.int64)
+
+    def _empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self.device)
         self.bytes_read += tensor.nbytes
         return tensor

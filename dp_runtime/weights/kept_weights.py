@@ -41,6 +41,11 @@ class RecordedWeights:
         self._writer.add(self._call("load_fp8", name, shape, part), [values, scales])
         return values, scales
 
+    def float32(self, name: str, shape: Shape) -> Tensor:
+        tensor = self._source.float32(name, shape)
+        self._writer.add(self._call("float32", name, shape), [tensor])
+        return tensor
+
     def integers(self, name: str, shape: Shape) -> Tensor:
         tensor = self._source.integers(name, shape)
         self._writer.add(self._call("integers", name, shape), [tensor])
@@ -94,6 +99,10 @@ class CopiedWeights:
     def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
         values, scales = self._tensors("load_fp8", name, shape, part)
         return values, scales
+
+    def float32(self, name: str, shape: Shape) -> Tensor:
+        (tensor,) = self._tensors("float32", name, shape)
+        return tensor
 
     def integers(self, name: str, shape: Shape) -> Tensor:
         (tensor,) = self._tensors("integers", name, shape)

@@ -74,6 +74,11 @@ class Checkpoint:
         self._on_bytes(values.nbytes + scales.nbytes)
         return values.to(self.device, copy=True), scales.to(self.device)
 
+    def float32(self, name: str, shape: Shape) -> Tensor:
+        tensor = self._read(name, shape, None, DTYPES)
+        self._on_bytes(tensor.numel() * 4)
+        return tensor.to(device=self.device, dtype=torch.float32, copy=True)
+
     def integers(self, name: str, shape: Shape) -> Tensor:
         tensor = self._read(name, shape, None, INTEGERS)
         self._on_bytes(tensor.nbytes)

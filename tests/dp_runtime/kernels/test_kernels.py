@@ -31,10 +31,12 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) ->
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("size", [48, 64])
-def test_norm_with_and_without_a_residual(dtype: torch.dtype, size: int) -> None:
+def test_norm_with_and_without_a_residual(dtype: torch.dtype, size: int, wide: bool) -> None:
     torch.manual_seed(2)
     x, residual, weight = (draw(*s, dtype=dtype) for s in ((5, size), (5, size), (size,)))
+    weight = draw(size) if wide else weight
     norm, total = RMSNorm(weight, 1e-6), residual + x
     torch.testing.assert_close(add_rms_norm(x, None, weight, 1e-6), norm(x))
     torch.testing.assert_close(add_rms_norm(x, residual, weight, 1e-6), norm(total))
@@ -54,29 +56,31 @@ class Heads:
 
     @classmethod
     def draw(
-        cls, rows: int, heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype
-    ) -> Heads:
+        cls, rows: int, heads: int, kv_heads: int, head_dim: int,
+        gain: torch.dtype | None, dtype: torch.dtype,
+    ) -> Heads:  # fmt: skip
         wide = draw(rows, heads + 2 * kv_heads + 3, head_dim, dtype=dtype)
-        qkv, weight = wide[:, 3:], draw(heads + kv_heads, head_dim, dtype=dtype)
+        qkv, weight = wide[:, 3:], draw(heads + kv_heads, head_dim, dtype=gain or dtype)
         angles = torch.rand(rows, 1, head_dim // 2, device=DEVICE) * 6
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         qk, v = qkv.tensor_split([heads + kv_heads], 1)
-        qk = RMSNorm(weight, 1e-6)(qk) if normed else qk
+        qk = RMSNorm(weight, 1e-6)(qk) if gain else qk
         q, k = rotate(qk, (cos, sin)).tensor_split([heads], 1)
-        return cls(qkv, QkNormRope(weight if normed else None, 1e-6, cos, sin), q, k, v)
+        return cls(qkv, QkNormRope(weight if gain else None, 1e-6, cos, sin), q, k, v)
 
 
 SHAPES = [(6, 2, 24), (16, 1, 64), (4, 4, 16), (11, 3, 128), (8, 2, 256)]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("norm", ["none", "own dtype", "float32"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
 def test_queries_come_back_rotated_and_keys_and_values_go_to_the_pool(
-    heads: int, kv_heads: int, head_dim: int, normed: bool, dtype: torch.dtype
+    heads: int, kv_heads: int, head_dim: int, norm: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(3)
-    rows = Heads.draw(6, heads, kv_heads, head_dim, normed, dtype)
+    gain = {"none": None, "own dtype": dtype, "float32": torch.float32}[norm]
+    rows = Heads.draw(6, heads, kv_heads, head_dim, gain, dtype)
     pool = draw(4, 2, kv_heads, 8, head_dim, dtype=dtype)
     # Two null rows of a graph, and one of a piece, which is written nowhere.
     slots = torch.tensor([31, 8, 9, 0, 0, -1], dtype=torch.int32, device=DEVICE)

@@ -33,3 +33,14 @@ def test_without_a_residual_the_row_is_the_sum(device: str) -> None:
     _, total = RMSNorm(torch.ones(64, device=device), 1e-6).add(x, None)
     assert total is x
     assert torch.equal(x, before)
+
+
+def test_a_gain_in_float32_is_applied_before_the_only_rounding() -> None:
+    torch.manual_seed(1)
+    x, gain = torch.randn(64, 96).bfloat16(), 1 + torch.randn(96) * 2**-7
+    scale = (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    found, due = RMSNorm(gain, 1e-6)(x), (x.double() * scale * gain.double()).bfloat16()
+    assert found.dtype == torch.bfloat16
+    assert (found != due).float().mean() < 0.002, "only where float32 was level"
+    rounded = RMSNorm(gain.bfloat16(), 1e-6)(x)
+    assert (rounded != due).float().mean() > 0.2
