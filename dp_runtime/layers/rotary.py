@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dp_runtime.core.qk_norm_rope import CosSin
@@ -23,25 +24,44 @@ class RopeConfig:
     truncate: bool = True  # yarn
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
+    fraction: float = 1.0  # of a head's dimensions that are rotated
 
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
     """Cosines and sines of positions, computed once per forward and handed to all layers."""
 
-    inv_freq: Tensor  # [head_dim / 2] float32
+    inv_freq: Tensor  # [rotated / 2] float32
     attention_factor: float
+    num_still: int = 0  # pairs of dimensions that are not rotated, the last ones of `dim_order`
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> CosSin:
         """Compute cos and sin of positions [rows] int64 in float32, and round them to dtype."""
         angles = (positions.float()[:, None] * self.inv_freq)[:, None, :]
-        factor = self.attention_factor
-        return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+        factor, still = self.attention_factor, (0, self.num_still)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        return F.pad(cos, still, value=1.0).to(dtype), F.pad(sin, still).to(dtype)
 
     @classmethod
     def from_config(cls, rope: RopeConfig, head_dim: int, device: torch.device) -> Rotary:
-        frequencies = inverse_frequencies(rope, head_dim)
-        return cls(frequencies.to(device), rope.attention_factor)
+        rotated = rotated_dims(rope, head_dim)
+        frequencies = inverse_frequencies(rope, rotated)
+        return cls(frequencies.to(device), rope.attention_factor, (head_dim - rotated) // 2)
+
+
+def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
+    return int(head_dim * rope.fraction)
+
+
+def dim_order(rotated: int, head_dim: int) -> Tensor:
+    """Order a head's dimensions [head_dim] so that rotating its halves rotates the first alone.
+
+    A model rotates the first dimensions as two halves of their own. In this order, which scores
+    of queries and keys do not depend on, each half of the head begins with one of these.
+    """
+    dims, half, still = torch.arange(head_dim), rotated // 2, (head_dim - rotated) // 2
+    first, second, rest = dims.tensor_split([half, rotated])
+    return torch.cat((first, rest[:still], second, rest[still:]))
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

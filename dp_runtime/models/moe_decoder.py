@@ -21,7 +21,7 @@ from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.fp8_config import parse_fp8_experts
 from dp_runtime.models.hf_config import ConfigFields
-from dp_runtime.models.rope_config import max_context, parse_rope
+from dp_runtime.models.rope_config import RopeFamily, max_context, parse_rope
 from dp_runtime.weights.source import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class MoeDecoder:
         hidden, num_layers = fields.integer("hidden_size"), fields.integer("num_hidden_layers")
         num_heads, defaults = fields.integer("num_attention_heads"), self.defaults
         positions = fields.integer("max_position_embeddings", defaults.max_position_embeddings)
-        rope = parse_rope(fields, defaults.rope_theta, positions)
+        rope = parse_rope(fields, RopeFamily(defaults.rope_theta), positions)
         null_kv = fields.is_null("num_key_value_heads")
         family = self.read_family(fields, num_layers)
         fields.only("hidden_act", "silu")
@@ -126,24 +126,34 @@ class MoeDecoder:
         sharding: RankSharding,
         moe: MoeKernels,
     ) -> MoeStage | DenseMLP:
-        hidden, intermediate = config.hidden_size, config.moe_intermediate_size
         if not config.moe_layers[layer]:
-            return DenseMLP.load(weights, f"{prefix}.mlp", hidden, config.intermediate_size)
+            hidden, inner = config.hidden_size, config.intermediate_size
+            return DenseMLP.load(weights, f"{prefix}.mlp", hidden, inner)
         modules = [f"{prefix}.{module}" for module in self.moe_modules]
         name = next((m for m in modules if weights.has(f"{m}.gate.weight")), modules[0])
-        gate = Linear.load(weights, {f"{name}.gate": config.num_experts}, hidden)
-        return MoeStage(
-            Router(gate, config.num_experts_per_tok, config.norm_topk_prob),
-            Experts.load(
-                weights,
-                f"{name}.experts",
-                self.expert_names,
-                ExpertShape(config.num_experts, hidden, intermediate),
-                sharding.shard(config.num_experts, intermediate),
-                fp8=config.fp8_experts[layer] and moe.reads_fp8,
-            ),
-            moe,
-        )
+        return load_moe_stage(config, layer, name, self.expert_names, weights, sharding, moe)
+
+
+def load_moe_stage(
+    config: ModelConfig,
+    layer: int,
+    prefix: str,
+    names: ExpertNames,
+    weights: WeightSource,
+    sharding: RankSharding,
+    moe: MoeKernels,
+) -> MoeStage:
+    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
+    gate = Linear.load(weights, {f"{prefix}.gate": config.num_experts}, hidden)
+    experts = Experts.load(
+        weights,
+        f"{prefix}.experts",
+        names,
+        ExpertShape(config.num_experts, hidden, intermediate),
+        sharding.shard(config.num_experts, intermediate),
+        fp8=config.fp8_experts[layer] and moe.reads_fp8,
+    )
+    return MoeStage(Router(gate, config.num_experts_per_tok, config.norm_topk_prob), experts, moe)
 
 
 def parse_head_dim(fields: ConfigFields, hidden_size: int, num_heads: int) -> int:

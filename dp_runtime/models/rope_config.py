@@ -7,6 +7,7 @@ beside it. A file in which this would drop a value is refused.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 from dp_runtime.layers.rotary import RopeConfig
 from dp_runtime.models.hf_config import MAX_INTEGERS, ConfigFields
@@ -17,13 +18,33 @@ MAX_POSITIONS = MAX_INTEGERS["max_position_embeddings"]
 MIN_FACTOR = 1e-3  # the frequencies are divided by it
 
 
-def parse_rope(fields: ConfigFields, default_theta: float, max_positions: int) -> RopeConfig:
-    fields.only("partial_rotary_factor", 1.0)
+FRACTION = "partial_rotary_factor"
+
+
+@dataclass(frozen=True)
+class RopeFamily:
+    """What a family of models takes for fields that are absent, and which others it has."""
+
+    theta: float
+    fraction: float = 1.0  # of a head that is rotated; families with 1.0 know no other
+    irrelevant: tuple[str, ...] = ()  # fields of a section that change nothing
+
+
+def parse_rope(fields: ConfigFields, family: RopeFamily, max_positions: int) -> RopeConfig:
+    fraction = _parse_fraction(fields, family.fraction, family)
     sections = [fields.section(name) for name in ("rope_scaling", "rope_parameters")]
     stated = [section for section in sections if section is not None and not section.is_empty]
-    theta = fields.number("rope_theta", default_theta, minimum=1.0)
-    found = [_parse_section(section, theta, max_positions) for section in stated]
-    rope = found[0] if found else RopeConfig(theta=theta)
+    theta = fields.number("rope_theta", family.theta, minimum=1.0)
+    found = list[RopeConfig]()
+    for section in stated:
+        own = _parse_fraction(section, fraction, family)
+        section.require(
+            own == fraction or FRACTION not in fields, FRACTION, own,
+            f"the {FRACTION} of {fields.where} is {fraction:g}",
+        )  # fmt: skip
+        section.skip(family.irrelevant)
+        found.append(replace(_parse_section(section, theta, max_positions), fraction=own))
+    rope = found[0] if found else RopeConfig(theta=theta, fraction=fraction)
     if len(found) == 2:
         _require_same(stated[0], stated[1], rope, found[1])
     if ORIGINAL in fields:
@@ -31,10 +52,18 @@ def parse_rope(fields: ConfigFields, default_theta: float, max_positions: int) -
     return rope
 
 
+def _parse_fraction(fields: ConfigFields, default: float, family: RopeFamily) -> float:
+    if family.fraction == 1.0:
+        fields.only(FRACTION, 1.0)
+        return 1.0
+    fraction = fields.number(FRACTION, default)
+    fields.require(fraction <= 1.0, FRACTION, fraction, "a number above 0, at most 1")
+    return fraction
+
+
 def _parse_section(section: ConfigFields, theta: float, max_positions: int) -> RopeConfig:
     kind = section.get(section.one_of("rope_type", "type"), "default")
     section.require(kind in TYPES, "rope_type", kind, f"one of {', '.join(TYPES)}")
-    section.only("partial_rotary_factor", 1.0)
     section.only("extrapolation_factor", 1.0)  # vLLM reads both; transformers neither
     section.only("attn_factor", 1.0)
     section.skip(["finetuned"])

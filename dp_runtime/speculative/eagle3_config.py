@@ -11,7 +11,7 @@ from dp_runtime.layers.rotary import RopeConfig
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.moe_decoder import parse_head_dim, warn_of_unknown
-from dp_runtime.models.rope_config import parse_rope
+from dp_runtime.models.rope_config import RopeFamily, parse_rope
 from dp_runtime.speculative.draft import DraftConfig
 from dp_runtime.weights.loader import tensor_names
 
@@ -68,7 +68,9 @@ def read_config(directory: str, target: ModelConfig) -> Eagle3Config:
         target_vocab_size=target.vocab_size,
         intermediate_size=fields.integer("intermediate_size"),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=parse_rope(fields, 10_000.0, fields.integer("max_position_embeddings", 2048)),
+        rope=parse_rope(
+            fields, RopeFamily(10_000.0), fields.integer("max_position_embeddings", 2048)
+        ),
         layer_prefix=next(
             (p for p in LAYER_PREFIXES if f"{p}.hidden_norm.weight" in tensors), LAYER_PREFIXES[0]
         ),
