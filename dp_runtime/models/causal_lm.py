@@ -15,11 +15,14 @@ from dp_runtime.core.qk_norm_rope import CosSin
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
+from dp_runtime.layers.gated_attention import GatedAttention
+from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.mlp import DenseMLP
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import Rotary
+from dp_runtime.layers.shared_expert import SharedExpertMoe
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.parallel.row_exchange import RowExchange
@@ -68,12 +71,16 @@ class Hidden(NamedTuple):
         return Hidden(self.last[:rows], self.aux_hidden_states[:rows])
 
 
+Mixer = Attention | GatedAttention | GatedDeltaNet  # what lets rows of a sequence see others
+Mlp = MoeStage | SharedExpertMoe | DenseMLP
+
+
 @dataclass(frozen=True, eq=False)
 class DecoderLayer:
     input_norm: RMSNorm
-    attention: Attention
+    mixer: Mixer
     post_attention_norm: RMSNorm
-    mlp: MoeStage | DenseMLP
+    mlp: Mlp
 
     def __call__(
         self,
@@ -85,23 +92,45 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """Return what the layer adds to the residual, and that residual."""
         normed, residual = self.input_norm.add(x, residual)
-        normed, residual = self.post_attention_norm.add(
-            self.attention(normed, cos_sin, plan.attention), residual
-        )
-        if isinstance(self.mlp, MoeStage):
-            return self.mlp(normed, exchange), residual
-        return self.mlp(normed), residual
+        mixed = self._mix(normed, cos_sin, plan)
+        normed, residual = self.post_attention_norm.add(mixed, residual)
+        if isinstance(self.mlp, DenseMLP):
+            return self.mlp(normed), residual
+        return self.mlp(normed, exchange), residual
+
+    def _mix(self, x: Tensor, cos_sin: CosSin, plan: PassPlan) -> Tensor:
+        if not isinstance(self.mixer, GatedDeltaNet):
+            return self.mixer(x, cos_sin, plan.attention)
+        assert plan.recurrent is not None, "a layer with a recurrent state needs its sequences"
+        return self.mixer(x, plan.recurrent)
+
+    @property
+    def moe_stage(self) -> MoeStage | None:
+        match self.mlp:
+            case SharedExpertMoe(routed=stage) | (MoeStage() as stage):
+                return stage
+            case _:
+                return None
+
+    def with_stage(self, make: Callable[[MoeStage], MoeStage]) -> DecoderLayer:
+        match self.mlp:
+            case MoeStage() as stage:
+                return replace(self, mlp=make(stage))
+            case SharedExpertMoe(routed=stage) as mlp:
+                return replace(self, mlp=replace(mlp, routed=make(stage)))
+            case _:
+                return self
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        hidden, mlp = self.attention.output.activation_bytes(own_rows), self.mlp
+        hidden, mlp = self.mixer.output.activation_bytes(own_rows), self.mlp
         inner = (
-            mlp.activation_bytes(own_rows, gathered_rows, padded)
-            if isinstance(mlp, MoeStage)
-            else mlp.activation_bytes(own_rows)
+            mlp.activation_bytes(own_rows)
+            if isinstance(mlp, DenseMLP)
+            else mlp.activation_bytes(own_rows, gathered_rows, padded)
         )
         norm = self.input_norm.activation_bytes(own_rows)
-        attention = self.attention.activation_bytes(own_rows)
-        return hidden + max(attention, hidden + norm, inner)  # the norm of the residual
+        mixed = self.mixer.activation_bytes(own_rows)
+        return hidden + max(mixed, hidden + norm, inner)  # the norm of the residual
 
     @classmethod
     def load(
@@ -110,7 +139,7 @@ class DecoderLayer:
         weights: WeightSource,
         prefix: str,
         paged: PagedAttention,
-        mlp: MoeStage | DenseMLP,
+        mlp: Mlp,
     ) -> DecoderLayer:
         hidden, eps = config.hidden_size, config.rms_norm_eps
         return cls(
@@ -138,14 +167,10 @@ class CausalLM(LmHeadMixin):
 
     @property
     def moe_stages(self) -> tuple[MoeStage, ...]:
-        return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoeStage))
+        return tuple(layer.moe_stage for layer in self.layers if layer.moe_stage is not None)
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> CausalLM:
-        layers = (
-            replace(layer, mlp=make(layer.mlp)) if isinstance(layer.mlp, MoeStage) else layer
-            for layer in self.layers
-        )
-        return replace(self, layers=tuple(layers))
+        return replace(self, layers=tuple(layer.with_stage(make) for layer in self.layers))
 
     def with_aux_hidden_states(self, layers: tuple[int, ...]) -> CausalLM:
         """Copy the model; forwards also return the residual stream entering these layers."""

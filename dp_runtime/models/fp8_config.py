@@ -8,6 +8,8 @@ from dp_runtime.layers.expert_layouts import ExpertNames
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.weights.fp8_blocks import BLOCK
 
+BESIDE_VISION = "language_model."  # in the names of a text model's tensors, at either end
+
 
 def parse_fp8_experts(
     fields: ConfigFields, prefixes: Iterable[str], names: ExpertNames
@@ -27,10 +29,13 @@ def parse_fp8_experts(
     section.only("expert_dtype", "fp8")
     section.skip(["dequantize"])  # how another library loads them
     section.only("modules_to_convert", [])
+    section.only("weight_per_tensor", False)
+    section.only("act_per_tensor", False)
     exempt = section.get(section.one_of("modules_to_not_convert", "ignored_layers"), [])
     ok = isinstance(exempt, list) and all(isinstance(name, str) for name in exempt)
     section.require(ok, "modules_to_not_convert", exempt, "a list of module names")
     section.finish()
+    exempt = [name.replace(BESIDE_VISION, "") for name in exempt]
     parts = (names.gate, names.up, names.down)
     return tuple(
         not any(_is_named(f"{prefix}.0.{part}", exempt) for part in parts) for prefix in prefixes

@@ -22,6 +22,9 @@ from dp_runtime.weights.source import WeightSource
 ARCHITECTURES = {  # the module of each has an `Architecture` of this name
     "Qwen3MoeForCausalLM": "dp_runtime.models.qwen3_moe",
     "MixtralForCausalLM": "dp_runtime.models.mixtral",
+    "Qwen3_5MoeForCausalLM": "dp_runtime.models.qwen3_5.moe",
+    "Qwen3_5MoeForConditionalGeneration": "dp_runtime.models.qwen3_5.multimodal",
+    "Qwen3NextForCausalLM": "dp_runtime.models.qwen3_5.next",
 }
 
 

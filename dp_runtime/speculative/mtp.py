@@ -87,11 +87,10 @@ class Mtp(LmHeadMixin):
 
     @property
     def moe_stages(self) -> tuple[MoeStage, ...]:
-        return (self.layer.mlp,) if isinstance(self.layer.mlp, MoeStage) else ()
+        return () if self.layer.moe_stage is None else (self.layer.moe_stage,)
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Mtp:
-        (stage,) = self.moe_stages
-        return replace(self, layer=replace(self.layer, mlp=make(stage)))
+        return replace(self, layer=self.layer.with_stage(make))
 
     def project(self, aux_hidden_states: Tensor) -> Tensor:
         return aux_hidden_states

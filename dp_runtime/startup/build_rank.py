@@ -188,15 +188,17 @@ def read_kv_scales(weights: WeightSource, plan: RankPlan) -> list[KvScales]:
         return [KvScales()] * plan.model.num_layers
     scales = []
     for layer in range(plan.model.num_layers):
-        prefix = f"model.layers.{layer}.self_attn"
-        k, v = (_scale(weights, prefix, part) for part in "kv")
+        k, v = (_scale(weights, layer, part) for part in "kv")
         scales.append(KvScales(k, v))
     return scales
 
 
-def _scale(weights: WeightSource, prefix: str, part: str) -> float:
-    attention, model_opt = f"{prefix}.{part}_scale", f"{prefix}.{part}_proj.{part}_scale"
-    names = (attention, model_opt)  # as vLLM and SGLang read them
+def _scale(weights: WeightSource, layer: int, part: str) -> float:
+    names = [
+        f"{root}.layers.{layer}.self_attn.{name}_scale"
+        for root in ("model", "model.language_model")
+        for name in (part, f"{part}_proj.{part}")  # as vLLM and SGLang read them
+    ]
     found = {name: scale for name in names if (scale := weights.scalar(name)) is not None}
     value = next(iter(found.values()), 1.0)
     for name, scale in found.items():

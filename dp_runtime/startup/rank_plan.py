@@ -106,8 +106,10 @@ def sketch_rank(
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention, draft = attention_spec(config, model, dtype), read_draft(config, model)
-    backend, reason = choose_backend(config.attention_backend, attention, torch_device)
     layers = plan_layers(attention, model, draft)
+    caches = _caches(layers)
+    keeps_state = _keeps_state(config, device, caches)
+    backend, reason = choose_backend(config.attention_backend, attention, torch_device)
     for plan in layers[1:]:
         choose_backend(backend, plan.attention, torch_device)
     sharding = RankSharding(config.moe_sharding, members.position(dp_rank), members.size)
@@ -115,10 +117,8 @@ def sketch_rank(
     if fp8 and config.moe_sharding == "tp":
         _check_blocks(model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
-    caches = _caches(layers)
-    limits = _limits(config, model, keeps_state=slot_bytes(caches) > 0)
-    own = config, device, backend, moe_backend
-    graphs, graphs_reason = choose_graphs(*own, limits.keeps_state)
+    limits = _limits(config, model, keeps_state)
+    graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend, keeps_state)
     depth = choose_depth(config, device, backend)
     weights = MetaWeights(dtype)
     build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
@@ -147,12 +147,22 @@ def sketch_rank(
     )  # fmt: skip
 
 
-def _limits(config: EngineConfig, model: ModelConfig, keeps_state: bool) -> Limits:
+def _keeps_state(config: EngineConfig, device: str, caches: Sequence[CacheSpec]) -> bool:
+    """Tell if layers are recurrent; ValueError for what such a model is not served with."""
+    keeps_state = slot_bytes(caches) > 0
+    require(
+        not keeps_state or device == "cpu",
+        "device", device, "cpu for a model with recurrent layers, which have no GPU kernels yet",
+    )  # fmt: skip
     require(
         not (keeps_state and config.speculative_num_steps),
         "speculative_num_steps", config.speculative_num_steps,
         "0 for a model with recurrent layers, whose state has no way back from a rejected draft",
     )  # fmt: skip
+    return keeps_state
+
+
+def _limits(config: EngineConfig, model: ModelConfig, keeps_state: bool) -> Limits:
     return Limits(
         config.max_num_requests,
         config.max_num_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.torch_ref import TorchRefBackend
+from dp_runtime.core.attention_metadata import PageGeometry, Place
+from dp_runtime.core.cache_spec import LayerCaches
+from dp_runtime.core.recurrent_metadata import RecurrentMetadata
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.causal_lm import PassInputs, PassPlan
 from dp_runtime.models.registry import build_model, read_model_config
@@ -18,7 +22,8 @@ from dp_runtime.weights.loader import open_weights
 from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table, spec_of
 from tests.dp_runtime.thread_ranks import ThreadCollective
 
-PAGE_SIZE, CAPACITY = 8, 96
+PAGE_SIZE, CAPACITY = 8, 208
+SPARE_SLOTS = 3
 
 
 class Rank:
@@ -33,15 +38,28 @@ class Rank:
         self.collective, self.poison = collective, poison
         rng = np.random.default_rng(collective.dp_rank)
         self.table, self.num_pages = random_page_table([CAPACITY] * num_sequences, PAGE_SIZE, rng)
-        shape = (self.num_pages, 2, config.num_kv_heads, PAGE_SIZE, config.head_dim)
-        pools = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(config.num_layers)]
+        self.slots = 1 + rng.permutation(num_sequences + SPARE_SLOTS)[:num_sequences]
+        self.num_slots, pages = (
+            1 + num_sequences + SPARE_SLOTS,
+            PageGeometry(self.num_pages, PAGE_SIZE),
+        )
+        specs = config.cache_specs(PAGE_SIZE, dtype)
+        self.caches = LayerCaches.allocate(specs, pages, self.num_slots, CPU)
+        pools = [pool for pool in self.caches.pools if pool is not None]
+        for tensor in (*pools, *(x for state in self.caches.states for x in state)):
+            tensor.fill_(torch.nan)
         self.model = build_model(
             config,
             open_weights(str(path), load_format, 0, dtype, CPU),
             RankSharding(moe_sharding, collective.dp_rank, collective.dp_size),
-            TorchRefBackend(spec_of(pools[0], config.num_heads), pools),
+            TorchRefBackend(spec_of(pools[0], config.num_heads), self.caches.pools),
+            states=self.caches.states,
         )
         self.lengths = [0] * num_sequences
+
+    def end(self, sequence: int) -> None:
+        """Let another sequence begin in the pages and the slot of this one, as they are."""
+        self.lengths[sequence] = 0
 
     def step(
         self, new: list[list[int]], real_rows: tuple[int, ...] | None = None,
@@ -49,11 +67,16 @@ class Rank:
     ) -> list[Tensor]:  # fmt: skip
         """Feed new tokens of every sequence (perhaps none) and return the logits of their rows."""
         live = [i for i, tokens in enumerate(new) if tokens]
+        is_fresh = np.array([self.lengths[i] == 0 for i in live], bool)
         for i in live:
             self.lengths[i] += len(new[i])
         lengths = [(len(new[i]), self.lengths[i]) for i in live]
         tokens = [token for i in live for token in new[i]]
-        batch = paged_batch(lengths, self.table[live], PAGE_SIZE, tokens)
+        batch = replace(
+            paged_batch(lengths, self.table[live], PAGE_SIZE, tokens),
+            state_slots=self.slots[live],
+            is_fresh=is_fresh,
+        )
         rows, replaced = embeds or ([], torch.zeros(0, 0))
         plan = PaddingPlan.for_mode(mode, real_rows or (len(tokens),))
         hidden = self.model.forward(
@@ -63,7 +86,10 @@ class Rank:
                 torch.tensor(rows, dtype=torch.int64),
                 replaced,
             ),
-            PassPlan(self.model.backend.plan(metadata_of(batch, self.num_pages, PAGE_SIZE))),
+            PassPlan(
+                self.model.backend.plan(metadata_of(batch, self.num_pages, PAGE_SIZE)),
+                RecurrentMetadata.build(batch, self.num_slots, Place(0, 0, "target"), CPU),
+            ),
             PaddedExchange(plan, self.collective.row_collective, self.poison),
         ).last
         logits = self.model.logits(hidden)

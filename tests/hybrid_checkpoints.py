@@ -1,0 +1,113 @@
+"""Tiny random checkpoints of the Qwen3.5 MoE family and Qwen3-Next, with every norm alive."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TEXT, VISION = "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"
+NEXT = "Qwen3NextForCausalLM"
+SIZES: dict[str, Any] = {
+    "vocab_size": 199, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+    "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40, "num_experts": 8,
+    "num_experts_per_tok": 2, "max_position_embeddings": 2048, "eos_token_id": 0,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
+MROPE = {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+TINY_VISION: dict[str, Any] = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+
+
+def hybrid_checkpoint(
+    directory: Path | str, architecture: str = TEXT, *, seed: int = 0, **overrides: Any
+) -> Path:
+    """Save a random float32 model of `architecture` into `directory` and return that directory.
+
+    overrides: fields of its text model, over the sizes above.
+    """
+    import transformers
+
+    text = {**SIZES, **overrides}
+    model_class = getattr(transformers, architecture)
+    if architecture == VISION:
+        text["rope_parameters"] = {**text["rope_parameters"], **MROPE}
+        ids = {"image_token_id": 190, "video_token_id": 191, "vision_start_token_id": 188,
+               "vision_end_token_id": 189}  # fmt: skip
+        config = transformers.Qwen3_5MoeConfig(
+            text_config=text, vision_config=TINY_VISION, **ids,
+            tie_word_embeddings=text.get("tie_word_embeddings", False),
+        )  # fmt: skip
+    else:
+        config = model_class.config_class(**text)
+    model = model_class(config)
+    randomize(model, seed)
+    model.save_pretrained(directory)
+    return Path(directory)
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Matrices N(0, 1 / sqrt(inputs)); gains around 1, however they are stored; live decays."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith("A_log"):
+                parameter.uniform_(0.01, 2, generator=generator).log_()
+            elif name.endswith("dt_bias"):
+                parameter.normal_(-2.0, 1.0, generator=generator)
+            else:
+                plain = "linear_attn" in name and name.endswith("norm.weight")
+                parameter.normal_(1.0 if plain else 0.0, 0.2, generator=generator)
+
+
+def oracle(directory: Path | str) -> Any:
+    """The checkpoint as a transformers model in float32, for comparison."""
+    import transformers
+
+    name = json.loads((Path(directory) / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32)
+    return model.eval()
+
+
+def rewrite(directory: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def read(directory: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = load_file(directory / "model.safetensors")
+    return tensors
+
+
+def fuse_experts(directory: Path) -> None:
+    """Stack all experts of a layer in two tensors, as the published BF16 files have them."""
+    stacks: dict[str, dict[int, Tensor]] = {}
+    kept = {}
+    for name, tensor in read(directory).items():
+        found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)_proj\.weight", name)
+        if found is None:
+            kept[name] = tensor
+        else:
+            prefix, expert, part = found.groups()
+            stacks.setdefault(f"{prefix}.{part}", {})[int(expert)] = tensor
+    assert stacks, "transformers saves each expert by itself"
+    for prefix in {name.rpartition(".")[0] for name in stacks}:
+        gate, up, down = (
+            torch.stack([tensor for _, tensor in sorted(stacks[f"{prefix}.{part}"].items())])
+            for part in ("gate", "up", "down")
+        )
+        kept[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), 1)
+        kept[f"{prefix}.down_proj"] = down
+    rewrite(directory, kept)
