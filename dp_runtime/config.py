@@ -105,8 +105,8 @@ class EngineConfig:
     )
     kv_memory_fraction: float | None = setting(
         None,
-        "share that KV pages may take of the device's memory beside weights, recurrent states, "
-        "workspaces, activations and a reserve; num_pages overrides it",
+        "share that KV pages may take of the device's memory beside weights, workspaces, "
+        "activations and a reserve; num_pages overrides it",
         above=0,
         at_most=1,
         shown_default="0.5 on CPU, 0.9 on GPU",

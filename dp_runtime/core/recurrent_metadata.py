@@ -3,15 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dp_runtime.core.attention_metadata import Place
-from dp_runtime.core.batch import NULL_SLOT, Int32, LocalBatch
+from dp_runtime.core.batch import NULL_SLOT, Int32, Int64, LocalBatch
 from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.errors import ContractViolation
+
+CHUNK = 64  # rows that are run at once, counted from a sequence's first row in the pass
+MAX_STEPPED = 8  # a sequence of no more rows is run row by row: decodes, verifications
+
+
+@dataclass(frozen=True, eq=False)
+class Drafts:
+    """Rows that may be rejected: the last of a sequence, in this pass and in the pass before.
+
+    A slot holds the state before its drafts, and their inputs. The next pass runs those that were
+    accepted once more, from the same inputs to the same bits: one state is read and one written,
+    however many drafts there are. Only sequences that are run row by row draft, or have drafted.
+    """
+
+    num_drafts: Tensor  # [requests] int32, of this pass's rows; at least one row is none
+    num_accepted: Tensor  # [requests] int32, drafts of the pass before; not read of fresh requests
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlocks:
+    """Tables of who runs which rows, for kernels that take sequences of very unlike lengths."""
+
+    blocks: Tensor  # [blocks, 2] int32: request, and its block's number; the chunks come first
+    chunked: Tensor  # [sequences, 2] int32: request, and its first of all chunks
+    stepped: Tensor  # [sequences] int32: request
+    num_chunks: int  # of all sequences that are run in chunks
+
+    @classmethod
+    def of(cls, query_lens: Int32, device: torch.device) -> RowBlocks:
+        lengths = query_lens.astype(np.int64)
+        long = np.flatnonzero(lengths > MAX_STEPPED)
+        short = np.flatnonzero((lengths > 0) & (lengths <= MAX_STEPPED))
+        counts = -(-lengths[long] // CHUNK)
+        first = counts.cumsum() - counts
+        owner = long.repeat(counts)
+        number = np.arange(len(owner)) - first.repeat(counts)
+        blocks = np.concatenate((_pairs(owner, number), _pairs(short, np.zeros_like(short))))
+        assert len(blocks) < 2**16, "a launch has no more programs in its second dimension"
+        tables = blocks, _pairs(long, first), short.astype(np.int32)
+        there, chunked, stepped = all_on_device(tables, device)
+        return cls(there, chunked, stepped, len(owner))
+
+
+def _pairs(requests: Int64, numbers: Int64) -> Int32:
+    return np.stack((requests, numbers), 1).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +71,15 @@ class RecurrentMetadata:
     query_lens_host: Int32  # [requests]
     slots: Tensor  # [requests] int64, none of them twice
     is_fresh: Tensor  # [requests] bool
+    drafts: Drafts | None = None
 
     @property
     def batch_size(self) -> int:
         return self.slots.shape[0]
+
+    @cached_property
+    def row_blocks(self) -> RowBlocks:
+        return RowBlocks.of(self.query_lens_host, self.slots.device)
 
     @classmethod
     def build(

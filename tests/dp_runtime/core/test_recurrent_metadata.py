@@ -10,7 +10,7 @@ import torch
 
 from dp_runtime.core.attention_metadata import Place
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.recurrent_metadata import RecurrentMetadata
+from dp_runtime.core.recurrent_metadata import RecurrentMetadata, RowBlocks
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.core.test_attention_metadata import batch as paged
 
@@ -79,3 +79,16 @@ def test_a_batch_has_a_slot_and_a_flag_for_each_request_or_none() -> None:
         replace(batch(), state_slots=np.array([1]), is_fresh=np.array([True]))
     with pytest.raises(AssertionError, match="is_fresh has one entry"):
         replace(batch(), is_fresh=np.array([True]))
+
+
+def test_each_row_is_in_one_block() -> None:
+    """Sequences of more than 8 rows are run in chunks of 64, the others row by row."""
+    tables = RowBlocks.of(np.array([1, 65, 0, 8, 9, 128], np.int32), CPU)
+    chunks = [[1, 0], [1, 1], [4, 0], [5, 0], [5, 1]]
+    assert tables.num_chunks == len(chunks)
+    assert tables.blocks.tolist() == [*chunks, [0, 0], [3, 0]]
+    assert tables.chunked.tolist() == [[1, 0], [4, 2], [5, 3]]
+    assert tables.stepped.tolist() == [0, 3]
+    assert {x.dtype for x in (tables.blocks, tables.chunked, tables.stepped)} == {torch.int32}
+    nobody = RowBlocks.of(np.zeros(0, np.int32), CPU)
+    assert (nobody.blocks.shape, nobody.chunked.shape, nobody.num_chunks) == ((0, 2), (0, 2), 0)
