@@ -235,6 +235,22 @@ def test_a_successor_that_is_stopped_as_it_loads_is_replaced(
         assert len(stopped) == 1
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_change_that_is_asked_for_as_a_rank_is_lost_waits_for_its_successor(
+    model: Path, victim: int
+) -> None:
+    with nothing_left(), recovering(model, "local", dp_size=2) as engine:
+        expected = alike(served(engine, 4, lambda: None))
+
+        def kill_and_resize() -> None:
+            kill([engine.health()[victim].pid])
+            assert engine.resize(3) == (0, 1, 2)
+
+        assert alike(served(engine, 4, kill_and_resize)) == expected
+        assert engine.drain(victim) == tuple(rank for rank in range(3) if rank != victim)
+        check_pages_free(engine)
+
+
 @pytest.fixture
 def killed_as_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill rank 0 as the ranks begin to change."""

@@ -131,7 +131,7 @@ class Supervisor:
         deadline, new = Deadline(self._config.start_timeout_s), target.besides(self._ranks.members)
         seats: list[Seat] = []
         try:
-            self._epochs.check(target, deadline)
+            self.until_answered(lambda: self._epochs.check(target, deadline))
             if new:
                 seats = self._ranks.launch(sorted(new), self._config.start_timeout_s)
                 with watched(seats, self._config) as silent:
