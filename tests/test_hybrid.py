@@ -66,5 +66,5 @@ def test_what_is_not_served_yet_is_said(hybrid_of: Callable[[str], Reference]) -
     path = str(hybrid_of("text").path)
     with pytest.raises(ValueError, match=r"^device: 'cuda:0' is not allowed; cpu for a model with"):
         plan_rank(EngineConfig(path, device="cuda"), 0, "cuda:0")
-    with pytest.raises(ValueError, match=r"^speculative_draft_model: None is not allowed"):
+    with pytest.raises(ValueError, match=r"^speculative_num_steps: 2 is not allowed"):
         plan_rank(EngineConfig(path, speculative_num_steps=2), 0, "cpu")

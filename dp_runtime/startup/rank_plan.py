@@ -105,10 +105,10 @@ def sketch_rank(
     members = members or Membership.first(config.dp_size)
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
-    attention, draft = attention_spec(config, model, dtype), read_draft(config, model)
+    attention = attention_spec(config, model, dtype)
+    keeps_state, draft = _keeps_state(config, device, model, attention), read_draft(config, model)
     layers = plan_layers(attention, model, draft)
     caches = _caches(layers)
-    keeps_state = _keeps_state(config, device, caches)
     backend, reason = choose_backend(config.attention_backend, attention, torch_device)
     for plan in layers[1:]:
         choose_backend(backend, plan.attention, torch_device)
@@ -147,9 +147,11 @@ def sketch_rank(
     )  # fmt: skip
 
 
-def _keeps_state(config: EngineConfig, device: str, caches: Sequence[CacheSpec]) -> bool:
+def _keeps_state(
+    config: EngineConfig, device: str, model: ModelConfig, attention: AttentionSpec
+) -> bool:
     """Tell if layers are recurrent; ValueError for what such a model is not served with."""
-    keeps_state = slot_bytes(caches) > 0
+    keeps_state = slot_bytes(model.cache_specs(attention.page_size, attention.kv_dtype)) > 0
     require(
         not keeps_state or device == "cpu",
         "device", device, "cpu for a model with recurrent layers, which have no GPU kernels yet",
