@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64
-MAX_RECURRENT = 8  # rows of a sequence that are run token by token: decodes and verifications
+from dp_runtime.core.recurrent_metadata import CHUNK, MAX_STEPPED
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ class DeltaRows:
 
 def delta_rule(rows: DeltaRows, state: Tensor) -> tuple[Tensor, Tensor]:
     """Run rows on a state [sequences, heads, k_dim, v_dim]; return outputs and the new state."""
-    run = run_recurrent if rows.length <= MAX_RECURRENT else run_chunks
+    run = run_recurrent if rows.length <= MAX_STEPPED else run_chunks
     return run(rows, state)
 
 

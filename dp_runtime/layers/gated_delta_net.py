@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dp_runtime.core.cache_spec import LayerState, RecurrentState
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata
+from dp_runtime.kernels.gated_delta.rows import HeadShape
 from dp_runtime.layers.delta_rule import DeltaRows, delta_rule, scratch_bytes
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.norm import RMSNorm
@@ -33,6 +34,10 @@ class GatedDeltaNetShape:
     state_dtype: torch.dtype
 
     @property
+    def heads(self) -> HeadShape:
+        return HeadShape(self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim)
+
+    @property
     def k_size(self) -> int:
         return self.num_k_heads * self.head_k_dim
 
@@ -42,13 +47,14 @@ class GatedDeltaNetShape:
 
     @property
     def channels(self) -> int:  # of q, k and v, which the convolution mixes in time
-        return 2 * self.k_size + self.v_size
+        return self.heads.channels
 
-    def state(self, dtype: torch.dtype) -> RecurrentState:
+    @property
+    def state(self) -> RecurrentState:
         """List what a request keeps: the convolution's last inputs, and the delta rule's state."""
         window = (self.channels, self.conv_width - 1)
         heads = (self.num_v_heads, self.head_k_dim, self.head_v_dim)
-        return RecurrentState((window, heads), (dtype, self.state_dtype))
+        return RecurrentState((window, heads), (torch.float32, self.state_dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +103,56 @@ class GatedDeltaNet:
         shape = self.shape
         ends = [shape.channels, shape.channels + shape.v_size]
         qkv, z, ba = self.inputs(x).tensor_split(ends, 1)
+        run = self.run_kernels if x.is_cuda else self.run_plain
+        return self.output(run(qkv, z, ba, sequences))
+
+    def run_plain(self, qkv: Tensor, z: Tensor, ba: Tensor, sequences: RecurrentMetadata) -> Tensor:
+        """Mix the projected rows in torch -> [rows, v_size]."""
         attended = torch.empty_like(z)
         for group in _groups(sequences):
             attended[group.rows] = self._run(group, qkv[group.rows], ba[group.rows])
-        heads = (x.shape[0], shape.num_v_heads, shape.head_v_dim)
+        heads = (z.shape[0], self.shape.num_v_heads, self.shape.head_v_dim)
         normed = self.norm(attended.view(heads))
-        gated = (normed * F.silu(z.view(heads).float())).to(x.dtype)
-        return self.output(gated.flatten(1))
+        return (normed * F.silu(z.view(heads).float())).to(z.dtype).flatten(1)
+
+    def run_kernels(
+        self, qkv: Tensor, z: Tensor, ba: Tensor, sequences: RecurrentMetadata
+    ) -> Tensor:
+        """Mix them in Triton, in three launches for decodes alone and two more with prompts."""
+        from dp_runtime.kernels.gated_delta.chunked import run_chunks
+        from dp_runtime.kernels.gated_delta.convolution import convolve
+        from dp_runtime.kernels.gated_delta.gated_norm import gated_rms_norm
+        from dp_runtime.kernels.gated_delta.recurrent import step_rows
+
+        windows, states = self.state
+        vectors = self.decay, self.dt_bias
+        rows = convolve(qkv, ba, self.conv, *vectors, windows, None, sequences)
+        heads = self.shape.heads
+        attended = z.new_empty(len(z), heads.num_v_heads, heads.head_v_dim)
+        step_rows(rows, heads, states, attended, sequences, L2_EPS)
+        run_chunks(rows, heads, states, attended, sequences, L2_EPS)
+        return gated_rms_norm(attended, z, self.norm.weight, self.norm.eps)
 
     def activation_bytes(self, rows: int) -> int:
         """Count the most bytes a call allocates at once, whatever the requests."""
+        inner = self.kernel_bytes(rows) if self.conv.is_cuda else self._plain_bytes(rows)
+        return self.inputs.activation_bytes(rows) + inner
+
+    def kernel_bytes(self, rows: int) -> int:
+        from dp_runtime.kernels.gated_delta.chunked import scratch_bytes
+
+        shape, size = self.shape, self.output.weight.dtype.itemsize
+        convolved = shape.channels * size + 2 * shape.num_v_heads * 4
+        chunks = scratch_bytes(rows, shape.heads, size)
+        return rows * (convolved + shape.v_size * size) + max(chunks, rows * shape.v_size * size)
+
+    def _plain_bytes(self, rows: int) -> int:
         shape, size = self.shape, self.output.weight.dtype.itemsize
         requests, heads, channels = min(rows, REQUESTS_AT_ONCE), shape.num_v_heads, shape.channels
-        outer = self.inputs.activation_bytes(rows) + rows * shape.v_size * size
+        outer = rows * shape.v_size * size
         widened = 0 if size == 4 else rows * channels * 4
         copied = rows * (2 * channels + 2 * heads) * size + widened
-        windows = requests * channels * (shape.conv_width - 1) * 2 * size
+        windows = requests * channels * (shape.conv_width - 1) * (4 + size)
         vectors = rows * 2 * heads * (shape.head_k_dim + 1) * 4
         dims = shape.head_k_dim, shape.head_v_dim
         inner = copied + windows + vectors + scratch_bytes(rows, requests, heads, *dims)
@@ -153,8 +193,9 @@ class GatedDeltaNet:
     def _convolve(self, group: _Group, new: Tensor) -> Tensor:
         """Convolve [requests, rows, channels] with what came before, and keep the last inputs."""
         windows, _ = self.state
-        inputs = torch.cat((group.start_from(windows), new.transpose(1, 2)), 2)
-        windows[group.slots] = inputs[..., group.length :]
+        before = group.start_from(windows).to(new.dtype)
+        inputs = torch.cat((before, new.transpose(1, 2)), 2)
+        windows[group.slots] = inputs[..., group.length :].to(windows.dtype)
         mixed = F.conv1d(inputs, self.conv, groups=self.shape.channels)
         return F.silu(mixed).transpose(1, 2)
 

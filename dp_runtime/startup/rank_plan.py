@@ -151,11 +151,11 @@ def _keeps_state(
     config: EngineConfig, device: str, model: ModelConfig, attention: AttentionSpec
 ) -> bool:
     """Tell if layers are recurrent; ValueError for what such a model is not served with."""
-    dtypes = attention.kv_dtype, attention.dtype
-    keeps_state = slot_bytes(model.cache_specs(attention.page_size, *dtypes)) > 0
+    keeps_state = slot_bytes(model.cache_specs(attention.page_size, attention.kv_dtype)) > 0
     require(
         not keeps_state or device == "cpu",
-        "device", device, "cpu for a model with recurrent layers, which have no GPU kernels yet",
+        "device", device,
+        "cpu for a model with recurrent layers, whose kernels were not run on GPUs by us yet",
     )  # fmt: skip
     require(
         not (keeps_state and config.speculative_num_steps),
@@ -216,8 +216,8 @@ def read_draft(config: EngineConfig, model: ModelConfig) -> DraftConfig | None:
 def plan_layers(
     attention: AttentionSpec, model: ModelConfig, draft: DraftConfig | None
 ) -> tuple[LayerPlan, ...]:
-    size, dtypes = attention.page_size, (attention.kv_dtype, attention.dtype)
-    own = LayerPlan(attention, model.cache_specs(size, *dtypes))
+    size, kv_dtype = attention.page_size, attention.kv_dtype
+    own = LayerPlan(attention, model.cache_specs(size, kv_dtype))
     if draft is None:
         return (own,)
     heads = replace(
@@ -226,7 +226,7 @@ def plan_layers(
         num_kv_heads=draft.num_kv_heads,
         head_dim=draft.head_dim,
     )
-    return own, LayerPlan(heads, draft.cache_specs(size, *dtypes))
+    return own, LayerPlan(heads, draft.cache_specs(size, kv_dtype))
 
 
 def _models_without_memory(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +23,7 @@ WIDE = GatedDeltaNetShape(256, 2, 8, 64, 64, 4, 1e-6, torch.float32)
 
 def net(shape: GatedDeltaNetShape, slots: int, dtype: torch.dtype = torch.float32) -> GatedDeltaNet:
     weights = DummyWeights(0, CPU, dtype)
-    state = shape.state(dtype).allocate(slots, CPU)
+    state = shape.state.allocate(slots, CPU)
     for tensor in state:
         tensor.fill_(torch.nan)
     inputs = load_split_inputs(shape, weights, "x")
@@ -69,3 +72,54 @@ def test_the_memory_of_a_call_is_counted(shape: GatedDeltaNetShape, dtype: torch
     predicted = layer.activation_bytes(rows)
     print(f"predicted {predicted}, live {peaks}")
     assert max(peaks) < predicted < 1.5 * max(peaks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernels_are_the_plain_layer(dtype: torch.dtype) -> None:
+    """Prompts, a chunk that continues one, decodes and rows of nobody, on slots of NaN."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    torch.manual_seed(1)
+    plain, kernels = net(SMALL, 6, dtype), net(SMALL, 6, dtype)
+    for lengths, fresh in (([70, 3, 9], True), ([1, 12, 1], False), ([1, 1, 1], False)):
+        of = sequences(lengths, [4, 1, 3], fresh)
+        rows = torch.randn(sum(lengths), SMALL.channels + SMALL.v_size + 8).to(dtype)
+        qkv, z, ba = rows.tensor_split([SMALL.channels, SMALL.channels + SMALL.v_size], 1)
+        due, found = plain.run_plain(qkv, z, ba, of), kernels.run_kernels(qkv, z, ba, of)
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(found, due, atol=tolerance, rtol=tolerance)
+        for mine, other in zip(kernels.state, plain.state):
+            torch.testing.assert_close(mine, other, atol=tolerance, rtol=tolerance, equal_nan=True)
+    assert all(state[0].isnan().all() for state in kernels.state), "the null slot is nobody's"
+
+
+class NoLaunch:
+    """A kernel that does nothing: in the interpreter a launch copies its tensors."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_memory_of_kernels_is_counted(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    kernels = "dp_runtime.kernels.gated_delta"
+    for module in ("convolution", "recurrent", "chunked", "gated_norm"):
+        for name in [
+            n for n in vars(import_module(f"{kernels}.{module}")) if n.endswith("_kernel")
+        ]:
+            monkeypatch.setattr(f"{kernels}.{module}.{name}", NoLaunch())
+    rows, peaks = 512, list[int]()
+    for lengths in ([500, 12], [1] * 512, [9] * 56 + [8]):
+        layer = net(WIDE, len(lengths) + 1, dtype)
+        of = sequences(lengths, list(range(1, len(lengths) + 1)), fresh=True)
+        x = torch.randn(rows, WIDE.channels + WIDE.v_size + 16).to(dtype)
+        assert len(of.row_blocks.blocks), "tables are made once for all layers"
+        qkv, z, ba = x.tensor_split([WIDE.channels, WIDE.channels + WIDE.v_size], 1)
+        with torch.inference_mode(), LiveBytes() as live:
+            layer.run_kernels(qkv, z, ba, of)
+        peaks.append(live.peak)
+    predicted = layer.kernel_bytes(rows)
+    print(f"predicted {predicted}, live {peaks}")
+    assert max(peaks) <= predicted < 1.1 * max(peaks)
