@@ -6,6 +6,7 @@ Numbers in names are those of the groups of mistakes that other runtimes made wi
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,25 @@ def test_ranks_with_different_work_9_10(text: Path, dp_size: int, moe_sharding: 
         assert len(collective.calls) == len(steps) * 2 * 2 * worker.model.num_moe_layers
 
     run_ranks(dp_size, run)
+
+
+@pytest.mark.parametrize("moe_sharding", ["ep", "tp"])
+def test_padding_changes_no_bit_9(text: Path, moe_sharding: str) -> None:
+    prompts = [random_tokens(20, rank) for rank in range(3)]
+
+    def run(collective: ThreadCollective, poison: bool) -> Tensor:
+        prompt, steps = prompts[collective.dp_rank], ((12, 0, 3), (1, 7, 0), (7, 13, 17))
+        worker, done, found = Rank(text, collective, moe_sharding, poison=poison), 0, []
+        for counts in steps:
+            rows = counts[collective.dp_rank]
+            found.append(worker.step([prompt[done : done + rows]], counts)[0])
+            done += rows
+        return torch.cat(found)
+
+    clean, poisoned = (run_ranks(3, partial(run, poison=poison)) for poison in (False, True))
+    for one, other in zip(clean, poisoned):
+        assert torch.equal(one, other)
+        assert one.isfinite().all()
 
 
 def test_zero_rows_on_all_ranks_10(text: Path) -> None:

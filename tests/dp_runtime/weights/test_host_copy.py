@@ -25,6 +25,7 @@ from dp_runtime.startup.memory_estimate import _tensors
 from dp_runtime.startup.rank_plan import plan_rank
 from dp_runtime.weights.host_copy import CopyMemory, CopyReader, CopyWriter
 from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.hybrid_checkpoints import NEXT, VISION, hybrid_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, E4M3)
 
@@ -84,6 +85,18 @@ def test_who_loads_from_a_copy_has_the_same_bits(
     assert second.info.bytes_read == 0
     shares = {one.data_ptr() for one in bits(first)} & {one.data_ptr() for one in bits(second)}
     assert not shares - {0}
+
+
+@pytest.mark.parametrize("architecture", [VISION, NEXT])
+def test_a_copy_has_the_float32_tensors_of_a_model_in_bf16(
+    architecture: str, memory: CopyMemory, tmp_path: Path
+) -> None:
+    path = hybrid_checkpoint(tmp_path, architecture)
+    first = load(path, memory, dtype="bfloat16")
+    (path / "model.safetensors").write_bytes(b"")
+    assert same(first, load(path, memory, dtype="bfloat16"))
+    model: Any = first.models.target
+    assert model.norm.weight.dtype == model.layers[0].mixer.decay.dtype == torch.float32
 
 
 def test_the_copy_of_another_shard_is_not_used(
