@@ -49,12 +49,11 @@ class GatedDeltaNetShape:
     def channels(self) -> int:  # of q, k and v, which the convolution mixes in time
         return self.heads.channels
 
-    @property
-    def state(self) -> RecurrentState:
+    def state(self, dtype: torch.dtype) -> RecurrentState:
         """List what a request keeps: the convolution's last inputs, and the delta rule's state."""
         window = (self.channels, self.conv_width - 1)
         heads = (self.num_v_heads, self.head_k_dim, self.head_v_dim)
-        return RecurrentState((window, heads), (torch.float32, self.state_dtype))
+        return RecurrentState((window, heads), (dtype, self.state_dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +151,7 @@ class GatedDeltaNet:
         outer = rows * shape.v_size * size
         widened = 0 if size == 4 else rows * channels * 4
         copied = rows * (2 * channels + 2 * heads) * size + widened
-        windows = requests * channels * (shape.conv_width - 1) * (4 + size)
+        windows = requests * channels * (shape.conv_width - 1) * 2 * size
         vectors = rows * 2 * heads * (shape.head_k_dim + 1) * 4
         dims = shape.head_k_dim, shape.head_v_dim
         inner = copied + windows + vectors + scratch_bytes(rows, requests, heads, *dims)
@@ -193,9 +192,8 @@ class GatedDeltaNet:
     def _convolve(self, group: _Group, new: Tensor) -> Tensor:
         """Convolve [requests, rows, channels] with what came before, and keep the last inputs."""
         windows, _ = self.state
-        before = group.start_from(windows).to(new.dtype)
-        inputs = torch.cat((before, new.transpose(1, 2)), 2)
-        windows[group.slots] = inputs[..., group.length :].to(windows.dtype)
+        inputs = torch.cat((group.start_from(windows), new.transpose(1, 2)), 2)
+        windows[group.slots] = inputs[..., group.length :]
         mixed = F.conv1d(inputs, self.conv, groups=self.shape.channels)
         return F.silu(mixed).transpose(1, 2)
 

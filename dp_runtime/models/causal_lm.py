@@ -92,8 +92,7 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor]:
         """Return what the layer adds to the residual, and that residual."""
         normed, residual = self.input_norm.add(x, residual)
-        mixed = self._mix(normed, cos_sin, plan)
-        normed, residual = self.post_attention_norm.add(mixed, residual)
+        normed, residual = self.post_attention_norm.add(self._mix(normed, cos_sin, plan), residual)
         if isinstance(self.mlp, DenseMLP):
             return self.mlp(normed), residual
         return self.mlp(normed, exchange), residual

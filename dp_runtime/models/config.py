@@ -86,7 +86,9 @@ class ModelConfig:
             self.attention_bias, self.rms_norm_eps if self.qk_norm else None,
         )  # fmt: skip
 
-    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+    def cache_specs(
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+    ) -> tuple[CacheSpec, ...]:
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
         return (kv,) * self.num_layers
 

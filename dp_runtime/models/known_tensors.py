@@ -20,7 +20,7 @@ SKIPPABLE_WHILE_DRAFTING: Mapping[str, str] = {
 HINTS: Mapping[str, str] = {  # fields that tensors which no model reads may contradict
     r"\bself_attn\.\w+\.bias$": "attention_bias, num_hidden_layers",
     r"\b[qk]_norm\.": "architectures (q/k norm is Qwen3's), num_hidden_layers",
-    r"\bshared_expert": "shared_expert_intermediate_size, which must be 0",
+    r"\bshared_expert": "architectures, shared_expert_intermediate_size, num_hidden_layers",
     r"\.experts\.": "num_experts, num_local_experts, mlp_only_layers, num_hidden_layers",
     r"\bmlp\.": "mlp_only_layers, decoder_sparse_step, num_hidden_layers",
     r"^model\.layers\.\d+\.": "num_hidden_layers",

@@ -39,7 +39,9 @@ class DraftConfig:
     hidden_size: int
     aux_hidden_state_layers: tuple[int, ...]  # whose inputs it reads; none: the final norm's output
 
-    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[PagedKv, ...]:
+    def cache_specs(
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+    ) -> tuple[PagedKv, ...]:
         """List what each layer keeps between passes, [layer]."""
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
         return (kv,) * self.num_layers

@@ -151,7 +151,8 @@ def _keeps_state(
     config: EngineConfig, device: str, model: ModelConfig, attention: AttentionSpec
 ) -> bool:
     """Tell if layers are recurrent; ValueError for what such a model is not served with."""
-    keeps_state = slot_bytes(model.cache_specs(attention.page_size, attention.kv_dtype)) > 0
+    dtypes = attention.kv_dtype, attention.dtype
+    keeps_state = slot_bytes(model.cache_specs(attention.page_size, *dtypes)) > 0
     require(
         not keeps_state or device == "cpu",
         "device", device,
@@ -216,8 +217,8 @@ def read_draft(config: EngineConfig, model: ModelConfig) -> DraftConfig | None:
 def plan_layers(
     attention: AttentionSpec, model: ModelConfig, draft: DraftConfig | None
 ) -> tuple[LayerPlan, ...]:
-    size, kv_dtype = attention.page_size, attention.kv_dtype
-    own = LayerPlan(attention, model.cache_specs(size, kv_dtype))
+    size, dtypes = attention.page_size, (attention.kv_dtype, attention.dtype)
+    own = LayerPlan(attention, model.cache_specs(size, *dtypes))
     if draft is None:
         return (own,)
     heads = replace(
@@ -226,7 +227,7 @@ def plan_layers(
         num_kv_heads=draft.num_kv_heads,
         head_dim=draft.head_dim,
     )
-    return own, LayerPlan(heads, draft.cache_specs(size, kv_dtype))
+    return own, LayerPlan(heads, draft.cache_specs(size, *dtypes))
 
 
 def _models_without_memory(

@@ -60,7 +60,9 @@ def hybrid_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch, **overrides: 
 
 
 class HybridConfig(ModelConfig):
-    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+    def cache_specs(
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+    ) -> tuple[CacheSpec, ...]:
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
         size = (self.hidden_size,)
         state = RecurrentState((size, (1, *size)), (torch.float32, torch.float64))

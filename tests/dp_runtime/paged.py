@@ -91,7 +91,9 @@ class ListsCaches(Protocol):
     @property
     def num_heads(self) -> int: ...
 
-    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]: ...
+    def cache_specs(
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+    ) -> tuple[CacheSpec, ...]: ...
 
 
 def backend_over(
@@ -99,6 +101,6 @@ def backend_over(
 ) -> TorchRefBackend:
     """The reference over zeroed pools of a model's layers; without pages where nothing runs."""
     pages = PageGeometry(num_pages, page_size)
-    pools = LayerCaches.allocate(config.cache_specs(page_size, dtype), pages, 0, CPU).pools
+    pools = LayerCaches.allocate(config.cache_specs(page_size, dtype, dtype), pages, 0, CPU).pools
     first = next(pool for pool in pools if pool is not None)
     return TorchRefBackend(spec_of(first, config.num_heads), pools)

@@ -9,11 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,11 +21,9 @@ import pytest
 from collectives.session import VARIABLE, session_token
 from dp_runtime import Engine, EngineConfig, TokensPrompt
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
-from dp_runtime.metrics.status import RankHealth, RankState
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, engine
 from tests.workers.leftovers import left_overs, nothing_new, rank_processes, wait_until
 from workers.supervision.leaving import STOP_S
-from workers.supervision.watch import RankWatch, SilenceLimits, _Pulse
 
 
 @pytest.fixture
@@ -51,43 +47,6 @@ def nothing_left() -> Iterator[None]:
     before = left_overs()
     yield
     wait_until(lambda: nothing_new(before), "nothing is left")
-
-
-def test_a_rank_that_loads_may_be_silent_for_longer() -> None:
-    limits = SilenceLimits.while_serving(EngineConfig("x", hang_timeout_s=4.0))
-    rank: Any = SimpleNamespace(dp_rank=0, answered=False)
-    pulse = _Pulse(rank, 0.0)
-    assert pulse.limit(limits) == limits.first
-    rank.answered = True
-    assert pulse.limit(limits) == limits.loading == 22.5, "nobody knows yet what it does"
-    for state, limit in (
-        (RankState.STARTING, 22.5), (RankState.LOADING, 22.5), (RankState.COMPILING, 22.5),
-        (RankState.READY, 4.5), (RankState.RUNNING, 4.5), (RankState.IDLE, 4.5),
-    ):  # fmt: skip
-        pulse._take(RankHealth(0, state), 0.0)
-        assert pulse.limit(limits) == limit
-
-
-def test_a_rank_that_was_silent_as_an_epoch_began_is_told_of_again_in_it() -> None:
-    class Fake:
-        answered = True
-
-        def __init__(self, dp_rank: int, answer: Future[RankHealth]) -> None:
-            self.dp_rank, self._answer = dp_rank, answer
-
-        def call(self, message: object) -> Future[RankHealth]:
-            return self._answer
-
-    told: list[Sequence[int]] = []
-    limits = SilenceLimits(first=2.0, later=2.0, loading=2.0)
-    well: Future[RankHealth] = Future()
-    well.set_result(RankHealth(0, RankState.IDLE))
-    tell = lambda ranks, text: told.append(ranks)  # noqa: E731
-    watch = RankWatch([Fake(0, well), Fake(1, Future())], limits, tell)
-    wait_until(lambda: told == [[1]], "the silent rank is told of")
-    watch.serve(limits, tell)
-    wait_until(lambda: told == [[1], [1]], "it is told of in the new epoch too")
-    watch.end()
 
 
 def test_a_single_rank_that_is_stopped_is_named(model: Path, frozen: list[int]) -> None:

@@ -226,8 +226,6 @@ class Supervisor:
         """Begin the epoch in which all ranks step again with the requests of those gone."""
         with self.lock:
             state, tell = self.state, self._listeners.on_transition
-        if self.watch is not None:
-            self.watch.serve(SilenceLimits.while_serving(self._config), self._notice)
 
         def resume(requests: dict[int, list[RankRequest]]) -> None:
             with self.lock:
@@ -236,6 +234,8 @@ class Supervisor:
                 none, epoch = frozenset[int](), self._epochs.number
                 after = replace(self.state, epoch=epoch, recovering=False, lost=none, left=none)
                 self._set(after)
+                if self.watch is not None:  # now: what it told before was of the last epoch
+                    self.watch.serve(SilenceLimits.while_serving(self._config), self._notice)
 
         return tell(Transition(self._ranks.members, state.lost, state.left), resume) or 0
 

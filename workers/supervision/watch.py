@@ -65,6 +65,7 @@ class _Pulse:
     question: Future[RankHealth] | None = None
     health: RankHealth | None = None
     comes_up: bool = True  # its process has not answered anybody yet, as far as is known
+    loads: bool = True  # as far as is known
     is_lost: bool = False  # and was reported
     moved_at: float = math.inf  # when it was last seen to rest, or to have ended or captured more
 
@@ -75,12 +76,16 @@ class _Pulse:
     def limit(self, limits: SilenceLimits) -> float:
         if not self.has_come_up:
             return limits.first
-        loads = self.health is None or self.health.state in LOADS
-        return limits.loading if loads else limits.later
+        return limits.loading if self.loads else limits.later
 
     def begin(self, now: float) -> None:
         self.answered_at, self.question, self.health = now, None, None
-        self.comes_up, self.is_lost, self.moved_at = True, False, math.inf
+        self.comes_up, self.loads, self.is_lost, self.moved_at = True, True, False, math.inf
+
+    def serve(self, now: float) -> None:
+        """Take it that the rank has joined, whatever it answered before that."""
+        self.comes_up, self.loads, self.is_lost, self.moved_at = False, False, False, now
+        self.question = None
 
     def beat(self, now: float) -> None:
         """Take in an answer, and ask again a while after it."""
@@ -94,6 +99,7 @@ class _Pulse:
 
     def _take(self, health: RankHealth, now: float) -> None:
         before, self.health, self.comes_up = self.health, health, False
+        self.loads = health.state in LOADS
         steps = health.state in (RankState.RUNNING, RankState.CAPTURING)
         if not steps or before is None or _place(before) != _place(health):
             self.moved_at = now
@@ -112,6 +118,7 @@ class RankWatch:
         self._clock = AwakeClock()
         self._now = self._clock.now()
         self._pulses = {rank: _Pulse(rank, self._now) for rank in ranks}
+        self._lock = threading.Lock()  # of what pulses know
         self._over = threading.Event()
         threading.Thread(target=self._run, name="rank-watch", daemon=True).start()
 
@@ -144,14 +151,16 @@ class RankWatch:
 
     def renew(self, dp_ranks: Collection[int]) -> None:
         """Other processes take the place of these ranks."""
-        for pulse in self._all:
-            if pulse.rank.dp_rank in dp_ranks:
-                pulse.begin(self._now)
+        with self._lock:
+            for pulse in self._all:
+                if pulse.rank.dp_rank in dp_ranks:
+                    pulse.begin(self._now)
 
     def serve(self, limits: SilenceLimits, on_silence: OnSilence) -> None:
         """Judge by these limits, now that all ranks have joined; tell anew of who is silent."""
-        for pulse in self._all:
-            pulse.comes_up, pulse.is_lost, pulse.moved_at = False, False, self._now
+        with self._lock:
+            for pulse in self._all:
+                pulse.serve(self._now)
         self._judging = (limits, on_silence)
 
     def end(self) -> None:
@@ -160,8 +169,9 @@ class RankWatch:
     def _run(self) -> None:
         while not self._over.wait(LOOK_EVERY_S):
             self._now = self._clock.now()
-            for pulse in self._all:
-                pulse.beat(self._now)
+            with self._lock:
+                for pulse in self._all:
+                    pulse.beat(self._now)
             limits, on_silence = self._judging
             if lost := self._lost(limits):
                 for pulse in lost:

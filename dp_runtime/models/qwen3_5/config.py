@@ -43,9 +43,11 @@ class HybridConfig(ModelConfig):
             rotated_dims(self.rope, self.head_dim), self.rms_norm_eps,
         )  # fmt: skip
 
-    def cache_specs(self, page_size: int, kv_dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+    def cache_specs(
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+    ) -> tuple[CacheSpec, ...]:
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
-        state = self.delta_net.state
+        state = self.delta_net.state(dtype)
         return tuple(state if keeps_state else kv for keeps_state in self.delta_net_layers)
 
 

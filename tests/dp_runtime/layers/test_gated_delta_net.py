@@ -23,7 +23,7 @@ WIDE = GatedDeltaNetShape(256, 2, 8, 64, 64, 4, 1e-6, torch.float32)
 
 def net(shape: GatedDeltaNetShape, slots: int, dtype: torch.dtype = torch.float32) -> GatedDeltaNet:
     weights = DummyWeights(0, CPU, dtype)
-    state = shape.state.allocate(slots, CPU)
+    state = shape.state(dtype).allocate(slots, CPU)
     for tensor in state:
         tensor.fill_(torch.nan)
     inputs = load_split_inputs(shape, weights, "x")

@@ -43,7 +43,7 @@ class Rank:
             1 + num_sequences + SPARE_SLOTS,
             PageGeometry(self.num_pages, PAGE_SIZE),
         )
-        specs = config.cache_specs(PAGE_SIZE, dtype)
+        specs = config.cache_specs(PAGE_SIZE, dtype, dtype)
         self.caches = LayerCaches.allocate(specs, pages, self.num_slots, CPU)
         pools = [pool for pool in self.caches.pools if pool is not None]
         for tensor in (*pools, *(x for state in self.caches.states for x in state)):
