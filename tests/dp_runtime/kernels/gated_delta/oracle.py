@@ -74,10 +74,13 @@ class Caches:
         shape = net.shape
         heads = (shape.num_v_heads, shape.head_k_dim, shape.head_v_dim)
         columns = net.width - 1 + max_drafts
-        windows = torch.full((num_slots, shape.channels, columns), torch.nan, dtype=net.conv.dtype)
-        gates = torch.full((num_slots, max_drafts, 2, shape.num_v_heads), torch.nan)
-        states = torch.full((num_slots, *heads), torch.nan)
-        return cls(windows.to(DEVICE), states.to(DEVICE), gates.to(DEVICE) if max_drafts else None)
+        sizes = (shape.channels, columns), (max_drafts, 2, shape.num_v_heads), heads
+        dtypes = net.conv.dtype, torch.float32, torch.float32
+        windows, gates, states = (
+            torch.full((num_slots, *size), torch.nan, dtype=dtype, device=DEVICE)
+            for size, dtype in zip(sizes, dtypes)
+        )
+        return cls(windows, states, gates if max_drafts else None)
 
     def clone(self) -> Caches:
         gates = self.draft_gates
