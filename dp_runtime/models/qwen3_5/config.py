@@ -23,6 +23,7 @@ ROPE = RopeFamily(
     irrelevant=("mrope_section", "mrope_interleaved"),  # three equal positions of a text token
 )  # fmt: skip
 KINDS = {"linear_attention": True, "full_attention": False}  # whether a layer keeps a state
+TIED = "tie_word_embeddings"
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -66,11 +67,11 @@ ReadMlp = Callable[[ConfigFields, int], MlpFields]
 def parse_hybrid(
     name: str,
     fields: ConfigFields,
+    whole: ConfigFields,
     read_mlp: ReadMlp,
-    quantization: ConfigFields,
     eos_token_ids: tuple[int, ...],
 ) -> HybridConfig:
-    """Read the fields of a text model; those of quantization may stand elsewhere."""
+    """Read the fields of a text model, which may be a section of those of the whole."""
     hidden, num_layers = fields.integer("hidden_size"), fields.integer("num_hidden_layers")
     positions = fields.integer("max_position_embeddings", 32768)
     rope, mlp = parse_rope(fields, ROPE, positions), read_mlp(fields, num_layers)
@@ -80,11 +81,10 @@ def parse_hybrid(
         rotated > 0 and rotated % 2 == head_dim % 2 == 0, FRACTION, rope.fraction,
         f"an even number of the {head_dim} dimensions of a head",
     )  # fmt: skip
-    for field, value in (("hidden_act", "silu"), ("attention_bias", False)):
-        fields.only(field, value)
-    fields.only("attn_output_gate", True)
-    gate = fields.get("output_gate_type", "silu")
-    fields.require(gate in ("silu", "swish"), "output_gate_type", gate, '"silu" or "swish"')
+    _require_fixed(fields)
+    quantization = whole if "quantization_config" in whole else fields
+    tied = fields.boolean(TIED, whole.boolean(TIED, False))
+    whole.only(TIED, tied)
     modules = [f"model.layers.{layer}.mlp.experts" for layer in range(num_layers)]
     return HybridConfig(
         architecture=name,
@@ -103,7 +103,7 @@ def parse_hybrid(
         moe_layers=mlp.moe_layers,
         fp8_experts=parse_fp8_experts(quantization, modules, EXPERTS),
         norm_topk_prob=mlp.norm_topk_prob,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        tie_word_embeddings=tied,
         attention_bias=False,
         qk_norm=True,
         max_position_embeddings=max_context(rope, positions),
@@ -113,6 +113,14 @@ def parse_hybrid(
         delta_net_layers=parse_layer_kinds(fields, num_layers),
         shared_expert_intermediate_size=fields.integer("shared_expert_intermediate_size"),
     )
+
+
+def _require_fixed(fields: ConfigFields) -> None:
+    for field, value in (("hidden_act", "silu"), ("attention_bias", False)):
+        fields.only(field, value)
+    fields.only("attn_output_gate", True)
+    gate = fields.get("output_gate_type", "silu")
+    fields.require(gate in ("silu", "swish"), "output_gate_type", gate, '"silu" or "swish"')
 
 
 def parse_layer_kinds(fields: ConfigFields, num_layers: int) -> tuple[bool, ...]:

@@ -38,8 +38,7 @@ class HybridDecoder:
 
     def parse_config(self, fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> HybridConfig:
         text = self.find_text(fields)
-        quantization = fields if "quantization_config" in fields else text
-        config = parse_hybrid(self.name, text, self.read_mlp, quantization, eos_token_ids)
+        config = parse_hybrid(self.name, text, fields, self.read_mlp, eos_token_ids)
         sections = (fields,) if text is fields else (fields, text)
         warn_of_unknown(tuple(name for each in sections for name in each.finish_known({})))
         return config

@@ -14,8 +14,6 @@ def text_config(fields: ConfigFields) -> ConfigFields:
         raise ValueError(f"{fields.where}: text_config is missing: it describes the text model")
     text.only("model_type", TEXT.model_type)
     fields.skip(["vision_config", "language_model_only"])
-    tied = "tie_word_embeddings"
-    fields.only(tied, text.boolean(tied, fields.boolean(tied, False)))
     return text
 
 

@@ -134,6 +134,21 @@ def test_what_the_file_says_of_the_whole_goes_for_the_text(tmp_path: Path) -> No
     assert config.eos_token_ids == (248046, 248044)
 
 
+@pytest.mark.parametrize("of_text", [True, False, ...])
+@pytest.mark.parametrize("of_whole", [True, False, ...])
+def test_whether_embeddings_are_tied_is_said_at_either_place(
+    of_text: Any, of_whole: Any, tmp_path: Path
+) -> None:
+    fields = with_text(tie_word_embeddings=of_text)
+    fields = {n: v for n, v in (fields | {"tie_word_embeddings": of_whole}).items() if v is not ...}
+    stated = {of_text, of_whole} - {...}
+    if len(stated) == 2:
+        with pytest.raises(ValueError, match=r"^config\.json: tie_word_embeddings: "):
+            parse(tmp_path, fields)
+    else:
+        assert parse(tmp_path, fields).tie_word_embeddings == (stated == {True})
+
+
 def test_layers_follow_from_an_interval_where_they_are_not_listed(tmp_path: Path) -> None:
     config = parse(tmp_path, with_text(layer_types=..., full_attention_interval=6))
     assert config.delta_net_layers == (True,) * 5 + (False,) + config.delta_net_layers[6:]
