@@ -20,7 +20,9 @@ MAX_INTEGERS: Mapping[str, int] = {
     "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 4096,
     "hidden_size": 2**17, "intermediate_size": 2**20, "moe_intermediate_size": 2**20,
     "vocab_size": 2**24, "draft_vocab_size": 2**24, "max_position_embeddings": 2**27,
-    "original_max_position_embeddings": 2**27,
+    "original_max_position_embeddings": 2**27, "shared_expert_intermediate_size": 2**20,
+    "linear_num_key_heads": 4096, "linear_num_value_heads": 4096, "linear_key_head_dim": 4096,
+    "linear_value_head_dim": 4096, "linear_conv_kernel_dim": 256,
 }  # fmt: skip
 
 

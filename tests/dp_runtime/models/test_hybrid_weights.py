@@ -15,10 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dp_runtime import EngineConfig
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.models.registry import read_model_config
+from dp_runtime.startup.build_rank import read_kv_scales
+from dp_runtime.startup.rank_plan import plan_rank
 from dp_runtime.weights.fp8_blocks import dequantize, quantize
+from dp_runtime.weights.loader import Checkpoint
 from tests.dp_runtime.models.ranks import Rank, close
+from tests.dp_runtime.paged import CPU
 from tests.dp_runtime.thread_ranks import run_ranks
 from tests.hybrid_checkpoints import (
     NEXT,
@@ -159,6 +164,7 @@ def test_stacked_experts_are_the_same_as_one_by_one(architecture: str, tmp_path:
     assert torch.equal(logits_of(path), one_by_one)
 
 
+SCALES = (("k", 0.5), ("v", 0.25))
 UNREAD = (
     "layers.0.linear_attn.in_proj_qkv.bias", "layers.3.self_attn.sinks",
     "layers.4.mlp.gate.weight", "layers.0.linear_attn.in_proj_qkvz.weight",
@@ -188,6 +194,19 @@ def test_tensors_of_the_vision_model_and_of_drafts_are_left_out(tmp_path: Path) 
     extra = {"mtp.fc.weight": torch.zeros(2, 2), "model.visual.merger.other": torch.zeros(1)}
     rewrite(path, tensors | extra)
     assert torch.equal(logits_of(path), expected)
+
+
+@pytest.mark.parametrize("architecture", [TEXT, VISION])
+def test_the_scales_of_a_quantised_cache_are_found_at_either_prefix(
+    architecture: str, tmp_path: Path
+) -> None:
+    path = hybrid_checkpoint(tmp_path, architecture)
+    root = "model.language_model" if architecture == VISION else "model"
+    scales = {f"{root}.layers.3.self_attn.{part}_scale": torch.tensor(s) for part, s in SCALES}
+    rewrite(path, read(path) | scales)
+    config = EngineConfig(str(path), device="cpu", kv_cache_dtype="fp8_e4m3", launcher="thread")
+    found = read_kv_scales(Checkpoint(str(path), CPU, torch.float32), plan_rank(config, 0, "cpu"))
+    assert [(one.k, one.v) for one in found] == [(1.0, 1.0)] * 3 + [(0.5, 0.25)]
 
 
 def test_decays_and_gains_keep_their_float32(tmp_path: Path) -> None:
