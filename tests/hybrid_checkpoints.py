@@ -111,3 +111,49 @@ def fuse_experts(directory: Path) -> None:
         kept[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), 1)
         kept[f"{prefix}.down_proj"] = down
     rewrite(directory, kept)
+
+
+def add_mtp(directory: Path, seed: int = 1) -> Path:
+    """Give a checkpoint a random MTP layer, and say so where its text model is described."""
+    path, tensors = directory / "config.json", read(directory)
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    attending = text["layer_types"].index("full_attention")
+    layer = re.compile(rf"model\.(language_model\.)?layers\.{attending}\.(.*)")
+    found = {name: match[2] for name in tensors if (match := layer.fullmatch(name))}
+    shapes = {f"mtp.layers.0.{end}": tensors[name].shape for name, end in found.items()}
+    hidden = text["hidden_size"]
+    shapes |= {
+        f"mtp.{norm}.weight": torch.Size([hidden])
+        for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+    }
+    shapes["mtp.fc.weight"] = torch.Size([hidden, 2 * hidden])
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in sorted(shapes.items()):
+        std = shape[-1] ** -0.5 if len(shape) > 1 else 0.2
+        tensors[name] = torch.empty(shape).normal_(std=std, generator=generator)
+    text["mtp_num_hidden_layers"] = 1
+    path.write_text(json.dumps(config))
+    rewrite(directory, tensors)
+    return directory
+
+
+def agree_in_part(directory: Path) -> Path:
+    """Make a model and its MTP layer of one mind about many tokens, not about all.
+
+    Both add little to the embedding of the last token, behind equal norms and before one head.
+    """
+    tensors = read(directory)
+    ends = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+    for name in tensors:
+        if name.endswith(ends):
+            tensors[name] *= 0.05
+    (final,) = (tensors[name] for name in tensors if re.fullmatch(r"model\..*norm\.weight", name)
+                and ".layers." not in name and "visual" not in name)  # fmt: skip
+    hidden = len(final)
+    tensors["mtp.norm.weight"] = final.clone()
+    tensors["mtp.pre_fc_norm_embedding.weight"] = torch.zeros(hidden)
+    own = 0.1 * tensors["mtp.fc.weight"][:, hidden:]
+    tensors["mtp.fc.weight"] = torch.cat([torch.eye(hidden), own], 1)
+    rewrite(directory, tensors)
+    return directory

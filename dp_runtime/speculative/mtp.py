@@ -26,9 +26,9 @@ from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.known_tensors import SKIPPABLE_WHILE_DRAFTING
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.models.model import Model
-from dp_runtime.models.qwen3_moe import ARCHITECTURE
 from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.speculative.draft import DraftConfig, concat_normed
+from dp_runtime.speculative.mtp_families import FAMILIES
 from dp_runtime.weights.source import WeightSource
 
 LAYER = "mtp.layers.0"
@@ -43,15 +43,19 @@ class MtpConfig(DraftConfig):
 def read_config(directory: str, target: ModelConfig) -> MtpConfig:
     """Read the first MTP layer of a target; ValueError if it has none."""
     fields = ConfigFields.read(Path(directory) / "config.json")
-    count = max(fields.integer(name, 0, minimum=0) for name in COUNTS)
+    family = FAMILIES.get(target.architecture)
+    text = fields if family is None else family.find_text(fields)
+    count = max(text.integer(name, 0, minimum=0) for name in COUNTS)
     require(
-        count >= 1 and target.architecture == ARCHITECTURE.name,
-        "speculative_draft_model", None,
-        f"name the directory of an EAGLE-3 head: {directory} is no Qwen3MoeForCausalLM with "
+        family is not None and count >= 1, "speculative_draft_model", None,
+        f"name the directory of an EAGLE-3 head: {directory} is none of {', '.join(FAMILIES)} with "
         f"{COUNTS[0]} or {COUNTS[1]} >= 1, which would have a draft layer of its own",
     )  # fmt: skip
-    fp8 = parse_fp8_experts(fields, [f"{LAYER}.mlp.experts"], ARCHITECTURE.expert_names)
-    layer = replace(target, num_layers=1, moe_layers=(True,), fp8_experts=fp8)
+    assert family is not None
+    text.only("mtp_use_dedicated_embeddings", False)
+    quantization = fields if "quantization_config" in fields else text
+    fp8 = parse_fp8_experts(quantization, [f"{LAYER}.mlp.experts"], family.expert_names)
+    layer = family.layer_config(target, fp8)
     return MtpConfig(
         method="mtp",
         directory=directory,
@@ -131,17 +135,18 @@ class MtpMethod:
     ) -> Mtp:
         assert isinstance(config, MtpConfig), config
         hidden, eps = config.hidden_size, config.layer.rms_norm_eps
-        mlp = ARCHITECTURE.load_mlp(config.layer, 0, LAYER, weights, sharding, moe)
+        family, paged = FAMILIES[config.layer.architecture], backend.layer(0)
+        load_norm = family.load_norm
         return Mtp(
             config=config,
             embedding=target.embedding,
             head=target.head,
-            embedding_norm=RMSNorm.load(weights, "mtp.pre_fc_norm_embedding", hidden, eps),
-            hidden_norm=RMSNorm.load(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
+            embedding_norm=load_norm(weights, "mtp.pre_fc_norm_embedding", hidden, eps),
+            hidden_norm=load_norm(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
             fc=Linear.load(weights, {"mtp.fc": hidden}, 2 * hidden),
             rotary=Rotary.from_config(config.layer.rope, config.head_dim, weights.device),
-            layer=DecoderLayer.load(config.layer, weights, LAYER, backend.layer(0), mlp),
-            norm=RMSNorm.load(weights, "mtp.norm", hidden, eps),
+            layer=family.load_layer(config.layer, weights, LAYER, paged, sharding, moe),
+            norm=load_norm(weights, "mtp.norm", hidden, eps),
             backend=backend,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.attention.backend import AttentionBackend, PagedAttention
 from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.layers.gated_attention import GatedAttention
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetShape
@@ -59,13 +59,8 @@ class HybridDecoder:
         layers = []
         for layer in range(config.num_layers):
             prefix = f"{root}.layers.{layer}"
-            norms = [
-                RMSNorm.load_zero_centered(weights, f"{prefix}.{name}_layernorm", hidden, eps)
-                for name in ("input", "post_attention")
-            ]
             mixer = self._load_mixer(config, layer, prefix, weights, backend, states)
-            mlp = load_mlp(config, layer, f"{prefix}.mlp", weights, sharding, moe)
-            layers.append(DecoderLayer(norms[0], mixer, norms[1], mlp))
+            layers.append(load_layer(config, layer, prefix, mixer, weights, sharding, moe))
         return CausalLM(
             config,
             embedding,
@@ -86,11 +81,34 @@ class HybridDecoder:
         states: Sequence[LayerState],
     ) -> Mixer:
         if not config.delta_net_layers[layer]:
-            shape, paged = config.gated_attention, backend.layer(layer)
-            return GatedAttention.load(shape, weights, f"{prefix}.self_attn", paged)
+            return load_attention(config, prefix, weights, backend.layer(layer))
         name = f"{prefix}.linear_attn"
         inputs = self.load_inputs(config.delta_net, weights, name)
         return GatedDeltaNet.load(config.delta_net, weights, name, inputs, states[layer])
+
+
+def load_layer(
+    config: HybridConfig,
+    layer: int,
+    prefix: str,
+    mixer: Mixer,
+    weights: WeightSource,
+    sharding: RankSharding,
+    moe: MoeKernels,
+) -> DecoderLayer:
+    hidden, eps = config.hidden_size, config.rms_norm_eps
+    norms = [
+        RMSNorm.load_zero_centered(weights, f"{prefix}.{name}_layernorm", hidden, eps)
+        for name in ("input", "post_attention")
+    ]
+    mlp = load_mlp(config, layer, f"{prefix}.mlp", weights, sharding, moe)
+    return DecoderLayer(norms[0], mixer, norms[1], mlp)
+
+
+def load_attention(
+    config: HybridConfig, prefix: str, weights: WeightSource, paged: PagedAttention
+) -> GatedAttention:
+    return GatedAttention.load(config.gated_attention, weights, f"{prefix}.self_attn", paged)
 
 
 def load_mlp(
