@@ -76,7 +76,8 @@ def oracle(directory: Path | str) -> Any:
     """The checkpoint as a transformers model in float32, for comparison."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    name = json.loads((Path(directory) / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dp_runtime import Engine, EngineConfig
+from tests import hybrid_checkpoints
 from tests.checkpoints import add_mtp, eagle3_checkpoint, tiny_checkpoint
 from tests.product_cases import DIMENSIONS, MIXTRAL, QWEN, Case, Group, Item
 
@@ -46,13 +47,25 @@ def _eagle3(architecture: str) -> Callable[[Path], Drafted]:
     return make
 
 
-# All but "agreeing" draft at random, so that hardly anything is accepted.
+def _hybrid(architecture: str, agrees: bool, **overrides: Any) -> Callable[[Path], Drafted]:
+    def make(room: Path) -> Drafted:
+        model = hybrid_checkpoints.hybrid_checkpoint(room / "model", architecture, **overrides)
+        hybrid_checkpoints.add_mtp(model)
+        return Drafted(hybrid_checkpoints.agree_in_part(model) if agrees else model)
+
+    return make
+
+
+# All but "agreeing" and "hybrid" draft at random, so that hardly anything is accepted.
 DRAFTED: dict[str, Callable[[Path], Drafted]] = {
     "mtp": _mtp,
     "mtp_tied": lambda room: _mtp(room, tie_word_embeddings=True, num_experts=5),
     "agreeing": _agreeing,
     "eagle3": _eagle3(QWEN),
     "eagle3_mixtral": _eagle3(MIXTRAL),
+    "hybrid": _hybrid(hybrid_checkpoints.TEXT, agrees=True),
+    "hybrid_next": _hybrid(hybrid_checkpoints.NEXT, agrees=False, num_experts=5),
+    "hybrid_vision": _hybrid(hybrid_checkpoints.VISION, agrees=False, tie_word_embeddings=True),
 }
 
 

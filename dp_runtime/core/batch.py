@@ -23,6 +23,10 @@ def _empty_ids() -> Int64:
     return np.zeros(0, np.int64)
 
 
+def _no_counts() -> Int32:
+    return np.zeros(0, np.int32)
+
+
 def _none_of() -> Bool:
     return np.zeros(0, np.bool_)
 
@@ -57,6 +61,7 @@ class LocalBatch:
     lengths_are_bounds: Bool = field(default_factory=_none_of)  # [requests]; empty: all exact
     state_slots: Int64 = field(default_factory=_empty_ids)  # [requests]; empty: no recurrent state
     is_fresh: Bool = field(default_factory=_none_of)  # likewise; the request has no state yet
+    num_drafts: Int32 = field(default_factory=_no_counts)  # [requests] last rows; empty: 0
     embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
     embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
 
@@ -70,6 +75,7 @@ class LocalBatch:
         assert len(self.lengths_are_bounds) in (0, requests), "one entry per request, or none"
         assert len(self.state_slots) in (0, requests), "one state slot per request, or none"
         assert len(self.is_fresh) == len(self.state_slots), "is_fresh has one entry per state slot"
+        assert len(self.num_drafts) in (0, requests), "one number of drafts per request, or none"
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
         for array in vars(self).values():
             array.setflags(write=False)

@@ -31,6 +31,26 @@ class Drafts:
     num_accepted: Tensor  # [requests] int32, drafts of the pass before; not read of fresh requests
 
 
+class AcceptedDrafts:
+    """How many drafts of each slot's last pass were accepted, which only the device knows.
+
+    Every pass that writes a state is followed by a `write`, of 0 where nothing was drafted. Nobody
+    reads what a slot's last owner left, for the next is fresh.
+    """
+
+    def __init__(self, num_slots: int, device: torch.device) -> None:
+        self._counts = torch.zeros(num_slots, dtype=torch.int32, device=device)
+
+    def of(self, slots: Tensor) -> Tensor:
+        return self._counts[slots]
+
+    def write(self, slots: Tensor, num_accepted: Tensor | None) -> None:
+        """num_accepted: of the first of these slots; the others have drafted nothing."""
+        self._counts[slots] = 0
+        if num_accepted is not None:
+            self._counts[slots[: len(num_accepted)]] = num_accepted.to(self._counts.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class RowBlocks:
     """Tables of who runs which rows, for kernels that take sequences of very unlike lengths."""
@@ -83,15 +103,40 @@ class RecurrentMetadata:
 
     @classmethod
     def build(
-        cls, batch: LocalBatch, num_slots: int, place: Place, device: torch.device
+        cls,
+        batch: LocalBatch,
+        num_slots: int,
+        place: Place,
+        device: torch.device,
+        accepted: AcceptedDrafts | None = None,
     ) -> RecurrentMetadata:
-        """Check the batch's values once on the host and copy them to the device."""
+        """Check the batch's values once on the host and copy them to the device.
+
+        accepted: of passes before; None for slots without room for drafts.
+        """
         check_state_slots(batch, num_slots, place)
+        check_drafts(batch, 0 if accepted is None else MAX_STEPPED - 1, place)
+        of_batch = batch.num_drafts if len(batch.num_drafts) else np.zeros_like(batch.query_lens)
         cu_seqlens = np.zeros(batch.num_requests + 1, np.int32)
         np.cumsum(batch.query_lens, out=cu_seqlens[1:])
-        arrays = cu_seqlens, batch.state_slots, batch.is_fresh
-        lens, slots, is_fresh = all_on_device(arrays, device)
-        return cls(lens, batch.query_lens, slots, is_fresh)
+        arrays = cu_seqlens, batch.state_slots, batch.is_fresh, of_batch
+        lens, slots, is_fresh, num_drafts = all_on_device(arrays, device)
+        drafts = None if accepted is None else Drafts(num_drafts, accepted.of(slots))
+        return cls(lens, batch.query_lens, slots, is_fresh, drafts)
+
+
+def check_drafts(batch: LocalBatch, most: int, place: Place) -> None:
+    """Raise ContractViolation for drafts that a slot has no room for, or that leave no token."""
+    if not len(batch.num_drafts):
+        return
+    allowed = np.minimum(batch.query_lens - 1, most)
+    wrong = np.flatnonzero((batch.num_drafts < 0) | (batch.num_drafts > allowed))
+    if len(wrong):
+        index = int(wrong[0])
+        raise ContractViolation(
+            f"{place}: num_drafts[{index}] is {batch.num_drafts[index]}, "
+            f"allowed: 0..{allowed[index]}"
+        )
 
 
 def check_state_slots(batch: LocalBatch, num_slots: int, place: Place) -> None:

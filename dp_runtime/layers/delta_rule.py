@@ -29,6 +29,10 @@ class DeltaRows:
     def length(self) -> int:
         return self.g.shape[2]
 
+    def span(self, start: int, end: int | None) -> DeltaRows:
+        rows = slice(start, end)
+        return DeltaRows(*(x[:, :, rows] for x in (self.q, self.k, self.v, self.g, self.beta)))
+
     def padded(self, rows: int) -> DeltaRows:
         """Append rows that leave the state as it is."""
         if not rows:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dp_runtime.core.batch import Int32
 from dp_runtime.core.cache_spec import LayerState, RecurrentState
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata
 from dp_runtime.kernels.gated_delta.rows import HeadShape
@@ -49,18 +50,27 @@ class GatedDeltaNetShape:
     def channels(self) -> int:  # of q, k and v, which the convolution mixes in time
         return self.heads.channels
 
-    def state(self, dtype: torch.dtype) -> RecurrentState:
-        """List what a request keeps: the convolution's last inputs, and the delta rule's state."""
-        window = (self.channels, self.conv_width - 1)
+    def state(self, dtype: torch.dtype, max_drafts: int) -> RecurrentState:
+        """List what a request keeps: the convolution's last inputs, and the delta rule's state.
+
+        With drafts: both as they were before the last of these, and the inputs of the drafts.
+        """
+        window = (self.channels, self.conv_width - 1 + max_drafts)
         heads = (self.num_v_heads, self.head_k_dim, self.head_v_dim)
-        return RecurrentState((window, heads), (dtype, self.state_dtype))
+        state = RecurrentState((window, heads), (dtype, self.state_dtype))
+        if not max_drafts:
+            return state
+        gates = (max_drafts, 2, self.num_v_heads)
+        return RecurrentState((*state.shapes, gates), (*state.dtypes, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Some requests of a pass that have equally many rows."""
+    """Some requests of a pass that have equally many rows, of which equally many are drafts."""
 
     length: int
+    num_drafts: int  # the last of each request's rows, which may be rejected
+    num_accepted: int  # rows of the pass before, which are run once more ahead of these
     rows: Tensor  # [requests * length]
     slots: Tensor  # [requests] int64
     is_fresh: Tensor  # [requests] bool
@@ -75,14 +85,26 @@ class _Group:
 def _groups(sequences: RecurrentMetadata) -> Iterator[_Group]:
     lengths, device = sequences.query_lens_host, sequences.slots.device
     starts = lengths.cumsum() - lengths
-    for length in np.unique(lengths[lengths > 0]):
-        equal = np.flatnonzero(lengths == length)
+    kinds = np.stack((lengths, *_drafts_on_host(sequences)), 1)
+    for kind in np.unique(kinds[lengths > 0], axis=0):
+        equal = np.flatnonzero((kinds == kind).all(1))
+        length, num_drafts, num_accepted = kind.tolist()
         for first in range(0, len(equal), REQUESTS_AT_ONCE):
             members = equal[first : first + REQUESTS_AT_ONCE]
             rows = (starts[members, None] + np.arange(length)).ravel()
             index, row_index = (torch.from_numpy(x).to(device) for x in (members, rows))
             slots, is_fresh = sequences.slots[index], sequences.is_fresh[index]
-            yield _Group(int(length), row_index, slots, is_fresh)
+            yield _Group(length, num_drafts, num_accepted, row_index, slots, is_fresh)
+
+
+def _drafts_on_host(sequences: RecurrentMetadata) -> tuple[Int32, Int32]:
+    """Return each request's drafts, and those of the pass before that were accepted."""
+    drafts = sequences.drafts
+    if drafts is None:
+        none = np.zeros_like(sequences.query_lens_host)
+        return none, none
+    accepted = drafts.num_accepted.masked_fill(sequences.is_fresh, 0)
+    return drafts.num_drafts.cpu().numpy(), accepted.cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +117,7 @@ class GatedDeltaNet:
     dt_bias: Tensor  # [num_v_heads] float32
     norm: RMSNorm  # of each v head
     output: Linear
-    state: LayerState  # the windows [slots, channels, conv_width - 1], and the delta rule's states
+    state: LayerState  # as its shape lists it
     shape: GatedDeltaNetShape
 
     def __call__(self, x: Tensor, sequences: RecurrentMetadata) -> Tensor:
@@ -123,9 +145,9 @@ class GatedDeltaNet:
         from dp_runtime.kernels.gated_delta.gated_norm import gated_rms_norm
         from dp_runtime.kernels.gated_delta.recurrent import step_rows
 
-        windows, states = self.state
-        vectors = self.decay, self.dt_bias
-        rows = convolve(qkv, ba, self.conv, *vectors, windows, None, sequences)
+        windows, states, *gates = self.state
+        vectors, draft_gates = (self.decay, self.dt_bias), gates[0] if gates else None
+        rows = convolve(qkv, ba, self.conv, *vectors, windows, draft_gates, sequences)
         heads = self.shape.heads
         attended = z.new_empty(len(z), heads.num_v_heads, heads.head_v_dim)
         step_rows(rows, heads, states, attended, sequences, L2_EPS)
@@ -149,12 +171,14 @@ class GatedDeltaNet:
         shape, size = self.shape, self.output.weight.dtype.itemsize
         requests, heads, channels = min(rows, REQUESTS_AT_ONCE), shape.num_v_heads, shape.channels
         outer = rows * shape.v_size * size
-        widened = 0 if size == 4 else rows * channels * 4
-        copied = rows * (2 * channels + 2 * heads) * size + widened
-        windows = requests * channels * (shape.conv_width - 1) * 2 * size
-        vectors = rows * 2 * heads * (shape.head_k_dim + 1) * 4
+        columns = self.state[0].shape[2]  # of a window, the drafts that are run again included
+        run = rows + requests * (columns - (shape.conv_width - 1))
+        widened = 0 if size == 4 else run * channels * 4
+        copied = run * (2 * channels + 2 * heads) * size + widened
+        windows = requests * channels * columns * 2 * size
+        vectors = run * 2 * heads * (shape.head_k_dim + 1) * 4
         dims = shape.head_k_dim, shape.head_v_dim
-        inner = copied + windows + vectors + scratch_bytes(rows, requests, heads, *dims)
+        inner = copied + windows + vectors + scratch_bytes(run, requests, heads, *dims)
         return outer + inner
 
     @classmethod
@@ -181,33 +205,54 @@ class GatedDeltaNet:
 
     def _run(self, group: _Group, qkv: Tensor, ba: Tensor) -> Tensor:
         """Run rows of a group, [rows, channels] and [rows, 2 * num_v_heads] -> [rows, v_size]."""
-        _, states = self.state
+        states = self.state[1]
         by_request = (len(group.slots), group.length, -1)
         mixed = self._convolve(group, qkv.view(by_request))
-        rows = self._delta_rows(mixed, ba.view(by_request))
-        outputs, new = delta_rule(rows, group.start_from(states).float())
+        rows = self._delta_rows(mixed, self._gates(group, ba.view(by_request)))
+        drafts, before = group.num_drafts, group.start_from(states).float()
+        outputs, new = delta_rule(rows.span(0, rows.length - drafts), before)
         states[group.slots] = new.to(states.dtype)
+        if drafts:
+            last, _ = delta_rule(rows.span(-drafts, None), new)
+            outputs = torch.cat((outputs, last), 2)
+        outputs = outputs[:, :, group.num_accepted :]
         return outputs.transpose(1, 2).flatten(2).flatten(0, 1).to(qkv.dtype)
 
     def _convolve(self, group: _Group, new: Tensor) -> Tensor:
         """Convolve [requests, rows, channels] with what came before, and keep the last inputs."""
-        windows, _ = self.state
-        inputs = torch.cat((group.start_from(windows), new.transpose(1, 2)), 2)
-        windows[group.slots] = inputs[..., group.length :]
+        windows, width = self.state[0], self.shape.conv_width - 1
+        before = group.start_from(windows)[..., : width + group.num_accepted]
+        inputs = torch.cat((before, new.transpose(1, 2)), 2)
+        kept = width + group.num_drafts
+        windows[group.slots, :, :kept] = inputs[..., -kept:]
         mixed = F.conv1d(inputs, self.conv, groups=self.shape.channels)
         return F.silu(mixed).transpose(1, 2)
 
-    def _delta_rows(self, mixed: Tensor, ba: Tensor) -> DeltaRows:
-        shape = self.shape
-        q, k, v = mixed.float().tensor_split([shape.k_size, 2 * shape.k_size], 2)
+    def _gates(self, group: _Group, ba: Tensor) -> Tensor:
+        """Return each row's log of the decay, and its strength: [requests, rows, 2, heads].
+
+        Rows that are run once more come first, with the gates that were kept.
+        """
         b, a = ba.chunk(2, -1)
         g = self.decay * F.softplus(a.float() + self.dt_bias)
+        gates = torch.stack((g, b.sigmoid().float()), 2)
+        if group.num_accepted:
+            gates = torch.cat((self.state[2][group.slots, : group.num_accepted], gates), 1)
+        if group.num_drafts:
+            kept = gates[:, -group.num_drafts :]
+            self.state[2][group.slots, : group.num_drafts] = kept
+        return gates
+
+    def _delta_rows(self, mixed: Tensor, gates: Tensor) -> DeltaRows:
+        shape = self.shape
+        q, k, v = mixed.float().tensor_split([shape.k_size, 2 * shape.k_size], 2)
+        g, beta = gates.unbind(2)
         return DeltaRows(
             self._k_heads(q) * shape.head_k_dim**-0.5,
             self._k_heads(k),
             _split_heads(v, shape.head_v_dim),
             g.transpose(1, 2),
-            b.sigmoid().float().transpose(1, 2),
+            beta.transpose(1, 2),
         )
 
     def _k_heads(self, x: Tensor) -> Tensor:

@@ -87,8 +87,9 @@ class ModelConfig:
         )  # fmt: skip
 
     def cache_specs(
-        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype, max_drafts: int = 0
     ) -> tuple[CacheSpec, ...]:
+        """List what each layer keeps between passes that may verify so many drafts, [layer]."""
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
         return (kv,) * self.num_layers
 

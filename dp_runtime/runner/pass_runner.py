@@ -11,7 +11,7 @@ import torch
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.device_copy import all_on_device
-from dp_runtime.core.recurrent_metadata import RecurrentMetadata
+from dp_runtime.core.recurrent_metadata import AcceptedDrafts, RecurrentMetadata
 from dp_runtime.flight.exchange import RecordedExchange
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
@@ -36,6 +36,7 @@ class PassRunner:
     flight: FlightRecorder
     device: torch.device
     num_state_slots: int = 0  # of the model's recurrent layers, if it has any
+    accepted_drafts: AcceptedDrafts | None = None  # of these slots, if drafts are verified
     graphs: Mapping[int, PassGraphs] = field(default_factory=dict)  # by query length
     piecewise: PiecewiseGraphs | None = None
 
@@ -88,7 +89,7 @@ class PassRunner:
         )
         recurrent = None
         if self.num_state_slots:
-            own = batch, self.num_state_slots, place, self.device
+            own = batch, self.num_state_slots, place, self.device, self.accepted_drafts
             recurrent = RecurrentMetadata.build(*own)
         plan = PassPlan(self.model.backend.plan(metadata), recurrent)
         return pass_inputs(batch, future, self.device), plan

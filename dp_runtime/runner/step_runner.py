@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.attention_metadata import PageGeometry, Place
+from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.device_copy import all_on_device, on_device
+from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.metrics.trace import PassTrace
@@ -85,7 +87,14 @@ class StepRunner:
         self.collective = collective
         self.poison = poison
         self.flight = flight
-        target = replace(pass_runner(model), num_state_slots=num_state_slots)
+        self.accepted_drafts = None
+        if drafting is not None and num_state_slots:
+            self.accepted_drafts = AcceptedDrafts(num_state_slots, device)
+        target = replace(
+            pass_runner(model),
+            num_state_slots=num_state_slots,
+            accepted_drafts=self.accepted_drafts,
+        )
         self.passes = {Pass.TARGET: target}
         if drafting is not None:
             self.passes[Pass.DRAFT] = pass_runner(drafting.model)
@@ -188,8 +197,15 @@ class StepRunner:
         sampled = self.sample(logits, scheduled.samples, verification, masks)
         self.structured.sampled(masked, sampled)
         self.last_sampled = sampled.token_ids
+        self._count_accepted(scheduled.batches[index], sampled.num_accepted)
         step.sample_start_s, step.sample_s = started, perf_counter() - started
         return sampled, scores
+
+    def _count_accepted(self, batch: LocalBatch, num_accepted: Tensor | None) -> None:
+        """Tell recurrent states which of the drafts behind them are tokens now."""
+        if self.accepted_drafts is not None and batch.num_requests:
+            (slots,) = all_on_device([batch.state_slots], self.device)
+            self.accepted_drafts.write(slots, num_accepted)
 
     def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs | Exception:
         """Score a chunk's prompt rows; what fails here concerns its request alone."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dp_runtime.core.batch import Bool, Float32, Int64, LocalBatch, SamplePositions, slots_of
+from dp_runtime.core.batch import Bool, Float32, Int32, Int64, LocalBatch, SamplePositions, slots_of
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
@@ -113,6 +113,7 @@ def _target_batch(step: _Layout) -> LocalBatch:
         lengths_are_bounds=_are_bounds(step, step.req_indices),
         state_slots=step.table.state_slots(step.req_indices),
         is_fresh=_are_fresh(step),
+        num_drafts=_num_drafts(step),
         embed_rows=embed_rows,
         embeds=embeds,
     )
@@ -123,6 +124,15 @@ def _are_fresh(step: _Layout) -> Bool:
     if not step.table.keeps_state:
         return np.zeros(0, np.bool_)
     return np.array([False] * len(step.decodes) + [chunk.is_fresh for chunk in step.chunks], bool)
+
+
+def _num_drafts(step: _Layout) -> Int32:
+    """Count the drafts that each request verifies, for recurrent states; [0] if none are."""
+    if not (step.drafts and step.table.keeps_state):
+        return np.zeros(0, np.int32)
+    num_drafts = np.zeros(len(step.req_indices), np.int32)
+    num_drafts[: len(step.decodes)] = step.query_len - 1
+    return num_drafts
 
 
 def _decode_tokens(step: _Layout) -> tuple[Int64, Int64]:
@@ -185,6 +195,7 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
         sample_rows=np.concatenate([first_rows, step.chunk_last_rows]),
         state_slots=np.zeros(0, np.int64),  # a draft model keeps no state
         is_fresh=np.zeros(0, np.bool_),
+        num_drafts=np.zeros(0, np.int32),
         embed_rows=embed_rows,
         embeds=embeds,
     )

@@ -106,8 +106,8 @@ def sketch_rank(
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention = attention_spec(config, model, dtype)
-    keeps_state, draft = _keeps_state(config, device, model, attention), read_draft(config, model)
-    layers = plan_layers(attention, model, draft)
+    keeps_state, draft = _keeps_state(device, model, attention), read_draft(config, model)
+    layers = plan_layers(attention, model, draft, config.speculative_num_steps)
     caches = _caches(layers)
     backend, reason = choose_backend(config.attention_backend, attention, torch_device)
     for plan in layers[1:]:
@@ -147,9 +147,7 @@ def sketch_rank(
     )  # fmt: skip
 
 
-def _keeps_state(
-    config: EngineConfig, device: str, model: ModelConfig, attention: AttentionSpec
-) -> bool:
+def _keeps_state(device: str, model: ModelConfig, attention: AttentionSpec) -> bool:
     """Tell if layers are recurrent; ValueError for what such a model is not served with."""
     dtypes = attention.kv_dtype, attention.dtype
     keeps_state = slot_bytes(model.cache_specs(attention.page_size, *dtypes)) > 0
@@ -157,11 +155,6 @@ def _keeps_state(
         not keeps_state or device == "cpu",
         "device", device,
         "cpu for a model with recurrent layers, whose kernels were not run on GPUs by us yet",
-    )  # fmt: skip
-    require(
-        not (keeps_state and config.speculative_num_steps),
-        "speculative_num_steps", config.speculative_num_steps,
-        "0 for a model with recurrent layers, whose state has no way back from a rejected draft",
     )  # fmt: skip
     return keeps_state
 
@@ -215,10 +208,10 @@ def read_draft(config: EngineConfig, model: ModelConfig) -> DraftConfig | None:
 
 
 def plan_layers(
-    attention: AttentionSpec, model: ModelConfig, draft: DraftConfig | None
+    attention: AttentionSpec, model: ModelConfig, draft: DraftConfig | None, max_drafts: int
 ) -> tuple[LayerPlan, ...]:
     size, dtypes = attention.page_size, (attention.kv_dtype, attention.dtype)
-    own = LayerPlan(attention, model.cache_specs(size, *dtypes))
+    own = LayerPlan(attention, model.cache_specs(size, *dtypes, max_drafts))
     if draft is None:
         return (own,)
     heads = replace(

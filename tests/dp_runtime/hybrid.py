@@ -61,7 +61,7 @@ def hybrid_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch, **overrides: 
 
 class HybridConfig(ModelConfig):
     def cache_specs(
-        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype, max_drafts: int = 0
     ) -> tuple[CacheSpec, ...]:
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
         size = (self.hidden_size,)

@@ -45,10 +45,10 @@ class HybridConfig(ModelConfig):
         )  # fmt: skip
 
     def cache_specs(
-        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype
+        self, page_size: int, kv_dtype: torch.dtype, dtype: torch.dtype, max_drafts: int = 0
     ) -> tuple[CacheSpec, ...]:
         kv = PagedKv(self.num_kv_heads, self.head_dim, page_size, kv_dtype)
-        state = self.delta_net.state(dtype)
+        state = self.delta_net.state(dtype, max_drafts)
         return tuple(state if keeps_state else kv for keeps_state in self.delta_net_layers)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dp_runtime.core.attention_metadata import Place
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.recurrent_metadata import RecurrentMetadata, RowBlocks
+from dp_runtime.core.recurrent_metadata import AcceptedDrafts, RecurrentMetadata, RowBlocks
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.core.test_attention_metadata import batch as paged
 
@@ -65,6 +65,42 @@ def test_a_changed_value_names_place_field_and_what_is_allowed(
     array[index] = value
     with pytest.raises(ContractViolation) as error:
         build(replace(batch(), **{field: array}))
+    for text in ("rank 3, step 17, pass target", *numbers):
+        assert text in str(error.value)
+
+
+def test_drafts_come_with_what_was_accepted_before() -> None:
+    accepted = AcceptedDrafts(NUM_SLOTS, CPU)
+    accepted.write(torch.tensor([1, 5, 3]), torch.tensor([2, 4]))
+    of = replace(batch(), num_drafts=np.array([0, 0, 1], np.int32))
+    drafts = RecurrentMetadata.build(of, NUM_SLOTS, PLACE, CPU, accepted).drafts
+    assert drafts is not None
+    assert drafts.num_drafts.tolist() == [0, 0, 1]
+    assert drafts.num_accepted.tolist() == [4, 2, 0]
+    assert {drafts.num_drafts.dtype, drafts.num_accepted.dtype} == {torch.int32}
+    accepted.write(torch.tensor([5]), None)
+    undrafted = RecurrentMetadata.build(batch(), NUM_SLOTS, PLACE, CPU, accepted).drafts
+    assert undrafted is not None
+    assert (undrafted.num_drafts.tolist(), undrafted.num_accepted.tolist()) == ([0] * 3, [0, 2, 0])
+    assert build(batch()).drafts is None, "slots without room for drafts"
+
+
+@pytest.mark.parametrize(
+    ("num_drafts", "room", "numbers"),
+    [
+        ([0, 1, 0], True, ("num_drafts[1] is 1", "allowed: 0..0")),
+        ([0, 0, 2], True, ("num_drafts[2] is 2", "allowed: 0..1")),
+        ([-1, 0, 0], True, ("num_drafts[0] is -1", "allowed: 0..4")),
+        ([1, 0, 0], False, ("num_drafts[0] is 1", "allowed: 0..0")),
+    ],
+)
+def test_drafts_that_no_slot_has_room_for_are_refused(
+    num_drafts: list[int], room: bool, numbers: tuple[str, str]
+) -> None:
+    of = replace(batch(), num_drafts=np.array(num_drafts, np.int32))
+    accepted = AcceptedDrafts(NUM_SLOTS, CPU) if room else None
+    with pytest.raises(ContractViolation) as error:
+        RecurrentMetadata.build(of, NUM_SLOTS, PLACE, CPU, accepted)
     for text in ("rank 3, step 17, pass target", *numbers):
         assert text in str(error.value)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_runtime.core.recurrent_metadata import RecurrentMetadata
+from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata
 from dp_runtime.layers.gated_delta_net import REQUESTS_AT_ONCE, GatedDeltaNet, GatedDeltaNetShape
 from dp_runtime.models.qwen3_5.decoder import load_split_inputs
 from dp_runtime.weights.dummy import DummyWeights
@@ -18,23 +20,36 @@ from tests.dp_runtime.live_bytes import LiveBytes
 from tests.dp_runtime.paged import CPU
 
 SMALL = GatedDeltaNetShape(64, 2, 4, 16, 24, 4, 1e-6, torch.float32)
+MAX_DRAFTS = 7
 WIDE = GatedDeltaNetShape(256, 2, 8, 64, 64, 4, 1e-6, torch.float32)
 
 
-def net(shape: GatedDeltaNetShape, slots: int, dtype: torch.dtype = torch.float32) -> GatedDeltaNet:
+def net(
+    shape: GatedDeltaNetShape, slots: int, dtype: torch.dtype = torch.float32, max_drafts: int = 0
+) -> GatedDeltaNet:
     weights = DummyWeights(0, CPU, dtype)
-    state = shape.state(dtype).allocate(slots, CPU)
+    state = shape.state(dtype, max_drafts).allocate(slots, CPU)
     for tensor in state:
         tensor.fill_(torch.nan)
     inputs = load_split_inputs(shape, weights, "x")
     return GatedDeltaNet.load(shape, weights, "x", inputs, state)
 
 
-def sequences(lengths: list[int], slots: list[int], fresh: bool) -> RecurrentMetadata:
+def sequences(
+    lengths: list[int], slots: list[int], fresh: bool, drafts: Drafts | None = None
+) -> RecurrentMetadata:
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     return RecurrentMetadata(
-        bounds, np.array(lengths, np.int32), torch.tensor(slots), torch.full((len(slots),), fresh)
+        bounds,
+        np.array(lengths, np.int32),
+        torch.tensor(slots),
+        torch.full((len(slots),), fresh),
+        drafts,
     )
+
+
+def drafts_of(num_drafts: list[int], num_accepted: list[int]) -> Drafts:
+    return Drafts(*(torch.tensor(x, dtype=torch.int32) for x in (num_drafts, num_accepted)))
 
 
 def test_a_request_does_not_depend_on_those_beside_it() -> None:
@@ -56,6 +71,82 @@ def test_a_request_does_not_depend_on_those_beside_it() -> None:
             due = alone(rows[i], sequences([len(rows[i])], [1], fresh))
             torch.testing.assert_close(both[i], due, atol=1e-6, rtol=1e-5)
     assert all(state[0].isnan().all() for state in layer.state), "the null slot is nobody's"
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rejected_drafts_leave_nothing_and_accepted_ones_are_run_again(
+    state_dtype: torch.dtype,
+) -> None:
+    """Verifications of any lengths, chunks and plain rows in turn, each against its rows alone."""
+    draw, count, passes = random.Random(0), REQUESTS_AT_ONCE + 3, 12
+    shape = replace(SMALL, state_dtype=state_dtype)
+    layer = net(shape, count + 1, max_drafts=MAX_DRAFTS)
+    slots = draw.sample(range(1, count + 1), count)
+    kept = [torch.zeros(0, 64) for _ in range(count)]  # rows that are tokens now
+    accepted, seen = [0] * count, set[tuple[int, int]]()
+    for number in range(passes):
+        num_drafts, fed = list[int](), list[Tensor]()
+        for _ in range(count):
+            drafted = draw.randrange(MAX_DRAFTS + 1) if number else 0
+            certain = 1 if drafted else draw.choice((1, 1, 2, 9, 70))
+            num_drafts.append(drafted)
+            fed.append(torch.randn(certain + drafted, 64))
+        lengths = [len(x) for x in fed]
+        own = sequences(lengths, slots, number == 0, drafts_of(num_drafts, accepted))
+        found = layer(torch.cat(fed), own).split(lengths)
+        tolerance = 1e-5 if state_dtype is torch.float32 else 3e-2
+        for i in range(count):
+            alone = net(SMALL, 2)
+            whole = torch.cat((kept[i], fed[i]))
+            due = alone(whole, sequences([len(whole)], [1], fresh=True))[len(kept[i]) :]
+            torch.testing.assert_close(found[i], due, atol=tolerance, rtol=tolerance)
+            seen.add((num_drafts[i], accepted[i]))
+        accepted = [draw.randrange(drafted + 1) for drafted in num_drafts]
+        ends = [lengths[i] - num_drafts[i] + accepted[i] for i in range(count)]
+        kept = [torch.cat((kept[i], fed[i][: ends[i]])) for i in range(count)]
+    assert len(seen) > 40, "most pairs of drafts and accepted ones before them"
+    assert all(state[0].isnan().all() for state in layer.state), "the null slot is nobody's"
+
+
+def test_a_fresh_request_reads_no_count_of_another() -> None:
+    layer, alone = net(SMALL, 2, max_drafts=3), net(SMALL, 2)
+    x = torch.randn(5, 64)
+    found = layer(x, sequences([5], [1], True, drafts_of([2], [3])))
+    due = alone(x, sequences([5], [1], True))
+    torch.testing.assert_close(found, due, atol=1e-6, rtol=1e-5)
+
+
+def test_one_verification_writes_each_state_once_however_many_drafts() -> None:
+    """The state behind a verification is that before its drafts."""
+    x = torch.randn(9, 64)
+    drafted, plain = net(SMALL, 2, max_drafts=3), net(SMALL, 2)
+    for layer, rows, drafts in ((drafted, 9, drafts_of([3], [0])), (plain, 6, None)):
+        layer(x[:rows], sequences([rows], [1], True, drafts))
+    torch.testing.assert_close(drafted.state[1][1], plain.state[1][1], atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(drafted.state[0][1, :, :3], plain.state[0][1])
+    assert drafted.state[0][1].isfinite().all(), "and the drafts' inputs behind it"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
+def test_the_memory_of_verifications_is_counted(
+    shape: GatedDeltaNetShape, dtype: torch.dtype
+) -> None:
+    rows, peaks = 512, list[int]()
+    for length, drafted in ((8, 7), (2, 1), (1, 0)):
+        count = rows // length
+        layer = net(shape, count + 1, dtype, MAX_DRAFTS)
+        for tensor in layer.state:
+            tensor.zero_()
+        x = torch.randn(rows, shape.hidden_size).to(dtype)
+        drafts = drafts_of([drafted] * count, [MAX_DRAFTS] * count)
+        plan = sequences([length] * count, list(range(1, count + 1)), False, drafts)
+        with torch.inference_mode(), LiveBytes() as live:
+            layer(x, plan)
+        peaks.append(live.peak)
+    predicted = layer.activation_bytes(rows)
+    print(f"predicted {predicted}, live {peaks}")
+    assert max(peaks) < predicted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,64 +23,21 @@ from dp_runtime.core.request import PromptEmbeds, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import MAX_DRAFTS
 from examples.tiny_moe.model import TinyMoe, load_model
+from tests.dp_runtime.speculative.conftest import AloneOf, RanksOf
 from tests.dp_runtime.speculative_ranks import Event, Fault, SpeculativeRanks, Verified
 from tests.dp_runtime.speculative_scripts import (
     LONGEST,
-    MAX_REQUESTS,
-    MAX_TOKENS,
-    MODEL_LEN,
     MORE,
     PAGE_SIZE,
     SHAPES,
     Alone,
     Script,
     cycle,
-    request_of,
     scripts,
 )
 from tests.speculative_cases import DRAFTED, Drafted
 
-NAMES = ("agreeing", "eagle3")  # the others are slow tests
-RanksOf = Callable[[str, int], SpeculativeRanks]
-AloneOf = Callable[[str], Sequence[Alone]]
-
-
-@pytest.fixture(scope="module")
-def ranks_of(drafted_of: Callable[[str], Drafted]) -> RanksOf:
-    """So many ranks with a checkpoint of DRAFTED, loaded at their first use."""
-
-    @cache
-    def make(name: str, dp_size: int) -> SpeculativeRanks:
-        drafted = drafted_of(name)
-        return SpeculativeRanks(
-            drafted.model, dp_size, **drafted.fields(MAX_DRAFTS), page_size=PAGE_SIZE,
-            num_pages=1 + MAX_REQUESTS * -(-(MODEL_LEN + MAX_DRAFTS) // PAGE_SIZE),
-            max_model_len=MODEL_LEN, max_num_requests=MAX_REQUESTS, max_num_tokens=MAX_TOKENS,
-        )  # fmt: skip
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def alone_of(ranks_of: RanksOf) -> AloneOf:
-    """Each request of SHAPES alone on one rank, which verifies after every single token.
-
-    It accepts none of the drafts, so that it drafts after all of a text's prefixes.
-    """
-
-    @cache
-    def make(name: str) -> list[Alone]:
-        ranks, found = ranks_of(name, 1), []
-        for shape in range(len(SHAPES)):
-            request = request_of(shape, shape, MORE)
-            served = ranks.serve(
-                [Event(0, 0, request)], MAX_DRAFTS, num_requests=1, speculative_forced_tokens=1.0
-            )
-            chains = {one.num_known: one.drafts for one in served.verified[shape]}
-            found.append(Alone(request.prompt_token_ids + served.outputs[shape], chains))
-        return found
-
-    return make
+NAMES = ("agreeing", "hybrid", "eagle3")  # the others are slow tests
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,24 +52,26 @@ def test_alone(name: str, alone_of: AloneOf) -> None:
     assert sum(len({*chain}) > 1 for chain in chains) > 0.4 * len(chains)
 
 
-def test_alone_accepts_some(alone_of: AloneOf) -> None:
+@pytest.mark.parametrize("name", ["agreeing", "hybrid"])
+def test_alone_accepts_some(name: str, alone_of: AloneOf) -> None:
     """Of the drafts that agree in part, any number from none to several is accepted."""
     lengths = [
         one.verified(known, MAX_DRAFTS).num_accepted
-        for one in alone_of("agreeing")
+        for one in alone_of(name)
         for known in one.chains
         if known <= len(one.text) - MORE
     ]
-
     assert {0, 1, 2, 3} <= {*lengths}
 
 
-@pytest.mark.parametrize("num_steps", [1, 5])
-def test_one_rank(num_steps: int, ranks_of: RanksOf, alone_of: AloneOf) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_steps"), [("agreeing", 1), ("agreeing", 5), ("hybrid", 2), ("hybrid", 7)]
+)
+def test_one_rank(name: str, num_steps: int, ranks_of: RanksOf, alone_of: AloneOf) -> None:
     """A request that is alone on one rank verifies as the reference says, step after step."""
     for shape in range(len(SHAPES)):
         script = Script(1, num_steps, ((0, 0, shape, None),), overlap=shape % 2 == 1)
-        script.check(script.serve(ranks_of("agreeing", 1)), alone_of("agreeing"))
+        script.check(script.serve(ranks_of(name, 1)), alone_of(name))
 
 
 SCRIPTS = {
@@ -140,7 +98,10 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-@pytest.mark.parametrize(("name", "overlap"), [("agreeing", True), ("eagle3", False)])
+@pytest.mark.parametrize(
+    ("name", "overlap"),
+    [("agreeing", True), ("eagle3", False), ("hybrid", True), ("hybrid", False)],
+)
 def test_script(name: str, kind: str, overlap: bool, ranks_of: RanksOf, alone_of: AloneOf) -> None:
     script = replace(SCRIPTS[kind], overlap=overlap)
     served = script.serve(ranks_of(name, script.dp_size))
@@ -151,17 +112,19 @@ def test_script(name: str, kind: str, overlap: bool, ranks_of: RanksOf, alone_of
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 @pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["agreeing", "hybrid"])
 def test_abandoned_steps_change_no_token(
-    kind: str, overlap: bool, ranks_of: RanksOf, alone_of: AloneOf
+    name: str, kind: str, overlap: bool, ranks_of: RanksOf, alone_of: AloneOf
 ) -> None:
     """Ranks fail at the start of a step, in its midst and in its last pass, again and again."""
     faults = [Fault(number, 3 + 5 * number, number % 3 == 1) for number in range(6)]
     script = replace(SCRIPTS[kind], overlap=overlap)
-    served = script.serve(ranks_of("agreeing", script.dp_size), faults=faults)
-    script.check(served, alone_of("agreeing"))
+    served = script.serve(ranks_of(name, script.dp_size), faults=faults)
+    script.check(served, alone_of(name))
     assert served.epochs > 1
 
 
+@pytest.mark.parametrize("name", ["agreeing", "hybrid"])
 @settings(max_examples=8, deadline=None)
 @given(
     script=scripts(),
@@ -170,10 +133,10 @@ def test_abandoned_steps_change_no_token(
     ),
 )
 def test_faults_at_any_point_change_no_token(
-    script: Script, faults: list[Fault], ranks_of: RanksOf, alone_of: AloneOf
+    name: str, script: Script, faults: list[Fault], ranks_of: RanksOf, alone_of: AloneOf
 ) -> None:
-    served = script.serve(ranks_of("agreeing", script.dp_size), faults=faults)
-    script.check(served, alone_of("agreeing"))
+    served = script.serve(ranks_of(name, script.dp_size), faults=faults)
+    script.check(served, alone_of(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

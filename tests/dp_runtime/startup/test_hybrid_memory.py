@@ -11,8 +11,7 @@ import torch
 
 from dp_runtime import EngineConfig
 from dp_runtime.metrics.memory import RankMemory, memory_table
-from dp_runtime.speculative.draft import DraftConfig
-from dp_runtime.startup import memory_plan, rank_plan
+from dp_runtime.startup import memory_plan
 from dp_runtime.startup.build_rank import load_rank, reload_rank
 from dp_runtime.startup.inspection import describe
 from dp_runtime.startup.loaded_rank import KeptCaches
@@ -20,6 +19,8 @@ from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.rank_plan import plan_rank, sketch_rank
 from tests.checkpoints import tiny_checkpoint
 from tests.dp_runtime.hybrid import hybrid_checkpoint, is_recurrent
+from tests.hybrid_checkpoints import add_mtp
+from tests.hybrid_checkpoints import hybrid_checkpoint as qwen3_5_checkpoint
 
 HIDDEN = 64
 SLOT = 2 * (HIDDEN * 4 + HIDDEN * 8)  # of the two recurrent layers
@@ -128,16 +129,23 @@ def test_graphs_of_such_a_model_are_not_captured_and_the_plan_says_why(
         plan_rank(replace(config, cuda_graphs=True), 0, "cpu")
 
 
-def test_drafts_are_refused_as_long_as_no_state_can_go_back(
-    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draft = DraftConfig(
-        method="mtp", directory=config.model, num_layers=1, num_heads=4, num_kv_heads=2,
-        head_dim=16, vocab_size=199, hidden_size=HIDDEN, aux_hidden_state_layers=(),
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_room_for_drafts_is_part_of_a_slot(tmp_path: Path, steps: int) -> None:
+    """Their inputs of the convolution, and two gates of each head; the draft itself has pages."""
+    model = add_mtp(qwen3_5_checkpoint(tmp_path))
+    config = EngineConfig(
+        str(model), max_model_len=256, page_size=16, max_num_requests=REQUESTS, max_num_tokens=64,
+        device="cpu", launcher="thread", speculative_num_steps=steps,
     )  # fmt: skip
-    monkeypatch.setattr(rank_plan, "read_draft", lambda *arguments: draft)
-    with pytest.raises(ValueError, match="speculative_num_steps: 2 is not allowed; 0 for a model"):
-        plan_rank(replace(config, speculative_num_steps=2), 0, "cpu")
+    plan = plan_rank(config, 0, "cpu")
+    channels, heads, state = 2 * 2 * 16 + 4 * 24, 4, 4 * 16 * 24
+    window, gates = channels * (3 + steps), steps * 2 * heads
+    assert plan.slot_bytes == 3 * 4 * (window + gates + state), "of three layers"
+    assert plan.memory.recurrent_state == (REQUESTS + 1) * plan.slot_bytes
+    assert plan.page_bytes == (1 + (steps > 0)) * 2 * 2 * 16 * 32 * 4
+    states = load_rank(config, plan, lambda count: None).states
+    allocated = sum(tensor.nbytes for state in states for tensor in state)
+    assert allocated == plan.memory.recurrent_state
 
 
 def test_a_layer_that_does_not_attend_has_no_pages_to_attend_to(config: EngineConfig) -> None:
