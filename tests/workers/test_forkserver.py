@@ -163,7 +163,7 @@ def test_a_server_of_another_import_path_is_not_used(monkeypatch: pytest.MonkeyP
     server.close()
 
 
-@pytest.mark.parametrize("stopped_too", [[], ["server"]])
+@pytest.mark.parametrize("stopped_too", [pytest.param([], marks=pytest.mark.slow), ["server"]])
 def test_all_end_with_the_driver(stopped_too: list[str]) -> None:
     """Also where a child of its program holds its sockets, and where a rank is stopped."""
     driver = subprocess.Popen(

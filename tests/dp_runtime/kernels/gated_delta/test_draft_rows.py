@@ -100,7 +100,7 @@ prompts = st.lists(st.sampled_from([1, 2, 8, 11]), min_size=2, max_size=2)
 SLOW_CHECK = [HealthCheck.too_slow]
 
 
-@settings(max_examples=5, suppress_health_check=SLOW_CHECK)
+@settings(max_examples=2, suppress_health_check=SLOW_CHECK)
 @given(passes, prompts)
 def test_any_drafts_accepted_in_any_number(
     script: list[list[list[int]]], lengths: list[int]
