@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 LOCAL_STEP = 16  # requests; above it, local rows are captured in multiples of it
 MIN_GATHERED = 16
@@ -104,7 +105,7 @@ class PieceBuckets:
 
     max_rows: int = 0
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Return powers of two, from 256 on with one size between; the largest comes first."""
         powers = [MIN_PIECES << n for n in range(self.max_rows.bit_length())]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -32,46 +32,42 @@ def capture_graph(
     run: Callable[[], Output], memory: GraphMemory
 ) -> tuple[torch.cuda.CUDAGraph, Output]:
     run()  # compiles, plans and connects: none of it may happen while capturing
-    with PieceCapture(memory) as capture:
+    with capturing_pieces(memory) as capture:
         output = run()
     return capture.graphs[0], output
 
 
 class PieceCapture:
-    """Captures what is launched in its `with` as graphs, each up to the next cut.
-
-    `torch.cuda.graph` would also empty torch's caches each time, which takes longer than a capture.
-    """
+    """Captures what is launched as graphs, each up to the next cut."""
 
     def __init__(self, memory: GraphMemory) -> None:
         self.graphs = list[torch.cuda.CUDAGraph]()
         self._memory = memory
-        self._turn, self._on_stream = capturing(), torch.cuda.stream(memory.stream)
 
-    def cut(self) -> None:
-        self.graphs[-1].capture_end()
-        self._begin()
-
-    def __enter__(self) -> PieceCapture:
-        torch.cuda.synchronize()
-        self._turn.__enter__()
-        self._on_stream.__enter__()  # type: ignore[no-untyped-call]
-        self._begin()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self.graphs[-1].capture_end()
-        finally:
-            self._on_stream.__exit__(kind, error, trace)
-            self._turn.__exit__(kind, error, trace)
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._memory.pool, capture_error_mode=ERROR_MODE)
         self.graphs.append(graph)
+
+    def end(self) -> None:
+        self.graphs[-1].capture_end()
+
+    def cut(self) -> None:
+        self.end()
+        self.begin()
+
+
+@contextmanager
+def capturing_pieces(memory: GraphMemory) -> Iterator[PieceCapture]:
+    """Capture what is launched in the `with`; an exception ends the capture.
+
+    `torch.cuda.graph` would also empty torch's caches each time, which takes longer than a capture.
+    """
+    torch.cuda.synchronize()
+    with capturing(), torch.cuda.stream(memory.stream):
+        capture = PieceCapture(memory)
+        capture.begin()
+        try:
+            yield capture
+        finally:
+            capture.end()

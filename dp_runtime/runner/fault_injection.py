@@ -47,14 +47,16 @@ class FaultyLaunch:
         self._step_id = 0
         loop.launch, loop.runner.sample = self.launch, self.sample
 
-    def launch(self, scheduled: SchedulerOutput, agreement: Agreement) -> StepOutput:
+    def launch(
+        self, scheduled: SchedulerOutput, agreement: Agreement, graph_votes: int
+    ) -> StepOutput:
         self._step_id = agreement.step_id
         kinds = [FaultKind.KILL, FaultKind.STOP, FaultKind.RAISE, FaultKind.SLOW]
         if len(scheduled.chunks) == 1:
             kinds.append(FaultKind.OOM)
         for fault in self._due.take(self._step_id, *kinds):
             _happen(fault)
-        return self._launch(scheduled, agreement)
+        return self._launch(scheduled, agreement, graph_votes)
 
     def sample(
         self,

@@ -24,7 +24,7 @@ from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets
 from dp_runtime.parallel.row_exchange import RowExchange
-from dp_runtime.runner.cuda_graph import GraphMemory, PieceCapture
+from dp_runtime.runner.cuda_graph import GraphMemory, capturing_pieces
 
 NOWHERE = -1  # the slot of a null row: its key and value are stored nowhere
 
@@ -229,7 +229,7 @@ class ForwardPieces:
         cuts = list[Cut]()
         self._inputs.slot_mapping.fill_(NOWHERE)
         self.cut_forward(rows, lambda cut: None)  # compiles: that may not happen while capturing
-        with PieceCapture(self._memory) as capture:
+        with capturing_pieces(self._memory) as capture:
 
             def on_cut(cut: Cut) -> None:
                 cuts.append(cut)

@@ -151,7 +151,7 @@ class StepLoop:
         if agreement.idle:
             self._rest(deliver)
         else:
-            self._launch(scheduled, agreement, timer, deliver)
+            self._launch(scheduled, agreement, record.graph_votes, timer, deliver)
         if self.is_capturing:
             self._commit_down_to(0, deliver)  # a capture waits for the device: tokens go out first
             self.flight.capture()
@@ -162,12 +162,13 @@ class StepLoop:
         self,
         scheduled: SchedulerOutput,
         agreement: Agreement,
+        graph_votes: int,
         timer: StepTimer,
         deliver: Deliver,
     ) -> None:
         self.runner.clear_pages(self.scheduler.page_table.take_pages_to_clear())
         try:
-            output = self.launch(scheduled, agreement)
+            output = self.launch(scheduled, agreement, graph_votes)
         except torch.OutOfMemoryError as error:
             self._blame_request(scheduled, error, deliver)
             raise

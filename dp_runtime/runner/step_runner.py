@@ -139,10 +139,13 @@ class StepRunner:
                 model.backend.clear_pages(pages)
 
     @torch.inference_mode()
-    def run(self, scheduled: SchedulerOutput, agreement: Agreement) -> StepOutput:
-        """Build metadata, run every pass of the program and sample, without waiting for any."""
-        votes = self.graph_votes(scheduled, agreement.program)
-        step = _LaunchedStep(self.passes, self.collective, self.flight, scheduled, agreement, votes)
+    def run(self, scheduled: SchedulerOutput, agreement: Agreement, graph_votes: int) -> StepOutput:
+        """Build metadata, run every pass of the program and sample, without waiting for any.
+
+        graph_votes: those of this rank's record.
+        """
+        own = scheduled, agreement, graph_votes
+        step = _LaunchedStep(self.passes, self.collective, self.flight, *own)
         if agreement.program.num_drafts:
             return self.run_speculative(step)
         return self.run_plain(step)

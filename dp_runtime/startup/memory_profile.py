@@ -70,10 +70,8 @@ def run_largest_steps(loop: StepLoop, loaded: LoadedRank) -> None:
         last_slot = max(last_slot, int(scheduled.target.state_slots.max(initial=0)))
         agreement = _agree(loop, scheduled)
         if not agreement.idle:
-            output, timer = (
-                trial_runner.run(scheduled, agreement),
-                StepTimer(loop.coordinator.board),
-            )
+            output = trial_runner.run(scheduled, agreement, graph_votes=0)  # none is captured yet
+            timer = StepTimer(loop.coordinator.board)
             trial.commit(InflightStep(scheduled, agreement, output, timer))
     for pool in loaded.pools:
         pool[: last_page + 1].zero_()

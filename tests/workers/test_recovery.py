@@ -177,12 +177,12 @@ def faulty() -> Iterator[Faulty]:
 
     original = StepRunner.run
 
-    def run(self: StepRunner, scheduled: Any, agreement: Any) -> Any:
+    def run(self: StepRunner, scheduled: Any, *agreed: Any) -> Any:
         if armed.is_set() and scheduled.req_indices.size:
             if not armed.always:
                 armed.clear()
             raise RuntimeError("the fault of a test")
-        return original(self, scheduled, agreement)
+        return original(self, scheduled, *agreed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepRunner, "run", run)
