@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.parallel.row_exchange import PaddedExchange
 from dp_runtime.weights.loader import open_weights
 from tests.dp_runtime.paged import CPU, metadata_of, paged_batch, random_page_table, spec_of
-from tests.dp_runtime.thread_ranks import ThreadCollective
+from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 
 PAGE_SIZE, CAPACITY = 8, 208
 SPARE_SLOTS = 3
@@ -100,3 +102,33 @@ class Rank:
 def close(found: Tensor, expected: Tensor) -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def check_bfloat16(path: Path, oracle: Any, tokens: list[int]) -> None:
+    """Check that a model is as near to float32 as transformers' own bfloat16 is."""
+    prompt = torch.tensor([tokens])
+    with torch.inference_mode():
+        wide = oracle(prompt).logits[0]
+        narrow = copy.deepcopy(oracle).to(torch.bfloat16)(prompt).logits[0].float()
+
+    def run(collective: ThreadCollective) -> Tensor:
+        return Rank(path, collective, dtype=torch.bfloat16).step([tokens])[0]
+
+    found = run_ranks(1, run)[0]
+    # In the median: routing near-ties move single rows.
+    assert (found - wide).abs().median() < 1.5 * (narrow - wide).abs().median()
+
+
+def check_dummy_weights(path: Path, tokens: list[int]) -> None:
+    """Check that dummy weights are the same model on any number of ranks."""
+
+    def run(collective: ThreadCollective) -> Tensor:
+        sharding = "tp" if collective.dp_size == 2 else "ep"
+        worker = Rank(path, collective, sharding, load_format="dummy")
+        return worker.step([tokens], (len(tokens),) * collective.dp_size)[0]
+
+    alone = run_ranks(1, run)[0]
+    assert alone.std() > 0
+    for dp_size in (2, 3):
+        for logits in run_ranks(dp_size, run):
+            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.parallel.padding import PaddingMode
-from tests.dp_runtime.models.ranks import Rank, close
+from tests.dp_runtime.models.ranks import Rank, check_bfloat16, check_dummy_weights, close
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 from tests.hybrid_checkpoints import NEXT, TEXT, VISION, hybrid_checkpoint, oracle
 
@@ -220,28 +220,8 @@ def test_a_state_in_bfloat16_is_near_one_in_float32_22(text: Path, tmp_path: Pat
 
 
 def test_bfloat16_agrees_with_transformers_in_bfloat16(text: Path) -> None:
-    tokens = random_tokens(48)
-    with torch.inference_mode():
-        expected = oracle(text).to(torch.bfloat16)(torch.tensor([tokens])).logits[0].float()
-    wide = expected_logits(text, tokens)
-
-    def run(collective: ThreadCollective) -> Tensor:
-        return Rank(text, collective, dtype=torch.bfloat16).step([tokens])[0]
-
-    found = run_ranks(1, run)[0]
-    assert (found - wide).abs().median() < 1.5 * (expected - wide).abs().median()
+    check_bfloat16(text, oracle(text), random_tokens(48))
 
 
 def test_dummy_weights_give_the_same_model_on_any_number_of_ranks(text: Path) -> None:
-    tokens = random_tokens(16)
-
-    def run(collective: ThreadCollective) -> Tensor:
-        sharding = "tp" if collective.dp_size == 2 else "ep"
-        worker = Rank(text, collective, sharding, load_format="dummy")
-        return worker.step([tokens], (16,) * collective.dp_size)[0]
-
-    alone = run_ranks(1, run)[0]
-    assert alone.std() > 0
-    for dp_size in (2, 3):
-        for logits in run_ranks(dp_size, run):
-            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+    check_dummy_weights(text, random_tokens(16))

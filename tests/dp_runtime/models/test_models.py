@@ -14,7 +14,7 @@ from dp_runtime.layers.rotary import Rotary
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode
 from tests.checkpoints import oracle, tiny_checkpoint
-from tests.dp_runtime.models.ranks import Rank, close
+from tests.dp_runtime.models.ranks import Rank, check_bfloat16, check_dummy_weights, close
 from tests.dp_runtime.paged import CPU
 from tests.dp_runtime.thread_ranks import ThreadCollective, run_ranks
 
@@ -158,31 +158,11 @@ def test_zero_rows_on_all_ranks(qwen: Path) -> None:
 
 
 def test_bfloat16_agrees_with_transformers_in_bfloat16(qwen: Path) -> None:
-    tokens = random_tokens(48)
-    with torch.inference_mode():
-        expected = oracle(qwen).to(torch.bfloat16)(torch.tensor([tokens])).logits[0].float()
-    wide = expected_logits(qwen, tokens)
-
-    def run(collective: ThreadCollective) -> Tensor:
-        return Rank(qwen, collective, dtype=torch.bfloat16).step([tokens])[0]
-
-    found = run_ranks(1, run)[0]
-    # As near to float32 as transformers' own bfloat16 is: routing near-ties move single rows.
-    assert (found - wide).abs().median() < 1.5 * (expected - wide).abs().median()
+    check_bfloat16(qwen, oracle(qwen), random_tokens(48))
 
 
 def test_dummy_weights_give_the_same_model_on_any_number_of_ranks(qwen: Path) -> None:
-    tokens = random_tokens(16)
-
-    def run(collective: ThreadCollective) -> Tensor:
-        sharding = "tp" if collective.dp_size == 2 else "ep"
-        worker = Rank(qwen, collective, sharding, load_format="dummy")
-        return worker.step([tokens], (16,) * collective.dp_size)[0]
-
-    alone = run_ranks(1, run)[0]
-    for dp_size in (2, 3):
-        for logits in run_ranks(dp_size, run):
-            torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
+    check_dummy_weights(qwen, random_tokens(16))
 
 
 def test_rotary_is_computed_in_float32(qwen: Path) -> None:

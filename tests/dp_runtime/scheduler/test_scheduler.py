@@ -56,6 +56,15 @@ class Driver:
         self.requests[item.request_id] = item
         self.outputs[item.request_id] = []
 
+    def check_outputs(self) -> None:
+        """Check that every request had all its tokens, or the first of them if it was aborted."""
+        for number, item in self.requests.items():
+            tokens_due, reason = expected_outputs(item)
+            if self.reasons[number] is FinishReason.ABORT:
+                assert self.outputs[number] == tokens_due[: len(self.outputs[number])]
+            else:
+                assert (self.outputs[number], self.reasons[number]) == (tokens_due, reason)
+
     def abort(self, request_id: int) -> None:
         progress = self.scheduler.abort(request_id)
         assert (progress is None) == (request_id in self.reasons)
@@ -185,12 +194,8 @@ def test_every_request_gets_its_tokens_and_no_page_leaks(
             driver.step(prefill_budget=first)
     driver.drain()
     assert driver.scheduler.num_free_pages == num_pages - 1
-    for number, item in made.items():
-        tokens_due, reason = expected_outputs(item)
-        if driver.reasons[number] is FinishReason.ABORT:
-            assert driver.outputs[number] == tokens_due[: len(driver.outputs[number])]
-        else:
-            assert (driver.outputs[number], driver.reasons[number]) == (tokens_due, reason)
+    assert driver.requests == made
+    driver.check_outputs()
 
 
 @pytest.mark.parametrize("depth", [0, 1])
