@@ -62,6 +62,8 @@ class LocalBatch:
     state_slots: Int64 = field(default_factory=_empty_ids)  # [requests]; empty: no recurrent state
     is_fresh: Bool = field(default_factory=_none_of)  # likewise; the request has no state yet
     num_drafts: Int32 = field(default_factory=_no_counts)  # [requests] last rows; empty: 0
+    track_slots: Int64 = field(default_factory=_empty_ids)  # [requests]; empty: nobody's is tracked
+    track_rows: Int32 = field(default_factory=_no_counts)  # likewise; rows before the tracked state
     embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
     embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
 
@@ -76,6 +78,8 @@ class LocalBatch:
         assert len(self.state_slots) in (0, requests), "one state slot per request, or none"
         assert len(self.is_fresh) == len(self.state_slots), "is_fresh has one entry per state slot"
         assert len(self.num_drafts) in (0, requests), "one number of drafts per request, or none"
+        assert len(self.track_slots) in (0, requests), "one track slot per request, or none"
+        assert len(self.track_rows) == len(self.track_slots), "one number of rows per track slot"
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
         for array in vars(self).values():
             array.setflags(write=False)

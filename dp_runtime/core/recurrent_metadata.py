@@ -52,6 +52,18 @@ class AcceptedDrafts:
 
 
 @dataclass(frozen=True, eq=False)
+class Tracks:
+    """Slots that chunked sequences leave their state in on the way, for a prefix cache.
+
+    They stand at the end of a chunk of CHUNK rows, where the kernels have the state anyway.
+    """
+
+    slots: Tensor  # [requests] int64, NULL_SLOT: the request leaves none
+    rows: Tensor  # [requests] int32, of its rows in this pass, those before that state
+    rows_host: Int32
+
+
+@dataclass(frozen=True, eq=False)
 class RowBlocks:
     """Tables of who runs which rows, for kernels that take sequences of very unlike lengths."""
 
@@ -92,6 +104,7 @@ class RecurrentMetadata:
     slots: Tensor  # [requests] int64, none of them twice
     is_fresh: Tensor  # [requests] bool
     drafts: Drafts | None = None
+    tracks: Tracks | None = None  # None: nobody can leave a state on the way
 
     @property
     def batch_size(self) -> int:
@@ -116,13 +129,42 @@ class RecurrentMetadata:
         """
         check_state_slots(batch, num_slots, place)
         check_drafts(batch, 0 if accepted is None else MAX_STEPPED - 1, place)
+        check_tracks(batch, num_slots, place)
         of_batch = batch.num_drafts if len(batch.num_drafts) else np.zeros_like(batch.query_lens)
         cu_seqlens = np.zeros(batch.num_requests + 1, np.int32)
         np.cumsum(batch.query_lens, out=cu_seqlens[1:])
         arrays = cu_seqlens, batch.state_slots, batch.is_fresh, of_batch
         lens, slots, is_fresh, num_drafts = all_on_device(arrays, device)
         drafts = None if accepted is None else Drafts(num_drafts, accepted.of(slots))
-        return cls(lens, batch.query_lens, slots, is_fresh, drafts)
+        tracks = _tracks(batch, device) if len(batch.track_slots) else None
+        return cls(lens, batch.query_lens, slots, is_fresh, drafts, tracks)
+
+
+def _tracks(batch: LocalBatch, device: torch.device) -> Tracks:
+    slots, rows = all_on_device((batch.track_slots, batch.track_rows), device)
+    return Tracks(slots, rows, batch.track_rows)
+
+
+def check_tracks(batch: LocalBatch, num_slots: int, place: Place) -> None:
+    """Raise ContractViolation for a track slot that is another's, or a place between chunks."""
+    slots, rows = batch.track_slots, batch.track_rows
+    if not len(slots):
+        return
+    at = np.flatnonzero(slots != NULL_SLOT)
+    taken = np.concatenate((batch.state_slots, slots[at]))
+    if len(taken) != len(np.unique(taken)) or taken.min() < NULL_SLOT or taken.max() >= num_slots:
+        raise ContractViolation(
+            f"{place}: track_slots are {slots[at].tolist()} beside state_slots "
+            f"{batch.state_slots.tolist()}, allowed: each once, below {num_slots}"
+        )
+    inside = (rows > 0) & (rows < batch.query_lens) & (rows % CHUNK == 0)
+    wrong = np.flatnonzero(np.where(slots != NULL_SLOT, ~inside, rows != 0))
+    if len(wrong):
+        index = int(wrong[0])
+        raise ContractViolation(
+            f"{place}: track_rows[{index}] is {rows[index]} of {batch.query_lens[index]}, allowed: "
+            f"a multiple of {CHUNK} below that, or 0 without a slot"
+        )
 
 
 def check_drafts(batch: LocalBatch, most: int, place: Place) -> None:

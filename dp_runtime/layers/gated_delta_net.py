@@ -71,8 +71,10 @@ class _Group:
     length: int
     num_drafts: int  # the last of each request's rows, which may be rejected
     num_accepted: int  # rows of the pass before, which are run once more ahead of these
+    num_tracked: int  # rows before the state that is left in a track slot; 0: none is
     rows: Tensor  # [requests * length]
     slots: Tensor  # [requests] int64
+    track_slots: Tensor  # [requests] int64
     is_fresh: Tensor  # [requests] bool
 
     def start_from(self, state: Tensor) -> Tensor:
@@ -85,16 +87,21 @@ class _Group:
 def _groups(sequences: RecurrentMetadata) -> Iterator[_Group]:
     lengths, device = sequences.query_lens_host, sequences.slots.device
     starts = lengths.cumsum() - lengths
-    kinds = np.stack((lengths, *_drafts_on_host(sequences)), 1)
+    tracks, none = sequences.tracks, np.zeros_like(lengths)
+    tracked = none if tracks is None else tracks.rows_host
+    track_slots = sequences.slots if tracks is None else tracks.slots
+    kinds = np.stack((lengths, *_drafts_on_host(sequences), tracked), 1)
     for kind in np.unique(kinds[lengths > 0], axis=0):
         equal = np.flatnonzero((kinds == kind).all(1))
-        length, num_drafts, num_accepted = kind.tolist()
+        length, num_drafts, num_accepted, num_tracked = kind.tolist()
         for first in range(0, len(equal), REQUESTS_AT_ONCE):
             members = equal[first : first + REQUESTS_AT_ONCE]
             rows = (starts[members, None] + np.arange(length)).ravel()
             index, row_index = (torch.from_numpy(x).to(device) for x in (members, rows))
-            slots, is_fresh = sequences.slots[index], sequences.is_fresh[index]
-            yield _Group(length, num_drafts, num_accepted, row_index, slots, is_fresh)
+            yield _Group(
+                length, num_drafts, num_accepted, num_tracked, row_index,
+                sequences.slots[index], track_slots[index], sequences.is_fresh[index],
+            )  # fmt: skip
 
 
 def _drafts_on_host(sequences: RecurrentMetadata) -> tuple[Int32, Int32]:
@@ -205,18 +212,29 @@ class GatedDeltaNet:
 
     def _run(self, group: _Group, qkv: Tensor, ba: Tensor) -> Tensor:
         """Run rows of a group, [rows, channels] and [rows, 2 * num_v_heads] -> [rows, v_size]."""
-        states = self.state[1]
         by_request = (len(group.slots), group.length, -1)
         mixed = self._convolve(group, qkv.view(by_request))
         rows = self._delta_rows(mixed, self._gates(group, ba.view(by_request)))
-        drafts, before = group.num_drafts, group.start_from(states).float()
-        outputs, new = delta_rule(rows.span(0, rows.length - drafts), before)
-        states[group.slots] = new.to(states.dtype)
+        drafts = group.num_drafts
+        outputs, new = self._advance(group, rows.span(0, rows.length - drafts))
         if drafts:
             last, _ = delta_rule(rows.span(-drafts, None), new)
             outputs = torch.cat((outputs, last), 2)
         outputs = outputs[:, :, group.num_accepted :]
         return outputs.transpose(1, 2).flatten(2).flatten(0, 1).to(qkv.dtype)
+
+    def _advance(self, group: _Group, rows: DeltaRows) -> tuple[Tensor, Tensor]:
+        """Take the group's states past these rows; return outputs and the new states."""
+        states = self.state[1]
+        state, parts, at = group.start_from(states).float(), list[Tensor](), 0
+        if group.num_tracked:
+            at = group.num_accepted + group.num_tracked
+            outputs, state = delta_rule(rows.span(0, at), state)
+            states[group.track_slots] = state.to(states.dtype)
+            parts.append(outputs)
+        outputs, state = delta_rule(rows.span(at, None), state)
+        states[group.slots] = state.to(states.dtype)
+        return torch.cat((*parts, outputs), 2) if parts else outputs, state
 
     def _convolve(self, group: _Group, new: Tensor) -> Tensor:
         """Convolve [requests, rows, channels] with what came before, and keep the last inputs."""
@@ -225,6 +243,9 @@ class GatedDeltaNet:
         inputs = torch.cat((before, new.transpose(1, 2)), 2)
         kept = width + group.num_drafts
         windows[group.slots, :, :kept] = inputs[..., -kept:]
+        if group.num_tracked:
+            at = group.num_accepted + group.num_tracked
+            windows[group.track_slots, :, :width] = inputs[..., at : at + width]
         mixed = F.conv1d(inputs, self.conv, groups=self.shape.channels)
         return F.silu(mixed).transpose(1, 2)
 

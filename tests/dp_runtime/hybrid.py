@@ -78,13 +78,16 @@ class Recurrence:
     def __call__(self, x: Tensor, sequences: RecurrentMetadata) -> Tensor:
         sums, lasts = self.state
         bounds, out = sequences.cu_seqlens.tolist(), torch.empty_like(x)
-        fresh = sequences.is_fresh.tolist()
+        fresh, tracks = sequences.is_fresh.tolist(), sequences.tracks
         for index, slot in enumerate(sequences.slots.tolist()):
             start, end = bounds[index], bounds[index + 1]
             total, last = sums[slot].clone(), lasts[slot, 0].clone()
             if fresh[index]:
                 total, last = torch.zeros_like(total), torch.zeros_like(last)
             for row in range(start, end):
+                if tracks is not None and row - start == tracks.rows_host[index] > 0:
+                    track = tracks.slots[index]
+                    sums[track], lasts[track, 0] = total, last
                 total = DECAY * total + torch.tanh(x[row] + last.to(x.dtype) / 2).float()
                 last, out[row] = x[row].to(last.dtype), total
             sums[slot], lasts[slot, 0] = total, last

@@ -6,7 +6,8 @@ changes D = U - W S; outputs exp(G) q S + P D with scores P = tril(q_i.k_j exp(G
 S = exp(G_last) S + k^T (exp(G_last - G) D). Only differences of G that are not positive, and G
 itself, are exponentiated. Products take operands of the model's dtype and sum in float32.
 
-Of U, W and P all chunks are computed at once; S then goes through a sequence's chunks in turn.
+Of U, W and P all chunks are computed at once; S then goes through a sequence's chunks in turn, and
+can be left in a slot of a prefix cache on the way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dp_runtime.core.recurrent_metadata import CHUNK, RecurrentMetadata
+from dp_runtime.kernels.gated_delta.recurrent import step_row
 from dp_runtime.kernels.gated_delta.rows import DeltaRows, HeadShape
 from dp_runtime.kernels.gated_delta.unit_triangle import inverse
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
@@ -32,9 +34,12 @@ def run_chunks(
     sequences: RecurrentMetadata,
     norm_eps: float,
 ) -> None:
-    """Run the rows of the pass's chunked sequences, none of which has drafts, now or before."""
+    """Run the rows of the pass's chunked sequences, after the accepted drafts; none has new ones.
+
+    Only a state out of a prefix cache has drafts before a chunk.
+    """
     assert all(x.is_contiguous() for x in (states, out)), "states and outputs are contiguous"
-    tables = sequences.row_blocks
+    tables, drafts, tracks = sequences.row_blocks, sequences.drafts, sequences.tracks
     if not tables.num_chunks:
         return
     heads, k_dim, v_dim = shape.num_v_heads, shape.head_k_dim, shape.head_v_dim
@@ -55,8 +60,10 @@ def run_chunks(
     block = 64 if heads * v_dim >= 64 * MIN_PROGRAMS else 32  # columns of a head's state
     block = min(_block(v_dim), block)
     _state_kernel[(triton.cdiv(v_dim, block) * heads, len(tables.chunked))](
-        rows.qkv, values, reads, scores, scales, states, out,
+        rows.qkv, rows.gates, values, reads, scores, scales, states, out,
         tables.chunked, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
+        drafts and drafts.num_accepted, tracks and tracks.slots, tracks and tracks.rows,
+        k_dim**-0.5, norm_eps, rows.num_rows, MAX_DRAFTS=rows.max_drafts,
         BLOCK_V=block, num_warps=4, num_stages=2, **sizes,
     )  # fmt: skip
 
@@ -121,9 +128,10 @@ def _solve_kernel(
     tl.store(into, u.to(dtype), mask=is_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _state_kernel(
-    qkv, values, reads, scores, scales, states, out, chunked, cu_seqlens, slots, is_fresh,
+    qkv, gates, values, reads, scores, scales, states, out, chunked, cu_seqlens, slots, is_fresh,
+    num_accepted, track_slots, track_rows, q_scale, eps, num_rows, MAX_DRAFTS: tl.constexpr,
     K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -132,45 +140,90 @@ def _state_kernel(
         gdc_wait()
         gdc_launch_dependents()
     head = tl.program_id(0) % HEADS  # the programs of a k head run together: they share its rows
-    dtype = qkv.dtype.element_ty
     request = tl.load(chunked + 2 * tl.program_id(1)).to(tl.int64)
     slot = tl.load(slots + request).to(tl.int64)
     has_past = (slot != 0) & (tl.load(is_fresh + request) == 0)
     start, end = tl.load(cu_seqlens + request), tl.load(cu_seqlens + request + 1)
-    at, k_at = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
+    k_at = tl.arange(0, BLOCK_K)
     v_at = tl.program_id(0) // HEADS * BLOCK_V + tl.arange(0, BLOCK_V)
     is_v = (v_at < V_DIM)[None, :]
     own = states + ((slot * HEADS + head) * K_DIM + k_at[:, None]) * V_DIM + v_at[None, :]
     is_read = (k_at < tl.where(has_past, K_DIM, 0))[:, None] & is_v
     state = tl.load(own, mask=is_read, other=0.0).to(tl.float32)
+    if MAX_DRAFTS:
+        accepted = tl.where(has_past, tl.load(num_accepted + request), 0).to(tl.int32)
+        first_row = num_rows + request * MAX_DRAFTS
+        state = _after_drafts(
+            state, qkv, gates, first_row, accepted, head, k_at, v_at, q_scale, eps,
+            K_HEADS, HEADS, K_DIM, V_DIM,
+        )  # fmt: skip
+    track, tracked = slot, -1
+    if track_slots is not None:
+        track = tl.load(track_slots + request).to(tl.int64)
+        tracked = tl.where(track != 0, start + tl.load(track_rows + request), -1)
+    track_own = own + (track - slot) * HEADS * K_DIM * V_DIM
     for first in range(start, end, CHUNK):
-        row = (first + at).to(tl.int64)
-        is_row = first + at < end
-        rows_in = is_row[:, None]
-        scale = scales + row * 3 * HEADS + head
-        total = tl.load(scale, mask=is_row, other=0.0)
-        k_norm = tl.load(scale + HEADS, mask=is_row, other=0.0)
-        q_decay = tl.load(scale + 2 * HEADS, mask=is_row, other=0.0)
-        last_row = (tl.minimum(first + CHUNK, end) - 1).to(tl.int64)
-        last = tl.load(scales + last_row * 3 * HEADS + head)
-        q = _head_rows(qkv, row, is_row, head, 0, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
-        k = _head_rows(qkv, row, is_row, head, 1, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
-        columns = row[:, None] * HEADS + head
-        w = reads + columns * K_DIM + k_at[None, :]
-        w = tl.load(w, mask=rows_in & (k_at < K_DIM)[None, :], other=0.0)
-        u = tl.load(values + columns * V_DIM + v_at[None, :], mask=rows_in & is_v, other=0.0)
-        score = tl.load(scores + columns * CHUNK + at[None, :], mask=rows_in, other=0.0)
-        before = state.to(dtype)
-        change = u.to(tl.float32) - tl.dot(w, before, input_precision="tf32x3")
-        result = tl.dot(q, before, input_precision="tf32x3") * q_decay[:, None]
-        result += tl.dot(score, change.to(dtype), input_precision="tf32x3")
-        into = out + columns * V_DIM + v_at[None, :]
-        tl.store(into, result.to(dtype), mask=rows_in & is_v)
-        change *= (k_norm * tl.exp(tl.where(is_row, last - total, 0.0)))[:, None]
-        state *= tl.exp(last)
-        state += tl.dot(tl.trans(k), change.to(dtype), input_precision="tf32x3")
+        if track_slots is not None:
+            is_left = (k_at < tl.where(first == tracked, K_DIM, 0))[:, None] & is_v
+            tl.store(track_own, state.to(states.dtype.element_ty), mask=is_left)
+        state = _after_chunk(
+            state, qkv, values, reads, scores, scales, out, first, end, head, v_at,
+            K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K, CHUNK,
+        )  # fmt: skip
     is_kept = (k_at < tl.where(slot != 0, K_DIM, 0))[:, None] & is_v
     tl.store(own, state.to(states.dtype.element_ty), mask=is_kept)
+
+
+@triton.jit
+def _after_drafts(
+    state, qkv, gates, row, accepted, head, k_at, v_at, q_scale, eps,
+    K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    """Take the state past the accepted drafts of the pass before, from `row` on."""
+    for index in range(accepted):
+        state, _ = step_row(
+            state, qkv, gates, row + index, head, k_at, v_at, q_scale, eps,
+            K_HEADS, HEADS, K_DIM, V_DIM,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
+def _after_chunk(
+    state, qkv, values, reads, scores, scales, out, first, end, head, v_at,
+    K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Take the state past the chunk from row `first` on, and write the chunk's outputs."""
+    dtype = qkv.dtype.element_ty
+    at, k_at = tl.arange(0, CHUNK), tl.arange(0, BLOCK_K)
+    is_v = (v_at < V_DIM)[None, :]
+    row = (first + at).to(tl.int64)
+    is_row = first + at < end
+    rows_in = is_row[:, None]
+    scale = scales + row * 3 * HEADS + head
+    total = tl.load(scale, mask=is_row, other=0.0)
+    k_norm = tl.load(scale + HEADS, mask=is_row, other=0.0)
+    q_decay = tl.load(scale + 2 * HEADS, mask=is_row, other=0.0)
+    last_row = (tl.minimum(first + CHUNK, end) - 1).to(tl.int64)
+    last = tl.load(scales + last_row * 3 * HEADS + head)
+    q = _head_rows(qkv, row, is_row, head, 0, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
+    k = _head_rows(qkv, row, is_row, head, 1, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
+    columns = row[:, None] * HEADS + head
+    w = reads + columns * K_DIM + k_at[None, :]
+    w = tl.load(w, mask=rows_in & (k_at < K_DIM)[None, :], other=0.0)
+    u = tl.load(values + columns * V_DIM + v_at[None, :], mask=rows_in & is_v, other=0.0)
+    score = tl.load(scores + columns * CHUNK + at[None, :], mask=rows_in, other=0.0)
+    before = state.to(dtype)
+    change = u.to(tl.float32) - tl.dot(w, before, input_precision="tf32x3")
+    result = tl.dot(q, before, input_precision="tf32x3") * q_decay[:, None]
+    result += tl.dot(score, change.to(dtype), input_precision="tf32x3")
+    into = out + columns * V_DIM + v_at[None, :]
+    tl.store(into, result.to(dtype), mask=rows_in & is_v)
+    change *= (k_norm * tl.exp(tl.where(is_row, last - total, 0.0)))[:, None]
+    state *= tl.exp(last)
+    state += tl.dot(tl.trans(k), change.to(dtype), input_precision="tf32x3")
+    return state
 
 
 @triton.jit

@@ -35,7 +35,8 @@ def convolve(
     assert qkv.stride(1) == ba.stride(1) == 1, "a row is in one piece"
     together = [x for x in (weight, windows, draft_gates) if x is not None]
     assert all(x.is_contiguous() for x in together), "weights, windows and gates are contiguous"
-    drafts, blocks = sequences.drafts, sequences.row_blocks.blocks
+    drafts, tracks = sequences.drafts, sequences.tracks
+    blocks = sequences.row_blocks.blocks
     has_room = (draft_gates is not None) == (max_drafts > 0) == (drafts is not None)
     assert has_room, "a slot has room for drafts if there may be some, and only then"
     total = rows + sequences.batch_size * max_drafts
@@ -47,6 +48,7 @@ def convolve(
             qkv, ba, weight, decay, dt_bias, windows, draft_gates, out, gates,
             blocks, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
             drafts and drafts.num_drafts, drafts and drafts.num_accepted,
+            tracks and tracks.slots, tracks and tracks.rows,
             qkv.stride(0), ba.stride(0), rows,
             CHANNELS=channels, WIDTH=width, MAX_DRAFTS=max_drafts, HEADS=heads,
             BLOCK=CHUNK, ROWS=ROWS_AT_ONCE, BLOCK_CHANNELS=CHANNELS_AT_ONCE,
@@ -61,7 +63,7 @@ def convolve(
 @triton.jit(do_not_specialize=["rows"])
 def _convolve_kernel(
     qkv, ba, weight, decay, dt_bias, windows, draft_gates, out, gates,
-    blocks, cu_seqlens, slots, is_fresh, num_drafts, num_accepted,
+    blocks, cu_seqlens, slots, is_fresh, num_drafts, num_accepted, track_slots, track_rows,
     qkv_stride, ba_stride, rows,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, MAX_DRAFTS: tl.constexpr, HEADS: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -91,6 +93,14 @@ def _convolve_kernel(
             first, end, replayed, replay, qkv_stride,
             CHANNELS, WIDTH, MAX_DRAFTS, ROWS, BLOCK_CHANNELS, BLOCK_COLUMNS,
         )  # fmt: skip
+        if track_slots is not None:
+            track_slot = tl.load(track_slots + request).to(tl.int64)
+            tracked = tl.load(track_rows + request)
+            if first == 0:
+                _track_block(
+                    qkv, windows, start, track_slot, tracked, qkv_stride,
+                    CHANNELS, WIDTH, MAX_DRAFTS, BLOCK_CHANNELS, BLOCK_COLUMNS,
+                )  # fmt: skip
     else:
         _gate_block(
             ba, decay, dt_bias, draft_gates, gates, start, length, slot, drafts, accepted,
@@ -129,6 +139,22 @@ def _convolve_block(
         tl.debug_barrier()  # all threads have read the window
         is_kept = (column < tl.where(slot != 0, WIDTH - 1 + drafts, 0)) & inside
         tl.store(window + column, kept, mask=is_kept)
+
+
+@triton.jit
+def _track_block(
+    qkv, windows, start, slot, tracked, stride,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, MAX_DRAFTS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Leave the inputs before row `tracked`, which are all of this pass, in another slot."""
+    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    column = tl.arange(0, BLOCK_COLUMNS)[:, None]
+    is_kept = (column < tl.where(slot != 0, WIDTH - 1, 0)) & (channel < CHANNELS)
+    row = (start + tracked - (WIDTH - 1) + column).to(tl.int64)
+    kept = tl.load(qkv + row * stride + channel, mask=is_kept, other=0.0)
+    window = windows + (slot * CHANNELS + channel) * (WIDTH - 1 + MAX_DRAFTS)
+    tl.store(window + column, kept, mask=is_kept)
 
 
 @triton.jit

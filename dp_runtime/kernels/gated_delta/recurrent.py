@@ -56,7 +56,7 @@ def _step_kernel(
     has_past = (slot != 0) & (tl.load(is_fresh + request) == 0)
     k_at = tl.arange(0, BLOCK_K)
     v_at = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    k_in, v_in = k_at < K_DIM, v_at < V_DIM
+    v_in = v_at < V_DIM
     at = states + ((slot * HEADS + head) * K_DIM + k_at[:, None]) * V_DIM + v_at[None, :]
     is_read = (k_at < tl.where(has_past, K_DIM, 0))[:, None]
     # A pass wrote the state that this one reads: no kernel since, so the load waits for none.
@@ -70,24 +70,36 @@ def _step_kernel(
     if MAX_DRAFTS:
         accepted = tl.where(has_past, tl.load(num_accepted + request), 0).to(tl.int32)
         last = length - tl.load(num_drafts + request).to(tl.int32) - 1  # before the drafts
-    group: tl.constexpr = HEADS // K_HEADS
-    channels: tl.constexpr = 2 * K_HEADS * K_DIM + HEADS * V_DIM
     for index in range(-accepted, length):
         replay = num_rows + request * MAX_DRAFTS + accepted + index
         row = tl.where(index < 0, replay, (start + index).to(tl.int64))
-        q_at = qkv + row * channels + head // group * K_DIM + k_at
-        q = tl.load(q_at, mask=k_in, other=0.0).to(tl.float32)
-        k = tl.load(q_at + K_HEADS * K_DIM, mask=k_in, other=0.0).to(tl.float32)
-        v = tl.load(qkv + row * channels + 2 * K_HEADS * K_DIM + head * V_DIM + v_at, mask=v_in)
-        gate = gates + row * 2 * HEADS + head
-        q *= tl.rsqrt(tl.sum(q * q, 0) + eps) * scale
-        k *= tl.rsqrt(tl.sum(k * k, 0) + eps)
-        state *= tl.exp(tl.load(gate))
-        change = (v.to(tl.float32) - tl.sum(state * k[:, None], 0)) * tl.load(gate + HEADS)
-        state += k[:, None] * change[None, :]
+        state, q = step_row(
+            state, qkv, gates, row, head, k_at, v_at, scale, eps, K_HEADS, HEADS, K_DIM, V_DIM
+        )
         result = tl.sum(state * q[:, None], 0).to(out.dtype.element_ty)
         into = out + ((start + index).to(tl.int64) * HEADS + head) * V_DIM + v_at
         tl.store(into, result, mask=v_at < tl.where(index >= 0, V_DIM, 0))
         if index == last:
             is_kept = (k_at < tl.where(slot != 0, K_DIM, 0))[:, None]
             tl.store(at, state.to(states.dtype.element_ty), mask=is_kept & v_in)
+
+
+@triton.jit
+def step_row(
+    state, qkv, gates, row, head, k_at, v_at, scale, eps,
+    K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
+    """Take some columns of a head's state past one row; return them, and the row's scaled q."""
+    group: tl.constexpr = HEADS // K_HEADS
+    channels: tl.constexpr = 2 * K_HEADS * K_DIM + HEADS * V_DIM
+    k_in, v_in = k_at < K_DIM, v_at < V_DIM
+    q_at = qkv + row * channels + head // group * K_DIM + k_at
+    q = tl.load(q_at, mask=k_in, other=0.0).to(tl.float32)
+    k = tl.load(q_at + K_HEADS * K_DIM, mask=k_in, other=0.0).to(tl.float32)
+    v = tl.load(qkv + row * channels + 2 * K_HEADS * K_DIM + head * V_DIM + v_at, mask=v_in)
+    gate = gates + row * 2 * HEADS + head
+    q *= tl.rsqrt(tl.sum(q * q, 0) + eps) * scale
+    k *= tl.rsqrt(tl.sum(k * k, 0) + eps)
+    state *= tl.exp(tl.load(gate))
+    change = (v.to(tl.float32) - tl.sum(state * k[:, None], 0)) * tl.load(gate + HEADS)
+    return state + k[:, None] * change[None, :], q

@@ -13,6 +13,7 @@ from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts, RecurrentMetadata, RowBlocks
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.core.test_attention_metadata import batch as paged
+from tests.dp_runtime.paged import paged_batch, random_page_table
 
 CPU = torch.device("cpu")
 PLACE = Place(3, 17, "target")
@@ -103,6 +104,44 @@ def test_drafts_that_no_slot_has_room_for_are_refused(
         RecurrentMetadata.build(of, NUM_SLOTS, PLACE, CPU, accepted)
     for text in ("rank 3, step 17, pass target", *numbers):
         assert text in str(error.value)
+
+
+def tracked(slots: list[int], rows: list[int]) -> LocalBatch:
+    """A prefill of 150 tokens, a decode, and a chunk of 64; requests 1 and 2 of slots."""
+    table, _ = random_page_table([150, 9, 70], 16, np.random.default_rng(0))
+    return replace(
+        paged_batch([(150, 150), (1, 9), (64, 70)], table, 16),
+        state_slots=np.array([5, 1, 3]), is_fresh=np.array([True, False, False]),
+        track_slots=np.array(slots, np.int64), track_rows=np.array(rows, np.int32),
+    )  # fmt: skip
+
+
+def test_tracks_are_slots_beside_those_of_the_requests() -> None:
+    tracks = build(tracked([4, 0, 0], [128, 0, 0])).tracks
+    assert tracks is not None
+    assert (tracks.slots.tolist(), tracks.rows.tolist()) == ([4, 0, 0], [128, 0, 0])
+    assert build(batch()).tracks is None
+
+
+@pytest.mark.parametrize(
+    ("slots", "rows", "text"),
+    [
+        ([3, 0, 0], [64, 0, 0], "track_slots are [3] beside"),
+        ([6, 0, 0], [64, 0, 0], "track_slots are [6] beside"),
+        ([-1, 0, 0], [64, 0, 0], "track_slots are [-1] beside"),
+        ([4, 0, 4], [64, 0, 0], "track_slots are [4, 4] beside"),
+        ([4, 0, 0], [63, 0, 0], "track_rows[0] is 63 of 150"),
+        ([4, 0, 0], [0, 0, 0], "track_rows[0] is 0 of 150"),
+        ([4, 0, 0], [192, 0, 0], "track_rows[0] is 192 of 150"),
+        ([0, 0, 4], [0, 0, 64], "track_rows[2] is 64 of 64"),
+        ([0, 0, 0], [64, 0, 0], "track_rows[0] is 64 of 150"),
+    ],
+)
+def test_tracks_elsewhere_are_refused(slots: list[int], rows: list[int], text: str) -> None:
+    with pytest.raises(ContractViolation) as error:
+        build(tracked(slots, rows))
+    for part in ("rank 3, step 17, pass target", text):
+        assert part in str(error.value)
 
 
 def test_requests_without_slots_are_refused() -> None:

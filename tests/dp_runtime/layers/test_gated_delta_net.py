@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata
+from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata, Tracks
 from dp_runtime.layers.gated_delta_net import REQUESTS_AT_ONCE, GatedDeltaNet, GatedDeltaNetShape
 from dp_runtime.models.qwen3_5.decoder import load_split_inputs
 from dp_runtime.weights.dummy import DummyWeights
@@ -36,7 +36,11 @@ def net(
 
 
 def sequences(
-    lengths: list[int], slots: list[int], fresh: bool, drafts: Drafts | None = None
+    lengths: list[int],
+    slots: list[int],
+    fresh: bool,
+    drafts: Drafts | None = None,
+    tracks: Tracks | None = None,
 ) -> RecurrentMetadata:
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     return RecurrentMetadata(
@@ -45,11 +49,17 @@ def sequences(
         torch.tensor(slots),
         torch.full((len(slots),), fresh),
         drafts,
+        tracks,
     )
 
 
 def drafts_of(num_drafts: list[int], num_accepted: list[int]) -> Drafts:
     return Drafts(*(torch.tensor(x, dtype=torch.int32) for x in (num_drafts, num_accepted)))
+
+
+def tracks_of(slots: list[int], rows: list[int]) -> Tracks:
+    on_host = np.array(rows, np.int32)
+    return Tracks(torch.tensor(slots), torch.from_numpy(on_host), on_host)
 
 
 def test_a_request_does_not_depend_on_those_beside_it() -> None:
@@ -127,6 +137,21 @@ def test_one_verification_writes_each_state_once_however_many_drafts() -> None:
     assert drafted.state[0][1].isfinite().all(), "and the drafts' inputs behind it"
 
 
+def test_a_tracked_state_is_that_of_the_rows_before_it() -> None:
+    """After accepted drafts too: who goes on from it goes on as the request itself does."""
+    torch.manual_seed(2)
+    layer, alone = net(SMALL, 6, max_drafts=3), net(SMALL, 2)
+    begin, chunk, more = torch.randn(6, 64), torch.randn(140, 64), torch.randn(5, 64)
+    layer(begin, sequences([6], [1], True, drafts_of([3], [0])))
+    of = sequences([140, 3], [1, 2], False, drafts_of([0, 0], [2, 0]), tracks_of([4, 0], [128, 0]))
+    layer(torch.cat((chunk, torch.randn(3, 64))), of)
+    found = layer(more, sequences([5], [4], False, drafts_of([0], [0])))
+    whole = torch.cat((begin[:5], chunk[:128], more))
+    due = alone(whole, sequences([len(whole)], [1], True))[-5:]
+    torch.testing.assert_close(found, due, atol=1e-5, rtol=1e-5)
+    assert all(state[[0, 3, 5]].isnan().all() for state in layer.state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
 def test_the_memory_of_verifications_is_counted(
@@ -153,10 +178,14 @@ def test_the_memory_of_verifications_is_counted(
 @pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
 def test_the_memory_of_a_call_is_counted(shape: GatedDeltaNetShape, dtype: torch.dtype) -> None:
     rows, peaks = 512, list[int]()
-    for lengths in ([500, 12], [32] * 16, [63] * 8 + [8], [8] * 64, [1] * 512):
-        layer = net(shape, len(lengths) + 1, dtype)
+    cases: list[tuple[list[int], Tracks | None]] = [
+        ([500, 12], None), ([32] * 16, None), ([63] * 8 + [8], None), ([8] * 64, None),
+        ([1] * 512, None), ([500, 12], tracks_of([3, 0], [448, 0])), ([512], tracks_of([2], [64])),
+    ]  # fmt: skip
+    for lengths, tracks in cases:
+        layer = net(shape, len(lengths) + 2, dtype)
         x: Tensor = torch.randn(rows, shape.hidden_size).to(dtype)
-        plan = sequences(lengths, list(range(1, len(lengths) + 1)), fresh=True)
+        plan = sequences(lengths, list(range(1, len(lengths) + 1)), True, tracks=tracks)
         with torch.inference_mode(), LiveBytes() as live:
             layer(x, plan)
         peaks.append(live.peak)
@@ -170,9 +199,13 @@ def test_kernels_are_the_plain_layer(dtype: torch.dtype) -> None:
     """Prompts, a chunk that continues one, decodes and rows of nobody, on slots of NaN."""
     pytest.importorskip("triton", reason="triton is not installed")
     torch.manual_seed(1)
-    plain, kernels = net(SMALL, 6, dtype), net(SMALL, 6, dtype)
+    plain, kernels, tracks = (
+        net(SMALL, 6, dtype),
+        net(SMALL, 6, dtype),
+        tracks_of([5, 0, 0], [64, 0, 0]),
+    )
     for lengths, fresh in (([70, 3, 9], True), ([1, 12, 1], False), ([1, 1, 1], False)):
-        of = sequences(lengths, [4, 1, 3], fresh)
+        of = sequences(lengths, [4, 1, 3], fresh, tracks=tracks if lengths[0] == 70 else None)
         rows = torch.randn(sum(lengths), SMALL.channels + SMALL.v_size + 8).to(dtype)
         qkv, z, ba = rows.tensor_split([SMALL.channels, SMALL.channels + SMALL.v_size], 1)
         due, found = plain.run_plain(qkv, z, ba, of), kernels.run_kernels(qkv, z, ba, of)

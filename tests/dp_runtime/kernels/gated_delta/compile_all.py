@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from dp_runtime.kernels import slot_copy
 from dp_runtime.kernels.gated_delta import chunked, convolution, gated_norm, recurrent
 from dp_runtime.kernels.gated_delta.rows import HeadShape
 from tests.dp_runtime.kernels.gated_delta.oracle import Caches, Net, Rows, run, sequences_of
@@ -60,7 +61,7 @@ class Compiled:
 
 
 def main() -> None:
-    for module in (convolution, recurrent, chunked, gated_norm):
+    for module in (convolution, recurrent, chunked, gated_norm, slot_copy):
         instead: dict[str, object] = {"overlaps": lambda device: True}
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
@@ -70,11 +71,14 @@ def main() -> None:
     for shape in (HeadShape(16, 64, 128, 128), HeadShape(1, 2, 32, 24)):
         for max_drafts in (0, 3):
             net = Net.draw(shape, 4, torch.bfloat16)
-            caches = Caches.dirty(net, 3, max_drafts)
+            caches = Caches.dirty(net, 4, max_drafts)
             drafts = ([0, 3], [0, 0]) if max_drafts else None
-            of = sequences_of([70, 4], [1, 2], [True, True], drafts)
-            out = run(net, Rows.draw(shape, 74, torch.bfloat16), caches, of)
+            for tracks in (None, ([3, 0], [64, 0])):
+                of = sequences_of([70, 4], [1, 2], [True, True], drafts, tracks)
+                out = run(net, Rows.draw(shape, 74, torch.bfloat16), caches, of)
         gated_norm.gated_rms_norm(out, out.flatten(1), torch.ones(shape.head_v_dim), 1e-6)
+    table = slot_copy.slot_table([caches.windows, caches.states])
+    slot_copy.copy_slots(*table, torch.tensor([[1, 2]]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata
+from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata, Tracks
 from dp_runtime.kernels.gated_delta.chunked import run_chunks
 from dp_runtime.kernels.gated_delta.convolution import convolve
 from dp_runtime.kernels.gated_delta.recurrent import step_rows
@@ -94,7 +94,9 @@ def sequences_of(
     slots: Sequence[int],
     fresh: Sequence[bool],
     drafts: tuple[Sequence[int], Sequence[int]] | None = None,
+    tracks: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> RecurrentMetadata:
+    """drafts: those in these rows, and how many were accepted before; tracks: slots and rows."""
     query_lens = np.array(lengths, np.int32)
     ends = np.concatenate(([0], query_lens.cumsum())).astype(np.int32)
     counts = drafts and [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in drafts]
@@ -104,7 +106,14 @@ def sequences_of(
         torch.tensor(slots, dtype=torch.int64, device=DEVICE),
         torch.tensor(fresh, dtype=torch.bool, device=DEVICE),
         Drafts(*counts) if counts else None,
+        tracks and tracks_of(*tracks),
     )
+
+
+def tracks_of(slots: Sequence[int], rows: Sequence[int]) -> Tracks:
+    on_host = np.array(rows, np.int32)
+    there = torch.tensor(slots, dtype=torch.int64, device=DEVICE)
+    return Tracks(there, torch.from_numpy(on_host).to(DEVICE), on_host)
 
 
 def run(net: Net, rows: Rows, caches: Caches, sequences: RecurrentMetadata) -> Tensor:

@@ -21,5 +21,5 @@ def test_the_kernels_compile_for_sm90() -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = {line.split(":")[0] for line in done.stdout.splitlines()}
-    names = ("convolve", "step", "solve", "state", "gated_rms_norm")
+    names = ("convolve", "step", "solve", "state", "gated_rms_norm", "copy")
     assert compiled == {f"_{name}_kernel" for name in names}
