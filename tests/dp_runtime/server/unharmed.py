@@ -62,7 +62,7 @@ def good_answer(client: httpx.Client) -> list[Any] | None:
 def nothing_logged() -> Iterator[None]:
     with logged() as records:
         yield
-    assert [record.getMessage() for record in records] == []
+    assert [f"{each.threadName}: {each.getMessage()}" for each in records] == []
 
 
 @contextmanager
