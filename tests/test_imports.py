@@ -67,6 +67,7 @@ EXTRAS = {  # beside those that every installation has
     "dp_runtime/structured": {"structured"},
     "dp_runtime/attention": {"gpu"},
     "dp_runtime/kernels": {"gpu"},
+    "dp_runtime/experiments": {"experiments"},
     "workers/ray_cluster": {"serve"},  # to read metrics, where they are exported
 }
 

@@ -1,0 +1,10 @@
+"""The laboratory: a workload over a grid of settings and policies, measured rank by rank.
+
+`python launch.py experiment FILE.toml` is the same; docs/experiments.md begins at the beginning.
+"""
+
+from dp_runtime.experiments.experiment import Experiment
+from dp_runtime.experiments.results.run_files import read_requests, read_steps
+from dp_runtime.experiments.run_experiment import Outcome, run_experiment
+
+__all__ = ["Experiment", "Outcome", "read_requests", "read_steps", "run_experiment"]

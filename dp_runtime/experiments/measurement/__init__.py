@@ -1,0 +1,1 @@
+"""One run of a point: its requests, its steps, and the figures of both."""

@@ -1,0 +1,1 @@
+"""What an experiment asks for: arrivals, lengths, prompts, ranks, and published traces."""
