@@ -96,6 +96,10 @@ class EngineConfig:
         "tokens, or to the one that pads a decode step least",
         choices=("round_robin", "least_tokens", "least_padded_cost"),
     )
+    max_moves: int = setting(
+        2, "times that a request may go from its rank's queue to another rank that could start it "
+        "sooner; 0: it waits where it is", at_least=0, at_most=16,
+    )  # fmt: skip
     page_size: int = setting(64, "tokens of a KV page", at_least=1)
     num_pages: int | None = setting(
         None,
@@ -166,11 +170,9 @@ class EngineConfig:
         allowed=f"0..{MAX_DRAFTS}",
     )
     speculative_draft_model: str | None = setting(
-        None,
-        "directory of an EAGLE-3 head",
-        shown_default="the model's own MTP layer",
+        None, "directory of an EAGLE-3 head", shown_default="the model's own MTP layer",
         allowed="the path of a directory",
-    )
+    )  # fmt: skip
     speculative_adaptive: bool = setting(
         False,
         "all ranks choose in each step how many tokens to propose, up to that number, by what "
@@ -213,11 +215,9 @@ class EngineConfig:
         "for their larger shares of the experts is set aside", at_least=1, shown_default="dp_size",
     )  # fmt: skip
     standby_ranks: int = setting(
-        0,
-        "processes that wait, warm, to take the place of a lost rank; not with launcher thread",
-        at_least=0,
-        at_most=64,
-    )
+        0, "processes that wait, warm, to take the place of a lost rank; not with launcher thread",
+        at_least=0, at_most=64,
+    )  # fmt: skip
     host_weights: bool = setting(
         False,
         "keep each rank's weights in memory of the host too, for its successor; Linux only",

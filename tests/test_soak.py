@@ -13,6 +13,7 @@ import pytest
 
 from dp_runtime import EngineConfig, FinishReason, RequestOutput
 from dp_runtime.metrics.report import Report
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import PassTrace, StepTrace
@@ -76,9 +77,10 @@ def right_outcome(load: tuple[SoakRequest, ...]) -> Outcome:
         served.streamed[request.index] = tokens
         served.sent_to[request.index] = request.dp_rank
     made = sum(len(tokens) for tokens in served.streamed.values())
+    ended = {FinishReason.LENGTH: len(load)}
     totals = [Totals(0, output_tokens=made, preemptions=2), Totals(1), Totals(2), Totals(3)]
     health = [RankHealth(r, RankState.IDLE, free_pages=9, num_pages=10) for r in range(4)]
-    return served, Report.from_totals(totals, len(load), 1.0), health
+    return served, Report.from_totals(totals, [RequestTotals(0, ended=ended)], 1.0), health
 
 
 def faults_after(change: Callable[[Outcome], Outcome | None]) -> list[str]:

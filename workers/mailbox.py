@@ -23,6 +23,7 @@ class Mailbox:
         self._changed = threading.Condition()
         self._added: list[RankRequest] = []
         self._aborted: list[int] = []
+        self._recalled: list[int] = []
         self._stopping = False
         self._outbox: list[RequestUpdate] = []
 
@@ -38,6 +39,10 @@ class Mailbox:
         with self._changed:
             self._aborted += request_ids
 
+    def recall(self, request_ids: Sequence[int]) -> None:
+        with self._changed:
+            self._recalled += request_ids
+
     def stop(self) -> None:
         with self._changed:
             self._stopping = True
@@ -45,8 +50,8 @@ class Mailbox:
 
     def take(self) -> Inbox:
         with self._changed:
-            inbox = Inbox(self._added, self._aborted, self._stopping)
-            self._added, self._aborted = [], []
+            inbox = Inbox(self._added, self._aborted, self._recalled, self._stopping)
+            self._added, self._aborted, self._recalled = [], [], []
             return inbox
 
     def deliver(self, updates: list[RequestUpdate]) -> None:

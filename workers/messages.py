@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.core.membership import Membership
+from dp_runtime.core.rank_events.kv_events import KvEvent
+from dp_runtime.core.rank_events.rank_load import RankLoad
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.metrics.request_totals import RequestTotals
@@ -81,6 +83,8 @@ class Polled:
     progress: Sequence[RequestUpdate]
     error: str | None = None
     at_fault: bool = False  # the error is the rank's own: others did not end its step
+    kv_events: Sequence[KvEvent] = ()
+    load: RankLoad | None = None  # None: it has loaded nothing
 
 
 # Messages to a rank; Worker.answer says what each does.
@@ -165,6 +169,13 @@ class Submit(Message[None]):
 
 @dataclass(frozen=True)
 class Abort(Message[None]):
+    request_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Recall(Message[None]):
+    """Give back requests that have not begun; an update of each says if it is given back."""
+
     request_ids: Sequence[int]
 
 

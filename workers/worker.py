@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from time import sleep
 from typing import Any
@@ -27,6 +28,7 @@ from dp_runtime.metrics.status import ModelInfo, RankHealth, RankState
 from dp_runtime.metrics.totals import Recorder, Totals
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.startup.device_memory import free_garbage
+from dp_runtime.startup.devices import gpu_uuid, use_device
 from workers.communicators import OpenedRendezvous, open_rendezvous
 from workers.mailbox import Mailbox
 from workers.messages import (
@@ -50,6 +52,7 @@ from workers.messages import (
     ReadMetrics,
     ReadTotals,
     ReadTrace,
+    Recall,
     Rendezvous,
     Reshard,
     Stop,
@@ -100,6 +103,8 @@ class Worker:
                 return self.submit(requests)
             case Abort(request_ids):
                 return self.abort(request_ids)
+            case Recall(request_ids):
+                return self.recall(request_ids)
             case Abandon(reason, epoch):
                 return self.abandon(reason, epoch)
             case Stop():
@@ -124,14 +129,14 @@ class Worker:
         if self.config.launcher != "thread":
             log_to_stderr(self.config.log_level, self.dp_rank)
             torch.set_num_threads(self.config.torch_threads or self._fair_threads())
-        self._use_device()
+        use_device(self.device)
         self._stage = prepared = Prepared.for_rank(self.dp_rank, self.config, self.device, members)
         return self._announce(prepared)
 
     def _announce(self, prepared: Prepared) -> HostInfo:
         self._flight = prepared.flight
         ring = prepared.flight.ring.address
-        return HostInfo(self.dp_rank, socket.gethostname(), ring, self._gpu)
+        return HostInfo(self.dp_rank, socket.gethostname(), ring, gpu_uuid(self.device))
 
     def check_plan(self, members: Membership) -> None:
         """Look whether the rank could be one of these; ValueError if not. Nothing changes."""
@@ -212,11 +217,19 @@ class Worker:
         self._mailbox.abort(request_ids)
         self._wake()
 
+    def recall(self, request_ids: Sequence[int]) -> None:
+        """Have requests that have not begun given back before the next step."""
+        self._mailbox.recall(request_ids)
+        self._wake()
+
     def poll(self, timeout_s: float) -> Polled:
         if self._stage is None or isinstance(self._stage, Prepared):
             sleep(LOADING_S)
             return Polled([])
-        return self._mailbox.poll(timeout_s)
+        holder = self._holder
+        polled = holder.mailbox.poll(timeout_s)
+        num_coming = holder.mailbox.num_added + len(holder.compiling)
+        return replace(polled, load=holder.requests.load(num_coming))
 
     def health(self) -> RankHealth:
         health = RankHealth(
@@ -280,16 +293,6 @@ class Worker:
     def _wake(self) -> None:
         if isinstance(self._stage, Joined):  # else it reads its mail once it has joined
             self._stage.wake()
-
-    def _use_device(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.set_device(self.device)
-
-    @property
-    def _gpu(self) -> str:
-        if self.device == "cpu":
-            return ""
-        return str(torch.cuda.get_device_properties(self.device).uuid)
 
     def _fair_threads(self) -> int:
         return max(1, usable_cpus() // self.config.dp_size)

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.request import Listeners, RankRequest
+from dp_runtime.core.rank_events.listeners import Listeners
+from dp_runtime.core.request import RankRequest
 from dp_runtime.errors import RankFailed
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
 from dp_runtime.metrics.trace import StepTrace
+from workers.messages import Abort, Recall
 from workers.ranks import Launcher, RankHandle, Ranks
 from workers.standby.reserve import StandbyReserve
 from workers.supervision.at_exit import close_at_exit
@@ -125,7 +127,11 @@ class WorkerGroup:
 
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
         self._check_owner()
-        self._supervisor.abort(dp_rank, request_ids)
+        self._supervisor.tell(dp_rank, Abort(request_ids))
+
+    def recall(self, dp_rank: int, request_ids: Sequence[int]) -> None:
+        self._check_owner()
+        self._supervisor.tell(dp_rank, Recall(request_ids))
 
     def health(self, timeout_s: float = STATUS_S) -> tuple[RankHealth, ...]:
         if not self.belongs_here:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dp_runtime.core.membership import Transition
 from dp_runtime.core.sampling_params import SamplingParams
 
 
@@ -78,6 +77,7 @@ class RequestUpdate(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token
     error: str = ""  # why the rank could not go on with the request, which has ended
+    given_back: bool | None = None  # the answer to a recall; False: it has begun, or ended
 
     @classmethod
     def failed(cls, request_id: int, num_outputs: int, error: Exception | str) -> RequestUpdate:
@@ -106,15 +106,3 @@ class RequestOutput:
     dp_rank: int
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per output token, if asked for
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # one per prompt token after the first
-
-
-Resume = Callable[[dict[int, list[RankRequest]]], None]  # what each rank begins or goes on with
-
-
-@dataclass(frozen=True, eq=False)
-class Listeners:
-    """Who hears of what ranks do, in threads of their group."""
-
-    on_progress: Callable[[int, Sequence[RequestUpdate]], None]  # dp_rank, what it did
-    on_failure: Callable[[BaseException], None]  # of all of them, once
-    on_transition: Callable[[Transition, Resume], int]  # losses put down to a request

@@ -10,17 +10,20 @@ from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
-from dp_runtime.core.request import FinishReason, Listeners, RankRequest, RequestUpdate, Resume
+from dp_runtime.core.rank_events.listeners import Listeners, Resume
+from dp_runtime.core.request import FinishReason, RequestUpdate
 from dp_runtime.engine.deadlines import Deadlines
 from dp_runtime.engine.inputs import NewRequest, RequestFactory, checked_flag, checked_seconds
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.metrics_export import export_periodically
 from dp_runtime.engine.output_processor import Delivery, Ends, OutputProcessor, OutputSink, apply
 from dp_runtime.engine.rank_group import start_ranks
+from dp_runtime.engine.relocation import Relocation
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.routing.admission import Admission, Place
-from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS
+from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS, Demand
 from dp_runtime.engine.routing.membership_changes import MembershipChanges
+from dp_runtime.engine.routing.queue_moves import RankLimits
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.busy_clock import BusyClock
@@ -36,7 +39,6 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[Delivery]], None]
 Sink = TypeVar("Sink", bound=OutputSink)
 SinkOf = Callable[[RequestLog, Ends], Sink]
-MAX_REPLAYS = 3  # without a token: the request may be what its ranks were lost of
 
 
 class EngineCore:
@@ -60,7 +62,9 @@ class EngineCore:
             raise
         self.factory = RequestFactory(model, self.tokenizer, config.seed, self._group)
         balancer = LOAD_BALANCERS[config.routing]()
-        self._admission = Admission(balancer, self._group.members, config.max_queued_requests)
+        limits = RankLimits(config.max_num_requests, config.page_size, config.max_moves)
+        members = self._group.members
+        self._admission = Admission(balancer, members, config.max_queued_requests, limits)
         self.changes = MembershipChanges(self._group, self._admission, weakly(self.check_open))
         self._outputs = OutputProcessor()
         self._deadlines = Deadlines(weakly(self._on_due))
@@ -69,8 +73,13 @@ class EngineCore:
         self._closed: BaseException | None = None
         self._clock = BusyClock()
         self._requests: dict[int, RequestTotals] = {}  # by dp_rank, also of ranks that have left
+        self._relocation = Relocation(
+            self._group, self._admission, self._outputs, self._sending, weakly(self._totals_of)
+        )
         progress, failure = weakly(self._on_updates), weakly(self._on_failure)
-        self._group.listen(Listeners(progress, failure, weakly(self._on_transition)))
+        transition, load = weakly(self._on_transition), weakly(self._relocation.report)
+        cached = weakly(self._admission.cached)
+        self._group.listen(Listeners(progress, failure, transition, load, cached))
         bind_lifetime(self, self._group, self._deadlines)
         if config.launcher == "ray":
             export_periodically(self)
@@ -109,36 +118,37 @@ class EngineCore:
 
     def start(self, new: NewRequest, sink_of: SinkOf[Sink]) -> Sink:
         """Give a request to a rank; without a place for it raise EngineOverloaded."""
-        rank = self._admission.enter(new.request.num_reserved_tokens, new.dp_rank)
-        return self._begin(new, rank, sink_of)
+        demand = self._demand_of(new)
+        self._admission.enter(demand)
+        return self._begin(new, demand, sink_of)
 
     def wait_for_place(self, new: NewRequest) -> Place:
         """Queue for a place; the caller starts the request there or gives the place back."""
-        request = new.request
-        return self._admission.wait(
-            request.num_reserved_tokens, new.dp_rank, request.params.priority
-        )
+        return self._admission.wait(self._demand_of(new))
 
     def give_back(self, place: Place) -> None:
         self._admission.give_back(place)
 
     def start_at(self, place: Place, new: NewRequest, sink_of: SinkOf[Sink]) -> Sink:
         """Give a request to the rank of a place that it has waited for, or is late to wait for."""
-        return self._begin(new, self._admission.take(place), sink_of)
+        self._admission.take(place)
+        return self._begin(new, place.demand, sink_of)
 
-    def _begin(self, new: NewRequest, rank: int, sink_of: SinkOf[Sink]) -> Sink:
-        tokens = new.request.num_reserved_tokens
+    def _demand_of(self, new: NewRequest) -> Demand:
+        return Demand.of(new.request, new.dp_rank)
+
+    def _begin(self, new: NewRequest, demand: Demand, sink_of: SinkOf[Sink]) -> Sink:
         with self._sending:
             try:
-                rank, pinned = self._admission.settled(rank, tokens), new.dp_rank is not None
-                log = RequestLog(new.request, self._totals_of(rank), self.tokenizer, pinned)
+                rank = self._admission.settled(demand)
+                log = RequestLog(new.request, self._totals_of(rank), self.tokenizer, demand)
                 sink = sink_of(log, self)
                 with self._lock:
                     self.check_open()
                     self._outputs.add(log, sink)
                     self._clock.enter()
             except BaseException:
-                self._admission.leave(rank, tokens)
+                self._admission.leave(demand)
                 raise
             late = new.seconds_left == 0
             if not late:
@@ -176,8 +186,8 @@ class EngineCore:
     def report(self) -> Report:
         self.check_open()
         totals = self._group.totals()
-        num_ended = sum(sum(rank.ended.values()) for rank in list(self._requests.values()))
-        return Report.from_totals(totals, num_ended, self._clock.elapsed_s)
+        requests = list(self._requests.values())
+        return Report.from_totals(totals, requests, self._clock.elapsed_s)
 
     def health(self, timeout_s: float) -> tuple[RankHealth, ...]:
         if isinstance(self._closed, EngineClosed):
@@ -220,9 +230,11 @@ class EngineCore:
 
     def _on_updates(self, dp_rank: int, updates: Sequence[RequestUpdate]) -> None:
         with self._outputs.delivering():
-            deliveries = self._outputs.process(updates)
+            deliveries = self._outputs.process(self._relocation.settled(dp_rank, updates))
             if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
                 self._group.abort(dp_rank, running)
+            if begun := [each.log.demand for each in deliveries if each.begins]:
+                self._admission.begun(begun)
             self._count_ended(deliveries)
             self._deliver(deliveries)
 
@@ -253,7 +265,7 @@ class EngineCore:
         self._deadlines.remove(log.request_id)
         with self._lock:
             self._clock.leave()
-        self._admission.leave(log.dp_rank, log.request.num_reserved_tokens)
+        self._admission.leave(log.demand)
 
     def _totals_of(self, dp_rank: int) -> RequestTotals:
         return self._requests.setdefault(dp_rank, RequestTotals(dp_rank))
@@ -263,23 +275,7 @@ class EngineCore:
 
         Returns how many losses, this one included, were put down to a request.
         """
-        again: dict[int, list[RankRequest]] = {}
-        ended, num_blamed = [], 0
-        with self._sending:
-            self._admission.serve(transition.members)
-            for log in self._outputs.of_ranks(transition.gone):
-                lost = log.dp_rank in transition.lost
-                log.num_losses += lost
-                is_why = log.num_losses > MAX_REPLAYS and not log.abort_asked
-                if is_why or log.abort_asked:
-                    num_blamed = max(num_blamed, is_why * log.num_losses)
-                    ended.append(log.end_without_rank())
-                    continue
-                tokens = log.request.num_reserved_tokens
-                rank = self._admission.move(log.dp_rank, tokens, log.pinned)
-                again.setdefault(rank, []).append(log.replay(self._totals_of(rank)))
-            resume(again)
-        num_again = sum(map(len, again.values()))
+        ended, num_again, num_blamed = self._relocation.replay(transition, resume)
         if num_again or ended:
             text = "requests of ranks that serve no more: %d go on, %d have ended"
             logger.warning(text, num_again, len(ended))

@@ -46,6 +46,7 @@ class Delivery:
     news: RequestDelta | BaseException
     output: RequestOutput | None = None  # with the last delta
     rank_goes_on: bool = False  # although the request has ended
+    begins: bool = False  # with the first token of its rank
 
     @property
     def ends(self) -> bool:
@@ -149,7 +150,7 @@ def apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery 
     """Apply an update; None if it brings nothing for the user."""
     if update.error:
         return Delivery(log, sink, RequestFailed(f"request {log.request_id}: {update.error}"))
-    rank_goes_on = update.finish_reason is None
+    rank_goes_on, awaited = update.finish_reason is None, log.awaits_token
     try:
         delta = log.apply(update)
     except Exception as error:
@@ -158,4 +159,5 @@ def apply(log: RequestLog, sink: OutputSink, update: RequestUpdate) -> Delivery 
         return Delivery(log, sink, failed, None, rank_goes_on)
     if delta is None:
         return None
-    return Delivery(log, sink, delta, log.output, rank_goes_on and log.output is not None)
+    begins = awaited and not log.awaits_token
+    return Delivery(log, sink, delta, log.output, rank_goes_on and log.output is not None, begins)

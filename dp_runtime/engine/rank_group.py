@@ -9,7 +9,8 @@ from typing import Protocol
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.request import Listeners, RankRequest
+from dp_runtime.core.rank_events.listeners import Listeners
+from dp_runtime.core.request import RankRequest
 from dp_runtime.errors import StartError
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.request_totals import RequestTotals
@@ -30,7 +31,7 @@ class GroupMetrics(Protocol):
 
 
 class RankGroup(Protocol):
-    """The running ranks, whatever kind of process they are; submit and abort do not wait."""
+    """The running ranks, whatever kind of process they are; only `change` and questions wait."""
 
     model: ModelInfo
 
@@ -52,6 +53,9 @@ class RankGroup(Protocol):
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None: ...
 
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None: ...
+
+    def recall(self, dp_rank: int, request_ids: Sequence[int]) -> None:
+        """Ask a rank to give back requests that it has not begun; updates say if it does."""
 
     def health(self, timeout_s: float) -> tuple[RankHealth, ...]:
         """Return the state of every rank, also of those that do not answer in time."""

@@ -13,6 +13,7 @@ from dp_runtime.core.request import (
     RequestUpdate,
     TokenLogprob,
 )
+from dp_runtime.engine.routing.load_balancer import Demand
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.text.output_text import OutputText, TextStep
 from dp_runtime.text.tokenizer import Tokenizer
@@ -26,10 +27,9 @@ class RequestLog:
         request: RankRequest,
         totals: RequestTotals,
         tokenizer: Tokenizer | None,
-        pinned: bool = False,
+        demand: Demand,
     ) -> None:
-        self.request = request
-        self.pinned = pinned  # to its rank
+        self.request, self.demand = request, demand
         self.abort_asked = False
         self.num_losses = 0  # of ranks that served it, since its last token
         self.submitted_at = monotonic()
@@ -37,6 +37,7 @@ class RequestLog:
         self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
         self.output: RequestOutput | None = None  # once it has ended
         self._totals = totals  # of its rank
+        self.awaits_token = True  # its first one of its rank
         self._text = _output_text(request, tokenizer) if tokenizer is not None else None
         self._shown: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -75,7 +76,7 @@ class RequestLog:
 
     def replay(self, totals: RequestTotals) -> RankRequest:
         """Go on at another rank, or the same one's successor, after all that was delivered."""
-        self._totals = totals
+        self._totals, self.awaits_token = totals, True
         num_scored = len(self.prompt_logprobs)
         return replace(self.request, outputs=tuple(self.token_ids), num_scored=num_scored)
 
@@ -95,6 +96,7 @@ class RequestLog:
         self._totals.add_tokens(now - before, count, first)
         self.arrivals.append((now, count))
         self.num_losses = 0
+        self.awaits_token = False
 
     def end(self, reason: FinishReason) -> None:
         self._totals.add_end(reason, monotonic() - self.submitted_at)

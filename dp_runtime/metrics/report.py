@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from statistics import fmean
 
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.totals import Totals, add_counts
 
 
@@ -32,6 +33,7 @@ class Report:
     held_back_steps: tuple[int, ...] = ()  # [rank] that it shortened
     drafts_proposed: int = 0
     accepted_histogram: tuple[int, ...] = ()  # verifications by accepted drafts, all ranks
+    moved: int = 0  # requests that went from one rank's queue to another rank
     pass_s: Mapping[str, float] = field(default_factory=dict)  # mean of the ranks, without waits
 
     @property
@@ -56,7 +58,10 @@ class Report:
         return self.output_tokens / self.elapsed_s if self.elapsed_s else 0.0
 
     @classmethod
-    def from_totals(cls, ranks: Sequence[Totals], requests: int, elapsed_s: float) -> Report:
+    def from_totals(
+        cls, ranks: Sequence[Totals], requests: Sequence[RequestTotals], elapsed_s: float
+    ) -> Report:
+        """Sum up what ranks did, and what the driver saw of their requests."""
         first = ranks[0]
         real_rows, gathered_rows = (
             sum(rank.real_rows for rank in ranks), sum(rank.gathered_rows for rank in ranks),
@@ -66,7 +71,8 @@ class Report:
         return cls(
             dp_ranks=tuple(rank.dp_rank for rank in ranks),
             elapsed_s=elapsed_s,
-            requests=requests,
+            requests=sum(sum(rank.ended.values()) for rank in requests),
+            moved=sum(rank.moved for rank in requests),
             steps=first.steps,
             prompt_tokens=sum(rank.prompt_tokens for rank in ranks),
             output_tokens=sum(rank.output_tokens for rank in ranks),
@@ -90,7 +96,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"requests {self.requests}   steps {self.steps}   preemptions {self.preemptions}",
+            f"requests {self.requests}   moved between ranks {self.moved}   steps {self.steps}   "
+            f"preemptions {self.preemptions}",
             f"prompt tokens {self.prompt_tokens}   output tokens {self.output_tokens}   "
             f"{self.tokens_per_s:.1f} output tok/s over {self.elapsed_s:.2f} s",
             f"padding_waste {self.padding_waste:.3f}   row_balance {self.row_balance:.3f}   "

@@ -22,6 +22,7 @@ class RequestTotals:
     inter_token_s: Histogram = field(default_factory=partial(Histogram.of, SECONDS))
     request_s: Histogram = field(default_factory=partial(Histogram.of, SECONDS))
     ended: dict[FinishReason, int] = field(default_factory=Counter)
+    moved: int = 0  # from the rank's queue to another rank
 
     def add_tokens(self, since_s: float, count: int, first: bool) -> None:
         """Add tokens that came together, `since_s` after those before, or after the submission."""

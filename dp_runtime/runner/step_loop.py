@@ -34,6 +34,7 @@ Deliver = Callable[[list[RequestUpdate]], None]
 class Inbox:
     add: Sequence[RankRequest] = ()
     abort: Sequence[int] = ()
+    recall: Sequence[int] = ()
     stop: bool = False
 
 
@@ -221,7 +222,8 @@ class StepLoop:
         for request in commands.add:
             self.scheduler.add(request)
         ended = [self.scheduler.abort(request_id) for request_id in commands.abort]
-        return [item for item in ended if item]
+        recalled = [self.scheduler.requests.recall(each) for each in commands.recall]
+        return [item for item in ended if item] + recalled
 
     def _record(self, scheduled: SchedulerOutput, stop: bool) -> StepRecord:
         (proposed, accepted), self._num_drafts = self._num_drafts, (0, 0)

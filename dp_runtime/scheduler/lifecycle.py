@@ -13,7 +13,7 @@ import numpy as np
 
 from dp_runtime.core.batch import Int64
 from dp_runtime.core.per_request_state import PerRequestState
-from dp_runtime.core.request import FinishReason
+from dp_runtime.core.request import FinishReason, RequestUpdate
 from dp_runtime.scheduler.request_state import NO_ROW, RequestState, RequestStatus
 from dp_runtime.scheduler.request_table import RequestTable
 
@@ -55,6 +55,15 @@ class RequestLifecycle:
     def finish(self, request: RequestState, reason: FinishReason) -> None:
         request.finish_reason = reason
         self.transition(request, RequestStatus.STOPPING)
+
+    def recall(self, request_id: int) -> RequestUpdate:
+        request = self.get(request_id)
+        waits = request is not None and request.status is RequestStatus.WAITING
+        if request is None or not waits or request.queued_at is None:
+            return RequestUpdate(request_id, 0, given_back=False)
+        self.transition(request, RequestStatus.STOPPING)
+        self.settle()
+        return RequestUpdate(request_id, len(request.outputs), given_back=True)
 
     def transition(self, request: RequestState, status: RequestStatus) -> None:
         """Change a request's status, and with it the queue, the running requests and its row.

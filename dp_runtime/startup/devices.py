@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from dp_runtime.config import EngineConfig
 
 
@@ -22,3 +24,14 @@ def resolve_device(config: EngineConfig, num_gpus: int, where: str) -> EngineCon
             f"set ranks_per_gpu={needed} or set device='cpu'"
         )
     return replace(config, device=wanted)
+
+
+def use_device(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.set_device(device)
+
+
+def gpu_uuid(device: str) -> str:
+    if device == "cpu":
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from dp_runtime.core.per_request_state import PerRequestState
+from dp_runtime.core.rank_events.rank_load import RankLoad
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.runner.drafting import DraftState
 from dp_runtime.sampling.sampler import Sampler
@@ -41,6 +42,12 @@ class ServedRequests:
         scheduler = Scheduler(plan.pages, plan.limits, states)
         recorder = Recorder(plan.dp_rank)
         return cls(scheduler, sampler, structured, drafts, recorder)
+
+    def load(self, num_coming: int) -> RankLoad:
+        """Tell how busy the rank is, for any thread; `num_coming` are not in its queue yet."""
+        scheduler = self.scheduler
+        num_waiting = len(scheduler.waiting) + num_coming
+        return RankLoad(len(scheduler.running), num_waiting, scheduler.num_free_pages)
 
     def abandon_steps(self) -> None:
         """Forget the steps in flight, for the next epoch to begin where committed ones ended."""

@@ -123,7 +123,7 @@ class ScriptedRank:
             self._wake()  # steps count on while all ranks are idle
         add = [event.request for event in due if not event.abort]
         abort = [event.request.request_id for event in due if event.abort]
-        return Inbox(add, abort, stop)
+        return Inbox(add, abort, stop=stop)
 
     def deliver(self, items: list[RequestUpdate]) -> None:
         for item in items:

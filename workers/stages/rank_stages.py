@@ -128,14 +128,15 @@ class Loaded:
         return Connected(self, communicator, epoch, due)
 
     def describe(self, health: RankHealth) -> RankHealth:
-        health, scheduler = self.prepared.describe(health), self.requests.scheduler
+        health = self.prepared.describe(health)
+        load = self.requests.load(self.mailbox.num_added + len(self.compiling))
         return replace(
             health,
             bytes_read=self.rank.info.bytes_read,
             load_s=self.rank.load_s,
-            free_pages=scheduler.num_free_pages,
-            num_running=len(scheduler.running),
-            num_queued=len(scheduler.waiting) + self.mailbox.num_added + len(self.compiling),
+            free_pages=load.free_pages,
+            num_running=load.num_running,
+            num_queued=load.num_waiting,
             error=self.mailbox.error or "",
         )
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dp_runtime.core.request import RequestUpdate
+from dp_runtime.core.rank_events.listeners import Listeners
 from dp_runtime.errors import RankFailed
 from workers.messages import Poll, Polled
 from workers.ranks import RankHandle, Seat
@@ -15,20 +15,18 @@ from workers.supervision.group_state import Evidence
 POLL_S = 1.0
 RETRY_S = 0.02  # where the rank can say nothing before somebody has seen to it
 
-OnProgress = Callable[[int, Sequence[RequestUpdate]], None]
-
 
 class Pollers:
     """Poll whoever has each seat, until `over`; report evidence of faults, and its epoch."""
 
     def __init__(
         self,
-        on_progress: OnProgress,
+        listeners: Listeners,
         suspect: Callable[[Evidence, int], None],
         epoch: Callable[[], int],
         over: threading.Event,
     ) -> None:
-        self._on_progress, self._suspect = on_progress, suspect
+        self._listeners, self._suspect = listeners, suspect
         self._epoch, self._over = epoch, over
         self._threads: dict[Seat, threading.Thread] = {}
 
@@ -71,5 +69,9 @@ class Pollers:
         return Evidence(polled.error, dp_rank if polled.at_fault else None)
 
     def _take(self, dp_rank: int, polled: Polled) -> None:
+        if polled.kv_events:
+            self._listeners.on_kv_events(dp_rank, polled.kv_events)
         if polled.progress:
-            self._on_progress(dp_rank, polled.progress)
+            self._listeners.on_progress(dp_rank, polled.progress)
+        if polled.load is not None:
+            self._listeners.on_load(dp_rank, polled.load)

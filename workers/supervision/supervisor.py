@@ -12,9 +12,10 @@ from typing import TypeVar
 from collectives.awake_clock import LOOK_EVERY_S, Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
-from dp_runtime.core.request import Listeners, RankRequest, RequestUpdate, Resume
+from dp_runtime.core.rank_events.listeners import Listeners, Resume
+from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.errors import EngineClosed, RankFailed, ResizeFailed, StartError, fresh
-from workers.messages import Abandon, Abort, Submit
+from workers.messages import Abandon, Message, Submit
 from workers.ranks import Ranks, Seat
 from workers.supervision.changes import Changes
 from workers.supervision.epochs import Epochs
@@ -33,7 +34,13 @@ def _go_on_without_requests(transition: Transition, resume: Resume) -> int:
     return 0
 
 
-NOBODY = Listeners(lambda rank, updates: None, lambda error: None, _go_on_without_requests)
+NOBODY = Listeners(
+    on_progress=lambda dp_rank, updates: None,
+    on_failure=lambda error: None,
+    on_transition=_go_on_without_requests,
+    on_load=lambda dp_rank, load: None,
+    on_kv_events=lambda dp_rank, events: None,
+)
 
 
 class Supervisor:
@@ -65,8 +72,7 @@ class Supervisor:
             self._listeners, failure = listeners, self.failure
         if failure is not None:  # a rank was lost before anybody listened
             listeners.on_failure(failure)
-        progress = listeners.on_progress
-        self._pollers = Pollers(progress, self._suspect, lambda: self.state.epoch, self._over)
+        self._pollers = Pollers(listeners, self._suspect, lambda: self.state.epoch, self._over)
         self._pollers.follow(self._ranks.seats)
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
@@ -74,10 +80,11 @@ class Supervisor:
             if dp_rank not in self.state.gone:
                 self._send(dp_rank, requests)
 
-    def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
+    def tell(self, dp_rank: int, message: Message[None]) -> None:
+        """Tell a rank something of its requests, unless it is lost and they go on elsewhere."""
         with self.lock:
             if dp_rank in self._ranks.members and dp_rank not in self.state.gone:
-                self._ranks.seat(dp_rank).call(Abort(request_ids))
+                self._ranks.seat(dp_rank).call(message)
 
     def until_answered(self, ask: Callable[[], Answer]) -> Answer:
         """Ask ranks again while one of them is lost or replaced; RankFailed if it stays so."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from bisect import insort
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 
 from dp_runtime.core.membership import Membership
-from dp_runtime.engine.routing.load_balancer import LoadBalancer
+from dp_runtime.core.rank_events.kv_events import KvEvent
+from dp_runtime.core.rank_events.rank_load import RankLoad
+from dp_runtime.engine.routing.load_balancer import Demand, LoadBalancer
+from dp_runtime.engine.routing.queue_moves import Move, QueueMoves, RankLimits
 from dp_runtime.engine.routing.rank_loads import RankLoads
 from dp_runtime.errors import EngineOverloaded, fresh
 
@@ -19,8 +22,7 @@ from dp_runtime.errors import EngineOverloaded, fresh
 class Place:
     """What a caller waits for; `rank` is known once there is room for its request."""
 
-    tokens: int
-    dp_rank: int | None  # that the request is pinned to
+    demand: Demand
     turn: tuple[int, int]  # priority and arrival, the lowest comes first
     rank: Future[int]
 
@@ -31,8 +33,11 @@ class Admission:
     Whoever leaves hands the place to the first who waits: nobody who comes later can take it.
     """
 
-    def __init__(self, balancer: LoadBalancer, members: Membership, limit: int) -> None:
-        self._loads = RankLoads(balancer, members)
+    def __init__(
+        self, balancer: LoadBalancer, members: Membership, limit: int, ranks: RankLimits
+    ) -> None:
+        self._loads = RankLoads(balancer, members, ranks.page_size)
+        self._moves = QueueMoves(self._loads, ranks)
         self._limit = limit
         self._lock = threading.RLock()  # a place may be given back by the collection of garbage
         self._waiting: list[Place] = []  # by turn
@@ -49,14 +54,14 @@ class Admission:
             if self._full and not self._closed:
                 raise EngineOverloaded(self.num_unfinished, self._limit, len(self._waiting))
 
-    def enter(self, tokens: int, dp_rank: int | None) -> int:
+    def enter(self, demand: Demand) -> int:
         """Return the rank of a new request, or raise EngineOverloaded."""
         with self._lock:
             self.check_place()
             self._check_open()
-            return self._loads.take(tokens, dp_rank)
+            return self._loads.take(demand)
 
-    def wait(self, tokens: int, dp_rank: int | None, priority: int = 0) -> Place:
+    def wait(self, demand: Demand) -> Place:
         """Return the place of a new request, which has its rank as soon as it is this one's turn.
 
         Whoever does not use it gives it back.
@@ -65,7 +70,7 @@ class Admission:
         rank.set_running_or_notify_cancel()  # it is given back, never cancelled
         with self._lock:
             self._check_open()
-            place = Place(tokens, dp_rank, (priority, next(self._arrivals)), rank)
+            place = Place(demand, (demand.priority, next(self._arrivals)), rank)
             insort(self._waiting, place, key=lambda waiting: waiting.turn)
             self._hand_out()
         return place
@@ -75,7 +80,7 @@ class Admission:
         with self._lock:
             if place in self._waiting:
                 self._waiting.remove(place)
-                place.rank.set_result(self._loads.take(place.tokens, place.dp_rank))
+                place.rank.set_result(self._loads.take(place.demand))
         return place.rank.result()
 
     def give_back(self, place: Place) -> None:
@@ -84,27 +89,48 @@ class Admission:
             if place in self._waiting:
                 self._waiting.remove(place)
             elif place.rank.exception() is None:
-                self.leave(place.rank.result(), place.tokens)
+                self.leave(place.demand)
 
-    def move(self, dp_rank: int, tokens: int, pinned: bool) -> int:
+    def again(self, demand: Demand) -> int:
         """Return the rank where a request that was on a lost one begins again."""
         with self._lock:
-            self._loads.give_back(dp_rank, tokens)
-            return self._loads.take(tokens, dp_rank if pinned else None)
+            return self._loads.again(demand)
 
-    def leave(self, dp_rank: int, tokens: int) -> None:
+    def begun(self, demands: Sequence[Demand]) -> None:
         with self._lock:
-            self._loads.give_back(dp_rank, tokens)
+            for demand in demands:
+                self._loads.begun(demand)
+
+    def leave(self, demand: Demand) -> None:
+        with self._lock:
+            self._loads.give_back(demand)
             self._hand_out()
 
-    def settled(self, dp_rank: int, tokens: int) -> int:
+    def settled(self, demand: Demand) -> int:
         """Return the rank of a request that has entered: another if that has left since."""
         with self._lock:
-            return self._loads.settled(dp_rank, tokens)
+            return self._loads.settled(demand)
 
-    def serve(self, members: Membership) -> None:
+    def report(self, dp_rank: int, load: RankLoad) -> list[Move]:
+        """Hear how busy a rank is; return requests that ranks are to give back, for others."""
+        with self._lock:
+            return self._moves.report(dp_rank, load)
+
+    def recalled(self, demand: Demand, given_back: bool) -> int | None:
+        """Return the rank that a request which was given back goes to; None if it stays."""
+        with self._lock:
+            return self._moves.recalled(demand, given_back)
+
+    def cached(self, dp_rank: int, events: Sequence[KvEvent]) -> None:
+        with self._lock:
+            self._loads.caches.apply(dp_rank, events)
+
+    def serve(self, members: Membership, gone: Collection[int]) -> None:
+        """Choose among these from now on; who had the place of one that is `gone` is forgotten."""
         with self._lock:
             self._loads.serve(members)
+            self._loads.caches.forget(gone)
+            self._moves.forget(gone)
 
     def spare(self, dp_ranks: Collection[int]) -> None:
         """Give these ranks nothing more as long as there are others."""
@@ -134,4 +160,4 @@ class Admission:
     def _hand_out(self) -> None:
         while self._waiting and not self._full:
             place = self._waiting.pop(0)
-            place.rank.set_result(self._loads.take(place.tokens, place.dp_rank))
+            place.rank.set_result(self._loads.take(place.demand))

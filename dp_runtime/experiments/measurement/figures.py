@@ -95,7 +95,7 @@ def report_of(steps: Sequence[StepTrace]) -> Report:
     for step in sorted(steps, key=lambda each: each.dp_rank):
         ranks.setdefault(step.dp_rank, Totals(step.dp_rank)).add(step)
     assert ranks, "a run has steps"
-    return Report.from_totals(list(ranks.values()), 0, 0.0)
+    return Report.from_totals(list(ranks.values()), [], 0.0)
 
 
 def _gap_s(steps: Sequence[StepTrace], epoch: int) -> float:

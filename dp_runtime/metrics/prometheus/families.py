@@ -110,6 +110,8 @@ OWN = (
            lambda rank: sum(rank.totals.accepted)),
     Family("counter", "drafts_accepted_by_position", "Draft tokens accepted, by place in the draft",
            _accepted_by_position, ("position",)),
+    Family("counter", "requests_moved", "Requests that went from this rank's queue to another rank",
+           lambda rank: rank.requests.moved),
     Family("counter", "requests_ended", "Requests by how they ended",
            _ends, ("finish_reason",)),
     Family("histogram", "step_seconds", "Host time of a step, waits included",

@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.request import FinishReason, Listeners, RankRequest, RequestUpdate
+from dp_runtime.core.rank_events.listeners import Listeners
+from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate
 from dp_runtime.engine.engine import Engine
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.totals import Totals
@@ -29,11 +30,13 @@ class FakeGroup:
         self.wanted = self.members
         self.metrics = MetricsCalls(list)
         self.taken: dict[int, tuple[int, RankRequest]] = {}  # by request id: rank and request
+        self.recalls: list[tuple[int, int]] = []  # rank and request, not answered yet
         self.refusal: BaseException | None = None  # raised by the next submit
 
     def listen(self, listeners: Listeners) -> None:
         self.on_progress, self.on_failure = listeners.on_progress, listeners.on_failure
-        self.on_transition = listeners.on_transition
+        self.on_transition, self.on_load = listeners.on_transition, listeners.on_load
+        self.on_kv_events = listeners.on_kv_events
 
     def submit(self, dp_rank: int, requests: Sequence[RankRequest]) -> None:
         refusal, self.refusal = self.refusal, None
@@ -44,6 +47,9 @@ class FakeGroup:
     def abort(self, dp_rank: int, request_ids: Sequence[int]) -> None:
         for request_id in request_ids:
             self.end(request_id, finish_reason=FinishReason.ABORT)
+
+    def recall(self, dp_rank: int, request_ids: Sequence[int]) -> None:
+        self.recalls += [(dp_rank, request_id) for request_id in request_ids]
 
     def end(self, request_id: int, **how: Any) -> None:
         """Tell the engine that a request has ended; a rank tells it once."""

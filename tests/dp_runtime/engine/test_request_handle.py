@@ -11,6 +11,7 @@ from dp_runtime.engine.delta_queue import MAX_WAITING_DELTAS
 from dp_runtime.engine.output_processor import Ends, OutputProcessor, deliver_here
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.engine.request_log import RequestLog
+from dp_runtime.engine.routing.load_balancer import Demand
 from dp_runtime.errors import RankFailed, RequestFailed
 from dp_runtime.metrics.request_totals import RequestTotals
 
@@ -21,7 +22,7 @@ class Served:
     def __init__(self, request_id: int = 5, logprobs: int | None = None) -> None:
         params = SamplingParams(max_tokens=1000, logprobs=logprobs)
         request = RankRequest(request_id, (1, 2), params, 0, frozenset())
-        self.log = RequestLog(request, RequestTotals(1), None)
+        self.log = RequestLog(request, RequestTotals(1), None, Demand.of(request, None))
         self.aborted: list[int] = []
         self.handle = RequestHandle(
             self.log, Mock(Ends, abort=self.aborted.append, abandon=self.aborted.append)

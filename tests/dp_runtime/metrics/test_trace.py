@@ -2,7 +2,9 @@
 
 import pytest
 
+from dp_runtime.core.request import FinishReason
 from dp_runtime.metrics.report import Report
+from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.totals import Recorder, Totals
 from dp_runtime.metrics.trace import PassTrace, StepTrace
 
@@ -29,7 +31,13 @@ def recorders(steps: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Reco
 
 def test_the_report_follows_its_definitions() -> None:
     ranks = recorders([((10, 12, 12, 12), (12,) * 4), ((0, 12, 1, 0), (12,) * 4)])
-    report = Report.from_totals([rank.totals for rank in ranks], requests=7, elapsed_s=2.0)
+    ended = {FinishReason.LENGTH: 5, FinishReason.ABORT: 1}
+    requests = [
+        RequestTotals(0, ended=ended, moved=3),
+        RequestTotals(1, ended={FinishReason.STOP: 1}),
+    ]
+    report = Report.from_totals([rank.totals for rank in ranks], requests, elapsed_s=2.0)
+    assert (report.requests, report.moved) == (7, 3)
     assert report.padding_waste == pytest.approx(1 - 59 / 96)
     assert report.row_balance == pytest.approx((59 / 4) / 24)
     assert report.wire_rows == 96 * 2
@@ -42,5 +50,5 @@ def test_the_report_follows_its_definitions() -> None:
 
 
 def test_no_step_no_waste() -> None:
-    report = Report.from_totals([Totals(0), Totals(1)], requests=0, elapsed_s=0.0)
+    report = Report.from_totals([Totals(0), Totals(1)], [], elapsed_s=0.0)
     assert (report.padding_waste, report.row_balance, report.tokens_per_s) == (0.0, 1.0, 0.0)

@@ -79,7 +79,7 @@ def capturing_case(
         step = loop.coordinator.step_id
         new = [next(next_ids) for _ in range(arrivals[rank].get(step, 0))]
         requests = [RankRequest(n, (3, 4 + rank, 5 + n), params, 0, frozenset()) for n in new]
-        return Inbox(requests, (), rank == 0 and step >= num_steps)
+        return Inbox(requests, (), stop=rank == 0 and step >= num_steps)
 
     def deliver(updates: list[RequestUpdate]) -> None:
         for one in updates:

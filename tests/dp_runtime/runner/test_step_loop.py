@@ -55,7 +55,7 @@ class Rank:
         taken, self._inbox = self._inbox, []
         if self.stop.is_set():
             self._steps_left -= 1
-        return Inbox(taken, (), self._steps_left < 0)
+        return Inbox(taken, (), stop=self._steps_left < 0)
 
     def deliver(self, items: list[RequestUpdate]) -> None:
         for item in items:

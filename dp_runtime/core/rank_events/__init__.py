@@ -1,0 +1,1 @@
+"""What ranks tell the driver of themselves, beside the progress of requests."""
