@@ -107,27 +107,27 @@ class PeerToPeerCollective(GroupMember):
         return self._rows.reduce_scatter(rows.contiguous(), layout, counts[self.dp_rank])
 
     def all_gather_v(
-        self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
+        self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
     ) -> Tensor:
-        assert rows.shape[0] <= rows_per_rank, (
-            f"{rows.shape[0]} rows for {rows_per_rank} of each rank"
-        )
-        return self._rows.gather(
-            rows.contiguous(), self._counted(row_ranges, rows_per_rank), poison
-        )
+        counted = self._counted(row_ranges, total_rows, len(rows), most_rows)
+        return self._rows.gather(rows.contiguous(), counted, poison)
 
-    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, local_rows: int) -> Tensor:
-        rows_per_rank, rest = divmod(partial.shape[0], self.dp_size)
-        assert rest == 0, f"{partial.shape[0]} rows of partial sums for {self.dp_size} ranks"
-        assert local_rows <= rows_per_rank, f"{local_rows} own rows of {rows_per_rank}"
-        counted = self._counted(row_ranges, rows_per_rank)
+    def reduce_scatter_v(
+        self, partial: Tensor, row_ranges: Tensor, local_rows: int, most_rows: int
+    ) -> Tensor:
+        counted = self._counted(row_ranges, len(partial), local_rows, most_rows)
         return self._rows.reduce_scatter(partial.contiguous(), counted, local_rows)
 
-    def _counted(self, row_ranges: Tensor, rows_per_rank: int) -> RowLayout:
+    def _counted(
+        self, row_ranges: Tensor, total_rows: int, own_rows: int, most_rows: int
+    ) -> RowLayout:
         assert row_ranges.shape == (2, self.dp_size), (
             f"row_ranges {list(row_ranges.shape)} is [2, dp_size]"
         )
-        return RowLayout(row_ranges, self.dp_size * rows_per_rank, rows_per_rank)
+        assert own_rows <= most_rows <= total_rows, (
+            f"{own_rows} own rows, {most_rows} of a rank, {total_rows} in all"
+        )
+        return RowLayout(row_ranges, total_rows, most_rows)
 
     def barrier(self) -> None:
         self.raise_if_failed()

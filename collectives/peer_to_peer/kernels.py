@@ -74,9 +74,9 @@ def _raise_and_wait(
     tl.store(count, awaited, mask=coming)
 
 
-@triton.jit(do_not_specialize=["rows_per_rank", "rank"])
+@triton.jit(do_not_specialize=["total_rows", "rank"])
 def gather_kernel(
-    own, layout, rows_per_rank, row_words, buffers, flags, own_flags, heard, stop, rank,
+    own, layout, total_rows, row_words, buffers, flags, own_flags, heard, stop, rank,
     SIZE: tl.constexpr, RANKS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
     POISON: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -102,8 +102,11 @@ def gather_kernel(
         nan = tl.full((COLS,), -1, own.dtype.element_ty)
         for i in tl.static_range(SIZE):
             _, first, real = places[i]
+            following = (rank + i + 1) % SIZE + 1
+            end = tl.load(layout + tl.minimum(following, SIZE - 1), volatile=True)
+            end = tl.where(following < SIZE, end, total_rows)
             tile = real * WIDTH + block
-            while tile < rows_per_rank * WIDTH:
+            while tile < (end - first) * WIDTH:
                 row = (tile // WIDTH).to(tl.int64)
                 col = tile % WIDTH * COLS + tl.arange(0, COLS)
                 tl.store(mine + (first + row) * row_words + col, nan, mask=col < row_words)

@@ -54,7 +54,7 @@ class GroupEnds:
 class RowLayout:
     table: Tensor  # [2, dp_size] int32 on the device: each rank's first row, and its real rows
     total: int  # rows in all
-    largest: int  # of them, the largest rank's
+    largest: int  # no rank has more; the same on all
 
 
 class Alternation:
@@ -149,7 +149,7 @@ class PeerRows:
         row_words = row_bytes // word.itemsize
         cols, width, programs = _split(layout.largest, row_words, word.itemsize)
         gather_kernel[(programs,)](
-            rows.view(-1).view(word), layout.table, layout.largest, row_words, buffer.pointers,
+            rows.view(-1).view(word), layout.table, layout.total, row_words, buffer.pointers,
             *self._signals[GATHER].arguments(), self._stop, self._rank,
             SIZE=self._size, RANKS=power_of_two(self._size), COLS=cols, WIDTH=width,
             POISON=poison, PDL=self._pdl, num_warps=NUM_WARPS, launch_pdl=self._pdl,

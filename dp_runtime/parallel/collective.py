@@ -50,9 +50,14 @@ class DeviceCountCollective(RowCollective, Protocol):
     """Also moves rows by PaddingPlan.row_ranges on the device, so that only real rows cross."""
 
     def all_gather_v(
-        self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
+        self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
     ) -> Tensor:
-        """Return [dp_size * rows_per_rank, hidden]; rows not real: undefined, or poison's NaN."""
+        """Return [total_rows, hidden]; rows not real: undefined, or poison's NaN.
 
-    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, local_rows: int) -> Tensor:
+        most_rows: that one rank has, whatever row_ranges say, in which rank follows rank.
+        """
+
+    def reduce_scatter_v(
+        self, partial: Tensor, row_ranges: Tensor, local_rows: int, most_rows: int
+    ) -> Tensor:
         """Return sums [local_rows, hidden], 0 where not real; partial: as all_gather_v returns."""

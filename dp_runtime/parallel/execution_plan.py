@@ -24,7 +24,7 @@ class ExecutionPlan(NamedTuple):
 
     mode: ExecutionMode
     query_len: int  # rows of each request that decodes; a graph is captured for one
-    padding: PaddingPlan  # in GRAPH and PIECEWISE, every rank gathers the bucket's rows
+    padding: PaddingPlan  # in GRAPH and PIECEWISE, as many rows are gathered as were captured
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,15 @@ class ExecutionPolicy:
         if largest == 0:
             mode, padding = ExecutionMode.EMPTY, self.padding.plan(real_rows)
         elif all_fit_graphs:
-            bucket = self.graphs[pass_kind, query_len].gathered(largest)
-            mode, padding = ExecutionMode.GRAPH, self._bucketed(real_rows, bucket)
+            mode = ExecutionMode.GRAPH
+            padding = self._bucketed(real_rows, self.graphs[pass_kind, query_len])
         elif self.piecewise.cover(largest):
-            bucket = self.piecewise.gathered(largest)
-            mode, padding = ExecutionMode.PIECEWISE, self._bucketed(real_rows, bucket)
+            mode, padding = ExecutionMode.PIECEWISE, self._bucketed(real_rows, self.piecewise)
         else:
             mode, padding = ExecutionMode.EAGER, self.padding.plan(real_rows)
         return ExecutionPlan(mode, query_len, padding)
 
-    def _bucketed(self, real_rows: tuple[int, ...], rows_per_rank: int) -> PaddingPlan:
-        return PaddingPlan(real_rows, (rows_per_rank,) * len(real_rows), self.counted)
+    def _bucketed(
+        self, real_rows: tuple[int, ...], buckets: GraphBuckets | PiecewiseBuckets
+    ) -> PaddingPlan:
+        return buckets.layout.plan(real_rows, buckets.gathered(real_rows), self.counted)

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dp_runtime.parallel.collective import DeviceCountCollective, RowCollective
+from dp_runtime.parallel.gather_layout import GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan, pad, strip
 
 
@@ -52,15 +53,18 @@ class CountedExchange:
     collective: DeviceCountCollective
     poison: bool  # fill gathered rows that are not real with NaN
     row_ranges: Tensor
+    most_rows: int  # that one rank has, whatever row_ranges say
 
     def gather(self, rows: Tensor) -> Tensor:
         return self.collective.all_gather_v(
-            rows, self.row_ranges, self.plan.rows_per_rank, self.poison
+            rows, self.row_ranges, self.plan.total_gathered, self.most_rows, self.poison
         )
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         local_rows = self.plan.real_rows[self.collective.dp_rank]
-        return self.collective.reduce_scatter_v(partial, self.row_ranges, local_rows)
+        return self.collective.reduce_scatter_v(
+            partial, self.row_ranges, local_rows, self.most_rows
+        )
 
 
 def counts_real_rows(collective: RowCollective) -> bool:
@@ -68,17 +72,23 @@ def counts_real_rows(collective: RowCollective) -> bool:
     return collective.dp_size > 1 and isinstance(collective, DeviceCountCollective)
 
 
-def graph_plan(
-    collective: RowCollective, real_rows: tuple[int, ...], rows_per_rank: int
-) -> PaddingPlan:
-    gathered_rows = (rows_per_rank,) * collective.dp_size
-    return PaddingPlan(real_rows, gathered_rows, counts_real_rows(collective))
-
-
 def graph_exchange(
-    plan: PaddingPlan, collective: RowCollective, poison: bool, row_ranges: Tensor
+    collective: RowCollective,
+    own_rows: int,
+    gathered: int,
+    layout: GatherLayout,
+    poison: bool,
+    row_ranges: Tensor,
 ) -> RowExchange:
+    """Make the exchange of a graph whose stages have so many own rows, null rows among them.
+
+    gathered: a size of the layout.
+    """
+    shapes = [0] * collective.dp_size
+    shapes[collective.dp_rank] = own_rows
+    plan = layout.plan(tuple(shapes), gathered, counts_real_rows(collective))
     if plan.counted:
         assert isinstance(collective, DeviceCountCollective), f"{collective} can't count rows"
-        return CountedExchange(plan, collective, poison, row_ranges)
+        most_rows = layout.most_rows(gathered)
+        return CountedExchange(plan, collective, poison, row_ranges, most_rows)
     return PaddedExchange(plan, collective, poison, row_ranges)

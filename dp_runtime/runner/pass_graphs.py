@@ -20,7 +20,7 @@ from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, GraphKey
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.padding import PaddingPlan
-from dp_runtime.parallel.row_exchange import graph_exchange, graph_plan
+from dp_runtime.parallel.row_exchange import counts_real_rows, graph_exchange
 from dp_runtime.runner.cuda_graph import GraphMemory, capture_graph
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.graph_inputs import GraphInputs
@@ -128,16 +128,14 @@ class PassGraphs:
 
     def _capture(self, key: GraphKey) -> _Captured:
         inputs, size = self._inputs, self._collective.dp_size
-        shapes = tuple(
-            key.local_rows if rank == self._collective.dp_rank else key.gathered_rows
-            for rank in range(size)
-        )
-        plan = graph_plan(self._collective, shapes, key.gathered_rows)
-        exchange = graph_exchange(plan, self._collective, self._poison, inputs.row_ranges)
+        layout = self.buckets.layout
+        exchange = graph_exchange(
+            self._collective, key.local_rows, key.gathered_rows, layout, self._poison,
+            inputs.row_ranges,
+        )  # fmt: skip
         attention = self._model.backend.plan(self._metadata(key.local_rows))
-        inputs.write_null(
-            key.local_rows, graph_plan(self._collective, (0,) * size, key.gathered_rows)
-        )
+        counted = counts_real_rows(self._collective)
+        inputs.write_null(key.local_rows, layout.plan((0,) * size, key.gathered_rows, counted))
 
         def forward() -> PassOutput:
             pass_inputs = inputs.pass_inputs(key.local_rows)

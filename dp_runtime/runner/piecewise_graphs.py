@@ -17,7 +17,7 @@ from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets, PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
-from dp_runtime.parallel.row_exchange import RowExchange, graph_exchange, graph_plan
+from dp_runtime.parallel.row_exchange import RowExchange, graph_exchange
 from dp_runtime.runner.cuda_graph import GraphMemory, capture_graph
 from dp_runtime.runner.forward_pieces import ForwardPieces, StageRows
 
@@ -28,6 +28,7 @@ class CapturedStage(MoeStage):
 
     graphs: Mapping[int, torch.cuda.CUDAGraph]  # by gathered rows of a rank
     buffers: StageRows
+    buckets: PiecewiseBuckets
     poison: bool
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
@@ -38,7 +39,7 @@ class CapturedStage(MoeStage):
     def replay(self, rows: int, gathered: int) -> None:
         """Run on the first rows of the buffer, gathered with the other ranks'."""
         if self.poison:
-            self.buffers.rows[rows:gathered].fill_(float("nan"))
+            self.buffers.rows[rows : self.buckets.own_rows(gathered)].fill_(float("nan"))
         self.graphs[gathered].replay()
 
 
@@ -90,7 +91,13 @@ class PiecewiseGraphs:
                 yield
         self._stages = [
             CapturedStage(
-                stage.router, stage.experts, stage.kernels, of_stage, self._buffers, self._poison
+                router=stage.router,
+                experts=stage.experts,
+                kernels=stage.kernels,
+                graphs=of_stage,
+                buffers=self._buffers,
+                buckets=self.buckets,
+                poison=self._poison,
             )
             for stage, of_stage in zip(stages, graphs)
         ]
@@ -113,11 +120,11 @@ class PiecewiseGraphs:
         return hidden
 
     def _capture(self, stage: MoeStage, gathered: int) -> torch.cuda.CUDAGraph:
-        size, buffers = self._collective.dp_size, self._buffers
-        plan = graph_plan(self._collective, (gathered,) * size, gathered)
-        exchange = graph_exchange(plan, self._collective, self._poison, buffers.row_ranges)
+        buffers, own_rows = self._buffers, self.buckets.own_rows(gathered)
+        own = self._collective, own_rows, gathered, self.buckets.layout
+        exchange = graph_exchange(*own, self._poison, buffers.row_ranges)
 
         def run() -> None:
-            buffers.sums[:gathered].copy_(stage(buffers.rows[:gathered], exchange))
+            buffers.sums[:own_rows].copy_(stage(buffers.rows[:own_rows], exchange))
 
         return capture_graph(run, self._stage_memory)[0]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from dp_runtime.core.step_program import Pass
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
+from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.runner.cuda_graph import GraphMemory
 from dp_runtime.runner.pass_graphs import PassGraphs
@@ -26,10 +27,11 @@ def plan_capture(
     loop: StepLoop,
     on_captured: Callable[[int, int], None],  # hears how many are done, of how many
     make_buckets: MakeBuckets = GraphBuckets,
+    layout: GatherLayout = PARTS,
 ) -> PendingCapture:
     """Make the buffers of all graphs of a loop, which are yet to be captured."""
     before = uncached_free_bytes(plan.device)
-    stages, memory = _stage_buckets(loop, plan), GraphMemory.new()
+    stages, memory = _stage_buckets(loop, plan, layout), GraphMemory.new()
     models = dict.fromkeys(each.model for each in loop.runner.passes.values())
     graphs = CapturedGraphs(
         passes={
@@ -77,6 +79,7 @@ def _pass_graphs(
                 make_buckets(plan.limits.max_num_requests, length),
                 # No prompt has a row in a draft pass.
                 piecewise_sizes=() if pass_kind is Pass.DRAFT else stages.sizes,
+                layout=stages.layout,
             ),
             memory,
             reads_hidden=pass_kind is not Pass.TARGET,
@@ -89,12 +92,12 @@ def _pass_graphs(
     }
 
 
-def _stage_buckets(loop: StepLoop, plan: RankPlan) -> PiecewiseBuckets:
+def _stage_buckets(loop: StepLoop, plan: RankPlan, layout: GatherLayout) -> PiecewiseBuckets:
     collective = loop.runner.collective
     # If padding crosses the wire, a stage at a bucket's size costs more than an eager one.
     if collective.dp_size == 1 or counts_real_rows(collective):
-        return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens)
-    return PiecewiseBuckets()
+        return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens, layout)
+    return PiecewiseBuckets(layout=layout)
 
 
 def _piecewise_graphs(

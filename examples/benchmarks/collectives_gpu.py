@@ -96,8 +96,8 @@ class Rows:
         )
 
         def pair() -> None:
-            collective.all_gather_v(self.own, there, rows, False)
-            collective.reduce_scatter_v(self.partial, back, rows)
+            collective.all_gather_v(self.own, there, size * rows, rows, False)
+            collective.reduce_scatter_v(self.partial, back, rows, rows)
 
         return pair
 

@@ -85,7 +85,8 @@ def test_real_rows_come_to_every_rank_and_nothing_else_moves(
     own = [torch.randn(BUCKET, HIDDEN).bfloat16() for _ in range(size)]
     for rank in range(size):
         gather_kernel[(PROGRAMS,)](
-            own[rank].view(-1).view(torch.int32), layout, BUCKET, words, *peers.arguments_for(rank),
+            own[rank].view(-1).view(torch.int32), layout, size * BUCKET, words,
+            *peers.arguments_for(rank),
             SIZE=size, RANKS=peers.ranks, COLS=COLS, WIDTH=width, POISON=poison, PDL=False,
         )  # fmt: skip
         tiles = [count * width for count in real]
@@ -98,6 +99,25 @@ def test_real_rows_come_to_every_rank_and_nothing_else_moves(
             assert rest.isnan().all() if poison else (rest.view(torch.int32) == 7).all()
 
 
+@pytest.mark.parametrize("real", REAL, ids=str)
+def test_packed_rows_have_their_padding_behind_them(real: tuple[int, ...]) -> None:
+    size, words = len(real), HIDDEN // 2
+    peers = Peers(size, size * BUCKET * words, torch.int32)
+    starts = [sum(real[:rank]) for rank in range(size)]
+    own = [torch.randn(BUCKET, HIDDEN).bfloat16() for _ in range(size)]
+    for rank in range(size):
+        gather_kernel[(PROGRAMS,)](
+            own[rank].view(-1).view(torch.int32), layout_of(starts, real), size * BUCKET, words,
+            *peers.arguments_for(rank),
+            SIZE=size, RANKS=peers.ranks, COLS=COLS, WIDTH=2, POISON=True, PDL=False,
+        )  # fmt: skip
+    for buffer in peers.buffers:
+        rows = buffer.view(torch.bfloat16).view(-1, HIDDEN)
+        due = torch.cat([mine[:count] for mine, count in zip(own, real)])
+        assert torch.equal(rows[: sum(real)], due)
+        assert rows[sum(real) :].isnan().all()
+
+
 @pytest.mark.parametrize("counts", [(2, 0, 5), (0, 0, 3)], ids=str)
 def test_rows_one_after_the_other_are_gathered_as_they_are(counts: tuple[int, ...]) -> None:
     """The layout of eager calls; rows of an odd number of bytes."""
@@ -106,7 +126,7 @@ def test_rows_one_after_the_other_are_gathered_as_they_are(counts: tuple[int, ..
     own = [torch.randint(0, 255, (n, HIDDEN), dtype=torch.uint8) for n in counts]
     for rank in range(3):
         gather_kernel[(PROGRAMS,)](
-            own[rank].view(-1), layout_of(starts, counts), max(counts), HIDDEN,
+            own[rank].view(-1), layout_of(starts, counts), sum(counts), HIDDEN,
             *peers.arguments_for(rank),
             SIZE=3, RANKS=4, COLS=COLS, WIDTH=3, POISON=False, PDL=False,
         )  # fmt: skip

@@ -14,12 +14,12 @@ from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.collective import Counts, DeviceCountCollective, RowCollective
+from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import (
     CountedExchange,
     PaddedExchange,
     graph_exchange,
-    graph_plan,
 )
 from dp_runtime.parallel.step_board import StepBoard
 
@@ -59,15 +59,19 @@ class Inputs:
             torch.stack([starts, torch.zeros_like(starts)]),
         )
 
-    def draw(self, dp_rank: int, step: int, real: Counts) -> None:
+    def draw(
+        self, dp_rank: int, step: int, real: Counts, layout: GatherLayout = PARTS
+    ) -> PaddingPlan:
         """Fill them; partial sums of rows that are not real are NaN."""
+        plan = layout.plan(real, BUCKET, counted=True)
         generator = torch.Generator().manual_seed(100 * step + dp_rank)
         self.rows.copy_(torch.randn(self.rows.shape, generator=generator))
         partial = torch.randn(self.partial.shape, generator=generator)
-        for rank, count in enumerate(real):
-            partial[rank * BUCKET + count : (rank + 1) * BUCKET] = torch.nan
+        for slot, count in zip(partial.split(plan.gathered_rows), real):
+            slot[count:] = torch.nan
         self.partial.copy_(partial)
-        self.layout[1].copy_(torch.tensor(real, dtype=torch.int32))
+        self.layout.copy_(torch.from_numpy(plan.row_ranges))
+        return plan
 
 
 def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -80,9 +84,10 @@ def captured(forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tenso
     return graph, out
 
 
-def padded_sums(c: RowCollective, inputs: Inputs, own: int) -> Tensor:
-    """The own rows' sums, by whole buckets."""
-    return c.reduce_scatter(inputs.partial, (BUCKET,) * c.dp_size)[:own]
+def padded_sums(c: RowCollective, inputs: Inputs, plan: PaddingPlan) -> Tensor:
+    """The own rows' sums, padding among them."""
+    own = plan.real_rows[c.dp_rank]
+    return c.reduce_scatter(inputs.partial, plan.gathered_rows)[:own]
 
 
 @torch.inference_mode()
@@ -90,34 +95,36 @@ def padded_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
     """The sums of every drawing."""
     inputs, results = Inputs.empty(c), []
     for step, real in enumerate(real_rows(c.dp_size)):
-        inputs.draw(c.dp_rank, step, real)
-        results.append(padded_sums(c, inputs, real[c.dp_rank]).cpu())
+        plan = inputs.draw(c.dp_rank, step, real)
+        results.append(padded_sums(c, inputs, plan).cpu())
     return results
 
 
 @torch.inference_mode()
-def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor]:
+def replay_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) -> list[Tensor]:
     """Counts change between the replays of one graph; rows have the bits of eager calls."""
+    layout = layout_of(c, packed)
     assert isinstance(c, DeviceCountCollective)
     inputs, results = Inputs.empty(c), []
     gathered = torch.zeros(c.dp_size * BUCKET, HIDDEN, dtype=torch.bfloat16, device="cuda")
 
     def forward() -> Tensor:
-        gathered.copy_(c.all_gather_v(inputs.rows, inputs.layout, BUCKET, poison))
-        return c.reduce_scatter_v(inputs.partial, inputs.layout, OWN_ROWS)
+        total = len(gathered)
+        gathered.copy_(c.all_gather_v(inputs.rows, inputs.layout, total, BUCKET, poison))
+        return c.reduce_scatter_v(inputs.partial, inputs.layout, OWN_ROWS, BUCKET)
 
     graph, out = captured(forward)
     for step, real in enumerate(real_rows(c.dp_size)):
         own = real[c.dp_rank]
-        inputs.draw(c.dp_rank, step, real)
+        plan = inputs.draw(c.dp_rank, step, real, layout)
         graph.replay()
         c.arm_watchdog("a replay")
-        sums, slots = out.clone(), gathered.view(c.dp_size, BUCKET, HIDDEN)
+        sums, slots = out.clone(), gathered.split(plan.gathered_rows)
         due = c.all_gather(inputs.rows[:own], real).split(real)
         for slot, rows in zip(slots, due):
             assert torch.equal(slot[: len(rows)], rows)
             assert not poison or slot[len(rows) :].isnan().all()
-        assert torch.equal(sums[:own], padded_sums(c, inputs, own))
+        assert torch.equal(sums[:own], padded_sums(c, inputs, plan))
         assert (sums[own:] == 0).all(), "null rows are 0"
         results.append(sums[:own].cpu())
         if step == 1:  # buffers grow, and the graph keeps its own
@@ -129,16 +136,15 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor
 
 
 @torch.inference_mode()
-def stage_case(c: RowCollective, board: StepBoard, poison: bool) -> None:
+def stage_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) -> None:
     """A whole MoE stage in one graph has the bits of the same stage outside."""
-    rank, size = c.dp_rank, c.dp_size
+    rank, size, layout = c.dp_rank, c.dp_size, layout_of(c, packed)
     inputs, stage = Inputs.empty(c), random_stage(rank, size)
-    shapes = tuple(OWN_ROWS if peer == rank else BUCKET for peer in range(size))
-    exchange = graph_exchange(graph_plan(c, shapes, BUCKET), c, poison, inputs.layout)
+    exchange = graph_exchange(c, OWN_ROWS, BUCKET, layout, poison, inputs.layout)
     assert isinstance(exchange, CountedExchange) == isinstance(c, DeviceCountCollective)
     graph, out = captured(lambda: stage(inputs.rows, exchange))
     for step, real in enumerate(real_rows(size)):
-        inputs.draw(rank, step, real)
+        inputs.draw(rank, step, real, layout)
         graph.replay()
         c.arm_watchdog("a replay")
         fast = out.clone()
@@ -148,6 +154,10 @@ def stage_case(c: RowCollective, board: StepBoard, poison: bool) -> None:
         assert torch.equal(fast[: real[rank]], slow)
         assert (fast[real[rank] :] == 0).all(), "null rows are 0"
     c.raise_if_failed()
+
+
+def layout_of(c: RowCollective, packed: bool) -> GatherLayout:
+    return GatherLayout.packed(c.dp_size, BUCKET) if packed else PARTS
 
 
 def random_stage(dp_rank: int, dp_size: int) -> MoeStage:

@@ -20,6 +20,7 @@ from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.buckets import GraphBuckets
 from dp_runtime.parallel.collective import DeviceCountCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
+from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import (
     CountedExchange,
@@ -27,7 +28,6 @@ from dp_runtime.parallel.row_exchange import (
     RowExchange,
     counts_real_rows,
     graph_exchange,
-    graph_plan,
 )
 from dp_runtime.parallel.step_board import StepBoard
 from tests.collectives.ranks import run_threads
@@ -45,19 +45,23 @@ class Counted(InProcessCollective):
         self.poisoned: list[bool] = []
 
     def all_gather_v(
-        self, rows: Tensor, row_ranges: Tensor, rows_per_rank: int, poison: bool
+        self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
     ) -> Tensor:
         starts, real = row_ranges.tolist()
+        assert max(real) <= most_rows <= total_rows
         parts = self._cross(rows[: real[self.dp_rank]].clone())
         self.poisoned.append(poison)
         fill = float("nan") if poison else 3.0
-        out = rows.new_full((self.dp_size * rows_per_rank, rows.shape[1]), fill)
+        out = rows.new_full((total_rows, rows.shape[1]), fill)
         for start, part in zip(starts, parts):
             out[start : start + len(part)] = part
         return out
 
-    def reduce_scatter_v(self, partial: Tensor, row_ranges: Tensor, local_rows: int) -> Tensor:
+    def reduce_scatter_v(
+        self, partial: Tensor, row_ranges: Tensor, local_rows: int, most_rows: int
+    ) -> Tensor:
         starts, real = row_ranges.tolist()
+        assert local_rows <= most_rows
         parts = self._cross([partial[start : start + n] for start, n in zip(starts, real)])
         out = partial.new_zeros(local_rows, partial.shape[1])
         mine = [part[self.dp_rank] for part in parts]
@@ -90,24 +94,32 @@ def run_case(
 ) -> dict[tuple[str, bool], Tensor]:
     """The stage's rows by exchange and poison; rows beyond the real ones are not 0 before."""
     collective, rank, size = Counted(inner), inner.dp_rank, inner.dp_size
-    row_ranges = torch.tensor([[r * BUCKET for r in range(size)], real], dtype=torch.int32)
+    packed = GatherLayout.packed(size, BUCKET)
+    row_ranges, packed_ranges = (
+        torch.from_numpy(layout.plan(real, BUCKET, counted=True).row_ranges)
+        for layout in (PARTS, packed)
+    )
     stage = build_stage(RankSharding("ep", rank, size), EXPERTS, INTERMEDIATE)
     stage = MoeStage(stage.router, stage.experts, LayoutMoe())
     null = torch.full((own_rows[rank] - real[rank], HIDDEN), 0.7)
     rows = torch.cat([rank_rows(real)[rank], null])
     shapes = tuple(own_rows[r] if r == rank else BUCKET for r in range(size))
+    alone = tuple(own_rows[r] if r == rank else 0 for r in range(size))
     results = {}
     for poison in (False, True):
         plan = PaddingPlan(shapes, (BUCKET,) * size)
         exchanges: dict[str, RowExchange] = {
             "padded": PaddedExchange(plan, inner, poison, row_ranges),
-            "counted": CountedExchange(plan, collective, poison, row_ranges),
+            "counted": CountedExchange(plan, collective, poison, row_ranges, BUCKET),
+            "packed": CountedExchange(
+                packed.plan(alone, BUCKET, counted=True), collective, poison, packed_ranges, BUCKET
+            ),
         }
         with torch.inference_mode():
             for name, exchange in exchanges.items():
                 results[name, poison] = stage(rows.clone(), exchange)
-    assert collective.poisoned == [False, True]
-    assert collective.crossed == [real[rank], sum(real)] * 2, "only real rows meet"
+    assert collective.poisoned == [False, False, True, True]
+    assert collective.crossed == [real[rank], sum(real)] * 4, "only real rows meet"
     return results
 
 
@@ -145,12 +157,12 @@ def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
         (Counted(plain), True, CountedExchange),
     ):
         assert isinstance(collective, DeviceCountCollective) == counted
-        plan = graph_plan(collective, (3, 1), BUCKET)
-        assert plan == PaddingPlan((3, 1), (BUCKET, BUCKET), counted)
-        assert plan.wire_rows == (4 if counted else 2 * BUCKET)
-        assert isinstance(graph_exchange(plan, collective, True, row_ranges), kind)
+        exchange = graph_exchange(collective, 3, BUCKET, PARTS, True, row_ranges)
+        assert isinstance(exchange, kind)
+        assert exchange.plan == PaddingPlan((3, 0), (BUCKET, BUCKET), counted)
     alone = Counted(InProcessGroup(1, 1.0).collective(0))
-    assert not graph_plan(alone, (3,), BUCKET).counted, "there is no wire"
+    exchange = graph_exchange(alone, 3, BUCKET, PARTS, True, row_ranges)
+    assert isinstance(exchange, PaddedExchange), "there is no wire"
 
 
 def test_a_step_of_graphs_reports_the_rows_that_cross() -> None:
@@ -163,4 +175,3 @@ def test_a_step_of_graphs_reports_the_rows_that_cross() -> None:
         (plan,) = agree(records, SERVING_PROGRAMS, execution=execution).plans
         assert plan.mode is ExecutionMode.GRAPH
         assert (plan.padding.gathered_rows, plan.padding.wire_rows) == ((16, 16), crossing)
-        assert plan.padding == graph_plan(kind, (3, 1), 16)

@@ -19,7 +19,8 @@ from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
-from dp_runtime.parallel.row_exchange import PaddedExchange, RowExchange, graph_plan
+from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.row_exchange import PaddedExchange, RowExchange
 from dp_runtime.runner.cuda_graph import GraphMemory
 from dp_runtime.runner.forward_pieces import ForwardPieces
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
@@ -84,7 +85,7 @@ def collective() -> RowCollective:
 def graphs(collective: RowCollective, monkeypatch: pytest.MonkeyPatch) -> PiecewiseGraphs:
     def capture(self: PiecewiseGraphs, stage: MoeStage, gathered: int) -> Replay:
         buffers = self._buffers
-        plan = graph_plan(collective, (gathered,), gathered)
+        plan = PaddingPlan((gathered,), (gathered,))
         exchange = PaddedExchange(plan, collective, False, buffers.row_ranges)
 
         def run() -> None:
