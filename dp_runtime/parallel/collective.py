@@ -47,15 +47,15 @@ class RowCollective(Protocol):
 
 @runtime_checkable
 class DeviceCountCollective(RowCollective, Protocol):
-    """Also moves rows by PaddingPlan.row_ranges on the device, so that only real rows cross."""
+    """Also moves rows by PaddingPlan.row_ranges on the device, so that only real rows cross.
+
+    most_rows: that one rank has, whatever row_ranges say.
+    """
 
     def all_gather_v(
         self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
     ) -> Tensor:
-        """Return [total_rows, hidden]; rows not real: undefined, or poison's NaN.
-
-        most_rows: that one rank has, whatever row_ranges say, in which rank follows rank.
-        """
+        """Return [total_rows, hidden]; rows not real: undefined, or poison's NaN."""
 
     def reduce_scatter_v(
         self, partial: Tensor, row_ranges: Tensor, local_rows: int, most_rows: int

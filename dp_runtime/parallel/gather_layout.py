@@ -12,11 +12,7 @@ FACTOR = 4  # between gathered sizes: few are needed, since kernels read the rea
 
 @dataclass(frozen=True)
 class GatherLayout:
-    """Equal on all ranks. A size counts the gathered rows of a rank.
-
-    Each rank's rows lie in a part of its own, as large as the largest rank's; or packed, one rank's
-    after the other's, if the device counts them: then all ranks' rows together choose the size.
-    """
+    """Parts as large as the largest rank's rows; or all packed into one, by their sum."""
 
     packed_ranks: int = 1  # how many ranks share one part: dp_size if packed
     factor: int = FACTOR
@@ -48,7 +44,6 @@ class GatherLayout:
         return min(size * self.packed_ranks, self.max_rank_rows)
 
     def plan(self, real_rows: tuple[int, ...], size: int, counted: bool) -> PaddingPlan:
-        """Plan the padding; packed, all of it counts as the last rank's."""
         if self.packed_ranks == 1:
             return PaddingPlan(real_rows, (size,) * len(real_rows), counted)
         assert counted, "packed rows are counted on the device"

@@ -74,16 +74,12 @@ def counts_real_rows(collective: RowCollective) -> bool:
 
 def graph_exchange(
     collective: RowCollective,
-    own_rows: int,
-    gathered: int,
+    own_rows: int,  # null rows among them
+    gathered: int,  # a size of the layout
     layout: GatherLayout,
     poison: bool,
     row_ranges: Tensor,
 ) -> RowExchange:
-    """Make the exchange of a graph whose stages have so many own rows, null rows among them.
-
-    gathered: a size of the layout.
-    """
     shapes = [0] * collective.dp_size
     shapes[collective.dp_rank] = own_rows
     plan = layout.plan(tuple(shapes), gathered, counts_real_rows(collective))

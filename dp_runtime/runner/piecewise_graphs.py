@@ -82,7 +82,7 @@ class PiecewiseGraphs:
         return len(self.buckets.sizes) * self._uncaptured.num_moe_layers + self._pieces.count
 
     def capture(self) -> Iterator[None]:
-        """Capture every stage at every size, then the pieces, and yield after each."""
+        """Capture stages at every size, then the pieces, and yield after each."""
         stages = self._uncaptured.moe_stages
         graphs: list[dict[int, torch.cuda.CUDAGraph]] = [{} for _ in stages]  # by gathered rows
         for gathered in self.buckets.sizes:
