@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ class AcceptedDrafts:
 
     def of(self, slots: Tensor) -> Tensor:
         return self._counts[slots]
+
+    def read(self, slots: Tensor, out: Tensor) -> None:
+        torch.index_select(self._counts, 0, slots, out=out)
 
     def write(self, slots: Tensor, num_accepted: Tensor | None) -> None:
         """num_accepted: of the first of these slots; the others have drafted nothing."""
@@ -92,6 +96,25 @@ def _pairs(requests: Int64, numbers: Int64) -> Int32:
     return np.stack((requests, numbers), 1).astype(np.int32)
 
 
+class RecurrentLayer(Protocol):
+    """A layer whose rows see others of their sequence between two products."""
+
+    def project(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Project x [rows, hidden] -> `out`, by default a new tensor."""
+
+    def mix(
+        self, projected: Tensor, sequences: RecurrentMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        """Mix rows with those before them -> `out`, by default a new tensor."""
+
+
+class RecurrentPlan(Protocol):
+    """How the recurrent layers of a pass run, the same in each of them."""
+
+    def run(self, layer: RecurrentLayer, x: Tensor) -> Tensor:
+        """Project and mix x [rows, hidden]."""
+
+
 @dataclass(frozen=True, eq=False)
 class RecurrentMetadata:
     """The sequences of one pass on one rank, and where the state of each of them lies.
@@ -110,6 +133,9 @@ class RecurrentMetadata:
     def batch_size(self) -> int:
         return self.slots.shape[0]
 
+    def run(self, layer: RecurrentLayer, x: Tensor) -> Tensor:
+        return layer.mix(layer.project(x), self)
+
     @cached_property
     def row_blocks(self) -> RowBlocks:
         return RowBlocks.of(self.query_lens_host, self.slots.device)
@@ -127,9 +153,7 @@ class RecurrentMetadata:
 
         accepted: of passes before; None for slots without room for drafts.
         """
-        check_state_slots(batch, num_slots, place)
-        check_drafts(batch, 0 if accepted is None else MAX_STEPPED - 1, place)
-        check_tracks(batch, num_slots, place)
+        check_sequences(batch, num_slots, accepted, place)
         of_batch = batch.num_drafts if len(batch.num_drafts) else np.zeros_like(batch.query_lens)
         cu_seqlens = np.zeros(batch.num_requests + 1, np.int32)
         np.cumsum(batch.query_lens, out=cu_seqlens[1:])
@@ -165,6 +189,14 @@ def check_tracks(batch: LocalBatch, num_slots: int, place: Place) -> None:
             f"{place}: track_rows[{index}] is {rows[index]} of {batch.query_lens[index]}, allowed: "
             f"a multiple of {CHUNK} below that, or 0 without a slot"
         )
+
+
+def check_sequences(
+    batch: LocalBatch, num_slots: int, accepted: AcceptedDrafts | None, place: Place
+) -> None:
+    check_state_slots(batch, num_slots, place)
+    check_drafts(batch, 0 if accepted is None else MAX_STEPPED - 1, place)
+    check_tracks(batch, num_slots, place)
 
 
 def check_drafts(batch: LocalBatch, most: int, place: Place) -> None:

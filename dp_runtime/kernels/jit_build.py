@@ -24,6 +24,18 @@ class JitModule:
     build: Callable[[], object]
 
 
+def in_one_thread(modules: Sequence[JitModule]) -> tuple[JitModule, ...]:
+    """Make one module of those that Triton compiles: its compiler is for one thread."""
+    if not modules:
+        return ()
+
+    def build() -> None:
+        for module in modules:
+            module.build()
+
+    return (JitModule(", ".join(module.name for module in modules), build),)
+
+
 class KernelBuilds:
     """Builds in threads while other work goes on; flashinfer's file locks let ranks share files."""
 

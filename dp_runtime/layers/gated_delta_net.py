@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_runtime.core.batch import Int32
 from dp_runtime.core.cache_spec import LayerState, RecurrentState
-from dp_runtime.core.recurrent_metadata import RecurrentMetadata
+from dp_runtime.core.recurrent_metadata import RecurrentMetadata, RecurrentPlan
 from dp_runtime.kernels.gated_delta.rows import HeadShape
 from dp_runtime.layers.delta_rule import DeltaRows, delta_rule, scratch_bytes
 from dp_runtime.layers.linear import Linear
@@ -49,6 +49,10 @@ class GatedDeltaNetShape:
     @property
     def channels(self) -> int:  # of q, k and v, which the convolution mixes in time
         return self.heads.channels
+
+    @property
+    def projected_size(self) -> int:  # q, k, v, the output's gate z, then b and a of each v head
+        return self.channels + self.v_size + 2 * self.num_v_heads
 
     def state(self, dtype: torch.dtype, max_drafts: int) -> RecurrentState:
         """List what a request keeps: the convolution's last inputs, and the delta rule's state.
@@ -118,7 +122,7 @@ def _drafts_on_host(sequences: RecurrentMetadata) -> tuple[Int32, Int32]:
 class GatedDeltaNet:
     """Linear attention over this rank's own rows, [rows, hidden] -> [rows, hidden]."""
 
-    inputs: Linear  # q, k, v, the output's gate z, then b and a of each v head
+    inputs: Linear  # hidden -> projected_size
     conv: Tensor  # [channels, 1, conv_width]
     decay: Tensor  # [num_v_heads] float32, -exp(A_log)
     dt_bias: Tensor  # [num_v_heads] float32
@@ -126,13 +130,24 @@ class GatedDeltaNet:
     output: Linear
     state: LayerState  # as its shape lists it
     shape: GatedDeltaNetShape
+    in_kernels: bool = False  # rows are mixed by Triton kernels, else in torch
 
-    def __call__(self, x: Tensor, sequences: RecurrentMetadata) -> Tensor:
-        shape = self.shape
-        ends = [shape.channels, shape.channels + shape.v_size]
-        qkv, z, ba = self.inputs(x).tensor_split(ends, 1)
-        run = self.run_kernels if x.is_cuda else self.run_plain
-        return self.output(run(qkv, z, ba, sequences))
+    def __call__(self, x: Tensor, plan: RecurrentPlan) -> Tensor:
+        return self.output(plan.run(self, x))
+
+    def project(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.inputs(x) if out is None else self.inputs.into(x, out)
+
+    def mix(
+        self, projected: Tensor, sequences: RecurrentMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        """Mix [rows, inputs' outputs] -> [rows, v_size]."""
+        ends = [self.shape.channels, self.shape.channels + self.shape.v_size]
+        qkv, z, ba = projected.tensor_split(ends, 1)
+        if self.in_kernels:
+            return self.run_kernels(qkv, z, ba, sequences, out)
+        mixed = self.run_plain(qkv, z, ba, sequences)
+        return mixed if out is None else out.copy_(mixed)
 
     def run_plain(self, qkv: Tensor, z: Tensor, ba: Tensor, sequences: RecurrentMetadata) -> Tensor:
         """Mix the projected rows in torch -> [rows, v_size]."""
@@ -144,7 +159,12 @@ class GatedDeltaNet:
         return (normed * F.silu(z.view(heads).float())).to(z.dtype).flatten(1)
 
     def run_kernels(
-        self, qkv: Tensor, z: Tensor, ba: Tensor, sequences: RecurrentMetadata
+        self,
+        qkv: Tensor,
+        z: Tensor,
+        ba: Tensor,
+        sequences: RecurrentMetadata,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Mix them in Triton, in three launches for decodes alone and two more with prompts."""
         from dp_runtime.kernels.gated_delta.chunked import run_chunks
@@ -159,12 +179,22 @@ class GatedDeltaNet:
         attended = z.new_empty(len(z), heads.num_v_heads, heads.head_v_dim)
         step_rows(rows, heads, states, attended, sequences, L2_EPS)
         run_chunks(rows, heads, states, attended, sequences, L2_EPS)
-        return gated_rms_norm(attended, z, self.norm.weight, self.norm.eps)
+        return gated_rms_norm(attended, z, self.norm.weight, self.norm.eps, out)
 
     def activation_bytes(self, rows: int) -> int:
         """Count the most bytes a call allocates at once, whatever the requests."""
-        inner = self.kernel_bytes(rows) if self.conv.is_cuda else self._plain_bytes(rows)
+        inner = self.kernel_bytes(rows) if self.in_kernels else self._plain_bytes(rows)
         return self.inputs.activation_bytes(rows) + inner
+
+    @property
+    def max_drafts(self) -> int:
+        return self.state[0].shape[2] - (self.shape.conv_width - 1)
+
+    def replay_bytes(self, requests: int) -> int:
+        """Count what kernels allocate beside for accepted drafts, which are run once more."""
+        shape, size = self.shape, self.output.weight.dtype.itemsize
+        row = shape.channels * size + 2 * shape.num_v_heads * 4
+        return requests * self.max_drafts * row if self.in_kernels else 0
 
     def kernel_bytes(self, rows: int) -> int:
         from dp_runtime.kernels.gated_delta.chunked import scratch_bytes
@@ -208,6 +238,7 @@ class GatedDeltaNet:
             output=Linear.load(weights, {f"{prefix}.out_proj": hidden}, shape.v_size),
             state=state,
             shape=shape,
+            in_kernels=weights.runs_on.type == "cuda",
         )
 
     def _run(self, group: _Group, qkv: Tensor, ba: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dp_runtime.attention.backend import AttentionBackend, PagedAttention
 from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.qk_norm_rope import CosSin
-from dp_runtime.core.recurrent_metadata import RecurrentMetadata
+from dp_runtime.core.recurrent_metadata import RecurrentPlan
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import Attention
 from dp_runtime.layers.gated_attention import GatedAttention
@@ -58,7 +58,7 @@ class PassPlan:
     """What layers need to know of a pass's sequences, each kind of layer its own part."""
 
     attention: AttentionPlan
-    recurrent: RecurrentMetadata | None = None  # of a model with layers that have a state
+    recurrent: RecurrentPlan | None = None  # of a model with layers that have a state
 
 
 class Hidden(NamedTuple):
@@ -167,6 +167,11 @@ class CausalLM(LmHeadMixin):
     @property
     def moe_stages(self) -> tuple[MoeStage, ...]:
         return tuple(layer.moe_stage for layer in self.layers if layer.moe_stage is not None)
+
+    @property
+    def delta_nets(self) -> tuple[GatedDeltaNet, ...]:
+        mixers = (layer.mixer for layer in self.layers)
+        return tuple(mixer for mixer in mixers if isinstance(mixer, GatedDeltaNet))
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> CausalLM:
         return replace(self, layers=tuple(layer.with_stage(make) for layer in self.layers))

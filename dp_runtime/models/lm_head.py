@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage
 
@@ -30,6 +31,10 @@ class LmHeadMixin(ABC):
     @abstractmethod
     def moe_stages(self) -> tuple[MoeStage, ...]:
         pass
+
+    @property
+    def delta_nets(self) -> tuple[GatedDeltaNet, ...]:
+        return ()
 
     @property
     def hidden_size(self) -> int:

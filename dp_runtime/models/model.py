@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.attention.backend import AttentionBackend
+from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
@@ -37,6 +38,10 @@ class PassModel(Protocol):
 
     @property
     def moe_stages(self) -> tuple[MoeStage, ...]: ...
+
+    @property
+    def delta_nets(self) -> tuple[GatedDeltaNet, ...]:
+        """List the layers that have a recurrent state."""
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> PassModel:
         """Copy the model with every MoE stage replaced; graphs do so."""

@@ -1,8 +1,9 @@
-"""A forward as CUDA graphs of its pieces, cut where attention runs and where a MoE stage does.
+"""A forward as CUDA graphs of its pieces, cut where rows of a sequence meet and at MoE stages.
 
-What lies between depends on the number of rows alone, padded to a bucket; attention's kernels need
-sizes that only the host knows, and MoE stages are graphs of their own, by gathered rows. A step
-with prefill then costs the host two launches a layer beside attention's, not some twenty.
+What lies between depends on the number of rows alone, padded to a bucket; kernels of attention and
+of recurrent layers need sizes that only the host knows, and MoE stages are graphs of their own, by
+gathered rows. A step with prefill then costs the host two launches a layer beside theirs, not some
+twenty.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from dp_runtime.attention.backend import PagedAttention
 from dp_runtime.attention.plan import AttentionPlan, CacheSlots, LayerCache
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.attention_metadata import AttentionMetadata, Place
+from dp_runtime.core.recurrent_metadata import RecurrentLayer, RecurrentMetadata, RecurrentPlan
+from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
@@ -48,15 +51,24 @@ class PieceInputs:
     slot_mapping: Tensor  # [max_rows] int32
     q: Tensor  # [max_rows, num_heads, head_dim], what the next attention reads
     attended: Tensor  # [max_rows, num_heads, head_dim], and what it writes
+    projected: Tensor  # [max_rows, n], what the next recurrent layer reads
+    mixed: Tensor  # [max_rows, m], and what it writes; both 0 for a model without any
 
     @classmethod
     def zeros(
-        cls, max_rows: int, hidden_size: int, spec: AttentionSpec, device: torch.device
+        cls,
+        max_rows: int,
+        hidden_size: int,
+        spec: AttentionSpec,
+        delta_nets: Sequence[GatedDeltaNet],
+        device: torch.device,
     ) -> PieceInputs:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         heads = (max_rows, spec.num_heads, spec.head_dim)
+        widths = {(net.shape.projected_size, net.shape.v_size) for net in delta_nets} or {(0, 0)}
+        ((projected, mixed),) = widths  # all recurrent layers of a model are alike
         return cls(
             token_ids=zeros(max_rows, dtype=torch.int64),
             positions=zeros(max_rows, dtype=torch.int64),
@@ -64,6 +76,8 @@ class PieceInputs:
             slot_mapping=zeros(max_rows, dtype=torch.int32),
             q=zeros(*heads, dtype=spec.dtype),
             attended=zeros(*heads, dtype=spec.dtype),
+            projected=zeros(max_rows, projected, dtype=spec.dtype),
+            mixed=zeros(max_rows, mixed, dtype=spec.dtype),
         )
 
     def write(self, inputs: PassInputs, slots: CacheSlots, bucket: int) -> None:
@@ -89,6 +103,13 @@ class Attend:
     paged: PagedAttention
 
 
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """A cut at which a recurrent layer mixes the rows of each sequence."""
+
+    layer: RecurrentLayer
+
+
 @dataclass(frozen=True)
 class RunStage:
     """A cut at which one of the model's MoE stages runs."""
@@ -96,7 +117,7 @@ class RunStage:
     index: int
 
 
-Cut = Attend | RunStage
+Cut = Attend | Mix | RunStage
 OnCut = Callable[[Cut], None]
 
 
@@ -128,6 +149,19 @@ class CutPlan(AttentionPlan):
             place=Place(-1, -1, f"captured in pieces of {rows} rows"),
         )
         return cls(metadata, CacheSlots(slots, spec.page_size), spec, inputs, on_cut)
+
+
+@dataclass(frozen=True, eq=False)
+class CutRecurrence(RecurrentPlan):
+    """Mixes nothing: it makes a cut, at which a pass does so by its own sequences."""
+
+    inputs: PieceInputs
+    on_cut: OnCut
+
+    def run(self, layer: RecurrentLayer, x: Tensor) -> Tensor:
+        layer.project(x, self.inputs.projected[: len(x)])
+        self.on_cut(Mix(layer))
+        return self.inputs.mixed[: len(x)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +206,9 @@ class ForwardPieces:
         self._model, self._stage_rows, self._memory = model, stage_rows, memory
         width = model.hidden_size if reads_hidden else 0
         device = stage_rows.rows.device
-        self._inputs = PieceInputs.zeros(buckets.max_rows, width, model.backend.spec, device)
+        self._inputs = PieceInputs.zeros(
+            buckets.max_rows, width, model.backend.spec, model.delta_nets, device
+        )
         self._captured: dict[int, _Captured] = {}  # by bucket
 
     @property
@@ -192,7 +228,7 @@ class ForwardPieces:
     def forward(
         self,
         inputs: PassInputs,
-        plan: AttentionPlan,
+        plan: PassPlan,
         stages: Sequence[StageReplay],
         gathered: int,
     ) -> Hidden:
@@ -200,20 +236,25 @@ class ForwardPieces:
         rows = len(inputs.token_ids)
         bucket = self.buckets.of(rows)
         captured = self._captured[bucket]
-        self._inputs.write(inputs, plan.slots, bucket)
-        q, attended = self._inputs.q[:rows], self._inputs.attended[:rows]
+        attention, sequences, own = plan.attention, plan.recurrent, self._inputs
+        own.write(inputs, attention.slots, bucket)
+        q, attended = own.q[:rows], own.attended[:rows]
+        projected, mixed = own.projected[:rows], own.mixed[:rows]
         for piece, cut in zip(captured.pieces, captured.cuts):
             piece.replay()
             match cut:
                 case Attend(paged):
-                    paged.run(q, plan, attended)
+                    paged.run(q, attention, attended)
+                case Mix(layer):
+                    assert isinstance(sequences, RecurrentMetadata), "a layer needs its sequences"
+                    layer.mix(projected, sequences, mixed)
                 case RunStage(index):
                     stages[index].replay(rows, gathered)
         captured.pieces[-1].replay()
         return captured.hidden.first(rows)
 
     def cut_forward(self, rows: int, on_cut: OnCut) -> Hidden:
-        """Run the forward of so many rows; on_cut is called in place of attention and stages."""
+        """Run the forward of so many rows; on_cut is called in place of what a cut runs."""
         places = {id(stage): index for index, stage in enumerate(self._model.moe_stages)}
         model = self._model.with_stages(
             lambda stage: CutStage(
@@ -221,9 +262,10 @@ class ForwardPieces:
                 places[id(stage)], self._stage_rows, on_cut,
             )
         )  # fmt: skip
-        plan = CutPlan.of_rows(rows, model.backend.spec, self._inputs, on_cut)
+        attention = CutPlan.of_rows(rows, model.backend.spec, self._inputs, on_cut)
+        plan = PassPlan(attention, CutRecurrence(self._inputs, on_cut))
         no_exchange: Any = None  # all that would exchange rows is cut out
-        return model.forward(self._inputs.pass_inputs(rows), PassPlan(plan), no_exchange)
+        return model.forward(self._inputs.pass_inputs(rows), plan, no_exchange)
 
     def _capture(self, rows: int) -> _Captured:
         cuts = list[Cut]()

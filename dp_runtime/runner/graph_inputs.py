@@ -12,9 +12,11 @@ from torch import Tensor
 from dp_runtime.core.attention_metadata import AttentionMetadata, rewind_sequences
 from dp_runtime.core.batch import Int32, LocalBatch
 from dp_runtime.core.device_copy import aligned_offsets
+from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.future_tokens import FutureTokens
+from dp_runtime.runner.recurrent_inputs import RecurrentInputs
 
 WORD = 4  # bytes of an int32
 HOST_BUFFERS = 3  # a copy may still be under way when the next steps are written
@@ -43,6 +45,9 @@ class GraphInputs:
         dp_size: int,
         hidden: Tensor,  # [max_requests * query_len, n], read by draft models; n is 0 for others
         page_size: int,
+        *,
+        keeps_state: bool = False,  # the model has recurrent layers
+        accepted: AcceptedDrafts | None = None,  # of their slots, if drafts are verified
     ) -> None:
         rows, device = max_requests * query_len, hidden.device
         assert len(hidden) == rows, f"{len(hidden)} hidden states for {rows} rows"
@@ -53,6 +58,7 @@ class GraphInputs:
             "slot_mapping": (rows,),
             "seq_lens": (max_requests,),
             "row_ranges": (2, dp_size),
+            **(RecurrentInputs.shapes(max_requests) if keeps_state else {}),
             "page_table": (max_requests, table_pages),
         }
         self.query_len = query_len
@@ -65,6 +71,7 @@ class GraphInputs:
         self.positions, self.slot_mapping = fields["positions"], fields["slot_mapping"]
         self.seq_lens, self.row_ranges = fields["seq_lens"], fields["row_ranges"]
         self.page_table = fields["page_table"]
+        self.recurrent = RecurrentInputs(fields, accepted) if keeps_state else None
         self.cu_seqlens_q = query_len * torch.arange(
             max_requests + 1, dtype=torch.int32, device=device
         )
@@ -103,6 +110,8 @@ class GraphInputs:
         buffer.table_width = max(buffer.table_width, pages)
         into["page_table"][:requests, :pages] = batch.page_table
         into["page_table"][:requests, pages : buffer.table_width] = 0
+        if self.recurrent is not None:
+            self.recurrent.write(into, batch)
         self._write_null_rows(buffer, requests, local_rows // self.query_len)
         into["row_ranges"][:] = plan.row_ranges
         self._copy(buffer, local_rows)
@@ -135,6 +144,8 @@ class GraphInputs:
             into[name][rows].reshape(-1, length)[:] = np.arange(length)
         into["seq_lens"][start:stop] = length
         into["page_table"][start:stop, : buffer.table_width] = 0
+        if self.recurrent is not None:
+            self.recurrent.write_null(into, start, stop)
 
     def _next_buffer(self) -> _HostBuffer:
         self._turn = (self._turn + 1) % HOST_BUFFERS

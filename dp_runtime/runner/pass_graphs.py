@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.recurrent_metadata import (
+    AcceptedDrafts,
+    RecurrentMetadata,
+    check_sequences,
+)
 from dp_runtime.errors import ContractViolation
 from dp_runtime.models.causal_lm import Hidden, PassPlan
 from dp_runtime.models.model import PassModel
@@ -39,7 +43,7 @@ class PassOutput:
 class _Captured:
     graph: torch.cuda.CUDAGraph
     output: PassOutput  # of local_rows
-    attention: AttentionPlan  # the graph reads its tensors at every replay
+    plan: PassPlan  # the graph reads its tensors at every replay
 
 
 class PassGraphs:
@@ -62,6 +66,8 @@ class PassGraphs:
         with_logits: bool,
         poison: bool,
         device: torch.device,
+        num_state_slots: int = 0,  # of the model's recurrent layers, if it has any
+        accepted_drafts: AcceptedDrafts | None = None,  # of these slots, if drafts are verified
     ) -> None:
         self.buckets = buckets
         self._model = model
@@ -69,10 +75,12 @@ class PassGraphs:
         self._collective = collective
         self._memory = memory
         self._poison = poison
+        self._num_state_slots, self._accepted = num_state_slots, accepted_drafts
         rows, width = buckets.max_rows, model.hidden_size if reads_hidden else 0
         self._inputs = GraphInputs(
             buckets.max_requests, buckets.query_len, table_pages, collective.dp_size,
             torch.zeros(rows, width, dtype=model.dtype, device=device), pages.page_size,
+            keeps_state=num_state_slots > 0, accepted=accepted_drafts,
         )  # fmt: skip
         sizes = (rows, model.vocab_size if with_logits else 0)
         self._logits = torch.empty(sizes, dtype=model.dtype, device=device)  # of any graph
@@ -115,10 +123,12 @@ class PassGraphs:
         self, batch: LocalBatch, plan: PaddingPlan, future: FutureTokens, place: Place
     ) -> PassOutput:
         check_values(batch, self._pages, place)
+        if self._num_state_slots:
+            check_sequences(batch, self._num_state_slots, self._accepted, place)
         rows, local_rows = batch.num_tokens, self.buckets.local(batch.num_tokens)
         key = GraphKey(local_rows, plan.rows_per_rank)
         captured = self._graphs.get(key)
-        if captured is None or not self._inputs.owns(captured.attention.metadata):
+        if captured is None or not self._inputs.owns(captured.plan.attention.metadata):
             raise ContractViolation(f"{place}: no graph of {key} over these inputs")
         self._inputs.write(batch, local_rows, plan, future)
         captured.graph.replay()
@@ -134,19 +144,28 @@ class PassGraphs:
             inputs.row_ranges,
         )  # fmt: skip
         attention = self._model.backend.plan(self._metadata(key.local_rows))
+        pass_plan = PassPlan(attention, self._sequences(key.local_rows))
         counted = counts_real_rows(self._collective)
         inputs.write_null(key.local_rows, layout.plan((0,) * size, key.gathered_rows, counted))
 
         def forward() -> PassOutput:
             pass_inputs = inputs.pass_inputs(key.local_rows)
-            hidden = self._model.forward(pass_inputs, PassPlan(attention), exchange)
+            if inputs.recurrent is not None:
+                inputs.recurrent.read_accepted(key.local_rows // inputs.query_len)
+            hidden = self._model.forward(pass_inputs, pass_plan, exchange)
             if not self._with_logits:
                 return PassOutput(hidden, None)
             logits = self._model.logits(hidden.last, self._logits[: key.local_rows])
             return PassOutput(hidden, RowLogits.from_logits(logits))
 
         graph, output = capture_graph(forward, self._memory)
-        return _Captured(graph, output, attention)
+        return _Captured(graph, output, pass_plan)
+
+    def _sequences(self, rows: int) -> RecurrentMetadata | None:
+        inputs, length = self._inputs, self.buckets.query_len
+        if inputs.recurrent is None:
+            return None
+        return inputs.recurrent.sequences(inputs.cu_seqlens_q[: rows // length + 1], length)
 
     def _metadata(self, rows: int) -> AttentionMetadata:
         """Make metadata over the graph's inputs, with bounds on the host for kernels to plan by."""

@@ -111,9 +111,7 @@ class PiecewiseGraphs:
             on_device(padding.row_ranges, self._buffers.row_ranges.device)
         )
         if self._pieces.covers(inputs):
-            hidden = self._pieces.forward(
-                inputs, plan.attention, self._stages, padding.rows_per_rank
-            )
+            hidden = self._pieces.forward(inputs, plan, self._stages, padding.rows_per_rank)
         else:
             hidden = self._model.forward(inputs, plan, exchange)
         self._collective.arm_watchdog(f"stages of {padding.rows_per_rank} gathered rows")

@@ -20,9 +20,10 @@ from dp_runtime.errors import StartError, require
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import FlightRing, RingLayout
 from dp_runtime.host.memory_address import MemoryAddress
-from dp_runtime.kernels.jit_build import JitModule
+from dp_runtime.kernels.jit_build import JitModule, in_one_thread
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.status import ModelInfo
+from dp_runtime.models.qwen3_5.config import HybridConfig
 from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
@@ -148,6 +149,7 @@ def log_choices(plan: RankPlan) -> None:
     if plan.sharding.position == 0:
         _log_attention(plan)
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
+        _log_recurrent(plan)
         logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
     use, gib = plan.memory, 2**30
     if use.recurrent_state:
@@ -166,6 +168,18 @@ def _log_attention(plan: RankPlan) -> None:
         logger.warning("attention backend %s is slow on %s: %s", backend, device, reason)
     else:
         logger.info("attention backend %s: %s", backend, reason)
+
+
+def _log_recurrent(plan: RankPlan) -> None:
+    if not plan.slot_bytes:
+        return
+    if plan.device == "cpu":
+        logger.info("recurrent layers run in torch: there is no kernel for device cpu")
+    else:
+        logger.warning(
+            "recurrent layers run in Triton kernels that were compiled for SM90, and tested in "
+            "Triton's interpreter, but were not run on a GPU by us yet"
+        )
 
 
 def check_free(plan: RankPlan, free: int) -> None:
@@ -273,7 +287,7 @@ def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
     device = torch.device(plan.device)
     cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
     attention = [module for spec in specs for module in cls.jit_modules(spec, device)]
-    return (*attention, *_moe_kernels(plan))
+    return (*attention, *in_one_thread([*_moe_kernels(plan), *_delta_kernels(plan)]))
 
 
 def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
@@ -286,3 +300,13 @@ def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
     ranks = plan.sharding.dp_size
     max_rows = plan.limits.max_num_tokens * ranks
     return moe_jit_modules(model, shard, ranks, max_rows, plan.dtype, torch.device(plan.device))
+
+
+def _delta_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
+    model, device = plan.model, torch.device(plan.device)
+    if device.type == "cpu" or not isinstance(model, HybridConfig) or not plan.slot_bytes:
+        return ()
+    from dp_runtime.startup.jit_modules import delta_net_jit_module
+
+    max_drafts = plan.limits.max_drafts
+    return (delta_net_jit_module(model.delta_net, max_drafts, plan.dtype, device),)

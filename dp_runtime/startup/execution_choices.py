@@ -19,7 +19,7 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def choose_graphs(
-    config: EngineConfig, device: str, backend: str, moe_backend: str, keeps_state: bool
+    config: EngineConfig, device: str, backend: str, moe_backend: str
 ) -> tuple[bool, str]:
     """Decide whether decode steps are captured, and why; ValueError if they can't be but must."""
     transport = choose_transport(  # on several hosts auto takes another one that can be captured
@@ -38,7 +38,6 @@ def choose_graphs(
         ).capturable,
         "rows go through host memory": not (transport.capturable or transport.in_process),
         "check_device_values reads inputs back": config.check_device_values,
-        "the slots of recurrent states are no inputs of graphs yet": keeps_state,
     }
     reasons = [reason for reason, holds in hindrances.items() if holds]
     if config.cuda_graphs is False:

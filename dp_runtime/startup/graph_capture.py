@@ -87,6 +87,8 @@ def _pass_graphs(
             with_logits=pass_kind is not Pass.DRAFT_EXTEND,
             poison=runner.poison,
             device=runner.device,
+            num_state_slots=runner.num_state_slots,
+            accepted_drafts=runner.accepted_drafts,
         )
         for length in lengths
     }

@@ -1,18 +1,23 @@
-"""The MoE stage's Triton kernels, compiled at start so that none is compiled while serving."""
+"""Triton kernels of the layers, compiled at start so that none is compiled while serving."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from dp_runtime.core.e4m3 import E4M3
+from dp_runtime.core.recurrent_metadata import MAX_STEPPED, Drafts, RecurrentMetadata, Tracks
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.kernels.experts import run_experts
 from dp_runtime.kernels.jit_build import JitModule
 from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, route
 from dp_runtime.layers.experts import ExpertShard, aligned
+from dp_runtime.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetShape
+from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.weights.fp8_blocks import ExpertScales
 
@@ -25,7 +30,7 @@ def moe_jit_modules(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[JitModule, ...]:
-    """List the stage's kernels with all tiles that 1 to max_rows gathered rows choose."""
+    """List a MoE stage's kernels with all tiles that 1 to max_rows gathered rows choose."""
     if not model.num_moe_layers:
         return ()
     num_local = 0 if shard.is_empty else len(shard.experts)
@@ -36,7 +41,6 @@ def moe_jit_modules(
     build = partial(
         _build, tuple(tilings), formats, model, (num_local, inner), dp_size, dtype, device
     )
-    # One module, for Triton's compiler runs in one thread of a process.
     return (JitModule(f"Triton experts ({len(tilings)} tilings)", build),)
 
 
@@ -65,3 +69,41 @@ def _build(
         scales = ExpertScales(scale, scale) if fp8 else None
         for tiles in tilings:
             run_experts(rows[:1], gate_up, down, routing, tiles, scales)
+
+
+def delta_net_jit_module(
+    shape: GatedDeltaNetShape, max_drafts: int, dtype: torch.dtype, device: torch.device
+) -> JitModule:
+    """Make a module of all kernels of the gated delta nets of this shape."""
+    return JitModule("Triton gated delta nets", partial(_mix, shape, max_drafts, dtype, device))
+
+
+def _mix(
+    shape: GatedDeltaNetShape, max_drafts: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Run a prompt and a decode of the null slot: the kernels are compiled, and write no state."""
+    lengths, heads = np.array([MAX_STEPPED + 1, 1], np.int32), shape.num_v_heads
+    no_weight = Linear(torch.zeros(0, 0, dtype=dtype, device=device), None)
+    zeros = partial(torch.zeros, device=device)
+    net = GatedDeltaNet(
+        inputs=no_weight,
+        conv=zeros(shape.channels, 1, shape.conv_width, dtype=dtype),
+        decay=zeros(heads),
+        dt_bias=zeros(heads),
+        norm=RMSNorm(zeros(shape.head_v_dim, dtype=dtype), shape.norm_eps),
+        output=no_weight,
+        state=shape.state(dtype, max_drafts).allocate(1, device),
+        shape=shape,
+        in_kernels=True,
+    )
+    none = zeros(len(lengths), dtype=torch.int32)
+    for tracks in (None, Tracks(none.long(), none, np.zeros_like(lengths))):
+        sequences = RecurrentMetadata(
+            cu_seqlens=torch.tensor([0, *lengths.cumsum()], dtype=torch.int32, device=device),
+            query_lens_host=lengths,
+            slots=none.long(),
+            is_fresh=none.bool(),
+            drafts=Drafts(none, none) if max_drafts else None,
+            tracks=tracks,
+        )
+        net.mix(zeros(int(lengths.sum()), shape.projected_size, dtype=dtype), sequences)

@@ -50,6 +50,7 @@ def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: 
     rows, vocab = limits.max_num_tokens, model.vocab_size
     samples = min(limits.max_decode_rows, rows)
     forward = model.forward_bytes(rows, dp_size * rows, padded and dp_size > 1)
+    forward += _replay_bytes(model, limits)
     row = model.hidden_size * model.dtype.itemsize
     widened = vocab * 4 if model.dtype.itemsize < 4 else 0  # a row's logits in float32
     sampling = sampling_bytes(samples, vocab) + min(samples, ROWS_AT_ONCE) * widened
@@ -75,6 +76,10 @@ def _extend_bytes(draft: DraftModel, limits: Limits, dp_size: int, padded: bool)
     return rows * row + max(forward, rows * row + requests * row + draft.logits_bytes(requests))
 
 
+def _replay_bytes(model: PassModel, limits: Limits) -> int:
+    return max((net.replay_bytes(limits.max_num_requests) for net in model.delta_nets), default=0)
+
+
 def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
     """Count what graphs keep: the memory of the largest of each kind, and what they share."""
     rows, requests = limits.max_decode_rows, limits.max_num_requests
@@ -84,6 +89,7 @@ def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
     stages = sum(_captured_stages(model, limits, dp_size) for model in models.all)
     return stages + sum(
         model.forward_bytes(max_rows, dp_size * max_rows, dp_size > 1)
+        + _replay_bytes(model, limits)
         + (model.logits_bytes(max_rows) if with_logits else 0)
         for model, max_rows, with_logits in kinds
     )

@@ -106,7 +106,7 @@ def sketch_rank(
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention = attention_spec(config, model, dtype)
-    keeps_state, draft = _keeps_state(device, model, attention), read_draft(config, model)
+    keeps_state, draft = _keeps_state(model, attention), read_draft(config, model)
     layers = plan_layers(attention, model, draft, config.speculative_num_steps)
     caches = _caches(layers)
     backend, reason = choose_backend(config.attention_backend, attention, torch_device)
@@ -118,15 +118,16 @@ def sketch_rank(
         _check_blocks(model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
     limits = _limits(config, model, keeps_state)
-    graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend, keeps_state)
+    graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     depth = choose_depth(config, device, backend)
-    weights = MetaWeights(dtype)
+    meta = partial(MetaWeights, dtype, torch_device)
+    weights = meta()
     build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
     models = build(weights, sharding)
     needs = MemoryNeeds(
         device=device,
         models=models,
-        set_aside=_set_aside(config, models, sharding, partial(build, MetaWeights(dtype))),
+        set_aside=_set_aside(config, models, sharding, partial(build, meta())),
         limits=limits,
         backend=backend,
         attention=[plan.attention for plan in layers],
@@ -147,16 +148,10 @@ def sketch_rank(
     )  # fmt: skip
 
 
-def _keeps_state(device: str, model: ModelConfig, attention: AttentionSpec) -> bool:
-    """Tell if layers are recurrent; ValueError for what such a model is not served with."""
+def _keeps_state(model: ModelConfig, attention: AttentionSpec) -> bool:
+    """Tell if layers are recurrent."""
     dtypes = attention.kv_dtype, attention.dtype
-    keeps_state = slot_bytes(model.cache_specs(attention.page_size, *dtypes)) > 0
-    require(
-        not keeps_state or device == "cpu",
-        "device", device,
-        "cpu for a model with recurrent layers, whose kernels were not run on GPUs by us yet",
-    )  # fmt: skip
-    return keeps_state
+    return slot_bytes(model.cache_specs(attention.page_size, *dtypes)) > 0
 
 
 def _limits(config: EngineConfig, model: ModelConfig, keeps_state: bool) -> Limits:

@@ -23,7 +23,7 @@ class DummyWeights(NoCheckpoint):
         dtype: torch.dtype,
         on_bytes: Callable[[int], None] = ignore_bytes,
     ) -> None:
-        self.device = device
+        self.device = self.runs_on = device
         self.dtype = dtype
         self.bytes_read = 0
         self._seed = seed
@@ -64,8 +64,8 @@ class DummyWeights(NoCheckpoint):
 class MetaWeights(NoCheckpoint):
     """Tensors on the meta device, counted in `bytes_read`."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.device = torch.device("meta")
+    def __init__(self, dtype: torch.dtype, runs_on: torch.device) -> None:
+        self.device, self.runs_on = torch.device("meta"), runs_on
         self.dtype = dtype
         self.bytes_read = 0
 

@@ -24,7 +24,7 @@ class RecordedWeights:
     """A source whose answers are kept in a copy."""
 
     def __init__(self, source: WeightSource, number: int, writer: CopyWriter) -> None:
-        self.device, self.dtype = source.device, source.dtype
+        self.device, self.dtype, self.runs_on = source.device, source.dtype, source.runs_on
         self._source, self._number, self._writer = source, number, writer
 
     @property
@@ -89,7 +89,8 @@ class CopiedWeights:
         dtype: torch.dtype,
         on_bytes: Callable[[int], None],
     ) -> None:
-        self.device, self.dtype = device, dtype
+        self.device = self.runs_on = device
+        self.dtype = dtype
         self._number, self._reader, self._on_bytes = number, reader, on_bytes
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:

@@ -48,7 +48,7 @@ class Checkpoint:
         dtype: torch.dtype,
         on_bytes: Callable[[int], None] = ignore_bytes,
     ) -> None:
-        self.device = device
+        self.device = self.runs_on = device
         self.dtype = dtype
         self.bytes_read = 0
         self._on_bytes = on_bytes

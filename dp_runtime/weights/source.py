@@ -19,6 +19,10 @@ class WeightSource(Protocol):
     dtype: torch.dtype
 
     @property
+    def runs_on(self) -> torch.device:
+        """Return where the model will run: elsewhere than `device` if tensors are only counted."""
+
+    @property
     def bytes_read(self) -> int: ...  # of a checkpoint's files
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:

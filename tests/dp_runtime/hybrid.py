@@ -104,7 +104,7 @@ class Layer:
     def __call__(self, x: Tensor, cos_sin: CosSin, plan: PassPlan, exchange: RowExchange) -> Tensor:
         normed = self.input_norm.add(x.clone(), None)[0]
         if isinstance(self.mixer, Recurrence):
-            assert plan.recurrent is not None, "a pass without the slots of its requests"
+            assert isinstance(plan.recurrent, RecurrentMetadata), "a pass without its sequences"
             x = x + self.mixer(normed, plan.recurrent)
         else:
             x = x + self.mixer(normed, cos_sin, plan.attention)

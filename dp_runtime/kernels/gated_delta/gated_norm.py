@@ -12,8 +12,10 @@ from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, ov
 HEADS_AT_ONCE = 16
 
 
-def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute RMSNorm(x) * silu(z) -> [rows, heads * dim].
+def gated_rms_norm(
+    x: Tensor, z: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """Compute RMSNorm(x) * silu(z) -> `out` [rows, heads * dim], by default a new tensor.
 
     x [rows, heads, dim] and z [rows, heads * dim], whose rows may lie apart. The quotient is
     rounded to the weight's dtype and the norm to x's, as the models were trained.
@@ -21,7 +23,10 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, heads, dim = x.shape
     assert x.is_contiguous(), "x is contiguous"
     assert z.stride(1) == 1, "a row is in one piece"
-    out = torch.empty(rows, heads * dim, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(rows, heads * dim, dtype=x.dtype, device=x.device)
+    assert out.is_contiguous(), "outputs are contiguous"
+    assert out.shape == (rows, heads * dim), f"outputs of {tuple(out.shape)} for {rows} rows"
     if rows:
         pdl = overlaps(x.device)
         _gated_rms_norm_kernel[(rows, triton.cdiv(heads, HEADS_AT_ONCE))](

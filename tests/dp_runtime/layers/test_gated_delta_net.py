@@ -223,9 +223,10 @@ class NoLaunch:
         return lambda *arguments, **options: None
 
 
+@pytest.mark.parametrize("max_drafts", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_memory_of_kernels_is_counted(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, max_drafts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     kernels = "dp_runtime.kernels.gated_delta"
@@ -236,14 +237,17 @@ def test_the_memory_of_kernels_is_counted(
             monkeypatch.setattr(f"{kernels}.{module}.{name}", NoLaunch())
     rows, peaks = 512, list[int]()
     for lengths in ([500, 12], [1] * 512, [9] * 56 + [8]):
-        layer = net(WIDE, len(lengths) + 1, dtype)
-        of = sequences(lengths, list(range(1, len(lengths) + 1)), fresh=True)
+        layer = replace(net(WIDE, len(lengths) + 1, dtype, max_drafts), in_kernels=True)
+        none = [0] * len(lengths)
+        drafts = drafts_of(none, none) if max_drafts else None
+        of = sequences(lengths, list(range(1, len(lengths) + 1)), True, drafts)
         x = torch.randn(rows, WIDE.channels + WIDE.v_size + 16).to(dtype)
         assert len(of.row_blocks.blocks), "tables are made once for all layers"
         qkv, z, ba = x.tensor_split([WIDE.channels, WIDE.channels + WIDE.v_size], 1)
         with torch.inference_mode(), LiveBytes() as live:
             layer.run_kernels(qkv, z, ba, of)
-        peaks.append(live.peak)
+        peaks.append(live.peak - layer.replay_bytes(len(lengths)))
     predicted = layer.kernel_bytes(rows)
     print(f"predicted {predicted}, live {peaks}")
     assert max(peaks) <= predicted < 1.1 * max(peaks)
+    assert replace(layer, in_kernels=False).replay_bytes(rows) == 0

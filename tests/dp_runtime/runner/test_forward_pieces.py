@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -28,45 +26,12 @@ from dp_runtime.runner.forward_pieces import Attend, Cut, ForwardPieces, RunStag
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.dp_runtime.drafts import DraftRank
 from tests.dp_runtime.paged import metadata_of, paged_batch
+from tests.dp_runtime.runner.paused_forward import PausedForward
 
 MAX_ROWS = 40
 NO_MEMORY: Any = None  # nothing is captured
 LENGTHS = [(5, 9), (1, 30), (12, 12)]  # query_len and seq_len of each sequence
 ROWS = sum(query_len for query_len, _ in LENGTHS)
-
-
-class PausedForward:
-    """Stands for captured pieces: each replay runs a forward on to its next cut."""
-
-    def __init__(self, pieces: ForwardPieces, rows: int) -> None:
-        self._pieces, self._rows = pieces, rows
-        self._goes_on: SimpleQueue[None] = SimpleQueue()
-        self._paused: SimpleQueue[Any] = SimpleQueue()
-        self._thread: Thread | None = None
-        self.hidden: Hidden | None = None
-
-    def replay(self) -> None:
-        if self._thread is None:
-            self._thread = Thread(target=self._run, daemon=True)
-            self._thread.start()
-        else:
-            self._goes_on.put(None)
-        error = self._paused.get(timeout=30)
-        if error is not None:
-            raise error
-
-    def _run(self) -> None:
-        try:
-            with torch.inference_mode():
-                self.hidden = self._pieces.cut_forward(self._rows, self._pause)
-        except BaseException as error:
-            self._paused.put(error)
-            raise
-        self._paused.put(None)
-
-    def _pause(self, cut: Cut) -> None:
-        self._paused.put(None)
-        self._goes_on.get(timeout=30)
 
 
 @dataclass
@@ -133,7 +98,8 @@ def test_pieces_give_what_the_whole_forward_gives(rank: DraftRank, drafts: bool)
             buckets = PieceBuckets(MAX_ROWS)
             pieces = ForwardPieces(model, buckets, rows, NO_MEMORY, reads_hidden=drafts)
             stages = [Stage(stage, rows, exchange) for stage in model.moe_stages]
-            found = forward_by(pieces, inputs, model.backend.plan(metadata), stages)
+            plan = PassPlan(model.backend.plan(metadata))
+            found = forward_by(pieces, inputs, plan, stages)
         torch.testing.assert_close(found.last, due.last, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
             found.aux_hidden_states, due.aux_hidden_states, atol=1e-5, rtol=1e-5
@@ -143,7 +109,7 @@ def test_pieces_give_what_the_whole_forward_gives(rank: DraftRank, drafts: bool)
             assert not pool[0].any(), "null rows write nothing, not even to the null page"
 
 
-def forward_by(pieces: ForwardPieces, inputs: PassInputs, plan: Any, stages: Any) -> Hidden:
+def forward_by(pieces: ForwardPieces, inputs: PassInputs, plan: PassPlan, stages: Any) -> Hidden:
     """Run what `capture` would have recorded of each bucket."""
     assert pieces.covers(inputs)
     bucket = pieces.buckets.of(ROWS)
@@ -153,22 +119,8 @@ def forward_by(pieces: ForwardPieces, inputs: PassInputs, plan: Any, stages: Any
     pieces.cut_forward(bucket, cuts.append)
     kinds = [type(cut) for cut in cuts]
     assert kinds == [Attend, RunStage] * pieces._model.num_moe_layers
-    paused = PausedForward(pieces, bucket)
-    captured = _Recorded([paused] * (len(cuts) + 1), cuts, paused)
-    pieces._captured[bucket] = captured  # type: ignore[assignment]
+    pieces._captured[bucket] = PausedForward(pieces, bucket, cuts)  # type: ignore[assignment]
     return pieces.forward(inputs, plan, stages, 64)
-
-
-@dataclass
-class _Recorded:
-    pieces: list[PausedForward]
-    cuts: list[Cut]
-    paused: PausedForward
-
-    @property
-    def hidden(self) -> Hidden:
-        assert self.paused.hidden is not None, "the last piece has run"
-        return self.paused.hidden
 
 
 def test_a_bucket_holds_the_rows_without_much_waste() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from collectives.in_process import InProcessGroup
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.step_program import Pass
+from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.parallel.buckets import PiecewiseBuckets
@@ -47,6 +48,7 @@ class Stages:
     """A model of nothing but MoE stages."""
 
     moe_stages: tuple[MoeStage, ...]
+    delta_nets: tuple[GatedDeltaNet, ...] = ()
     hidden_size: int = HIDDEN
     dtype: torch.dtype = torch.float32
 

@@ -287,7 +287,7 @@ def test_what_is_read_is_counted_before(target: Path, tmp_path: Path, own_embedd
     read = []
     for counted in (False, True):
         sources = [
-            MetaWeights(torch.float32) if counted
+            MetaWeights(torch.float32, torch.device("cpu")) if counted
             else open_weights(directory, "safetensors", 0, torch.float32, CPU)
             for directory in (str(target), str(head))
         ]  # fmt: skip

@@ -196,7 +196,7 @@ def test_a_rank_reads_the_mtp_tensors_and_no_other(random_mtp: Path) -> None:
     sharding, own = RankSharding("ep", 0, 1), load_file(random_mtp / "model.safetensors")
     sources = (
         open_weights(str(random_mtp), "safetensors", 0, torch.float32, CPU),
-        MetaWeights(torch.float32),
+        MetaWeights(torch.float32, torch.device("cpu")),
     )
     for source in sources:
         target = build_model(config, source, sharding, backend_over(config))

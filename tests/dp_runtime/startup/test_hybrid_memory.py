@@ -119,16 +119,6 @@ def test_states_that_exceed_the_memory_are_named_with_numbers(
     plan_rank(replace(many, max_num_requests=requests), 0, "cpu")
 
 
-def test_graphs_of_such_a_model_are_not_captured_and_the_plan_says_why(
-    config: EngineConfig,
-) -> None:
-    plan = plan_rank(config, 0, "cpu")
-    assert not plan.graphs
-    assert "recurrent states" in plan.graphs_reason
-    with pytest.raises(ValueError, match=r"cuda_graphs: True is not allowed; .*recurrent states"):
-        plan_rank(replace(config, cuda_graphs=True), 0, "cpu")
-
-
 @pytest.mark.parametrize("steps", [0, 1, 7])
 def test_room_for_drafts_is_part_of_a_slot(tmp_path: Path, steps: int) -> None:
     """Their inputs of the convolution, and two gates of each head; the draft itself has pages."""

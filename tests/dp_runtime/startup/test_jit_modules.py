@@ -1,4 +1,4 @@
-"""What is compiled for a rank's MoE stage is what serving launches: no kernel runs here."""
+"""What is compiled at start is what serving launches: no kernel runs here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.kernels import experts as triton_experts
 from dp_runtime.kernels import moe_router as triton_router
 from dp_runtime.layers.experts import Experts, aligned
@@ -20,8 +21,10 @@ from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.moe_router import Router
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.startup.jit_modules import moe_jit_modules
+from dp_runtime.runner.recurrent_inputs import RecurrentInputs
+from dp_runtime.startup.jit_modules import delta_net_jit_module, moe_jit_modules
 from dp_runtime.weights.fp8_blocks import ExpertScales
+from tests.dp_runtime.layers.test_gated_delta_net import SMALL, drafts_of, net, sequences
 
 TINY_MOE = Path(__file__).parents[3] / "examples" / "tiny_moe" / "checkpoint"
 CPU, HALF = torch.device("cpu"), torch.float16
@@ -100,3 +103,37 @@ def test_every_number_of_rows_finds_its_kernels_built(
         plan = PaddingPlan.for_mode(PaddingMode.RAGGED, (rows, *(0,) * (dp_size - 1)))
         moe.partial_sums(gathered[:rows], plan, None, router, experts)
     assert [kernel.compiled for kernel in kernels] == before
+
+
+DELTA_KERNELS = {
+    "convolution": ["_convolve_kernel"], "recurrent": ["_step_kernel"],
+    "chunked": ["_solve_kernel", "_state_kernel"], "gated_norm": ["_gated_rms_norm_kernel"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("max_drafts", [0, 3])
+def test_no_pass_of_gated_delta_nets_wants_another_kernel(
+    max_drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for module, names in DELTA_KERNELS.items():
+        for name in names:
+            found.append(Recorder())
+            monkeypatch.setattr(f"dp_runtime.kernels.gated_delta.{module}.{name}", found[-1])
+    delta_net_jit_module(SMALL, max_drafts, HALF, CPU).build()
+    before = [set(kernel.compiled) for kernel in found]
+    assert [len(kinds) for kinds in before] == [2, 1, 1, 2, 1], "with tracks or without"
+    layer = replace(net(SMALL, 9, HALF, max_drafts), in_kernels=True)
+    for lengths in ([700, 1, 65, 4], [3] * 8, [9], [1]):
+        none = [0] * len(lengths)
+        drafts = drafts_of(none, none) if max_drafts else None
+        of = sequences(lengths, list(range(1, len(lengths) + 1)), True, drafts)
+        layer(torch.zeros(sum(lengths), SMALL.hidden_size, dtype=HALF), of)
+    accepted = AcceptedDrafts(9, CPU) if max_drafts else None
+    sizes = RecurrentInputs.shapes(8).items()
+    words = {name: torch.zeros(size, dtype=torch.int32) for name, size in sizes}
+    for length in {1, 1 + max_drafts}:
+        ends = torch.arange(0, 9 * length, length, dtype=torch.int32)
+        of = RecurrentInputs(words, accepted).sequences(ends, length)
+        layer(torch.zeros(8 * length, SMALL.hidden_size, dtype=HALF), of)
+    assert [kernel.compiled for kernel in found] == before

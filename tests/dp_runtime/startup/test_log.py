@@ -14,6 +14,7 @@ from dp_runtime.attention.registry import choose_backend
 from dp_runtime.startup.build_rank import log_choices
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import tiny_checkpoint
+from tests.hybrid_checkpoints import hybrid_checkpoint
 
 
 def test_choices_are_said_once_and_memory_by_every_rank(
@@ -56,3 +57,17 @@ def test_a_gpu_without_the_gpu_extra_is_a_warning(
             "attention backend torch_ref is slow on cuda:0: flashinfer is not installed: "
             "pip install 'dp-runtime[gpu]'"
         )
+
+
+@pytest.mark.parametrize(("device", "level", "text"), [
+    ("cpu", logging.INFO, "recurrent layers run in torch: "),
+    ("cuda:0", logging.WARNING, "recurrent layers run in Triton kernels that "),
+])  # fmt: skip
+def test_how_recurrent_layers_run_is_said(
+    device: str, level: int, text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_rank(EngineConfig(str(hybrid_checkpoint(tmp_path)), num_pages=200), 0, "cpu")
+    with caplog.at_level(logging.INFO, logger="dp_runtime"):
+        log_choices(replace(plan, device=device))
+    (record,) = [one for one in caplog.records if one.getMessage().startswith(text)]
+    assert record.levelno == level

@@ -136,7 +136,7 @@ def test_experts_that_stay_e4m3(checkpoints: tuple[Path, Path], sharding: str) -
         shard = RankSharding(sharding, rank, 2).shard(EXPERTS, INTERMEDIATE)
         heard: list[int] = []
         source = Checkpoint(str(checkpoints[0]), CPU, torch.bfloat16, heard.append)
-        counted = MetaWeights(torch.bfloat16)
+        counted = MetaWeights(torch.bfloat16, torch.device("cuda"))
         experts, planned = load(source, shard), load(counted, shard)
         assert experts.scales is not None
         assert param_bytes(experts) == param_bytes(planned) == source.bytes_read
@@ -191,7 +191,11 @@ def test_kernels_that_read_e4m3_get_it(checkpoints: tuple[Path, Path], load_form
             config, weights, sharding, backend_over(config, dtype=bf16), backend
         )
         counted = build_model(
-            config, MetaWeights(bf16), sharding, backend_over(config, dtype=bf16), backend
+            config,
+            MetaWeights(bf16, torch.device("cuda")),
+            sharding,
+            backend_over(config, dtype=bf16),
+            backend,
         )
         held[backend] = param_bytes(model)
         assert held[backend] == param_bytes(counted)

@@ -104,7 +104,7 @@ def test_ranks_read_their_experts_and_what_is_replicated(
     total: Counter[str] = Counter()
     for rank in range(dp_size):
         sharding = RankSharding(moe_sharding, rank, dp_size)
-        source, counted = Recording(sharded), MetaWeights(torch.float32)
+        source, counted = Recording(sharded), MetaWeights(torch.float32, torch.device("cpu"))
         model: Any = build(sharded, source, sharding)
         build(sharded, counted, sharding)
         assert source.bytes_read == counted.bytes_read == 4 * source.reads.total()
