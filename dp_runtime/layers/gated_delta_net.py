@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.core.batch import Int32
 from dp_runtime.core.cache_spec import LayerState, RecurrentState
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata, RecurrentPlan
 from dp_runtime.kernels.gated_delta.rows import HeadShape
 from dp_runtime.layers.delta_rule import DeltaRows, delta_rule, scratch_bytes
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.norm import RMSNorm
+from dp_runtime.layers.sequence_groups import (
+    REQUESTS_AT_ONCE,
+    SequenceGroup,
+    group_sequences,
+)
 from dp_runtime.weights.source import WeightSource
 
 L2_EPS = 1e-6
-REQUESTS_AT_ONCE = 8  # whose states are copied; bounds what a pass of many decodes needs
 
 
 @dataclass(frozen=True)
@@ -69,56 +70,6 @@ class GatedDeltaNetShape:
 
 
 @dataclass(frozen=True, eq=False)
-class _Group:
-    """Some requests of a pass that have equally many rows, of which equally many are drafts."""
-
-    length: int
-    num_drafts: int  # the last of each request's rows, which may be rejected
-    num_accepted: int  # rows of the pass before, which are run once more ahead of these
-    num_tracked: int  # rows before the state that is left in a track slot; 0: none is
-    rows: Tensor  # [requests * length]
-    slots: Tensor  # [requests] int64
-    track_slots: Tensor  # [requests] int64
-    is_fresh: Tensor  # [requests] bool
-
-    def start_from(self, state: Tensor) -> Tensor:
-        """Read the states [requests, ...]; a fresh request's is zero, whatever its slot holds."""
-        own = state[self.slots]
-        fresh = self.is_fresh.view(-1, *[1] * (own.dim() - 1))
-        return own.masked_fill(fresh, 0)
-
-
-def _groups(sequences: RecurrentMetadata) -> Iterator[_Group]:
-    lengths, device = sequences.query_lens_host, sequences.slots.device
-    starts = lengths.cumsum() - lengths
-    tracks, none = sequences.tracks, np.zeros_like(lengths)
-    tracked = none if tracks is None else tracks.rows_host
-    track_slots = sequences.slots if tracks is None else tracks.slots
-    kinds = np.stack((lengths, *_drafts_on_host(sequences), tracked), 1)
-    for kind in np.unique(kinds[lengths > 0], axis=0):
-        equal = np.flatnonzero((kinds == kind).all(1))
-        length, num_drafts, num_accepted, num_tracked = kind.tolist()
-        for first in range(0, len(equal), REQUESTS_AT_ONCE):
-            members = equal[first : first + REQUESTS_AT_ONCE]
-            rows = (starts[members, None] + np.arange(length)).ravel()
-            index, row_index = (torch.from_numpy(x).to(device) for x in (members, rows))
-            yield _Group(
-                length, num_drafts, num_accepted, num_tracked, row_index,
-                sequences.slots[index], track_slots[index], sequences.is_fresh[index],
-            )  # fmt: skip
-
-
-def _drafts_on_host(sequences: RecurrentMetadata) -> tuple[Int32, Int32]:
-    """Return each request's drafts, and those of the pass before that were accepted."""
-    drafts = sequences.drafts
-    if drafts is None:
-        none = np.zeros_like(sequences.query_lens_host)
-        return none, none
-    accepted = drafts.num_accepted.masked_fill(sequences.is_fresh, 0)
-    return drafts.num_drafts.cpu().numpy(), accepted.cpu().numpy()
-
-
-@dataclass(frozen=True, eq=False)
 class GatedDeltaNet:
     """Linear attention over this rank's own rows, [rows, hidden] -> [rows, hidden]."""
 
@@ -152,7 +103,7 @@ class GatedDeltaNet:
     def run_plain(self, qkv: Tensor, z: Tensor, ba: Tensor, sequences: RecurrentMetadata) -> Tensor:
         """Mix the projected rows in torch -> [rows, v_size]."""
         attended = torch.empty_like(z)
-        for group in _groups(sequences):
+        for group in group_sequences(sequences):
             attended[group.rows] = self._run(group, qkv[group.rows], ba[group.rows])
         heads = (z.shape[0], self.shape.num_v_heads, self.shape.head_v_dim)
         normed = self.norm(attended.view(heads))
@@ -241,7 +192,7 @@ class GatedDeltaNet:
             in_kernels=weights.runs_on.type == "cuda",
         )
 
-    def _run(self, group: _Group, qkv: Tensor, ba: Tensor) -> Tensor:
+    def _run(self, group: SequenceGroup, qkv: Tensor, ba: Tensor) -> Tensor:
         """Run rows of a group, [rows, channels] and [rows, 2 * num_v_heads] -> [rows, v_size]."""
         by_request = (len(group.slots), group.length, -1)
         mixed = self._convolve(group, qkv.view(by_request))
@@ -254,7 +205,7 @@ class GatedDeltaNet:
         outputs = outputs[:, :, group.num_accepted :]
         return outputs.transpose(1, 2).flatten(2).flatten(0, 1).to(qkv.dtype)
 
-    def _advance(self, group: _Group, rows: DeltaRows) -> tuple[Tensor, Tensor]:
+    def _advance(self, group: SequenceGroup, rows: DeltaRows) -> tuple[Tensor, Tensor]:
         """Take the group's states past these rows; return outputs and the new states."""
         states = self.state[1]
         state, parts, at = group.start_from(states).float(), list[Tensor](), 0
@@ -267,7 +218,7 @@ class GatedDeltaNet:
         states[group.slots] = state.to(states.dtype)
         return torch.cat((*parts, outputs), 2) if parts else outputs, state
 
-    def _convolve(self, group: _Group, new: Tensor) -> Tensor:
+    def _convolve(self, group: SequenceGroup, new: Tensor) -> Tensor:
         """Convolve [requests, rows, channels] with what came before, and keep the last inputs."""
         windows, width = self.state[0], self.shape.conv_width - 1
         before = group.start_from(windows)[..., : width + group.num_accepted]
@@ -280,7 +231,7 @@ class GatedDeltaNet:
         mixed = F.conv1d(inputs, self.conv, groups=self.shape.channels)
         return F.silu(mixed).transpose(1, 2)
 
-    def _gates(self, group: _Group, ba: Tensor) -> Tensor:
+    def _gates(self, group: SequenceGroup, ba: Tensor) -> Tensor:
         """Return each row's log of the decay, and its strength: [requests, rows, 2, heads].
 
         Rows that are run once more come first, with the gates that were kept.

@@ -20,10 +20,7 @@ from dp_runtime.errors import StartError, require
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import FlightRing, RingLayout
 from dp_runtime.host.memory_address import MemoryAddress
-from dp_runtime.kernels.jit_build import JitModule, in_one_thread
-from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.status import ModelInfo
-from dp_runtime.models.qwen3_5.config import HybridConfig
 from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
@@ -280,33 +277,3 @@ def new_flight(config: EngineConfig, plan: RankPlan) -> FlightRecorder:
     own_process = config.launcher != "thread"
     make = FlightRing.shared if own_process else FlightRing.in_process
     return FlightRecorder(make(layout, plan.dp_rank))
-
-
-def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
-    """List all that is compiled before a plan can be served."""
-    device = torch.device(plan.device)
-    cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
-    attention = [module for spec in specs for module in cls.jit_modules(spec, device)]
-    return (*attention, *in_one_thread([*_moe_kernels(plan), *_delta_kernels(plan)]))
-
-
-def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
-    if not make_moe_kernels(plan.moe_backend).compiled:
-        return ()
-    from dp_runtime.startup.jit_modules import moe_jit_modules
-
-    model = plan.model
-    shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
-    ranks = plan.sharding.dp_size
-    max_rows = plan.limits.max_num_tokens * ranks
-    return moe_jit_modules(model, shard, ranks, max_rows, plan.dtype, torch.device(plan.device))
-
-
-def _delta_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
-    model, device = plan.model, torch.device(plan.device)
-    if device.type == "cpu" or not isinstance(model, HybridConfig) or not plan.slot_bytes:
-        return ()
-    from dp_runtime.startup.jit_modules import delta_net_jit_module
-
-    max_drafts = plan.limits.max_drafts
-    return (delta_net_jit_module(model.delta_net, max_drafts, plan.dtype, device),)

@@ -9,7 +9,7 @@ from dp_runtime.core.cache_spec import RecurrentState
 from dp_runtime.core.membership import Membership
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.metrics.memory import RankMemory, memory_table
-from dp_runtime.startup.build_rank import jit_modules_of
+from dp_runtime.startup.jit_modules import jit_modules_of
 from dp_runtime.startup.rank_plan import RankPlan, sketch_rank
 
 

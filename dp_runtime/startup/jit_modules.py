@@ -1,25 +1,56 @@
-"""Triton kernels of the layers, compiled at start so that none is compiled while serving."""
+"""All that is compiled at start, so that nothing is while serving."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import torch
 
+from dp_runtime.attention.registry import backend_class
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.core.recurrent_metadata import MAX_STEPPED, Drafts, RecurrentMetadata, Tracks
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
-from dp_runtime.kernels.experts import run_experts
-from dp_runtime.kernels.jit_build import JitModule
-from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, route
+from dp_runtime.kernels.jit_build import JitModule, in_one_thread
 from dp_runtime.layers.experts import ExpertShard, aligned
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetShape
 from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.qwen3_5.config import HybridConfig
+from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.weights.fp8_blocks import ExpertScales
+
+
+def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
+    """List all that is compiled before a plan can be served."""
+    device = torch.device(plan.device)
+    cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
+    attention = [module for spec in specs for module in cls.jit_modules(spec, device)]
+    return (*attention, *in_one_thread([*_moe_kernels(plan), *_delta_kernels(plan)]))
+
+
+def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
+    if not make_moe_kernels(plan.moe_backend).compiled:
+        return ()
+    import_module("dp_runtime.kernels.experts")  # now, for a standby has time until it builds
+    model = plan.model
+    shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
+    ranks = plan.sharding.dp_size
+    max_rows = plan.limits.max_num_tokens * ranks
+    return moe_jit_modules(model, shard, ranks, max_rows, plan.dtype, torch.device(plan.device))
+
+
+def _delta_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
+    model, device = plan.model, torch.device(plan.device)
+    if device.type == "cpu" or not isinstance(model, HybridConfig) or not plan.slot_bytes:
+        return ()
+    import_module("dp_runtime.kernels.gated_delta.chunked")
+    max_drafts = plan.limits.max_drafts
+    return (delta_net_jit_module(model.delta_net, max_drafts, plan.dtype, device),)
 
 
 def moe_jit_modules(
@@ -54,6 +85,9 @@ def _build(
     device: torch.device,
 ) -> None:
     """Run the kernels over padding only: they are compiled, and read no expert's weight."""
+    from dp_runtime.kernels.experts import run_experts
+    from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, route
+
     num_local, inner = shard
     rows = torch.zeros(MAX_SPLIT_ROWS + 1, model.hidden_size, dtype=dtype, device=device)
     router = rows.new_zeros(model.num_experts, model.hidden_size)

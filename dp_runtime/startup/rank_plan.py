@@ -114,8 +114,7 @@ def sketch_rank(
         choose_backend(backend, plan.attention, torch_device)
     sharding = RankSharding(config.moe_sharding, members.position(dp_rank), members.size)
     fp8 = any(model.fp8_experts)
-    if fp8 and config.moe_sharding == "tp":
-        _check_blocks(model, members.size)
+    _check_blocks(config, model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
     limits = _limits(config, model, keeps_state)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
@@ -237,8 +236,10 @@ def _models_without_memory(
     return ServedModels.build(model, draft, sources, backends, states, sharding, moe_backend)
 
 
-def _check_blocks(model: ModelConfig, dp_size: int) -> None:
+def _check_blocks(config: EngineConfig, model: ModelConfig, dp_size: int) -> None:
     """Raise ValueError if ranks would cut through the blocks of e4m3 weights of one scale."""
+    if config.moe_sharding != "tp" or not any(model.fp8_experts):
+        return
     size = model.moe_intermediate_size
     require(
         size % (dp_size * BLOCK) == 0, "moe_sharding", "tp",

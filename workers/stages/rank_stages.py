@@ -25,12 +25,12 @@ from dp_runtime.runner.pending_capture import PendingCapture
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.startup.build_rank import (
     assemble,
-    jit_modules_of,
     load_rank,
     new_flight,
 )
 from dp_runtime.startup.device_memory import free_garbage
 from dp_runtime.startup.graph_capture import capture_all, plan_capture
+from dp_runtime.startup.jit_modules import jit_modules_of
 from dp_runtime.startup.loaded_rank import LoadedRank
 from dp_runtime.startup.memory_profile import profile
 from dp_runtime.startup.rank_plan import RankPlan, plan_rank, sketch_rank

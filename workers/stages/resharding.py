@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from dp_runtime.core.membership import Membership
 from dp_runtime.kernels.jit_build import allow_compilation
 from dp_runtime.metrics.status import RankHealth
-from dp_runtime.startup.build_rank import jit_modules_of, new_flight, reload_rank
+from dp_runtime.startup.build_rank import new_flight, reload_rank
+from dp_runtime.startup.jit_modules import jit_modules_of
 from dp_runtime.startup.loaded_rank import KeptCaches
 from dp_runtime.startup.served_requests import ServedRequests
 from dp_runtime.structured.compile_queue import CompileQueue

@@ -16,7 +16,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.errors import RankFailed
 from dp_runtime.metrics.log import log_to_stderr
 from dp_runtime.metrics.status import RankHealth, RankState
-from dp_runtime.startup.build_rank import jit_modules_of
+from dp_runtime.startup.jit_modules import jit_modules_of
 from dp_runtime.startup.rank_plan import plan_rank
 from workers.messages import NO_RANK, Message, ReadHealth, TakeSeat, Warm
 from workers.serial_thread import SerialThread

@@ -30,11 +30,11 @@ from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.startup.build_rank import (
     assemble,
-    jit_modules_of,
     load_rank,
     new_flight,
 )
 from dp_runtime.startup.graph_capture import MakeBuckets, capture_all, plan_capture
+from dp_runtime.startup.jit_modules import jit_modules_of
 from dp_runtime.startup.memory_profile import profile
 from dp_runtime.startup.rank_plan import plan_rank
 from examples.benchmarks.harness.kernel_profile import Profile

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata, Tracks
-from dp_runtime.layers.gated_delta_net import REQUESTS_AT_ONCE, GatedDeltaNet, GatedDeltaNetShape
+from dp_runtime.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetShape
+from dp_runtime.layers.sequence_groups import REQUESTS_AT_ONCE
 from dp_runtime.models.qwen3_5.decoder import load_split_inputs
 from dp_runtime.weights.dummy import DummyWeights
 from tests.dp_runtime.live_bytes import LiveBytes
