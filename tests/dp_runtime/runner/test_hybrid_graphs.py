@@ -118,7 +118,7 @@ def run(loop: StepLoop, served: Served) -> None:
             params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
             prompt = tuple((7 * number + 3 * n) % 199 for n in range(length))
             new.append(RankRequest(number, prompt, params, 0, frozenset()))
-        return Inbox(new, (), len(ended) == NUM_REQUESTS)
+        return Inbox(new, stop=len(ended) == NUM_REQUESTS)
 
     def deliver(updates: list[RequestUpdate]) -> None:
         for one in updates:
