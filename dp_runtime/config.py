@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, MISSING, dataclass
 
 from dp_runtime.core.faults import ALLOWED, ENDS_PROCESS, FIELD, Fault, read_faults
+from dp_runtime.core.policy_name import policy
 from dp_runtime.core.settings import check_settings, setting, settings_of
 from dp_runtime.core.step_program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.errors import require
@@ -57,17 +58,13 @@ class EngineConfig:
         allowed="auto, host:port or ray://host:port",
     )
     attention_backend: str = setting(
-        "auto",
-        "attention kernels; auto: torch_ref on CPU, trtllm on GPU. flashinfer has kernels of "
-        "its own there",
-        choices=("auto", "trtllm", "flashinfer", "torch_ref"),
-    )
+        "auto", "attention kernels; auto: torch_ref on CPU, trtllm on GPU. flashinfer has kernels "
+        "of its own there", choices=("auto", "trtllm", "flashinfer", "torch_ref"),
+    )  # fmt: skip
     kv_cache_dtype: str = setting(
-        "auto",
-        "type of KV pages; auto: that of the weights; fp8_e4m3: per-tensor scales from the "
-        "checkpoint, else 1.0",
-        choices=("auto", "fp8_e4m3"),
-    )
+        "auto", "type of KV pages; auto: that of the weights; fp8_e4m3: per-tensor scales from the "
+        "checkpoint, else 1.0", choices=("auto", "fp8_e4m3"),
+    )  # fmt: skip
     collective: str = setting(
         "auto",
         "how rows travel between ranks; auto: on one host shared_memory for CPU ranks and for "
@@ -79,22 +76,21 @@ class EngineConfig:
         "ep", "experts split by expert (ep) or by intermediate size (tp)", choices=("ep", "tp")
     )
     moe_backend: str = setting(
-        "auto",
-        "kernels of the experts; auto: triton on GPU, torch (grouped_mm) on CPU",
+        "auto", "kernels of the experts; auto: triton on GPU, torch (grouped_mm) on CPU",
         choices=("auto", "triton", "torch"),
-    )
+    )  # fmt: skip
     padding: str = setting(
         PaddingMode.MAX_LEN.value,
         "rows a rank brings to a collective; max_len: the largest rank's, ragged: its own, "
         "auto: the cheaper of the two for each step, by a cost measured at start. Steps with "
         "graphs have the size of a bucket instead",
-        choices=tuple(mode.value for mode in PaddingMode),
+        **policy("padding", "gathered_rows", tuple(mode.value for mode in PaddingMode)),
     )
     routing: str = setting(
         "least_tokens",
         "how a request is given to a rank: in turn, to the one with the fewest unfinished "
         "tokens, or to the one that pads a decode step least",
-        choices=("round_robin", "least_tokens", "least_padded_cost"),
+        **policy("routing", "choose", ("round_robin", "least_tokens", "least_padded_cost")),
     )
     max_moves: int = setting(
         2, "times that a request may go from its rank's queue to another rank that could start it "
@@ -102,11 +98,9 @@ class EngineConfig:
     )  # fmt: skip
     page_size: int = setting(64, "tokens of a KV page", at_least=1)
     num_pages: int | None = setting(
-        None,
-        "KV pages of a rank, the null page included",
-        at_least=2,
+        None, "KV pages of a rank, the null page included", at_least=2,
         shown_default="for max_num_requests of max_model_len, within kv_memory_fraction",
-    )
+    )  # fmt: skip
     kv_memory_fraction: float | None = setting(
         None,
         "share that KV pages may take of the device's memory beside weights, workspaces, "
@@ -123,6 +117,10 @@ class EngineConfig:
         None, "milliseconds of a step while requests wait for tokens: prompts get so little of it, "
         "an eighth of max_num_tokens at least, that steps do not last longer on average",
         above=0, at_most=60_000, shown_default="off",
+    )  # fmt: skip
+    prefill_budget: str | None = setting(
+        None, "a policy of your own for the prompt tokens of a step, in place of max_step_ms",
+        **policy("prefill_budget", "prefill_budget"),
     )  # fmt: skip
     max_model_len: int | None = setting(
         None, "prompt and output tokens of a request", at_least=2, shown_default="the model's"
@@ -148,11 +146,10 @@ class EngineConfig:
         shown_default="on where device is cuda",
     )
     cuda_graphs: bool | None = setting(
-        None,
-        "replay decode steps, each rank at its own size, and in steps with prefill all but "
+        None, "replay decode steps, each rank at its own size, and in steps with prefill all but "
         "attention; inspect says why not",
         shown_default="wherever all kernels in use can be captured",
-    )
+    )  # fmt: skip
     poison_padding: bool = setting(
         False, "fill padded rows with NaN, to show that no result depends on them"
     )
@@ -162,13 +159,9 @@ class EngineConfig:
         "slow, and without CUDA graphs",
     )
     speculative_num_steps: int = setting(
-        0,
-        "tokens that a draft model proposes for each request in a step, for the target to "
-        "verify; 0: none",
-        at_least=0,
-        at_most=MAX_DRAFTS,
-        allowed=f"0..{MAX_DRAFTS}",
-    )
+        0, "tokens that a draft model proposes for each request in a step, for the target to "
+        "verify; 0: none", at_least=0, at_most=MAX_DRAFTS, allowed=f"0..{MAX_DRAFTS}",
+    )  # fmt: skip
     speculative_draft_model: str | None = setting(
         None, "directory of an EAGLE-3 head", shown_default="the model's own MTP layer",
         allowed="the path of a directory",
@@ -178,6 +171,10 @@ class EngineConfig:
         "all ranks choose in each step how many tokens to propose, up to that number, by what "
         "was accepted",
     )
+    speculative_draft_length: str | None = setting(
+        None, "a policy of your own for that number, in place of speculative_adaptive",
+        **policy("speculative_draft_length", "draft_length"),
+    )  # fmt: skip
     speculative_forced_tokens: float | None = setting(
         None,
         "for measurements: emit so many tokens a verification on average, whatever was "
@@ -192,11 +189,10 @@ class EngineConfig:
         60.0, "seconds that a rank waits for another in a step", above=0, at_most=MAX_TIMEOUT_S
     )
     flight_dump_dir: str | None = setting(
-        None,
-        "directory for the flight record that is written when a rank fails or hangs",
+        None, "directory for the flight record that is written when a rank fails or hangs",
         shown_default="a new one in the system's temporary directory",
         allowed="the path of a directory",
-    )
+    )  # fmt: skip
     hang_timeout_s: float = setting(
         4.0,
         "seconds without an answer from a rank's process, while others answer, or on GPUs "
@@ -248,6 +244,8 @@ class EngineConfig:
             check_transport(transport, self.device, threads, self.ranks_per_gpu)
         ok = (self.min_dp_size or 1) <= self.dp_size
         require(ok, "min_dp_size", self.min_dp_size, f"at most dp_size {self.dp_size}")
+        ok = self.prefill_budget is None or self.max_step_ms is None
+        require(ok, "prefill_budget", self.prefill_budget, "None with max_step_ms")
         ok = not self.standby_ranks or self.launcher != "thread"
         require(ok, "standby_ranks", self.standby_ranks, "0 with launcher thread")
         feeds = 1 + self.speculative_num_steps
@@ -267,7 +265,8 @@ class EngineConfig:
     def programs(self) -> tuple[Program, ...]:
         """The step programs that its ranks choose from, alike."""
         steps = self.speculative_num_steps
-        return speculative_programs(steps, self.speculative_adaptive) if steps else SERVING_PROGRAMS
+        varies = self.speculative_adaptive or self.speculative_draft_length is not None
+        return speculative_programs(steps, varies) if steps else SERVING_PROGRAMS
 
     @property
     def depth(self) -> int:
@@ -289,10 +288,13 @@ class EngineConfig:
         steps, forced = self.speculative_num_steps, self.speculative_forced_tokens
         for name, unset in (
             ("speculative_draft_model", None), ("speculative_adaptive", False),
-            ("speculative_forced_tokens", None),
+            ("speculative_forced_tokens", None), ("speculative_draft_length", None),
         ):  # fmt: skip
             value = getattr(self, name)
             needs = "nothing without speculative_num_steps"
             require(bool(steps) or value == unset, name, value, needs)
+        own = self.speculative_draft_length
+        ok = own is None or not self.speculative_adaptive
+        require(ok, "speculative_draft_length", own, "None with speculative_adaptive")
         ok = forced is None or forced <= 1 + steps
         require(ok, "speculative_forced_tokens", forced, f"None or 1..{1 + steps}")

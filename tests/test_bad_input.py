@@ -449,7 +449,7 @@ def no_page_in_use(engine: Engine) -> bool:
     ("arguments", "message"),
     [
         (["generate", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["generate", "--padding", "most"], "--padding: invalid choice: 'most'"),
+        (["generate", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
         (["generate", "--dp-size", "two"], "--dp-size: invalid int value: 'two'"),
         (["bench", "--input-len", "5"], "--input-len: expected 2 arguments"),
         (["fly"], "invalid choice: 'fly'"),

@@ -21,8 +21,9 @@ from dp_runtime.engine.rank_group import start_ranks
 from dp_runtime.engine.relocation import Relocation
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.routing.admission import Admission, Place
-from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS, Demand
+from dp_runtime.engine.routing.load_balancer import Demand
 from dp_runtime.engine.routing.membership_changes import MembershipChanges
+from dp_runtime.engine.routing.own_routing import load_balancer
 from dp_runtime.engine.routing.queue_moves import RankLimits
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.flight.record import FlightDump
@@ -61,7 +62,7 @@ class EngineCore:
             self._group.close()
             raise
         self.factory = RequestFactory(model, self.tokenizer, config.seed, self._group)
-        balancer = LOAD_BALANCERS[config.routing]()
+        balancer = load_balancer(config.routing)
         limits = RankLimits(config.max_num_requests, config.page_size, config.max_moves)
         members = self._group.members
         self._admission = Admission(balancer, members, config.max_queued_requests, limits)

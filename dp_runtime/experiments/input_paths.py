@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dp_runtime.core.policy_name import SUFFIX, PolicyName
+
 PATHS = ("path", "model", "speculative_draft_model")  # fields that name a file or a directory
+POLICIES = ("padding", "routing", "prefill_budget", "speculative_draft_length")  # or FILE.py:CLASS
 
 
 def with_paths(value: Any, home: Path) -> Any:
@@ -15,7 +18,7 @@ def with_paths(value: Any, home: Path) -> Any:
     if isinstance(value, Mapping):
         return {
             name: str((home / inner).resolve())
-            if name in PATHS and isinstance(inner, str)
+            if isinstance(inner, str) and _names_file(name, inner)
             else with_paths(inner, home)
             for name, inner in value.items()
         }
@@ -27,7 +30,12 @@ def digests(value: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            if name in PATHS and Path(str(inner)).is_file():
-                found[inner] = hashlib.sha256(Path(inner).read_bytes()).hexdigest()
+            file = PolicyName(inner).file if name in POLICIES else inner
+            if isinstance(inner, str) and _names_file(name, inner) and Path(file).is_file():
+                found[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
             found |= digests(inner)
     return found
+
+
+def _names_file(name: str, value: str) -> bool:
+    return name in PATHS or (name in POLICIES and SUFFIX in value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from dp_runtime.core.step_program import Pass
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
@@ -27,11 +27,16 @@ class ExecutionPlan(NamedTuple):
     padding: PaddingPlan  # in GRAPH and PIECEWISE, as many rows are gathered as were captured
 
 
+class PlansPadding(Protocol):
+    def plan(self, real_rows: tuple[int, ...]) -> PaddingPlan:
+        """Decide the rows that ranks gather; the same on all of them."""
+
+
 @dataclass(frozen=True)
 class ExecutionPolicy:
     """Plans passes from the ranks' rows and votes; equal on all ranks."""
 
-    padding: PaddingPolicy = field(default_factory=PaddingPolicy)  # of eager passes
+    padding: PlansPadding = field(default_factory=PaddingPolicy)  # of eager passes
     graphs: Mapping[tuple[Pass, int], GraphBuckets] = field(default_factory=dict)  # by query_len
     piecewise: PiecewiseBuckets = field(default_factory=PiecewiseBuckets)
     counted: bool = False  # in passes from graphs only real rows cross the wire

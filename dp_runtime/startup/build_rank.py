@@ -21,24 +21,20 @@ from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import FlightRing, RingLayout
 from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.metrics.status import ModelInfo
-from dp_runtime.parallel.agreement import keep_program
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
-from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
-from dp_runtime.parallel.padding_cost import measure_padding_cost
-from dp_runtime.parallel.prefill_budget import budget_policy
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.drafting import Drafting
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import StepRunner
 from dp_runtime.sampling.draft_verification import ForcedAcceptance
-from dp_runtime.speculative.adaptive_length import AdaptiveLength
 from dp_runtime.startup.device_memory import allocated_bytes, free_bytes
 from dp_runtime.startup.loaded_rank import KeptCaches, LoadedRank
 from dp_runtime.startup.rank_plan import RankPlan
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.startup.served_requests import ServedRequests
+from dp_runtime.startup.step_policies import StepPolicies
 from dp_runtime.weights.chat_files import read_chat_files
 from dp_runtime.weights.files import is_present, read_text
 from dp_runtime.weights.kept_weights import KeptWeights
@@ -232,17 +228,10 @@ def assemble(
 
     `served` are requests that an earlier epoch has begun.
     """
-    device, model = torch.device(plan.device), plan.model
-    mode = PaddingMode(config.padding)
-    cost = None
-    if mode is PaddingMode.AUTO:
-        cost = measure_padding_cost(collective, model.hidden_size, plan.dtype, device)
-    programs = config.programs
+    policies = StepPolicies.of(config, plan, collective)
     coordinator = StepCoordinator(
-        board, collective, ExecutionPolicy(PaddingPolicy(mode, cost)), epoch=epoch,
-        members=plan.members, programs=programs,
-        policy=AdaptiveLength(len(programs)) if config.speculative_adaptive else keep_program,
-        budget=budget_policy(config.max_step_ms, plan.limits.max_num_tokens, plan.depth),
+        board, collective, ExecutionPolicy(policies.padding), epoch=epoch, members=plan.members,
+        programs=config.programs, policy=policies.program, budget=policies.budget,
     )  # fmt: skip
     served = served or ServedRequests.none(plan, loaded)
     runner = StepRunner(
@@ -253,7 +242,7 @@ def assemble(
         collective=collective,
         pages=plan.pages,
         num_state_slots=plan.limits.num_state_slots,
-        device=device,
+        device=torch.device(plan.device),
         poison=config.poison_padding,
         flight=flight,
     )

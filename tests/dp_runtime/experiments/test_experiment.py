@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dp_runtime.experiments import Experiment
+from dp_runtime.experiments.input_paths import digests
 
 ENGINE = {"model": "m", "dp_size": 2, "device": "cpu", "launcher": "thread"}
 
@@ -83,6 +85,19 @@ def test_a_mistake_is_one_error_before_anything_starts(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         made(**tables)
+
+
+def test_paths_are_seen_from_the_file_and_their_contents_are_known(tmp_path: Path) -> None:
+    text = "class Own:\n def choose(self, ranks, demand):\n  return 0\n"
+    (tmp_path / "own.py").write_text(text)
+    tables = {"engine": ENGINE, "grid": {"engine.routing": ["round_robin", "own.py:Own"]}}
+    builtin, own = Experiment.from_document(tables, tmp_path).points
+    assert digests(builtin.document) == {}
+    assert digests(own.document) == {
+        str(tmp_path / "own.py"): hashlib.sha256(text.encode()).hexdigest()
+    }
+    assert own.config.routing == f"{tmp_path}/own.py:Own"
+    assert own.varied == {"engine.routing": "own.py:Own"}
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
