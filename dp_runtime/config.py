@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, MISSING, dataclass
 
 from dp_runtime.core.faults import ALLOWED, ENDS_PROCESS, FIELD, Fault, read_faults
-from dp_runtime.core.policy_name import policy
 from dp_runtime.core.settings import check_settings, setting, settings_of
 from dp_runtime.core.step_program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.errors import require
 from dp_runtime.parallel.padding import PaddingMode
+from dp_runtime.parallel.policies.policy_name import policy
 from dp_runtime.parallel.transports import TRANSPORTS, check_transport
 
 MAX_TIMEOUT_S = 604_800  # a week; poll() and Gloo can not wait for more than 2**31 - 1 ms

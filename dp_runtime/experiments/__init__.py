@@ -1,7 +1,4 @@
-"""The laboratory: a workload over a grid of settings and policies, measured rank by rank.
-
-`python launch.py experiment FILE.toml` is the same; docs/experiments.md begins at the beginning.
-"""
+"""The laboratory: a workload over a grid of settings and policies (docs/experiments.md)."""
 
 from dp_runtime.experiments.experiment import Experiment
 from dp_runtime.experiments.results.run_files import read_requests, read_steps

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dp_runtime.core.policy_name import SUFFIX, PolicyName
+from dp_runtime.parallel.policies.policy_name import SUFFIX, PolicyName
 
 PATHS = ("path", "model", "speculative_draft_model")  # fields that name a file or a directory
 POLICIES = ("padding", "routing", "prefill_budget", "speculative_draft_length")  # or FILE.py:CLASS

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.policy_name import PolicyName
 from dp_runtime.parallel.agreement import ProgramPolicy, keep_program
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import PlansPadding
-from dp_runtime.parallel.own_policies import OwnBudget, OwnDraftLength, OwnPadding
 from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
 from dp_runtime.parallel.padding_cost import measure_padding_cost
+from dp_runtime.parallel.policies.own_policies import OwnBudget, OwnDraftLength, OwnPadding
+from dp_runtime.parallel.policies.policy_name import PolicyName
 from dp_runtime.parallel.prefill_budget import BudgetPolicy, budget_policy
 from dp_runtime.speculative.adaptive_length import AdaptiveLength
 from dp_runtime.startup.rank_plan import RankPlan

@@ -8,7 +8,7 @@ makes new objects, without arguments.
 from collections.abc import Mapping
 
 from dp_runtime.engine.routing.load_balancer import Demand, RankView
-from dp_runtime.parallel.own_policies import DraftTotals
+from dp_runtime.parallel.policies.own_policies import DraftTotals
 from dp_runtime.parallel.prefill_budget import StepLoad
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from dp_runtime.core.plain_values import plain_int
-from dp_runtime.core.policy_name import PolicyName
 from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS, Demand, LoadBalancer, RankView
 from dp_runtime.errors import require
+from dp_runtime.parallel.policies.policy_name import PolicyName
 
 
 class Chooses(Protocol):

@@ -35,10 +35,7 @@ class Interval:
 
 
 def noise_floor(points: Sequence[Sequence[float]]) -> float | None:
-    """Pool the relative standard deviation of repeats over all points that have some.
-
-    None where no point has two values and a mean other than 0.
-    """
+    """Pool the relative standard deviation of repeats; None where no point has two values."""
     squares, freedom = 0.0, 0
     for values in points:
         if len(values) > 1 and fmean(values):

@@ -25,8 +25,6 @@ MAY_GROW = ("repeats", "grid", "cases", "order", "time_limit_s")  # of a run tha
 
 
 class RunDirectory:
-    """A directory with run.json, results.csv, summary.csv and, in runs/, each run's own files."""
-
     def __init__(self, path: Path, experiment: Experiment) -> None:
         self.path, self._experiment = path, experiment
         self._machines: list[dict[str, Any]] = []  # that its runs were on

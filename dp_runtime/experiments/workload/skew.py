@@ -116,7 +116,7 @@ def hot_weights(hot: int, share: float, dp_size: int) -> NDArray[np.float64]:
 
 
 def apportion(count: int, weights: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Split a number in proportion to weights, by largest remainders, so that nothing is lost."""
+    """Split a number in proportion to weights, by largest remainders."""
     exact: NDArray[np.float64] = count * weights / weights.sum()
     counts: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(counts - exact, kind="stable")

@@ -59,11 +59,7 @@ class TraceFile(Checked):
 
 @dataclass(frozen=True)
 class Mooncake(TraceFile):
-    """Lines with timestamp (ms), input_length, output_length and hash_ids, one for 512 tokens.
-
-    Equal ids become equal tokens, so prefixes are shared as they were. The format is that of
-    https://github.com/kvcache-ai/Mooncake (FAST25-release/traces).
-    """
+    """Lines of https://github.com/kvcache-ai/Mooncake, whose equal hash ids are equal tokens."""
 
     def requests(self, seed: int) -> list[TracedRequest]:
         lines = enumerate(read_lines(Path(self.path)), 1)
@@ -98,10 +94,7 @@ class Mooncake(TraceFile):
 
 @dataclass(frozen=True)
 class BurstGpt(TraceFile):
-    """Rows with Timestamp (s), Request tokens and Response tokens; those without an answer failed.
-
-    The format is that of https://github.com/HPMLL/BurstGPT.
-    """
+    """Rows of https://github.com/HPMLL/BurstGPT; those without an answer failed."""
 
     def requests(self, seed: int) -> list[TracedRequest]:
         rows = csv.DictReader(read_lines(Path(self.path)))

@@ -7,8 +7,13 @@ from typing import Any
 import pytest
 
 from dp_runtime.parallel.agreement import StepTotals
-from dp_runtime.parallel.own_policies import DraftTotals, OwnBudget, OwnDraftLength, OwnPadding
 from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.policies.own_policies import (
+    DraftTotals,
+    OwnBudget,
+    OwnDraftLength,
+    OwnPadding,
+)
 from dp_runtime.parallel.prefill_budget import StepLoad
 from examples.experiments.my_policy import OneMoreOrLess
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dp_runtime import EngineConfig
-from dp_runtime.core.policy_name import PolicyName
+from dp_runtime.parallel.policies.policy_name import PolicyName
 
 TEXT = """
 from dataclasses import dataclass

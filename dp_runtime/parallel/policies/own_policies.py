@@ -1,7 +1,6 @@
 """Policies of the user's own that run on every rank, and checks of what they say.
 
-NOTE: all ranks must choose alike, so what they say may depend on nothing but their arguments, now
-and since the epoch began: each epoch has new objects.
+NOTE: all ranks must choose alike, by nothing but the arguments since the epoch began.
 """
 
 from __future__ import annotations
