@@ -1,12 +1,15 @@
 """A decode step: its time, its floor, and where each microsecond goes, kernel by kernel.
 
     python -m examples.benchmarks.decode_step --model DIR --dp-size 4 --requests 16 64 128
+    python -m examples.benchmarks.decode_step --shape qwen3.5-35b-a3b --dp-size 1
 
-DIR may hold a config.json only (examples/nvl4/shape.py): weights are dummies. Every rank decodes
+DIR may hold a config.json only, and weights are dummies; --shape takes one of
+examples/nvl4/shape.py, --num-layers of it if not all. Every rank decodes
 so many requests, prompts of 1024 and outputs of 256 tokens, in the runtime's own step loop. A step
 is timed where every rank has all its requests decoding; the table is rank 0's, from a profile of
 other steps than the timed ones. The floor is what a rank must read, with the experts that the
-routing of these steps really used (`active`), at --read-rate or at the measured rate.
+routing of these steps really used (`active`), at --read-rate or at the measured rate; recurrent
+states it reads and writes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -30,6 +35,7 @@ from examples.benchmarks.harness.stepping import (
     Window,
     run_ranks,
 )
+from examples.nvl4.shape import SHAPES, write_shape
 
 PROMPT, OUTPUT = 1024, 256
 COUNTED_STEPS = 4
@@ -49,6 +55,18 @@ class Measured:
 
 def main() -> None:
     args = parse_args()
+    with TemporaryDirectory() as directory:
+        if args.shape is not None:
+            drafts = int(args.speculative_num_steps > 0)
+            args.model = str(
+                write_shape(
+                    Path(directory), args.shape, mtp_layers=drafts, num_layers=args.num_layers
+                )
+            )
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     config = config_from(
         args, load_format="dummy", launcher="local", max_num_requests=max(args.requests),
         max_num_tokens=8192, max_model_len=args.prompt + args.output + 64,
@@ -66,9 +84,13 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(
-        parser, "model", "dp_size", "device", "moe_sharding", "moe_backend", "collective",
+        parser, "dp_size", "device", "moe_sharding", "moe_backend", "collective",
         "cuda_graphs", "overlap", "speculative_num_steps", "forced_tokens", "read_rate", "json",
     )  # fmt: skip
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model")
+    source.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--num-layers", type=int, help="of the shape, if not all")
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--output", type=int, default=OUTPUT)
@@ -142,9 +164,10 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         emitted = measured.tokens_per_verification
         figures["tokens_per_verification"] = round(emitted, 3)
         figures["ms_a_token"] = round(p50 / emitted, 3)
+    print(f"\n{measured.requests} requests a rank; {floor_bytes}")
     if measured.profile is not None:
         figures["gpu_idle"] = round(measured.profile.idle_us / measured.profile.span_us, 4)
-        print(f"\n{measured.requests} requests a rank:\n{measured.profile}")
+        print(measured.profile)
     write_figures(figures, args.json)
 
 

@@ -13,6 +13,7 @@ from dp_runtime import EngineConfig, SamplingParams
 from dp_runtime.core.request import RankRequest
 from dp_runtime.runner.step_runner import StepRunner
 from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.gpu.hybrid import gpu_checkpoint
 from workers.messages import Rendezvous
 from workers.worker import Worker
 
@@ -63,11 +64,15 @@ def serve(model: str, graphs: bool, num_steps: int) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("num_steps", [0, 3])
+@pytest.mark.parametrize("kind", ["attention", "hybrid"])
 def test_a_launch_does_not_wait_for_the_device(
-    tmp_path: Path, graphs: bool, num_steps: int
+    tmp_path: Path, kind: str, graphs: bool, num_steps: int
 ) -> None:
     sizes: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = str(add_mtp(tiny_checkpoint(tmp_path, **sizes)))
+    if kind == "hybrid":
+        model = str(gpu_checkpoint(tmp_path))
+    else:
+        model = str(add_mtp(tiny_checkpoint(tmp_path, **sizes)))
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=serve, args=(model, graphs, num_steps))
     process.start()

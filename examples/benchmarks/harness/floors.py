@@ -1,22 +1,27 @@
-"""The least a rank must read in a decode step, part by part."""
+"""The least a rank must read in a decode step, part by part; recurrent states it writes too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from dp_runtime.core.cache_spec import PagedKv, RecurrentState
 from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.qwen3_5.config import HybridConfig
 
 BYTES = 2  # bf16; experts may be e4m3
 
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """Bytes that one rank reads from its own memory in a decode step, or in a speculative one."""
+    """Bytes that one rank moves in its own memory in a decode step, or in a speculative one."""
 
     experts: float
-    attention_weights: float
+    dense_weights: float  # of attention, recurrent layers and shared experts
     lm_head: float
     kv_cache: float
+    states: float  # read once and written once, however many drafts there are
 
     @classmethod
     def for_step(
@@ -36,26 +41,46 @@ class DecodeBytes:
         """
         if active_experts is None:
             active_experts = uniform_active(model, rows * dp_size * (1 + num_drafts))
-        heads = 2 * model.num_heads + 2 * model.num_kv_heads
         expert = 3 * model.moe_intermediate_size * model.hidden_size
         formats = zip(model.moe_layers, model.fp8_experts, strict=True)
         per_weight = sum((1 if fp8 else BYTES) for moe, fp8 in formats if moe)  # of all layers
-        layers = model.num_layers + num_drafts
         per_weight += BYTES * num_drafts
-        fuse = BYTES * num_drafts * 2 * model.hidden_size**2
+        caches = model.cache_specs(1, torch.bfloat16, torch.bfloat16, num_drafts)
+        attending = sum(isinstance(cache, PagedKv) for cache in caches) + num_drafts
+        slot = sum(cache.slot_bytes for cache in caches if isinstance(cache, RecurrentState))
         return cls(
             experts=per_weight * expert * active_experts / dp_size,
-            attention_weights=BYTES * layers * heads * model.head_dim * model.hidden_size + fuse,
+            dense_weights=BYTES * _dense_weights(model, attending, num_drafts),
             lm_head=BYTES * (1 + num_drafts) * model.vocab_size * model.hidden_size,
-            kv_cache=BYTES * layers * rows * context * 2 * model.num_kv_heads * model.head_dim,
+            kv_cache=BYTES * attending * rows * context * 2 * model.num_kv_heads * model.head_dim,
+            states=2 * rows * slot,
         )
 
     @property
     def total(self) -> float:
-        return self.experts + self.attention_weights + self.lm_head + self.kv_cache
+        return self.experts + self.dense_weights + self.lm_head + self.kv_cache + self.states
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in vars(self).items())
+        return f"GB that a rank moves: {parts}"
 
     def milliseconds(self, bytes_per_s: float) -> float:
         return self.total / bytes_per_s * 1e3
+
+
+def _dense_weights(model: ModelConfig, attending: int, num_drafts: int) -> int:
+    """Count weights of layers beside their routed experts, and of the draft layer as often."""
+    hidden, layers = model.hidden_size, model.num_layers + num_drafts
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    fuse = num_drafts * 2 * hidden**2
+    if not isinstance(model, HybridConfig):
+        return layers * heads * model.head_dim * hidden + fuse
+    net = model.delta_net
+    heads += model.num_heads  # the gate's
+    mixers = attending * heads * model.head_dim
+    mixers += (layers - attending) * (net.projected_size + net.v_size)
+    shared = layers * 3 * model.shared_expert_intermediate_size
+    return (mixers + shared) * hidden + fuse
 
 
 def uniform_active(model: ModelConfig, rows: float) -> float:

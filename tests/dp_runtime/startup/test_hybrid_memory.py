@@ -11,14 +11,16 @@ import torch
 
 from dp_runtime import EngineConfig
 from dp_runtime.metrics.memory import RankMemory, memory_table
-from dp_runtime.startup import memory_plan
+from dp_runtime.startup import memory_plan, rank_plan
 from dp_runtime.startup.build_rank import load_rank, reload_rank
 from dp_runtime.startup.inspection import describe
 from dp_runtime.startup.loaded_rank import KeptCaches
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.rank_plan import plan_rank, sketch_rank
+from examples.nvl4.shape import write_shape
 from tests.checkpoints import tiny_checkpoint
 from tests.dp_runtime.hybrid import hybrid_checkpoint, is_recurrent
+from tests.dp_runtime.startup.test_memory import on_a_gpu
 from tests.hybrid_checkpoints import add_mtp
 from tests.hybrid_checkpoints import hybrid_checkpoint as qwen3_5_checkpoint
 
@@ -145,3 +147,34 @@ def test_a_layer_that_does_not_attend_has_no_pages_to_attend_to(config: EngineCo
     assert backend.layer(3).cache.layer == 3
     with pytest.raises(KeyError):
         backend.layer(2)
+
+
+# A shape, ranks, GiB of a GPU; whether it fits with 64 requests a rank, and so many cached tokens.
+FITS = [
+    ("qwen3.5-35b-a3b-fp8", 1, 79.1, 500_000),
+    ("qwen3.5-122b-a10b-fp8", 4, 79.1, 500_000),
+    ("qwen3.5-397b-a17b-fp8", 4, 139.8, 200_000),
+    ("qwen3.5-397b-a17b-fp8", 4, 79.1, None),
+]
+
+
+@pytest.mark.parametrize(("shape", "dp_size", "gib", "tokens"), FITS)
+def test_what_fits_gpus(
+    shape: str, dp_size: int, gib: float, tokens: int | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    on_a_gpu(monkeypatch, gib)
+    kernels = lambda *arguments: ("triton", "for the test")  # noqa: E731
+    monkeypatch.setattr(rank_plan, "choose_moe_backend", kernels)
+    model = write_shape(tmp_path, shape, mtp_layers=1)
+    config = EngineConfig(
+        str(model), load_format="dummy", dp_size=dp_size, device="cuda", max_model_len=16384,
+        max_num_requests=64, max_num_tokens=8192, speculative_num_steps=3,
+    )  # fmt: skip
+    plan = sketch_rank(config, 0, "cuda:0")
+    assert plan.graphs
+    assert plan.memory.recurrent_state == 65 * plan.slot_bytes
+    assert plan.shortage.startswith("model: ") == (tokens is None)
+    if tokens is not None:
+        assert plan.shortage == ""
+        assert plan.cache_tokens > tokens
