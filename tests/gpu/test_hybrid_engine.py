@@ -85,7 +85,7 @@ def test_drafts_are_accepted_and_change_nothing(checkpoint: Path, graphs: bool) 
             params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
             tokens.append([output.token_ids for output in engine.generate(prompts(), params)])
             accepted = engine.report().tokens_per_verification
-    assert accepted > 1.5
+    assert accepted > 1.1
     pairs = [pair for one, other in zip(*tokens) for pair in zip(one, other, strict=True)]
     assert sum(one == other for one, other in pairs) > 0.7 * len(pairs)
 
