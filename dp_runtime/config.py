@@ -134,12 +134,9 @@ class EngineConfig:
         choices=("safetensors", "dummy"),
     )
     seed: int = setting(
-        0,
-        "seed of requests that bring none, and of dummy weights",
-        at_least=0,
-        at_most=2**63 - 1,
-        allowed="0..2**63-1",
-    )
+        0, "seed of requests that bring none, and of dummy weights", at_least=0,
+        at_most=2**63 - 1, allowed="0..2**63-1",
+    )  # fmt: skip
     overlap: bool | None = setting(
         None,
         "schedule and agree on step k+1 before step k is committed",
@@ -181,6 +178,9 @@ class EngineConfig:
         "proposed; the text is meaningless",
         at_least=1,
         shown_default="off",
+    )
+    enable_return_routed_experts: bool = setting(
+        False, "keep the experts that every token goes to, for requests with return_routed_experts"
     )
     start_timeout_s: float = setting(
         300.0, "seconds until all ranks must serve", above=0, at_most=MAX_TIMEOUT_S

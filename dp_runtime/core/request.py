@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,11 +52,39 @@ class RankRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that its output never has
     outputs: tuple[int, ...] = ()  # made before its rank was lost
     num_scored: int = 0  # prompt positions whose log probabilities were reported before that
+    num_routed: int = 0  # positions whose experts were reported before that
 
     @property
     def num_reserved_tokens(self) -> int:
         """The tokens that it may take at most, prompt included."""
         return len(self.prompt_token_ids) + self.params.known_max_tokens
+
+
+RoutedExperts = NDArray[Any]  # [tokens, layers with experts, top_k] expert ids
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """What a model's routers choose for one token."""
+
+    num_layers: int  # those with experts
+    top_k: int
+    num_experts: int
+
+    @property
+    def of_token(self) -> tuple[int, int]:
+        return self.num_layers, self.top_k
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return uint8 where every expert id fits, else int16; int32 beyond 32,768 experts."""
+        if self.num_experts <= 2**8:
+            return np.dtype(np.uint8)
+        return np.dtype(np.int16 if self.num_experts <= 2**15 else np.int32)
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_layers * self.top_k * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -76,6 +104,7 @@ class RequestUpdate(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token
+    routed_experts: RoutedExperts | None = None  # of the next positions, from the first on
     error: str = ""  # why the rank could not go on with the request, which has ended
     given_back: bool | None = None  # the answer to a recall; False: it has begun, or ended
 
@@ -106,3 +135,5 @@ class RequestOutput:
     dp_rank: int
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per output token, if asked for
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # one per prompt token after the first
+    # [prompt + output tokens - 1, layers with experts, top_k], if asked for and any token ran
+    routed_experts: RoutedExperts | None = field(default=None, compare=False)

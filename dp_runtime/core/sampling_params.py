@@ -158,6 +158,10 @@ class SamplingParams:
         None, "the same for the prompt", at_least=0, at_most=MAX_LOGPROBS,
         shown_default="no report",
     )  # fmt: skip
+    return_routed_experts: bool = setting(
+        False, "return the experts that each of its tokens went to in every layer; the engine "
+        "needs enable_return_routed_experts",
+    )  # fmt: skip
     truncate_prompt_tokens: int | None = setting(
         None, "keep so many of the prompt's last tokens; -1: as many as leave room for max_tokens",
         read=_truncation, allowed="-1 or an integer >= 1", shown_default="all of them",

@@ -108,6 +108,11 @@ class RequestFactory:
             not params.stop_strings or self.tokenizer is not None, "stop", params.stop,
             "stop_token_ids: the model's directory has no tokenizer.json",
         )  # fmt: skip
+        require(
+            not params.return_routed_experts or self.model.routing is not None,
+            "return_routed_experts", True, "false unless the engine has "
+            "enable_return_routed_experts",
+        )  # fmt: skip
         bad_words = self._bad_words(params.bad_words)
         params.check_vocabulary(self.model.vocab_size, ends, bad_words)
         rank = self._pinned(dp_rank)

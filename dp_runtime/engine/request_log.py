@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from time import monotonic
 
+import numpy as np
+
 from dp_runtime.core.request import (
     FinishReason,
     RankRequest,
     RequestDelta,
     RequestOutput,
     RequestUpdate,
+    RoutedExperts,
     TokenLogprob,
 )
 from dp_runtime.engine.routing.load_balancer import Demand
@@ -42,6 +45,7 @@ class RequestLog:
         self._shown: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
+        self._routed: list[RoutedExperts] = []  # of each update that has some
 
     @property
     def request_id(self) -> int:
@@ -58,6 +62,8 @@ class RequestLog:
             f"{len(self.token_ids)} is next"
         )
         self.prompt_logprobs += update.prompt_logprobs
+        if update.routed_experts is not None:
+            self._routed.append(update.routed_experts)
         text = self._read(update)
         token_ids = update.token_ids[: text.num_kept]
         logprobs = update.logprobs[: text.num_kept]
@@ -77,8 +83,12 @@ class RequestLog:
     def replay(self, totals: RequestTotals) -> RankRequest:
         """Go on at another rank, or the same one's successor, after all that was delivered."""
         self._totals, self.awaits_token = totals, True
-        num_scored = len(self.prompt_logprobs)
-        return replace(self.request, outputs=tuple(self.token_ids), num_scored=num_scored)
+        return replace(
+            self.request,
+            outputs=tuple(self.token_ids),
+            num_scored=len(self.prompt_logprobs),
+            num_routed=sum(map(len, self._routed)),
+        )
 
     def end_here(self, reason: FinishReason) -> RequestUpdate:
         return RequestUpdate(self.request_id, len(self.token_ids), finish_reason=reason)
@@ -129,7 +139,13 @@ class RequestLog:
             prompt_logprobs=(
                 None if params.prompt_logprobs is None else tuple(self.prompt_logprobs)
             ),
+            routed_experts=self._routed_experts() if self._routed else None,
         )
+
+    def _routed_experts(self) -> RoutedExperts:
+        """Join what came; tokens that a stop string cut off had theirs too."""
+        num_tokens = len(self.request.prompt_token_ids) + len(self.token_ids)
+        return np.concatenate(self._routed)[: num_tokens - 1]
 
 
 def _output_text(request: RankRequest, tokenizer: Tokenizer) -> OutputText:

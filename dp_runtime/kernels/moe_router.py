@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,14 @@ from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, ov
 MAX_SPLIT_ROWS = 512  # few rows are split over programs; of more, cuBLAS makes enough programs
 SPLIT = 128  # columns of hidden that a program sums
 BLOCK_M = 16
+
+
+class KeptChoices(Protocol):
+    @property
+    def ids(self) -> Tensor: ...  # [max_rows, k], of a rank's own rows
+
+    @property
+    def position(self) -> int: ...  # of that rank in row_ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +44,13 @@ def route(
     renormalize: bool,
     first_expert: int,
     num_local: int,
+    kept: KeptChoices | None = None,
 ) -> Routing:
     """Softmax rows @ router.T in float32 over all experts and list the top k by local expert.
 
     rows [n, hidden]; router [experts, hidden]; row_ranges [2, dp_size] int32: each rank's first
     gathered row and its number of real rows. Ranks choose alike for equal rows, to the bit.
+    kept: where the choices for one rank's real rows are left, whoever has the experts.
     """
     n, num_experts, device = len(rows), len(router), rows.device
     routing = Routing(
@@ -50,9 +61,11 @@ def route(
     )
     parts = logits_in_parts(rows, router, routing.counts)
     pdl = overlaps(device)
+    choices, position = (routing.local_ids, 0) if kept is None else (kept.ids, kept.position)
     _route_kernel[(n,)](
         parts, router, row_ranges, routing.weights, routing.local_ids, routing.counts,
-        routing.pairs, n, row_ranges.shape[1], first_expert, num_local,
+        routing.pairs, choices, n, row_ranges.shape[1], first_expert, num_local,
+        choices.stride(0), position, KEEPS=kept is not None,
         PARTS=parts.shape[0], NUM_EXPERTS=num_experts,
         EXPERTS=triton.next_power_of_2(num_experts), TOP_K=top_k, K=triton.next_power_of_2(top_k),
         RANKS=triton.next_power_of_2(row_ranges.shape[1]), RENORMALIZE=renormalize,
@@ -109,10 +122,10 @@ def _product_kernel(
         tl.store(counts + local, tl.zeros((LOCAL,), tl.int32), mask=local < num_local)
 
 
-@triton.jit(do_not_specialize=["rows", "first_expert"])
+@triton.jit(do_not_specialize=["choices", "rows", "first_expert", "choices_stride", "position"])
 def _route_kernel(
-    parts, router, row_ranges, weights, local_ids, counts, pairs,
-    rows, dp_size, first_expert, num_local,
+    parts, router, row_ranges, weights, local_ids, counts, pairs, choices,
+    rows, dp_size, first_expert, num_local, choices_stride, position, KEEPS: tl.constexpr,
     PARTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     K: tl.constexpr, RANKS: tl.constexpr, RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -137,6 +150,11 @@ def _route_kernel(
     local = chosen - first_expert
     local = tl.where(is_real, local, -1)
     ours = (choice < TOP_K) & (local >= 0) & (local < num_local)
+    if KEEPS:
+        own = row - tl.load(row_ranges + position)
+        is_own = (own >= 0) & (own < tl.load(row_ranges + dp_size + position))
+        kept, mine = chosen.to(choices.dtype.element_ty), tl.where(is_own, choice, TOP_K) < TOP_K
+        tl.store(choices + own * choices_stride + choice, kept, mask=mine)
     pair = row * TOP_K + choice
     tl.store(weights + pair, tl.where(ours, weight, 0.0), mask=choice < TOP_K)
     tl.store(local_ids + pair, tl.where(ours, local, -1), mask=choice < TOP_K)

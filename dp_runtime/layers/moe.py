@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from dp_runtime.layers.experts import Experts, ExpertShard, balanced_part
 from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.moe_router import Router
+from dp_runtime.layers.routing_buffer import LayerRouting
 from dp_runtime.parallel.row_exchange import RowExchange
 
 
@@ -40,6 +41,10 @@ class MoeStage:
     router: Router
     experts: Experts
     kernels: MoeKernels
+
+    def keeping(self, routing: LayerRouting) -> MoeStage:
+        """Copy the stage; its router leaves what it chooses there."""
+        return replace(self, router=replace(self.router, routing=routing))
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         """Count the most bytes a call allocates at once; padded: not all gathered rows are real."""

@@ -56,13 +56,15 @@ class TorchMoe:
     ) -> Tensor:
         assert row_ranges is None, "these kernels read the real rows from the plan"
         if plan.real_index is None:
-            return self._run(gathered, router, experts)
+            return self._run(gathered, plan, router, experts)
         real = plan.real_index.to(gathered.device)
-        sums = self._run(gathered[real], router, experts)
+        sums = self._run(gathered[real], plan, router, experts)
         return torch.zeros_like(gathered).index_copy_(0, real, sums)
 
-    def _run(self, rows: Tensor, router: Router, experts: Experts) -> Tensor:
+    def _run(self, rows: Tensor, plan: PaddingPlan, router: Router, experts: Experts) -> Tensor:
         weights, ids = router(rows)
+        if router.routing is not None:
+            router.routing.write(ids, plan)
         return experts(rows, ids, weights)
 
     def activation_bytes(
@@ -107,6 +109,7 @@ class TritonMoe:
             router.renormalize,
             experts.first_expert,
             num_local,
+            router.routing,
         )
         tiles = choose_tiles(rows, router.top_k, num_experts, intermediate)
         return run_experts(gathered, experts.gate_up, experts.down, routing, tiles, experts.scales)

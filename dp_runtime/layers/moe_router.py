@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.routing_buffer import LayerRouting
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +18,7 @@ class Router:
     gate: Linear
     top_k: int
     renormalize: bool
+    routing: LayerRouting | None = None  # where choices are left, if anybody may ask for them
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Route rows [n, hidden] -> weights [n, k] float32 and expert ids [n, k] int64."""

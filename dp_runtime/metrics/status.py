@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from dp_runtime.core.request import RoutingShape
 from dp_runtime.metrics.memory import RankMemory
 
 DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # names that checkpoints use
@@ -47,6 +48,7 @@ class ModelInfo:
     bytes_read: int  # from rank 0's checkpoint slices
     chat: ChatFiles = field(default_factory=ChatFiles)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # as the checkpoint has them
+    routing: RoutingShape | None = None  # of the experts that requests may ask for, if they may
 
 
 @dataclass(frozen=True)

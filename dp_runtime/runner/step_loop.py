@@ -254,6 +254,9 @@ class StepLoop:
             score if isinstance(score, Exception) else score.to_host() for score in output.scores
         ]
         progress = self.scheduler.commit(step.scheduled, tokens, prompt_logprobs)
+        if output.routed is not None:
+            (experts,) = output.routed.wait()
+            progress = step.scheduled.routed.told(experts.numpy(), progress)
         proposed, accepted = len(num_accepted) * step.scheduled.num_drafts, sum(num_accepted)
         self._num_drafts = (self._num_drafts[0] + proposed, self._num_drafts[1] + accepted)
         self._trace(step, progress, num_accepted, at)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dp_runtime.core.attention_metadata import PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
-from dp_runtime.core.device_copy import all_on_device, on_device
+from dp_runtime.core.device_copy import HostCopy, all_on_device, on_device
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.flight.recorder import FlightRecorder
+from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.metrics.trace import PassTrace
 from dp_runtime.models.model import Model, PassModel
 from dp_runtime.parallel.agreement import Agreement
@@ -45,6 +46,7 @@ class CapturedGraphs:
 class StepOutput:
     sampled: Sampled  # on its way to the host
     scores: tuple[Logprobs | Exception, ...]  # of each chunk that scores
+    routed: HostCopy | None  # experts of the rows whose requests asked for them, if any did
     passes: tuple[PassTrace, ...]
     prepare_s: float
     sample_start_s: float
@@ -67,6 +69,7 @@ class StepRunner:
         device: torch.device,
         poison: bool,  # fill padded rows with NaN
         flight: FlightRecorder,
+        routing: RoutingBuffer | None = None,  # where the model leaves the experts of its rows
     ) -> None:
         def pass_runner(of: PassModel) -> PassRunner:
             return PassRunner(
@@ -87,6 +90,7 @@ class StepRunner:
         self.collective = collective
         self.poison = poison
         self.flight = flight
+        self.routing = routing
         self.accepted_drafts = None
         if drafting is not None and num_state_slots:
             self.accepted_drafts = AcceptedDrafts(num_state_slots, device)
@@ -199,6 +203,9 @@ class StepRunner:
         masks = self.structured.masks(masked)
         sampled = self.sample(logits, scheduled.samples, verification, masks)
         self.structured.sampled(masked, sampled)
+        if len(scheduled.routed.rows):
+            assert self.routing is not None, "experts of tokens are asked for, and not kept"
+            step.routed = self.routing.copy_rows(scheduled.routed.rows)
         self.last_sampled = sampled.token_ids
         self._count_accepted(scheduled.batches[index], sampled.num_accepted)
         step.sample_start_s, step.sample_s = started, perf_counter() - started
@@ -236,6 +243,7 @@ class _LaunchedStep:
     prepare_s: float = 0.0
     sample_start_s: float = 0.0
     sample_s: float = 0.0
+    routed: HostCopy | None = None
 
     def run_pass(self, index: int, future: FutureTokens) -> PassOutput:
         timer = PassTimer(self.collective)
@@ -252,6 +260,6 @@ class _LaunchedStep:
 
     def output(self, sampled: Sampled, scores: Sequence[Logprobs | Exception]) -> StepOutput:
         return StepOutput(
-            sampled, tuple(scores), tuple(self.traces), self.prepare_s,
+            sampled, tuple(scores), self.routed, tuple(self.traces), self.prepare_s,
             self.sample_start_s, self.sample_s,
         )  # fmt: skip

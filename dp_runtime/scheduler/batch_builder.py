@@ -11,6 +11,7 @@ from dp_runtime.core.batch import Bool, Float32, Int32, Int64, LocalBatch, Sampl
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
+from dp_runtime.scheduler.routed_rows import NO_ROUTED_ROWS, RoutedRows, RoutedSpan
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
 
 
@@ -33,6 +34,7 @@ def build_batches(
         sampled=step.req_indices[step.samples],
         samples=_sample_positions(step),
         num_drafts=program.num_drafts,
+        routed=_routed_rows(step),
     )
 
 
@@ -211,6 +213,26 @@ def _sample_positions(step: _Layout) -> SamplePositions:
     counts[: len(step.decodes)] = step.query_len
     within = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
     return SamplePositions(req_indices.repeat(counts), first.repeat(counts) + within)
+
+
+def _routed_rows(step: _Layout) -> RoutedRows:
+    places = np.flatnonzero(step.table.returns_routing[step.req_indices])
+    if not len(places):
+        return NO_ROUTED_ROWS
+    ends, num_decodes = step.row_ends, len(step.decodes)
+    return RoutedRows(
+        tuple(
+            RoutedSpan(
+                step.table.request(int(step.req_indices[place])),
+                int(step.query_lens[place]),
+                step.chunks[place - num_decodes].start if place >= num_decodes else None,
+            )
+            for place in places.tolist()
+        ),
+        np.concatenate(
+            [np.arange(ends[place] - step.query_lens[place], ends[place]) for place in places]
+        ),
+    )
 
 
 def _score_rows(step: _Layout) -> list[Int64]:

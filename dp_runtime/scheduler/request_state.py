@@ -55,6 +55,7 @@ class RequestState:
     req_index: int = NO_ROW  # its row in the request table
     num_scored: int = field(init=False)  # prompt positions whose log probabilities were asked for
     num_reported: int = field(init=False)  # and those whose were reported
+    num_routed: int = field(init=False)  # positions whose experts were reported
     finish_reason: FinishReason | None = None
     queued_at: float | None = field(default_factory=perf_counter)  # until it runs first
 
@@ -63,6 +64,7 @@ class RequestState:
         self.turn = self.request.params.priority
         self.outputs = list(self.request.outputs)
         self.num_scored = self.num_reported = self.request.num_scored
+        self.num_routed = self.request.num_routed
 
     @property
     def request_id(self) -> int:

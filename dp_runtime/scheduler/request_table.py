@@ -28,6 +28,7 @@ class RequestTable:
         self.num_inflight_steps = column()
         self.last_token = column()  # of those that the host knows
         self.last_sample_index = column()  # of the newest token in its step's samples, or -1
+        self.returns_routing = np.zeros(num_rows, np.bool_)  # who asked for their tokens' experts
         self.keeps_state = keeps_state
         self._requests: list[RequestState | None] = [None] * num_rows
         self._free = list(reversed(range(num_rows)))
@@ -58,6 +59,7 @@ class RequestTable:
         self.num_inflight_steps[index] = 0
         self.last_token[index] = last_token
         self.last_sample_index[index] = -1
+        self.returns_routing[index] = request.request.params.return_routed_experts
         return index
 
     def free(self, request: RequestState) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dp_runtime.core.batch import Int64, LocalBatch, SamplePositions
 from dp_runtime.core.request import PromptEmbeds, TokenLogprob
 from dp_runtime.scheduler.request_state import RequestState
+from dp_runtime.scheduler.routed_rows import RoutedRows
 
 PromptLogprobs = Sequence[tuple[TokenLogprob, ...] | Exception]  # of each chunk that scores
 
@@ -71,6 +72,7 @@ class SchedulerOutput:
     sampled: Int64  # rows there of those that sample
     samples: SamplePositions  # the target pass's first sample rows, num_drafts + 1 of each decode
     num_drafts: int  # tokens of each decode that the target verifies
+    routed: RoutedRows  # the target pass's rows whose experts are returned
 
     @property
     def real_rows(self) -> tuple[int, ...]:

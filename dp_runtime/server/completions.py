@@ -17,6 +17,7 @@ from dp_runtime.server.jobs import Job, stop_reason
 from dp_runtime.server.logprobs import CompletionLogprobs, TokenNames, named_logprobs
 from dp_runtime.server.protocol.completions import CompletionBody
 from dp_runtime.server.protocol.fields import RankHeader
+from dp_runtime.server.routed_experts import encoded_experts
 from dp_runtime.server.state import ServerState
 from dp_runtime.server.usage import Usage
 
@@ -137,6 +138,8 @@ class CompletionChoice:
             content["token_ids"] = delta.token_ids
             if first:
                 content["prompt_token_ids"] = self._handle.request.prompt_token_ids
+        if reason and body.return_routed_experts:
+            content["routed_experts"] = encoded_experts(self._handle)
         if first and body.prompt_logprobs is not None:
             content["prompt_logprobs"] = named_logprobs(self._prompt_entries, self._names)
         return content

@@ -44,6 +44,8 @@ class Job:
         """Count the entries for tokens of a choice, and for its prompt's if they are told too."""
         request = self.handles[index].request
         count = num_tokens * (1 + (request.params.logprobs or 0))
+        if request.params.return_routed_experts:  # an array, which is encoded fast
+            count += len(request.prompt_token_ids) + num_tokens
         if with_prompt and request.params.prompt_logprobs is not None:
             count += len(request.prompt_token_ids) * (1 + request.params.prompt_logprobs)
         return count

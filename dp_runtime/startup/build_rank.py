@@ -20,6 +20,7 @@ from dp_runtime.errors import StartError, require
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.flight.ring import FlightRing, RingLayout
 from dp_runtime.host.memory_address import MemoryAddress
+from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
@@ -98,6 +99,7 @@ def _load(
         bytes_read=sum(source.bytes_read for source in sources),
         chat=chat,
         sampling_defaults=read_sampling_defaults(config.model),
+        routing=plan.routing,
     )
     pools = [pool for own in caches for pool in own.pools if pool is not None]
     load_s = monotonic() - started
@@ -234,8 +236,12 @@ def assemble(
         programs=config.programs, policy=policies.program, budget=policies.budget,
     )  # fmt: skip
     served = served or ServedRequests.none(plan, loaded)
+    routing = None
+    if plan.routing is not None:
+        size, position = plan.limits.max_num_tokens, plan.sharding.position
+        routing = RoutingBuffer(plan.routing, size, position, torch.device(plan.device))
     runner = StepRunner(
-        loaded.models.target,
+        loaded.models.target_keeping(routing),
         _drafting(config, loaded, served),
         served.sampler,
         served.structured,
@@ -245,6 +251,7 @@ def assemble(
         device=torch.device(plan.device),
         poison=config.poison_padding,
         flight=flight,
+        routing=routing,
     )
     return StepLoop(served.scheduler, coordinator, runner, served.recorder, plan.depth)
 

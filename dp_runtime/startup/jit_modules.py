@@ -12,6 +12,7 @@ import torch
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.core.recurrent_metadata import MAX_STEPPED, Drafts, RecurrentMetadata, Tracks
+from dp_runtime.core.request import RoutingShape
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.kernels.jit_build import JitModule, in_one_thread
 from dp_runtime.layers.experts import ExpertShard, aligned
@@ -19,6 +20,7 @@ from dp_runtime.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetShape
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
+from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.qwen3_5.config import HybridConfig
 from dp_runtime.startup.rank_plan import RankPlan
@@ -41,7 +43,8 @@ def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
     shard = plan.sharding.shard(model.num_experts, model.moe_intermediate_size)
     ranks = plan.sharding.dp_size
     max_rows = plan.limits.max_num_tokens * ranks
-    return moe_jit_modules(model, shard, ranks, max_rows, plan.dtype, torch.device(plan.device))
+    on = plan.dtype, torch.device(plan.device), plan.routing
+    return moe_jit_modules(model, shard, ranks, max_rows, *on)
 
 
 def _delta_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
@@ -60,6 +63,7 @@ def moe_jit_modules(
     max_rows: int,
     dtype: torch.dtype,
     device: torch.device,
+    routing_shape: RoutingShape | None = None,  # if choices are kept
 ) -> tuple[JitModule, ...]:
     """List a MoE stage's kernels with all tiles that 1 to max_rows gathered rows choose."""
     if not model.num_moe_layers:
@@ -70,8 +74,9 @@ def moe_jit_modules(
     formats = sorted({fp8 for moe, fp8 in zip(model.moe_layers, model.fp8_experts) if moe})
     tilings = {choose_tiles(rows, top_k, experts, inner): None for rows in range(1, max_rows + 1)}
     build = partial(
-        _build, tuple(tilings), formats, model, (num_local, inner), dp_size, dtype, device
-    )
+        _build, tuple(tilings), formats, model, (num_local, inner), dp_size, dtype, device,
+        routing_shape,
+    )  # fmt: skip
     return (JitModule(f"Triton experts ({len(tilings)} tilings)", build),)
 
 
@@ -83,6 +88,7 @@ def _build(
     dp_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    routing_shape: RoutingShape | None,
 ) -> None:
     """Run the kernels over padding only: they are compiled, and read no expert's weight."""
     from dp_runtime.kernels.experts import run_experts
@@ -93,8 +99,9 @@ def _build(
     router = rows.new_zeros(model.num_experts, model.hidden_size)
     row_ranges = torch.zeros(2, dp_size, dtype=torch.int32, device=device)
     top_k, renormalize = model.num_experts_per_tok, model.norm_topk_prob
-    route(rows, router, row_ranges, top_k, renormalize, 0, num_local)
-    routing = route(rows[:1], router, row_ranges, top_k, renormalize, 0, num_local)
+    kept = None if routing_shape is None else RoutingBuffer(routing_shape, 1, 0, device).layer(0)
+    route(rows, router, row_ranges, top_k, renormalize, 0, num_local, kept)
+    routing = route(rows[:1], router, row_ranges, top_k, renormalize, 0, num_local, kept)
     for fp8 in formats:
         weight = rows.new_empty(1, dtype=E4M3 if fp8 else dtype)
         gate_up = weight.expand(num_local, 2 * inner, model.hidden_size)

@@ -43,6 +43,7 @@ class MemoryNeeds:
     graphs: bool
     dp_size: int
     host_copy: int  # bytes of the host's memory that keep the weights
+    routing_bytes: int = 0  # of the buffer that keeps routers' choices
     set_aside: int = 0  # bytes of weights that the rank may take over
 
 
@@ -54,7 +55,7 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
     workspaces = sum(cls.workspace_bytes(spec) for spec in needs.attention)
     memory = MemoryUse(
         weights=param_bytes(models),
-        workspaces=workspaces + (CUBLAS_BYTES if on_gpu else 0),
+        workspaces=workspaces + needs.routing_bytes + (CUBLAS_BYTES if on_gpu else 0),
         activations=activation_peak(models, limits, size, config.padding != "ragged"),
         kv_cache=0,
         recurrent_state=limits.num_state_slots * needs.slot_bytes,

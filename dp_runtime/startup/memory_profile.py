@@ -58,6 +58,7 @@ def run_largest_steps(loop: StepLoop, loaded: LoadedRank) -> None:
         device=runner.device,
         poison=runner.poison,
         flight=FlightRecorder.in_process(dp_rank, runner.flight.ring.layout),
+        routing=runner.routing,
     )
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(dp_rank))
     for request in largest_load(scheduler.limits, scheduler.pages, position, sampler.vocab_size):

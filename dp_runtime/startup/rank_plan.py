@@ -15,6 +15,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.cache_spec import CacheSpec, LayerCaches, page_bytes, slot_bytes
 from dp_runtime.core.membership import Membership
+from dp_runtime.core.request import RoutingShape
 from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import choose_moe_backend
@@ -61,6 +62,7 @@ class RankPlan:
     limits: Limits
     pages: PageGeometry
     load_bytes: int
+    routing: RoutingShape | None  # if the experts that tokens went to are returned
     memory: MemoryUse
     shortage: str  # of memory, in one line; empty if it is enough
 
@@ -105,8 +107,8 @@ def sketch_rank(
     members = members or Membership.first(config.dp_size)
     model = read_model_config(config.model)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
-    attention = attention_spec(config, model, dtype)
-    keeps_state, draft = _keeps_state(model, attention), read_draft(config, model)
+    attention, draft = attention_spec(config, model, dtype), read_draft(config, model)
+    keeps_state, routing = _keeps_state(model, attention), _routing(config, model)
     layers = plan_layers(attention, model, draft, config.speculative_num_steps)
     caches = _caches(layers)
     backend, reason = choose_backend(config.attention_backend, attention, torch_device)
@@ -118,8 +120,7 @@ def sketch_rank(
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
     limits = _limits(config, model, keeps_state)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
-    depth = choose_depth(config, device, backend)
-    meta = partial(MetaWeights, dtype, torch_device)
+    depth, meta = choose_depth(config, device, backend), partial(MetaWeights, dtype, torch_device)
     weights = meta()
     build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
     models = build(weights, sharding)
@@ -135,6 +136,7 @@ def sketch_rank(
         graphs=graphs,
         dp_size=members.size,
         host_copy=weights.bytes_read if config.host_weights else 0,
+        routing_bytes=0 if routing is None else limits.max_num_tokens * routing.token_bytes,
     )
     memory = plan_memory(config, needs)
     return RankPlan(
@@ -142,7 +144,7 @@ def sketch_rank(
         model=model, draft=draft, layers=layers, device=device, dtype=dtype,
         backend=backend, backend_reason=reason, moe_backend=moe_backend, moe_reason=moe_reason,
         graphs=graphs, graphs_reason=graphs_reason, depth=depth, sharding=sharding, limits=limits,
-        pages=memory.pages, load_bytes=weights.bytes_read, memory=memory.use,
+        pages=memory.pages, load_bytes=weights.bytes_read, routing=routing, memory=memory.use,
         shortage=memory.shortage,
     )  # fmt: skip
 
@@ -151,6 +153,15 @@ def _keeps_state(model: ModelConfig, attention: AttentionSpec) -> bool:
     """Tell if layers are recurrent."""
     dtypes = attention.kv_dtype, attention.dtype
     return slot_bytes(model.cache_specs(attention.page_size, *dtypes)) > 0
+
+
+def _routing(config: EngineConfig, model: ModelConfig) -> RoutingShape | None:
+    if not config.enable_return_routed_experts:
+        return None
+    layers = model.num_moe_layers
+    none = "false for a model without layers of experts"
+    require(layers > 0, "enable_return_routed_experts", True, none)
+    return RoutingShape(layers, model.num_experts_per_tok, model.num_experts)
 
 
 def _limits(config: EngineConfig, model: ModelConfig, keeps_state: bool) -> Limits:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.layers.moe import RankSharding
+from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.model import Model, PassModel
 from dp_runtime.models.registry import build_model
@@ -23,6 +25,13 @@ class ServedModels:
     @property
     def all(self) -> tuple[PassModel, ...]:
         return (self.target,) if self.draft is None else (self.target, self.draft)
+
+    def target_keeping(self, routing: RoutingBuffer | None) -> Model:
+        """Return the target; its routers leave their choices in the buffer, if there is one."""
+        if routing is None:
+            return self.target
+        layers = map(routing.layer, count())
+        return self.target.with_stages(lambda stage: stage.keeping(next(layers)))
 
     @classmethod
     def build(

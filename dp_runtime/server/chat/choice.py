@@ -13,6 +13,7 @@ from dp_runtime.server.chat.chats import ChatPrompt, Chats
 from dp_runtime.server.jobs import stop_reason
 from dp_runtime.server.logprobs import TokenNames, chat_logprobs
 from dp_runtime.server.protocol.chat import ChatBody
+from dp_runtime.server.routed_experts import encoded_experts
 from dp_runtime.text.text_stream import text_stream
 
 Content = dict[str, Any]
@@ -102,10 +103,13 @@ class ChatChoice:
 
     def _end(self, reason: FinishReason) -> Content:
         called = self._calls and reason is FinishReason.STOP
-        return {
+        content: Content = {
             "finish_reason": "tool_calls" if called else reason,
             "stop_reason": stop_reason(self._handle),
         }
+        if self._body.return_routed_experts:
+            content["routed_experts"] = encoded_experts(self._handle)
+        return content
 
 
 def _counter(chats: Chats, prompt: ChatPrompt, handle: AsyncRequestHandle) -> ReasoningTokens:

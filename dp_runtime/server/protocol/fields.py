@@ -18,6 +18,7 @@ SAMPLING_FIELDS = (
     "repetition_penalty", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos",
     "skip_special_tokens", "prompt_logprobs", "logit_bias", "include_stop_str_in_output",
     "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "priority", "timeout_s",
+    "return_routed_experts",
 )  # fmt: skip
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # each is looked for at every character
@@ -126,6 +127,7 @@ class GenerationBody(Body):
     timeout_s: float | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    return_routed_experts: bool = Field(False, description="base64 of a .npy file, with the end")
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 

@@ -16,6 +16,7 @@ from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts, sum_pairs
 from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import fused_experts
+from dp_runtime.layers.routing_buffer import LayerRouting
 from dp_runtime.weights.fp8_blocks import ExpertScales, dequantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,6 +67,28 @@ def test_routing_takes_real_rows_and_local_experts_only(
     assert (routing.local_ids[padded] == -1).all()
     assert (routing.weights[padded] == 0).all()
     check_pairs(routing)
+
+
+@pytest.mark.parametrize(("starts", "real", "rows", "renormalize"), LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_choices_for_one_ranks_real_rows_are_kept(
+    starts: list[int], real: list[int], rows: int, renormalize: bool, dtype: torch.dtype
+) -> None:
+    """Whoever has the experts, and nothing else of the buffer is written."""
+    torch.manual_seed(1)
+    logits, router = draw(rows, 12), torch.eye(12, device=DEVICE)
+    at = row_ranges(starts, real)
+    plain = route(logits, router, at, 3, renormalize, 4, 5)
+    for position, (start, count) in enumerate(zip(starts, real)):
+        buffer = torch.full((rows, 4, 3), 77, dtype=dtype, device=DEVICE)
+        kept = LayerRouting(buffer[:, 2], position)
+        routing = route(logits, router, at, 3, renormalize, 4, 5, kept)
+        due = torch.full_like(buffer, 77)
+        chosen = logits[start : start + count].topk(3, -1).indices
+        due[:count, 2] = chosen.to(dtype)
+        assert torch.equal(buffer, due)
+        assert torch.equal(routing.local_ids, plain.local_ids)
+        assert torch.equal(routing.weights, plain.weights)
 
 
 def check_pairs(routing: Routing) -> None:

@@ -24,6 +24,7 @@ from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.layers.moe_router import Router
+from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.runner import graph_inputs, pass_graphs, piecewise_graphs
 from dp_runtime.runner.cuda_graph import GraphMemory
 from dp_runtime.runner.forward_pieces import Cut, ForwardPieces
@@ -58,7 +59,8 @@ class CountingMoe(TorchMoe):
         starts, counts = row_ranges.tolist()
         rows = [row for start, n in zip(starts, counts) for row in range(start, start + n)]
         real = torch.tensor(rows, dtype=torch.int64)
-        sums = self._run(gathered[real], router, experts)
+        of_device = PaddingPlan.for_mode(PaddingMode.RAGGED, tuple(counts))
+        sums = self._run(gathered[real], of_device, router, experts)
         return torch.zeros_like(gathered).index_copy_(0, real, sums)
 
 

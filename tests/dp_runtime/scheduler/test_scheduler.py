@@ -17,6 +17,7 @@ from dp_runtime.scheduler.request_state import RequestStatus
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from tests.dp_runtime.reference_scheduler import ReferenceScheduler, Rows
+from tests.dp_runtime.scheduler.routed_positions import RoutedPositions
 
 PROGRAM = SERVING_PROGRAMS[0]
 MODEL_LEN = 40
@@ -24,7 +25,8 @@ STOP_TOKEN = 7
 
 
 def request(number: int, prompt: int, outputs: int, priority: int = 0) -> RankRequest:
-    params = SamplingParams(max_tokens=outputs, priority=priority)
+    routed = number % 2 == 1
+    params = SamplingParams(max_tokens=outputs, priority=priority, return_routed_experts=routed)
     return RankRequest(number, tuple(range(1, prompt + 1)), params, 0, frozenset({STOP_TOKEN}))
 
 
@@ -47,6 +49,7 @@ class Driver:
         self.requests: dict[int, RankRequest] = {}
         self.outputs: dict[int, list[int]] = {}
         self.reasons: dict[int, FinishReason] = {}
+        self.routed = RoutedPositions()
         self.steps = 0
 
     def add(self, item: RankRequest) -> None:
@@ -139,10 +142,12 @@ class Driver:
         indices = samples.output_indices.tolist()
         sampled = tuple(map(token_of, numbers, indices))
         tokens = SampledTokens(sampled, (None,) * len(sampled))
-        for item in self.scheduler.commit(scheduled, tokens, [() for _ in scheduled.scored]):
+        progress = self.scheduler.commit(scheduled, tokens, [() for _ in scheduled.scored])
+        for item in self.routed.told(scheduled, scheduled.target.positions, progress):
             assert item.request_id not in self.reasons, "a finished request made progress"
             assert item.first_index == len(self.outputs[item.request_id])
             self.outputs[item.request_id] += item.token_ids
+            self.routed.check(self.requests[item.request_id], self.outputs[item.request_id])
             if item.finish_reason:
                 self.reasons[item.request_id] = item.finish_reason
         self.reference.commit(rows, [number for number, _, _ in rows if number in self.reasons])

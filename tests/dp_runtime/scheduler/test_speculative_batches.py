@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_runtime.core.attention_metadata import PageGeometry, Place, check_values
-from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.batch import Int64, LocalBatch
 from dp_runtime.core.request import PromptEmbeds, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import MAX_DRAFTS, Pass, Program
@@ -20,6 +20,7 @@ from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from tests.dp_runtime.reference_batches import Part, Passes, ReferenceBatches, rows_of
+from tests.dp_runtime.scheduler.routed_positions import RoutedPositions
 
 MODEL_LEN = 40
 HIDDEN = 3
@@ -42,6 +43,7 @@ class InflightStep:
     tokens: tuple[int, ...]
     accepted: tuple[int, ...]
     lags: dict[int, int]  # of its requests: tokens that each is behind its bounds
+    positions: Int64  # of the target's rows
 
 
 class Driver:
@@ -57,6 +59,7 @@ class Driver:
         self.in_flight: deque[InflightStep] = deque()
         self.outputs: dict[int, list[int]] = {}
         self.finished: set[int] = set()
+        self.routed = RoutedPositions()
 
     def add(self, request: RankRequest) -> None:
         self.scheduler.add(request)
@@ -133,12 +136,14 @@ class Driver:
             if part.verified:
                 self.reference.computed[part.request_id] = len(known) - 1
         tokens = tuple(text_token(*sample) for sample in due.samples)
-        return InflightStep(step, tokens, tuple(accepted), lags)
+        positions = np.array([row.position for row in due.rows[-2]], np.int64)
+        return InflightStep(step, tokens, tuple(accepted), lags, positions)
 
     def commit(self, step: InflightStep) -> None:
         given = SampledTokens(step.tokens, (None,) * len(step.tokens), step.accepted)
         scores = [() for _ in step.scheduled.scored]
-        for item in self.scheduler.commit(step.scheduled, given, scores):
+        progress = self.scheduler.commit(step.scheduled, given, scores)
+        for item in self.routed.told(step.scheduled, step.positions, progress):
             outputs = self.outputs[item.request_id]
             done = len(outputs)
             assert item.request_id not in self.finished
@@ -148,6 +153,7 @@ class Driver:
             ends = self.reference.requests[item.request_id].stop_token_ids
             assert not ends.intersection(new[:-1]), "nothing comes behind the end"
             outputs += new
+            self.routed.check(self.reference.requests[item.request_id], outputs)
             if item.finish_reason:
                 self.finished.add(item.request_id)
 
@@ -157,7 +163,10 @@ def first_rows(batch: LocalBatch) -> np.ndarray:
 
 
 def request(number: int, prompt: int, outputs: int, embed_every: int, scores: bool) -> RankRequest:
-    params = SamplingParams(max_tokens=outputs, prompt_logprobs=1 if scores else None)
+    logprobs, routed = 1 if scores else None, number % 3 > 0
+    params = SamplingParams(
+        max_tokens=outputs, prompt_logprobs=logprobs, return_routed_experts=routed
+    )
     positions = np.arange(0, prompt, embed_every) if embed_every else None
     embeds = None
     if positions is not None:

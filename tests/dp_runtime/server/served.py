@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
+from base64 import b64decode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from time import monotonic, sleep
 from typing import Any
 
 import httpx
+import numpy as np
 
 from dp_runtime import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
 from dp_runtime.cli.model_choice import TINY_MODEL
-from dp_runtime.core.request import Prompt
+from dp_runtime.core.request import Prompt, RoutedExperts
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.state import ServerState
@@ -51,6 +55,20 @@ class Served:
             assert monotonic() < deadline, "requests are still unfinished"
             sleep(0.01)
         check_pages_free(self.engine)
+
+
+def experts_of(served: Served, path: str, stream: bool, **body: Any) -> list[RoutedExperts]:
+    """The experts of every choice that has some, in order."""
+    answer = served.post(path, **{"return_routed_experts": True, "stream": stream} | body)
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.strip()]
+    found: dict[int, RoutedExperts] = {}
+    for chunk in [json.loads(line) for line in lines if line != "[DONE]"]:
+        for choice in chunk["choices"]:
+            if "routed_experts" in choice:
+                assert choice["finish_reason"] is not None
+                assert choice["index"] not in found
+                found[choice["index"]] = np.load(BytesIO(b64decode(choice["routed_experts"])))
+    return [found[index] for index in sorted(found)]
 
 
 @contextmanager

@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 from dp_runtime import SamplingParams
-from tests.dp_runtime.server.served import MODEL, Served, serving
+from tests.dp_runtime.server.served import MODEL, Served, experts_of, serving
 
 CHAT = [{"role": "system", "content": "Say é."}, {"role": "user", "content": "Return a list"}]
 PROMPT = (
@@ -23,7 +24,7 @@ BODY: dict[str, Any] = {"model": MODEL, "messages": CHAT}
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(dp_size=1) as running:
+    with serving(dp_size=1, enable_return_routed_experts=True) as running:
         yield running
         running.check_idle()
 
@@ -202,3 +203,13 @@ def test_a_mistake_is_told_with_its_field(served: Served, name: str) -> None:
         headers = {"content-type": "application/json"}
         answer = client.post("/v1/chat/completions", content=content, headers=headers)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_experts_come_with_the_end(served: Served, stream: bool) -> None:
+    params = SamplingParams(max_tokens=5, temperature=0.0, return_routed_experts=True)
+    (expected,) = served.generate([PROMPT], params)
+    body = BODY | {"max_tokens": 5, "temperature": 0}
+    (experts,) = experts_of(served, "/v1/chat/completions", stream, **body)
+    assert expected.routed_experts is not None
+    assert np.array_equal(experts, expected.routed_experts)

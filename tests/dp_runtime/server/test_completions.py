@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from openai import OpenAI
 
 from dp_runtime import SamplingParams
-from tests.dp_runtime.server.served import MODEL, Served, serving
+from tests.dp_runtime.server.served import MODEL, Served, experts_of, serving
 
 PROMPT = "The list of arguments"
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving() as running:
+    with serving(enable_return_routed_experts=True) as running:
         yield running
         running.check_idle()
 
@@ -127,3 +128,17 @@ def test_a_rank_can_be_chosen(served: Served) -> None:
         served.post("/v1/completions", prompt="a", max_tokens=5, ignore_eos=True, dp_rank=rank)
         after = served.engine._core.report().output_tokens_by_rank
         assert [b - a for a, b in zip(before, after)] == [5 * (rank == each) for each in (0, 1)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_experts_come_with_the_end_of_each_choice(served: Served, stream: bool) -> None:
+    body = {"prompt": [PROMPT, "A class"], "max_tokens": 5, "temperature": 0, "n": 2}
+    params = SamplingParams(max_tokens=5, temperature=0.0, return_routed_experts=True)
+    expected = served.generate([PROMPT, "A class"], params)
+    found = experts_of(served, "/v1/completions", stream, **body)
+    assert len(found) == 4
+    for index, experts in enumerate(found):
+        due = expected[index // 2].routed_experts
+        assert due is not None
+        assert np.array_equal(experts, due)
+    assert experts_of(served, "/v1/completions", stream, **body, return_routed_experts=False) == []

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts
+from dp_runtime.core.request import RoutingShape
 from dp_runtime.kernels import experts as triton_experts
 from dp_runtime.kernels import moe_router as triton_router
 from dp_runtime.layers.experts import Experts, aligned
@@ -19,6 +20,7 @@ from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.moe_router import Router
+from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.runner.recurrent_inputs import RecurrentInputs
@@ -61,17 +63,17 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
 
 @pytest.mark.parametrize(
-    ("sharding", "dp_rank", "dp_size", "fp8"),
+    ("sharding", "dp_rank", "dp_size", "fp8", "keeps"),
     [
-        ("ep", 0, 1, False),
-        ("ep", 3, 6, False),
-        ("tp", 2, 6, False),
-        ("ep", 0, 20, False),
-        ("ep", 3, 6, True),
+        ("ep", 0, 1, False, False),
+        ("ep", 3, 6, False, True),
+        ("tp", 2, 6, False, False),
+        ("ep", 0, 20, False, False),
+        ("ep", 3, 6, True, False),
     ],
 )
 def test_every_number_of_rows_finds_its_kernels_built(
-    sharding: str, dp_rank: int, dp_size: int, fp8: bool, kernels: list[Recorder]
+    sharding: str, dp_rank: int, dp_size: int, fp8: bool, keeps: bool, kernels: list[Recorder]
 ) -> None:
     model = read_model_config(str(TINY_MOE))
     if fp8:
@@ -80,7 +82,8 @@ def test_every_number_of_rows_finds_its_kernels_built(
     shard = RankSharding(sharding, dp_rank, dp_size).shard(
         model.num_experts, model.moe_intermediate_size
     )
-    built = moe_jit_modules(model, shard, dp_size, MAX_ROWS, HALF, CPU)
+    shape = RoutingShape(3, model.num_experts_per_tok, model.num_experts) if keeps else None
+    built = moe_jit_modules(model, shard, dp_size, MAX_ROWS, HALF, CPU, shape)
     assert len(built) == 1
     built[0].build()
     before = [set(kernel.compiled) for kernel in kernels]
@@ -89,6 +92,7 @@ def test_every_number_of_rows_finds_its_kernels_built(
     router = Router(
         Linear(torch.zeros(model.num_experts, model.hidden_size, dtype=HALF), None),
         model.num_experts_per_tok, model.norm_topk_prob,
+        RoutingBuffer(shape, MAX_ROWS, 0, CPU).layer(1) if shape else None,
     )  # fmt: skip
     stored = torch.float8_e4m3fn if fp8 else HALF
     scale = torch.empty(1)

@@ -1,0 +1,58 @@
+"""RoutedRows: rows of a step whose experts are returned: of every committed position once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dp_runtime.core.batch import Int64
+from dp_runtime.core.request import RequestUpdate, RoutedExperts
+from dp_runtime.scheduler.request_state import RequestState
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedSpan:
+    state: RequestState
+    num_rows: int
+    start: int | None  # position of the first; None of a decode, where the device may know better
+
+    def told(self, experts: RoutedExperts, update: RequestUpdate | None) -> RequestUpdate | None:
+        state, start = self.state, self.start
+        if update is None:
+            if start is None or state.finish_reason:
+                return None  # it had ended before this step was committed
+        elif update.error:
+            return update
+        elif start is None:
+            start = state.num_prompt_tokens + update.first_index - 1
+        end = min(start + self.num_rows, state.num_tokens - 1)  # the last token did not run yet
+        assert start <= state.num_routed, f"no experts of {state.num_routed}..{start - 1}"
+        if end <= state.num_routed:
+            return update
+        new = experts[state.num_routed - start : end - start].copy()
+        state.num_routed = end
+        told = update or RequestUpdate(state.request_id, len(state.outputs))
+        return told._replace(routed_experts=new)
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedRows:
+    spans: tuple[RoutedSpan, ...]
+    rows: Int64  # [rows] of all spans, in the target pass
+
+    def told(self, experts: RoutedExperts, updates: Sequence[RequestUpdate]) -> list[RequestUpdate]:
+        """Tell the experts of these rows with the updates of the step, once it is committed."""
+        by_request = {update.request_id: update for update in updates}
+        first = 0
+        for span in self.spans:
+            own, first = experts[first : first + span.num_rows], first + span.num_rows
+            request_id = span.state.request_id
+            update = span.told(own, by_request.get(request_id))
+            if update is not None:
+                by_request[request_id] = update
+        return list(by_request.values())
+
+
+NO_ROUTED_ROWS = RoutedRows((), np.zeros(0, np.int64))
