@@ -12,10 +12,11 @@ import numpy as np
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.settings import setting
-from dp_runtime.errors import not_allowed
+from dp_runtime.errors import not_allowed, require
 from dp_runtime.experiments.grid import combinations
 from dp_runtime.experiments.input_paths import with_paths
 from dp_runtime.experiments.point import Point, Run
+from dp_runtime.experiments.scenario.scenario import Scenario
 from dp_runtime.experiments.slo import Slo
 from dp_runtime.experiments.tables import (
     Checked,
@@ -26,7 +27,7 @@ from dp_runtime.experiments.tables import (
 )
 from dp_runtime.experiments.workload.workload import read_workload
 
-TABLES = ("engine", "workload", "grid", "cases", "slo")
+TABLES = ("engine", "workload", "scenario", "grid", "cases", "slo")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Experiment:
         base = {
             "engine": {**(engine or {}), **as_table(document.get("engine", {}), "engine")},
             "workload": document.get("workload", {}),
+            "scenario": document.get("scenario", {}),
         }
         plan = read_table(Plan, numbers, "")
         slo = read_table(Slo, document.get("slo", {}), "slo")
@@ -89,6 +91,8 @@ class Experiment:
         points = tuple(
             _point(base, varied, values, home) for varied, values in combinations(document)
         )
+        for point in points:
+            _check_counting(plan, point.scenario)
         return cls(plan, slo, points, document)
 
     def runs(self) -> list[Run]:
@@ -108,6 +112,17 @@ def _point(base: Table, varied: Table, values: Table, home: Path) -> Point:
         tables = with_value(tables, name, value)
     tables = with_paths(tables, home)
     engine = read_table(EngineConfig, tables["engine"], "engine")
-    workload = read_workload(tables["workload"])
-    workload.conversations(engine.dp_size)
-    return Point(varied, tables, engine, workload)
+    workload, scenario = read_workload(tables["workload"]), Scenario.read(tables["scenario"])
+    conversations = workload.conversations(engine.dp_size)
+    scenario.check_changes(engine.dp_size)
+    pinned = any(each.dp_rank is not None for each in conversations)
+    ok, allowed = not (pinned and scenario.changes_ranks), "routed, where ranks come or go"
+    require(ok, "workload.skew", "pinned", allowed)
+    return Point(varied, tables, scenario.injected(engine), workload, scenario)
+
+
+def _check_counting(plan: Plan, scenario: Scenario) -> None:
+    """Let ranks count from the first step of the load."""
+    ok = plan.warm_up_requests == 0 or not scenario.happens_to_ranks
+    allowed = "0 with events of ranks, whose steps and seconds begin with their first step"
+    require(ok, "warm_up_requests", plan.warm_up_requests, allowed)

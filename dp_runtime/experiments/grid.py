@@ -12,8 +12,8 @@ from dp_runtime.experiments.tables import Table, as_table, check_names
 
 MAX_POINTS = 10_000
 CASE = "case"  # the column with the names of cases
-VARIED = ("engine", "workload")
-NAMES = "a dotted name of the engine or the workload, as engine.padding"
+VARIED = ("engine", "workload", "scenario")
+NAMES = "a dotted name of the engine, the workload or the scenario, as engine.padding"
 
 
 def combinations(document: Table) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.experiments.scenario.scenario import Scenario
 from dp_runtime.experiments.workload.workload import Workload
 
 
@@ -20,6 +21,7 @@ class Point:
     document: Mapping[str, Any]  # the tables of this point
     config: EngineConfig
     workload: Workload
+    scenario: Scenario
 
     @property
     def key(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -78,12 +80,24 @@ async def _serve(
     plan = experiment.plan
     driver = LoadDriver(engine, run.point.workload.conversations(run.point.config.dp_size))
     driver.check()
-    async with asyncio.timeout(plan.time_limit_s):
+    async with limited(plan.time_limit_s):
         await driver.warm_up(plan.warm_up_requests)
         last_warm = max((rank.epoch, rank.last_step) for rank in await engine.health())
-        records = await driver.serve(monotonic())
+        start_s = monotonic()
+        changing = asyncio.create_task(run.point.scenario.play(engine, start_s))
+        records = await driver.serve(start_s)
+        await changing
         trace = await engine.step_trace()
     return records, [step for step in trace if (step.epoch, step.step_id) > last_warm]
+
+
+@asynccontextmanager
+async def limited(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimeoutError(f"requests and scenario took more than {seconds:g} s") from None
 
 
 def _note(run: Run, done: int, total: int, elapsed_s: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable
-from time import sleep
+from time import monotonic, sleep
 
 import torch
 
@@ -31,11 +31,13 @@ class DueFaults:
     def __bool__(self) -> bool:
         return bool(self._faults)
 
-    def take(self, step_id: int, *kinds: FaultKind) -> list[Fault]:
-        """Take out those of some kinds that happen in this step."""
-        due = [one for one in self._faults if one.kind in kinds and step_id >= one.step]
+    def take(self, step_id: int, *kinds: FaultKind, elapsed_s: float = 0.0) -> list[Fault]:
+        """Return those of some kinds that happen in this step; what is over is taken out."""
+        self._faults = [one for one in self._faults if not one.is_over(step_id, elapsed_s)]
+        due = [one for one in self._faults if one.kind in kinds and one.is_due(step_id, elapsed_s)]
         for one in due:
-            self._faults.remove(one)
+            if not one.lasts:
+                self._faults.remove(one)
         return due
 
 
@@ -45,18 +47,25 @@ class FaultyLaunch:
     def __init__(self, loop: StepLoop, due: DueFaults) -> None:
         self._launch, self._sample, self._due = loop.launch, loop.runner.sample, due
         self._step_id = 0
+        self._began_s: float | None = None  # time.monotonic(), when a step first had rows
         loop.launch, loop.runner.sample = self.launch, self.sample
 
     def launch(
         self, scheduled: SchedulerOutput, agreement: Agreement, graph_votes: int
     ) -> StepOutput:
         self._step_id = agreement.step_id
+        if self._began_s is None and not agreement.idle:
+            self._began_s = monotonic()
         kinds = [FaultKind.KILL, FaultKind.STOP, FaultKind.RAISE, FaultKind.SLOW]
         if len(scheduled.chunks) == 1:
             kinds.append(FaultKind.OOM)
-        for fault in self._due.take(self._step_id, *kinds):
+        for fault in self._due.take(self._step_id, *kinds, elapsed_s=self._elapsed_s):
             _happen(fault)
         return self._launch(scheduled, agreement, graph_votes)
+
+    @property
+    def _elapsed_s(self) -> float:
+        return 0.0 if self._began_s is None else monotonic() - self._began_s
 
     def sample(
         self,
@@ -65,7 +74,7 @@ class FaultyLaunch:
         verification: Verification | None = None,
         grammars: GrammarMasks = NO_GRAMMARS,
     ) -> Sampled:
-        if len(rows) and self._due.take(self._step_id, FaultKind.NAN):
+        if len(rows) and self._due.take(self._step_id, FaultKind.NAN, elapsed_s=self._elapsed_s):
             values = logits.values.clone()
             values[0] = torch.nan
             logits = RowLogits.from_logits(values)
