@@ -23,7 +23,7 @@ def gate_up_kernel(
     x_stride, intermediate,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BY_EXPERT: tl.constexpr, PDL: tl.constexpr,
+    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -38,7 +38,7 @@ def gate_up_kernel(
             _gate_up_tile(
                 x, gate_up, gate_up_blocks, scales, activated, expert, column, pair, pair,
                 index < count, x_stride, intermediate,
-                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
             )  # fmt: skip
             index += BLOCK_M
     else:
@@ -50,7 +50,7 @@ def gate_up_kernel(
             _gate_up_tile(
                 x, gate_up, gate_up_blocks, scales, activated, expert, tile % columns, pair,
                 begin + index, ours, x_stride, intermediate,
-                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
             )  # fmt: skip
             tile += tl.num_programs(0)
 
@@ -60,7 +60,7 @@ def _gate_up_tile(
     x, gate_up, gate_up_blocks, scales, activated, expert, column, pair, target, ours,
     x_stride, intermediate,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of one expert's pairs and of columns, into rows `target` of activated."""
     k = tl.arange(0, BLOCK_K)
@@ -72,8 +72,8 @@ def _gate_up_tile(
     up_at = gate_at + intermediate.to(tl.int64) * HIDDEN
     of_gate = _scales_of(expert * 2, column * BLOCK_N, intermediate, HIDDEN)
     of_up = _scales_of(expert * 2 + 1, column * BLOCK_N, intermediate, HIDDEN)
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    up = _zeros(BLOCK_M, BLOCK_N, SWAP)
     for start in range(0, HIDDEN, BLOCK_K):
         a = _block(x_at, start + k, HIDDEN, BLOCK_K)
         if gate_up_blocks is not None:
@@ -82,8 +82,10 @@ def _gate_up_tile(
         else:
             g = _block(gate_at, start + k, HIDDEN, BLOCK_K)
             u = _block(up_at, start + k, HIDDEN, BLOCK_K)
-        gate = _add_product(a, g, gate, scales, of_gate + start // SCALE_BLOCK)
-        up = _add_product(a, u, up, scales, of_up + start // SCALE_BLOCK)
+        gate = _add_product(a, g, gate, scales, of_gate + start // SCALE_BLOCK, SWAP)
+        up = _add_product(a, u, up, scales, of_up + start // SCALE_BLOCK, SWAP)
+    if SWAP:
+        gate, up = gate.T, up.T
     # Gate and up are rounded first, as separate products would round them.
     dtype = activated.dtype.element_ty
     gate = gate.to(dtype).to(tl.float32)
@@ -99,7 +101,7 @@ def down_kernel(
     counts, pairs, rows, num_local, hidden,
     INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BY_EXPERT: tl.constexpr, PDL: tl.constexpr,
+    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -114,7 +116,7 @@ def down_kernel(
             _down_tile(
                 activated, activated_blocks, down, down_blocks, scales, weights, weighted,
                 expert, column, pair, pair, index < count, hidden,
-                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K,
+                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
             )  # fmt: skip
             index += BLOCK_M
     else:
@@ -126,7 +128,7 @@ def down_kernel(
             _down_tile(
                 activated, activated_blocks, down, down_blocks, scales, weights, weighted,
                 expert, tile % columns, pair, begin + index, ours, hidden,
-                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K,
+                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
             )  # fmt: skip
             tile += tl.num_programs(0)
 
@@ -136,7 +138,7 @@ def _down_tile(
     activated, activated_blocks, down, down_blocks, scales, weights, weighted,
     expert, column, pair, source, ours, hidden,
     INTERMEDIATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of columns of rows `source` of activated, into rows `pair` of weighted."""
     k = tl.arange(0, BLOCK_K)
@@ -148,7 +150,7 @@ def _down_tile(
     down_at = down + (expert.to(tl.int64) * hidden + inside)[:, None] * INTERMEDIATE
     weight = tl.load(weights + pair, mask=ours, other=0.0)
     scale = _scales_of(expert, column * BLOCK_N, hidden, INTERMEDIATE)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = _zeros(BLOCK_M, BLOCK_N, SWAP)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         if activated_blocks is not None:
             a = activated_blocks.load([first, start])
@@ -158,7 +160,9 @@ def _down_tile(
             b = down_blocks.load([down_row, start])
         else:
             b = _block(down_at, start + k, INTERMEDIATE, BLOCK_K)
-        total = _add_product(a, b, total, scales, scale + start // SCALE_BLOCK)
+        total = _add_product(a, b, total, scales, scale + start // SCALE_BLOCK, SWAP)
+    if SWAP:
+        total = total.T
     value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
     at = weighted + pair.to(tl.int64)[:, None] * hidden + n
     tl.store(at, value.to(weighted.dtype.element_ty), mask=ours[:, None] & (n < hidden))
@@ -172,12 +176,29 @@ def _scales_of(matrix, row, rows, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _add_product(a, weights, total, scales, at):
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    if SWAP:
+        return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:  # noqa: RET505 - the branch is chosen while compiling
+        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def _add_product(a, weights, total, scales, at, SWAP: tl.constexpr):
     if scales is None:
-        return tl.dot(a, weights.T, total, input_precision="ieee")
+        return _product(a, weights, total, SWAP)
     else:  # noqa: RET505 - the branch is chosen while compiling
         scale = tl.load(scales + at)
-        return total + tl.dot(a, _widen(weights, a.dtype).T, input_precision="ieee") * scale
+        return total + _product(a, _widen(weights, a.dtype), None, SWAP) * scale
+
+
+@triton.jit
+def _product(a, weights, total, SWAP: tl.constexpr):
+    """Add a @ weights.T to total; swapped, all of it is transposed."""
+    if SWAP:
+        return tl.dot(weights, a.T, total, input_precision="ieee")
+    else:  # noqa: RET505 - the branch is chosen while compiling
+        return tl.dot(a, weights.T, total, input_precision="ieee")
 
 
 @triton.jit

@@ -18,6 +18,7 @@ class Tile:
     num_stages: int
     tma: bool  # the copy engine reads weights, from capability 9.0 on
     per_multiprocessor: int | None = None  # max programs that share the tiles; None: by expert
+    swap: bool = False  # weights are the product's first operand: its 64 rows at least are columns
 
     @property
     def by_expert(self) -> bool:

@@ -117,6 +117,7 @@ def _options(tile: Tile) -> dict[str, int]:
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "BY_EXPERT": tile.by_expert,
+        "SWAP": tile.swap,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

@@ -11,41 +11,52 @@ from multiprocessing import get_context
 
 import torch
 
+from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.kernels.expert_tiles import FLAT, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
+from dp_runtime.weights.fp8_blocks import scale_shape
 from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SHAPES, TOP_K
 
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0
 
 
-def candidates(tokens: int, halves: int) -> Iterator[Tile]:
+def candidates(tokens: int, halves: int, fp8: bool) -> Iterator[Tile]:
     """Tiles that may be good and fit into shared memory and registers; halves: 2 for gate-up."""
     per_expert = tokens * TOP_K / EXPERTS
     if per_expert <= 64:
         blocks_m = [m for m in (16, 32, 64) if per_expert / 2 <= m <= max(16, 2 * per_expert)]
-        for m, n, k, warps, stages, tma in product(
-            blocks_m, (64, 128), (64, 128), (4, 8), (3, 5), (False, True)
+        for m, n, k, warps, stages, tma, swap in product(
+            blocks_m, (64, 128), (64, 128), (4, 8), (3, 5), (False, True), (False, True)
         ):
-            if _resident(m, n * halves, k, warps, stages):
-                yield Tile(m, n, k, warps, stages, tma)
+            if _resident(m, n, k, halves, warps, stages, fp8) and _fills(m, n, warps, tma, swap):
+                yield Tile(m, n, k, warps, stages, tma, swap=swap)
     if per_expert > 12:
         wide = per_expert > 64
         blocks_m = [64, 128] if wide else [32, 64, 128]
-        for m, n, warps, stages in product(blocks_m, (64, 128, 256), (4, 8), (3, 4, 5)):
-            resident = _resident(m, n * halves, 64, warps, stages)
-            if resident and m * n * halves >= 64 * 128 and (stages >= 4 or resident == 2):
-                yield Tile(m, n, 64, warps, stages, True, FLAT)
-                yield Tile(m, n, 64, warps, stages, True, resident)
+        blocks_n, blocks_k = ((64, 128), (64, 128)) if fp8 else ((64, 128, 256), (64,))
+        for m, n, k, warps, stages, swap in product(
+            blocks_m, blocks_n, blocks_k, (4, 8), (3, 4, 5), (False, True)
+        ):
+            resident = _resident(m, n, k, halves, warps, stages, fp8)
+            large = m * n * halves >= 64 * 128 and (stages >= 4 or resident == 2)
+            if resident and large and _fills(m, n, warps, True, swap):
+                yield Tile(m, n, k, warps, stages, True, FLAT, swap)
+                yield Tile(m, n, k, warps, stages, True, resident, swap)
 
 
-def _resident(m: int, n: int, k: int, warps: int, stages: int) -> int:
+def _fills(m: int, n: int, warps: int, tma: bool, swap: bool) -> bool:
+    """Whether four warps have 64 rows of a swapped product, or all warps 32 pairs."""
+    return not swap or (tma and n <= 128 and (warps * 16 <= n or m >= 32))
+
+
+def _resident(m: int, n: int, k: int, halves: int, warps: int, stages: int, fp8: bool) -> int:
     """How many programs a multiprocessor holds at once: 0, 1, or 2 and more."""
-    shared = stages * (m + n) * k * 2 + 1024
-    sums = m * n // (32 * warps)  # registers of a thread
-    if shared > SHARED_MEMORY or not 2 <= sums <= 128:
+    shared = stages * (2 * m + (1 if fp8 else 2) * n * halves) * k + 1024
+    sums = m * n * halves // (32 * warps)  # registers of a thread
+    if shared > SHARED_MEMORY or not 2 <= sums <= (64 if fp8 else 128):
         return 0
-    registers = (sums + 100) * 32 * warps
+    registers = ((2 if fp8 else 1) * sums + 100) * 32 * warps
     return min(2, SHARED_MEMORY // shared, max(1, 65536 // registers))
 
 
@@ -56,21 +67,24 @@ class Job:
     shape: str
     halves: int  # 2: gate-up, 1: down
     tile: Tile
+    fp8: bool
 
     @classmethod
-    def for_tile(cls, shape: str, halves: int, tile: Tile) -> Job:
-        return cls(
-            shape, halves, tile if tile.by_expert else replace(tile, per_multiprocessor=FLAT)
-        )
+    def for_tile(cls, shape: str, halves: int, tile: Tile, fp8: bool) -> Job:
+        if not tile.by_expert:
+            tile = replace(tile, per_multiprocessor=FLAT)
+        return cls(shape, halves, tile, fp8)
 
 
-def compile_all(shape: str, tokens: Sequence[int], num_workers: int, seconds: float) -> set[Job]:
+def compile_all(
+    shape: str, tokens: Sequence[int], fp8: bool, num_workers: int, seconds: float
+) -> set[Job]:
     """Those that compile and load within so many seconds."""
     jobs = {
-        Job.for_tile(shape, halves, tile): None
+        Job.for_tile(shape, halves, tile, fp8): None
         for count in tokens
         for halves in (2, 1)
-        for tile in candidates(count, halves)
+        for tile in candidates(count, halves, fp8)
     }
     context = get_context("forkserver")  # a forked process could not use the parent's CUDA
     context.set_forkserver_preload(["torch", "triton"])
@@ -103,12 +117,15 @@ def compile_one(job: Job) -> str:
             counts=torch.zeros(num_local, dtype=torch.int32, device="cuda"),
             pairs=torch.zeros(num_local, 1, dtype=torch.int32, device="cuda"),
         )
+        inner = (2 * intermediate, HIDDEN) if job.halves == 2 else (HIDDEN, intermediate)
+        dtype = E4M3 if job.fp8 else rows.dtype
+        weights = torch.empty(1, dtype=dtype, device="cuda").expand(num_local, *inner)
+        scales = torch.zeros(scale_shape(weights.shape), device="cuda") if job.fp8 else None
         if job.halves == 2:
-            weights = rows.new_empty(1).expand(num_local, 2 * intermediate, HIDDEN)
-            gate_up_pairs(rows, weights, routing, job.tile)
+            gate_up_pairs(rows, weights, routing, job.tile, scales)
         else:
-            weights = rows.new_empty(1).expand(num_local, HIDDEN, intermediate)
-            down_pairs(rows.new_zeros(TOP_K, intermediate), weights, routing, job.tile)
+            activated = rows.new_zeros(TOP_K, intermediate)
+            down_pairs(activated, weights, routing, job.tile, scales)
         torch.cuda.synchronize()
     except Exception as error:  # a compiler's or a driver's, of any kind: the candidate is out
         return f"{type(error).__name__}: {error}".splitlines()[0][:160]

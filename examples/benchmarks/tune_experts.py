@@ -1,12 +1,13 @@
 """Which tiles of the expert kernels are fastest on this GPU, for each shape and number of tokens.
 
-    python -m examples.benchmarks.tune_experts [--shapes ep4 ep2 tp4 tp2] [--tokens 16 64 ...]
+    python -m examples.benchmarks.tune_experts [--shapes ep4 ep2 ...] [--tokens 16 64 ...] [--fp8]
 
-The Qwen3-30B-A3B shape in bf16, uniform random routing. Candidates are compiled beforehand in
-processes, checked against plain torch, and timed in CUDA graphs with four weight sets in turn. For
-each product the best two of each kind are printed as `expert_tiles.Tile`s, with their rate and how
-far they are from the floor; then the parts of the stage with the best of both. What does not
-compile or fit is named and skipped; a shape ends after --seconds, with what it has found.
+The Qwen3-30B-A3B shape in bf16 (--fp8: weights in e4m3), uniform random routing. Candidates are
+compiled beforehand in processes, checked against plain torch, and timed in CUDA graphs with four
+weight sets in turn. For each product the best two of each kind are printed as
+`expert_tiles.Tile`s, with their rate and how far they are from the floor; then the parts of the
+stage with the best of both, beside those of the tiles in use. What does not compile or fit is named
+and skipped; a shape ends after --seconds, with what it has found.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile
+from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts
 from dp_runtime.kernels.moe_router import Routing, route
+from dp_runtime.layers.experts import Experts
+from dp_runtime.weights.fp8_blocks import BLOCK, dequantize
 from examples.benchmarks.expert_candidates import Job, candidates, compile_all
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
-from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SETS, SHAPES, TOP_K
+from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SETS, SHAPES, TOP_K, to_fp8
 
 TOKENS = (16, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768)
 ALLOWED_ERROR = 1e-2
@@ -37,16 +40,19 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--fp8", action="store_true", help="with --shapes ep4, ep2 or tp2")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each shape")
     parser.add_argument("--workers", type=int, default=min(24, os.cpu_count() or 1))
     args = parser.parse_args()
+    if args.fp8 and any(SHAPES[shape][1] % BLOCK for shape in args.shapes):
+        parser.error(f"--fp8 takes shapes of whole blocks of {BLOCK}: --shapes ep4 ep2 tp2")
     torch.manual_seed(0)
     say(machine.describe("torch", "triton"), describe_gpu())
     rates = read_rate(), matmul_rate()
     for name in args.shapes:
         deadline = time.monotonic() + args.seconds
-        compiled = compile_all(name, args.tokens, args.workers, args.seconds / 3)
-        bench = Bench.make(name, *rates)
+        compiled = compile_all(name, args.tokens, args.fp8, args.workers, args.seconds / 3)
+        bench = Bench.make(name, args.fp8, *rates)
         for i, tokens in enumerate(args.tokens):
             now = time.monotonic()
             share = (deadline - now) / (len(args.tokens) - i)
@@ -64,30 +70,52 @@ class Bench:
     """Four layers' weights of one shard, and the machine's rates: bytes and operations a second."""
 
     name: str
+    fp8: bool
     routers: list[Tensor]
-    gate_up: list[Tensor]
-    down: list[Tensor]
+    experts: list[Experts]
     read_rate: float
     matmul_rate: float
 
     @classmethod
-    def make(cls, name: str, read_rate: float, matmul_rate: float) -> Bench:
+    def make(cls, name: str, fp8: bool, read_rate: float, matmul_rate: float) -> Bench:
         num_local, intermediate = SHAPES[name]
 
         def random(*shape: int) -> list[Tensor]:
             return [torch.randn(shape, device="cuda").bfloat16() * 0.02 for _ in range(SETS)]
 
-        return cls(
-            name,
-            random(EXPERTS, HIDDEN),
-            random(num_local, 2 * intermediate, HIDDEN),
-            random(num_local, HIDDEN, intermediate),
-            read_rate,
-            matmul_rate,
-        )
+        gate_up = random(num_local, 2 * intermediate, HIDDEN)
+        down = random(num_local, HIDDEN, intermediate)
+        experts = [Experts(*pair, 0) for pair in zip(gate_up, down)]
+        if fp8:
+            experts = [to_fp8(each) for each in experts]
+        return cls(name, fp8, random(EXPERTS, HIDDEN), experts, read_rate, matmul_rate)
 
     def route(self, rows: Tensor, row_ranges: Tensor, i: int) -> Routing:
-        return route(rows, self.routers[i], row_ranges, TOP_K, True, 0, len(self.down[i]))
+        num_local = len(self.experts[i].down)
+        return route(rows, self.routers[i], row_ranges, TOP_K, True, 0, num_local)
+
+    def gate_up(self, i: int, rows: Tensor, routing: Routing, tile: Tile) -> Tensor:
+        own = self.experts[i]
+        return gate_up_pairs(
+            rows, own.gate_up, routing, tile, own.scales.gate_up if own.scales else None
+        )
+
+    def down(self, i: int, activated: Tensor, routing: Routing, tile: Tile) -> Tensor:
+        own = self.experts[i]
+        return down_pairs(
+            activated, own.down, routing, tile, own.scales.down if own.scales else None
+        )
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Gate-up and down of the first layer, as bf16."""
+        own = self.experts[0]
+        if own.scales is None:
+            return own.gate_up, own.down
+        pairs = (own.gate_up, own.scales.gate_up), (own.down, own.scales.down)
+        gate_up, down = (
+            torch.stack([dequantize(v, s).bfloat16() for v, s in zip(*pair)]) for pair in pairs
+        )
+        return gate_up, down
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +147,7 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
     best: dict[tuple[bool, int], tuple[float, Tile]] = {}  # by expert, halves
     for part in products(bench, rows, routings):
         middle = time.monotonic() + (deadline - time.monotonic()) * (0.5 if part.halves == 2 else 1)
-        ranked = rank(part, bench.name, tokens, compiled, middle)
+        ranked = rank(part, bench, tokens, compiled, middle)
         for by_expert in (True, False):
             some = [(us, tile) for us, tile in ranked if tile.by_expert == by_expert]
             for us, tile in some[:2]:
@@ -130,18 +158,20 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
         both = [best.get((by_expert, halves)) for halves in (2, 1)]
         if both[0] is not None and both[1] is not None:
             tiles = ExpertTiles(both[0][1], both[1][1])
-            whole(bench, rows, row_ranges, routings, tiles)
+            whole(bench, rows, row_ranges, routings, tiles, "best")
+    in_use = choose_tiles(tokens, TOP_K, EXPERTS, SHAPES[bench.name][1])
+    whole(bench, rows, row_ranges, routings, in_use, "in use")
 
 
 def rank(
-    part: Product, shape: str, tokens: int, compiled: set[Job], deadline: float
+    part: Product, bench: Bench, tokens: int, compiled: set[Job], deadline: float
 ) -> list[tuple[float, Tile]]:
     """Candidates by their time; those that are wrong or fail are named and left out."""
     found: list[tuple[float, Tile]] = []
     tiles = [
         tile
-        for tile in candidates(tokens, part.halves)
-        if Job.for_tile(shape, part.halves, tile) in compiled
+        for tile in candidates(tokens, part.halves, bench.fp8)
+        if Job.for_tile(bench.name, part.halves, tile, bench.fp8) in compiled
     ]
     torch.manual_seed(tokens)
     for done, at in enumerate(torch.randperm(len(tiles)).tolist()):  # a fair part if time runs out
@@ -172,12 +202,13 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
     counts = first.counts.tolist()
     index = torch.cat([first.pairs[e, :count] for e, count in enumerate(counts)]).long()
     ends = first.counts.cumsum(0, dtype=torch.int32)
-    half = F.grouped_mm(rows[index // TOP_K], bench.gate_up[0].transpose(1, 2), offs=ends)
+    wide_gate_up, wide_down = bench.wide()
+    half = F.grouped_mm(rows[index // TOP_K], wide_gate_up.transpose(1, 2), offs=ends)
     gate, up = half.chunk(2, -1)
     activated = F.silu(gate) * up
-    down = F.grouped_mm(activated, bench.down[0].transpose(1, 2), offs=ends)
+    down = F.grouped_mm(activated, wide_down.transpose(1, 2), offs=ends)
     weighted = (down.float() * first.weights.flatten()[index, None]).to(rows.dtype)
-    del half, gate, up, down
+    del half, gate, up, down, wide_gate_up, wide_down
     in_order = activated.new_zeros(len(rows) * TOP_K, activated.shape[1])
     in_order[: len(activated)] = activated
     at_pairs = torch.zeros_like(in_order).index_copy_(0, index, activated)
@@ -192,35 +223,40 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
         run: Callable[[int, Tile], Tensor],
     ) -> Product:
         one = halves * activated.shape[1] * HIDDEN
-        flops, read = 2 * one * pairs, 2 * one * active
+        flops, read = 2 * one * pairs, bench.experts[0].down.itemsize * one * active
         floor = max(flops / bench.matmul_rate, read / bench.read_rate) * 1e6
         return Product(halves, run, due, where, flops, read, floor)
 
     yield make(
         2, activated, lambda tile: index if tile.by_expert else order,
-        lambda i, tile: gate_up_pairs(rows, bench.gate_up[i], routings[i], tile),
+        lambda i, tile: bench.gate_up(i, rows, routings[i], tile),
     )  # fmt: skip
     # NOTE: the pairs of another set are as many as its own counts say; their inputs may be zeros.
     yield make(
         1, weighted, lambda tile: index,
-        lambda i, tile: down_pairs(
-            at_pairs if tile.by_expert else in_order, bench.down[i], routings[i], tile
+        lambda i, tile: bench.down(
+            i, at_pairs if tile.by_expert else in_order, routings[i], tile
         ),
     )  # fmt: skip
 
 
 def whole(
-    bench: Bench, rows: Tensor, row_ranges: Tensor, routings: list[Routing], tiles: ExpertTiles
+    bench: Bench,
+    rows: Tensor,
+    row_ranges: Tensor,
+    routings: list[Routing],
+    tiles: ExpertTiles,
+    name: str,
 ) -> None:
-    """The parts of the stage with the best tiles of one kind, and all of it."""
+    """The parts of the stage with tiles of one kind, and all of it."""
 
     def pairs(i: int, routing: Routing) -> Tensor:
-        activated = gate_up_pairs(rows, bench.gate_up[i], routing, tiles.gate_up)
-        return down_pairs(activated, bench.down[i], routing, tiles.down)
+        return bench.down(i, bench.gate_up(i, rows, routing, tiles.gate_up), routing, tiles.down)
 
     def stage(i: int) -> Tensor:
         routing = bench.route(rows, row_ranges, i)
-        return run_experts(rows, bench.gate_up[i], bench.down[i], routing, tiles)
+        own = bench.experts[i]
+        return run_experts(rows, own.gate_up, own.down, routing, tiles, own.scales)
 
     runs: dict[str, Callable[[int], object]] = {
         "router by cuBLAS": lambda i: F.linear(rows, bench.routers[i]),
@@ -228,15 +264,15 @@ def whole(
         "products": lambda i: pairs(i, routings[i]),
         "stage": stage,
     }
-    floor = sum(part.floor_us for part in products(bench, rows, routings))
+    floor = sum(product.floor_us for product in products(bench, rows, routings))
     kind = "by expert" if tiles.down.by_expert else "counted"
     found = [f"floor {floor:.1f}"]
-    for name, run in runs.items():
+    for part, run in runs.items():
         try:
-            found.append(f"{name} {graph_us(run, SETS, 3):.1f}")
+            found.append(f"{part} {graph_us(run, SETS, 3):.1f}")
         except Exception as error:
-            found.append(f"{name} FAILED {type(error).__name__}: {str(error)[:80]}")
-    say(f"  us, {kind}: " + "; ".join(found))
+            found.append(f"{part} FAILED {type(error).__name__}: {str(error)[:80]}")
+    say(f"  us, {name}, {kind}: " + "; ".join(found))
 
 
 if __name__ == "__main__":

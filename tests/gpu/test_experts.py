@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.expert_tiles import choose_tiles
+from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import run_experts
 from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import fused_experts
@@ -85,7 +87,8 @@ def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048])
-def test_e4m3_experts_equal_widened_ones(gathered: int) -> None:
+@pytest.mark.parametrize("swap", [False, True])
+def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool) -> None:
     """Scales of neighbouring blocks differ by up to ten."""
     stage = Stage("ep4")
     gate_up, gate_up_scales, wide_gate_up = e4m3_like(stage.gate_up)
@@ -94,6 +97,9 @@ def test_e4m3_experts_equal_widened_ones(gathered: int) -> None:
     rows, real = poisoned(gathered, gathered, gathered // 2)
     routing = stage.route(rows, layout_of(gathered, gathered // 2, gathered))
     tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate)
+    if swap:
+        swapped = Tile(16, 64, 128, 4, 3, True, swap=True)
+        tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128))
     for _ in range(3):
         out = run_experts(rows, gate_up, down, routing, tiles, scales)
     assert torch.equal(out[~real], torch.zeros_like(out[~real]))

@@ -5,6 +5,8 @@ The interpreter has no bfloat16 products; float32 and float16 show the same code
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -159,7 +161,8 @@ def test_experts_equal_the_torch_loop(
     rows[7:10] = float("nan")
     routing = routed(logits, row_ranges([0, 10], [7, 10]), 2, True, first, local)
     tile = Tile(*blocks, 4, 2, tma, per_multiprocessor)
-    out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, tile))
+    swapped = replace(tile, swap=True)
+    out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, swapped))
     weights, ids = logits[real].softmax(-1, dtype=torch.float32).topk(2, -1)
     weights = weights / weights.sum(-1, keepdim=True)
     due = fused_experts(rows[real].float(), gate_up.float(), down.float(), ids, weights, first)
@@ -169,16 +172,21 @@ def test_experts_equal_the_torch_loop(
 
 
 @pytest.mark.parametrize(
-    ("block_n", "block_k", "tma", "per_multiprocessor", "dtype"),
+    ("block_n", "block_k", "tma", "per_multiprocessor", "dtype", "swap"),
     [
-        (64, 128, False, None, torch.float32),
-        (128, 64, True, None, torch.float16),
-        (128, 128, True, 2, torch.float32),
-        (64, 64, False, 2, torch.float16),
+        (64, 128, False, None, torch.float32, True),
+        (128, 64, True, None, torch.float16, False),
+        (128, 128, True, 2, torch.float32, False),
+        (64, 64, False, 2, torch.float16, True),
     ],
 )
 def test_e4m3_experts_equal_widened_ones(
-    block_n: int, block_k: int, tma: bool, per_multiprocessor: int | None, dtype: torch.dtype
+    block_n: int,
+    block_k: int,
+    tma: bool,
+    per_multiprocessor: int | None,
+    dtype: torch.dtype,
+    swap: bool,
 ) -> None:
     """Each block has a scale far from its neighbours'."""
     torch.manual_seed(2)
@@ -187,7 +195,7 @@ def test_e4m3_experts_equal_widened_ones(
     (gate_up, gate_up_scales, wide_gate_up), (down, down_scales, wide_down) = stacked
     rows = draw(9, hidden, dtype=dtype)
     routing = routed(draw(9, 5, dtype=torch.float32), row_ranges([0], [9]), 2, True, first, local)
-    tile = Tile(16, block_n, block_k, 4, 2, tma, per_multiprocessor)
+    tile = Tile(16, block_n, block_k, 4, 2, tma, per_multiprocessor, swap)
     out = run_experts(
         rows,
         gate_up.view(local, 2 * intermediate, hidden),

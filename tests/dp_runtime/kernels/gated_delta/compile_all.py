@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dp_runtime.kernels import slot_copy
 from dp_runtime.kernels.gated_delta import chunked, convolution, gated_norm, recurrent
@@ -28,7 +29,7 @@ MAX_SHARED = 227 * 1024  # bytes that a program may have there
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1", int: "i32", float: "fp32",
+    torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv", int: "i32", float: "fp32",
 }  # fmt: skip
 
 
@@ -50,14 +51,20 @@ class Compiled:
             if parameter.is_constexpr or value is None:
                 types[parameter.name], constants[index,] = "constexpr", value
                 continue
-            kind = value.dtype if isinstance(value, Tensor) else type(value)
-            types[parameter.name] = TYPES[kind]
+            types[parameter.name] = type_of(value)
             if isinstance(value, Tensor):
                 hints[index,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, types, constants, hints)
         shared = triton.compile(source, target=TARGET, options=options).metadata.shared
         print(f"{self.kernel.__name__}: {shared} bytes", flush=True)
         assert shared <= MAX_SHARED, f"{self.kernel.__name__} takes {shared} bytes"
+
+
+def type_of(value: object) -> str:
+    if isinstance(value, TensorDescriptor):
+        shape = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}[{shape}]>"
+    return TYPES[value.dtype if isinstance(value, Tensor) else type(value)]
 
 
 def main() -> None:

@@ -1,0 +1,62 @@
+"""Compiles the experts' kernels for an SM90, which takes no GPU: tiles in use, and candidates.
+
+    TRITON_INTERPRET=0 python -m tests.dp_runtime.kernels.compile_experts
+
+bf16 and e4m3 weights; the interpreter knows neither tensor cores nor shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+
+from dp_runtime.core.e4m3 import E4M3
+from dp_runtime.kernels import experts
+from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, choose_tiles
+from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
+from dp_runtime.kernels.moe_router import Routing
+from dp_runtime.weights.fp8_blocks import scale_shape
+from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
+
+HIDDEN, INTERMEDIATE, EXPERTS, LOCAL, TOP_K = 2048, 768, 128, 32, 8
+ROWS = (16, 100, 300, 700, 2000, 4000)
+
+
+def tiles(fp8: bool) -> Iterator[ExpertTiles]:
+    for rows in ROWS:
+        yield choose_tiles(rows, TOP_K, EXPERTS, INTERMEDIATE)
+    for swapped in (
+        Tile(16, 64, 128, 4, 5 if fp8 else 3, True, swap=True),
+        Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True),
+        Tile(64, 128, 64, 8, 4, True, FLAT, swap=True),
+    ):
+        yield ExpertTiles(swapped, swapped)
+
+
+def main() -> None:
+    rows = torch.zeros(4, HIDDEN, dtype=torch.bfloat16)
+    routing = Routing(
+        weights=torch.zeros(4, TOP_K),
+        local_ids=torch.zeros(4, TOP_K, dtype=torch.int32),
+        counts=torch.zeros(LOCAL, dtype=torch.int32),
+        pairs=torch.zeros(LOCAL, 4, dtype=torch.int32),
+    )
+    kernels = {name: Compiled(getattr(experts, name)) for name in ("gate_up_kernel", "down_kernel")}
+    with patch.multiple(experts, overlaps=lambda device: True, **kernels):
+        for dtype in (torch.bfloat16, E4M3):
+            gate_up = torch.empty(1, dtype=dtype).expand(LOCAL, 2 * INTERMEDIATE, HIDDEN)
+            down = torch.empty(1, dtype=dtype).expand(LOCAL, HIDDEN, INTERMEDIATE)
+            of_gate_up, of_down = (
+                torch.zeros(scale_shape(weights.shape)) if dtype == E4M3 else None
+                for weights in (gate_up, down)
+            )
+            for chosen in tiles(dtype == E4M3):
+                print(chosen, flush=True)
+                activated = gate_up_pairs(rows, gate_up, routing, chosen.gate_up, of_gate_up)
+                down_pairs(activated, down, routing, chosen.down, of_down)
+
+
+if __name__ == "__main__":
+    main()
