@@ -19,6 +19,7 @@ from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
 from dp_runtime.startup.device_memory import uncached_free_bytes
 from dp_runtime.startup.rank_plan import RankPlan
 
+PACKED = False  # rows of captured stages: each rank's in a part of its own, until that is slower
 MakeBuckets = Callable[[int, int], GraphBuckets]  # of max_requests and query_len
 
 
@@ -27,10 +28,11 @@ def plan_capture(
     loop: StepLoop,
     on_captured: Callable[[int, int], None],  # hears how many are done, of how many
     make_buckets: MakeBuckets = GraphBuckets,
-    layout: GatherLayout = PARTS,
+    packed: bool = PACKED,
 ) -> PendingCapture:
     """Make the buffers of all graphs of a loop, which are yet to be captured."""
     before = uncached_free_bytes(plan.device)
+    layout = _layout(loop, plan) if packed else PARTS
     stages, memory = _stage_buckets(loop, plan, layout), GraphMemory.new()
     models = dict.fromkeys(each.model for each in loop.runner.passes.values())
     graphs = CapturedGraphs(
@@ -92,6 +94,14 @@ def _pass_graphs(
         )
         for length in lengths
     }
+
+
+def _layout(loop: StepLoop, plan: RankPlan) -> GatherLayout:
+    collective, limits = loop.runner.collective, plan.limits
+    if not counts_real_rows(collective):
+        return PARTS
+    most_rows = max(limits.max_num_tokens, limits.max_decode_rows)
+    return GatherLayout.packed(collective.dp_size, most_rows)
 
 
 def _stage_buckets(loop: StepLoop, plan: RankPlan, layout: GatherLayout) -> PiecewiseBuckets:

@@ -6,10 +6,10 @@
 DIR may hold a config.json only, and weights are dummies; --shape takes one of
 examples/nvl4/shape.py, --num-layers of it if not all. Every rank decodes
 so many requests, prompts of 1024 and outputs of 256 tokens, in the runtime's own step loop. A step
-is timed where every rank has all its requests decoding; the table is rank 0's, from a profile of
-other steps than the timed ones. The floor is what a rank must read, with the experts that the
-routing of these steps really used (`active`), at --read-rate or at the measured rate; recurrent
-states it reads and writes.
+is timed where every rank has all its requests decoding; the table is rank 0's, by kernel group
+(--kernels: every kernel), from a profile of other steps than the timed ones. The floor is what a
+rank must read, with the experts that the routing of these steps really used (`active`), at
+--read-rate or at the measured rate; recurrent states it reads and writes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,6 +28,13 @@ from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser, write_figures
 from examples.benchmarks.harness.floors import DecodeBytes, uniform_active
+from examples.benchmarks.harness.kernel_groups import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    group_table,
+    num_launches,
+)
 from examples.benchmarks.harness.kernel_profile import Profile
 from examples.benchmarks.harness.stepping import (
     Load,
@@ -46,6 +54,7 @@ class Measured:
     """One number of requests a rank, as rank 0 saw it."""
 
     requests: int
+    layout: str  # of the rows that graphs gather
     step_ms: tuple[float, float, float]  # p10, p50, p99
     routed: Routed | None  # None if no step had the rows of all requests
     distinct_last_tokens: float
@@ -75,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     print(machine.describe("torch"), config, sep="\n", flush=True)
     profiled = args.profile_steps if args.device == "cuda" else 0
     loads = [(count, Load((args.prompt,) * count, args.output)) for count in args.requests]
-    results = run_ranks(config, measure, loads, profiled)[0]
+    results = run_ranks(config, measure, args.layouts, loads, profiled)[0]
     rate = args.read_rate or measured_rate(args.device)
     for measured in results:
         report(args, measured, rate)
@@ -86,6 +95,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(
         parser, "dp_size", "device", "moe_sharding", "moe_backend", "collective",
         "cuda_graphs", "overlap", "speculative_num_steps", "forced_tokens", "read_rate", "json",
+        "layouts", "kernels",
     )  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model")
@@ -98,11 +108,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int) -> list[Measured]:
+def measure(
+    rank: SteppedRank, layouts: list[str], loads: list[tuple[int, Load]], profile_steps: int
+) -> list[Measured]:
     """Serve every load three times: to time it, to profile it, and to count the experts used."""
     results = []
     size = rank.config.dp_size
-    for count, load in loads:
+    for layout, (count, load) in product(layouts, loads):
+        rank.lay_out(layout)
         timed = rank.run(load)
         times = np.array(timed.steps_of((count,) * size)) * 1e3
         p10, p50, p99 = (float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
@@ -116,7 +129,8 @@ def measure(rank: SteppedRank, loads: list[tuple[int, Load]], profile_steps: int
         distinct = len(set(last)) / len(last)
         routed = Routed.from_counts(counted, size) if counted else None
         emitted = tokens_per_verification(timed.steps)
-        results.append(Measured(count, (p10, p50, p99), routed, distinct, emitted, profile))
+        times_ms = (p10, p50, p99)
+        results.append(Measured(count, layout, times_ms, routed, distinct, emitted, profile))
     return results
 
 
@@ -148,6 +162,7 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
     floor, (p10, p50, p99) = floor_bytes.milliseconds(rate * 1e12), measured.step_ms
     figures = {
         "requests_a_rank": measured.requests,
+        "layout": measured.layout,
         "step_ms_p10": round(p10, 3),
         "step_ms_p50": round(p50, 3),
         "step_ms_p99": round(p99, 3),
@@ -166,9 +181,23 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         figures["ms_a_token"] = round(p50 / emitted, 3)
     print(f"\n{measured.requests} requests a rank; {floor_bytes}")
     if measured.profile is not None:
-        figures["gpu_idle"] = round(measured.profile.idle_us / measured.profile.span_us, 4)
-        print(measured.profile)
+        profile = measured.profile
+        figures["gpu_idle"] = round(profile.idle_us / profile.span_us, 4)
+        figures["small_launches"] = round(num_launches(profile))
+        floors = parts_us(floor_bytes, rate * 1e12)
+        table = profile if args.kernels else group_table([profile], ["rank 0"], [floors])
+        print(f"{measured.layout}:\n{table}")
     write_figures(figures, args.json)
+
+
+def parts_us(floor: DecodeBytes, bytes_per_s: float) -> dict[str, float]:
+    """The floor by kernel group."""
+    parts = {
+        ATTENTION: floor.kv_cache,
+        EXPERTS: floor.experts,
+        DENSE: floor.attention_weights + floor.lm_head,
+    }
+    return {group: count / bytes_per_s * 1e6 for group, count in parts.items()}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
+from examples.benchmarks.harness.kernel_profile import StepProfiler
 from examples.benchmarks.harness.stepping import IDS_A_RANK, Load, SteppedRank
 
 PREFILLING = 0  # the rank that prefills; all others decode
@@ -113,6 +114,7 @@ class Driver:
     recorder: Recorder
     seen: list[SeenStep] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
+    profiler: StepProfiler | None = None  # of steps with prefill
     _recorded: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +128,8 @@ class Driver:
             tokens = {item.request_id: len(item.token_ids) for item in progress}
             rows = target_rows(step)[PREFILLING]
             self.seen.append(SeenStep(perf_counter(), rows, tokens, step.busy_s))
+            if rows and self.profiler is not None:
+                self.profiler.count()
 
 
 @dataclass(eq=False)
@@ -202,6 +206,7 @@ class Experiment:
     context: int  # their prompts
     tokens_a_step: int  # that a step may emit for one of them
     least_chunk: int | None = None  # where a step's budget may be less than its chunk
+    at_once: int = 1  # prompts that are there together
 
     def short(self) -> Experiment:
         """The same with few prompts."""
@@ -220,7 +225,14 @@ class Experiment:
     def _least(self, chunk: int) -> int:
         return chunk if self.least_chunk is None else min(chunk, self.least_chunk)
 
-    def observe(self, rank: SteppedRank, way: str, chunk: int, first_id: int) -> View:
+    def observe(
+        self,
+        rank: SteppedRank,
+        way: str,
+        chunk: int,
+        first_id: int,
+        profiler: StepProfiler | None = None,
+    ) -> View:
         """One run, to be called by all ranks at the same time.
 
         way: `together`, as the runtime does it; `idling`, in which no rank decodes while one
@@ -237,11 +249,12 @@ class Experiment:
         ids = tuple(request.request_id for request in requests)
         driver: Driver
         if prefills:
-            hold, at_once = (0, len(requests)) if alone else (self.hold(chunk), 1)
+            hold, at_once = (0, len(requests)) if alone else (self.hold(chunk), self.at_once)
             driver = Prefiller(requests, recorder, hold=hold, pause=PAUSE, at_once=at_once)
         else:
             rows = self.prompt_len * self.num_prompts
             driver = Decoder(requests, recorder, prefill_rows=rows, after=0 if alone else PAUSE)
+        driver.profiler = profiler
         with scheduling(rank.loop, chunk, way == "idling"), torch.inference_mode():
             rank.loop.run(driver.take, driver.deliver)
         rank.links.collective.barrier()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -19,6 +20,12 @@ from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser
+from examples.benchmarks.harness.kernel_groups import (
+    RankRows,
+    floors_us,
+    group_table,
+    measured_rates,
+)
 from examples.benchmarks.harness.kernel_profile import Profile
 from examples.benchmarks.harness.stepping import Load, SteppedRank, Window, run_ranks
 
@@ -29,6 +36,7 @@ FULL_STEPS = 6
 class Measured:
     """Full steps of one size, as rank 0 saw them."""
 
+    layout: str  # of the rows that graphs gather
     step_s: float
     profile: Profile | None
 
@@ -46,38 +54,56 @@ def main() -> None:
         )  # fmt: skip
         window = Window((rows,) * args.dp_size, 1, 3) if args.device == "cuda" else None
         load = Load((args.prompt,) * count, 2)
-        measured: Measured = run_ranks(config, measure, load, window)[0]
+        found: list[Measured] = run_ranks(config, measure, args.layouts, load, window)[0]
         floor = operations_of(model, rows) / operations
-        figures = {
-            "rows_a_rank": rows,
-            "step_ms": round(measured.step_s * 1e3, 2),
-            "floor_ms": round(floor * 1e3, 2),
-            "times_floor": round(measured.step_s / floor, 2),
-            "tokens_s_a_rank": round(rows / measured.step_s),
-        }
-        if measured.profile is not None:
-            print(f"\n{rows} rows a rank:\n{measured.profile}")
-        print(json.dumps(figures), flush=True)
+        for measured in found:
+            report(args, model, rows, measured, floor)
+
+
+def report(
+    args: argparse.Namespace, model: ModelConfig, rows: int, measured: Measured, floor: float
+) -> None:
+    figures = {
+        "rows_a_rank": rows,
+        "layout": measured.layout,
+        "step_ms": round(measured.step_s * 1e3, 2),
+        "floor_ms": round(floor * 1e3, 2),
+        "times_floor": round(measured.step_s / floor, 2),
+        "tokens_s_a_rank": round(rows / measured.step_s),
+    }
+    profile = measured.profile
+    if profile is not None:
+        own = RankRows(rows, args.prompt / 2, 0, 1, 0.0, rows * args.dp_size, args.dp_size)
+        floors = floors_us(model, own, measured_rates())
+        table = profile if args.kernels else group_table([profile], ["rank 0"], [floors])
+        print(f"\n{rows} rows a rank, {measured.layout}:\n{table}")
+        figures["gpu_idle"] = round(profile.idle_us / profile.span_us, 4)
+    print(json.dumps(figures), flush=True)
 
 
 def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(
         parser, "model", "dp_size", "device", "moe_sharding", "moe_backend", "collective",
-        "cuda_graphs",
+        "cuda_graphs", "layouts", "kernels",
     )  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[8192])
     parser.add_argument("--prompt", type=int, default=1024)
     return parser.parse_args()
 
 
-def measure(rank: SteppedRank, load: Load, window: Window | None) -> Measured:
+def measure(
+    rank: SteppedRank, layouts: Sequence[str], load: Load, window: Window | None
+) -> list[Measured]:
     """Serve the load twice: to time its full steps, and to profile them."""
-    rank.run(load)  # warm
-    result = rank.run(load)
-    full = [rank.config.max_num_tokens] * rank.config.dp_size
-    times = result.steps_of(full)
-    return Measured(median(times), rank.run(load, window).profile if window else None)
+    found, full = [], [rank.config.max_num_tokens] * rank.config.dp_size
+    for layout in layouts:
+        rank.lay_out(layout)
+        rank.run(load)  # warm
+        times = rank.run(load).steps_of(full)
+        profile = rank.run(load, window).profile if window else None
+        found.append(Measured(layout, median(times), profile))
+    return found
 
 
 def matmul_rate(device: str) -> float:

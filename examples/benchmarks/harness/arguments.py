@@ -24,6 +24,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "speculative_num_steps": {"type": int, "default": 0},
     "max_step_ms": {"type": float, "help": "target for steps with prefill beside decodes"},
     "forced_tokens": {"type": float, "help": "that a verification emits, forced"},
+    "kernels": {"action": "store_true", "help": "list all of a profile, not its groups"},
+    "layouts": {"nargs": "+", "choices": ["parts", "packed"], "default": ["parts"]},
     "read_rate": {"type": float, "help": "TB/s, for the floor"},
     "json": {"type": Path},
 }

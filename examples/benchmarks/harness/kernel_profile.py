@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 SHORT_US = 10.0
@@ -56,3 +57,25 @@ class Profile:
             f"{self.short_us:.1f} in gaps under {SHORT_US:.0f} us"
         )
         return "\n".join(lines)
+
+
+class StepProfiler:
+    """Profiles some of the steps that are counted."""
+
+    def __init__(self, after: int, steps: int) -> None:
+        self.profile: Profile | None = None
+        self._after, self._steps = after, steps
+        self._seen = 0
+        self._profiler: Any = None
+
+    def count(self) -> None:
+        self._seen += 1
+        if self._seen == self._after:
+            torch.cuda.synchronize()
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler.start()
+        elif self._seen == self._after + self._steps:
+            torch.cuda.synchronize()
+            self._profiler.stop()
+            self.profile = Profile.from_profiler(self._profiler, self._steps)

@@ -33,11 +33,11 @@ from dp_runtime.startup.build_rank import (
     load_rank,
     new_flight,
 )
-from dp_runtime.startup.graph_capture import MakeBuckets, capture_all, plan_capture
+from dp_runtime.startup.graph_capture import PACKED, MakeBuckets, capture_all, plan_capture
 from dp_runtime.startup.jit_modules import jit_modules_of
 from dp_runtime.startup.memory_profile import profile
 from dp_runtime.startup.rank_plan import plan_rank
-from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.harness.kernel_profile import Profile, StepProfiler
 from examples.benchmarks.harness.spawned import run_spawned
 from workers.communicators import Communicator, connect
 from workers.messages import Rendezvous
@@ -47,6 +47,7 @@ IDS_A_RANK = 1_000_000
 QUIET = 2  # a rank asks twice at most while a step runs that is not recorded yet
 
 ATTACH_S = 300.0  # for the other ranks to load
+OnCaptured = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,14 @@ class Driver:
     window: Window | None = None
     unfinished: set[int] = field(init=False)
     last_tokens: dict[int, int] = field(default_factory=dict)
-    kernels: Profile | None = None
-    _seen: int = 0
+    profiler: StepProfiler | None = None
     _recorded: int = -1
     _quiet: int = 0  # times in a row that no step was recorded
-    _profiler: Any = None
 
     def __post_init__(self) -> None:
         self.unfinished = {request.request_id for request in self.pending}
+        if self.window is not None:
+            self.profiler = StepProfiler(self.window.after, self.window.steps)
 
     def take(self) -> Inbox:
         """What the loop asks before every step; a rank that had requests ends it for all.
@@ -98,8 +99,9 @@ class Driver:
         It does so once its own are done and no rank runs a step any more.
         """
         added, self.pending = self.pending, []
-        if self.window is not None and self.recorder.steps:
-            self._watch(self.window)
+        if self.profiler is not None and self.recorder.steps:
+            # Every rank sees the same steps, so all profile at the same time.
+            self._count_in(self.profiler, self.recorder.steps[-1])
         before, self._recorded = self._recorded, self.recorder.totals.steps
         self._quiet = self._quiet + 1 if before == self._recorded else 0
         done = bool(self.last_tokens) and not self.unfinished
@@ -111,25 +113,9 @@ class Driver:
             if item.finish_reason:
                 self.unfinished.discard(item.request_id)
 
-    def _watch(self, window: Window) -> None:
-        """Every rank sees the same steps, so all profile at the same time."""
-        if self.recorder.steps[-1].passes[0].real_rows == window.rows:
-            self._seen += 1
-            if self._seen == window.after:
-                self._start()
-            elif self._seen == window.after + window.steps:
-                self._stop(window.steps)
-
-    def _start(self) -> None:
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        self._profiler = torch.profiler.profile(activities=activities)
-        self._profiler.start()
-
-    def _stop(self, steps: int) -> None:
-        torch.cuda.synchronize()
-        self._profiler.stop()
-        self.kernels = Profile.from_profiler(self._profiler, steps)
+    def _count_in(self, profiler: StepProfiler, step: StepTrace) -> None:
+        if self.window is not None and step.passes[0].real_rows == self.window.rows:
+            profiler.count()
 
 
 @dataclass(frozen=True)
@@ -177,16 +163,23 @@ class SteppedRank:
         if cuda:
             profile(self.loop, loaded)
         self._plan = plan
+        self._packed = PACKED
         if plan.graphs:
-            self.capture(GraphBuckets)
+            self.capture()
         self._next_id = dp_rank * IDS_A_RANK
         self._vocab_size = plan.model.vocab_size
 
-    def capture(self, buckets: MakeBuckets) -> None:
+    def capture(self, buckets: MakeBuckets = GraphBuckets, packed: bool = PACKED) -> None:
         """Capture graphs of these sizes, with all other ranks, in place of those there are."""
-        capture_all(
-            self.loop, plan_capture(self._plan, self.loop, lambda done, total: None, buckets)
-        )
+        told: OnCaptured = lambda done, total: None  # noqa: E731
+        capture_all(self.loop, plan_capture(self._plan, self.loop, told, buckets, packed))
+        self._packed = packed
+
+    def lay_out(self, layout: str) -> None:
+        """Capture graphs again if they gather rows in another layout, "parts" or "packed"."""
+        packed = layout == "packed"
+        if self._plan.graphs and packed != self._packed:
+            self.capture(packed=packed)
 
     def run(self, load: Load, window: Window | None = None) -> LoadResult:
         """Serve a load; all ranks call it at the same time, and end it together."""
@@ -198,7 +191,8 @@ class SteppedRank:
             self.loop.run(driver.take, driver.deliver)
         self.links.collective.barrier()
         steps = tuple(self.loop.recorder.steps)[before:]
-        return LoadResult(self.dp_rank, steps, driver.last_tokens, driver.kernels)
+        kernels = driver.profiler.profile if driver.profiler else None
+        return LoadResult(self.dp_rank, steps, driver.last_tokens, kernels)
 
     @contextmanager
     def counting(self, rows: int) -> Iterator[list[Tensor]]:

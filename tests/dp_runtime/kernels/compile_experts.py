@@ -8,6 +8,7 @@ bf16 and e4m3 weights; the interpreter knows neither tensor cores nor shared mem
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -43,8 +44,10 @@ def main() -> None:
         counts=torch.zeros(LOCAL, dtype=torch.int32),
         pairs=torch.zeros(LOCAL, 4, dtype=torch.int32),
     )
-    kernels = {name: Compiled(getattr(experts, name)) for name in ("gate_up_kernel", "down_kernel")}
-    with patch.multiple(experts, overlaps=lambda device: True, **kernels):
+    instead: dict[str, Any] = {"overlaps": lambda device: True}
+    for name in ("gate_up_kernel", "down_kernel"):
+        instead[name] = Compiled(getattr(experts, name))
+    with patch.multiple(experts, **instead):
         for dtype in (torch.bfloat16, E4M3):
             gate_up = torch.empty(1, dtype=dtype).expand(LOCAL, 2 * INTERMEDIATE, HIDDEN)
             down = torch.empty(1, dtype=dtype).expand(LOCAL, HIDDEN, INTERMEDIATE)

@@ -1,0 +1,76 @@
+"""What benchmarks say of a profile: kernels by group, and the least time of each group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dp_runtime.models.registry import read_model_config
+from examples.benchmarks.harness.kernel_groups import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    GROUPS,
+    OTHER,
+    WIRE,
+    RankRows,
+    Rates,
+    busy_us,
+    floors_us,
+    group_of,
+    group_table,
+    group_us,
+    num_launches,
+)
+from examples.benchmarks.harness.kernel_profile import Profile
+from examples.nvl4.shape import write_shape
+
+PROFILE = Profile(
+    (
+        ("gate_up_kernel", 48.0, 2600.0),
+        ("gather_kernel", 48.0, 700.0),
+        ("nvjet_tst_64x8_TNT", 97.0, 800.0),
+        ("reduce_scatter_kernel", 48.0, 300.0),
+        ("_route_kernel", 48.0, 150.0),
+        ("void at::native::vectorized_elementwise_kernel<4>", 3.0, 9.0),
+    ),
+    span_us=5000.0, idle_us=441.0, short_us=400.0,
+)  # fmt: skip
+
+
+def test_every_kernel_is_in_one_group_and_waits_are_not_busy() -> None:
+    found = group_us(PROFILE)
+    assert sum(found.values()) == sum(us for _, _, us in PROFILE.kernels)
+    assert found[WIRE] == 1000.0
+    assert busy_us(PROFILE) == sum(found.values()) - 1000.0
+    assert num_launches(PROFILE) == 51.0
+    assert group_of("fmha_v2_flash_attention_bf16") == group_of("kernel_mha") == ATTENTION
+    assert group_of("_add_rms_norm_kernel") == "norms"
+    assert group_of("_rotate_and_append_kernel") == "rotation and append"
+
+
+def test_the_table_has_a_line_for_every_group_with_time() -> None:
+    table = group_table([PROFILE], ["rank 0"], [{EXPERTS: 2280.0}]).splitlines()
+    assert [line[:24].strip() for line in table] == [
+        "us a step", *(name for name in (*GROUPS, OTHER) if name in group_us(PROFILE)),
+        "nothing", "in all",
+    ]  # fmt: skip
+    (experts,) = (line for line in table if line.startswith(EXPERTS))
+    assert experts.split()[1:] == ["2600", "2280"]
+
+
+def test_floors_of_decodes_are_bytes_and_those_of_prompts_operations(tmp_path: Path) -> None:
+    """The Qwen3-30B-A3B shape over four ranks, where figures are known from its sizes."""
+    model = read_model_config(str(write_shape(tmp_path, "qwen3-30b-a3b")))
+    rates = Rates(read=4e12, matmul=8e14, wire=4e11)
+    decodes = floors_us(model, RankRows(0, 0.0, 64, 1, 1152.0, 256, 4), rates)
+    one_expert = 3 * 768 * 2048 * 2
+    assert decodes[EXPERTS] == pytest.approx(48 * 32 * one_expert / 4e6, rel=1e-3)
+    assert decodes[ATTENTION] == pytest.approx(48 * 64 * 1152 * 2 * 4 * 128 * 2 / 4e6)
+    weights = 48 * 72 * 128 * 2048 + 151936 * 2048
+    assert decodes[DENSE] == pytest.approx(2 * weights / 4e6)
+    assert decodes[WIRE] == pytest.approx(2 * 48 * 192 * 2048 * 2 / 4e5)
+    prompts = floors_us(model, RankRows(8192, 512.0, 0, 1, 0.0, 4 * 8192, 4), rates)
+    assert prompts[DENSE] == pytest.approx(2 * 8192 * 48 * 72 * 128 * 2048 / 8e8)
+    assert prompts[EXPERTS] == pytest.approx(2 * 48 * 8192 * 8 * one_expert / 2 / 8e8)
