@@ -32,6 +32,7 @@ from examples.benchmarks.harness.kernel_groups import (
     ATTENTION,
     DENSE,
     EXPERTS,
+    STATES,
     group_table,
     num_launches,
 )
@@ -195,7 +196,8 @@ def parts_us(floor: DecodeBytes, bytes_per_s: float) -> dict[str, float]:
     parts = {
         ATTENTION: floor.kv_cache,
         EXPERTS: floor.experts,
-        DENSE: floor.attention_weights + floor.lm_head,
+        DENSE: floor.dense_weights + floor.lm_head,
+        STATES: floor.states,
     }
     return {group: count / bytes_per_s * 1e6 for group, count in parts.items()}
 

@@ -14,11 +14,12 @@ from examples.benchmarks.harness.floors import BYTES, uniform_active
 from examples.benchmarks.harness.kernel_profile import Profile
 
 ATTENTION, EXPERTS, DENSE, WIRE = "attention", "experts", "dense products", "collectives"
-OTHER = "other kernels of torch"
+STATES, OTHER = "recurrent states", "other kernels of torch"
 GROUPS = {  # by parts of kernels' names, the first that fits
     WIRE: ("gather_kernel", "reduce_scatter_kernel", "ncclDevKernel"),
     ATTENTION: ("kernel_mha", "xqa", "fmha", "flash", "Prefill", "Decode"),
     EXPERTS: ("gate_up_kernel", "down_kernel"),
+    STATES: ("_convolve_kernel", "_step_kernel", "_solve_kernel", "_state_kernel"),
     "sums of pairs": ("sum_kernel",),
     "routing": ("_route_kernel", "_product_kernel"),
     "rotation and append": ("append_kernel",),
