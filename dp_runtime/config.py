@@ -109,6 +109,9 @@ class EngineConfig:
         at_most=1,
         shown_default="0.5 on CPU, 0.9 on GPU",
     )
+    prefix_caching: bool = setting(
+        True, "keep full KV pages for requests that begin alike, until their memory is needed"
+    )
     max_num_requests: int = setting(64, "requests of a rank in a step", at_least=1)
     max_num_tokens: int = setting(
         2048, "tokens of a rank in a step; longer prompts run in chunks", at_least=1
@@ -176,9 +179,8 @@ class EngineConfig:
         None,
         "for measurements: emit so many tokens a verification on average, whatever was "
         "proposed; the text is meaningless",
-        at_least=1,
-        shown_default="off",
-    )
+        at_least=1, shown_default="off",
+    )  # fmt: skip
     enable_return_routed_experts: bool = setting(
         False, "keep the experts that every token goes to, for requests with return_routed_experts"
     )
@@ -197,9 +199,8 @@ class EngineConfig:
         4.0,
         "seconds without an answer from a rank's process, while others answer, or on GPUs "
         "without the end of a step, after which it counts as lost",
-        above=0,
-        at_most=MAX_TIMEOUT_S,
-    )
+        above=0, at_most=MAX_TIMEOUT_S,
+    )  # fmt: skip
     max_recoveries: int = setting(
         5,
         "times within a minute that lost ranks are replaced and their requests go on; then, and "
@@ -215,8 +216,7 @@ class EngineConfig:
         at_least=0, at_most=64,
     )  # fmt: skip
     host_weights: bool = setting(
-        False,
-        "keep each rank's weights in memory of the host too, for its successor; Linux only",
+        False, "keep each rank's weights in memory of the host too, for its successor; Linux only"
     )
     inject: str | None = setting(
         None,

@@ -109,8 +109,12 @@ def check_aborted(
     length = 60 if when is when_preempted else 12
     greedy = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
     aborter = watch(when)
-    beside = [engine.submit([3, 4, 5] * 3, greedy, 0) for _ in range(count)]
-    output = engine.submit(LONG, params, 0).result(WAIT_S)
+    salts = [f"{when.__name__} {number}" for number in range(count + 1)]
+    beside = [
+        engine.submit([3, 4, 5] * 3, replace(greedy, cache_salt=salt), 0) for salt in salts[1:]
+    ]
+    own_pages = replace(params, cache_salt=salts[0])  # as all have, and it computes its prompt
+    output = engine.submit(LONG, own_pages, 0).result(WAIT_S)
     assert output.finish_reason is FinishReason.ABORT
     (expected,) = {one.result(WAIT_S).token_ids for one in beside}
     check_pages_free(engine)

@@ -48,9 +48,11 @@ class Spoiler:
         return progress
 
     def dead(self) -> Tensor:
-        """[num_pages, page_size] bool: free pages and the null page are, too."""
+        """[num_pages, page_size] bool: free pages are, too, unless they are cached."""
         table, pages = self._scheduler.table, self._scheduler.pages
+        cache = self._scheduler.page_table.allocator.cache
         dead = torch.ones(pages.num_pages, pages.page_size, dtype=torch.bool)
+        dead[[page for page in range(pages.num_pages) if page in cache]] = False
         for row in self._scheduler.running.tolist():
             held = self._scheduler.page_table.pages(row)
             positions = torch.arange(len(held) * pages.page_size).view(-1, pages.page_size)

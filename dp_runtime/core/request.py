@@ -107,6 +107,7 @@ class RequestUpdate(NamedTuple):
     routed_experts: RoutedExperts | None = None  # of the next positions, from the first on
     error: str = ""  # why the rank could not go on with the request, which has ended
     given_back: bool | None = None  # the answer to a recall; False: it has begun, or ended
+    num_cached_tokens: int = 0  # of its prompt, in the rank's cache when it first ran there
 
     @classmethod
     def failed(cls, request_id: int, num_outputs: int, error: Exception | str) -> RequestUpdate:
@@ -137,3 +138,4 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # one per prompt token after the first
     # [prompt + output tokens - 1, layers with experts, top_k], if asked for and any token ran
     routed_experts: RoutedExperts | None = field(default=None, compare=False)
+    num_cached_tokens: int = 0  # of the prompt, which were not computed for it

@@ -73,6 +73,11 @@ def _truncation(given: object) -> int | None:
     return count if count is not None and (count == -1 or 1 <= count <= MAX_INT) else None
 
 
+def _salt(given: object) -> str | None:
+    salt = plain_str(given)
+    return None if not salt or SURROGATES.search(salt) else salt
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request samples, with other engines' defaults; docs/settings.md explains each field.
@@ -165,6 +170,11 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = setting(
         None, "keep so many of the prompt's last tokens; -1: as many as leave room for max_tokens",
         read=_truncation, allowed="-1 or an integer >= 1", shown_default="all of them",
+    )  # fmt: skip
+    cache_salt: str | None = setting(
+        None, "share cached pages with requests of the same salt alone, so that nobody else's can "
+        "find out by their speed what this one's prompt is", read=_salt,
+        allowed="a non-empty string, without surrogates", shown_default="with those without one",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -41,6 +41,11 @@ class RequestHandle:
         return self._log.token_ids
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Count the prompt's tokens that were not computed for it; known with the first token."""
+        return self._log.num_cached_tokens
+
+    @property
     def arrivals(self) -> Sequence[tuple[float, int]]:  # time.monotonic(), number of tokens
         return self._log.arrivals
 

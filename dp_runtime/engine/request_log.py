@@ -36,6 +36,7 @@ class RequestLog:
         self.abort_asked = False
         self.num_losses = 0  # of ranks that served it, since its last token
         self.submitted_at = monotonic()
+        self.num_cached_tokens = 0  # of the prompt, known with the first token
         self.token_ids: list[int] = []
         self.arrivals: list[tuple[float, int]] = []  # time.monotonic(), and how many tokens came
         self.output: RequestOutput | None = None  # once it has ended
@@ -69,6 +70,8 @@ class RequestLog:
         logprobs = update.logprobs[: text.num_kept]
         self.token_ids += token_ids
         self._logprobs += logprobs
+        if token_ids and not self.arrivals:
+            self.num_cached_tokens = update.num_cached_tokens
         if token_ids:
             self._arrive(len(token_ids))
         reason = FinishReason.STOP if text.stop else update.finish_reason
@@ -140,6 +143,7 @@ class RequestLog:
                 None if params.prompt_logprobs is None else tuple(self.prompt_logprobs)
             ),
             routed_experts=self._routed_experts() if self._routed else None,
+            num_cached_tokens=self.num_cached_tokens,
         )
 
     def _routed_experts(self) -> RoutedExperts:

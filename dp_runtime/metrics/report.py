@@ -9,6 +9,7 @@ from statistics import fmean
 
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.totals import Totals, add_counts
+from dp_runtime.metrics.trace import PrefixCounts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Report:
     accepted_histogram: tuple[int, ...] = ()  # verifications by accepted drafts, all ranks
     moved: int = 0  # requests that went from one rank's queue to another rank
     pass_s: Mapping[str, float] = field(default_factory=dict)  # mean of the ranks, without waits
+    prefixes: tuple[PrefixCounts, ...] = ()  # [rank]
 
     @property
     def dp_size(self) -> int:
@@ -92,6 +94,7 @@ class Report:
                 pass_kind: fmean(rank.pass_s.get(pass_kind, 0.0) for rank in ranks)
                 for pass_kind in first.pass_s
             },
+            prefixes=tuple(rank.prefixes for rank in ranks),
         )
 
     def __str__(self) -> str:
@@ -102,6 +105,7 @@ class Report:
             f"{self.tokens_per_s:.1f} output tok/s over {self.elapsed_s:.2f} s",
             f"padding_waste {self.padding_waste:.3f}   row_balance {self.row_balance:.3f}   "
             f"wire_rows {self.wire_rows}",
+            *self._prefixes(),
             *self._budget(),
             *self._speculation(),
             "rank  output tokens  idle steps  busy s  wait for the slowest rank s",
@@ -113,6 +117,17 @@ class Report:
         ]
         lines.append(f" all  mean busy {fmean(self.busy_s):.2f} s, wait {fmean(self.wait_s):.2f} s")
         return "\n".join(lines)
+
+    def _prefixes(self) -> list[str]:
+        queries = sum(rank.queries for rank in self.prefixes)
+        if not queries:
+            return []
+        hits = sum(rank.hits for rank in self.prefixes)
+        rates = "  ".join(f"{rank.hit_rate:.3f}" for rank in self.prefixes)
+        return [
+            f"tokens found in the prefix cache {hits} of {queries}   share by rank  {rates}   "
+            f"pages evicted {sum(rank.evictions for rank in self.prefixes)}"
+        ]
 
     def _budget(self) -> list[str]:
         if not self.prefill_budget:

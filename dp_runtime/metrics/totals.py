@@ -9,7 +9,7 @@ from functools import partial
 from itertools import zip_longest
 
 from dp_runtime.metrics.histogram import SECONDS, TOKENS, Histogram
-from dp_runtime.metrics.trace import PassTrace, StepTrace
+from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
 
 MAX_REMEMBERED_STEPS = 20_000
 
@@ -26,6 +26,7 @@ class Totals:
     output_tokens: int = 0
     prompt_tokens: int = 0
     preemptions: int = 0
+    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
     real_rows: int = 0  # of this rank, in all passes
     gathered_rows: int = 0  # of this rank, padding included
     max_rows: int = 0  # sum over passes of the largest rank's rows
@@ -54,6 +55,7 @@ class Totals:
         self.output_tokens += step.output_tokens
         self.prompt_tokens += step.prompt_tokens
         self.preemptions = step.num_preemptions
+        self.prefixes = step.prefixes
         self.wait_s += wait_s
         self.idle_steps += not any(each.real_rows[step.index] for each in step.passes)
         for each in step.passes:

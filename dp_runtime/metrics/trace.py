@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,18 @@ class PassTrace:
 
 
 @dataclass(frozen=True)
+class PrefixCounts:
+    queries: int = 0  # tokens of requests as they first ran, since the rank's start
+    hits: int = 0  # those of them that need not be computed
+    evictions: int = 0  # pages that left the cache, as their memory was needed
+    cached_pages: int = 0  # now
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.queries if self.queries else 0.0
+
+
+@dataclass(frozen=True)
 class StepTrace:
     """One finished step of one rank; durations in seconds."""
 
@@ -50,6 +62,7 @@ class StepTrace:
     accepted: tuple[int, ...] = ()  # verifications by how many of their drafts were accepted
     sample_start_s: float = 0.0  # as start_s
     position: int | None = None  # of the rank in rows of all ranks; None: its dp_rank
+    prefixes: PrefixCounts = field(default_factory=PrefixCounts)
     commit_start_s: float = 0.0  # as start_s; with overlap the next step has been launched by then
 
     @property

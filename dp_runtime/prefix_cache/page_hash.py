@@ -18,20 +18,20 @@ DIGEST_BYTES = 16
 class PageHasher:
     """A pure function from tokens to digests, the same in every process.
 
-    Each digest is that of its page's tokens, of embeddings given for them, and of the digest before
-    it; the first follows from the model, the page size and the request's salt.
-
-    covers_next: a draft model computes what it keeps of a position from the token after it too, so
-    the page's last position, and with it the page, depends on one token more than the page has.
+    A digest is that of the one before it and of the page's tokens, and embeddings given for them.
     """
 
     page_size: int
     model: str  # identity of what computes the pages
-    covers_next: bool = False
+    covers_next: bool = False  # a draft model keeps what depends on the token after the page, too
 
     def num_pages(self, num_tokens: int) -> int:
-        """Count the pages that so many known tokens name."""
         return max(0, num_tokens - self.covers_next) // self.page_size
+
+    def span(self, page: int) -> tuple[int, int]:
+        """Return the positions [start, end) whose tokens a page depends on itself."""
+        start = page * self.page_size
+        return start, start + self.page_size + self.covers_next
 
     def digests(
         self,
@@ -41,33 +41,39 @@ class PageHasher:
         known: Sequence[bytes] = (),
     ) -> list[bytes]:
         """Name the full pages of these tokens; `known` are the digests of the first ones."""
-        digests = list(known[: self.num_pages(len(tokens))])
-        parent = digests[-1] if digests else self.root(cache_salt)
-        for page in range(len(digests), self.num_pages(len(tokens))):
-            parent = self.link(parent, self.content(tokens, page), self._embeds(embeds, page))
-            digests.append(parent)
+        num_pages = self.num_pages(len(tokens))
+        digests = list(known[:num_pages])
+        while len(digests) < num_pages:
+            start, end = self.span(len(digests))
+            self.append(digests, self.content(tokens[start:end]), embeds, cache_salt)
         return digests
+
+    def append(
+        self,
+        digests: list[bytes],
+        content: bytes,
+        embeds: PromptEmbeds | None,
+        cache_salt: str | None,
+    ) -> None:
+        parent = digests[-1] if digests else self.root(cache_salt)
+        digests.append(self.link(parent, content, self._embeds(embeds, len(digests))))
 
     def root(self, cache_salt: str | None) -> bytes:
         names = self.model, self.page_size, self.covers_next, cache_salt
         return blake2b(repr(names).encode(), digest_size=DIGEST_BYTES).digest()
 
-    def link(self, parent: bytes, content: bytes, embeds: bytes = b"") -> bytes:
+    def link(self, parent: bytes, content: bytes, embeds: bytes) -> bytes:
         return blake2b(parent + content + embeds, digest_size=DIGEST_BYTES).digest()
 
-    def content(self, tokens: Int64, page: int) -> bytes:
-        """Return the token ids that a page depends on itself, as little-endian int32."""
-        first = page * self.page_size
-        return tokens[first : self._end(page)].astype("<i4").tobytes()
-
-    def _end(self, page: int) -> int:
-        return (page + 1) * self.page_size + self.covers_next
+    def content(self, tokens: Int64) -> bytes:
+        """Return the token ids of a page's span, as little-endian int32."""
+        return tokens.astype("<i4").tobytes()
 
     def _embeds(self, embeds: PromptEmbeds | None, page: int) -> bytes:
         if embeds is None:
             return b""
-        first, positions = page * self.page_size, embeds.positions
-        rows = ((positions >= first) & (positions < self._end(page))).nonzero()[0]
+        (start, end), positions = self.span(page), embeds.positions
+        rows = ((positions >= start) & (positions < end)).nonzero()[0]
         rows = rows[np.argsort(positions[rows])]
-        within, values = positions[rows] - first, embeds.values[rows]
+        within, values = positions[rows] - start, embeds.values[rows]
         return within.astype("<i4").tobytes() + values.astype("<f4").tobytes()

@@ -288,6 +288,7 @@ class StepLoop:
                 output_tokens=sum(len(item.token_ids) for item in progress),
                 prompt_tokens=sum(chunk.prompt_tokens for chunk in step.scheduled.chunks),
                 num_preemptions=self.scheduler.num_preemptions,
+                prefixes=self.scheduler.prefix_counts,
                 num_drafts=step.scheduled.num_drafts,
                 accepted=tuple(histogram[n] for n in range(step.scheduled.num_drafts + 1)),
                 sample_start_s=output.sample_start_s,

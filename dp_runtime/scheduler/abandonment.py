@@ -18,6 +18,8 @@ def abandon_steps(scheduler: Scheduler) -> None:
     num_again = 2 if scheduler.limits.max_drafts else 1
     for req_index in table.req_indices:
         table.abandon(table.request(req_index), num_again)
+        if scheduler.prefixes is not None:
+            scheduler.prefixes.abandoned(req_index)
     requests.settle()
     for req_index in table.req_indices:
         state = table.request(req_index)

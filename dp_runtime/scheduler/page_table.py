@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -21,33 +23,37 @@ class PageTable:
         shape = num_rows, self.pages_for(max_tokens)
         self._pages: Int32 = np.full(shape, NULL_PAGE, np.int32)
         self._num_pages: Int64 = np.zeros(num_rows, np.int64)
-        self._request_ids: Int64 = np.zeros(num_rows, np.int64)
-        self._doubtful: Bool = np.zeros(num_rows, np.bool_)  # may hold NaN or infinite values
+        self.num_cached: Int64 = np.zeros(num_rows, np.int64)  # its first pages, which it shares
+        self.doubtful: Bool = np.zeros(num_rows, np.bool_)  # may hold NaN or infinite values
         self._to_clear: list[int] = []
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
     def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None:
-        """Begin without pages: what a preempted request had computed is gone."""
+        """Begin without pages: those that a request had before, if any are left, are cached."""
         assert not self._num_pages[req_index], f"row {req_index} holds pages already"
-        self._request_ids[req_index] = request.request_id
 
     def remove(self, req_index: int) -> None:
-        if self._doubtful[req_index]:
-            self._to_clear += self.pages(req_index)
-            self._doubtful[req_index] = False
-        self.allocator.release(int(self._request_ids[req_index]), self.pages(req_index))
-        self._pages[req_index] = NULL_PAGE
-        self._num_pages[req_index] = 0
+        self.drop(req_index, 0)
+        self.doubtful[req_index] = False
+
+    def drop(self, req_index: int, first: int) -> None:
+        pages = self.pages(req_index)
+        if self.doubtful[req_index]:
+            self._to_clear += pages[max(first, self.num_cached[req_index]) :]
+        self.allocator.release(pages[first:])
+        self._pages[req_index, first:] = NULL_PAGE
+        self._num_pages[req_index] = first
+        self.num_cached[req_index] = min(first, self.num_cached[req_index])
 
     def doubt(self, req_index: int) -> None:
-        """Have the row's pages cleared before others use them: their values may not be finite."""
-        self._doubtful[req_index] = True
+        """Have the row's own pages cleared before others use them: they may not be finite."""
+        self.doubtful[req_index] = True
 
-    def trust(self, req_index: int) -> None:
-        """Its newest logits were finite, and they depend on all that it wrote."""
-        self._doubtful[req_index] = False
+    def trust(self, req_indices: Int64) -> None:
+        """Their newest logits were finite, and they depend on all that these wrote."""
+        self.doubtful[req_indices] = False
 
     def take_pages_to_clear(self) -> list[int]:
         """Pages that must be zeroed before the next step runs, and after those in flight."""
@@ -55,20 +61,54 @@ class PageTable:
         return pages
 
     def check(self, req_indices: Sequence[int]) -> None:
-        ids = self._request_ids.tolist()
-        self.allocator.check({ids[index]: self.pages(index) for index in req_indices})
+        self.allocator.check([self.pages(index) for index in req_indices])
+        for index in req_indices:
+            own = self.pages(index)[self.num_cached[index] :]
+            assert not any(page in self.allocator.cache for page in own), f"row {index} shares more"
 
     def append(self, req_index: int, count: int) -> None:
+        self._append(req_index, self.allocator.allocate(count))
+
+    def share(self, req_index: int, pages: Sequence[int]) -> None:
+        """Begin a row with pages of the cache."""
+        assert not self._num_pages[req_index], f"row {req_index} holds pages already"
+        self.allocator.share(pages)
+        self._append(req_index, pages)
+        self.num_cached[req_index] = len(pages)
+
+    def cache(self, req_index: int, digest: bytes, content: bytes) -> bool:
+        """Share the row's first page that it has alone, which is full; False if it can't.
+
+        Where the cache has the page already, that one takes the place of the row's own. Steps in
+        flight read the old one, and run before any that could write it.
+        """
+        at = int(self.num_cached[req_index])
+        own, cache = int(self._pages[req_index, at]), self.allocator.cache
+        parent = int(self._pages[req_index, at - 1]) if at else NULL_PAGE
+        page = cache.insert(own, digest, content, parent)
+        if page is None:
+            return False
+        if page != own:
+            self.allocator.share([page])
+            self.allocator.release([own])
+            self._pages[req_index, at] = page
+        self.num_cached[req_index] = at + 1
+        return True
+
+    def _append(self, req_index: int, pages: Sequence[int]) -> None:
         held = self._num_pages[req_index]
-        pages = self.allocator.allocate(int(self._request_ids[req_index]), count)
-        self._pages[req_index, held : held + count] = pages
-        self._num_pages[req_index] = held + count
+        self._pages[req_index, held : held + len(pages)] = pages
+        self._num_pages[req_index] = held + len(pages)
+
+    def num_needed(self, num_tokens: int, found: Sequence[int]) -> int:
+        """Count the free pages that so many tokens take, beginning with pages of the cache."""
+        return self.pages_for(num_tokens) - len(found) + self.allocator.num_evictable(found)
 
     def num_missing(self, req_index: int, num_tokens: int) -> int:
         return self.pages_for(num_tokens) - int(self._num_pages[req_index])
 
-    def num_pages(self, req_index: int) -> int:
-        return int(self._num_pages[req_index])
+    def num_coming(self, req_indices: Iterable[int]) -> int:
+        return self.allocator.num_held_only(Counter(chain(*map(self.pages, req_indices))))
 
     def pages(self, req_index: int) -> list[int]:
         pages: list[int] = self._pages[req_index, : self._num_pages[req_index]].tolist()

@@ -51,6 +51,8 @@ class RequestState:
     prompt: Int64 = field(init=False)
     turn: float = field(init=False)  # in the queue, lowest first
     outputs: list[int] = field(init=False)  # committed
+    digests: list[bytes] = field(default_factory=list)  # of its first full pages
+    num_prompt_cached: int | None = None  # of its prompt, when it first ran
     status: RequestStatus = RequestStatus.WAITING  # changed by RequestLifecycle.transition alone
     req_index: int = NO_ROW  # its row in the request table
     num_scored: int = field(init=False)  # prompt positions whose log probabilities were asked for
@@ -79,6 +81,14 @@ class RequestState:
         return len(self.prompt) + len(self.outputs)
 
     @property
+    def num_reusable_tokens(self) -> int:
+        """Count tokens that need not be computed: neither the last nor what is yet to be told."""
+        params, count = self.request.params, self.num_tokens - 1
+        if params.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1:
+            count = min(count, self.num_scored)
+        return min(count, self.num_routed) if params.return_routed_experts else count
+
+    @property
     def cause_of_no_token(self) -> str:
         cause = f"the model gave NaN or infinite logits for its token {len(self.outputs)}"
         params = self.request.params
@@ -86,6 +96,8 @@ class RequestState:
         return f"{cause}, or {' and '.join(names)} leave none to choose" if names else cause
 
     def tokens(self, start: int, end: int) -> Int64:
-        if end <= self.num_prompt_tokens:
+        count = self.num_prompt_tokens
+        if end <= count:
             return self.prompt[start:end]
-        return np.concatenate([self.prompt, np.array(self.outputs, np.int64)])[start:end]
+        outputs = np.array(self.outputs[max(0, start - count) : end - count], np.int64)
+        return np.concatenate([self.prompt[start:], outputs])

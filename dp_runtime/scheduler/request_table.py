@@ -62,6 +62,11 @@ class RequestTable:
         self.returns_routing[index] = request.request.params.return_routed_experts
         return index
 
+    def begin_at(self, req_index: int, num_tokens: int) -> None:
+        """Have so many tokens of a row in the cache, and no step of it in flight."""
+        assert not self.num_inflight_steps[req_index], f"row {req_index} has a step in flight"
+        self.num_computed_tokens[req_index] = self.num_cached_tokens[req_index] = num_tokens
+
     def free(self, request: RequestState) -> None:
         self._requests[request.req_index] = None
         self._free.append(request.req_index)

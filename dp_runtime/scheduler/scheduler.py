@@ -10,16 +10,20 @@ import numpy as np
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.batch import Bool, Int64
 from dp_runtime.core.per_request_state import PerRequestState
-from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate, TokenLogprob
+from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate
 from dp_runtime.core.step_program import Pass, Program
+from dp_runtime.metrics.trace import PrefixCounts
+from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.batch_builder import build_batches
 from dp_runtime.scheduler.lifecycle import RequestLifecycle
 from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.outputs import append_outputs
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_state import RequestState, RequestStatus
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler_output import Chunk, PromptLogprobs, SchedulerOutput
+from dp_runtime.scheduler.shared_prefixes import SharedPrefixes
 
 
 class Scheduler:
@@ -32,13 +36,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, pages: PageGeometry, limits: Limits, states: Sequence[PerRequestState] = ()
+        self,
+        pages: PageGeometry,
+        limits: Limits,
+        states: Sequence[PerRequestState] = (),
+        hasher: PageHasher | None = None,
     ) -> None:
+        """hasher: names the pages that requests share; without one they share none."""
         self.pages = pages
         self.limits = limits
         self.table = RequestTable(limits.num_table_rows, limits.keeps_state)
         self.page_table = PageTable(pages, limits.num_table_rows, limits.max_cached_len)
         self.requests = RequestLifecycle(self.table, (self.page_table, *states))
+        self.prefixes = None
+        if hasher is not None:
+            self.prefixes = SharedPrefixes(hasher, self.table, self.page_table)
         self.num_preemptions = 0
         self._failed: list[RequestUpdate] = []
 
@@ -57,6 +69,10 @@ class Scheduler:
     @property
     def num_free_pages(self) -> int:
         return self.page_table.allocator.num_free
+
+    @property
+    def prefix_counts(self) -> PrefixCounts:
+        return PrefixCounts() if self.prefixes is None else self.prefixes.counts
 
     @property
     def queued_tokens(self) -> int:
@@ -128,6 +144,8 @@ class Scheduler:
         updates = self._commit_decodes(step, tokens)
         if step.chunks:
             updates += self._commit_chunks(step, tokens, prompt_logprobs)
+        if self.prefixes is not None:
+            self.prefixes.committed(step.req_indices)
         self.requests.settle()
         return updates
 
@@ -143,7 +161,8 @@ class Scheduler:
             if not request.finish_reason:
                 some, cause = tokens.valid_part(first, end)
                 entries = logprobs[some] if scored else ()
-                updates.append(self._append_outputs(request, token_ids[some], entries, cause))
+                new = token_ids[some]
+                updates.append(append_outputs(self.requests, request, new, entries, cause))
             first += query_len
         return updates
 
@@ -174,7 +193,8 @@ class Scheduler:
             elif row is not None:
                 some, cause = tokens.valid_part(row, row + 1)
                 token_ids, logprobs = tokens.token_ids[some], tokens.logprobs[some]
-                updates.append(self._append_outputs(request, token_ids, logprobs, cause, entries))
+                update = append_outputs(self.requests, request, token_ids, logprobs, cause, entries)
+                updates.append(update)
             elif entries:
                 at = len(request.outputs)
                 updates.append(RequestUpdate(request.request_id, at, prompt_logprobs=entries))
@@ -182,41 +202,9 @@ class Scheduler:
 
     def _trust_pages(self, step: SchedulerOutput, invalid: Collection[int]) -> None:
         """Trust what led to finite logits, which depend on all pages of a request."""
+        self.page_table.trust(step.sampled)
         for row in invalid:
             self.page_table.doubt(int(step.samples.req_indices[row]))
-        first = len(step.decodes) * (1 + step.num_drafts)
-        sampling = [chunk.state.req_index for chunk in step.chunks if chunk.samples]
-        for row, req_index in enumerate(sampling, first):
-            if row not in invalid:
-                self.page_table.trust(req_index)
-
-    def _append_outputs(
-        self,
-        state: RequestState,
-        tokens: tuple[int, ...],
-        logprobs: tuple[TokenLogprob | None, ...],
-        cause: str | None,  # of there being no next token, the logits of which were not valid
-        prompt_logprobs: tuple[TokenLogprob, ...] = (),
-    ) -> RequestUpdate:
-        request, index, stop = state.request, len(state.outputs), None
-        if len(tokens) > state.max_outputs - index:
-            tokens = tokens[: state.max_outputs - index]
-        if not request.stop_token_ids.isdisjoint(tokens):
-            stop = next(token for token in tokens if token in request.stop_token_ids)
-            tokens = tokens[: tokens.index(stop) + 1]
-        state.outputs += tokens
-        if stop is not None:
-            self.requests.finish(state, FinishReason.STOP)
-        elif len(state.outputs) == state.max_outputs:
-            self.requests.finish(state, FinishReason.LENGTH)
-        elif cause is not None:
-            self.requests.finish(state, FinishReason.ERROR)
-            cause = cause or state.cause_of_no_token
-            return RequestUpdate.failed(request.request_id, index, cause)
-        known = tuple(entry for entry in logprobs[: len(tokens)] if entry) if logprobs else ()
-        return RequestUpdate(
-            request.request_id, index, tokens, known, prompt_logprobs, state.finish_reason, stop
-        )
 
     def _reserve_pages(self, decode_query_len: int) -> Bool:
         """Give pages to running requests, oldest first; returns which of them can go on."""
@@ -238,13 +226,13 @@ class Scheduler:
 
     def _preempt_for(self, req_index: int, missing: int) -> bool:
         """Preempt younger requests until `missing` pages are free, or will be."""
-        coming = 0
-        while self.num_free_pages + coming < missing:
+        leaving: list[int] = []
+        while self.num_free_pages + self.page_table.num_coming(leaving) < missing:
             youngest = int(self.running[-1])
             if youngest == req_index:
                 return False
             if self.table.num_inflight_steps[youngest]:
-                coming += self.page_table.num_pages(youngest)
+                leaving.append(youngest)
             self.num_preemptions += 1
             self.requests.transition(self.table.request(youngest), RequestStatus.PREEMPTED)
             self.requests.settle()
@@ -255,23 +243,29 @@ class Scheduler:
         chunks = []
         while self.waiting and budget and len(self.running) < self.limits.max_num_requests:
             request = self.waiting[0]
-            fits = self.page_table.pages_for(request.num_tokens + 1) <= self.num_free_pages
-            if request.status is RequestStatus.PREEMPTED or not (fits and self.table.has_free_row):
+            if request.status is RequestStatus.PREEMPTED or not self.table.has_free_row:
                 break  # NOTE: nobody overtakes a preempted request that still has a step in flight
-            if (chunk := self._begin(request, budget)) is None:
+            found = [] if self.prefixes is None else self.prefixes.find(request)
+            if self.page_table.num_needed(request.num_tokens + 1, found) > self.num_free_pages:
+                break
+            if (chunk := self._begin(request, found, budget)) is None:
                 continue
-            self.page_table.append(request.req_index, self.page_table.pages_for(chunk.length))
+            missing = self.page_table.num_missing(request.req_index, chunk.end)
+            self.page_table.append(request.req_index, missing)
             chunks.append(chunk)
             budget -= chunk.length
         return chunks
 
-    def _begin(self, request: RequestState, budget: int) -> Chunk | None:
+    def _begin(self, request: RequestState, found: list[int], budget: int) -> Chunk | None:
         try:
             self.requests.transition(request, RequestStatus.RUNNING)
         except Exception as error:
             self._fail(request, error)
             return None
-        return self._chunk(request, 0, request.num_tokens, budget)
+        if self.prefixes is not None:
+            self.prefixes.begin(request, found)
+        start = int(self.table.num_computed_tokens[request.req_index])
+        return self._chunk(request, start, request.num_tokens - start, budget)
 
     def _chunk(self, request: RequestState, start: int, needed: int, budget: int) -> Chunk | None:
         """Take the next rows of a request, which fails alone if it can not give them."""

@@ -60,8 +60,7 @@ class CompletionAnswer:
     def _whole(self, outputs: Sequence[RequestOutput]) -> Content:
         choices = [self.choice(index).whole(output) for index, output in enumerate(outputs)]
         num_tokens = 0 if self.body.only_scores else sum(len(each.token_ids) for each in outputs)
-        usage = Usage(self.job.num_prompt_tokens, num_tokens)
-        return self._envelope(choices) | {"usage": usage.body}
+        return self._envelope(choices) | {"usage": self._usage(num_tokens)}
 
     async def events(self) -> AsyncIterator[bytes]:
         choices = [self.choice(index) for index in range(len(self.job.handles))]
@@ -73,16 +72,18 @@ class CompletionAnswer:
             make = partial(self._event, choices[index], delta, num_tokens)
             yield await self.state.encoded(make, num_entries)
         if self.body.with_usage:
-            usage = Usage(self.job.num_prompt_tokens, num_tokens)
-            yield as_json(self._envelope([]) | {"usage": usage.body})
+            yield as_json(self._envelope([]) | {"usage": self._usage(num_tokens)})
 
     def _event(self, choice: CompletionChoice, delta: RequestDelta, num_tokens: int) -> Content:
         content = self._envelope([choice.chunk(delta)])
         if self.body.with_usage:
             content["usage"] = None
         if self.body.with_usage_in_each_chunk:
-            content["usage"] = Usage(self.job.num_prompt_tokens, num_tokens).body
+            content["usage"] = self._usage(num_tokens)
         return content
+
+    def _usage(self, num_tokens: int) -> Content:
+        return Usage(self.job.num_prompt_tokens, num_tokens, self.job.num_cached_tokens).body
 
     def _envelope(self, choices: list[Content]) -> Content:
         return {

@@ -40,6 +40,12 @@ class Job:
         firsts = self.handles[:: self.choices_per_prompt]
         return sum(len(handle.request.prompt_token_ids) for handle in firsts)
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the prompts that were cached for all of their choices, as far as is known."""
+        cached, count = [each.num_cached_tokens for each in self.handles], self.choices_per_prompt
+        return sum(min(cached[first : first + count]) for first in range(0, len(cached), count))
+
     def num_entries(self, index: int, num_tokens: int, with_prompt: bool) -> int:
         """Count the entries for tokens of a choice, and for its prompt's if they are told too."""
         request = self.handles[index].request

@@ -10,6 +10,7 @@ from typing import Any
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt
     reasoning_tokens: int | None = None  # of the completion; None where nothing reasons
 
     @property
@@ -18,7 +19,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},  # nothing is cached yet
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
         if self.reasoning_tokens is not None:
             body["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}

@@ -146,6 +146,8 @@ def log_choices(plan: RankPlan) -> None:
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
         _log_recurrent(plan)
         logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
+        prefixes = plan.prefix_cache
+        logger.info("prefix cache %s: %s", "on" if prefixes.hasher else "off", prefixes.reason)
     use, gib = plan.memory, 2**30
     if use.recurrent_state:
         requests, state = plan.limits.max_num_requests, use.recurrent_state / gib

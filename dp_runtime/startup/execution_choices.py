@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.config import EngineConfig
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.parallel.transports import choose_transport
+from dp_runtime.prefix_cache.page_hash import PageHasher
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
@@ -65,3 +68,26 @@ def _host_plans(backend: str) -> dict[str, bool]:
     """Say if a plan needs exact lengths on the host, which graphs and overlapped steps lack."""
     plans_on_host = not backend_class(backend).capturable
     return {f"attention_backend {backend} plans each pass on the host": plans_on_host}
+
+
+@dataclass(frozen=True)
+class PrefixChoice:
+    hasher: PageHasher | None  # of the pages that requests share; None: they share none
+    reason: str
+
+
+def choose_prefix_cache(config: EngineConfig, keeps_state: bool) -> PrefixChoice:
+    if not config.prefix_caching:
+        return PrefixChoice(None, "prefix_caching is off")
+    if keeps_state:
+        return PrefixChoice(None, "layers keep a recurrent state, which is not cached yet")
+    return PrefixChoice(page_hasher(config), "full pages stay for requests that begin alike")
+
+
+def page_hasher(config: EngineConfig) -> PageHasher:
+    """Name pages by all of a configuration that decides what they hold, up to its rounding."""
+    names = (
+        "model", "dtype", "kv_cache_dtype", "load_format", "seed", "speculative_draft_model",
+    )  # fmt: skip
+    model = repr([getattr(config, name) for name in names])
+    return PageHasher(config.page_size, model, covers_next=config.speculative_num_steps > 0)

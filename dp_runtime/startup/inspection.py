@@ -91,6 +91,7 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
         f"kernels    {_kernel_names(plan)}",
         f"moe        {plan.moe_backend}: {plan.moe_reason}",
         f"graphs     {'yes' if plan.graphs else 'no'}: {plan.graphs_reason}",
+        f"prefixes   {'yes' if plan.prefix_cache.hasher else 'no'}: {plan.prefix_cache.reason}",
         f"sharding   experts by {config.moe_sharding}, padding {config.padding}, "
         f"routing {config.routing}",
         f"limits     {limits.max_num_requests} requests and {limits.max_num_tokens} tokens a step "

@@ -24,7 +24,13 @@ from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.speculative.draft import DraftConfig, read_draft_config
-from dp_runtime.startup.execution_choices import choose_depth, choose_graphs, resolve_dtype
+from dp_runtime.startup.execution_choices import (
+    PrefixChoice,
+    choose_depth,
+    choose_graphs,
+    choose_prefix_cache,
+    resolve_dtype,
+)
 from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.memory_plan import MemoryNeeds, plan_memory
 from dp_runtime.startup.served_models import ServedModels
@@ -58,6 +64,7 @@ class RankPlan:
     graphs: bool  # decode steps are captured
     graphs_reason: str
     depth: int  # steps that may be uncommitted when the next is scheduled
+    prefix_cache: PrefixChoice
     sharding: RankSharding
     limits: Limits
     pages: PageGeometry
@@ -145,7 +152,7 @@ def sketch_rank(
         backend=backend, backend_reason=reason, moe_backend=moe_backend, moe_reason=moe_reason,
         graphs=graphs, graphs_reason=graphs_reason, depth=depth, sharding=sharding, limits=limits,
         pages=memory.pages, load_bytes=weights.bytes_read, routing=routing, memory=memory.use,
-        shortage=memory.shortage,
+        shortage=memory.shortage, prefix_cache=choose_prefix_cache(config, keeps_state),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class ServedRequests:
         if loaded.models.draft is not None:
             drafts = DraftState(loaded.models.draft, num_rows, device)
             states.append(drafts)
-        scheduler = Scheduler(plan.pages, plan.limits, states)
+        scheduler = Scheduler(plan.pages, plan.limits, states, plan.prefix_cache.hasher)
         recorder = Recorder(plan.dp_rank)
         return cls(scheduler, sampler, structured, drafts, recorder)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.scheduler.limits import Limits
+from tests.dp_runtime.reference_prefixes import Prefix, ReferencePrefixes
 
+NEVER = 10**9
 Rows = list[tuple[int, int, int]]  # request id, [start, end) of its tokens
 
 
@@ -26,6 +28,10 @@ class Request:
     launched: int = 0
     running: bool = False
     ended: bool = False
+    committed: int = 0  # tokens that committed steps have put into the cache
+    sampled_from: int = NEVER  # tokens computed as its run gave it one more first
+    trusted: bool = False  # and that step is committed
+    prefixes: list[Prefix] = field(default_factory=list)  # of its first pages, which it shares
 
     @property
     def needed(self) -> int:
@@ -39,13 +45,17 @@ class Request:
 class ReferenceScheduler:
     """Chooses rows as Scheduler says it does; holds page counts instead of pages."""
 
-    def __init__(self, pages: PageGeometry, limits: Limits) -> None:
+    def __init__(
+        self, pages: PageGeometry, limits: Limits, prefixes: ReferencePrefixes | None = None
+    ) -> None:
         self.page_size = pages.page_size
         self.limits = limits
-        self.num_free = pages.num_pages - 1
+        self.num_pages = pages.num_pages - 1
+        self.prefixes = prefixes
         self.requests: dict[int, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.leaving: list[Request] = []
 
     def add(self, request_id: int, prompt: int, outputs: int, priority: int = 0) -> None:
         max_tokens = min(prompt + outputs, self.limits.max_model_len)
@@ -59,12 +69,31 @@ class ReferenceScheduler:
         """Requests that run, or stopped while a step with them is in flight."""
         return sum(item.running or item.launched > 0 for item in self.requests.values())
 
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds, those of the cache included; a shared one counts once."""
+        return self.num_pages - self.num_held_by(self.requests.values())
+
+    def num_held_by(self, items: Iterable[Request]) -> int:
+        items = list(items)
+        own = sum(item.pages - len(item.prefixes) for item in items)
+        return own + len({prefix for item in items for prefix in item.prefixes})
+
     def abandon(self, known: dict[int, int]) -> None:
         """Forget the steps in flight, and who was in one computes all of its known tokens again."""
         for item in self.requests.values():
             if item.launched:
                 item.computed, item.launched, item.known = 0, 0, known[item.request_id]
-                self.settle(item)
+        self.settle()
+
+    def abandon_plain(self, known: dict[int, int]) -> None:
+        """Forget the steps in flight, and go on where committed ones ended."""
+        for item in self.requests.values():
+            if item.running or item.launched:
+                item.known = known[item.request_id]
+                item.computed = item.committed = min(item.committed, item.known - 1)
+                item.launched, item.trusted = 0, False
+        self.settle()
 
     def schedule(self, prefill_budget: int | None = None) -> Rows:
         ready = [item for item in list(self.running) if item.running and self.reserve(item)]
@@ -83,66 +112,117 @@ class ReferenceScheduler:
             and len(self.running) < self.limits.max_num_requests
             and self.num_held < self.limits.num_table_rows
             and not self.waiting[0].launched
-            and self.pages_for(self.waiting[0].known + 1) <= self.num_free
+            and self.fits(self.waiting[0])
         ):
             item = self.waiting.pop(0)
             item.running = True
             self.running.append(item)
-            self.grow(item, self.pages_for(min(item.needed, budget)))
+            self.begin(item)
+            due = item.computed + min(item.needed, budget)
+            self.grow(item, self.pages_for(due) - item.pages)
             budget -= self.launch(item, budget, rows)
         return rows
 
+    def found(self, item: Request) -> list[Prefix]:
+        return [] if self.prefixes is None else self.prefixes.found(item.request_id)
+
+    def fits(self, item: Request) -> bool:
+        found = self.found(item)
+        held = {prefix for other in self.requests.values() for prefix in other.prefixes}
+        new = self.pages_for(item.known + 1) - len(held.intersection(found))
+        return new <= self.num_free
+
+    def begin(self, item: Request) -> None:
+        item.prefixes = self.found(item)
+        item.pages = len(item.prefixes)
+        item.computed = item.committed = item.pages * self.page_size
+        item.trusted = False
+        if self.prefixes is not None:
+            self.prefixes.hold(item.prefixes)
+            if not item.preempted:
+                self.prefixes.num_queries += item.known
+                self.prefixes.num_hits += item.computed
+
     def commit(self, rows: Rows, ended: Iterable[int]) -> None:
         """A launched step is done, and with it the requests that it brought to their end."""
-        for request_id, _, _ in rows:
+        for request_id, _, end in rows:
             item = self.requests[request_id]
             item.launched -= 1
+            item.committed = end
+            item.trusted = item.trusted or end >= item.sampled_from
             if request_id in ended:
-                self.end(request_id)
-            self.settle(item)
+                self.leave(item)
+        for request_id, _, _ in rows:
+            self.cache(self.requests[request_id])
+        self.settle()
+
+    def cache(self, item: Request) -> None:
+        """Share the full pages that committed steps have written."""
+        if self.prefixes is not None and item.trusted:
+            full = self.prefixes.named(item.request_id)[: item.committed // self.page_size]
+            self.prefixes.hold(full[len(item.prefixes) :])
+            item.prefixes = full
 
     def end(self, request_id: int) -> None:
-        item = self.requests[request_id]
+        self.leave(self.requests[request_id])
+        self.settle()
+
+    def leave(self, item: Request) -> None:
         if not item.ended:
             (self.running if item.running else self.waiting).remove(item)
             item.ended, item.running = True, False
-            self.settle(item)
+            if item not in self.leaving:
+                self.leaving.append(item)
 
     def launch(self, item: Request, budget: int, rows: Rows) -> int:
         length = min(item.needed, budget)
         if length:
             start, item.computed = item.computed, item.computed + length
             item.launched += 1
-            item.known += item.computed == item.known  # the last known token yields another
+            if item.computed == item.known:  # the last known token yields another
+                item.sampled_from = min(item.sampled_from, item.computed)
+                item.known += 1
             rows.append((item.request_id, start, item.computed))
         return length
 
     def reserve(self, item: Request) -> bool:
         due = item.computed + min(item.needed, self.limits.max_num_tokens)
         missing = max(0, self.pages_for(due) - item.pages)
-        coming = 0
-        while self.num_free + coming < missing:
+        leaving: list[Request] = []
+        while self.num_free + self.num_coming(leaving) < missing:
             victim = self.running[-1]
             if victim is item:
                 return False
             self.running.pop()
             self.waiting.insert(0, victim)
             victim.running, victim.computed, victim.preempted = False, 0, True
-            coming += victim.pages if victim.launched else 0
-            self.settle(victim)
+            leaving += [victim] if victim.launched else []
+            self.leaving.append(victim)
+            self.settle()
         if missing > self.num_free:
             return False
         self.grow(item, missing)
         return True
 
-    def grow(self, item: Request, count: int) -> None:
-        self.num_free -= count
-        item.pages += count
+    def num_coming(self, leaving: list[Request]) -> int:
+        others = [item for item in self.requests.values() if item not in leaving]
+        return self.num_held_by(self.requests.values()) - self.num_held_by(others)
 
-    def settle(self, item: Request) -> None:
-        if not item.running and not item.launched:
-            self.num_free += item.pages
-            item.pages = 0
+    def grow(self, item: Request, count: int) -> None:
+        item.pages += count
+        if self.prefixes is not None:
+            self.prefixes.shrink_to(self.num_free)
+
+    def settle(self) -> None:
+        """Take the pages of those that stopped running, in that order, once no step has them."""
+        for item in self.leaving[:]:
+            if not item.launched:
+                self.leaving.remove(item)
+                left, item.prefixes, item.pages = item.prefixes, [], 0
+                item.sampled_from = NEVER
+                if self.prefixes is not None:
+                    held = {prefix for each in self.requests.values() for prefix in each.prefixes}
+                    self.prefixes.leave([prefix for prefix in left if prefix not in held])
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

@@ -19,6 +19,8 @@ ALIASES = {
     "vllm:num_requests_waiting": "requests_queued",
     "vllm:kv_cache_usage_perc": "kv_usage_ratio",
     "vllm:num_preemptions": "preemptions",
+    "vllm:prefix_cache_queries": "prefix_cache_queries",
+    "vllm:prefix_cache_hits": "prefix_cache_hits",
     "vllm:prompt_tokens": "prompt_tokens",
     "vllm:generation_tokens": "output_tokens",
     "vllm:iteration_tokens_total": "step_tokens",

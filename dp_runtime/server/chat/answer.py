@@ -105,5 +105,6 @@ class ChatAnswer:
         return Usage(
             self.job.num_prompt_tokens,
             sum(choice.num_tokens for choice in choices),
+            self.job.num_cached_tokens,
             reasoning if self.chats.reasons else None,
         ).body

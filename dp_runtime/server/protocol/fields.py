@@ -18,7 +18,7 @@ SAMPLING_FIELDS = (
     "repetition_penalty", "min_tokens", "seed", "stop", "stop_token_ids", "ignore_eos",
     "skip_special_tokens", "prompt_logprobs", "logit_bias", "include_stop_str_in_output",
     "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "priority", "timeout_s",
-    "return_routed_experts",
+    "return_routed_experts", "cache_salt",
 )  # fmt: skip
 
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # each is looked for at every character
@@ -96,7 +96,6 @@ class GenerationBody(Body):
     prompt_cache_key: str | None = NOT_USED
     prompt_cache_retention: str | None = NOT_USED
     store: bool | None = NOT_USED
-    cache_salt: str | None = NOT_USED
     session_id: str | None = NOT_USED
     spaces_between_special_tokens: bool | None = NOT_USED
     request_id: str | None = None
@@ -123,6 +122,7 @@ class GenerationBody(Body):
     add_special_tokens: bool | None = Field(
         None, description="false for a chat unless set: its template writes them; else true"
     )
+    cache_salt: Annotated[str, Field(max_length=MAX_STOP_LENGTH)] | None = None
     priority: int | None = None
     timeout_s: float | None = None
     response_format: dict[str, Any] | None = None

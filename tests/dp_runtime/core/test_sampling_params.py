@@ -36,6 +36,7 @@ BAD: dict[str, list[Any]] = {
     "skip_special_tokens": [0, 1, "no", None],
     "priority": [2**31, -(2**31), 0.0, "1", None, True],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", True, NAN],
+    "cache_salt": ["", 5, b"a", ["a"], True, "a\ud800"],
     "truncate_prompt_tokens": [0, -2, 1.0, "5", True, 2**31],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", False, INF],
 }  # fmt: skip

@@ -52,6 +52,7 @@ FIELDS: dict[str, Content] = {  # each is a field of SamplingParams too
     "bad_words": {"bad_words": ["of", " list", "\n"], "temperature": 0, "max_tokens": 20},
     "allowed_token_ids": {"allowed_token_ids": [300, 301, 302, 400], "seed": 7},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 3, "temperature": 0},
+    "cache_salt": {"cache_salt": "mine", "temperature": 0},
     "priority": {"priority": -3, "temperature": 0},
     "logprobs": {"logprobs": 3, "temperature": 0},
     "no top logprobs": {"logprobs": 0, "temperature": 0},

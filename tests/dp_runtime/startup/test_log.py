@@ -28,8 +28,9 @@ def test_choices_are_said_once_and_memory_by_every_rank(
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "attention backend torch_ref: the only backend for device cpu"
     assert lines[2] == "CUDA graphs off: " + first.graphs_reason
+    assert lines[3] == "prefix cache on: " + first.prefix_cache.reason
     assert [line.startswith("200 KV pages of 64 tokens, ") for line in lines] == [
-        False, False, False, True, True,
+        False, False, False, False, True, True,
     ]  # fmt: skip
 
 

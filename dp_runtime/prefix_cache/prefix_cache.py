@@ -1,0 +1,56 @@
+"""PrefixCache: which pages hold which beginnings of sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dp_runtime.core.batch import NULL_PAGE
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CachedPage:
+    page: int
+    parent: int  # the page before it; the null page: it is a first one
+    digest: bytes
+    content: bytes  # its tokens
+
+
+class PrefixCache:
+    """Pages by their digests; the parent of a page that is here is here too.
+
+    A page is found where the tokens, too, of all pages up to it are the same.
+    """
+
+    def __init__(self) -> None:
+        self._by_digest: dict[bytes, CachedPage] = {}
+        self._by_page: dict[int, CachedPage] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_page)
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._by_page
+
+    def find(self, digest: bytes, content: bytes, parent: int) -> int | None:
+        found = self._by_digest.get(digest)
+        if found is None or found.content != content or found.parent != parent:
+            return None
+        return found.page
+
+    def insert(self, page: int, digest: bytes, content: bytes, parent: int) -> int | None:
+        """Return the page that has this content now; None if another one has the digest."""
+        if digest in self._by_digest:
+            return self.find(digest, content, parent)
+        assert page not in self._by_page, f"page {page} holds another content"
+        cached = CachedPage(page, parent, digest, content)
+        self._by_digest[digest] = self._by_page[page] = cached
+        return page
+
+    def remove(self, page: int) -> None:
+        del self._by_digest[self._by_page.pop(page).digest]
+
+    def check(self) -> None:
+        for cached in self._by_page.values():
+            assert self._by_digest[cached.digest] is cached, f"page {cached.page} is not found"
+            ok = cached.parent == NULL_PAGE or cached.parent in self._by_page
+            assert ok, f"page {cached.page} outlives its parent {cached.parent}"
