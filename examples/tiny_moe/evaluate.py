@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from examples.tiny_moe.model import TinyMoe, load_model
+from examples.tiny_moe.model import load_model
+from examples.tiny_moe.train import Drafting
 
 HERE = Path(__file__).parent
 END_OF_TEXT = "<|endoftext|>"
@@ -53,7 +54,7 @@ def windows_of(documents: list[list[int]]) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: TinyMoe, windows: Tensor) -> float:
+def mean_loss(model: Drafting, windows: Tensor) -> float:
     """Mean cross-entropy in nats a token."""
     losses = []
     for batch in windows.split(16):
@@ -65,7 +66,7 @@ def mean_loss(model: TinyMoe, windows: Tensor) -> float:
 
 
 @torch.no_grad()
-def draft_agreement(model: TinyMoe, windows: Tensor, num_drafts: int) -> Tensor:
+def draft_agreement(model: Drafting, windows: Tensor, num_drafts: int) -> Tensor:
     """[num_drafts] share of positions where draft j is the trunk's greedy token, on true text."""
     hits = torch.zeros(num_drafts)
     length = WINDOW - num_drafts
@@ -81,7 +82,7 @@ def draft_agreement(model: TinyMoe, windows: Tensor, num_drafts: int) -> Tensor:
 
 
 @torch.no_grad()
-def greedy_tokens(model: TinyMoe, prompt: list[int], num_tokens: int) -> list[int]:
+def greedy_tokens(model: Drafting, prompt: list[int], num_tokens: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(num_tokens):
         hidden, _ = model(torch.tensor([tokens]))
@@ -89,7 +90,7 @@ def greedy_tokens(model: TinyMoe, prompt: list[int], num_tokens: int) -> list[in
     return tokens[len(prompt) :]
 
 
-def propose(model: TinyMoe, tokens: list[int], hidden: Tensor, num_drafts: int) -> list[int]:
+def propose(model: Drafting, tokens: list[int], hidden: Tensor, num_drafts: int) -> list[int]:
     """Drafts after tokens; hidden [1, len(tokens) - 1, hidden_size] covers all but the last one.
 
     Row i of the MTP layer's input is (embedding of token i+1, hidden state at i). Each draft adds
@@ -111,7 +112,7 @@ def num_agreeing(drafts: list[int], greedy: list[int]) -> int:
 
 
 @torch.no_grad()
-def speculate(model: TinyMoe, prompt: list[int], num_tokens: int, num_drafts: int) -> Speculation:
+def speculate(model: Drafting, prompt: list[int], num_tokens: int, num_drafts: int) -> Speculation:
     """Greedy speculative decoding, everything recomputed at every step: slow and plain."""
     hidden, _ = model(torch.tensor([prompt]))
     tokens = [*prompt, int(model.logits(hidden[:, -1]).argmax())]
@@ -128,7 +129,7 @@ def speculate(model: TinyMoe, prompt: list[int], num_tokens: int, num_drafts: in
 
 
 def evaluate_speculation(
-    model: TinyMoe, documents: list[list[int]], args: argparse.Namespace
+    model: Drafting, documents: list[list[int]], args: argparse.Namespace
 ) -> None:
     long_enough = [d for d in documents if len(d) > args.prompt_tokens]
     runs = []
@@ -145,7 +146,7 @@ def evaluate_speculation(
     print(f"  {mean + 1:.3f} tokens a verification; accepted 0..{args.num_drafts}: {histogram}")
 
 
-def check_against_transformers(checkpoint: Path, model: TinyMoe, windows: Tensor) -> None:
+def check_against_transformers(checkpoint: Path, model: Drafting, windows: Tensor) -> None:
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -155,9 +156,9 @@ def check_against_transformers(checkpoint: Path, model: TinyMoe, windows: Tensor
     print(f"transformers: largest logit difference {float((theirs - ours).abs().max()):.2e}")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(checkpoint: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint)
     parser.add_argument("--text", type=Path, default=HERE / "held_out.txt")
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -167,9 +168,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    model = load_model(args.checkpoint)
+def evaluate(model: Drafting, args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
     documents = encode_documents(tokenizer, args.text)
     windows = windows_of(documents)
@@ -184,6 +183,11 @@ def main() -> None:
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt).ids
         print(f"> {prompt}|{tokenizer.decode(greedy_tokens(model, ids, 48))}")
+
+
+def main() -> None:
+    args = parse_args(HERE / "checkpoint")
+    evaluate(load_model(args.checkpoint), args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -67,9 +69,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the result depends on besides the corpus."""
+    """Everything the result depends on besides the corpus and the model's shape."""
 
-    model: TinyMoeConfig
     trunk: Phase
     mtp: Phase
     seed: int = 0
@@ -188,15 +189,34 @@ def distillation(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return -(teacher * logits.float().log_softmax(-1)).sum(-1).mean()
 
 
+class Drafting(Protocol):
+    """What training asks of a trunk with an MTP layer."""
+
+    model: Any  # the trunk: `embed_tokens`, `layers`
+    mtp: Any  # `unroll`
+
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the MTP layer reads of the trunk, and the mean load-balancing loss."""
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def mtp_logits(self, hidden: Tensor) -> Tensor: ...
+
+
 class Trainer:
     """The two training phases over one model; losses come as (cross-entropy, load balancing)."""
 
     def __init__(
-        self, recipe: Recipe, tokens: Tokens, model: TinyMoe, out: Path, compiled: bool
+        self,
+        recipe: Recipe,
+        tokens: Tokens,
+        model: Drafting,  # on the tokens' device
+        save: Callable[[], None],
+        compiled: bool,
     ) -> None:
-        self.recipe, self.tokens, self.out = recipe, tokens, out
+        self.recipe, self.tokens, self.save = recipe, tokens, save
         self.device = tokens.train.device
-        self.model = model.train().to(self.device)
+        self.model = model
         self.cross_entropy, self.draft_losses = cross_entropy, self._draft_losses
         if compiled:
             for layer in self.model.model.layers:
@@ -270,10 +290,10 @@ class Trainer:
                 val_loss = self.val_loss(losses_of, phase.batch_tokens)
                 print(f"{phase.name} {step:6d} val {val_loss:.4f}", flush=True)
             if now - last_save > SAVE_SECONDS:
-                save_weights(self.model, self.out)
+                self.save()
                 last_save = now
         print(f"{phase.name} ends after {step} steps, {time.monotonic() - start:.0f} s", flush=True)
-        save_weights(self.model, self.out)
+        self.save()
         val_loss = self.val_loss(losses_of, phase.batch_tokens)
         bits = val_loss / math.log(2) * len(self.tokens.val) / self.tokens.val_bytes
         print(f"{phase.name} val {val_loss:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
@@ -288,31 +308,31 @@ class Trainer:
             self.run(self.recipe.mtp, mtp, self.mtp_losses)
 
 
-def initial_model(recipe: Recipe) -> TinyMoe:
-    torch.manual_seed(recipe.seed)
-    model = TinyMoe(recipe.model)
-    model.init_weights()
-    return model
-
-
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    model = TinyMoeConfig(
+def initial_model(args: argparse.Namespace) -> TinyMoe:
+    torch.manual_seed(args.seed)
+    config = TinyMoeConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
         moe_intermediate_size=args.moe_intermediate_size,
     )
+    model = TinyMoe(config)
+    model.init_weights()
+    return model.train().to(args.device)
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe(
-        model=model,
         trunk=Phase("trunk", args.trunk_steps, args.trunk_minutes, 4e-3, 65_536, 1024),
         mtp=Phase("mtp", args.mtp_steps, args.mtp_minutes, 3e-3, args.mtp_batch_tokens, 512),
         seed=args.seed,
     )
 
 
-def parse_args() -> argparse.Namespace:
+def new_parser(out: Path) -> argparse.ArgumentParser:
+    """Return the flags that trainings of any model share."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--corpus", type=Path, required=True, help="folder that corpus.py wrote")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument(
         "--prepare-only", action="store_true", help="tokenizer and ids, no training"
     )
@@ -325,26 +345,41 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mtp-minutes", type=float, default=0.42)
     parser.add_argument("--mtp-batch-tokens", type=int, default=65_536)
     parser.add_argument("--vocab-size", type=int, default=3072)
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    parser = new_parser(Path(__file__).parent / "checkpoint")
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--moe-intermediate-size", type=int, default=32)
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
-    recipe = recipe_of(args)
-    folder = prepare(args.corpus, recipe.model.vocab_size)
-    tokens = load_tokens(folder, torch.device(args.device))
+def prepare_tokens(args: argparse.Namespace, max_length: int) -> Tokens:
+    """Write the checkpoint's tokenizer, and return the corpus as its tokens."""
+    folder = prepare(args.corpus, args.vocab_size)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    save_tokenizer(tokenizer, recipe.model.max_position_embeddings, args.out)
-    if args.prepare_only:
-        return
-    model = initial_model(recipe)
-    trainer = Trainer(recipe, tokens, model, args.out, args.compile)
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (trainer.model, trainer.model.mtp)]
-    print(f"{sizes[0]:,} parameters, {sizes[1]:,} of them MTP; {len(tokens.train):,} train tokens")
+    save_tokenizer(tokenizer, max_length, args.out)
+    return load_tokens(folder, torch.device(args.device))
+
+
+def train(
+    args: argparse.Namespace, tokens: Tokens, model: Drafting, save: Callable[[], None]
+) -> None:
+    trainer = Trainer(recipe_of(args), tokens, model, save, args.compile)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.model, model.mtp)]
+    print(f"{sum(sizes):,} parameters, {sizes[1]:,} of them MTP; {len(tokens.train):,} tokens")
     trainer.train()
     print("files:", sum(path.stat().st_size for path in args.out.iterdir()), "bytes")
+
+
+def main() -> None:
+    args = parse_args()
+    tokens = prepare_tokens(args, TinyMoeConfig.max_position_embeddings)
+    if args.prepare_only:
+        return
+    model = initial_model(args)
+    train(args, tokens, model, partial(save_weights, model, args.out))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""The tiny hybrid model learns a little text in seconds, and is served as it was trained."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dp_runtime import Engine, EngineConfig, SamplingParams
+from examples.tiny_hybrid.model import SHAPE, TinyHybrid, load_model, save_weights
+from examples.tiny_moe.evaluate import greedy_tokens, speculate
+from examples.tiny_moe.train import Phase, Recipe, Tokens, Trainer
+
+SMALL: dict[str, Any] = SHAPE | {
+    "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_experts": 4,
+    "layer_types": ["linear_attention", "full_attention"], "num_experts_per_tok": 2,
+}  # fmt: skip
+TEXT = torch.randint(1, 64, (97,), generator=torch.Generator().manual_seed(0)).repeat(60)
+PHASE: dict[str, Any] = {"max_minutes": 5.0, "batch_tokens": 512, "warmup_steps": 3}
+DRAFTS = 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    """A checkpoint, and its losses on the text before and after."""
+    torch.manual_seed(0)
+    out, model = tmp_path_factory.mktemp("tiny"), TinyHybrid(SMALL)
+    model.init_weights()
+    recipe = Recipe(
+        Phase("trunk", 20, peak_lr=1e-2, sequence_length=128, **PHASE),
+        Phase("mtp", 15, peak_lr=1e-2, sequence_length=64, **PHASE),
+    )
+    tokens = Tokens(TEXT, TEXT, TEXT[:1025], 1025)
+    trainer = Trainer(recipe, tokens, model.train(), partial(save_weights, model, out), False)
+    before = trainer.val_loss(trainer.trunk_losses, 1024)
+    trainer.train()
+    losses = [before, trainer.val_loss(trainer.trunk_losses, 1024)]
+    return out, [*losses, trainer.val_loss(trainer.mtp_losses, 1024)]
+
+
+def test_losses_fall(trained: tuple[Path, list[float]]) -> None:
+    _, (before, after, drafts) = trained
+    print(f"loss {before:.3f}, then {after:.3f}; of drafts {drafts:.3f}")
+    assert after < 0.6 * before
+    assert drafts < 0.8 * before
+
+
+def test_it_is_served_as_it_was_trained_18(trained: tuple[Path, list[float]]) -> None:
+    """Its own greedy tokens, and as many drafts accepted: a wrong draft shows nowhere else."""
+    path, _ = trained
+    model = load_model(path)
+    prompts = [TEXT[31:51].tolist(), TEXT[:12].tolist(), [5, 6, 7]]
+    runs = [speculate(model, prompt, 20, DRAFTS) for prompt in prompts]
+    config = EngineConfig(
+        str(path), device="cpu", launcher="thread", dtype="float32", max_model_len=128,
+        num_pages=20, speculative_num_steps=DRAFTS, max_num_requests=1,
+    )  # fmt: skip
+    with Engine(config) as engine:
+        params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+        outputs = engine.generate(prompts, params)
+        accepted = engine.report().drafts_accepted
+    assert [list(output.token_ids) for output in outputs] == [
+        greedy_tokens(model, prompt, 20) for prompt in prompts
+    ]
+    due = sum(count for run in runs for count in run.accepted)
+    assert due > len(prompts)
+    assert 0 <= due - accepted <= DRAFTS * len(prompts), "but for drafts behind the last token"
+
+
+def test_the_published_size_is_at_most_8_mb() -> None:
+    with torch.device("meta"):
+        model = TinyHybrid(SHAPE)
+    tied = sum(parameter.numel() for parameter in model.parameters())
+    assert 7.0e6 < 2 * tied < 7.9e6
