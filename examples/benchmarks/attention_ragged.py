@@ -22,6 +22,7 @@ from dp_runtime.attention.spec import AttentionSpec, KvScales
 from dp_runtime.attention.trtllm.backend import TrtllmBackend
 from dp_runtime.attention.trtllm.kernel_groups import KernelGroup, build_groups, causal_mask
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
+from dp_runtime.core.batch import Int32
 from dp_runtime.kernels.jit_build import KernelBuilds
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
@@ -83,9 +84,15 @@ def build(device: torch.device) -> None:
 
 
 def make_load(requests: int, longest: int, device: torch.device) -> Load:
-    rng, size = np.random.default_rng(0), SPEC.page_size
+    rng = np.random.default_rng(0)
     query_lens = rng.integers(2, 9, requests).astype(np.int32)
     seq_lens = rng.integers(longest // 2, longest + 1, requests).astype(np.int32)
+    return load_of(query_lens, seq_lens, device)
+
+
+def load_of(query_lens: Int32, seq_lens: Int32, device: torch.device) -> Load:
+    """Requests of these lengths on pages at random."""
+    requests, rng, size = len(query_lens), np.random.default_rng(0), SPEC.page_size
     used = -(-seq_lens // size)
     table = np.zeros((requests, int(used.max())), np.int32)
     pages = rng.permutation(np.arange(1, int(used.sum()) + 1, dtype=np.int32))
