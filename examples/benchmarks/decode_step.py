@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from dp_runtime.kernels.split_attention import SplitTile
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
@@ -37,6 +38,7 @@ from examples.benchmarks.harness.kernel_groups import (
     num_launches,
 )
 from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.harness.split_decode import attend_by
 from examples.benchmarks.harness.stepping import (
     Load,
     Routed,
@@ -55,7 +57,7 @@ class Measured:
     """One number of requests a rank, as rank 0 saw it."""
 
     requests: int
-    layout: str  # of the rows that graphs gather
+    layout: str  # of the rows that graphs gather, and the tile of attention if not XQA
     step_ms: tuple[float, float, float]  # p10, p50, p99
     routed: Routed | None  # None if no step had the rows of all requests
     distinct_last_tokens: float
@@ -85,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     print(machine.describe("torch"), config, sep="\n", flush=True)
     profiled = args.profile_steps if args.device == "cuda" else 0
     loads = [(count, Load((args.prompt,) * count, args.output)) for count in args.requests]
-    results = run_ranks(config, measure, args.layouts, loads, profiled)[0]
+    tiles = [None] if args.split is None else [None, SplitTile(*args.split)]
+    results = run_ranks(config, measure, args.layouts, tiles, loads, profiled)[0]
     rate = args.read_rate or measured_rate(args.device)
     for measured in results:
         report(args, measured, rate)
@@ -105,18 +108,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--output", type=int, default=OUTPUT)
+    parser.add_argument(
+        "--split", type=int, nargs=4, metavar=("CHUNK", "WARPS", "STAGES", "PROGRAMS"),
+        help="beside XQA, by the kernel of attention_decode with this tile",
+    )  # fmt: skip
     parser.add_argument("--profile-steps", type=int, default=20)
     return parser.parse_args()
 
 
 def measure(
-    rank: SteppedRank, layouts: list[str], loads: list[tuple[int, Load]], profile_steps: int
+    rank: SteppedRank,
+    layouts: list[str],
+    tiles: list[SplitTile | None],
+    loads: list[tuple[int, Load]],
+    profile_steps: int,
 ) -> list[Measured]:
     """Serve every load three times: to time it, to profile it, and to count the experts used."""
     results = []
     size = rank.config.dp_size
-    for layout, (count, load) in product(layouts, loads):
+    for layout, tile, (count, load) in product(layouts, tiles, loads):
         rank.lay_out(layout)
+        if len(tiles) > 1:
+            attend_by(rank, tile, layout)
         timed = rank.run(load)
         times = np.array(timed.steps_of((count,) * size)) * 1e3
         p10, p50, p99 = (float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
@@ -131,7 +144,8 @@ def measure(
         routed = Routed.from_counts(counted, size) if counted else None
         emitted = tokens_per_verification(timed.steps)
         times_ms = (p10, p50, p99)
-        results.append(Measured(count, layout, times_ms, routed, distinct, emitted, profile))
+        way = layout if tile is None else f"{layout}, {tile}"
+        results.append(Measured(count, way, times_ms, routed, distinct, emitted, profile))
     return results
 
 

@@ -17,7 +17,16 @@ ATTENTION, EXPERTS, DENSE, WIRE = "attention", "experts", "dense products", "col
 STATES, OTHER = "recurrent states", "other kernels of torch"
 GROUPS = {  # by parts of kernels' names, the first that fits
     WIRE: ("gather_kernel", "reduce_scatter_kernel", "ncclDevKernel"),
-    ATTENTION: ("kernel_mha", "xqa", "fmha", "flash", "Prefill", "Decode"),
+    ATTENTION: (
+        "split_kernel",
+        "combine_kernel",
+        "kernel_mha",
+        "xqa",
+        "fmha",
+        "flash",
+        "Prefill",
+        "Decode",
+    ),
     EXPERTS: ("gate_up_kernel", "down_kernel"),
     STATES: ("_convolve_kernel", "_step_kernel", "_solve_kernel", "_state_kernel"),
     "sums of pairs": ("sum_kernel",),

@@ -14,7 +14,7 @@ from dp_runtime.kernels.split_attention import SplitTile, split_attention
 from examples.benchmarks.harness.stepping import SteppedRank
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SplitCalls:
     """The calls of an architecture but for those of short queries."""
 
@@ -36,10 +36,20 @@ class SplitCalls:
         )
 
 
-def attend_by(rank: SteppedRank, tile: SplitTile, layout: str) -> None:
-    """Have all models of a rank attend so from now on, also in new graphs; all ranks call it."""
+def attend_by(rank: SteppedRank, tile: SplitTile | None, layout: str) -> None:
+    """Have a rank's models attend so from now on, None: by XQA, and capture what that changes.
+
+    All ranks call it at the same time. layout: of the graphs, as `SteppedRank.lay_out` takes it.
+    """
+    changed = False
     for model in {runner.model for runner in rank.loop.runner.passes.values()}:
         backend = model.backend
         assert isinstance(backend, TrtllmBackend), f"{backend} has no calls to replace"
-        backend._calls = SplitCalls(backend._calls, backend.spec.head_dim**-0.5, tile)
-    rank.capture(packed=layout == "packed")
+        calls = backend._calls.inner if isinstance(backend._calls, SplitCalls) else backend._calls
+        chosen = calls if tile is None else SplitCalls(calls, backend.spec.head_dim**-0.5, tile)
+        changed |= chosen != backend._calls
+        backend._calls = chosen
+    if changed:
+        rank.capture(packed=layout == "packed")
+    else:
+        rank.lay_out(layout)

@@ -1,8 +1,9 @@
-"""Compiles the experts' kernels for an SM90, which takes no GPU: tiles in use, and candidates.
+"""Compiles kernels for an SM90, which takes no GPU: of experts, and of attention by chunks.
 
     TRITON_INTERPRET=0 python -m tests.dp_runtime.kernels.compile_experts
 
-bf16 and e4m3 weights; the interpreter knows neither tensor cores nor shared memory.
+Tiles in use and candidates, bf16 and e4m3 weights; the interpreter knows neither tensor cores nor
+shared memory.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from unittest.mock import patch
 import torch
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels import experts
+from dp_runtime.kernels import experts, split_attention
 from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
+from dp_runtime.kernels.split_attention import SplitTile
 from dp_runtime.weights.fp8_blocks import scale_shape
 from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
 
@@ -36,7 +38,22 @@ def tiles(fp8: bool) -> Iterator[ExpertTiles]:
         yield ExpertTiles(swapped, swapped)
 
 
+def compile_attention() -> None:
+    instead: dict[str, Any] = {"overlaps": lambda device: True}
+    for name in ("split_kernel", "combine_kernel"):
+        instead[name] = Compiled(getattr(split_attention, name))
+    pool = torch.zeros(2, 2, 4, 64, 128, dtype=torch.bfloat16)
+    table, lengths = torch.zeros(64, 2, dtype=torch.int32), torch.ones(64, dtype=torch.int32)
+    with patch.multiple(split_attention, **instead):
+        for query_len in (1, 4):
+            q = torch.zeros(64 * query_len, 32, 128, dtype=torch.bfloat16)
+            for tile in (SplitTile(256), SplitTile(512, 8, 5, 2)):
+                own = q, pool, table, lengths, 128, 0.1
+                split_attention.split_attention(*own, torch.empty_like(q), tile)
+
+
 def main() -> None:
+    compile_attention()
     rows = torch.zeros(4, HIDDEN, dtype=torch.bfloat16)
     routing = Routing(
         weights=torch.zeros(4, TOP_K),

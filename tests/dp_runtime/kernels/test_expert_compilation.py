@@ -1,4 +1,4 @@
-"""The experts' kernels compile for a GPU where there is none."""
+"""Kernels of experts and of attention by chunks compile for a GPU where there is none."""
 
 from __future__ import annotations
 
@@ -23,3 +23,5 @@ def test_the_kernels_compile_for_sm90() -> None:
     lines = done.stdout.splitlines()
     for kernel in ("gate_up_kernel", "down_kernel"):
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == 18
+    for kernel in ("split_kernel", "combine_kernel"):
+        assert sum(line.startswith(f"{kernel}: ") for line in lines) == 4
