@@ -9,10 +9,11 @@ from dp_runtime.core.settings import check_settings, setting, settings_of
 from dp_runtime.core.step_program import MAX_DRAFTS, SERVING_PROGRAMS, Program, speculative_programs
 from dp_runtime.errors import require
 from dp_runtime.parallel.padding import PaddingMode
-from dp_runtime.parallel.policies.policy_name import policy
+from dp_runtime.parallel.policies.policy_name import PolicyName, policy
 from dp_runtime.parallel.transports import TRANSPORTS, check_transport
 
 MAX_TIMEOUT_S = 604_800  # a week; poll() and Gloo can not wait for more than 2**31 - 1 ms
+ROUTINGS = ("round_robin", "least_tokens", "least_padded_cost", "prefix_aware")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,9 @@ class EngineConfig:
         1, "number of ranks; need not divide the number of experts", at_least=1, at_most=4096
     )
     ranks_per_gpu: int = setting(
-        1,
-        "ranks that share a GPU; more than one, which then meet in host memory, is for "
-        "experiments with few GPUs, not for speed",
-        at_least=1,
-    )
+        1, "ranks that share a GPU; more than one, which then meet in host memory, is for "
+        "experiments with few GPUs, not for speed", at_least=1,
+    )  # fmt: skip
     device: str = setting(
         "auto",
         "where ranks run; auto: cpu if there is no GPU, cuda with room for all ranks, else an "
@@ -52,11 +51,10 @@ class EngineConfig:
         choices=("ray", "local", "thread"),
     )
     ray_address: str | None = setting(
-        None,
-        "cluster to join: auto, host:port or ray://host:port",
+        None, "cluster to join: auto, host:port or ray://host:port",
         shown_default="$RAY_ADDRESS, else a new cluster on this host",
         allowed="auto, host:port or ray://host:port",
-    )
+    )  # fmt: skip
     attention_backend: str = setting(
         "auto", "attention kernels; auto: torch_ref on CPU, trtllm on GPU. flashinfer has kernels "
         "of its own there", choices=("auto", "trtllm", "flashinfer", "torch_ref"),
@@ -89,8 +87,9 @@ class EngineConfig:
     routing: str = setting(
         "least_tokens",
         "how a request is given to a rank: in turn, to the one with the fewest unfinished "
-        "tokens, or to the one that pads a decode step least",
-        **policy("routing", "choose", ("round_robin", "least_tokens", "least_padded_cost")),
+        "tokens, to the one that pads a decode step least, or so that the largest prefill that "
+        "waits, less what its rank has cached, and decode step stay small",
+        **policy("routing", "choose", ROUTINGS),
     )
     max_moves: int = setting(
         2, "times that a request may go from its rank's queue to another rank that could start it "
@@ -102,12 +101,12 @@ class EngineConfig:
         shown_default="for max_num_requests of max_model_len, within kv_memory_fraction",
     )  # fmt: skip
     kv_memory_fraction: float | None = setting(
-        None,
-        "share that KV pages may take of the device's memory beside weights, workspaces, "
+        None, "share that KV pages may take of the device's memory beside weights, workspaces, "
         "activations and a reserve; num_pages overrides it",
-        above=0,
-        at_most=1,
-        shown_default="0.5 on CPU, 0.9 on GPU",
+        above=0, at_most=1, shown_default="0.5 on CPU, 0.9 on GPU",
+    )  # fmt: skip
+    kv_events: bool = setting(
+        False, "keep what enters and leaves ranks' prefix caches, for engine.kv_events()"
     )
     prefix_caching: bool = setting(
         True, "keep full KV pages for requests that begin alike, until their memory is needed"
@@ -154,10 +153,9 @@ class EngineConfig:
         False, "fill padded rows with NaN, to show that no result depends on them"
     )
     check_device_values: bool = setting(
-        False,
-        "read attention inputs back in every step and compare them with the host's copy; "
+        False, "read attention inputs back in every step and compare them with the host's copy; "
         "slow, and without CUDA graphs",
-    )
+    )  # fmt: skip
     speculative_num_steps: int = setting(
         0, "tokens that a draft model proposes for each request in a step, for the target to "
         "verify; 0: none", at_least=0, at_most=MAX_DRAFTS, allowed=f"0..{MAX_DRAFTS}",
@@ -167,26 +165,23 @@ class EngineConfig:
         allowed="the path of a directory",
     )  # fmt: skip
     speculative_adaptive: bool = setting(
-        False,
-        "all ranks choose in each step how many tokens to propose, up to that number, by what "
-        "was accepted",
-    )
+        False, "all ranks choose in each step how many tokens to propose, up to that number, by "
+        "what was accepted",
+    )  # fmt: skip
     speculative_draft_length: str | None = setting(
         None, "a policy of your own for that number, in place of speculative_adaptive",
         **policy("speculative_draft_length", "draft_length"),
     )  # fmt: skip
     speculative_forced_tokens: float | None = setting(
-        None,
-        "for measurements: emit so many tokens a verification on average, whatever was "
-        "proposed; the text is meaningless",
-        at_least=1, shown_default="off",
+        None, "for measurements: emit so many tokens a verification on average, whatever was "
+        "proposed; the text is meaningless", at_least=1, shown_default="off",
     )  # fmt: skip
     enable_return_routed_experts: bool = setting(
         False, "keep the experts that every token goes to, for requests with return_routed_experts"
     )
     start_timeout_s: float = setting(
-        300.0, "seconds until all ranks must serve", above=0, at_most=MAX_TIMEOUT_S
-    )
+        300.0, "seconds until all ranks must serve", above=0, at_most=MAX_TIMEOUT_S,
+    )  # fmt: skip
     step_timeout_s: float = setting(
         60.0, "seconds that a rank waits for another in a step", above=0, at_most=MAX_TIMEOUT_S
     )
@@ -196,17 +191,13 @@ class EngineConfig:
         allowed="the path of a directory",
     )  # fmt: skip
     hang_timeout_s: float = setting(
-        4.0,
-        "seconds without an answer from a rank's process, while others answer, or on GPUs "
-        "without the end of a step, after which it counts as lost",
-        above=0, at_most=MAX_TIMEOUT_S,
+        4.0, "seconds without an answer from a rank's process, while others answer, or on GPUs "
+        "without the end of a step, after which it counts as lost", above=0, at_most=MAX_TIMEOUT_S,
     )  # fmt: skip
     max_recoveries: int = setting(
-        5,
-        "times within a minute that lost ranks are replaced and their requests go on; then, and "
-        "always with 0, a lost rank fails the engine",
-        at_least=0,
-    )
+        5, "times within a minute that lost ranks are replaced and their requests go on; then, and "
+        "always with 0, a lost rank fails the engine", at_least=0,
+    )  # fmt: skip
     min_dp_size: int | None = setting(
         None, "ranks that go on without the others while lost ones can not be replaced; memory "
         "for their larger shares of the experts is set aside", at_least=1, shown_default="dp_size",
@@ -216,8 +207,8 @@ class EngineConfig:
         at_least=0, at_most=64,
     )  # fmt: skip
     host_weights: bool = setting(
-        False, "keep each rank's weights in memory of the host too, for its successor; Linux only"
-    )
+        False, "keep each rank's weights in memory of the host too, for its successor; Linux only",
+    )  # fmt: skip
     inject: str | None = setting(
         None,
         "for tests and experiments: faults that happen to ranks, as rank=2,step=50,kind=kill; "
@@ -238,6 +229,8 @@ class EngineConfig:
         check_settings(self)
         self._check_speculation()
         self._check_faults()
+        ok = self.prefix_caching or not self.kv_events
+        require(ok, "kv_events", self.kv_events, "False without prefix_caching")
         transport = TRANSPORTS.get(self.collective)
         if transport is not None:  # else auto
             threads = self.launcher == "thread"
@@ -260,6 +253,12 @@ class EngineConfig:
         """The configuration as it is now, checked again; a subclass is left behind."""
         names = [item.name for item in settings_of(EngineConfig)]
         return EngineConfig(**{name: getattr(self, name) for name in names})
+
+    @property
+    def tells_kv_events(self) -> bool:
+        """Whether ranks tell of their prefix caches, to users or for routing."""
+        own = isinstance(self.routing, PolicyName)
+        return self.kv_events or self.routing == "prefix_aware" or own
 
     @property
     def programs(self) -> tuple[Program, ...]:

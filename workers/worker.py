@@ -229,7 +229,8 @@ class Worker:
         holder = self._holder
         polled = holder.mailbox.poll(timeout_s)
         num_coming = holder.mailbox.num_added + len(holder.compiling)
-        return replace(polled, load=holder.requests.load(num_coming))
+        load, events = holder.requests.load(num_coming), holder.requests.take_kv_events()
+        return replace(polled, load=load, kv_events=events)
 
     def health(self) -> RankHealth:
         health = RankHealth(

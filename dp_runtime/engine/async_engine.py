@@ -8,6 +8,7 @@ from functools import partial
 from types import TracebackType
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.rank_events.kv_events import KvEventBatch
 from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStream, deliver_in_loops
@@ -137,6 +138,14 @@ class AsyncEngine:
     async def metrics(self, timeout_s: float = 1.0) -> tuple[RankSnapshot, ...]:
         """Return what each rank has done, or had when it last answered; until it is closed."""
         return await asyncio.to_thread(self._core.metrics, timeout_s)
+
+    async def kv_events(self, timeout_s: float = 0.0) -> tuple[KvEventBatch, ...]:
+        """As `Engine.kv_events`."""
+        return await asyncio.to_thread(self.kv_events_now, timeout_s)
+
+    def kv_events_now(self, timeout_s: float) -> tuple[KvEventBatch, ...]:
+        """As `Engine.kv_events`, in a thread that may wait."""
+        return self._core.kv_events(timeout_s)
 
     async def health(self, timeout_s: float = 5.0) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""

@@ -10,29 +10,32 @@ from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
+from dp_runtime.core.rank_events.kv_events import KvEvent, KvEventBatch
 from dp_runtime.core.rank_events.listeners import Listeners, Resume
 from dp_runtime.core.request import FinishReason, RequestUpdate
 from dp_runtime.engine.deadlines import Deadlines
+from dp_runtime.engine.engine_metrics import EngineMetrics
 from dp_runtime.engine.inputs import NewRequest, RequestFactory, checked_flag, checked_seconds
+from dp_runtime.engine.kv_event_feed import KvEventFeed
 from dp_runtime.engine.lifetime import EngineInChild, bind_lifetime, weakly
 from dp_runtime.engine.metrics_export import export_periodically
 from dp_runtime.engine.output_processor import Delivery, Ends, OutputProcessor, OutputSink, apply
 from dp_runtime.engine.rank_group import start_ranks
-from dp_runtime.engine.relocation import Relocation
 from dp_runtime.engine.request_log import RequestLog
 from dp_runtime.engine.routing.admission import Admission, Place
 from dp_runtime.engine.routing.load_balancer import Demand
 from dp_runtime.engine.routing.membership_changes import MembershipChanges
 from dp_runtime.engine.routing.own_routing import load_balancer
 from dp_runtime.engine.routing.queue_moves import RankLimits
+from dp_runtime.engine.routing.rank_caches import prompt_pages
+from dp_runtime.engine.routing.relocation import Relocation
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.flight.record import FlightDump
-from dp_runtime.metrics.busy_clock import BusyClock
 from dp_runtime.metrics.report import Report
-from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
 from dp_runtime.metrics.trace import StepTrace
+from dp_runtime.startup.execution_choices import page_hasher
 from dp_runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -67,20 +70,21 @@ class EngineCore:
         members = self._group.members
         self._admission = Admission(balancer, members, config.max_queued_requests, limits)
         self.changes = MembershipChanges(self._group, self._admission, weakly(self.check_open))
+        names_pages = balancer.reads_caches and model.caches_prefixes
+        self._page_names = page_hasher(config) if names_pages else None
         self._outputs = OutputProcessor()
         self._deadlines = Deadlines(weakly(self._on_due))
         self._lock = threading.Lock()
         self._sending = threading.RLock()  # held from a request's log to its submission
         self._closed: BaseException | None = None
-        self._clock = BusyClock()
-        self._requests: dict[int, RequestTotals] = {}  # by dp_rank, also of ranks that have left
+        self._metrics = EngineMetrics(self._group)
         self._relocation = Relocation(
-            self._group, self._admission, self._outputs, self._sending, weakly(self._totals_of)
+            self._group, self._admission, self._outputs, self._sending, self._metrics.of
         )
+        self._kv_events = KvEventFeed(config.kv_events)
         progress, failure = weakly(self._on_updates), weakly(self._on_failure)
-        transition, load = weakly(self._on_transition), weakly(self._relocation.report)
-        cached = weakly(self._admission.cached)
-        self._group.listen(Listeners(progress, failure, transition, load, cached))
+        change, load = weakly(self._on_transition), weakly(self._relocation.report)
+        self._group.listen(Listeners(progress, failure, change, load, weakly(self._on_kv_events)))
         bind_lifetime(self, self._group, self._deadlines)
         if config.launcher == "ray":
             export_periodically(self)
@@ -136,18 +140,19 @@ class EngineCore:
         return self._begin(new, place.demand, sink_of)
 
     def _demand_of(self, new: NewRequest) -> Demand:
-        return Demand.of(new.request, new.dp_rank)
+        digests = () if self._page_names is None else prompt_pages(new.request, self._page_names)
+        return Demand.of(new.request, new.dp_rank, digests)
 
     def _begin(self, new: NewRequest, demand: Demand, sink_of: SinkOf[Sink]) -> Sink:
         with self._sending:
             try:
                 rank = self._admission.settled(demand)
-                log = RequestLog(new.request, self._totals_of(rank), self.tokenizer, demand)
+                log = RequestLog(new.request, self._metrics.of(rank), self.tokenizer, demand)
                 sink = sink_of(log, self)
                 with self._lock:
                     self.check_open()
                     self._outputs.add(log, sink)
-                    self._clock.enter()
+                    self._metrics.clock.enter()
             except BaseException:
                 self._admission.leave(demand)
                 raise
@@ -186,9 +191,7 @@ class EngineCore:
 
     def report(self) -> Report:
         self.check_open()
-        totals = self._group.totals()
-        requests = list(self._requests.values())
-        return Report.from_totals(totals, requests, self._clock.elapsed_s)
+        return self._metrics.report()
 
     def health(self, timeout_s: float) -> tuple[RankHealth, ...]:
         if isinstance(self._closed, EngineClosed):
@@ -198,12 +201,10 @@ class EngineCore:
     def metrics(self, timeout_s: float) -> tuple[RankSnapshot, ...]:
         if isinstance(self._closed, EngineClosed):
             raise fresh(self._closed)
-        return tuple(
-            RankSnapshot(
-                answered, rank.health, rank.totals, self._totals_of(rank.totals.dp_rank).copied()
-            )
-            for rank, answered in self._group.metrics.read(checked_seconds("timeout_s", timeout_s))
-        )
+        return self._metrics.snapshots(checked_seconds("timeout_s", timeout_s))
+
+    def kv_events(self, timeout_s: float) -> tuple[KvEventBatch, ...]:
+        return self._kv_events.take(checked_seconds("timeout_s", timeout_s))
 
     def flight_record(self) -> FlightDump:
         if isinstance(self._closed, EngineClosed):
@@ -213,8 +214,7 @@ class EngineCore:
     def export_metrics(self) -> bool:
         is_open = self._closed is None
         if is_open:
-            totals = map(self._totals_of, self._group.members.dp_ranks)
-            self._group.metrics.export({rank.dp_rank: rank.copied() for rank in totals})
+            self._metrics.export()
         return is_open
 
     def close(self) -> None:
@@ -234,10 +234,14 @@ class EngineCore:
             deliveries = self._outputs.process(self._relocation.settled(dp_rank, updates))
             if running := [each.log.request_id for each in deliveries if each.rank_goes_on]:
                 self._group.abort(dp_rank, running)
-            if begun := [each.log.demand for each in deliveries if each.begins]:
-                self._admission.begun(begun)
+            if begun := [each.log for each in deliveries if each.begins]:
+                self._metrics.of(dp_rank).add_cached(*self._admission.begun(begun))
             self._count_ended(deliveries)
             self._deliver(deliveries)
+
+    def _on_kv_events(self, dp_rank: int, events: Sequence[KvEvent]) -> None:
+        self._admission.cached(dp_rank, events)
+        self._kv_events.add(dp_rank, events)
 
     def _on_due(self, reasons: Mapping[int, FinishReason]) -> None:
         """End requests at once with what they have, whether their ranks answer or not.
@@ -265,17 +269,15 @@ class EngineCore:
     def _count_out(self, log: RequestLog) -> None:
         self._deadlines.remove(log.request_id)
         with self._lock:
-            self._clock.leave()
+            self._metrics.clock.leave()
         self._admission.leave(log.demand)
-
-    def _totals_of(self, dp_rank: int) -> RequestTotals:
-        return self._requests.setdefault(dp_rank, RequestTotals(dp_rank))
 
     def _on_transition(self, transition: Transition, resume: Resume) -> int:
         """Have the next ranks go on with what others had; nobody submits meanwhile.
 
         Returns how many losses, this one included, were put down to a request.
         """
+        self._kv_events.clear(transition.gone)
         ended, num_again, num_blamed = self._relocation.replay(transition, resume)
         if num_again or ended:
             text = "requests of ranks that serve no more: %d go on, %d have ended"
@@ -292,6 +294,7 @@ class EngineCore:
             self._closed = error
         self._deadlines.close()
         self._admission.close(error)
+        self._kv_events.close(error)
         deliveries = self._outputs.fail_all(error)
         self._count_ended(deliveries)
         self._deliver(deliveries)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.rank_events.kv_events import KvEventBatch
 from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.core import EngineCore
@@ -129,6 +130,13 @@ class Engine:
     def metrics(self, timeout_s: float = 1.0) -> tuple[RankSnapshot, ...]:
         """Return what each rank has done, or had when it last answered; until it is closed."""
         return self._core.metrics(timeout_s)
+
+    def kv_events(self, timeout_s: float = 0.0) -> tuple[KvEventBatch, ...]:
+        """Wait for changes of ranks' prefix caches, and return all since the last call.
+
+        ValueError without `EngineConfig.kv_events`.
+        """
+        return self._core.kv_events(timeout_s)
 
     def health(self, timeout_s: float = 5.0) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""

@@ -23,6 +23,8 @@ class RequestTotals:
     request_s: Histogram = field(default_factory=partial(Histogram.of, SECONDS))
     ended: dict[FinishReason, int] = field(default_factory=Counter)
     moved: int = 0  # from the rank's queue to another rank
+    expected_cached_tokens: int = 0  # of prompts that have begun, in the rank's prefix cache
+    cached_tokens: int = 0  # and those that it found there
 
     def add_tokens(self, since_s: float, count: int, first: bool) -> None:
         """Add tokens that came together, `since_s` after those before, or after the submission."""
@@ -30,6 +32,10 @@ class RequestTotals:
             self.first_token_s.add(since_s)
         else:
             self.inter_token_s.add(since_s / count, count)
+
+    def add_cached(self, expected: int, found: int) -> None:
+        self.expected_cached_tokens += expected
+        self.cached_tokens += found
 
     def add_end(self, reason: FinishReason, since_s: float) -> None:
         self.ended[reason] += 1

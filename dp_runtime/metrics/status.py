@@ -49,6 +49,7 @@ class ModelInfo:
     chat: ChatFiles = field(default_factory=ChatFiles)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # as the checkpoint has them
     routing: RoutingShape | None = None  # of the experts that requests may ask for, if they may
+    caches_prefixes: bool = False  # ranks keep pages for requests that begin alike
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dp_runtime.core.batch import NULL_PAGE
+from dp_runtime.prefix_cache.page_events import PageEvents
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -22,6 +23,7 @@ class PrefixCache:
     """
 
     def __init__(self) -> None:
+        self.events: PageEvents | None = None  # for who follows the cache
         self._by_digest: dict[bytes, CachedPage] = {}
         self._by_page: dict[int, CachedPage] = {}
 
@@ -44,10 +46,16 @@ class PrefixCache:
         assert page not in self._by_page, f"page {page} holds another content"
         cached = CachedPage(page, parent, digest, content)
         self._by_digest[digest] = self._by_page[page] = cached
+        if self.events is not None:
+            before = None if parent == NULL_PAGE else self._by_page[parent].digest
+            self.events.stored(digest, before, content)
         return page
 
     def remove(self, page: int) -> None:
-        del self._by_digest[self._by_page.pop(page).digest]
+        cached = self._by_page.pop(page)
+        del self._by_digest[cached.digest]
+        if self.events is not None:
+            self.events.removed(cached.digest)
 
     def check(self) -> None:
         for cached in self._by_page.values():

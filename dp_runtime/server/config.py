@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dp_runtime.chat.parsers import ReasoningParser, ToolParser
 from dp_runtime.core.settings import check_settings, setting
+from dp_runtime.errors import require
 
 MAX_PORT = 65_535
 MAX_WRITE_TIMEOUT_S = 86_400  # the kernel counts milliseconds in 31 bits
@@ -98,5 +99,18 @@ class ServerConfig:
         30.0, "seconds that running requests get to end after SIGTERM or Ctrl-C", at_least=0
     )
 
+    kv_events_endpoint: str | None = setting(
+        None, "where KV events of all ranks are published over ZeroMQ, in vLLM's format; needs the "
+        "extra kv-events", shown_default="nowhere", allowed="an endpoint, as tcp://*:5557",
+    )  # fmt: skip
+    kv_events_replay_endpoint: str | None = setting(
+        None, "where subscribers ask for events that they missed", shown_default="nowhere",
+        allowed="an endpoint, as tcp://*:5558",
+    )  # fmt: skip
+    kv_events_topic: str | None = setting(None, "topic of these events", shown_default="empty")
+
     def __post_init__(self) -> None:
         check_settings(self)
+        ok = self.kv_events_replay_endpoint is None or self.kv_events_endpoint is not None
+        needs = "nothing without kv_events_endpoint"
+        require(ok, "kv_events_replay_endpoint", self.kv_events_replay_endpoint, needs)

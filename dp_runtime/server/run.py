@@ -8,15 +8,21 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.engine.async_engine import AsyncEngine
-from dp_runtime.errors import Terminated
+from dp_runtime.errors import Terminated, require
 from dp_runtime.server.config import LOOPBACK, ServerConfig
 from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.http.ports import Port, by_process, listening_ports
 from dp_runtime.server.state import ServerState
+
+if TYPE_CHECKING:
+    from dp_runtime.server.kv_publisher import KvEventPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,9 @@ def serve(
     signals = Signals()
     signals.listen()
     state = ServerState(config, engine_config)
+    publisher = _publisher(config)
+    if publisher is not None:
+        engine_config = replace(engine_config, kv_events=True)
     listener = Listener(state)
     _announce(listener, config)
     try:
@@ -70,6 +79,8 @@ def serve(
             gc.collect()
             gc.freeze()  # what has started stays: walking over it would hold up all streams
             state.serve(engine)
+            if publisher is not None:
+                publisher.start(engine.kv_events_now)
             _say_ready(state, listener, engine_config.dp_size)
             while not signals.stop.wait(CHECK_EVERY_S):
                 if listener.failed:
@@ -81,6 +92,20 @@ def serve(
             state.let_go()
     finally:
         listener.close(signals.hurry)
+        if publisher is not None:
+            publisher.close()
+
+
+def _publisher(config: ServerConfig) -> KvEventPublisher | None:
+    """Bind where KV events are published, if anywhere, before the engine takes its time."""
+    if config.kv_events_endpoint is None:
+        return None
+    missing = [name for name in ("zmq", "msgpack") if find_spec(name) is None]
+    extra = "None without the extra 'kv-events': pip install 'dp-runtime[kv-events]'"
+    require(not missing, "kv_events_endpoint", config.kv_events_endpoint, extra)
+    from dp_runtime.server.kv_publisher import KvEventPublisher
+
+    return KvEventPublisher(config)
 
 
 def _started(config: EngineConfig) -> AsyncEngine:

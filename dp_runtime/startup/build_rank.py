@@ -100,6 +100,7 @@ def _load(
         chat=chat,
         sampling_defaults=read_sampling_defaults(config.model),
         routing=plan.routing,
+        caches_prefixes=plan.prefix_cache.hasher is not None,
     )
     pools = [pool for own in caches for pool in own.pools if pool is not None]
     load_s = monotonic() - started

@@ -74,6 +74,7 @@ def _host_plans(backend: str) -> dict[str, bool]:
 class PrefixChoice:
     hasher: PageHasher | None  # of the pages that requests share; None: they share none
     reason: str
+    is_followed: bool = False  # its KV events are wanted
 
 
 def choose_prefix_cache(config: EngineConfig, keeps_state: bool) -> PrefixChoice:
@@ -81,7 +82,8 @@ def choose_prefix_cache(config: EngineConfig, keeps_state: bool) -> PrefixChoice
         return PrefixChoice(None, "prefix_caching is off")
     if keeps_state:
         return PrefixChoice(None, "layers keep a recurrent state, which is not cached yet")
-    return PrefixChoice(page_hasher(config), "full pages stay for requests that begin alike")
+    why, followed = "full pages stay for requests that begin alike", config.tells_kv_events
+    return PrefixChoice(page_hasher(config), why, followed)
 
 
 def page_hasher(config: EngineConfig) -> PageHasher:

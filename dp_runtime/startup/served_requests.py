@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from dp_runtime.core.per_request_state import PerRequestState
+from dp_runtime.core.rank_events.kv_events import KvEvent
 from dp_runtime.core.rank_events.rank_load import RankLoad
 from dp_runtime.metrics.totals import Recorder
+from dp_runtime.prefix_cache.page_events import PageEvents
 from dp_runtime.runner.drafting import DraftState
 from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.abandonment import abandon_steps
@@ -40,8 +42,15 @@ class ServedRequests:
             drafts = DraftState(loaded.models.draft, num_rows, device)
             states.append(drafts)
         scheduler = Scheduler(plan.pages, plan.limits, states, plan.prefix_cache.hasher)
+        if plan.prefix_cache.is_followed:
+            scheduler.page_table.allocator.cache.events = PageEvents(plan.pages.page_size)
         recorder = Recorder(plan.dp_rank)
         return cls(scheduler, sampler, structured, drafts, recorder)
+
+    def take_kv_events(self) -> tuple[KvEvent, ...]:
+        """Return how the prefix cache has changed since the last call, for any thread."""
+        events = self.scheduler.page_table.allocator.cache.events
+        return () if events is None else events.pending.take()
 
     def load(self, num_coming: int) -> RankLoad:
         """Tell how busy the rank is, for any thread; `num_coming` are not in its queue yet."""

@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_request_is_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dp_runtime.engine.relocation.MAX_REPLAYS", 100)
+    monkeypatch.setattr("dp_runtime.engine.routing.relocation.MAX_REPLAYS", 100)
 
 
 def pids_of(engine: Engine) -> dict[int, int]:

@@ -32,7 +32,7 @@ def test_a_rank_at_fault_is_replaced_and_no_other(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In each epoch one fault; the last epoch has none, and says what is right."""
-    monkeypatch.setattr("dp_runtime.engine.relocation.MAX_REPLAYS", 100)
+    monkeypatch.setattr("dp_runtime.engine.routing.relocation.MAX_REPLAYS", 100)
     faults = [(1, "raise"), (2, "kill"), (0, "mismatch"), (1, "stop")]
     inject = ";".join(
         f"rank={rank},step=10,kind={kind},epoch={epoch}"

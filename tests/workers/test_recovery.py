@@ -201,7 +201,7 @@ def test_no_request_ends_the_engine_however_often_it_comes(
     model: Path, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What its ranks were lost of is put down to it, and counts as no recovery."""
-    monkeypatch.setattr("dp_runtime.engine.relocation.MAX_REPLAYS", 1)
+    monkeypatch.setattr("dp_runtime.engine.routing.relocation.MAX_REPLAYS", 1)
     faulty.always = True
     with recovering(model, "thread", dp_size=2, max_recoveries=3) as engine:
         for _ in range(4):
@@ -217,7 +217,7 @@ def test_no_request_ends_the_engine_however_often_it_comes(
 def test_faults_without_end_end_the_engine_with_their_history(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dp_runtime.engine.relocation.MAX_REPLAYS", 100)
+    monkeypatch.setattr("dp_runtime.engine.routing.relocation.MAX_REPLAYS", 100)
     with nothing_left(), recovering(model, "local", max_recoveries=2) as engine:
         endless = SamplingParams(max_tokens=250, ignore_eos=True)
         handles = [engine.submit([1, 2], endless) for _ in range(30)]
@@ -236,7 +236,7 @@ def test_faults_without_end_end_the_engine_with_their_history(
 def test_a_request_that_its_ranks_are_lost_of_fails_alone(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dp_runtime.engine.relocation.MAX_REPLAYS", 0)
+    monkeypatch.setattr("dp_runtime.engine.routing.relocation.MAX_REPLAYS", 0)
     with recovering(model, "local") as engine:
         endless = SamplingParams(max_tokens=200, ignore_eos=True)
         lost, kept = (engine.submit([1, 2], endless, dp_rank=rank) for rank in (1, 0))

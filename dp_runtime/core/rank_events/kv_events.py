@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -43,31 +44,38 @@ class PendingKvEvents:
     """
 
     def __init__(self) -> None:
-        self._stored: dict[bytes, BlockStored] = {}  # by the hash of its one page, in order
+        self._cleared = False
         self._removed: dict[bytes, None] = {}
+        self._stored: dict[bytes, BlockStored] = {}  # a page each, in order
+        self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
-        return bool(self._stored or self._removed)
+        return bool(self._cleared or self._removed or self._stored)
 
     def add(self, events: Iterable[KvEvent]) -> None:
-        """Take in events of one page each, which come in the order of the changes."""
-        for event in events:
-            match event:
-                case BlockStored(block_hashes=(page,)):
-                    self._store(page, event)
-                case BlockRemoved(block_hashes=(page,)):
-                    self._remove(page)
-                case _:
-                    raise AssertionError(f"no event of one page: {event}")
+        """Take in events in the order of the changes; what is stored comes page by page."""
+        with self._lock:
+            for event in events:
+                match event:
+                    case BlockStored():
+                        self._store(event)
+                    case BlockRemoved():
+                        for page in event.block_hashes:
+                            self._remove(page)
+                    case AllBlocksCleared():
+                        self._cleared, self._removed, self._stored = True, {}, {}
 
     def take(self) -> tuple[KvEvent, ...]:
-        """Return what has changed since the last call; removals come first."""
-        removed = (BlockRemoved(tuple(self._removed)),) if self._removed else ()
-        stored = tuple(self._stored.values())
-        self._stored, self._removed = {}, {}
-        return (*removed, *stored)
+        """Return what has changed since the last call, in an order in which it can be applied."""
+        with self._lock:
+            cleared: tuple[KvEvent, ...] = (AllBlocksCleared(),) if self._cleared else ()
+            removed = (BlockRemoved(tuple(self._removed)),) if self._removed else ()
+            stored = tuple(self._stored.values())
+            self._cleared, self._removed, self._stored = False, {}, {}
+        return (*cleared, *removed, *stored)
 
-    def _store(self, page: bytes, event: BlockStored) -> None:
+    def _store(self, event: BlockStored) -> None:
+        (page,) = event.block_hashes
         if page in self._removed:
             del self._removed[page]
         else:
@@ -76,5 +84,5 @@ class PendingKvEvents:
     def _remove(self, page: bytes) -> None:
         if page in self._stored:
             del self._stored[page]
-        else:
+        elif not self._cleared:
             self._removed[page] = None

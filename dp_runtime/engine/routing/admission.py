@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 from dp_runtime.core.membership import Membership
 from dp_runtime.core.rank_events.kv_events import KvEvent
@@ -25,6 +26,11 @@ class Place:
     demand: Demand
     turn: tuple[int, int]  # priority and arrival, the lowest comes first
     rank: Future[int]
+
+
+class Begun(Protocol):
+    demand: Demand
+    num_cached_tokens: int
 
 
 class Admission:
@@ -96,10 +102,11 @@ class Admission:
         with self._lock:
             return self._loads.again(demand)
 
-    def begun(self, demands: Sequence[Demand]) -> None:
+    def begun(self, requests: Sequence[Begun]) -> tuple[int, int]:
+        """Hear of first tokens; return the prompts' tokens expected in a cache, and found there."""
         with self._lock:
-            for demand in demands:
-                self._loads.begun(demand)
+            expected = sum(self._loads.begun(each.demand) for each in requests)
+        return expected, sum(each.num_cached_tokens for each in requests)
 
     def leave(self, demand: Demand) -> None:
         with self._lock:

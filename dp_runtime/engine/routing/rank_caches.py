@@ -6,12 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from itertools import takewhile
 
+import numpy as np
+
 from dp_runtime.core.rank_events.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     KvEvent,
 )
+from dp_runtime.core.request import RankRequest
+from dp_runtime.prefix_cache.page_hash import PageHasher
 
 
 class RankCaches:
@@ -59,3 +63,11 @@ class RankCaches:
         stored, coming = self._stored[dp_rank], self._coming[dp_rank]
         known = (each in stored or each in coming for each in digests)
         return sum(takewhile(bool, known))
+
+
+def prompt_pages(request: RankRequest, names: PageHasher) -> Sequence[bytes]:
+    """Name the full pages of a prompt; none where all of it is computed in any case."""
+    if request.params.prompt_logprobs is not None:
+        return ()
+    tokens = np.array(request.prompt_token_ids, np.int64)
+    return names.digests(tokens, request.embeds, request.params.cache_salt)

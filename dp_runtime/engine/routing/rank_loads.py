@@ -77,14 +77,15 @@ class RankLoads:
         self._count_in(demand, share)
         return dp_rank
 
-    def begun(self, demand: Demand) -> Share | None:
-        """Hear of a request's first token on its rank; None if it has ended meanwhile."""
+    def begun(self, demand: Demand) -> int:
+        """Hear of a request's first token; return what its rank was expected to have cached."""
         share = self._shares.get(demand)
-        if share is not None and not share.begun:
-            self._count_out(demand, share)
-            share.begun = True
-            self._count_in(demand, share)
-        return share
+        if share is None or share.begun:
+            return 0
+        self._count_out(demand, share)
+        share.begun = True
+        self._count_in(demand, share)
+        return share.cached_tokens
 
     def give_back(self, demand: Demand) -> None:
         self._count_out(demand, self._shares.pop(demand))

@@ -100,7 +100,7 @@ def test_the_count_is_what_ranks_have(acts: list[tuple[str, int]]) -> None:
             caller.act(name, number)
             assert outstanding(engine) == expected(group), name
     assert outstanding(engine) == [(0, 0), (0, 0)]
-    assert engine._core._clock._num_inside == 0
+    assert engine._core._metrics.clock._num_inside == 0
     assert all(handle.done for handle in caller.handles)
 
 

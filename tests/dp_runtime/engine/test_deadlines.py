@@ -74,7 +74,7 @@ def test_a_late_request_ends_with_what_was_delivered() -> None:
         assert [one.request_id for some in again.values() for one in some] == [other.request_id]
         group.end(other.request_id, finish_reason=FinishReason.LENGTH)
         assert outstanding(engine) == [(0, 0), (0, 0)]
-        assert engine._core._requests[rank].ended == {FinishReason.TIMEOUT: 1} | (
+        assert engine._core._metrics.of(rank).ended == {FinishReason.TIMEOUT: 1} | (
             {FinishReason.LENGTH: 1} if other.dp_rank == rank else {}
         )
 

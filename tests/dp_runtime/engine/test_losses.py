@@ -7,7 +7,7 @@ import pytest
 from dp_runtime import RequestHandle, SamplingParams
 from dp_runtime.core.membership import Transition
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate
-from dp_runtime.engine.relocation import MAX_REPLAYS
+from dp_runtime.engine.routing.relocation import MAX_REPLAYS
 from dp_runtime.errors import RequestFailed
 from tests.dp_runtime.engine.fake_group import FakeGroup, fake_engine, outstanding
 

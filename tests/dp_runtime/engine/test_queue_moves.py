@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +14,10 @@ from dp_runtime import Engine, EngineConfig, RequestHandle, SamplingParams
 from dp_runtime.core.membership import Membership, Transition
 from dp_runtime.core.rank_events.rank_load import RankLoad
 from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate
-from dp_runtime.engine.relocation import MAX_REPLAYS
 from dp_runtime.engine.routing.admission import Admission
 from dp_runtime.engine.routing.load_balancer import Demand, RoundRobin
 from dp_runtime.engine.routing.queue_moves import Move, RankLimits
+from dp_runtime.engine.routing.relocation import MAX_REPLAYS
 from dp_runtime.errors import RequestFailed
 from tests.dp_runtime.engine.fake_group import FakeGroup, outstanding
 
@@ -212,7 +212,7 @@ def play(acts: list[tuple[str, int]], routing: str = "round_robin") -> int:
         for name, number in acts:
             story.act(name, number)
         story.finish()
-        return sum(each.moved for each in engine._core._requests.values())
+        return sum(each.moved for each in engine._core._metrics._requests.values())
 
 
 @settings(max_examples=60)
@@ -243,7 +243,7 @@ def test_the_first_that_waits_goes_where_it_can_start() -> None:
     assert [admission.enter(each) for each in placed] == [0, 1, 0, 1, 0]
     assert admission.report(0, FULL) == []  # nobody knows how busy the other is
     assert admission.report(1, RankLoad(2, 0, PAGES)) == []
-    admission.begun([placed[0], placed[2]])
+    admission.begun([Mock(demand=each, num_cached_tokens=0) for each in (placed[0], placed[2])])
     admission.leave(placed[1])
     assert admission.report(1, RankLoad(1, 1, PAGES)) == []  # it has a queue of its own
     assert admission.report(1, RankLoad(1, 0, 3)) == []  # prompts of 10 tokens take 3 pages each

@@ -8,11 +8,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import zmq
 
 from tests.dp_runtime.server.launched import Launched, launched
 from tests.dp_runtime.server.served import WAIT_S
@@ -57,10 +59,14 @@ def check_report(lines: list[str]) -> None:
     assert ready.startswith("ready: ")
 
 
-def test_from_start_to_drain() -> None:
-    environment = {"DP_RUNTIME_API_KEY": "sésame"}
-    flags = ("--collective", "torch_distributed", "--drain-timeout-s", "600")
-    with launched(*LOCAL, *flags, **environment) as server:
+def test_from_start_to_drain(tmp_path: Path) -> None:
+    environment, kv_events = {"DP_RUNTIME_API_KEY": "sésame"}, f"ipc://{tmp_path}/kv"
+    flags = ("--collective", "torch_distributed", "--drain-timeout-s", "600", "--page-size", "4")
+    with (
+        launched(*LOCAL, *flags, "--kv-events-endpoint", kv_events, **environment) as server,
+        zmq.Context() as context,
+        context.socket(zmq.SUB) as subscriber,
+    ):
         with server.client() as client:
             client.headers = httpx.Headers(KEY)
             health = client.get("/health", headers={"Authorization": ""})
@@ -69,9 +75,12 @@ def test_from_start_to_drain() -> None:
             assert client.get("/health").json()["status"] == "ok"
             assert told(server) == listening(server.look())
             check_report(server.lines)
+            subscriber.subscribe(b"")
+            subscriber.connect(kv_events)
             with client.stream("POST", "/v1/completions", json=LONG) as answer:
                 events = events_of(answer)
                 next(events)
+                assert subscriber.poll(int(WAIT_S * 1000)), "full pages of the answer are published"
                 server.signal(signal.SIGTERM)
                 refused = client.post("/v1/completions", json=LONG | {"max_tokens": 1})
                 while refused.status_code == 200:  # the signal was not there yet

@@ -37,7 +37,6 @@ class Relocation:
         self._sending, self._totals_of = sending, totals_of
 
     def report(self, dp_rank: int, load: RankLoad) -> None:
-        """Hear how busy a rank is, and ask ranks for requests that others could start."""
         moves = self._admission.report(dp_rank, load)
         for source, asked in groupby(moves, key=lambda move: move.source):
             self._group.recall(source, [move.request_id for move in asked])
