@@ -86,6 +86,7 @@ def check_alike(outputs: Sequence[RequestOutput], expected: Sequence[RequestOutp
             assert mine.logprob == pytest.approx(due.logprob, abs=1e-4)
 
 
+SLOW = ("two ranks, overlap", "few pages", "mtp", "eagle3, overlap")
 FEW = {"page_size": 4, "num_pages": 34, "dp_size": 1}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "plain": ("mtp", 0, {"page_size": 4, "dp_size": 1}),
@@ -100,7 +101,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in CASES]
+)
 def test_tokens_are_those_without_the_cache(kind: str, drafted_of: DraftedOf) -> None:
     checkpoint, num_steps, fields = CASES[kind]
     drafted, limits = drafted_of(checkpoint), {"max_model_len": 128, "max_num_requests": 8}
@@ -117,3 +120,41 @@ def test_tokens_are_those_without_the_cache(kind: str, drafted_of: DraftedOf) ->
     if "num_pages" in fields:
         assert sum(one.evictions for one in counts) > 0
         assert report.preemptions > 0
+
+
+def drafts_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """How many drafts of each prompt's output were accepted, one prompt after the other."""
+    histograms = []
+    for prompt in prompts:
+        before = engine.report().accepted_histogram or (0,) * 4
+        engine.generate([prompt], GREEDY)
+        after = engine.report().accepted_histogram
+        histograms.append(tuple(two - one for one, two in zip(before, after)))
+    return histograms
+
+
+def test_drafts_are_those_without_the_cache(drafted_of: DraftedOf) -> None:
+    """Also where prompts part right behind a page: its last draft row reads the next token."""
+    page = random_prompt(16, "a page")
+    prompts = [[*page, 5, 6], [*page, 7, 8], [*page, 5, 6, 9], [*page, *page, 3], [*page, *page, 4]]
+    fields = {"page_size": 8, "dp_size": 1}
+    with engine_of(drafted_of("agreeing"), 3, prefix_caching=False, **fields) as engine:
+        expected = drafts_of(engine, prompts)
+    with watched(engine_of(drafted_of("agreeing"), 3, **fields)) as engine:
+        assert drafts_of(engine, prompts) == expected
+        hits = sum(one.hits for one in engine.report().prefixes)
+    assert hits == 8 + 16 + 8 + 24, "a page that another token follows is another page"
+
+
+def test_survivors_keep_their_caches_and_tokens_are_the_same(drafted_of: DraftedOf) -> None:
+    fields = {"page_size": 4, "overlap": True}
+    drafted = drafted_of("mtp")
+    with engine_of(drafted, 0, prefix_caching=False, **fields) as engine:
+        expected = converse(engine)
+    faulty = engine_of(drafted, 0, inject="rank=1,step=30,kind=raise", **fields)
+    with faulty as engine:
+        outputs = converse(engine)
+        assert engine._core.health(5.0)[0].epoch > 0, "a rank was lost"
+        assert sum(one.hits for one in engine.report().prefixes) > 100
+        check_pages_free(engine)
+    check_alike(outputs, expected)

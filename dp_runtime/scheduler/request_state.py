@@ -100,4 +100,4 @@ class RequestState:
         if end <= count:
             return self.prompt[start:end]
         outputs = np.array(self.outputs[max(0, start - count) : end - count], np.int64)
-        return np.concatenate([self.prompt[start:], outputs])
+        return outputs if start >= count else np.concatenate([self.prompt[start:], outputs])

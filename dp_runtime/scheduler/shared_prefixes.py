@@ -56,10 +56,11 @@ class SharedPrefixes:
             self.num_hits += num_tokens
 
     def committed(self, req_indices: Int64) -> None:
-        full = self._table.num_cached_tokens[req_indices] // self._hasher.page_size
-        more = (full > self._pages.num_cached[req_indices]) & ~self._pages.doubtful[req_indices]
-        for req_index in req_indices[more].tolist():
-            self._cache_pages(req_index)
+        size, pages = self._hasher.page_size, self._pages
+        own = self._table.num_cached_tokens[req_indices] - pages.num_cached[req_indices] * size
+        for req_index in req_indices[own >= size].tolist():
+            if not pages.doubtful[req_index]:
+                self._cache_pages(req_index)
 
     def _cache_pages(self, req_index: int) -> None:
         request = self._table.request(req_index)

@@ -2,6 +2,7 @@
 
     python -m examples.benchmarks.host_step
     python -m examples.benchmarks.host_step --requests 128 --steps 2000 --depth 0
+    python -m examples.benchmarks.host_step --no-prefix-caching
 
 One rank schedules steps as its loop does; the tokens are what the real sampler finds in logits over
 a vocabulary of 8. "load" is what the rank posts about itself. Prints medians in microseconds.
@@ -26,6 +27,7 @@ from dp_runtime import SamplingParams
 from dp_runtime.core.attention_metadata import PageGeometry, Place, check_values
 from dp_runtime.core.request import RankRequest
 from dp_runtime.core.step_program import SERVING_PROGRAMS
+from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled, Sampler
 from dp_runtime.scheduler import scheduler
@@ -44,18 +46,26 @@ PLACE = Place(0, 0, "target")
 class Rank:
     """Steps of one rank that has nothing but decodes to do, timed by phase."""
 
-    def __init__(self, num_requests: int, steps: int, depth: int, temperature: float) -> None:
+    def __init__(
+        self, num_requests: int, steps: int, depth: int, temperature: float, prefix_caching: bool
+    ) -> None:
         longest = CONTEXT + PAGE + WARMUP + steps + 2
         pages = PageGeometry(1 + num_requests * -(-longest // PAGE), PAGE)
         limits = Limits(num_requests, 8192, longest)
         self.sampler = Sampler(VOCAB, limits.num_table_rows, torch.device("cpu"))
-        self.scheduler = Scheduler(pages, limits, [self.sampler])
+        hasher = PageHasher(PAGE, "no model") if prefix_caching else None
+        self.scheduler = Scheduler(pages, limits, [self.sampler], hasher)
         self.depth = depth
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
         self._in_flight: deque[tuple[SchedulerOutput, Sampled]] = deque()
         for number in range(num_requests):  # they cross page boundaries in different steps
             params = SamplingParams(max_tokens=longest, temperature=temperature)
-            prompt = (1,) * (CONTEXT + number % PAGE)
+            alone = (
+                number % VOCAB,
+                number // VOCAB % VOCAB,
+                number // VOCAB**2,
+            )  # it shares nothing
+            prompt = (*alone, *(1,) * (CONTEXT - len(alone) + number % PAGE))
             request = RankRequest(number, prompt, params, number, frozenset({VOCAB}))
             self.scheduler.add(request)
 
@@ -95,7 +105,8 @@ class Rank:
 
 def medians_us(num_requests: int, options: argparse.Namespace) -> list[float]:
     """Median microseconds of each phase once all requests decode."""
-    rank = Rank(num_requests, options.steps, options.depth, options.temperature)
+    own = options.depth, options.temperature, options.prefix_caching
+    rank = Rank(num_requests, options.steps, *own)
     with torch.inference_mode():
         while rank.step():
             pass
@@ -122,6 +133,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--depth", type=int, choices=(0, 1), default=1)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
 

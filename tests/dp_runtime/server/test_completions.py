@@ -44,6 +44,19 @@ def test_the_answer_is_that_of_the_engine(served: Served, client: OpenAI) -> Non
 
 
 @pytest.mark.parametrize("n", [1, 3])
+def test_usage_says_how_much_of_a_prompt_was_cached(client: OpenAI, n: int) -> None:
+    create: Any = client.completions.create
+    prompt = [*range(100, 250), n]  # two pages of 64 tokens and more
+    own = {"dp_rank": 0, "cache_salt": f"salt {n}"}
+    request: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": 2, "extra_body": own}
+    found = [create(**request, n=n).usage.prompt_tokens_details.cached_tokens for _ in range(2)]
+    options = {"include_usage": True}
+    *_, last = create(**request, n=n, stream=True, stream_options=options)
+    found.append(last.usage.prompt_tokens_details.cached_tokens)
+    assert found == [0, 128, 128]
+
+
+@pytest.mark.parametrize("n", [1, 3])
 def test_joined_deltas_are_the_whole_answer(client: OpenAI, n: int) -> None:
     request: dict[str, Any] = {
         "model": MODEL, "prompt": [PROMPT, "A class"], "max_tokens": 10, "seed": 5, "n": n,
