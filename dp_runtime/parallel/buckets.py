@@ -85,8 +85,10 @@ class PiecewiseBuckets:
     layout: GatherLayout = PARTS
 
     @classmethod
-    def for_steps(cls, max_num_tokens: int, layout: GatherLayout = PARTS) -> PiecewiseBuckets:
-        return cls(min(max_num_tokens, MAX_PIECEWISE_ROWS), layout)
+    def for_steps(
+        cls, max_num_tokens: int, layout: GatherLayout = PARTS, most_rows: int = MAX_PIECEWISE_ROWS
+    ) -> PiecewiseBuckets:
+        return cls(min(max_num_tokens, most_rows), layout)
 
     @property
     def sizes(self) -> tuple[int, ...]:

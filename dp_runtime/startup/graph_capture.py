@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dp_runtime.core.step_program import Pass
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
+from dp_runtime.parallel.buckets import MAX_PIECEWISE_ROWS, GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.runner.cuda_graph import GraphMemory
@@ -29,11 +29,12 @@ def plan_capture(
     on_captured: Callable[[int, int], None],  # hears how many are done, of how many
     make_buckets: MakeBuckets = GraphBuckets,
     packed: bool = PACKED,
+    piecewise_rows: int = MAX_PIECEWISE_ROWS,
 ) -> PendingCapture:
     """Make the buffers of all graphs of a loop, which are yet to be captured."""
     before = uncached_free_bytes(plan.device)
     layout = _layout(loop, plan) if packed else PARTS
-    stages, memory = _stage_buckets(loop, plan, layout), GraphMemory.new()
+    stages, memory = _stage_buckets(loop, plan, layout, piecewise_rows), GraphMemory.new()
     models = dict.fromkeys(each.model for each in loop.runner.passes.values())
     graphs = CapturedGraphs(
         passes={
@@ -104,11 +105,13 @@ def _layout(loop: StepLoop, plan: RankPlan) -> GatherLayout:
     return GatherLayout.packed(collective.dp_size, most_rows)
 
 
-def _stage_buckets(loop: StepLoop, plan: RankPlan, layout: GatherLayout) -> PiecewiseBuckets:
+def _stage_buckets(
+    loop: StepLoop, plan: RankPlan, layout: GatherLayout, most_rows: int
+) -> PiecewiseBuckets:
     collective = loop.runner.collective
     # If padding crosses the wire, a stage at a bucket's size costs more than an eager one.
     if collective.dp_size == 1 or counts_real_rows(collective):
-        return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens, layout)
+        return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens, layout, most_rows)
     return PiecewiseBuckets(layout=layout)
 
 

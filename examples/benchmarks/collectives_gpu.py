@@ -8,6 +8,10 @@ transports, and as a MoE stage of a graph does, by real rows that the device rea
 all rows real, and with a quarter of them. In the last columns one of the two, or both, have no row
 that is real. Floor: the bytes a rank receives in both, at the measured rate of a large copy from a
 peer.
+
+Then each operation over NCCL as nccl-tests measures it (doc/PERFORMANCE.md there): 5 calls to warm
+up, 20 one after another, out of place, launched by the host and replayed in a graph; bus bandwidth
+= gathered bytes / time * (n - 1) / n. NCCL's version and settings are printed beside.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from torch import Tensor
 from collectives.peer_to_peer.group import PeerToPeerGroup
 from collectives.shared_memory.group import new_rendezvous_path
 from collectives.torch_distributed.group import TorchDistributedGroup
+from collectives.torch_distributed.nccl import ENVIRONMENT
 from dp_runtime.parallel.collective import DeviceCountCollective, RowCollective
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
@@ -34,6 +39,8 @@ from examples.benchmarks.harness.device_timing import captured, event_us
 from examples.benchmarks.harness.spawned import run_spawned
 
 PAIRS = 50
+WARM_UP, CALLS = 5, 20  # of nccl-tests
+OPERATIONS = ("all_gather", "reduce_scatter")
 TIMEOUT_S = 20.0
 ALONE = ("gather", "scatter", "neither")  # the other one is empty, or both
 COLUMNS = ("nccl", "peer_to_peer", "counted", "a quarter", *ALONE)
@@ -62,6 +69,7 @@ def main() -> None:
         floor = 2 * (size - 1) * rows * args.hidden * 2 / rate * 1e6
         times = "".join(f"{figures[rows][name]:>14.1f}" for name in COLUMNS)
         print(f"{rows:>11}{floor:>8.1f}{times}")
+    report_nccl(figures, size, args)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +133,8 @@ def run_rank(
             pairs["scatter"] = rows.counted(collective, 0, count)
             pairs["neither"] = rows.counted(collective, 0, 0)
         figures[count] = {name: graph_us(pair, collective.barrier) for name, pair in pairs.items()}
+        if transport == "nccl":
+            figures[count] |= nccl_tests_us(rows, collective)
     if rank == 0:
         results.put(figures)
     group.close()
@@ -144,6 +154,45 @@ def graph_us(pair: Callable[[], None], barrier: Callable[[], None]) -> float:
         replay()  # the ranks come together in this one
         times.append(event_us(replay))
     return sorted(times[1:])[2] / PAIRS
+
+
+def nccl_tests_us(rows: Rows, collective: RowCollective) -> dict[str, float]:
+    """Microseconds of a call of each operation, by name and way."""
+    operations = (
+        partial(collective.all_gather, rows.own, rows.counts),
+        partial(collective.reduce_scatter, rows.partial, rows.counts),
+    )
+    found = {}
+    for name, call in zip(OPERATIONS, operations, strict=True):
+        ways: dict[str, Callable[[], object]] = {
+            "eager": partial(repeat, call, CALLS),
+            "graph": captured(partial(repeat, call, CALLS)),
+        }
+        for way, calls in ways.items():
+            repeat(call, WARM_UP)
+            calls()
+            collective.barrier()
+            found[f"{name} {way}"] = event_us(calls) / CALLS
+    return found
+
+
+def repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+def report_nccl(figures: dict[int, dict[str, float]], size: int, args: argparse.Namespace) -> None:
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    settings = ENVIRONMENT | {k: v for k, v in os.environ.items() if "NCCL" in k}
+    print(f"NCCL {version}, settings {settings}; as nccl-tests measures: us (GB/s)")
+    names = [f"{name} {way}" for name in OPERATIONS for way in ("eager", "graph")]
+    print(f"{'rows a rank':>11}" + "".join(f"{name:>24}" for name in names))
+    for rows in args.rows:
+        moved = size * rows * args.hidden * 2 * (size - 1) / size
+        cells = (
+            f"{figures[rows][name]:.1f} ({moved / figures[rows][name] / 1e3:.1f})" for name in names
+        )
+        print(f"{rows:>11}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def peer_rate() -> float:

@@ -1,7 +1,7 @@
 """Steps with a prompt beside decodes: time by kernel group beside its floor, and idle GPUs.
 
     python -m examples.benchmarks.mixed_step --model DIR --dp-size 4 --chunks 512 1024 2048
-    ... --speculative-num-steps 3          ... --layouts parts packed
+    ... --speculative-num-steps 3          ... --layouts parts packed packed_all
 
 Rank 0 prefills prompts of 4096 tokens in full chunks while every other rank decodes --decoders
 requests. For each chunk and layout of gathered rows: steps timed without a profiler, then some
@@ -38,6 +38,7 @@ from examples.benchmarks.harness.stepping import SteppedRank, run_ranks
 from examples.benchmarks.interference import PREFILLING, Experiment, View
 
 IDS_A_RUN = 1000
+PAGE_SIZE = 64
 SKIPPED, PROFILED = 3, 6  # steps with prefill
 Key = tuple[int, str]  # chunk, layout
 
@@ -55,11 +56,13 @@ def main() -> None:
     print(machine.describe("torch", "flashinfer-python"), flush=True)
     experiments = {chunk: experiment(args, chunk) for chunk in args.chunks}
     longest = max(each.output_len(chunk) for chunk, each in experiments.items())
+    requests = max(args.decoders, *(each.num_prompts for each in experiments.values()))
+    max_model_len = max(args.prompt + 1, args.context + longest)
+    pages = -(-requests * (max_model_len + args.speculative_num_steps) // PAGE_SIZE) + requests
     config = config_from(
         args, load_format="dummy", launcher="local", device="cuda", overlap=True,
-        max_num_requests=max(args.decoders, *(each.num_prompts for each in experiments.values())),
-        max_num_tokens=max(args.chunks),
-        max_model_len=max(args.prompt + 1, args.context + longest),
+        max_num_requests=requests, max_num_tokens=max(args.chunks), max_model_len=max_model_len,
+        page_size=PAGE_SIZE, num_pages=pages,
     )  # fmt: skip
     print(config, flush=True)
     ranks: list[dict[Key, Measured]] = run_ranks(config, measure, experiments, args.layouts)
