@@ -17,6 +17,7 @@ from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.parallel.agreement import StepTotals
+from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.runner import step_loop
@@ -198,15 +199,19 @@ def test_the_padding_cost_is_the_same_on_all_ranks() -> None:
     assert len(costs) == 1
 
 
-@pytest.mark.parametrize("num_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("num_steps", "layout"), [(0, PARTS), (2, PARTS), (2, GatherLayout.packed(2, 16))]
+)
 def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
-    checkpoint: Path, num_steps: int
+    checkpoint: Path, num_steps: int, layout: GatherLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Threads meet on the host, so nothing is lost if their plans say that a device counts.
+    monkeypatch.setattr(step_loop, "counts_real_rows", lambda collective: True)
     replays: list[list[PaddingPlan]] = []
     launches: list[list[PaddingPlan]] = []
 
     def prepare(loop: StepLoop) -> None:
-        captured = captured_of(loop)
+        captured = captured_of(loop, layout=layout)
         (graphs,) = captured.passes[Pass.TARGET].values()
         replays.append(graphs.replays)  # type: ignore[attr-defined]
         launches.append(captured.piecewise[loop.runner.model].plans)  # type: ignore[attr-defined]
@@ -219,15 +224,18 @@ def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
     assert replays[0] == replays[1], "all ranks replay alike"
     assert launches[0] == launches[1]
     rows = 2 * (1 + num_steps)
-    assert {plan.gathered_rows for plan in replays[0]} == {(rows, rows)}, "decodes"
-    assert [plan.gathered_rows for plan in launches[0]] == [(16, 16)], "prompts"
+    assert {plan.total_gathered for plan in replays[0]} == {2 * rows}, "decodes"
+    packed = layout.packed_ranks > 1
+    assert [plan.total_gathered for plan in launches[0]] == [16 if packed else 2 * 16], "prompts"
+    for plan in (*replays[0], *launches[0]):
+        assert plan.offsets[1] == (plan.real_rows[0] if packed else plan.rows_per_rank)
     traced = [
         each.gathered_rows
         for step in ranks[0].loop.recorder.steps
         for each in step.passes
         if each.pass_kind == Pass.TARGET
     ]
-    assert traced == [(16, 16)] + [plan.gathered_rows for plan in replays[0]]
+    assert traced == [plan.gathered_rows for plan in (*launches[0], *replays[0])]
 
 
 @pytest.mark.parametrize("max_tokens", [(1, 1), (2, 2), (3, 3), (2, 4)])
