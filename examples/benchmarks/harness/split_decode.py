@@ -50,6 +50,6 @@ def attend_by(rank: SteppedRank, tile: SplitTile | None, layout: str) -> None:
         changed |= chosen != backend._calls
         backend._calls = chosen
     if changed:
-        rank.capture(packed=layout == "packed")
+        rank.capture(layout=layout)
     else:
         rank.lay_out(layout)
