@@ -29,6 +29,8 @@ from dp_runtime.models.model import Model
 from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.speculative.draft import DraftConfig, concat_normed
 from dp_runtime.speculative.mtp_families import FAMILIES
+from dp_runtime.weights.fp8_blocks import SCALE_SUFFIX
+from dp_runtime.weights.loader import tensor_names
 from dp_runtime.weights.source import WeightSource
 
 LAYER = "mtp.layers.0"
@@ -55,7 +57,7 @@ def read_config(directory: str, target: ModelConfig) -> MtpConfig:
     text.only("mtp_use_dedicated_embeddings", False)
     quantization = fields if "quantization_config" in fields else text
     fp8 = parse_fp8_experts(quantization, [f"{LAYER}.mlp.experts"], family.expert_names)
-    layer = family.layer_config(target, fp8)
+    layer = family.layer_config(target, _as_stored(directory, fp8))
     return MtpConfig(
         method="mtp",
         directory=directory,
@@ -68,6 +70,15 @@ def read_config(directory: str, target: ModelConfig) -> MtpConfig:
         aux_hidden_state_layers=(),
         layer=layer,
     )
+
+
+def _as_stored(directory: str, listed: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Ask the files, if there are some, whether the layer's experts are e4m3: lists leave it out.
+
+    listed: what config.json says.
+    """
+    experts = [name for name in tensor_names(directory) if name.startswith(f"{LAYER}.mlp.experts.")]
+    return (any(name.endswith(SCALE_SUFFIX) for name in experts),) if experts else listed
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
