@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner import graph_inputs
 from dp_runtime.runner.future_tokens import FutureTokens
@@ -37,9 +38,9 @@ def make_inputs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., GraphInputs]:
 
     monkeypatch.setattr(graph_inputs, "_host_buffer", plain)
 
-    def make(query_len: int = 1, hidden: int = 0) -> GraphInputs:
+    def make(query_len: int = 1, hidden: int = 0, **recurrent: Any) -> GraphInputs:
         states = torch.zeros(REQUESTS * query_len, hidden)
-        return GraphInputs(REQUESTS, query_len, TABLE_PAGES, DP_SIZE, states, PAGE)
+        return GraphInputs(REQUESTS, query_len, TABLE_PAGES, DP_SIZE, states, PAGE, **recurrent)
 
     return make
 
@@ -153,3 +154,39 @@ def test_verifications_move_back_to_where_they_are(
             assert getattr(inputs, name)[: rows + query_len].tolist() == due, name
         seq_lens = inputs.seq_lens[: batch.num_requests + 1].tolist()
         assert seq_lens == [*exact.seq_lens.tolist(), query_len]
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_null_sequences_have_the_null_slot_whatever_was_there_before_8(
+    make_inputs: Callable[..., GraphInputs], query_len: int
+) -> None:
+    draw, accepted = random.Random(4), AcceptedDrafts(100, torch.device("cpu"))
+    accepted.write(torch.arange(1, 100), torch.arange(1, 100) % 4)
+    inputs = make_inputs(query_len, keeps_state=True, accepted=accepted)
+    recurrent = inputs.recurrent
+    assert recurrent is not None
+    for _ in range(20 * HOST_BUFFERS):
+        requests = draw.randint(0, REQUESTS)
+        own = draw.randint(requests, REQUESTS)
+        slots = [draw.randint(1, 99) for _ in range(requests)]
+        batch = replace(
+            batch_of(draw, requests, query_len),
+            state_slots=np.array(slots, np.int64),
+            is_fresh=np.array([draw.random() < 0.3 for _ in range(requests)], bool),
+            num_drafts=np.full(requests * draw.randint(0, 1), query_len - 1, np.int32),
+        )
+        pending = pending_of(torch.arange(3), batch)
+        inputs.write(batch, own * query_len, plan_of(requests * query_len, 0, 5), pending)
+        recurrent.read_accepted(own)
+        of = recurrent.sequences(inputs.cu_seqlens_q[: own + 1], query_len)
+        null = own - requests
+        drafts = batch.num_drafts.tolist() or [0] * requests
+        assert of.slots.tolist() == slots + [0] * null
+        assert of.is_fresh.tolist() == batch.is_fresh.tolist() + [False] * null
+        assert of.drafts is not None
+        assert of.drafts.num_drafts.tolist() == drafts + [0] * null
+        assert of.drafts.num_accepted.tolist() == [slot % 4 for slot in slots] + [0] * null
+        assert (of.slots.dtype, of.is_fresh.dtype) == (torch.int64, torch.bool)
+        assert of.query_lens_host.tolist() == [query_len] * own
+    inputs.write_null(REQUESTS * query_len, plan_of(0, 0, 0))
+    assert not recurrent.slots.any()
