@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_e4m3_b_and_a_of_fewer_rows_than_a_block_are_whole_on_every_rank_28(
         assert net.inputs.weight.dtype == torch.bfloat16
         return rank.step([TOKENS], (len(TOKENS),) * 2)[0]
 
-    found, due = (run_ranks(2, lambda one, path=path: run(path, one)) for path in (fp8, wide))
+    found, due = (run_ranks(2, partial(run, path)) for path in (fp8, wide))
     assert all(torch.equal(one, other) for one, other in zip(found, due, strict=True))
 
 
