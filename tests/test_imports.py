@@ -60,7 +60,7 @@ def test_flashinfer_is_imported_by_its_backends_only() -> None:
 OWN = {"dp_runtime", "workers", "collectives", "tests"}
 BROUGHT = {"triton", "grpcio"}  # by torch, and by ray[default]
 EXTRAS = {  # beside those that every installation has
-    "dp_runtime/server": {"serve"},
+    "dp_runtime/server": {"serve", "kv-events"},
     "dp_runtime/chat": {"serve"},
     "dp_runtime/cli": {"serve"},
     "dp_runtime/metrics": {"serve"},
