@@ -17,7 +17,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 FIELDS: dict[str, Any] = {
     "padding": f"{OWN}:Eights",
     "routing": f"{OWN}:FewestRequests",
-    "prefill_budget": f"{OWN}:Sixteen",
+    "prefill_budget": f"{OWN}:ThirtyTwo",
     "speculative_num_steps": 3,
 }
 
@@ -47,7 +47,7 @@ def test_every_kind_does_what_it_says_and_changes_no_token(model: str, tmp_path:
     assert all(each.gathered_rows[0] % 8 == 0 for each in rows)
     assert all(each.gathered_rows[0] - each.max_rows < 8 for each in rows)
     prompts = [step.prompt_tokens for step in steps if step.output_tokens]
-    assert max(prompts[4:]) <= 16
+    assert max(prompts[4:]) <= 32
     assert {step.num_drafts for step in steps} <= {1, 2}
     assert steps[-1].num_drafts == 2, "after a first step of one"
 

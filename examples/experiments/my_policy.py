@@ -26,11 +26,11 @@ class FewestRequests:
         return min(ranks, key=lambda rank: (ranks[rank].requests, rank))
 
 
-class Sixteen:
-    """prefill_budget: while requests wait for tokens, a rank takes 16 prompt tokens a step."""
+class ThirtyTwo:
+    """prefill_budget: while requests wait for tokens, a rank takes 32 prompt tokens a step."""
 
     def prefill_budget(self, load: StepLoad) -> int | None:
-        return 16 if load.num_sampling else None
+        return 32 if load.num_sampling else None
 
 
 class OneMoreOrLess:

@@ -72,7 +72,7 @@ def test_what_is_wrong_with_a_file_is_said_at_once(file: Path, name: str, messag
 def test_a_policy_stands_in_place_of_the_built_in_one() -> None:
     own = "examples/experiments/my_policy.py:"
     with pytest.raises(ValueError, match=r"^prefill_budget: .* None with max_step_ms"):
-        EngineConfig("m", prefill_budget=f"{own}Sixteen", max_step_ms=5)
+        EngineConfig("m", prefill_budget=f"{own}ThirtyTwo", max_step_ms=5)
     with pytest.raises(ValueError, match=r"^speculative_draft_length: .* nothing without specul"):
         EngineConfig("m", speculative_draft_length=f"{own}OneMoreOrLess")
     fields = {"speculative_num_steps": 3, "speculative_draft_length": f"{own}OneMoreOrLess"}
