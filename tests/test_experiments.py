@@ -97,7 +97,7 @@ def test_a_straggler_is_hidden_by_its_drain_and_not_by_an_empty_queue(tmp_path: 
     for case in ("slow", "no requests there", "drafts"):
         assert rows[case,]["step_ms_p50"] >= 60
     assert rows["drained",]["recoveries"] == 1
-    assert rows["drained",]["requests_1"] == 0
+    assert "requests_1" not in rows["drained",], "who has left remembers nothing"
     assert rows["drafts",]["steps"] < rows["slow",]["steps"]
 
 
@@ -110,7 +110,8 @@ def test_a_budget_takes_prompts_in_more_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_drafts_save_steps_and_a_policy_proposes_fewer(tmp_path: Path) -> None:
-    rows = small("speculation_imbalance", tmp_path / "out", ["case", "workload.skew.share"])
+    varied = ["case", "workload.skew.share"]
+    rows = small("speculation_imbalance", tmp_path / "out", varied, {"num_requests": 8})
     for share in ("0.25", "0.85"):
         none, fixed, adaptive, own = (
             rows[case, share] for case in ("none", "fixed 3", "adaptive", "one more or less")

@@ -41,6 +41,9 @@ COLUMNS = (
     Column("row_balance", "", "mean rows of a rank / rows of the largest rank"),
     Column("wire_rows", "rows", "that reached another rank"),
     Column("preemptions", "", "of requests, for want of pages"),
+    Column(
+        "prefix_hit_rate", "", "tokens found in the prefix cache, of all since the ranks' start"
+    ),
     Column("drafts_proposed", "tokens", "by the draft model"),
     Column("tokens_per_verification", "tokens", "accepted drafts and one more, on average"),
     Column("recoveries", "", "new epochs, those of planned changes too"),

@@ -71,6 +71,8 @@ def _step_figures(steps: Sequence[StepTrace]) -> Figures:
         "row_balance": report.row_balance,
         "wire_rows": report.wire_rows,
         "preemptions": report.preemptions,
+        "prefix_hit_rate": sum(rank.hits for rank in report.prefixes)
+        / max(sum(rank.queries for rank in report.prefixes), 1),
         "drafts_proposed": report.drafts_proposed,
         "tokens_per_verification": report.tokens_per_verification or None,
         "recoveries": len(epochs) - 1,

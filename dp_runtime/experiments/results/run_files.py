@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dp_runtime.experiments.measurement.request_record import RequestRecord
-from dp_runtime.metrics.trace import PassTrace, StepTrace
+from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
 
 ROW, REQUESTS, STEPS = "row.json", "requests.jsonl.gz", "steps.jsonl.gz"
 
@@ -51,7 +51,8 @@ def read_requests(directory: Path) -> list[RequestRecord]:
 
 def _step(values: dict[str, Any]) -> StepTrace:
     passes = tuple(PassTrace(**_with_tuples(each)) for each in values["passes"])
-    return StepTrace(**_with_tuples(values) | {"passes": passes})
+    prefixes = PrefixCounts(**values["prefixes"])
+    return StepTrace(**_with_tuples(values) | {"passes": passes, "prefixes": prefixes})
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dp_runtime.experiments.measurement.columns import COLUMNS, RANK_COLUMNS, co
 from dp_runtime.experiments.measurement.figures import figures_of
 from dp_runtime.experiments.measurement.request_record import RequestRecord
 from dp_runtime.experiments.slo import Slo
-from dp_runtime.metrics.trace import PassTrace, StepTrace
+from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
 
 RECORDS = [
     RequestRecord(0, 0, 0, 10, 0.0, 0.001, ((0.101, 1), (0.201, 2), (0.401, 1))),
@@ -24,7 +24,7 @@ def step(rank: int, number: int, epoch: int = 0, start_s: float = 0.0) -> StepTr
     return StepTrace(
         rank, number, epoch, start_s, schedule_s=0.002, agree_s=0.001, agree_wait_s=0.02,
         prepare_s=0.001, sample_s=0.001, commit_s=0.001, passes=(target,), output_tokens=2,
-        prompt_tokens=0, num_drafts=2, accepted=(1, 0, 1),
+        prompt_tokens=0, num_drafts=2, accepted=(1, 0, 1), prefixes=PrefixCounts(10, 4 * rank),
     )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def test_figures_are_those_of_the_requests_and_steps() -> None:
         "output_tokens": 5, "output_tok_s": 2.5, "requests_s": 1.0, "ttft_ms_p50": 550.0,
         "tpot_ms_p50": 100.0, "itl_ms_p50": 50.0, "itl_ms_p99": 197.0, "e2e_ms_p50": 700.0,
         "good_share": 1 / 3, "goodput_requests_s": 0.5, "steps": 2, "step_ms_p50": 66.0,
-        "padding_waste": 1 - 8 / 12, "row_balance": 8 / 12, "wire_rows": 12, "drafts_proposed": 16,
+        "padding_waste": 1 - 8 / 12, "row_balance": 8 / 12, "wire_rows": 12,
+        "drafts_proposed": 16, "prefix_hit_rate": 0.2,
         "tokens_per_verification": 2.0, "recoveries": 1, "recovery_s": 0.5, "busy_s_1": 0.072,
         "wait_s_1": 0.06, "output_tokens_0": 4, "requests_0": 1, "requests_1": 1,
     }  # fmt: skip
