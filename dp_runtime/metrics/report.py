@@ -35,6 +35,8 @@ class Report:
     drafts_proposed: int = 0
     accepted_histogram: tuple[int, ...] = ()  # verifications by accepted drafts, all ranks
     moved: int = 0  # requests that went from one rank's queue to another rank
+    expected_cached_tokens: int = 0  # of prompts, by routing, where their ranks have caches
+    cached_tokens: int = 0  # those that were found there
     pass_s: Mapping[str, float] = field(default_factory=dict)  # mean of the ranks, without waits
     prefixes: tuple[PrefixCounts, ...] = ()  # [rank]
 
@@ -75,6 +77,8 @@ class Report:
             elapsed_s=elapsed_s,
             requests=sum(sum(rank.ended.values()) for rank in requests),
             moved=sum(rank.moved for rank in requests),
+            expected_cached_tokens=sum(rank.expected_cached_tokens for rank in requests),
+            cached_tokens=sum(rank.cached_tokens for rank in requests),
             steps=first.steps,
             prompt_tokens=sum(rank.prompt_tokens for rank in ranks),
             output_tokens=sum(rank.output_tokens for rank in ranks),
@@ -106,6 +110,7 @@ class Report:
             f"padding_waste {self.padding_waste:.3f}   row_balance {self.row_balance:.3f}   "
             f"wire_rows {self.wire_rows}",
             *self._prefixes(),
+            *self._routing(),
             *self._budget(),
             *self._speculation(),
             "rank  output tokens  idle steps  busy s  wait for the slowest rank s",
@@ -127,6 +132,14 @@ class Report:
         return [
             f"tokens found in the prefix cache {hits} of {queries}   share by rank  {rates}   "
             f"pages evicted {sum(rank.evictions for rank in self.prefixes)}"
+        ]
+
+    def _routing(self) -> list[str]:
+        if not self.expected_cached_tokens:
+            return []
+        return [
+            f"prompt tokens that routing expected in prefix caches {self.expected_cached_tokens}, "
+            f"found there {self.cached_tokens}"
         ]
 
     def _budget(self) -> list[str]:

@@ -33,11 +33,12 @@ def test_the_report_follows_its_definitions() -> None:
     ranks = recorders([((10, 12, 12, 12), (12,) * 4), ((0, 12, 1, 0), (12,) * 4)])
     ended = {FinishReason.LENGTH: 5, FinishReason.ABORT: 1}
     requests = [
-        RequestTotals(0, ended=ended, moved=3),
-        RequestTotals(1, ended={FinishReason.STOP: 1}),
+        RequestTotals(0, ended=ended, moved=3, expected_cached_tokens=30, cached_tokens=20),
+        RequestTotals(1, ended={FinishReason.STOP: 1}, expected_cached_tokens=5),
     ]
     report = Report.from_totals([rank.totals for rank in ranks], requests, elapsed_s=2.0)
     assert (report.requests, report.moved) == (7, 3)
+    assert "routing expected in prefix caches 35, found there 20" in str(report)
     assert report.padding_waste == pytest.approx(1 - 59 / 96)
     assert report.row_balance == pytest.approx((59 / 4) / 24)
     assert report.wire_rows == 96 * 2
