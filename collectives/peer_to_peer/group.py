@@ -103,8 +103,9 @@ class PeerToPeerCollective(GroupMember):
         check_reduce_scatter(rows, counts, self.dp_size)
         if self.dp_size == 1 or sum(counts) == 0:
             return rows.contiguous()
-        layout = self._rows.layout(counts)
-        return self._rows.reduce_scatter(rows.contiguous(), layout, counts[self.dp_rank])
+        out = rows.new_empty(counts[self.dp_rank], *rows.shape[1:])
+        self._rows.reduce_scatter(rows.contiguous(), self._rows.layout(counts), out)
+        return out
 
     def all_gather_v(
         self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
@@ -113,10 +114,10 @@ class PeerToPeerCollective(GroupMember):
         return self._rows.gather(rows.contiguous(), counted, poison)
 
     def reduce_scatter_v(
-        self, partial: Tensor, row_ranges: Tensor, local_rows: int, most_rows: int
-    ) -> Tensor:
-        counted = self._counted(row_ranges, len(partial), local_rows, most_rows)
-        return self._rows.reduce_scatter(partial.contiguous(), counted, local_rows)
+        self, partial: Tensor, row_ranges: Tensor, out: Tensor, most_rows: int
+    ) -> None:
+        counted = self._counted(row_ranges, len(partial), len(out), most_rows)
+        self._rows.reduce_scatter(partial.contiguous(), counted, out)
 
     def _counted(
         self, row_ranges: Tensor, total_rows: int, own_rows: int, most_rows: int

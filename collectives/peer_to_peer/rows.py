@@ -125,20 +125,21 @@ class PeerRows:
         self.arm_watchdog("all_gather")
         return buffer.memory.view(0, (layout.total, *rows.shape[1:]), rows.dtype)
 
-    def reduce_scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
-        """Return [own_rows, hidden], summed over the ranks; rows beyond the own real ones are 0."""
+    def reduce_scatter(self, partial: Tensor, layout: RowLayout, out: Tensor) -> None:
+        """Sum over the ranks into out [own_rows, hidden]; rows beyond the own real ones are 0."""
+        assert out.is_contiguous(), "sums are written in one piece"
+        assert (out.dtype, out.shape[1:]) == (partial.dtype, partial.shape[1:]), "sums are as rows"
         self._ends.raise_if_failed()
         self._alternate(SCATTER)
-        out = self._scatter(partial, layout, own_rows)
+        self._scatter(partial, layout, out)
         self.arm_watchdog("reduce_scatter")
-        return out
 
     def _alternate(self, operation: int) -> None:
         """Keep a rank that is ahead from writing over what a peer still reads, by an empty call."""
         if self._alternation.repeats(operation):
             none, empty = self._stop.new_empty(0, 4), self.layout((0,) * self._size)
             if operation == GATHER:
-                self._scatter(none, empty, 0)
+                self._scatter(none, empty, none)
             else:
                 self._gather(none, empty, False)
 
@@ -156,19 +157,17 @@ class PeerRows:
         )  # fmt: skip
         return buffer
 
-    def _scatter(self, partial: Tensor, layout: RowLayout, own_rows: int) -> Tensor:
+    def _scatter(self, partial: Tensor, layout: RowLayout, out: Tensor) -> None:
         row_size, size = partial.shape[1:].numel(), partial.dtype.itemsize
         buffer = self._buffers[SCATTER].reserve(self._size * layout.largest * row_size * size)
-        out = partial.new_empty(own_rows, *partial.shape[1:])
         cols, width, programs = _split(layout.largest, row_size, size)
         reduce_scatter_kernel[(programs,)](
-            partial, out, layout.table, own_rows, layout.largest, row_size, buffer.pointers,
+            partial, out, layout.table, len(out), layout.largest, row_size, buffer.pointers,
             *self._signals[SCATTER].arguments(), self._stop, self._rank,
             SIZE=self._size, RANKS=power_of_two(self._size), COLS=cols, WIDTH=width,
             SUM=SUMS.get(partial.dtype, tl.float32), PDL=self._pdl,
             num_warps=NUM_WARPS, launch_pdl=self._pdl,
         )  # fmt: skip
-        return out
 
     def arm_watchdog(self, what: str) -> None:
         self._watch.arm(what, self._stop.device)

@@ -58,6 +58,6 @@ class DeviceCountCollective(RowCollective, Protocol):
         """Return [total_rows, hidden]; rows not real: undefined, or poison's NaN."""
 
     def reduce_scatter_v(
-        self, partial: Tensor, row_ranges: Tensor, local_rows: int, most_rows: int
-    ) -> Tensor:
-        """Return sums [local_rows, hidden], 0 where not real; partial: as all_gather_v returns."""
+        self, partial: Tensor, row_ranges: Tensor, out: Tensor, most_rows: int
+    ) -> None:
+        """Sum into out [local_rows, hidden], 0 where not real; partial: as all_gather_v returns."""

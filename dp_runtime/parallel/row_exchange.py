@@ -54,6 +54,7 @@ class CountedExchange:
     poison: bool  # fill gathered rows that are not real with NaN
     row_ranges: Tensor
     most_rows: int  # that one rank has, whatever row_ranges say
+    sums: Tensor | None = None  # what every reduce-scatter returns; None: a new tensor
 
     def gather(self, rows: Tensor) -> Tensor:
         return self.collective.all_gather_v(
@@ -62,9 +63,10 @@ class CountedExchange:
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         local_rows = self.plan.real_rows[self.collective.dp_rank]
-        return self.collective.reduce_scatter_v(
-            partial, self.row_ranges, local_rows, self.most_rows
-        )
+        sums = partial.new_empty(local_rows, partial.shape[1]) if self.sums is None else self.sums
+        assert len(sums) == local_rows, f"{len(sums)} rows for the sums of {local_rows}"
+        self.collective.reduce_scatter_v(partial, self.row_ranges, sums, self.most_rows)
+        return sums
 
 
 def counts_real_rows(collective: RowCollective) -> bool:
@@ -79,6 +81,7 @@ def graph_exchange(
     layout: GatherLayout,
     poison: bool,
     row_ranges: Tensor,
+    sums: Tensor | None = None,
 ) -> RowExchange:
     shapes = [0] * collective.dp_size
     shapes[collective.dp_rank] = own_rows
@@ -86,5 +89,5 @@ def graph_exchange(
     if plan.counted:
         assert isinstance(collective, DeviceCountCollective), f"{collective} can't count rows"
         most_rows = layout.most_rows(gathered)
-        return CountedExchange(plan, collective, poison, row_ranges, most_rows)
+        return CountedExchange(plan, collective, poison, row_ranges, most_rows, sums)
     return PaddedExchange(plan, collective, poison, row_ranges)

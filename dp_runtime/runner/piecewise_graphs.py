@@ -120,9 +120,12 @@ class PiecewiseGraphs:
     def _capture(self, stage: MoeStage, gathered: int) -> torch.cuda.CUDAGraph:
         buffers, own_rows = self._buffers, self.buckets.own_rows(gathered)
         own = self._collective, own_rows, gathered, self.buckets.layout
-        exchange = graph_exchange(*own, self._poison, buffers.row_ranges)
+        rows, sums = buffers.rows[:own_rows], buffers.sums[:own_rows]
+        exchange = graph_exchange(*own, self._poison, buffers.row_ranges, sums)
 
         def run() -> None:
-            buffers.sums[:own_rows].copy_(stage(buffers.rows[:own_rows], exchange))
+            found = stage(rows, exchange)
+            if found is not sums:  # without a wire nobody has written there
+                sums.copy_(found)
 
         return capture_graph(run, self._stage_memory)[0]

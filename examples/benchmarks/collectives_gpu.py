@@ -103,9 +103,11 @@ class Rows:
             for real in (gathered, scattered)
         )
 
+        sums = torch.empty_like(self.own)
+
         def pair() -> None:
             collective.all_gather_v(self.own, there, size * rows, rows, False)
-            collective.reduce_scatter_v(self.partial, back, rows, rows)
+            collective.reduce_scatter_v(self.partial, back, sums, rows)
 
         return pair
 

@@ -107,11 +107,13 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) 
     assert isinstance(c, DeviceCountCollective)
     inputs, results = Inputs.empty(c), []
     gathered = torch.zeros(c.dp_size * BUCKET, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    sums = torch.zeros_like(gathered[:OWN_ROWS])
 
     def forward() -> Tensor:
         total = len(gathered)
         gathered.copy_(c.all_gather_v(inputs.rows, inputs.layout, total, BUCKET, poison))
-        return c.reduce_scatter_v(inputs.partial, inputs.layout, OWN_ROWS, BUCKET)
+        c.reduce_scatter_v(inputs.partial, inputs.layout, sums, BUCKET)
+        return sums
 
     graph, out = captured(forward)
     for step, real in enumerate(real_rows(c.dp_size)):
@@ -119,14 +121,14 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) 
         plan = inputs.draw(c.dp_rank, step, real, layout)
         graph.replay()
         c.arm_watchdog("a replay")
-        sums, slots = out.clone(), gathered.split(plan.gathered_rows)
+        found, slots = out.clone(), gathered.split(plan.gathered_rows)
         due = c.all_gather(inputs.rows[:own], real).split(real)
         for slot, rows in zip(slots, due):
             assert torch.equal(slot[: len(rows)], rows)
             assert not poison or slot[len(rows) :].isnan().all()
-        assert torch.equal(sums[:own], padded_sums(c, inputs, plan))
-        assert (sums[own:] == 0).all(), "null rows are 0"
-        results.append(sums[:own].cpu())
+        assert torch.equal(found[:own], padded_sums(c, inputs, plan))
+        assert (found[own:] == 0).all(), "null rows are 0"
+        results.append(found[:own].cpu())
         if step == 1:  # buffers grow, and the graph keeps its own
             many = (500,) * c.dp_size
             large = c.all_gather(torch.ones(500, HIDDEN, device="cuda"), many)
