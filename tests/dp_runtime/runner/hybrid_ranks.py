@@ -36,6 +36,7 @@ NUM_REQUESTS = 5
 @dataclass
 class Served:
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    experts: dict[int, list[object]] = field(default_factory=dict)
     replays: list[tuple[object, int, bool]] = field(default_factory=list)  # pass, requests, fresh
     in_pieces: int = 0
 
@@ -59,7 +60,8 @@ def serve(
     config = EngineConfig(
         str(checkpoint), dp_size=1, launcher="thread", max_model_len=64, num_pages=40,
         device=torch.device(device).type, max_num_requests=4, max_num_tokens=24,
-        poison_padding=True, speculative_num_steps=num_drafts, **others,
+        poison_padding=True, speculative_num_steps=num_drafts, enable_return_routed_experts=True,
+        **others,
     )  # fmt: skip
     plan = plan_rank(config, 0, device)
     loaded = load_rank(config, plan, lambda count: None)
@@ -108,7 +110,9 @@ def run(loop: StepLoop, served: Served) -> None:
         new = []
         for length, count in pending.pop(loop.coordinator.step_id, ()):
             number = next(numbers)
-            params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+            params = SamplingParams(
+                max_tokens=count, temperature=0.0, ignore_eos=True, return_routed_experts=True
+            )
             prompt = tuple((7 * number + 3 * n) % 199 for n in range(length))
             new.append(RankRequest(number, prompt, params, 0, frozenset()))
         return Inbox(new, stop=len(ended) == NUM_REQUESTS)
@@ -116,6 +120,8 @@ def run(loop: StepLoop, served: Served) -> None:
     def deliver(updates: list[RequestUpdate]) -> None:
         for one in updates:
             served.tokens.setdefault(one.request_id, []).extend(one.token_ids)
+            if one.routed_experts is not None:
+                served.experts.setdefault(one.request_id, []).extend(one.routed_experts.tolist())
             ended.update([one.request_id] if one.finish_reason else [])
 
     loop.run(take, deliver)
@@ -125,6 +131,9 @@ def check_served(served: Served, num_drafts: int) -> None:
     """Check that graphs and pieces took part, and that every request has its tokens."""
     counts = [count for arrivals in ARRIVALS.values() for _, count in arrivals]
     assert [len(served.tokens[number]) for number in range(NUM_REQUESTS)] == counts
+    lengths = [length for arrivals in ARRIVALS.values() for length, _ in arrivals]
+    for number, (length, count) in enumerate(zip(lengths, counts)):
+        assert len(served.experts[number]) == length + count - 1, "all but the last token's"
     kinds = {kind for kind, _, _ in served.replays}
     assert kinds >= ({Pass.TARGET, Pass.DRAFT_EXTEND} if num_drafts else {Pass.TARGET})
     assert {3, 1} <= {count for _, count, _ in served.replays}, "there are null sequences"

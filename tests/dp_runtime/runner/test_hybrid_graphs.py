@@ -47,5 +47,6 @@ def test_graphs_give_the_tokens_of_eager_steps_8_9(
         eager = serve(*own, captures=False, num_drafts=0)
         served = serve(*own, captures=True, num_drafts=num_drafts, **fields)
     assert served.tokens == eager.tokens
+    assert served.experts == eager.experts
     assert not eager.replays
     check_served(served, num_drafts)
