@@ -3,6 +3,7 @@
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.request import (
     FinishReason,
+    ImagePrompt,
     RequestDelta,
     RequestOutput,
     TokenLogprob,
@@ -23,6 +24,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "FinishReason",
+    "ImagePrompt",
     "RequestDelta",
     "RequestHandle",
     "RequestOutput",

@@ -35,21 +35,17 @@ class EngineConfig:
         "experiments with few GPUs, not for speed", at_least=1,
     )  # fmt: skip
     device: str = setting(
-        "auto",
-        "where ranks run; auto: cpu if there is no GPU, cuda with room for all ranks, else an "
-        "error",
-        choices=("auto", "cpu", "cuda"),
-    )
+        "auto", "where ranks run; auto: cpu if there is no GPU, cuda with room for all ranks, else "
+        "an error", choices=("auto", "cpu", "cuda"),
+    )  # fmt: skip
     dtype: str = setting(
-        "auto",
-        "type of weights and activations; auto: float32 on CPU, bfloat16 on GPU",
+        "auto", "type of weights and activations; auto: float32 on CPU, bfloat16 on GPU",
         choices=("auto", "float32", "bfloat16", "float16"),
-    )
+    )  # fmt: skip
     launcher: str = setting(
-        "ray",
-        "what ranks are: Ray actors, processes of this host, or threads, for tests",
+        "ray", "what ranks are: Ray actors, processes of this host, or threads, for tests",
         choices=("ray", "local", "thread"),
-    )
+    )  # fmt: skip
     ray_address: str | None = setting(
         None, "cluster to join: auto, host:port or ray://host:port",
         shown_default="$RAY_ADDRESS, else a new cluster on this host",
@@ -94,6 +90,15 @@ class EngineConfig:
     max_moves: int = setting(
         2, "times that a request may go from its rank's queue to another rank that could start it "
         "sooner; 0: it waits where it is", at_least=0, at_most=16,
+    )  # fmt: skip
+    language_model_only: bool = setting(False, "load no vision encoder, and refuse images")
+    max_image_pixels: int | None = setting(
+        None, "pixels to which a larger image of a prompt is resized", at_least=1024,
+        shown_default="the model's",
+    )  # fmt: skip
+    image_cache_tokens: int | None = setting(
+        None, "tokens of images whose features a rank keeps, for prompts that have them again",
+        at_least=2, shown_default="two of the largest image, and max_num_tokens",
     )  # fmt: skip
     page_size: int = setting(64, "tokens of a KV page", at_least=1)
     num_pages: int | None = setting(
@@ -140,10 +145,9 @@ class EngineConfig:
         at_most=2**63 - 1, allowed="0..2**63-1",
     )  # fmt: skip
     overlap: bool | None = setting(
-        None,
-        "schedule and agree on step k+1 before step k is committed",
+        None, "schedule and agree on step k+1 before step k is committed",
         shown_default="on where device is cuda",
-    )
+    )  # fmt: skip
     cuda_graphs: bool | None = setting(
         None, "replay decode steps, each rank at its own size, and in steps with prefill all but "
         "attention; inspect says why not",
@@ -210,20 +214,16 @@ class EngineConfig:
         False, "keep each rank's weights in memory of the host too, for its successor; Linux only",
     )  # fmt: skip
     inject: str | None = setting(
-        None,
-        "for tests and experiments: faults that happen to ranks, as rank=2,step=50,kind=kill; "
-        "docs/recovery.md has all kinds",
-        allowed=ALLOWED,
-    )
+        None, "for tests and experiments: faults that happen to ranks, as "
+        "rank=2,step=50,kind=kill; docs/recovery.md has all kinds", allowed=ALLOWED,
+    )  # fmt: skip
     torch_threads: int | None = setting(
         None, "threads of a CPU rank", at_least=1, at_most=4096, shown_default="cores / dp_size"
     )
     log_level: str = setting(
-        "warning",
-        "what ranks, and the command line, write to stderr: at info the choices made at "
-        "start, why, and faults",
-        choices=("debug", "info", "warning", "error"),
-    )
+        "warning", "what ranks, and the command line, write to stderr: at info the choices made at "
+        "start, why, and faults", choices=("debug", "info", "warning", "error"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -23,9 +23,10 @@ SIZES: dict[str, Any] = {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25,
     },
 }  # fmt: skip
-MROPE = {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+IMAGE_TOKEN = 190
+IMAGE_SIZE = {"shortest_edge": 32**2, "longest_edge": 64 * 32**2}  # pixels: 1 to 64 tokens
 TINY_VISION: dict[str, Any] = {
-    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
     "num_position_embeddings": 16,
 }  # fmt: skip
 
@@ -42,11 +43,12 @@ def hybrid_checkpoint(
     text = {**SIZES, **overrides}
     model_class = getattr(transformers, architecture)
     if architecture == VISION:
-        text["rope_parameters"] = {**text["rope_parameters"], **MROPE}
-        ids = {"image_token_id": 190, "video_token_id": 191, "vision_start_token_id": 188,
+        text["rope_parameters"] = {**text["rope_parameters"], **mrope(text)}
+        vision = TINY_VISION | {"out_hidden_size": text["hidden_size"]}
+        ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 191, "vision_start_token_id": 188,
                "vision_end_token_id": 189}  # fmt: skip
         config = transformers.Qwen3_5MoeConfig(
-            text_config=text, vision_config=TINY_VISION, **ids,
+            text_config=text, vision_config=vision, **ids,
             tie_word_embeddings=text.get("tie_word_embeddings", False),
         )  # fmt: skip
     else:
@@ -54,7 +56,19 @@ def hybrid_checkpoint(
     model = model_class(config)
     randomize(model, seed)
     model.save_pretrained(directory)
+    if architecture == VISION:
+        processor = json.dumps({"size": IMAGE_SIZE, "image_processor_type": "Qwen2VL"})
+        Path(directory, "preprocessor_config.json").write_text(processor)
     return Path(directory)
+
+
+def mrope(text: dict[str, Any]) -> dict[str, Any]:
+    """Shares of time, height and width among the pairs of dimensions that are rotated."""
+    fraction = text["rope_parameters"]["partial_rotary_factor"]
+    pairs = int(text["head_dim"] * fraction) // 2
+    third = pairs // 3
+    section = [pairs - 2 * third, third, third]
+    return {"mrope_interleaved": True, "mrope_section": section}
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

@@ -65,6 +65,7 @@ EXTRAS = {  # beside those that every installation has
     "dp_runtime/cli": {"serve"},
     "dp_runtime/metrics": {"serve"},
     "dp_runtime/structured": {"structured"},
+    "dp_runtime/vision": {"vision"},
     "dp_runtime/attention": {"gpu"},
     "dp_runtime/kernels": {"gpu"},
     "dp_runtime/experiments": {"experiments"},

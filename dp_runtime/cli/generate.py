@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from dp_runtime.cli.model_choice import config_from
 from dp_runtime.cli.output import OutputFile, WriteFailed, print_line, same_file
 from dp_runtime.cli.reports import rank_memory
 from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
-from dp_runtime.core.request import RequestOutput
+from dp_runtime.core.request import ImagePrompt, Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.engine import Engine
 from dp_runtime.errors import require
@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", type=utf8_text, help="a prompt; may be repeated"
     )
+    parser.add_argument(
+        "--image", action="append", type=Path, help="an image file, for each --prompt; may be "
+        "repeated. A prompt without the model's image tokens gets them in front"
+    )  # fmt: skip
     parser.add_argument("--prompts", type=Path, help="JSONL file of prompts, or /dev/stdin")
     parser.add_argument("--output", type=new_file, help="JSONL file for the results")
     add_trace_flag(parser)
@@ -57,7 +61,7 @@ def generate(options: argparse.Namespace) -> None:
         shows_text = engine.tokenizer is not None
         results = Results(lines, file.write if file else print_line, file is not None, shows_text)
         engine.generate(
-            [line.prompt for line in lines],
+            [_with_images(line.prompt, options.image or (), engine) for line in lines],
             [line.params for line in lines],
             [line.dp_rank for line in lines],
             show_progress=True,
@@ -93,10 +97,28 @@ class Results:
         return f"{head} {self.lines[index].prompt} →{text}\n"
 
 
+def _with_images(prompt: Prompt, images: Sequence[Path], engine: Engine) -> Prompt:
+    """Give a prompt the images of the command line, in front of its text if it has no place."""
+    if not (images and isinstance(prompt, str)):
+        return prompt
+    wants, tokenizer = engine.model.images, engine.tokenizer
+    if wants is None or tokenizer is None:
+        return ImagePrompt(prompt, images)  # which the engine refuses, and says why
+    one, place = (
+        tokenizer.decode(tokens, skip_special_tokens=False)
+        for tokens in (wants.image_token_ids[1:2], wants.image_token_ids)
+    )
+    return ImagePrompt(prompt if one in prompt else place * len(images) + prompt, images)
+
+
 def _prompts(options: argparse.Namespace) -> list[PromptLine]:
     sampling = DEFAULTS | given_fields(options, SamplingParams)
     sampling.pop("seed", None)  # the flag is the engine's, from which requests derive their own
     defaults = SamplingParams.from_fields(sampling)
+    require(
+        not options.image or bool(options.prompt), "image", str((options.image or [""])[0]),
+        "none without --prompt",
+    )  # fmt: skip
     if options.prompts is not None:
         require(not options.prompt, "prompt", options.prompt, "nothing beside --prompts")
         other = options.output is None or not same_file(options.output, options.prompts)

@@ -35,6 +35,10 @@ def _no_embeds() -> Float32:
     return np.zeros((0, 0), np.float32)
 
 
+def _as_positions() -> Int64:
+    return np.zeros((3, 0), np.int64)
+
+
 def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
     """Compute the slot of each row [rows], whose request is owner [rows]."""
     pages = page_table[owner, positions // page_size].astype(np.int64)
@@ -66,6 +70,9 @@ class LocalBatch:
     track_rows: Int32 = field(default_factory=_no_counts)  # likewise; rows before the tracked state
     embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
     embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
+    image_rows: Int64 = field(default_factory=_empty_ids)  # [image tokens]
+    image_slots: Int64 = field(default_factory=_empty_ids)  # [image tokens] of their features
+    rope_positions: Int64 = field(default_factory=_as_positions)  # [3, rows]; [3, 0]: `positions`
 
     def __post_init__(self) -> None:
         rows, requests = self.num_tokens, self.num_requests
@@ -81,6 +88,8 @@ class LocalBatch:
         assert len(self.track_slots) in (0, requests), "one track slot per request, or none"
         assert len(self.track_rows) == len(self.track_slots), "one number of rows per track slot"
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
+        assert len(self.image_rows) == len(self.image_slots), "one feature per row of an image"
+        assert self.rope_positions.shape in ((3, 0), (3, rows)), "three positions of all rows"
         for array in vars(self).values():
             array.setflags(write=False)
 
@@ -92,13 +101,24 @@ class LocalBatch:
     def num_requests(self) -> int:
         return len(self.query_lens)
 
+    @property
+    def rotary_positions(self) -> Int64:
+        """Positions by which rows are rotated: [rows], or [3, rows] where requests have images."""
+        return self.rope_positions if self.rope_positions.shape[1] else self.positions
+
+    @property
+    def has_embeds(self) -> bool:
+        return bool(len(self.embed_rows) or len(self.image_rows))
+
     def rewound(self, num_rejected: Int64, page_size: int) -> LocalBatch:
         """Move each request's rows back to their true positions, num_rejected [requests] lower."""
         owner = np.arange(self.num_requests).repeat(self.query_lens)
-        positions = self.positions - num_rejected[owner]
+        lower = num_rejected[owner]
+        positions, rope = self.positions - lower, self.rope_positions
         return replace(
             self,
             positions=positions,
+            rope_positions=rope - lower if rope.shape[1] else rope,
             slot_mapping=slots_of(self.page_table, owner, positions, page_size),
             seq_lens=(self.seq_lens - num_rejected).astype(np.int32),
             lengths_are_bounds=_none_of(),

@@ -36,7 +36,56 @@ class TokensPrompt:
     embed_positions: Sequence[int] = ()  # [embeds]
 
 
-Prompt = str | Sequence[int] | TokensPrompt
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """A text in which the model's image token stands for each image, in their order."""
+
+    text: str | Sequence[int]  # or its token ids
+    images: Sequence[object]  # PIL images, the bytes of image files, or their paths
+
+
+Prompt = str | Sequence[int] | TokensPrompt | ImagePrompt
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How a model wants the images of its prompts."""
+
+    image_token_ids: tuple[int, int, int]  # before an image in a text, for it, and after it
+    patch_size: int  # pixels of a side
+    merge_size: int  # patches of a token's side
+    min_pixels: int  # images are resized to at least and at most so many
+    max_pixels: int
+    rescale_factor: float
+    mean: tuple[float, ...]  # by channel, of rescaled values
+    std: tuple[float, ...]
+
+    @property
+    def image_token_id(self) -> int:
+        return self.image_token_ids[1]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.max_pixels // (self.patch_size * self.merge_size) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class PromptImage:
+    """An image, resized and cut into patches, and its place in a prompt: a token per cell."""
+
+    start: int  # position of its first token
+    rows: int  # of tokens
+    columns: int
+    patches: NDArray[np.uint8]  # [patches, channels * patch_size^2], those of a token adjacent
+    digest: bytes  # of the above but its place; equal images have equal features
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +98,7 @@ class RankRequest:
     seed: int
     stop_token_ids: frozenset[int]  # end-of-text ids included, unless ignored
     embeds: PromptEmbeds | None = None
+    images: tuple[PromptImage, ...] = ()  # by place
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that its output never has
     outputs: tuple[int, ...] = ()  # made before its rank was lost
     num_scored: int = 0  # prompt positions whose log probabilities were reported before that

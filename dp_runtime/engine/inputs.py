@@ -22,15 +22,18 @@ from dp_runtime.core.plain_values import (
     plain_str,
     plain_timeout,
 )
-from dp_runtime.core.request import PromptEmbeds, RankRequest, TokensPrompt
+from dp_runtime.core.request import PromptEmbeds, PromptImage, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
-from dp_runtime.engine.embeds import copied_embeds
+from dp_runtime.engine.prompts.embeds import copied_embeds
+from dp_runtime.engine.prompts.given_prompt import GivenPrompt, unreadable
 from dp_runtime.errors import ContextExceeded, RankMissing, one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
 from dp_runtime.structured.grammar_trial import GrammarTrial
 from dp_runtime.text.bad_words import encoded_bad_words
 from dp_runtime.text.tokenizer import Tokenizer
+from dp_runtime.vision.image_processor import ImageProcessor
+from dp_runtime.vision.placeholders import expanded
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +97,10 @@ class RequestFactory:
     def _make(self, prompt: object, params: SamplingParams, dp_rank: object) -> NewRequest:
         """The request as a rank gets it."""
         deadline = inf if params.timeout_s is None else monotonic() + params.timeout_s
-        given = _GivenPrompt.read(prompt)
+        given = GivenPrompt.read(prompt)
         tokens = self._truncated(given, self._tokens(given), params)
         self._check_tokens(given.field, tokens)
+        tokens, images = self._with_images(given, tokens)
         if params.max_tokens is None:
             params = replace(params, max_tokens=self.model.max_model_len - len(tokens))
         eos = () if params.ignore_eos else self.model.eos_token_ids
@@ -119,7 +123,7 @@ class RequestFactory:
         embeds = self._embeds(given, len(tokens))
         request_id = next(self._ids)
         seed = derive_seed(self.seed, request_id) if params.seed is None else params.seed
-        request = RankRequest(request_id, tokens, params, seed, ends, embeds, bad_words)
+        request = RankRequest(request_id, tokens, params, seed, ends, embeds, images, bad_words)
         return NewRequest(request, rank, deadline)
 
     @cached_property
@@ -127,7 +131,7 @@ class RequestFactory:
         model = self.model
         return GrammarTrial(model.tokenizer_json, model.vocab_size, model.eos_token_ids)
 
-    def _tokens(self, given: _GivenPrompt) -> tuple[int, ...]:
+    def _tokens(self, given: GivenPrompt) -> tuple[int, ...]:
         text = plain_str(given.tokens)
         if text is not None:
             require(
@@ -141,19 +145,42 @@ class RequestFactory:
         return tuple(_token(given.field, entry) for entry in entries or ())
 
     def _truncated(
-        self, given: _GivenPrompt, tokens: tuple[int, ...], params: SamplingParams
+        self, given: GivenPrompt, tokens: tuple[int, ...], params: SamplingParams
     ) -> tuple[int, ...]:
         count = params.truncate_prompt_tokens
         if count is None:
             return tokens
-        alone = "None with prompt_embeds, whose positions would move"
-        require(given.embeds is None, "truncate_prompt_tokens", count, alone)
+        alone = "None with prompt_embeds or images, whose positions would move"
+        require(not given.has_places, "truncate_prompt_tokens", count, alone)
         if count == -1:
             longest = self.model.max_model_len
             count = longest - (params.max_tokens or 1)
             few = f"less than max_model_len {longest}: truncate_prompt_tokens -1 leaves the rest"
             require(count > 0, "max_tokens", params.max_tokens, few)
         return tokens[-count:]
+
+    def _with_images(
+        self, given: GivenPrompt, tokens: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[PromptImage, ...]]:
+        """Prepare a prompt's images, and give each as many tokens as it has features."""
+        entries, wants = plain_list(given.images), self.model.images
+        require(entries is not None, "images", _short(given.images), "a list of images")
+        if not entries:
+            return tokens, ()
+        require(wants is not None, "images", len(entries), "none: the model takes no images")
+        assert wants is not None, "checked above"
+        count, token = tokens.count(wants.image_token_id), wants.image_token_id
+        many = f"{count}: as often as token {token}, which stands for an image, is in the text"
+        require(count == len(entries), "images", len(entries), many)
+        images = [self._processor(f"images[{i}]", entry) for i, entry in enumerate(entries)]
+        tokens, placed = expanded(tokens, images, token)
+        self._check_tokens(given.field, tokens)
+        return tokens, placed
+
+    @cached_property
+    def _processor(self) -> ImageProcessor:
+        assert self.model.images is not None, "the model takes images"
+        return ImageProcessor(self.model.images)
 
     def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
         require(len(tokens) > 0, field, "", "at least one token")
@@ -183,7 +210,7 @@ class RequestFactory:
         assert self.tokenizer is not None, "checked above"
         return encoded_bad_words(words, self.tokenizer, self.model.vocab_size)
 
-    def _embeds(self, given: _GivenPrompt, length: int) -> PromptEmbeds | None:
+    def _embeds(self, given: GivenPrompt, length: int) -> PromptEmbeds | None:
         positions = plain_ints(given.positions)
         shown = plain_list(given.positions) or given.positions
         if given.embeds is None:
@@ -215,28 +242,6 @@ def _context_length(max_model_len: int, num_inputs: int) -> str:
     return f"{limit} and your request has {num_inputs} input tokens"
 
 
-@dataclass(frozen=True, eq=False)
-class _GivenPrompt:
-    """What a prompt has, read once: attributes of a user's own kind may change."""
-
-    field: str
-    tokens: object  # text or token ids
-    embeds: object = None
-    positions: object = ()
-
-    @classmethod
-    def read(cls, prompt: object) -> _GivenPrompt:
-        try:
-            if not isinstance(prompt, TokensPrompt):
-                return cls("prompt", prompt)
-            given = cls("token_ids", prompt.token_ids, prompt.prompt_embeds, prompt.embed_positions)
-        except Exception as error:  # of a user's own kind
-            raise _unreadable("prompt", prompt, error) from None
-        text = plain_str(given.tokens)
-        require(text is None, given.field, text, "token ids; a text is a prompt by itself")
-        return given
-
-
 def copied_params(params: object) -> SamplingParams:
     """The engine's own copy, which nobody changes; ValueError if they are not, or changed badly."""
     try:
@@ -246,7 +251,7 @@ def copied_params(params: object) -> SamplingParams:
     except ValueError:
         raise
     except Exception as error:  # of a user's own kind
-        raise _unreadable("params", params, error) from None
+        raise unreadable("params", params, error) from None
 
 
 def checked_seconds(field: str, given: object) -> float:
@@ -286,12 +291,6 @@ def _entries(field: str, given: object, length: int | None = None) -> list[objec
     allowed = "a list of prompts" if length is None else f"a list, one per prompt ({length})"
     require(ok, field, given, allowed)
     return entries or []
-
-
-def _unreadable(field: str, value: object, error: Exception) -> ValueError:
-    return ValueError(
-        one_line(f"{field}: {shown(value)} can't be read: {type(error).__name__}: {error}", 400)
-    )
 
 
 def _short(value: object) -> str:

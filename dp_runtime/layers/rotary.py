@@ -25,6 +25,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     fraction: float = 1.0  # of a head's dimensions that are rotated
+    mrope_section: tuple[int, ...] = ()  # pairs of dimensions turned by time, height and width
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +34,16 @@ class Rotary:
 
     inv_freq: Tensor  # [rotated / 2] float32
     attention_factor: float
+    axes: Tensor  # [rotated / 2] int64, which of a row's positions turns each pair of dimensions
     num_still: int = 0  # pairs of dimensions that are not rotated, the last ones of `dim_order`
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> CosSin:
-        """Compute cos and sin of positions [rows] int64 in float32, and round them to dtype."""
-        angles = (positions.float()[:, None] * self.inv_freq)[:, None, :]
+        """Compute cos and sin of positions in float32, and round them to dtype.
+
+        positions [rows] int64, or [3, rows] of time, height and width where these differ.
+        """
+        of_pairs = positions[:, None] if positions.dim() == 1 else positions[self.axes].t()
+        angles = (of_pairs.float() * self.inv_freq)[:, None, :]
         factor, still = self.attention_factor, (0, self.num_still)
         cos, sin = angles.cos() * factor, angles.sin() * factor
         return F.pad(cos, still, value=1.0).to(dtype), F.pad(sin, still).to(dtype)
@@ -45,12 +51,24 @@ class Rotary:
     @classmethod
     def from_config(cls, rope: RopeConfig, head_dim: int, device: torch.device) -> Rotary:
         rotated = rotated_dims(rope, head_dim)
-        frequencies = inverse_frequencies(rope, rotated)
-        return cls(frequencies.to(device), rope.attention_factor, (head_dim - rotated) // 2)
+        frequencies = inverse_frequencies(rope, rotated).to(device)
+        axes = mrope_axes(rope.mrope_section, rotated // 2).to(device)
+        return cls(frequencies, rope.attention_factor, axes, (head_dim - rotated) // 2)
 
 
 def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
     return int(head_dim * rope.fraction)
+
+
+def mrope_axes(section: tuple[int, ...], num_pairs: int) -> Tensor:
+    """Tell for each pair of dimensions whether time (0), height (1) or width (2) turns it.
+
+    The three take turns (transformers calls it interleaved) until height and width have theirs.
+    """
+    axes = torch.zeros(num_pairs, dtype=torch.int64)
+    for axis, count in enumerate(section[1:], 1):
+        axes[axis : 3 * count : 3] = axis
+    return axes
 
 
 def dim_order(rotated: int, head_dim: int) -> Tensor:

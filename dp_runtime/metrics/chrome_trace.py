@@ -61,6 +61,9 @@ class _StepEvents:
         yield self._slice("schedule", step.start_s, scheduled, args)
         yield self._slice("agree", scheduled, agreed, args)
         yield from self._wait("wait for records", agreed, step.agree_wait_s)
+        if step.num_images:
+            images = args | {"images": step.num_images}
+            yield self._slice("encode", agreed, agreed + step.encode_s, images)
         for one in step.passes:
             yield from self._pass(one, args)
         yield self._slice("sample", step.sample_start_s, step.sample_start_s + step.sample_s, args)

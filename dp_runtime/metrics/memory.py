@@ -15,6 +15,7 @@ class MemoryUse:
     activations: int  # the most that a step needs at once, and frees again
     kv_cache: int
     recurrent_state: int = 0
+    image_features: int = 0
 
     @property
     def total(self) -> int:
@@ -30,8 +31,9 @@ class RankMemory:
 
 def memory_table(ranks: Sequence[RankMemory]) -> str:
     names = [field.name for field in fields(MemoryUse)]
-    if not any(rank.predicted.recurrent_state for rank in ranks):
-        names.remove("recurrent_state")
+    for name in ("recurrent_state", "image_features"):
+        if not any(getattr(rank.predicted, name) for rank in ranks):
+            names.remove(name)
     measured = all(rank.measured for rank in ranks)
     head = "predicted / measured" if measured else "predicted; only running GPU ranks measure it"
     lines = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from dp_runtime.core.request import RoutingShape
+from dp_runtime.core.request import ImageFormat, RoutingShape
 from dp_runtime.metrics.memory import RankMemory
 
 DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # names that checkpoints use
@@ -50,6 +50,7 @@ class ModelInfo:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # as the checkpoint has them
     routing: RoutingShape | None = None  # of the experts that requests may ask for, if they may
     caches_prefixes: bool = False  # ranks keep pages for requests that begin alike
+    images: ImageFormat | None = None  # None: it takes none
 
 
 @dataclass(frozen=True)

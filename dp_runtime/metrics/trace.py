@@ -64,6 +64,8 @@ class StepTrace:
     position: int | None = None  # of the rank in rows of all ranks; None: its dp_rank
     prefixes: PrefixCounts = field(default_factory=PrefixCounts)
     commit_start_s: float = 0.0  # as start_s; with overlap the next step has been launched by then
+    encode_s: float = 0.0  # of the host, for images: on a GPU that of launching
+    num_images: int = 0  # that were encoded
 
     @property
     def index(self) -> int:  # of this rank in rows of all ranks
@@ -75,12 +77,13 @@ class StepTrace:
 
     @property
     def phases(self) -> tuple[tuple[str, float], ...]:  # seconds without waits; no passes
+        encode = (("encode", self.encode_s),) if self.num_images else ()
         return (
-            ("schedule", self.schedule_s), ("agree", self.agree_s), ("prepare", self.prepare_s),
-            ("sample", self.sample_s), ("commit", self.commit_s),
+            ("schedule", self.schedule_s), ("agree", self.agree_s), *encode,
+            ("prepare", self.prepare_s), ("sample", self.sample_s), ("commit", self.commit_s),
         )  # fmt: skip
 
     @property
     def busy_s(self) -> float:
-        phases = self.schedule_s + self.agree_s + self.prepare_s + self.sample_s + self.commit_s
+        phases = sum(seconds for _, seconds in self.phases)
         return phases + sum(each.busy_s for each in self.passes)

@@ -26,6 +26,7 @@ from dp_runtime.layers.shared_expert import SharedExpertMoe
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.lm_head import LmHeadMixin
 from dp_runtime.parallel.row_exchange import RowExchange
+from dp_runtime.vision.encoder import VisionEncoder
 from dp_runtime.weights.source import WeightSource
 
 HEAD = "lm_head.weight"
@@ -40,7 +41,7 @@ class PassInputs:
     """A rank's rows for one pass, on the device; `embeds` replace the embeddings of some rows."""
 
     token_ids: Tensor  # [rows] int64
-    positions: Tensor  # [rows] int64
+    positions: Tensor  # [rows] int64, or [3, rows] of time, height and width
     embed_rows: Tensor  # [embeds] int64
     embeds: Tensor  # [embeds, hidden]
     hidden: Tensor = field(default_factory=_nothing)  # [rows, hidden], for a draft model
@@ -159,6 +160,7 @@ class CausalLM(LmHeadMixin):
     head: Linear
     backend: AttentionBackend
     aux_hidden_state_layers: tuple[int, ...] = ()  # whose inputs a draft model reads
+    vision: VisionEncoder | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,6 +11,7 @@ from dp_runtime.core.cache_spec import CacheSpec, PagedKv
 from dp_runtime.errors import require
 from dp_runtime.layers.attention import AttentionShape
 from dp_runtime.layers.rotary import RopeConfig
+from dp_runtime.vision.config import VisionConfig
 from dp_runtime.weights.fp8_blocks import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class ModelConfig:
     max_position_embeddings: int
     sliding_window: int | None  # not supported, so no sequence may be longer
     eos_token_ids: tuple[int, ...]  # of generation_config.json where it names any
+    vision: VisionConfig | None = None  # None: images are not served
 
     def __post_init__(self) -> None:
         where = "config.json: "

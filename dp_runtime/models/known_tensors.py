@@ -10,6 +10,8 @@ SKIPPABLE: Mapping[str, str] = {
     r"\bself_attn\.([kvq]_proj\.)?[kvq]_scale$": "of a quantised KV cache, read where it is one",
     r"\b(self_attn|attn)\.(kv|prob)_scale$": "of another library's quantised attention",
     r"^(v_head|value_head)\.": "of reinforcement learning",
+}
+SKIPPABLE_WITHOUT_IMAGES: Mapping[str, str] = {
     r"^(model\.)?(visual|vision_tower|audio_tower|multi_modal_projector)\.": "of other models",
 }
 SKIPPABLE_WHILE_DRAFTING: Mapping[str, str] = {

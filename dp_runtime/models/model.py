@@ -15,6 +15,7 @@ from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.row_exchange import RowExchange
+from dp_runtime.vision.encoder import VisionEncoder
 
 
 class PassModel(Protocol):
@@ -73,6 +74,9 @@ class Model(PassModel, Protocol):
 
     @property
     def head(self) -> Linear: ...
+
+    @property
+    def vision(self) -> VisionEncoder | None: ...  # None: it takes no images
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> Model: ...
 

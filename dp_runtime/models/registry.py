@@ -14,7 +14,7 @@ from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.hf_config import ConfigFields
-from dp_runtime.models.known_tensors import HINTS, SKIPPABLE
+from dp_runtime.models.known_tensors import HINTS, SKIPPABLE, SKIPPABLE_WITHOUT_IMAGES
 from dp_runtime.models.model import Model
 from dp_runtime.weights.files import is_present
 from dp_runtime.weights.source import WeightSource
@@ -100,5 +100,6 @@ def build_model(
     architecture = find_architecture(config.architecture)
     moe = make_moe_kernels(moe_backend)
     model = architecture.build(config, weights, sharding, backend, moe, states)
-    weights.require_all_read(SKIPPABLE, HINTS)
+    others = SKIPPABLE_WITHOUT_IMAGES if config.vision is None else {}
+    weights.require_all_read({**SKIPPABLE, **others}, HINTS)
     return model

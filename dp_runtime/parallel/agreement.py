@@ -35,7 +35,7 @@ class StepRecord(NamedTuple):
     graph_votes: int = 0  # bit n: this rank's rows of pass n fit a captured graph
     fault_bits: int = 0  # FaultBits
     waited_us: int = 0  # for slower ranks, in the step before this one
-    prefill_rows: int = 0  # of the target pass
+    prefill_rows: int = 0  # of the target pass, and tokens of images that are encoded before it
     num_sampling: int = 0  # requests that get a token from this step
     step_us: int = 0  # how long an earlier step took: see StepLoad
 

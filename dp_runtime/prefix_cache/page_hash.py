@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from dp_runtime.core.batch import Int64
-from dp_runtime.core.request import PromptEmbeds
+from dp_runtime.core.request import PromptEmbeds, PromptImage
 
 DIGEST_BYTES = 16
 
@@ -18,7 +18,8 @@ DIGEST_BYTES = 16
 class PageHasher:
     """A pure function from tokens to digests, the same in every process.
 
-    A digest is that of the one before it and of the page's tokens, and embeddings given for them.
+    A digest is that of the one before it and of the page's tokens, and of embeddings and images
+    given for them.
     """
 
     page_size: int
@@ -39,13 +40,14 @@ class PageHasher:
         embeds: PromptEmbeds | None = None,
         cache_salt: str | None = None,
         known: Sequence[bytes] = (),
+        images: Sequence[PromptImage] = (),
     ) -> list[bytes]:
         """Name the full pages of these tokens; `known` are the digests of the first ones."""
         num_pages = self.num_pages(len(tokens))
         digests = list(known[:num_pages])
         while len(digests) < num_pages:
             start, end = self.span(len(digests))
-            self.append(digests, self.content(tokens[start:end]), embeds, cache_salt)
+            self.append(digests, self.content(tokens[start:end]), embeds, cache_salt, images)
         return digests
 
     def append(
@@ -54,16 +56,18 @@ class PageHasher:
         content: bytes,
         embeds: PromptEmbeds | None,
         cache_salt: str | None,
+        images: Sequence[PromptImage] = (),
     ) -> None:
         parent = digests[-1] if digests else self.root(cache_salt)
-        digests.append(self.link(parent, content, self._embeds(embeds, len(digests))))
+        given = self._embeds(embeds, len(digests)) + self._images(images, len(digests))
+        digests.append(self.link(parent, content, given))
 
     def root(self, cache_salt: str | None) -> bytes:
         names = self.model, self.page_size, self.covers_next, cache_salt
         return blake2b(repr(names).encode(), digest_size=DIGEST_BYTES).digest()
 
-    def link(self, parent: bytes, content: bytes, embeds: bytes) -> bytes:
-        return blake2b(parent + content + embeds, digest_size=DIGEST_BYTES).digest()
+    def link(self, parent: bytes, content: bytes, given: bytes) -> bytes:
+        return blake2b(parent + content + given, digest_size=DIGEST_BYTES).digest()
 
     def content(self, tokens: Int64) -> bytes:
         """Return the token ids of a page's span, as little-endian int32."""
@@ -77,3 +81,8 @@ class PageHasher:
         rows = rows[np.argsort(positions[rows])]
         within, values = positions[rows] - start, embeds.values[rows]
         return within.astype("<i4").tobytes() + values.astype("<f4").tobytes()
+
+    def _images(self, images: Sequence[PromptImage], page: int) -> bytes:
+        start, end = self.span(page)
+        inside = (image for image in images if image.start < end and image.end > start)
+        return b"".join(np.int32(one.start - start).tobytes() + one.digest for one in inside)

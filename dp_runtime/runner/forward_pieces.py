@@ -216,8 +216,8 @@ class ForwardPieces:
         return len(self.buckets.sizes)
 
     def covers(self, inputs: PassInputs) -> bool:
-        rows = len(inputs.token_ids)
-        return 0 < rows <= self.buckets.max_rows and not len(inputs.embed_rows)
+        rows, is_text = len(inputs.token_ids), inputs.positions.dim() == 1
+        return 0 < rows <= self.buckets.max_rows and is_text and not len(inputs.embed_rows)
 
     def capture(self) -> Iterator[None]:
         """Capture every bucket, and yield after each; no other rank takes part."""

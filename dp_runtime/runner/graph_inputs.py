@@ -104,8 +104,10 @@ class GraphInputs:
         buffer = self._next_buffer()
         (requests, pages), rows = batch.page_table.shape, batch.num_tokens
         into = buffer.fields
-        for name in ("token_ids", "future_token_index", "positions", "slot_mapping"):
+        for name in ("token_ids", "future_token_index", "slot_mapping"):
             into[name][:rows] = getattr(batch, name)
+        rotary = batch.rotary_positions  # of text: time, height and width are one
+        into["positions"][:rows] = rotary if rotary.ndim == 1 else rotary[0]
         into["seq_lens"][:requests] = batch.seq_lens
         buffer.table_width = max(buffer.table_width, pages)
         into["page_table"][:requests, :pages] = batch.page_table

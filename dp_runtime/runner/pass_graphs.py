@@ -92,7 +92,7 @@ class PassGraphs:
         return (
             rows == batch.num_requests * length
             and rows <= self.buckets.max_rows
-            and not len(batch.embed_rows)
+            and not batch.has_embeds
             and (length == 1 or bool((batch.query_lens == length).all()))
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
@@ -35,6 +36,7 @@ class PassRunner:
     poison: bool  # fill padded rows with NaN
     flight: FlightRecorder
     device: torch.device
+    image_features: Tensor  # [slots, hidden]; without slots where images are not served
     num_state_slots: int = 0  # of the model's recurrent layers, if it has any
     accepted_drafts: AcceptedDrafts | None = None  # of these slots, if drafts are verified
     graphs: Mapping[int, PassGraphs] = field(default_factory=dict)  # by query length
@@ -92,20 +94,32 @@ class PassRunner:
             own = batch, self.num_state_slots, place, self.device, self.accepted_drafts
             recurrent = RecurrentMetadata.build(*own)
         plan = PassPlan(self.model.backend.plan(metadata), recurrent)
-        return pass_inputs(batch, future, self.device), plan
+        return pass_inputs(batch, future, self.device, self.image_features), plan
 
 
-def pass_inputs(batch: LocalBatch, future: FutureTokens, device: torch.device) -> PassInputs:
-    """Bring a batch's tokens and positions to the device, and fill in what only it knows."""
+def pass_inputs(
+    batch: LocalBatch, future: FutureTokens, device: torch.device, image_features: Tensor
+) -> PassInputs:
+    """Bring a batch's tokens and positions to the device, and fill in what only it knows.
+
+    image_features [slots, hidden], there already.
+    """
     from_future = batch.future_token_index >= 0
     rows, sources = from_future.nonzero()[0], batch.future_token_index[from_future]
-    arrays = (batch.token_ids, batch.positions, batch.embed_rows, batch.embeds, rows, sources)
-    inputs = all_on_device(arrays, device)
-    token_ids, positions, embed_rows, embeds, device_rows, device_sources = inputs
+    replaced = np.concatenate((batch.embed_rows, batch.image_rows))
+    arrays = (
+        batch.token_ids, batch.rotary_positions, replaced, batch.embeds, batch.image_slots,
+        rows, sources,
+    )  # fmt: skip
+    token_ids, positions, embed_rows, embeds, slots, *of_future = all_on_device(arrays, device)
+    if len(slots):
+        features = image_features[slots]
+        embeds = torch.cat((embeds.to(features.dtype), features)) if len(embeds) else features
     if future.num_rejected is not None:
         count = len(future.num_rejected)
-        verified = positions[: count * batch.query_lens[0]]
-        verified.view(count, -1).sub_(future.num_rejected[:, None])
+        verified = positions[..., : count * batch.query_lens[0]]
+        verified.view(*verified.shape[:-1], count, -1).sub_(future.num_rejected[:, None])
     if len(rows):
+        device_rows, device_sources = of_future
         token_ids[device_rows] = future.token_ids[device_sources]
     return PassInputs(token_ids, positions, embed_rows, embeds, future.hidden)

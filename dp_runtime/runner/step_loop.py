@@ -215,7 +215,7 @@ class StepLoop:
     def _count_budget(self, budget: int | None, record: StepRecord) -> None:
         limit = self.scheduler.limits.max_num_tokens
         if budget is not None:
-            held_back = record.prefill_rows == budget < limit and record.queued_tokens > 0
+            held_back = record.prefill_rows >= budget < limit and record.queued_tokens > 0
             self.recorder.totals.add_prefill_budget(budget, held_back)
 
     def _apply(self, commands: Inbox) -> list[RequestUpdate]:
@@ -269,8 +269,7 @@ class StepLoop:
         num_accepted: Sequence[int],
         commit_start_s: float,
     ) -> None:
-        timer, output = step.timer, step.output
-        histogram = Counter(num_accepted)
+        timer, output, histogram = step.timer, step.output, Counter(num_accepted)
         self.recorder.add(
             StepTrace(
                 dp_rank=self._dp_rank,
@@ -293,6 +292,8 @@ class StepLoop:
                 accepted=tuple(histogram[n] for n in range(step.scheduled.num_drafts + 1)),
                 sample_start_s=output.sample_start_s,
                 commit_start_s=commit_start_s,
+                encode_s=output.encode_s,
+                num_images=len(step.scheduled.to_encode),
             )
         )
         self.last_finished = (step.agreement.step_id, monotonic())

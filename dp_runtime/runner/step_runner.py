@@ -23,6 +23,7 @@ from dp_runtime.parallel.agreement import Agreement
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.runner.drafting import Drafting
 from dp_runtime.runner.future_tokens import FutureTokens
+from dp_runtime.runner.image_encoding import ImageEncoding
 from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
@@ -51,6 +52,7 @@ class StepOutput:
     prepare_s: float
     sample_start_s: float
     sample_s: float
+    encode_s: float  # of the host, for images
 
 
 class StepRunner:
@@ -70,16 +72,14 @@ class StepRunner:
         poison: bool,  # fill padded rows with NaN
         flight: FlightRecorder,
         routing: RoutingBuffer | None = None,  # where the model leaves the experts of its rows
+        images: ImageEncoding | None = None,
     ) -> None:
         def pass_runner(of: PassModel) -> PassRunner:
+            features = images.features if images else torch.zeros(0, 0, device=device)
             return PassRunner(
-                model=of,
-                pages=pages,
-                collective=collective,
-                poison=poison,
-                flight=flight,
-                device=device,
-            )
+                model=of, pages=pages, collective=collective, poison=poison, flight=flight,
+                device=device, image_features=features,
+            )  # fmt: skip
 
         self.model = model
         self.drafting = drafting
@@ -91,6 +91,7 @@ class StepRunner:
         self.poison = poison
         self.flight = flight
         self.routing = routing
+        self.images = images
         self.accepted_drafts = None
         if drafting is not None and num_state_slots:
             self.accepted_drafts = AcceptedDrafts(num_state_slots, device)
@@ -150,6 +151,8 @@ class StepRunner:
         """
         own = scheduled, agreement, graph_votes
         step = _LaunchedStep(self.passes, self.collective, self.flight, *own)
+        if self.images is not None:
+            step.encode_s = self.images.encode(scheduled.to_encode)
         if agreement.program.num_drafts:
             return self.run_speculative(step)
         return self.run_plain(step)
@@ -240,6 +243,7 @@ class _LaunchedStep:
     agreement: Agreement
     graph_votes: int  # bit n: this rank's rows of pass n fit a captured graph
     traces: list[PassTrace] = field(default_factory=list)
+    encode_s: float = 0.0
     prepare_s: float = 0.0
     sample_start_s: float = 0.0
     sample_s: float = 0.0
@@ -261,5 +265,5 @@ class _LaunchedStep:
     def output(self, sampled: Sampled, scores: Sequence[Logprobs | Exception]) -> StepOutput:
         return StepOutput(
             sampled, tuple(scores), self.routed, tuple(self.traces), self.prepare_s,
-            self.sample_start_s, self.sample_s,
+            self.sample_start_s, self.sample_s, self.encode_s,
         )  # fmt: skip

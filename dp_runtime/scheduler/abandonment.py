@@ -21,6 +21,7 @@ def abandon_steps(scheduler: Scheduler) -> None:
         if scheduler.prefixes is not None:
             scheduler.prefixes.abandoned(req_index)
     requests.settle()
+    scheduler.images.clear()
     for req_index in table.req_indices:
         state = table.request(req_index)
         state.num_scored = state.num_reported

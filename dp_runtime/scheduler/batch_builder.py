@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dp_runtime.core.batch import Bool, Float32, Int32, Int64, LocalBatch, SamplePositions, slots_of
+from dp_runtime.core.request import PromptEmbeds
 from dp_runtime.core.step_program import Pass, Program
+from dp_runtime.scheduler.image_slots import PromptSlots
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.routed_rows import NO_ROUTED_ROWS, RoutedRows, RoutedSpan
@@ -96,6 +100,7 @@ def _target_batch(step: _Layout) -> LocalBatch:
     page_table = step.pages.rows(step.req_indices)
     chunk_samples = step.chunk_last_rows[step.samples[len(step.decodes) :]]
     embed_rows, embeds = _embeds(step, token_offset=0)
+    image_rows, image_slots = _image_slots(step, token_offset=0)
     tokens, future_indices = _decode_tokens(step)
     future_token_index = np.full(len(owner), -1, np.int64)
     future_token_index[: len(future_indices)] = future_indices
@@ -118,6 +123,9 @@ def _target_batch(step: _Layout) -> LocalBatch:
         num_drafts=_num_drafts(step),
         embed_rows=embed_rows,
         embeds=embeds,
+        image_rows=image_rows,
+        image_slots=image_slots,
+        rope_positions=_rope_positions(step, positions, owner),
     )
 
 
@@ -151,7 +159,7 @@ def _draft_batches(step: _Layout, count: int) -> Iterator[LocalBatch]:
     each = np.arange(len(decodes))
     nothing, ones = np.zeros(len(decodes), np.int64), np.ones(len(decodes), np.int32)
     page_table, first = step.pages.rows(decodes), step.table.num_computed_tokens[decodes]
-    are_bounds = _are_bounds(step, decodes)
+    are_bounds, deltas = _are_bounds(step, decodes), step.table.rope_deltas[decodes]
     for positions in (first + index for index in range(count)):
         yield LocalBatch(
             token_ids=nothing,
@@ -163,6 +171,7 @@ def _draft_batches(step: _Layout, count: int) -> Iterator[LocalBatch]:
             page_table=page_table,
             sample_rows=each,
             lengths_are_bounds=are_bounds,
+            rope_positions=_shifted(positions, deltas),
         )
 
 
@@ -189,6 +198,7 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
             future_token_index[last_row] = sample
             sample += 1
     embed_rows, embeds = _embeds(step, token_offset=1)
+    image_rows, image_slots = _image_slots(step, token_offset=1)
     first_rows = np.arange(0, num_decode_rows, step.query_len)
     return replace(
         target,
@@ -200,6 +210,8 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
         num_drafts=np.zeros(0, np.int32),
         embed_rows=embed_rows,
         embeds=embeds,
+        image_rows=image_rows,
+        image_slots=image_slots,
     )
 
 
@@ -243,16 +255,41 @@ def _score_rows(step: _Layout) -> list[Int64]:
     ]
 
 
-def _embeds(step: _Layout, token_offset: int) -> tuple[Int64, Float32]:
-    """Find rows whose token, token_offset positions after the row's own, has an embedding given."""
-    rows, values = [], []
-    for chunk, first_row in zip(step.chunks, step.chunk_first_rows, strict=True):
-        embeds = chunk.embeds
-        if embeds is not None:
-            positions = embeds.positions - token_offset
+def _rows_of(
+    step: _Layout, of_chunks: Sequence[PromptEmbeds | PromptSlots | None], token_offset: int
+) -> tuple[Int64, list[NDArray[Any]]]:
+    """Find rows of whose token, token_offset positions after their own, a chunk has a value."""
+    rows, values = [np.zeros(0, np.int64)], []
+    for chunk, first_row, given in zip(step.chunks, step.chunk_first_rows, of_chunks, strict=True):
+        if given is not None:
+            positions = given.positions - token_offset
             inside = (positions >= chunk.start) & (positions < chunk.end)
             rows.append(positions[inside] - chunk.start + first_row)
-            values.append(embeds.values[inside])
-    if not rows:
-        return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
-    return np.concatenate(rows), np.concatenate(values)
+            values.append(given.values[inside])
+    return np.concatenate(rows), values
+
+
+def _embeds(step: _Layout, token_offset: int) -> tuple[Int64, Float32]:
+    rows, values = _rows_of(step, [chunk.embeds for chunk in step.chunks], token_offset)
+    return rows, np.concatenate(values) if values else np.zeros((0, 0), np.float32)
+
+
+def _image_slots(step: _Layout, token_offset: int) -> tuple[Int64, Int64]:
+    rows, values = _rows_of(step, [chunk.images.slots for chunk in step.chunks], token_offset)
+    return rows, np.concatenate(values) if values else np.zeros(0, np.int64)
+
+
+def _rope_positions(step: _Layout, positions: Int64, owner: Int64) -> Int64:
+    """Return what rows are rotated by, [3, rows]; [3, 0] where no request has images."""
+    rope = _shifted(positions, step.table.rope_deltas[step.req_indices][owner])
+    for chunk, first_row in zip(step.chunks, step.chunk_first_rows):
+        if chunk.state.prompt_rope is not None:
+            if not rope.shape[1]:
+                rope = np.stack([positions] * 3)
+            rope[:, first_row : first_row + chunk.length] = chunk.state.rope(chunk.start, chunk.end)
+    return rope
+
+
+def _shifted(positions: Int64, deltas: Int64) -> Int64:
+    """Return three equal positions of each row, [3, rows]; [3, 0] where `positions` are these."""
+    return np.stack([positions + deltas] * 3) if deltas.any() else np.zeros((3, 0), np.int64)

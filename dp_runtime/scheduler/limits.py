@@ -12,6 +12,8 @@ class Limits:
     max_model_len: int
     max_drafts: int = 0  # of a request in a step
     keeps_state: bool = False  # layers have a recurrent state, whose memory is dear
+    max_image_tokens: int = 0  # of one image; 0: none are served
+    num_image_slots: int = 0  # tokens of images whose features are kept
 
     @property
     def max_cached_len(self) -> int:
@@ -21,6 +23,11 @@ class Limits:
     @property
     def max_decode_rows(self) -> int:
         return self.max_num_requests * (1 + self.max_drafts)
+
+    @property
+    def max_encoded_tokens(self) -> int:
+        """Count the most tokens of images that a step encodes."""
+        return max(self.max_num_tokens, self.max_image_tokens) if self.max_image_tokens else 0
 
     @property
     def num_table_rows(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dp_runtime.core.batch import Int64
 from dp_runtime.core.request import FinishReason, RankRequest
+from dp_runtime.vision.rope_positions import rope_positions
 
 NO_ROW = -1
 
@@ -49,6 +50,8 @@ class RequestState:
     request: RankRequest
     max_outputs: int
     prompt: Int64 = field(init=False)
+    prompt_rope: Int64 | None = field(init=False)  # [3, prompt]; None: without images
+    rope_delta: int = field(init=False)  # from a later token's index to its position
     turn: float = field(init=False)  # in the queue, lowest first
     outputs: list[int] = field(init=False)  # committed
     digests: list[bytes] = field(default_factory=list)  # of its first full pages
@@ -63,6 +66,10 @@ class RequestState:
 
     def __post_init__(self) -> None:
         self.prompt = np.array(self.request.prompt_token_ids, np.int64)
+        self.prompt_rope, self.rope_delta = None, 0
+        if self.request.images:
+            own = len(self.prompt), self.request.images
+            self.prompt_rope, self.rope_delta = rope_positions(*own)
         self.turn = self.request.params.priority
         self.outputs = list(self.request.outputs)
         self.num_scored = self.num_reported = self.request.num_scored
@@ -94,6 +101,15 @@ class RequestState:
         params = self.request.params
         names = [name for name in ("bad_words", "structured_outputs") if getattr(params, name)]
         return f"{cause}, or {' and '.join(names)} leave none to choose" if names else cause
+
+    def rope(self, start: int, end: int) -> Int64:
+        """Return the positions by which tokens [start, end) are rotated, [3, end - start]."""
+        later = np.arange(start, end) + self.rope_delta
+        known = self.prompt_rope
+        if known is None:
+            return np.stack([later] * 3)
+        known = known[:, start:end]
+        return np.concatenate((known, np.stack([later[known.shape[1] :]] * 3)), 1)
 
     def tokens(self, start: int, end: int) -> Int64:
         count = self.num_prompt_tokens

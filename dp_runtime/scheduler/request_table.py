@@ -29,6 +29,7 @@ class RequestTable:
         self.last_token = column()  # of those that the host knows
         self.last_sample_index = column()  # of the newest token in its step's samples, or -1
         self.returns_routing = np.zeros(num_rows, np.bool_)  # who asked for their tokens' experts
+        self.rope_deltas = column()  # of requests with images: positions minus indices
         self.keeps_state = keeps_state
         self._requests: list[RequestState | None] = [None] * num_rows
         self._free = list(reversed(range(num_rows)))
@@ -57,6 +58,7 @@ class RequestTable:
         self.num_tokens[index] = request.num_tokens
         self.num_computed_tokens[index] = self.num_cached_tokens[index] = 0
         self.num_inflight_steps[index] = 0
+        self.rope_deltas[index] = request.rope_delta
         self.last_token[index] = last_token
         self.last_sample_index[index] = -1
         self.returns_routing[index] = request.request.params.return_routed_experts

@@ -16,6 +16,7 @@ from dp_runtime.metrics.trace import PrefixCounts
 from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.batch_builder import build_batches
+from dp_runtime.scheduler.image_slots import ImageSlots
 from dp_runtime.scheduler.lifecycle import RequestLifecycle
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.outputs import append_outputs
@@ -47,6 +48,7 @@ class Scheduler:
         self.limits = limits
         self.table = RequestTable(limits.num_table_rows, limits.keeps_state)
         self.page_table = PageTable(pages, limits.num_table_rows, limits.max_cached_len)
+        self.images = ImageSlots(limits.num_image_slots, drafts=limits.max_drafts > 0)
         self.requests = RequestLifecycle(self.table, (self.page_table, *states))
         self.prefixes = None
         if hasher is not None:
@@ -114,6 +116,7 @@ class Scheduler:
 
     def schedule(self, program: Program, prefill_budget: int | None = None) -> SchedulerOutput:
         query_len = program.query_len(Pass.TARGET)
+        self.images.begin_step()
         ready = self._reserve_pages(query_len)
         req_indices = self.running[ready]
         needed = self.table.num_needed(req_indices)
@@ -125,11 +128,10 @@ class Scheduler:
         chunks: list[Chunk] = []
         for index, count in zip(req_indices[prefilling].tolist(), needed[prefilling].tolist()):
             if budget:
-                start = int(self.table.num_computed_tokens[index])
-                chunk = self._chunk(self.table.request(index), start, count, budget)
-                if chunk is not None:
+                start, request = self.table.num_computed_tokens[index], self.table.request(index)
+                if (chunk := self._chunk(request, int(start), count, budget)) is not None:
                     chunks.append(chunk)
-                    budget -= chunk.length
+                    budget = max(0, budget - chunk.num_tokens)
         if ready.all():
             chunks += self._admit(budget)
         if self._failed:
@@ -151,6 +153,7 @@ class Scheduler:
 
     def check(self) -> None:
         self.requests.check()
+        self.images.check()
 
     def _commit_decodes(self, step: SchedulerOutput, tokens: SampledTokens) -> list[RequestUpdate]:
         num_new, query_len = self._count_new(step, tokens), 1 + step.num_drafts
@@ -253,7 +256,7 @@ class Scheduler:
             missing = self.page_table.num_missing(request.req_index, chunk.end)
             self.page_table.append(request.req_index, missing)
             chunks.append(chunk)
-            budget -= chunk.length
+            budget = max(0, budget - chunk.num_tokens)
         return chunks
 
     def _begin(self, request: RequestState, found: list[int], budget: int) -> Chunk | None:
@@ -268,11 +271,10 @@ class Scheduler:
         return self._chunk(request, start, request.num_tokens - start, budget)
 
     def _chunk(self, request: RequestState, start: int, needed: int, budget: int) -> Chunk | None:
-        """Take the next rows of a request, which fails alone if it can not give them."""
+        """Take the next rows of a request, if any; it fails alone if it can not give them."""
         try:
-            chunk = Chunk.for_budget(request, start, needed, budget)
             self.page_table.doubt(request.req_index)
-            return chunk
+            return Chunk.for_budget(request, start, needed, budget, self.images)
         except Exception as error:
             self._fail(request, error)
             return None
@@ -284,11 +286,9 @@ class Scheduler:
 
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> SchedulerOutput:
         step = build_batches(self.table, self.page_table, decodes, chunks, program)
-        num_new_tokens = np.ones(len(step.sampled), np.int64)
-        num_new_tokens[: len(decodes)] += step.num_drafts
+        num_new_tokens = 1 + step.num_drafts * (np.arange(len(step.sampled)) < len(decodes))
         self.table.launched(step.req_indices, step.target.seq_lens, step.sampled, num_new_tokens)
         for chunk in chunks:
             chunk.state.num_scored = max(chunk.state.num_scored, chunk.score_end)
-        in_flight = self.table.num_inflight_steps.any()
-        assert not self.requests or in_flight, "the scheduler made no progress"
+        assert not self.requests or self.table.num_inflight_steps.any(), "no progress was made"
         return step

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dp_runtime.core.batch import Int64, LocalBatch, SamplePositions
 from dp_runtime.core.request import PromptEmbeds, TokenLogprob
+from dp_runtime.scheduler.image_slots import ChunkImages, ImageSlots, PlacedImage
 from dp_runtime.scheduler.request_state import RequestState
 from dp_runtime.scheduler.routed_rows import RoutedRows
 
@@ -25,22 +26,34 @@ class Chunk:
     score_end: int
     token_ids: Int64  # of its rows, and of the position after them if that is known
     embeds: PromptEmbeds | None  # of these positions
+    images: ChunkImages
 
     @classmethod
-    def for_budget(cls, state: RequestState, start: int, needed: int, budget: int) -> Chunk:
-        end = start + min(needed, budget)
+    def for_budget(
+        cls, state: RequestState, start: int, needed: int, budget: int, slots: ImageSlots
+    ) -> Chunk | None:
+        """Take as many of the needed rows as the budget and images among them allow, if any."""
+        images = slots.of_chunk(state.request.images, start, min(needed, budget), budget)
+        if not images.num_rows:
+            return None
+        end = start + images.num_rows
         scored = state.request.params.prompt_logprobs is not None
         score_start = max(start, state.num_scored)
         last = min(end, state.num_prompt_tokens - 1)
         score_end = max(score_start, last) if scored else score_start
         token_ids = state.tokens(start, min(end + 1, state.num_tokens))
         embeds = _embeds_within(state.request.embeds, start, end + 1)
-        samples = needed <= budget
-        return cls(state, start, end, samples, score_start, score_end, token_ids, embeds)
+        samples = needed == images.num_rows
+        return cls(state, start, end, samples, score_start, score_end, token_ids, embeds, images)
 
     @property
     def length(self) -> int:
         return self.end - self.start
+
+    @property
+    def num_tokens(self) -> int:
+        """Count what it takes of a step's budget: its rows, and images that are encoded first."""
+        return self.length + sum(image.image.num_tokens for image in self.images.to_encode)
 
     @property
     def is_fresh(self) -> bool:
@@ -84,7 +97,12 @@ class SchedulerOutput:
 
     @property
     def prefill_rows(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
+        """Count prompt rows, and tokens of images that are encoded for them."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def to_encode(self) -> tuple[PlacedImage, ...]:
+        return tuple(image for chunk in self.chunks for image in chunk.images.to_encode)
 
     @property
     def prefill(self) -> bool:

@@ -83,5 +83,6 @@ class SharedPrefixes:
         content = self._hasher.content(request.tokens(*self._hasher.span(number)))
         if number == len(request.digests):
             own = request.request
-            self._hasher.append(request.digests, content, own.embeds, own.params.cache_salt)
+            salt, digests = own.params.cache_salt, request.digests
+            self._hasher.append(digests, content, own.embeds, salt, own.images)
         return content

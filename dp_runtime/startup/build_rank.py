@@ -101,6 +101,7 @@ def _load(
         sampling_defaults=read_sampling_defaults(config.model),
         routing=plan.routing,
         caches_prefixes=plan.prefix_cache.hasher is not None,
+        images=plan.images,
     )
     pools = [pool for own in caches for pool in own.pools if pool is not None]
     load_s = monotonic() - started
@@ -153,6 +154,9 @@ def log_choices(plan: RankPlan) -> None:
     if use.recurrent_state:
         requests, state = plan.limits.max_num_requests, use.recurrent_state / gib
         logger.info("recurrent state of %d requests, %.2f GiB", requests, state)
+    if plan.images is not None:
+        slots, features = plan.limits.num_image_slots, use.image_features / gib
+        logger.info("features of %d tokens of images, %.2f GiB", slots, features)
     logger.info(
         "%d KV pages of %d tokens, %.2f GiB; weights %.2f, workspaces %.2f, activations %.2f GiB",
         plan.pages.num_pages, plan.pages.page_size, use.kv_cache / gib,
@@ -185,6 +189,7 @@ def check_free(plan: RankPlan, free: int) -> None:
     if use.total <= free:
         return
     state = f", recurrent state {use.recurrent_state / gib:.1f}" if use.recurrent_state else ""
+    state += f", image features {use.image_features / gib:.1f}" if use.image_features else ""
     raise StartError(
         f"rank {plan.dp_rank}: {plan.device} has {free / gib:.1f} GiB free and "
         f"{use.total / gib:.1f} GiB are planned: weights {use.weights / gib:.1f}, workspaces "
@@ -255,6 +260,7 @@ def assemble(
         poison=config.poison_padding,
         flight=flight,
         routing=routing,
+        images=served.image_encoding(plan, loaded),
     )
     return StepLoop(served.scheduler, coordinator, runner, served.recorder, plan.depth)
 

@@ -52,6 +52,17 @@ def _model_lines(plan: RankPlan) -> list[str]:
         f"experts    {model.num_experts} of intermediate size {model.moe_intermediate_size}, "
         f"top {model.num_experts_per_tok}{_fp8_note(plan)}",
         *_state_lines(plan),
+        *_image_lines(plan),
+    ]
+
+
+def _image_lines(plan: RankPlan) -> list[str]:
+    vision, images, limits = plan.model.vision, plan.images, plan.limits
+    if vision is None or images is None:
+        return []
+    return [
+        f"images     {vision.depth} layers of {vision.hidden_size}; up to {images.max_pixels:,} "
+        f"pixels, {limits.max_image_tokens} tokens; features of {limits.num_image_slots} are kept"
     ]
 
 

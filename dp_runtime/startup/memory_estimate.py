@@ -60,8 +60,10 @@ def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: 
         scored * vocab * 4 + logprobs_bytes(scored, vocab),
     )
     kept = rows * row * (1 + len(model.aux_hidden_state_layers))
+    encoded = limits.max_encoded_tokens
     return max(
         forward,
+        0 if model.vision is None else model.vision.activation_bytes(encoded),
         kept + samples * row + model.logits_bytes(samples) + sampling,
         kept + rows * row + scoring,
         0 if draft is None else kept + _extend_bytes(draft, limits, dp_size, padded),

@@ -53,15 +53,17 @@ def plan_memory(config: EngineConfig, needs: MemoryNeeds) -> MemoryPlan:
     on_gpu = needs.device != "cpu"
     cls = backend_class(needs.backend)
     workspaces = sum(cls.workspace_bytes(spec) for spec in needs.attention)
+    target = models.target
+    row = target.hidden_size * target.dtype.itemsize
     memory = MemoryUse(
         weights=param_bytes(models),
         workspaces=workspaces + needs.routing_bytes + (CUBLAS_BYTES if on_gpu else 0),
         activations=activation_peak(models, limits, size, config.padding != "ragged"),
         kv_cache=0,
         recurrent_state=limits.num_state_slots * needs.slot_bytes,
+        image_features=limits.num_image_slots * row,
     )
-    target = models.target
-    exchanged = size * limits.max_num_tokens * target.hidden_size * target.dtype.itemsize
+    exchanged = size * limits.max_num_tokens * row
     buffers = 2 * exchanged if on_gpu and size > 1 else 0
     captured = captured_bytes(models, limits, size) if needs.graphs else 0
     length, page = limits.max_cached_len, config.page_size

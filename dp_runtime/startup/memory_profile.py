@@ -59,8 +59,11 @@ def run_largest_steps(loop: StepLoop, loaded: LoadedRank) -> None:
         poison=runner.poison,
         flight=FlightRecorder.in_process(dp_rank, runner.flight.ring.layout),
         routing=runner.routing,
+        images=runner.images,
     )
     trial = StepLoop(scheduler, loop.coordinator, trial_runner, Recorder(dp_rank))
+    if runner.images is not None:
+        runner.images.encode_most()
     for request in largest_load(scheduler.limits, scheduler.pages, position, sampler.vocab_size):
         scheduler.add(request)
     last_page = last_slot = 0
@@ -138,10 +141,13 @@ def profile(loop: StepLoop, loaded: LoadedRank) -> MemoryUse:
     after, weights = allocated_bytes(device), param_bytes(loaded.models)
     pages = sum(pool.nbytes for pool in loaded.pools)
     states = sum(tensor.nbytes for state in loaded.states for tensor in state)
+    images = loop.runner.images
+    features = 0 if images is None else images.features.nbytes
     return MemoryUse(
         weights=weights,
-        workspaces=after - loaded.allocated_before - weights - pages - states,  # cuBLAS's
+        workspaces=after - loaded.allocated_before - weights - pages - states - features,
         activations=torch.cuda.max_memory_allocated(device) - after,
         kv_cache=pages,
         recurrent_state=states,
+        image_features=features,
     )

@@ -98,10 +98,12 @@ class MemoryBudget:
 
     @property
     def _state(self) -> str:
+        features = self.use.image_features
+        images = f"image features {_gib(features)} (image_cache_tokens), " if features else ""
         if not self.slot_bytes:
-            return ""
+            return images
         state = _gib(self.use.recurrent_state)
-        return (
+        return images + (
             f"recurrent state {state} ({self.num_state_slots} slots of {self.slot_bytes:,} bytes), "
         )
 

@@ -15,12 +15,13 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.cache_spec import CacheSpec, LayerCaches, page_bytes, slot_bytes
 from dp_runtime.core.membership import Membership
-from dp_runtime.core.request import RoutingShape
+from dp_runtime.core.request import ImageFormat, RoutingShape
 from dp_runtime.errors import require
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import choose_moe_backend
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.models.config import ModelConfig
+from dp_runtime.models.image_format import read_image_format
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.speculative.draft import DraftConfig, read_draft_config
@@ -67,6 +68,7 @@ class RankPlan:
     prefix_cache: PrefixChoice
     sharding: RankSharding
     limits: Limits
+    images: ImageFormat | None  # None: the model takes none
     pages: PageGeometry
     load_bytes: int
     routing: RoutingShape | None  # if the experts that tokens went to are returned
@@ -112,7 +114,7 @@ def sketch_rank(
     members: the ranks that share the experts, if they are not those that the engine starts with.
     """
     members = members or Membership.first(config.dp_size)
-    model = read_model_config(config.model)
+    model, images = _read_model(config)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention, draft = attention_spec(config, model, dtype), read_draft(config, model)
     keeps_state, routing = _keeps_state(model, attention), _routing(config, model)
@@ -125,7 +127,7 @@ def sketch_rank(
     fp8 = any(model.fp8_experts)
     _check_blocks(config, model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
-    limits = _limits(config, model, keeps_state)
+    limits = _limits(config, model, images, keeps_state)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     depth, meta = choose_depth(config, device, backend), partial(MetaWeights, dtype, torch_device)
     weights = meta()
@@ -151,8 +153,8 @@ def sketch_rank(
         model=model, draft=draft, layers=layers, device=device, dtype=dtype,
         backend=backend, backend_reason=reason, moe_backend=moe_backend, moe_reason=moe_reason,
         graphs=graphs, graphs_reason=graphs_reason, depth=depth, sharding=sharding, limits=limits,
-        pages=memory.pages, load_bytes=weights.bytes_read, routing=routing, memory=memory.use,
-        shortage=memory.shortage, prefix_cache=choose_prefix_cache(config, keeps_state),
+        prefix_cache=choose_prefix_cache(config, keeps_state), images=images, pages=memory.pages,
+        load_bytes=weights.bytes_read, routing=routing, memory=memory.use, shortage=memory.shortage,
     )  # fmt: skip
 
 
@@ -171,14 +173,32 @@ def _routing(config: EngineConfig, model: ModelConfig) -> RoutingShape | None:
     return RoutingShape(layers, model.num_experts_per_tok, model.num_experts)
 
 
-def _limits(config: EngineConfig, model: ModelConfig, keeps_state: bool) -> Limits:
-    return Limits(
+def _read_model(config: EngineConfig) -> tuple[ModelConfig, ImageFormat | None]:
+    model = read_model_config(config.model)
+    if config.language_model_only or model.vision is None:
+        return replace(model, vision=None), None
+    return model, read_image_format(config.model, model.vision, config.max_image_pixels)
+
+
+def _limits(
+    config: EngineConfig, model: ModelConfig, images: ImageFormat | None, keeps_state: bool
+) -> Limits:
+    limits = Limits(
         config.max_num_requests,
         config.max_num_tokens,
         model.resolve_max_model_len(config.max_model_len),
         config.speculative_num_steps,
         keeps_state,
     )
+    if images is None:
+        return limits
+    largest = min(images.max_tokens, limits.max_model_len - 1)
+    num_slots = config.image_cache_tokens or 2 * largest + limits.max_num_tokens
+    require(
+        num_slots >= 2 * largest, "image_cache_tokens", num_slots,
+        f"at least {2 * largest}: two of the largest image; or lower max_image_pixels",
+    )  # fmt: skip
+    return replace(limits, max_image_tokens=largest, num_image_slots=num_slots)
 
 
 def _set_aside(

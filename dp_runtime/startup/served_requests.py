@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dp_runtime.core.per_request_state import PerRequestState
 from dp_runtime.core.rank_events.kv_events import KvEvent
@@ -12,6 +13,7 @@ from dp_runtime.core.rank_events.rank_load import RankLoad
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.prefix_cache.page_events import PageEvents
 from dp_runtime.runner.drafting import DraftState
+from dp_runtime.runner.image_encoding import ImageEncoding
 from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.abandonment import abandon_steps
 from dp_runtime.scheduler.scheduler import Scheduler
@@ -28,6 +30,7 @@ class ServedRequests:
     structured: StructuredState
     drafts: DraftState | None
     recorder: Recorder
+    image_features: Tensor  # [slots, hidden], where the scheduler's images lie
 
     @classmethod
     def none(cls, plan: RankPlan, loaded: LoadedRank) -> ServedRequests:
@@ -45,7 +48,9 @@ class ServedRequests:
         if plan.prefix_cache.is_followed:
             scheduler.page_table.allocator.cache.events = PageEvents(plan.pages.page_size)
         recorder = Recorder(plan.dp_rank)
-        return cls(scheduler, sampler, structured, drafts, recorder)
+        size = plan.limits.num_image_slots, plan.model.hidden_size
+        features = torch.zeros(size, dtype=plan.dtype, device=device)
+        return cls(scheduler, sampler, structured, drafts, recorder, features)
 
     def take_kv_events(self) -> tuple[KvEvent, ...]:
         """Return how the prefix cache has changed since the last call, for any thread."""
@@ -61,3 +66,9 @@ class ServedRequests:
     def abandon_steps(self) -> None:
         """Forget the steps in flight, for the next epoch to begin where committed ones ended."""
         abandon_steps(self.scheduler)
+
+    def image_encoding(self, plan: RankPlan, loaded: LoadedRank) -> ImageEncoding | None:
+        encoder, wanted = loaded.models.target.vision, plan.images
+        if encoder is None or wanted is None:
+            return None
+        return ImageEncoding(encoder, wanted, self.image_features, plan.limits.max_encoded_tokens)

@@ -121,6 +121,7 @@ class Hybrid(LmHeadMixin):
     head: Linear
     backend: AttentionBackend
     aux_hidden_state_layers: tuple[int, ...] = ()
+    vision: None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,6 +14,13 @@ from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 
 
+class Feature(NamedTuple):
+    """Which of an image's features."""
+
+    digest: bytes
+    token: int  # of the image
+
+
 class Row(NamedTuple):
     """One row of a pass: its token, or the index of the pending token it will be, and where."""
 
@@ -22,7 +29,9 @@ class Row(NamedTuple):
     token: int | None
     pending: int | None
     slot: int
+    rope: tuple[int, int, int]
     embeds: tuple[float, ...] | None = None
+    feature: Feature | None = None
 
 
 class Part(NamedTuple):
@@ -115,21 +124,21 @@ class ReferenceBatches:
 
         chain: its number among the pending tokens.
         """
-        known, embeds = self.known[part.request_id], self.embeds(part.request_id)
+        known = self.known[part.request_id]
         for position in part.positions:
             token = None if part.verified else known[position]
             pending = chain + position - part.positions.start if part.verified else None
             at = part.request_id, position
-            yield self.row(*at, token, pending, pages, embeds.get(position))
+            yield self.row(*at, token, pending, pages, position)
 
     def extend_rows(self, part: Part, end: int, pages: dict[int, list[int]]) -> Iterator[Row]:
         """The same positions, each with the token behind it; samples end with number `end`."""
-        known, embeds = self.known[part.request_id], self.embeds(part.request_id)
+        known = self.known[part.request_id]
         for position in part.positions:
             token = known[position + 1] if position + 1 < len(known) else None
             pending = None if token is not None else end - (part.positions.stop - position)
             at = part.request_id, position
-            yield self.row(*at, token, pending, pages, embeds.get(position + 1))
+            yield self.row(*at, token, pending, pages, position + 1)
 
     def samples_of(self, part: Part) -> list[tuple[int, int]]:
         """Output indices: a verification has one for each of its rows."""
@@ -139,11 +148,35 @@ class ReferenceBatches:
 
     def row(
         self, request_id: int, position: int, token: int | None, pending: int | None,
-        pages: dict[int, list[int]], embeds: tuple[float, ...] | None = None,
+        pages: dict[int, list[int]], read: int | None = None,
     ) -> Row:  # fmt: skip
+        """read: the position for whose token something else may stand; None: of a draft."""
         page = pages[request_id][position // self.page_size]
         slot = page * self.page_size + position % self.page_size
-        return Row(request_id, position, token, pending, slot, embeds)
+        at = request_id, position, token, pending, slot
+        embeds = self.embeds(request_id).get(read) if read is not None else None
+        feature = self.features(request_id).get(read) if read is not None else None
+        return Row(*at, self.rope(request_id, position), embeds, feature)
+
+    def features(self, request_id: int) -> dict[int, Feature]:
+        return {
+            image.start + index: Feature(image.digest, index)
+            for image in self.requests[request_id].images
+            for index in range(image.num_tokens)
+        }
+
+    def rope(self, request_id: int, position: int) -> tuple[int, int, int]:
+        """Count a text on; an image's tokens have one time, and what follows its longer side."""
+        lag = 0
+        for image in self.requests[request_id].images:
+            if position < image.start:
+                break
+            if position < image.end:
+                row, column = divmod(position - image.start, image.columns)
+                first = image.start - lag
+                return first, first + row, first + column
+            lag += image.num_tokens - max(image.rows, image.columns)
+        return (position - lag,) * 3
 
     def embeds(self, request_id: int) -> dict[int, tuple[float, ...]]:
         embeds = self.requests[request_id].embeds
@@ -155,10 +188,17 @@ class ReferenceBatches:
         return len(self.requests[request_id].prompt_token_ids)
 
 
-def rows_of(batch: LocalBatch, request_ids: list[int]) -> list[Row]:
-    """What a batch of these requests says, in the reference's words."""
+def rows_of(
+    batch: LocalBatch, request_ids: list[int], pool: dict[int, Feature] | None = None
+) -> list[Row]:
+    """What a batch of these requests says, in the reference's words; pool: features by slot."""
     owners = np.repeat(request_ids, batch.query_lens).tolist()
     embeds = dict(zip(batch.embed_rows.tolist(), map(tuple, batch.embeds.tolist())))
+    features = {
+        row: (pool or {})[slot] for row, slot in zip(batch.image_rows.tolist(),
+                                                     batch.image_slots.tolist())
+    }  # fmt: skip
+    rope = np.broadcast_to(batch.rotary_positions, (3, batch.num_tokens)).T.tolist()
     columns = zip(
         owners, batch.positions.tolist(), batch.token_ids.tolist(), 
         batch.future_token_index.tolist(),
@@ -166,6 +206,6 @@ def rows_of(batch: LocalBatch, request_ids: list[int]) -> list[Row]:
     )  # fmt: skip
     return [
         Row(owner, position, None if source >= 0 else token, source if source >= 0 else None, slot,
-            embeds.get(number))
+            tuple(rope[number]), embeds.get(number), features.get(number))
         for number, (owner, position, token, source, slot) in enumerate(columns)
     ]  # fmt: skip

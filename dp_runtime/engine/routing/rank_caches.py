@@ -70,4 +70,5 @@ def prompt_pages(request: RankRequest, names: PageHasher) -> Sequence[bytes]:
     if request.params.prompt_logprobs is not None:
         return ()
     tokens = np.array(request.prompt_token_ids, np.int64)
-    return names.digests(tokens, request.embeds, request.params.cache_salt)
+    salt, images = request.params.cache_salt, request.images
+    return names.digests(tokens, request.embeds, salt, images=images)

@@ -21,9 +21,15 @@ from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.moe_decoder import load_moe_stage, warn_of_unknown
 from dp_runtime.models.qwen3_5.config import EXPERTS, HybridConfig, ReadMlp, parse_hybrid
+from dp_runtime.vision.encoder import VisionEncoder
 from dp_runtime.weights.source import WeightSource
 
+VISION_ROOT = "model.visual"
 ROOTS = ("model", "model.language_model")  # of a text model's tensors; the latter beside a vision's
+
+
+def text_only(whole: ConfigFields, text: ConfigFields, config: HybridConfig) -> HybridConfig:
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +41,12 @@ class HybridDecoder:
     find_text: Callable[[ConfigFields], ConfigFields]  # where the fields of the text model are
     read_mlp: ReadMlp
     load_inputs: Callable[[GatedDeltaNetShape, WeightSource, str], Linear]  # of a delta net
+    with_vision: Callable[[ConfigFields, ConfigFields, HybridConfig], HybridConfig] = text_only
 
     def parse_config(self, fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> HybridConfig:
         text = self.find_text(fields)
         config = parse_hybrid(self.name, text, fields, self.read_mlp, eos_token_ids)
+        config = self.with_vision(fields, text, config)
         sections = (fields,) if text is fields else (fields, text)
         warn_of_unknown(tuple(name for each in sections for name in each.finish_known({})))
         return config
@@ -56,6 +64,9 @@ class HybridDecoder:
         hidden, eps = config.hidden_size, config.rms_norm_eps
         root = next((r for r in ROOTS if weights.has(f"{r}.embed_tokens.weight")), ROOTS[0])
         embedding = weights.load(f"{root}.embed_tokens.weight", (config.vocab_size, hidden))
+        vision = None
+        if config.vision is not None:
+            vision = VisionEncoder.load(config.vision, weights, VISION_ROOT)
         layers = []
         for layer in range(config.num_layers):
             prefix = f"{root}.layers.{layer}"
@@ -69,6 +80,7 @@ class HybridDecoder:
             RMSNorm.load_zero_centered(weights, f"{root}.norm", hidden, eps),
             Linear(load_head(config, weights, embedding), None),
             backend,
+            vision=vision,
         )
 
     def _load_mixer(

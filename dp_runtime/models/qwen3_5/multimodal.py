@@ -1,4 +1,4 @@
-"""Qwen3_5MoeForConditionalGeneration: its text part; images are not served."""
+"""Qwen3_5MoeForConditionalGeneration: a text model beside a vision encoder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.qwen3_5.decoder import HybridDecoder, load_split_inputs
 from dp_runtime.models.qwen3_5.moe import ARCHITECTURE as TEXT
 from dp_runtime.models.qwen3_5.moe import read_mlp
+from dp_runtime.models.qwen3_5.vision import with_vision
 
 
 def text_config(fields: ConfigFields) -> ConfigFields:
@@ -23,4 +24,5 @@ ARCHITECTURE = HybridDecoder(
     find_text=text_config,
     read_mlp=read_mlp,
     load_inputs=load_split_inputs,
+    with_vision=with_vision,
 )

@@ -206,5 +206,6 @@ def test_lengths_that_are_bounds_move_back_on_the_device() -> None:
         bounds,
         FutureTokens(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0), num_rejected),
         cpu,
+        torch.zeros(0, 0),
     )
     assert inputs.positions.tolist() == exact.positions.tolist()

@@ -85,7 +85,8 @@ NEXT_80B: Fields = {
 def with_text(**changes: Any) -> Fields:
     """The file of 122B with other fields in its text_config; ... leaves one out."""
     text = {name: value for name, value in (TEXT_122B | changes).items() if value is not ...}
-    return QWEN_122B | {"text_config": text}
+    vision = VISION | {"out_hidden_size": text["hidden_size"]}
+    return QWEN_122B | {"text_config": text, "vision_config": vision}
 
 
 def parse(directory: Path, fields: Fields, generation: Fields | None = None) -> HybridConfig:

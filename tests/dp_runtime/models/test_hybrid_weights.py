@@ -186,13 +186,17 @@ def test_a_tensor_of_the_text_model_that_nobody_reads_is_an_error_18(
         logits_of(path)
 
 
-def test_tensors_of_the_vision_model_and_of_drafts_are_left_out(tmp_path: Path) -> None:
+def test_tensors_of_drafts_are_left_out_and_those_of_images_with_their_encoder(
+    tmp_path: Path,
+) -> None:
     path = hybrid_checkpoint(tmp_path, VISION)
-    tensors = read(path)
-    assert any(name.startswith("model.visual.") for name in tensors)
-    expected = logits_of(path)
-    extra = {"mtp.fc.weight": torch.zeros(2, 2), "model.visual.merger.other": torch.zeros(1)}
-    rewrite(path, tensors | extra)
+    tensors, expected = read(path), logits_of(path)
+    rewrite(path, tensors | {"mtp.fc.weight": torch.zeros(2, 2)})
+    assert torch.equal(logits_of(path), expected)
+    rewrite(path, tensors | {"model.visual.merger.other": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"visual\.merger\.other: .* has no such tensor"):
+        logits_of(path)
+    edit_config(path, language_model_only=True)
     assert torch.equal(logits_of(path), expected)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dp_runtime.core.request import PromptEmbeds
+from dp_runtime.core.request import PromptEmbeds, PromptImage
 from dp_runtime.prefix_cache.page_hash import DIGEST_BYTES, PageHasher
+from tests.dp_runtime.prompt_images import prompt_image
 
 HASHER = PageHasher(4, "a model")
 
@@ -96,6 +99,29 @@ def test_what_follows_a_page_counts_for_a_draft_model_embeddings_too() -> None:
     assert hasher.digests(tokens_of(0, 1, 2, 3, 9)) != [page]
     assert hasher.digests(ids, embeds_at(4)) != [page]
     assert HASHER.digests(ids, embeds_at(4)) == HASHER.digests(ids)
+
+
+@pytest.mark.parametrize(
+    ("image", "changed"),
+    [
+        (prompt_image(1, 2, 0), [True, True]),
+        (prompt_image(2, 2, 3), [True, True]),
+        (prompt_image(1, 3, 5), [False, True]),
+        (prompt_image(1, 1, 8), [False, False]),
+    ],
+)
+def test_an_image_names_its_pages_and_those_after_them_36(
+    image: PromptImage, changed: list[bool]
+) -> None:
+    ids = tokens_of(*range(9))
+    plain, found = HASHER.digests(ids), HASHER.digests(ids, images=[image])
+    assert [one != other for one, other in zip(plain, found, strict=True)] == changed
+    others = [
+        replace(image, digest=b"another"), replace(image, start=image.start + 1),
+        prompt_image(image.rows, image.columns, image.start, seed=9),
+    ]  # fmt: skip
+    for other in others:
+        assert (HASHER.digests(ids, images=[other]) != found) == any(changed)
 
 
 def test_digests_are_the_same_in_every_process_and_version() -> None:

@@ -15,6 +15,7 @@ from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from tests.dp_runtime.reference_batches import Part, Passes
 from tests.dp_runtime.scheduler.test_speculative_batches import (
+    FEWEST_SLOTS,
     MODEL_LEN,
     Driver,
     InflightStep,
@@ -79,7 +80,7 @@ class DraftedStates(Driver):
 
 def limits_of(num_requests: int, spare_tokens: int = 20) -> Limits:
     tokens = num_requests * (1 + MAX_DRAFTS) + spare_tokens
-    return Limits(num_requests, tokens, MODEL_LEN, MAX_DRAFTS, keeps_state=True)
+    return Limits(num_requests, tokens, MODEL_LEN, MAX_DRAFTS, True, num_image_slots=FEWEST_SLOTS)
 
 
 # vllm #53051, #55504, #45100, sglang #24221: counts that are another step's, or another request's.
@@ -120,7 +121,7 @@ def test_accepted_drafts_are_run_again_and_prompts_of_any_length_are_no_verifica
 
 
 def test_without_drafts_or_states_a_batch_has_no_numbers_of_drafts() -> None:
-    plain = Limits(4, 40, MODEL_LEN, MAX_DRAFTS)
+    plain = Limits(4, 40, MODEL_LEN, MAX_DRAFTS, num_image_slots=FEWEST_SLOTS)
     for limits, program in (
         (plain, Program.speculative(2)), (limits_of(4), SERVING_PROGRAMS[0]),
     ):  # fmt: skip

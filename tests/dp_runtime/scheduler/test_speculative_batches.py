@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dp_runtime.core.attention_metadata import PageGeometry, Place, check_values
 from dp_runtime.core.batch import Int64, LocalBatch
-from dp_runtime.core.request import PromptEmbeds, RankRequest
+from dp_runtime.core.request import PromptEmbeds, PromptImage, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import MAX_DRAFTS, Pass, Program
 from dp_runtime.sampling.rng import derive_seed
@@ -19,11 +19,15 @@ from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
-from tests.dp_runtime.reference_batches import Part, Passes, ReferenceBatches, rows_of
+from tests.dp_runtime.prompt_images import prompt_image
+from tests.dp_runtime.reference_batches import Feature, Part, Passes, ReferenceBatches, rows_of
 from tests.dp_runtime.scheduler.routed_positions import RoutedPositions
 
 MODEL_LEN = 40
 HIDDEN = 3
+IMAGES = 4  # instead of embeddings, which are at every first, second or third position
+SHAPES = ((1, 1), (2, 3), (1, 4), (3, 1))  # rows and columns of images
+FEWEST_SLOTS = 2 * max(rows * columns for rows, columns in SHAPES)
 
 
 def text_token(request_id: int, index: int) -> int:
@@ -60,6 +64,7 @@ class Driver:
         self.outputs: dict[int, list[int]] = {}
         self.finished: set[int] = set()
         self.routed = RoutedPositions()
+        self.pool: dict[int, Feature] = {}  # by slot
 
     def add(self, request: RankRequest) -> None:
         self.scheduler.add(request)
@@ -81,6 +86,9 @@ class Driver:
             for row in step.req_indices.tolist()
         }
         due = self.reference.passes(parts, program, pages)
+        for image, slots in ((one.image, one.slots.tolist()) for one in step.to_encode):
+            assert len(slots) == image.num_tokens
+            self.pool |= {slot: Feature(image.digest, n) for n, slot in enumerate(slots)}
         self.check(step, program, parts, due)
         if parts:
             self.in_flight.append(self.launch(step, parts, due))
@@ -103,7 +111,7 @@ class Driver:
             assert bounds.lengths_are_bounds.tolist() == [one in lags for one in ids]
             behind = np.array([lags.get(one, 0) for one in ids], np.int64)
             batch = bounds.rewound(behind, self.scheduler.pages.page_size)
-            assert rows_of(batch, ids) == rows, pass_kind
+            assert rows_of(batch, ids, self.pool) == rows, pass_kind
             assert batch.sample_rows.tolist() == sample_rows, pass_kind
             starts = batch.seq_lens - batch.query_lens
             assert starts.tolist() == batch.positions[first_rows(batch)].tolist(), pass_kind
@@ -167,14 +175,28 @@ def request(number: int, prompt: int, outputs: int, embed_every: int, scores: bo
     params = SamplingParams(
         max_tokens=outputs, prompt_logprobs=logprobs, return_routed_experts=routed
     )
-    positions = np.arange(0, prompt, embed_every) if embed_every else None
+    positions = np.arange(0, prompt, embed_every) if 0 < embed_every < IMAGES else None
     embeds = None
     if positions is not None:
         values = (positions[:, None] + number * 100 + np.arange(HIDDEN) / 8).astype(np.float32)
         embeds = PromptEmbeds(positions, values)
     stops = {text_token(number, 3 + number)} if number % 2 else set()
     ids = tuple(number + 3 * index for index in range(1, prompt + 1))
-    return RankRequest(number, ids, params, 0, frozenset(stops), embeds)
+    images = some_images(prompt, number) if embed_every == IMAGES else ()
+    return RankRequest(number, ids, params, 0, frozenset(stops), embeds, images)
+
+
+def some_images(prompt: int, number: int) -> tuple[PromptImage, ...]:
+    """Images all over a prompt, some without a token between; other prompts have some of them."""
+    images, at = list[PromptImage](), number % 3
+    for index in range(10):
+        rows, columns = SHAPES[(number // 2 + index) % len(SHAPES)]
+        image = prompt_image(rows, columns, at)
+        if image.end > prompt:
+            break
+        images.append(image)
+        at = image.end + (number + index) % 3
+    return tuple(images)
 
 
 actions = st.lists(
@@ -199,8 +221,9 @@ def test_every_slot_is_what_the_known_tokens_say(
 ) -> None:  # fmt: skip
     num_pages = 1 + -(-(MODEL_LEN + MAX_DRAFTS) // page_size) + spare_pages
     limits = Limits(
-        num_requests, num_requests * (1 + MAX_DRAFTS) + spare_tokens, MODEL_LEN, MAX_DRAFTS
-    )
+        num_requests, num_requests * (1 + MAX_DRAFTS) + spare_tokens, MODEL_LEN, MAX_DRAFTS,
+        num_image_slots=FEWEST_SLOTS + spare_tokens,
+    )  # fmt: skip
     driver = Driver(Scheduler(PageGeometry(num_pages, page_size), limits), depth)
     count = 0
     for name, first, second, third in todo:

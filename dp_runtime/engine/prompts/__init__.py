@@ -1,0 +1,1 @@
+"""What a user gives as a prompt, read and copied."""

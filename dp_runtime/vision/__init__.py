@@ -1,0 +1,1 @@
+"""Images: what a user gives, as patches; their features; their places and positions in a prompt."""
