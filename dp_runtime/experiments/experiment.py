@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ class Experiment:
         points = tuple(
             _point(base, varied, values, home) for varied, values in combinations(document)
         )
+        _check_routing(points)
         for point in points:
             _check_counting(plan, point.scenario)
         return cls(plan, slo, points, document)
@@ -113,12 +114,18 @@ def _point(base: Table, varied: Table, values: Table, home: Path) -> Point:
     tables = with_paths(tables, home)
     engine = read_table(EngineConfig, tables["engine"], "engine")
     workload, scenario = read_workload(tables["workload"]), Scenario.read(tables["scenario"])
-    conversations = workload.conversations(engine.dp_size)
     scenario.check_changes(engine.dp_size)
-    pinned = any(each.dp_rank is not None for each in conversations)
-    ok, allowed = not (pinned and scenario.changes_ranks), "routed, where ranks come or go"
+    point = Point(varied, tables, scenario.injected(engine), workload, scenario)
+    ok, allowed = not (point.pinned and scenario.changes_ranks), "routed, where ranks come or go"
     require(ok, "workload.skew", "pinned", allowed)
-    return Point(varied, tables, scenario.injected(engine), workload, scenario)
+    return point
+
+
+def _check_routing(points: Sequence[Point]) -> None:
+    """Let routing policies differ only where they have requests to route."""
+    policies = {point.config.routing for point in points}
+    ok = len(policies) == 1 or not any(point.pinned for point in points)
+    require(ok, "workload.skew", "pinned", "routed, where engine.routing differs between points")
 
 
 def _check_counting(plan: Plan, scenario: Scenario) -> None:

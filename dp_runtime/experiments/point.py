@@ -29,6 +29,12 @@ class Point:
         text = json.dumps(self.document, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def pinned(self) -> bool:
+        """Tell whether requests say which ranks they want."""
+        conversations = self.workload.conversations(self.config.dp_size)
+        return any(each.dp_rank is not None for each in conversations)
+
     def __str__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.varied.items()) or "one point"
 

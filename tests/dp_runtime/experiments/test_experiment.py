@@ -73,6 +73,13 @@ def test_all_points_have_the_same_load_where_the_grid_leaves_it_alone() -> None:
         ({"cases": [{"engine": {}}]}, "^cases.0.name: None is not allowed"),
         ({"cases": [{"name": "a"}, {"name": "a"}]}, "^cases.1.name: 'a' is not allowed"),
         ({"cases": [{"name": "a", "slo": 1}]}, "^cases.0.slo: 1 is not allowed"),
+        (
+            {
+                "workload": {"skew": {"kind": "zipf"}},
+                "grid": {"engine.routing": ["round_robin", "least_tokens"]},
+            },
+            "^workload.skew: 'pinned' is not allowed; routed, where engine.routing differs",
+        ),
         ({"slo": {"ttft_ms": 0}}, "^slo.ttft_ms: 0 is not allowed; None or a number above 0"),
         (
             {"workload": {"skew": {"kind": "one_hot", "rank": 2}}},
