@@ -118,6 +118,25 @@ def test_pending_tokens_come_from_the_device(
     assert inputs.pass_inputs(4).token_ids.tolist() == expected
 
 
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_rows_behind_images_are_rotated_by_positions_of_their_own_32(
+    make_inputs: Callable[..., GraphInputs], query_len: int
+) -> None:
+    """Three of them, which are one in a decode; where the cache has the row is another thing."""
+    batch, inputs = batch_of(random.Random(5), 3, query_len), make_inputs(query_len)
+    rope = batch.positions - np.array([2, 0, 1]).repeat(query_len)
+    with_images = replace(batch, rope_positions=np.stack([rope] * 3))
+    count = torch.tensor([1, 0, 2])
+    tokens = torch.arange(3 * query_len)
+    future = FutureTokens(tokens, torch.zeros(len(tokens), 0), count)
+    inputs.write(with_images, 4 * query_len, plan_of(3, 0, 0), future)
+    lower = count.repeat_interleave(query_len).numpy()
+    positions = inputs.positions.tolist()
+    assert positions[: 3 * query_len] == (rope - lower).tolist()
+    slots = inputs.slot_mapping.tolist()
+    assert slots[: 3 * query_len] == batch.rewound(count.numpy(), PAGE).slot_mapping.tolist()
+
+
 def test_null_rows_alone_are_written_over_a_batch(
     make_inputs: Callable[..., GraphInputs],
 ) -> None:
