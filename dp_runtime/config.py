@@ -60,12 +60,11 @@ class EngineConfig:
         "checkpoint, else 1.0", choices=("auto", "fp8_e4m3"),
     )  # fmt: skip
     collective: str = setting(
-        "auto",
-        "how rows travel between ranks; auto: on one host shared_memory for CPU ranks and for "
-        "ranks that share GPUs, peer_to_peer (kernels that write into the other GPUs' memory, "
+        "auto", "how rows travel between ranks; auto: on one host shared_memory for CPU ranks and "
+        "for ranks that share GPUs, peer_to_peer (kernels that write into the other GPUs' memory, "
         "made for NVLink) for a GPU each; on several hosts torch_distributed (Gloo, NCCL)",
         choices=("auto", *TRANSPORTS),
-    )
+    )  # fmt: skip
     moe_sharding: str = setting(
         "ep", "experts split by expert (ep) or by intermediate size (tp)", choices=("ep", "tp")
     )
@@ -75,18 +74,17 @@ class EngineConfig:
     )  # fmt: skip
     padding: str = setting(
         PaddingMode.MAX_LEN.value,
-        "rows a rank brings to a collective; max_len: the largest rank's, ragged: its own, "
-        "auto: the cheaper of the two for each step, by a cost measured at start. Steps with "
-        "graphs have the size of a bucket instead",
+        "rows a rank brings to a collective; max_len: the largest rank's, ragged: its own, auto: "
+        "the cheaper of the two for each step, by a cost measured at start. Steps with graphs have "
+        "the size of a bucket instead",
         **policy("padding", "gathered_rows", tuple(mode.value for mode in PaddingMode)),
     )
     routing: str = setting(
-        "least_tokens",
-        "how a request is given to a rank: in turn, to the one with the fewest unfinished "
-        "tokens, to the one that pads a decode step least, or so that the largest prefill that "
-        "waits, less what its rank has cached, and decode step stay small",
+        "least_tokens", "how a request is given to a rank: in turn, to the one with the fewest "
+        "unfinished tokens, to the one that pads a decode step least, or so that the largest "
+        "prefill that waits, less what its rank has cached, and decode step stay small",
         **policy("routing", "choose", ROUTINGS),
-    )
+    )  # fmt: skip
     max_moves: int = setting(
         2, "times that a request may go from its rank's queue to another rank that could start it "
         "sooner; 0: it waits where it is", at_least=0, at_most=16,
@@ -116,6 +114,16 @@ class EngineConfig:
     prefix_caching: bool = setting(
         True, "keep full KV pages for requests that begin alike, until their memory is needed"
     )
+    prefix_state_strategy: str = setting(
+        "extra_buffer", "recurrent states kept for them: copies, near prompts' ends and in texts; "
+        "or those that requests end with, at a page's end", choices=("extra_buffer", "no_buffer"),
+    )  # fmt: skip
+    num_state_checkpoints: int | None = setting(
+        None, "recurrent states that a rank keeps", at_least=1, shown_default="max_num_requests / 4"
+    )
+    state_track_interval: int = setting(
+        256, "tokens of an output from one copied state to the next, in full pages", at_least=1
+    )
     max_num_requests: int = setting(64, "requests of a rank in a step", at_least=1)
     max_num_tokens: int = setting(
         2048, "tokens of a rank in a step; longer prompts run in chunks", at_least=1
@@ -136,10 +144,9 @@ class EngineConfig:
         100_000, "unfinished requests that the engine holds", at_least=1
     )
     load_format: str = setting(
-        "safetensors",
-        "read the checkpoint, or random weights (dummy), for which a config.json is enough",
-        choices=("safetensors", "dummy"),
-    )
+        "safetensors", "read the checkpoint, or random weights (dummy), for which a config.json is "
+        "enough", choices=("safetensors", "dummy"),
+    )  # fmt: skip
     seed: int = setting(
         0, "seed of requests that bring none, and of dummy weights", at_least=0,
         at_most=2**63 - 1, allowed="0..2**63-1",
@@ -190,9 +197,8 @@ class EngineConfig:
         60.0, "seconds that a rank waits for another in a step", above=0, at_most=MAX_TIMEOUT_S
     )
     flight_dump_dir: str | None = setting(
-        None, "directory for the flight record that is written when a rank fails or hangs",
-        shown_default="a new one in the system's temporary directory",
-        allowed="the path of a directory",
+        None, "directory for the flight record that is written when a rank fails or hangs", allowed=
+        "the path of a directory", shown_default="a new one in the system's temporary directory",
     )  # fmt: skip
     hang_timeout_s: float = setting(
         4.0, "seconds without an answer from a rank's process, while others answer, or on GPUs "
@@ -211,8 +217,8 @@ class EngineConfig:
         at_least=0, at_most=64,
     )  # fmt: skip
     host_weights: bool = setting(
-        False, "keep each rank's weights in memory of the host too, for its successor; Linux only",
-    )  # fmt: skip
+        False, "keep each rank's weights in memory of the host too, for its successor; Linux only"
+    )
     inject: str | None = setting(
         None, "for tests and experiments: faults that happen to ranks, as "
         "rank=2,step=50,kind=kill; docs/recovery.md has all kinds", allowed=ALLOWED,
@@ -231,8 +237,7 @@ class EngineConfig:
         self._check_faults()
         ok = self.prefix_caching or not self.kv_events
         require(ok, "kv_events", self.kv_events, "False without prefix_caching")
-        transport = TRANSPORTS.get(self.collective)
-        if transport is not None:  # else auto
+        if (transport := TRANSPORTS.get(self.collective)) is not None:  # else auto
             threads = self.launcher == "thread"
             check_transport(transport, self.device, threads, self.ranks_per_gpu)
         ok = (self.min_dp_size or 1) <= self.dp_size
@@ -257,8 +262,8 @@ class EngineConfig:
     @property
     def tells_kv_events(self) -> bool:
         """Whether ranks tell of their prefix caches, to users or for routing."""
-        own = isinstance(self.routing, PolicyName)
-        return self.kv_events or self.routing == "prefix_aware" or own
+        routes = self.routing == "prefix_aware" or isinstance(self.routing, PolicyName)
+        return self.kv_events or routes
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -285,13 +290,9 @@ class EngineConfig:
 
     def _check_speculation(self) -> None:
         steps, forced = self.speculative_num_steps, self.speculative_forced_tokens
-        for name, unset in (
-            ("speculative_draft_model", None), ("speculative_adaptive", False),
-            ("speculative_forced_tokens", None), ("speculative_draft_length", None),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            needs = "nothing without speculative_num_steps"
-            require(bool(steps) or value == unset, name, value, needs)
+        for name in ("draft_model", "adaptive", "forced_tokens", "draft_length"):
+            value, field = getattr(self, f"speculative_{name}"), f"speculative_{name}"
+            require(bool(steps) or not value, field, value, "nothing without speculative_num_steps")
         own = self.speculative_draft_length
         ok = own is None or not self.speculative_adaptive
         require(ok, "speculative_draft_length", own, "None with speculative_adaptive")

@@ -25,7 +25,7 @@ def slot_table(tensors: list[Tensor]) -> tuple[Tensor, int]:
 
 
 def copy_slots(table: Tensor, max_words: int, pairs: Tensor) -> None:
-    """Copy slots of all tensors; pairs [copies, 2] int64: from, to. No slot is in two pairs."""
+    """Copy slots; pairs [copies, 2] int64: from, to. None is written twice, or read and written."""
     grid = (triton.cdiv(max_words, WORDS_AT_ONCE), len(table), len(pairs))
     _copy_kernel[grid](table, pairs, BLOCK=WORDS_AT_ONCE, num_warps=8)
 

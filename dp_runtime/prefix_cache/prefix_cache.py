@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from dp_runtime.core.batch import NULL_PAGE
 from dp_runtime.prefix_cache.page_events import PageEvents
+from dp_runtime.prefix_cache.state_checkpoints import StateCheckpoints
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -22,10 +24,12 @@ class PrefixCache:
     A page is found where the tokens, too, of all pages up to it are the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state_slots: range = range(0)) -> None:
         self.events: PageEvents | None = None  # for who follows the cache
+        self.states = StateCheckpoints(state_slots)
         self._by_digest: dict[bytes, CachedPage] = {}
         self._by_page: dict[int, CachedPage] = {}
+        self._num_children: dict[int, int] = {}  # by page, of those that have any
 
     def __len__(self) -> int:
         return len(self._by_page)
@@ -49,16 +53,29 @@ class PrefixCache:
         if self.events is not None:
             before = None if parent == NULL_PAGE else self._by_page[parent].digest
             self.events.stored(digest, before, content)
+        self._num_children[parent] = self._num_children.get(parent, 0) + 1
         return page
 
+    def has_children(self, page: int) -> bool:
+        return page in self._num_children
+
     def remove(self, page: int) -> None:
+        """Forget a page, and with it the state behind it."""
         cached = self._by_page.pop(page)
         del self._by_digest[cached.digest]
         if self.events is not None:
             self.events.removed(cached.digest)
+        self._num_children[cached.parent] -= 1
+        if not self._num_children[cached.parent]:
+            del self._num_children[cached.parent]
+        self.states.drop(page)
 
     def check(self) -> None:
         for cached in self._by_page.values():
             assert self._by_digest[cached.digest] is cached, f"page {cached.page} is not found"
             ok = cached.parent == NULL_PAGE or cached.parent in self._by_page
             assert ok, f"page {cached.page} outlives its parent {cached.parent}"
+        children = Counter(cached.parent for cached in self._by_page.values())
+        assert children == self._num_children, f"{self._num_children} children, not {children}"
+        others = [page for page in self.states.pages if page not in self._by_page]
+        assert not others, f"states behind pages {others}, which are not cached"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dp_runtime.core.attention_metadata import PageGeometry, Place
 from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.core.device_copy import HostCopy, all_on_device, on_device
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.core.step_program import Pass, Program
@@ -27,6 +28,7 @@ from dp_runtime.runner.image_encoding import ImageEncoding
 from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
+from dp_runtime.runner.state_copies import StateCopies
 from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.sampling.logprobs import Logprobs
@@ -68,6 +70,7 @@ class StepRunner:
         collective: RowCollective,
         pages: PageGeometry,
         num_state_slots: int,  # of the target's recurrent layers; a draft model has none
+        states: Sequence[LayerState],  # of these layers
         device: torch.device,
         poison: bool,  # fill padded rows with NaN
         flight: FlightRecorder,
@@ -83,8 +86,7 @@ class StepRunner:
 
         self.model = model
         self.drafting = drafting
-        self.sampler = sampler
-        self.sample = sampler.sample
+        self.sampler, self.sample = sampler, sampler.sample
         self.structured = structured
         self.device = device
         self.collective = collective
@@ -95,6 +97,7 @@ class StepRunner:
         self.accepted_drafts = None
         if drafting is not None and num_state_slots:
             self.accepted_drafts = AcceptedDrafts(num_state_slots, device)
+        self.copies = StateCopies(states, self.accepted_drafts, device)
         target = replace(
             pass_runner(model),
             num_state_slots=num_state_slots,
@@ -153,9 +156,11 @@ class StepRunner:
         step = _LaunchedStep(self.passes, self.collective, self.flight, *own)
         if self.images is not None:
             step.encode_s = self.images.encode(scheduled.to_encode)
-        if agreement.program.num_drafts:
-            return self.run_speculative(step)
-        return self.run_plain(step)
+        self.copies.before(scheduled.states)
+        run = self.run_speculative if agreement.program.num_drafts else self.run_plain
+        output = run(step)
+        self.copies.after(scheduled.states)
+        return output
 
     def run_plain(self, step: _LaunchedStep) -> StepOutput:
         future = FutureTokens(self.last_sampled, self._no_hidden)

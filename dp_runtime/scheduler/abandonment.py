@@ -16,6 +16,7 @@ def abandon_steps(scheduler: Scheduler) -> None:
     """
     table, requests = scheduler.table, scheduler.requests
     num_again = 2 if scheduler.limits.max_drafts else 1
+    scheduler.states.abandon()
     for req_index in table.req_indices:
         table.abandon(table.request(req_index), num_again)
         if scheduler.prefixes is not None:
@@ -29,6 +30,8 @@ def abandon_steps(scheduler: Scheduler) -> None:
             if each is not scheduler.page_table:
                 each.remove(req_index)
                 each.add(req_index, state.request, state.outputs)
+        if scheduler.prefixes is not None:
+            scheduler.prefixes.begin_again(state, num_again)
         scheduler.page_table.doubt(req_index)
     scheduler.check()
 

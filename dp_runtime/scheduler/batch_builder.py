@@ -16,7 +16,8 @@ from dp_runtime.scheduler.image_slots import PromptSlots
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.routed_rows import NO_ROUTED_ROWS, RoutedRows, RoutedSpan
-from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
+from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput, StateMoves
+from dp_runtime.scheduler.state_tracks import with_tracks
 
 
 def build_batches(
@@ -25,9 +26,10 @@ def build_batches(
     decodes: Int64,
     chunks: Sequence[Chunk],
     program: Program,
+    states: StateMoves,
 ) -> SchedulerOutput:
     step = _Layout.for_step(table, pages, decodes, chunks, program.query_len(Pass.TARGET))
-    target = _target_batch(step)
+    target = with_tracks(_target_batch(step), step.req_indices, states.tracks)
     drafts = _draft_batches(step, program.passes.count(Pass.DRAFT))
     extend = [_extend_batch(step, target)] if program.num_drafts else []
     return SchedulerOutput(
@@ -39,6 +41,7 @@ def build_batches(
         samples=_sample_positions(step),
         num_drafts=program.num_drafts,
         routed=_routed_rows(step),
+        states=states,
     )
 
 
@@ -208,6 +211,8 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
         state_slots=np.zeros(0, np.int64),  # a draft model keeps no state
         is_fresh=np.zeros(0, np.bool_),
         num_drafts=np.zeros(0, np.int32),
+        track_slots=np.zeros(0, np.int64),
+        track_rows=np.zeros(0, np.int32),
         embed_rows=embed_rows,
         embeds=embeds,
         image_rows=image_rows,

@@ -14,6 +14,8 @@ class Limits:
     keeps_state: bool = False  # layers have a recurrent state, whose memory is dear
     max_image_tokens: int = 0  # of one image; 0: none are served
     num_image_slots: int = 0  # tokens of images whose features are kept
+    num_state_checkpoints: int = 0  # states that a prefix cache keeps
+    state_track_interval: int = 0  # tokens of an output from one of them to the next; 0: none
 
     @property
     def max_cached_len(self) -> int:
@@ -39,5 +41,14 @@ class Limits:
 
     @property
     def num_state_slots(self) -> int:
-        """Count the null slot and one of each row, or none."""
-        return 1 + self.num_table_rows if self.keeps_state else 0
+        """Count the null slot, one of each row, and those of a prefix cache; or none."""
+        return self.checkpoint_slots.stop if self.keeps_state else 0
+
+    @property
+    def page_table_sizes(self) -> tuple[int, int, range]:
+        return self.num_table_rows, self.max_cached_len, self.checkpoint_slots
+
+    @property
+    def checkpoint_slots(self) -> range:
+        first = 1 + self.num_table_rows
+        return range(first, first + self.num_state_checkpoints)

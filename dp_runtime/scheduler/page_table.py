@@ -17,9 +17,15 @@ from dp_runtime.scheduler.pages import PageAllocator
 class PageTable:
     """The pages of each request by its row in the request table; a PerRequestState."""
 
-    def __init__(self, geometry: PageGeometry, num_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        geometry: PageGeometry,
+        num_rows: int,
+        max_tokens: int,
+        state_slots: range = range(0),  # for recurrent states behind cached pages
+    ) -> None:
         self.page_size = geometry.page_size
-        self.allocator = PageAllocator(geometry.num_pages)
+        self.allocator = PageAllocator(geometry.num_pages, state_slots)
         shape = num_rows, self.pages_for(max_tokens)
         self._pages: Int32 = np.full(shape, NULL_PAGE, np.int32)
         self._num_pages: Int64 = np.zeros(num_rows, np.int64)
@@ -66,6 +72,9 @@ class PageTable:
             own = self.pages(index)[self.num_cached[index] :]
             assert not any(page in self.allocator.cache for page in own), f"row {index} shares more"
 
+    def reach(self, req_index: int, num_tokens: int) -> None:
+        self.append(req_index, self.num_missing(req_index, num_tokens))
+
     def append(self, req_index: int, count: int) -> None:
         self._append(req_index, self.allocator.allocate(count))
 
@@ -109,6 +118,9 @@ class PageTable:
 
     def num_coming(self, req_indices: Iterable[int]) -> int:
         return self.allocator.num_held_only(Counter(chain(*map(self.pages, req_indices))))
+
+    def page(self, req_index: int, number: int) -> int:
+        return int(self._pages[req_index, number])
 
     def pages(self, req_index: int) -> list[int]:
         pages: list[int] = self._pages[req_index, : self._num_pages[req_index]].tolist()

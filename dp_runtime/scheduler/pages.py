@@ -16,10 +16,10 @@ class PageAllocator:
     sequence from its end: a page in the cache is never without its parent.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, state_slots: range = range(0)) -> None:
         assert num_pages >= 2, f"{num_pages} pages: the null page and at least one more"
         self.num_pages = num_pages
-        self.cache = PrefixCache()
+        self.cache = PrefixCache(state_slots)
         self.num_evictions = 0
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
         self._evictable: dict[int, None] = {}  # cached, held by nobody; held longest ago first

@@ -46,6 +46,9 @@ class RequestTable:
         """Return the slot of each row in the recurrent states; none if there are none."""
         return req_indices + (NULL_SLOT + 1) if self.keeps_state else req_indices[:0]
 
+    def state_slot(self, req_index: int) -> int:
+        return req_index + NULL_SLOT + 1
+
     def take(self, request: RequestState) -> int:
         assert request.req_index == NO_ROW, f"request {request.request_id} has a row already"
         assert self._free, f"{len(self._requests)} rows, and none is free"

@@ -24,7 +24,8 @@ from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_state import RequestState, RequestStatus
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler_output import Chunk, PromptLogprobs, SchedulerOutput
-from dp_runtime.scheduler.shared_prefixes import SharedPrefixes
+from dp_runtime.scheduler.shared_prefixes import FoundPrefix, SharedPrefixes
+from dp_runtime.scheduler.state_tracks import StateTracks
 
 
 class Scheduler:
@@ -47,12 +48,13 @@ class Scheduler:
         self.pages = pages
         self.limits = limits
         self.table = RequestTable(limits.num_table_rows, limits.keeps_state)
-        self.page_table = PageTable(pages, limits.num_table_rows, limits.max_cached_len)
+        self.page_table = PageTable(pages, *limits.page_table_sizes)
         self.images = ImageSlots(limits.num_image_slots, drafts=limits.max_drafts > 0)
-        self.requests = RequestLifecycle(self.table, (self.page_table, *states))
+        self.states = StateTracks(limits, self.table, self.page_table)
+        self.requests = RequestLifecycle(self.table, (self.page_table, self.states, *states))
         self.prefixes = None
         if hasher is not None:
-            self.prefixes = SharedPrefixes(hasher, self.table, self.page_table)
+            self.prefixes = SharedPrefixes(hasher, self.table, self.page_table, self.states)
         self.num_preemptions = 0
         self._failed: list[RequestUpdate] = []
 
@@ -126,12 +128,10 @@ class Scheduler:
         if prefill_budget is not None:
             budget = min(budget, prefill_budget)
         chunks: list[Chunk] = []
-        for index, count in zip(req_indices[prefilling].tolist(), needed[prefilling].tolist()):
-            if budget:
-                start, request = self.table.num_computed_tokens[index], self.table.request(index)
-                if (chunk := self._chunk(request, int(start), count, budget)) is not None:
-                    chunks.append(chunk)
-                    budget = max(0, budget - chunk.num_tokens)
+        for index in req_indices[prefilling].tolist():
+            if budget and (chunk := self._chunk(self.table.request(index), budget)):
+                chunks.append(chunk)
+                budget = max(0, budget - chunk.num_tokens)
         if ready.all():
             chunks += self._admit(budget)
         if self._failed:
@@ -146,6 +146,7 @@ class Scheduler:
         updates = self._commit_decodes(step, tokens)
         if step.chunks:
             updates += self._commit_chunks(step, tokens, prompt_logprobs)
+        self.states.committed(step, tokens.num_accepted)
         if self.prefixes is not None:
             self.prefixes.committed(step.req_indices)
         self.requests.settle()
@@ -248,18 +249,18 @@ class Scheduler:
             request = self.waiting[0]
             if request.status is RequestStatus.PREEMPTED or not self.table.has_free_row:
                 break  # NOTE: nobody overtakes a preempted request that still has a step in flight
-            found = [] if self.prefixes is None else self.prefixes.find(request)
-            if self.page_table.num_needed(request.num_tokens + 1, found) > self.num_free_pages:
+            found = FoundPrefix([]) if self.prefixes is None else self.prefixes.find(request)
+            wanted = self.page_table.num_needed(request.num_tokens + 1, found.pages)
+            if wanted > self.num_free_pages:
                 break
             if (chunk := self._begin(request, found, budget)) is None:
                 continue
-            missing = self.page_table.num_missing(request.req_index, chunk.end)
-            self.page_table.append(request.req_index, missing)
+            self.page_table.reach(request.req_index, chunk.end)
             chunks.append(chunk)
             budget = max(0, budget - chunk.num_tokens)
         return chunks
 
-    def _begin(self, request: RequestState, found: list[int], budget: int) -> Chunk | None:
+    def _begin(self, request: RequestState, found: FoundPrefix, budget: int) -> Chunk | None:
         try:
             self.requests.transition(request, RequestStatus.RUNNING)
         except Exception as error:
@@ -267,14 +268,16 @@ class Scheduler:
             return None
         if self.prefixes is not None:
             self.prefixes.begin(request, found)
-        start = int(self.table.num_computed_tokens[request.req_index])
-        return self._chunk(request, start, request.num_tokens - start, budget)
+        return self._chunk(request, budget)
 
-    def _chunk(self, request: RequestState, start: int, needed: int, budget: int) -> Chunk | None:
+    def _chunk(self, request: RequestState, budget: int) -> Chunk | None:
         """Take the next rows of a request, if any; it fails alone if it can not give them."""
+        start = int(self.table.num_computed_tokens[request.req_index])
+        needed = request.num_tokens - start
         try:
+            rows = self.states.num_rows(request.req_index, start, needed, budget)
             self.page_table.doubt(request.req_index)
-            return Chunk.for_budget(request, start, needed, budget, self.images)
+            return Chunk.for_budget(request, start, needed, rows, budget, self.images)
         except Exception as error:
             self._fail(request, error)
             return None
@@ -285,7 +288,8 @@ class Scheduler:
         self._failed.append(RequestUpdate.failed(request.request_id, len(request.outputs), error))
 
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> SchedulerOutput:
-        step = build_batches(self.table, self.page_table, decodes, chunks, program)
+        moves = self.states.moves(decodes, chunks, program.query_len(Pass.TARGET))
+        step = build_batches(self.table, self.page_table, decodes, chunks, program, moves)
         num_new_tokens = 1 + step.num_drafts * (np.arange(len(step.sampled)) < len(decodes))
         self.table.launched(step.req_indices, step.target.seq_lens, step.sampled, num_new_tokens)
         for chunk in chunks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dp_runtime.core.batch import Int64, LocalBatch, SamplePositions
 from dp_runtime.core.request import PromptEmbeds, TokenLogprob
@@ -30,10 +31,16 @@ class Chunk:
 
     @classmethod
     def for_budget(
-        cls, state: RequestState, start: int, needed: int, budget: int, slots: ImageSlots
+        cls,
+        state: RequestState,
+        start: int,
+        needed: int,
+        rows: int,
+        budget: int,
+        slots: ImageSlots,
     ) -> Chunk | None:
-        """Take as many of the needed rows as the budget and images among them allow, if any."""
-        images = slots.of_chunk(state.request.images, start, min(needed, budget), budget)
+        """Take `rows` of the needed rows, or what the budget leaves beside images among them."""
+        images = slots.of_chunk(state.request.images, start, rows, budget)
         if not images.num_rows:
             return None
         end = start + images.num_rows
@@ -76,6 +83,40 @@ def _embeds_within(embeds: PromptEmbeds | None, start: int, end: int) -> PromptE
     return PromptEmbeds(embeds.positions[inside], embeds.values[inside])
 
 
+class StateCopy(NamedTuple):
+    """A recurrent state that goes to another slot, with the inputs of the drafts behind it."""
+
+    source: int
+    target: int
+    num_accepted: int = 0  # of these drafts, those that whoever goes on from the target has taken
+
+
+class StateTrack(NamedTuple):
+    """A state that a step leaves in a slot for others, if it comes to the end of a page."""
+
+    req_index: int
+    copy: StateCopy
+    position: int = 0  # where a chunk leaves it; a decode's shows once its drafts are accepted
+    num_rows: int = 0  # of the chunk, before the state: left within the pass; 0: copied after it
+
+
+class StateRestore(NamedTuple):
+    page: int  # whose state it is
+    copy: StateCopy
+
+
+@dataclass(frozen=True, eq=False)
+class StateMoves:
+    """Which recurrent states a step copies, in this order."""
+
+    donated: tuple[StateCopy, ...] = ()  # of requests that have ended
+    restored: tuple[StateRestore, ...] = ()  # what requests of the step go on from
+    tracks: tuple[StateTrack, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.donated or self.restored or self.tracks)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SchedulerOutput:
     batches: tuple[LocalBatch, ...]  # one per pass of the program
@@ -86,6 +127,7 @@ class SchedulerOutput:
     samples: SamplePositions  # the target pass's first sample rows, num_drafts + 1 of each decode
     num_drafts: int  # tokens of each decode that the target verifies
     routed: RoutedRows  # the target pass's rows whose experts are returned
+    states: StateMoves = StateMoves()
 
     @property
     def real_rows(self) -> tuple[int, ...]:

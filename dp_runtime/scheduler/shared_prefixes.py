@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from dp_runtime.core.batch import NULL_PAGE, Int64
 from dp_runtime.metrics.trace import PrefixCounts
 from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_state import RequestState
 from dp_runtime.scheduler.request_table import RequestTable
+from dp_runtime.scheduler.state_tracks import StateTracks
+
+
+@dataclass(frozen=True, eq=False)
+class FoundPrefix:
+    """Cached pages; where layers have a recurrent state the last of them has one behind it."""
+
+    pages: list[int]
+    branch: int = 0  # tokens up to where cached pages part with no state there; 0: nowhere
 
 
 class SharedPrefixes:
@@ -16,7 +27,14 @@ class SharedPrefixes:
     A page is cached once committed steps have filled it and its request's logits were finite.
     """
 
-    def __init__(self, hasher: PageHasher, table: RequestTable, pages: PageTable) -> None:
+    def __init__(
+        self,
+        hasher: PageHasher,
+        table: RequestTable,
+        pages: PageTable,
+        states: StateTracks,
+    ) -> None:
+        self.states = states
         self._hasher = hasher
         self._table = table
         self._pages = pages
@@ -30,25 +48,28 @@ class SharedPrefixes:
             self.num_queries, self.num_hits, allocator.num_evictions, len(allocator.cache)
         )
 
-    def find(self, request: RequestState) -> list[int]:
-        """Return the cached pages that a request begins with; a token at least is left to compute.
-
-        NOTE: a hit is as long as all that a layer keeps is there. Where layers have a recurrent
-        state, it ends with the last page behind which a state is kept.
-        """
+    def find(self, request: RequestState, num_again: int = 1) -> FoundPrefix:
+        """Find the cached pages that a request begins with; num_again tokens at least are left."""
         cache, pages, parent = self._pages.allocator.cache, list[int](), NULL_PAGE
-        for number in range(request.num_reusable_tokens // self._hasher.page_size):
+        reusable = min(request.num_reusable_tokens, request.num_tokens - num_again)
+        for number in range(max(0, reusable) // self._hasher.page_size):
             content = self._content(request, number)
             page = cache.find(request.digests[number], content, parent)
             if page is None:
                 break
             pages.append(page)
             parent = page
-        return pages
+        if not self.states.are_kept:
+            return FoundPrefix(pages)
+        with_state = [count for count, page in enumerate(pages, 1) if page in cache.states]
+        usable = with_state[-1] if with_state else 0
+        parts = usable < len(pages) and cache.has_children(parent)
+        return FoundPrefix(pages[:usable], len(pages) * self._hasher.page_size if parts else 0)
 
-    def begin(self, request: RequestState, pages: list[int]) -> None:
-        num_tokens = len(pages) * self._hasher.page_size
-        self._pages.share(request.req_index, pages)
+    def begin(self, request: RequestState, found: FoundPrefix) -> None:
+        num_tokens = len(found.pages) * self._hasher.page_size
+        self._pages.share(request.req_index, found.pages)
+        self.states.begin(request.req_index, found.pages, found.branch)
         self._table.begin_at(request.req_index, num_tokens)
         if request.num_prompt_cached is None:
             request.num_prompt_cached = min(num_tokens, request.num_prompt_tokens)
@@ -61,6 +82,8 @@ class SharedPrefixes:
         for req_index in req_indices[own >= size].tolist():
             if not pages.doubtful[req_index]:
                 self._cache_pages(req_index)
+        self.states.attach(req_indices)
+        self.states.donate(req_indices)
 
     def _cache_pages(self, req_index: int) -> None:
         request = self._table.request(req_index)
@@ -78,6 +101,12 @@ class SharedPrefixes:
         if first < self._pages.num_cached[req_index]:
             self._pages.drop(req_index, first)
             self._table.begin_at(req_index, first * self._hasher.page_size)
+
+    def begin_again(self, request: RequestState, num_again: int) -> None:
+        """Begin a request whose recurrent state is lost with what is cached, as if it were new."""
+        if self.states.are_kept and not self._table.num_cached_tokens[request.req_index]:
+            self._pages.drop(request.req_index, 0)
+            self.begin(request, self.find(request, num_again))
 
     def _content(self, request: RequestState, number: int) -> bytes:
         content = self._hasher.content(request.tokens(*self._hasher.span(number)))

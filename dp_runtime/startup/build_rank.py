@@ -256,6 +256,7 @@ def assemble(
         collective=collective,
         pages=plan.pages,
         num_state_slots=plan.limits.num_state_slots,
+        states=loaded.states,
         device=torch.device(plan.device),
         poison=config.poison_padding,
         flight=flight,

@@ -80,9 +80,8 @@ class PrefixChoice:
 def choose_prefix_cache(config: EngineConfig, keeps_state: bool) -> PrefixChoice:
     if not config.prefix_caching:
         return PrefixChoice(None, "prefix_caching is off")
-    if keeps_state:
-        return PrefixChoice(None, "layers keep a recurrent state, which is not cached yet")
-    why, followed = "full pages stay for requests that begin alike", config.tells_kv_events
+    kept = "full pages and recurrent states stay" if keeps_state else "full pages stay"
+    why, followed = f"{kept} for requests that begin alike", config.tells_kv_events
     return PrefixChoice(page_hasher(config), why, followed)
 
 

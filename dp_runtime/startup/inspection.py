@@ -73,8 +73,14 @@ def _state_lines(plan: RankPlan) -> list[str]:
     num_layers = sum(isinstance(cache, RecurrentState) for cache in caches)
     return [
         f"state      {num_layers} of {len(caches)} layers are recurrent: {plan.slot_bytes:,} bytes "
-        f"a request, {plan.limits.num_state_slots} slots with the null one"
+        f"a request, {plan.limits.num_state_slots} slots with the null one{_checkpoint_note(plan)}"
     ]
+
+
+def _checkpoint_note(plan: RankPlan) -> str:
+    count = plan.limits.num_state_checkpoints
+    kept = f"{count} of them, {count * plan.slot_bytes:,} bytes, for the prefix cache"
+    return f"; {kept}" if count else ""
 
 
 def _draft_lines(plan: RankPlan) -> list[str]:

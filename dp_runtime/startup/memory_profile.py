@@ -55,6 +55,7 @@ def run_largest_steps(loop: StepLoop, loaded: LoadedRank) -> None:
         collective=runner.collective,
         pages=pages,
         num_state_slots=limits.num_state_slots,
+        states=loaded.states,
         device=runner.device,
         poison=runner.poison,
         flight=FlightRecorder.in_process(dp_rank, runner.flight.ring.layout),

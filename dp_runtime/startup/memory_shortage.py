@@ -38,13 +38,18 @@ class MemoryBudget:
     def pages_within(self, fraction: float) -> int:
         return max(int(self.left * fraction // self.page_bytes), 0)
 
-    def max_requests_beside(self, num_bytes: float) -> int:
-        """Count the requests whose recurrent state fits beside so many bytes."""
+    def max_requests_beside(self, config: EngineConfig, num_bytes: float) -> int:
+        """Count the requests whose recurrent state fits beside so many bytes.
+
+        By default the prefix cache keeps a quarter as many states again.
+        """
         if not self.slot_bytes:
             return 0
-        return max(
-            int((self.left + self.use.recurrent_state - num_bytes) // self.slot_bytes) - 1, 0
-        )
+        fit = int((self.left + self.use.recurrent_state - num_bytes) // self.slot_bytes) - 1
+        if config.prefix_caching:
+            checkpoints = config.num_state_checkpoints
+            fit = fit * 4 // 5 if checkpoints is None else fit - checkpoints
+        return max(fit, 0)
 
     def shortage(self, config: EngineConfig, fraction: float) -> str:
         """Return one line, or nothing if a sequence of max_model_len fits.
@@ -81,7 +86,7 @@ class MemoryBudget:
     def _fewer_requests(self, config: EngineConfig, fraction: float) -> list[str]:
         """Advise as many requests as leave room for the pages, if there are any."""
         pages = (config.num_pages or self.one_sequence) * self.page_bytes
-        fit = self.max_requests_beside(pages if config.num_pages else pages / fraction)
+        fit = self.max_requests_beside(config, pages if config.num_pages else pages / fraction)
         return [f"max_num_requests {fit} fits"] if fit else []
 
     def _before_pages(self, config: EngineConfig, fraction: float) -> str:

@@ -183,12 +183,19 @@ def _read_model(config: EngineConfig) -> tuple[ModelConfig, ImageFormat | None]:
 def _limits(
     config: EngineConfig, model: ModelConfig, images: ImageFormat | None, keeps_state: bool
 ) -> Limits:
+    caches_states = keeps_state and config.prefix_caching
+    checkpoints = config.num_state_checkpoints or -(-config.max_num_requests // 4)
+    pages = -(-config.state_track_interval // config.page_size)
     limits = Limits(
         config.max_num_requests,
         config.max_num_tokens,
         model.resolve_max_model_len(config.max_model_len),
         config.speculative_num_steps,
         keeps_state,
+        num_state_checkpoints=checkpoints if caches_states else 0,
+        state_track_interval=(
+            pages * config.page_size if config.prefix_state_strategy == "extra_buffer" else 0
+        ),
     )
     if images is None:
         return limits

@@ -44,7 +44,7 @@ def test_pages_are_of_the_layers_that_attend_and_states_of_the_others(config: En
     assert (plan.page_bytes, plan.slot_bytes) == (PAGE, SLOT)
     assert plan.limits.keeps_state
     assert plan.memory.kv_cache == plan.pages.num_pages * PAGE
-    assert plan.memory.recurrent_state == (REQUESTS + 1) * SLOT
+    assert plan.memory.recurrent_state == (REQUESTS + 2 + 1) * SLOT, "2 for the prefix cache"
     rank = load_rank(config, plan, lambda count: None)
     assert sum(pool.nbytes for pool in rank.pools) == plan.memory.kv_cache
     assert [len(state) for state in rank.states] == [2 * is_recurrent(layer) for layer in range(4)]
@@ -65,14 +65,17 @@ def test_states_are_kept_while_weights_are_exchanged(config: EngineConfig) -> No
 
 
 def test_inspect_shows_the_state_of_each_rank(config: EngineConfig) -> None:
-    large = replace(config, dp_size=2, max_num_requests=2000, max_num_tokens=2000)
+    large = replace(
+        config, dp_size=2, max_num_requests=2000, max_num_tokens=2000, num_state_checkpoints=30
+    )
     lines = describe(large, "cpu").splitlines()
     line = next(line for line in lines if line.startswith("state "))
     assert line.split(maxsplit=1)[1] == (
-        f"2 of 4 layers are recurrent: {SLOT:,} bytes a request, 2001 slots with the null one"
+        f"2 of 4 layers are recurrent: {SLOT:,} bytes a request, 2031 slots with the null one; "
+        f"30 of them, {30 * SLOT:,} bytes, for the prefix cache"
     )
     head = next(index for index, line in enumerate(lines) if line.endswith("recurrent state"))
-    due = f"{2001 * SLOT / 2**20:.1f}"
+    due = f"{2031 * SLOT / 2**20:.1f}"
     assert [lines[head + 1 + rank].split()[::5] for rank in (0, 1)] == [["0", due], ["1", due]]
 
 
@@ -93,7 +96,7 @@ def test_states_that_leave_no_room_for_pages_are_named_with_what_fits(
     room = use.total - use.kv_cache + sequence - states
     whole = replace(config, kv_memory_fraction=1.0)
     for fit in (3, 1):
-        memory = room + (fit + 1) * SLOT
+        memory = room + (fit + -(-fit // 4) + 1) * SLOT
         monkeypatch.setattr(memory_plan, "rank_memory", lambda *arguments, of=memory: of)
         with pytest.raises(ValueError, match="is not allowed; ") as error:
             plan_rank(whole, 0, "cpu")
@@ -115,7 +118,7 @@ def test_states_that_exceed_the_memory_are_named_with_numbers(
         plan_rank(many, 0, "cpu")
     text = str(error.value)
     size = f"{use.recurrent_state / 2**30:.2f} GiB"
-    assert f"recurrent state {size} (60001 slots of {SLOT:,} bytes)" in text
+    assert f"recurrent state {size} (75001 slots of {SLOT:,} bytes)" in text
     requests = int(re.findall(r"max_num_requests (\d+) fits", text)[0])
     assert 20_000 < requests < 60_000
     plan_rank(replace(many, max_num_requests=requests), 0, "cpu")
@@ -133,7 +136,7 @@ def test_room_for_drafts_is_part_of_a_slot(tmp_path: Path, steps: int) -> None:
     channels, heads, state = 2 * 2 * 16 + 4 * 24, 4, 4 * 16 * 24
     window, gates = channels * (3 + steps), steps * 2 * heads
     assert plan.slot_bytes == 3 * 4 * (window + gates + state), "of three layers"
-    assert plan.memory.recurrent_state == (REQUESTS + 1) * plan.slot_bytes
+    assert plan.memory.recurrent_state == (REQUESTS + 2 + 1) * plan.slot_bytes
     assert plan.page_bytes == (1 + (steps > 0)) * 2 * 2 * 16 * 32 * 4
     states = load_rank(config, plan, lambda count: None).states
     allocated = sum(tensor.nbytes for state in states for tensor in state)
@@ -153,7 +156,7 @@ def test_a_layer_that_does_not_attend_has_no_pages_to_attend_to(config: EngineCo
 FITS = [
     ("qwen3.5-35b-a3b-fp8", 1, 79.1, 500_000),
     ("qwen3.5-122b-a10b-fp8", 4, 79.1, 500_000),
-    ("qwen3.5-397b-a17b-fp8", 4, 139.8, 200_000),
+    ("qwen3.5-397b-a17b-fp8", 4, 139.8, 170_000),
     ("qwen3.5-397b-a17b-fp8", 4, 79.1, None),
 ]
 
@@ -173,7 +176,7 @@ def test_what_fits_gpus(
     )  # fmt: skip
     plan = sketch_rank(config, 0, "cuda:0")
     assert plan.graphs
-    assert plan.memory.recurrent_state == 65 * plan.slot_bytes
+    assert plan.memory.recurrent_state == (64 + 16 + 1) * plan.slot_bytes
     assert plan.shortage.startswith("model: ") == (tokens is None)
     if tokens is not None:
         assert plan.shortage == ""
