@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dp_runtime.core.batch import NULL_PAGE
 from dp_runtime.prefix_cache.page_events import PageEvents
+from dp_runtime.prefix_cache.pending_pages import PendingPages
 from dp_runtime.prefix_cache.state_checkpoints import StateCheckpoints
 
 
@@ -27,6 +28,7 @@ class PrefixCache:
     def __init__(self, state_slots: range = range(0)) -> None:
         self.events: PageEvents | None = None  # for who follows the cache
         self.states = StateCheckpoints(state_slots)
+        self.pending = PendingPages()
         self._by_digest: dict[bytes, CachedPage] = {}
         self._by_page: dict[int, CachedPage] = {}
         self._num_children: dict[int, int] = {}  # by page, of those that have any
@@ -36,6 +38,13 @@ class PrefixCache:
 
     def __contains__(self, page: int) -> bool:
         return page in self._by_page
+
+    def entry(self, page: int) -> CachedPage:
+        return self._by_page[page]
+
+    def holds(self, entry: CachedPage) -> bool:
+        """Tell whether this page, and with it all those before it, never left the cache."""
+        return self._by_page.get(entry.page) is entry
 
     def find(self, digest: bytes, content: bytes, parent: int) -> int | None:
         found = self._by_digest.get(digest)

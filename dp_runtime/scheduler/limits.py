@@ -16,6 +16,7 @@ class Limits:
     num_image_slots: int = 0  # tokens of images whose features are kept
     num_state_checkpoints: int = 0  # states that a prefix cache keeps
     state_track_interval: int = 0  # tokens of an output from one of them to the next; 0: none
+    min_awaited_tokens: int = 256  # that another request computes; waiting for fewer costs more
 
     @property
     def max_cached_len(self) -> int:

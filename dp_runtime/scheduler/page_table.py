@@ -42,6 +42,7 @@ class PageTable:
 
     def remove(self, req_index: int) -> None:
         self.drop(req_index, 0)
+        self.allocator.cache.pending.end(req_index)
         self.doubtful[req_index] = False
 
     def drop(self, req_index: int, first: int) -> None:
@@ -68,6 +69,8 @@ class PageTable:
 
     def check(self, req_indices: Sequence[int]) -> None:
         self.allocator.check([self.pages(index) for index in req_indices])
+        pending = self.allocator.cache.pending.owners
+        assert {*pending} <= {*req_indices}, f"rows {pending} compute pages, and nobody has them"
         for index in req_indices:
             own = self.pages(index)[self.num_cached[index] :]
             assert not any(page in self.allocator.cache for page in own), f"row {index} shares more"
@@ -109,9 +112,10 @@ class PageTable:
         self._pages[req_index, held : held + len(pages)] = pages
         self._num_pages[req_index] = held + len(pages)
 
-    def num_needed(self, num_tokens: int, found: Sequence[int]) -> int:
-        """Count the free pages that so many tokens take, beginning with pages of the cache."""
-        return self.pages_for(num_tokens) - len(found) + self.allocator.num_evictable(found)
+    def fits(self, num_tokens: int, found: Sequence[int]) -> bool:
+        """Tell whether so many tokens, beginning with pages of the cache, find free pages."""
+        needed = self.pages_for(num_tokens) - len(found) + self.allocator.num_evictable(found)
+        return needed <= self.allocator.num_free
 
     def num_missing(self, req_index: int, num_tokens: int) -> int:
         return self.pages_for(num_tokens) - int(self._num_pages[req_index])

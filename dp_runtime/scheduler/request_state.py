@@ -10,6 +10,7 @@ import numpy as np
 
 from dp_runtime.core.batch import Int64
 from dp_runtime.core.request import FinishReason, RankRequest
+from dp_runtime.prefix_cache.prefix_cache import CachedPage
 from dp_runtime.vision.rope_positions import rope_positions
 
 NO_ROW = -1
@@ -55,6 +56,7 @@ class RequestState:
     turn: float = field(init=False)  # in the queue, lowest first
     outputs: list[int] = field(init=False)  # committed
     digests: list[bytes] = field(default_factory=list)  # of its first full pages
+    found: list[CachedPage] = field(default_factory=list)  # as it was matched last, in the queue
     num_prompt_cached: int | None = None  # of its prompt, when it first ran
     status: RequestStatus = RequestStatus.WAITING  # changed by RequestLifecycle.transition alone
     req_index: int = NO_ROW  # its row in the request table

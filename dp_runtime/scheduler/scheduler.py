@@ -32,7 +32,8 @@ class Scheduler:
     """Chooses the rows of a rank's steps, and takes over what these sampled.
 
     Requests are admitted by priority, then in order of arrival, preempted ones before all others.
-    One that lacks pages preempts the youngest: the oldest always advances, and nothing that runs
+    One that begins with pages that another one computes is passed over until these are there. One
+    that lacks pages preempts the youngest: the oldest always advances, and nothing that runs
     starves. Decodes come first for the token budget. At most one step is in flight while the next
     is scheduled; if it verifies, lengths are upper bounds, and a request that may have ended waits.
     """
@@ -54,7 +55,7 @@ class Scheduler:
         self.requests = RequestLifecycle(self.table, (self.page_table, self.states, *states))
         self.prefixes = None
         if hasher is not None:
-            self.prefixes = SharedPrefixes(hasher, self.table, self.page_table, self.states)
+            self.prefixes = SharedPrefixes(hasher, self.table, self.page_table, self.states, limits)
         self.num_preemptions = 0
         self._failed: list[RequestUpdate] = []
 
@@ -125,15 +126,13 @@ class Scheduler:
         prefilling = self.table.prefilling(req_indices, needed)
         decodes = req_indices[(needed > 0) & ~prefilling]
         budget = self.limits.max_num_tokens - len(decodes) * query_len  # at least 0: see Limits
-        if prefill_budget is not None:
-            budget = min(budget, prefill_budget)
+        budget = budget if prefill_budget is None else min(budget, prefill_budget)
         chunks: list[Chunk] = []
         for index in req_indices[prefilling].tolist():
             if budget and (chunk := self._chunk(self.table.request(index), budget)):
                 chunks.append(chunk)
                 budget = max(0, budget - chunk.num_tokens)
-        if ready.all():
-            chunks += self._admit(budget)
+        chunks += self._admit(budget) if ready.all() else []
         if self._failed:
             self.requests.settle()
         return self._launch(decodes, chunks, program)
@@ -244,14 +243,17 @@ class Scheduler:
 
     def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting requests, each with a token at least, while the free pages hold theirs."""
-        chunks = []
-        while self.waiting and budget and len(self.running) < self.limits.max_num_requests:
-            request = self.waiting[0]
+        chunks, places = list[Chunk](), self.limits.max_num_requests
+        passed = 0  # who awaits pages of others keeps its turn, and a place
+        while passed < len(self.waiting) and budget and len(self.running) + passed < places:
+            request = self.waiting[passed]
             if request.status is RequestStatus.PREEMPTED or not self.table.has_free_row:
                 break  # NOTE: nobody overtakes a preempted request that still has a step in flight
             found = FoundPrefix([]) if self.prefixes is None else self.prefixes.find(request)
-            wanted = self.page_table.num_needed(request.num_tokens + 1, found.pages)
-            if wanted > self.num_free_pages:
+            if self.prefixes is not None and self.prefixes.awaits(request):
+                passed += 1
+                continue
+            if not self.page_table.fits(request.num_tokens + 1, found.pages):
                 break
             if (chunk := self._begin(request, found, budget)) is None:
                 continue

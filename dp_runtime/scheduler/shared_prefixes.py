@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dp_runtime.core.batch import NULL_PAGE, Int64
 from dp_runtime.metrics.trace import PrefixCounts
 from dp_runtime.prefix_cache.page_hash import PageHasher
+from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_state import RequestState
 from dp_runtime.scheduler.request_table import RequestTable
@@ -33,8 +34,10 @@ class SharedPrefixes:
         table: RequestTable,
         pages: PageTable,
         states: StateTracks,
+        limits: Limits,
     ) -> None:
         self.states = states
+        self._min_awaited = -(-limits.min_awaited_tokens // hasher.page_size)  # pages
         self._hasher = hasher
         self._table = table
         self._pages = pages
@@ -50,27 +53,43 @@ class SharedPrefixes:
 
     def find(self, request: RequestState, num_again: int = 1) -> FoundPrefix:
         """Find the cached pages that a request begins with; num_again tokens at least are left."""
-        cache, pages, parent = self._pages.allocator.cache, list[int](), NULL_PAGE
+        cache, found = self._pages.allocator.cache, request.found
         reusable = min(request.num_reusable_tokens, request.num_tokens - num_again)
-        for number in range(max(0, reusable) // self._hasher.page_size):
+        while found and not cache.holds(found[-1]):
+            found.pop()
+        for number in range(len(found), max(0, reusable) // self._hasher.page_size):
             content = self._content(request, number)
+            parent = found[-1].page if found else NULL_PAGE
             page = cache.find(request.digests[number], content, parent)
             if page is None:
                 break
-            pages.append(page)
-            parent = page
+            found.append(cache.entry(page))
+        pages = [each.page for each in found]
         if not self.states.are_kept:
             return FoundPrefix(pages)
         with_state = [count for count, page in enumerate(pages, 1) if page in cache.states]
         usable = with_state[-1] if with_state else 0
-        parts = usable < len(pages) and cache.has_children(parent)
+        parts = usable < len(pages) and cache.has_children(pages[-1])
         return FoundPrefix(pages[:usable], len(pages) * self._hasher.page_size if parts else 0)
+
+    def awaits(self, request: RequestState) -> bool:
+        """Tell whether others are computing so many pages behind those found that waiting pays."""
+        first, num_reusable = len(request.found), request.num_reusable_tokens
+        pending, last = self._pages.allocator.cache.pending, first + self._min_awaited
+        lacking = self._digests(request)[first:last]
+        return last <= num_reusable // self._hasher.page_size and all(
+            each in pending for each in lacking
+        )
 
     def begin(self, request: RequestState, found: FoundPrefix) -> None:
         num_tokens = len(found.pages) * self._hasher.page_size
         self._pages.share(request.req_index, found.pages)
         self.states.begin(request.req_index, found.pages, found.branch)
         self._table.begin_at(request.req_index, num_tokens)
+        request.found.clear()
+        if not self.states.are_kept:  # else pages alone are no hit, and nobody waits for them
+            pending = self._pages.allocator.cache.pending
+            pending.begin(request.req_index, self._digests(request)[len(found.pages) :])
         if request.num_prompt_cached is None:
             request.num_prompt_cached = min(num_tokens, request.num_prompt_tokens)
             self.num_queries += request.num_tokens
@@ -82,6 +101,7 @@ class SharedPrefixes:
         for req_index in req_indices[own >= size].tolist():
             if not pages.doubtful[req_index]:
                 self._cache_pages(req_index)
+                pages.allocator.cache.pending.end(req_index)
         self.states.attach(req_indices)
         self.states.donate(req_indices)
 
@@ -107,6 +127,12 @@ class SharedPrefixes:
         if self.states.are_kept and not self._table.num_cached_tokens[request.req_index]:
             self._pages.drop(request.req_index, 0)
             self.begin(request, self.find(request, num_again))
+
+    def _digests(self, request: RequestState) -> list[bytes]:
+        """Name all full pages of a request."""
+        for number in range(len(request.digests), self._hasher.num_pages(request.num_tokens)):
+            self._content(request, number)
+        return request.digests
 
     def _content(self, request: RequestState, number: int) -> bytes:
         content = self._hasher.content(request.tokens(*self._hasher.span(number)))

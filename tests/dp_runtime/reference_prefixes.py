@@ -36,12 +36,15 @@ class ReferencePrefixes:
         ends = range(self.page_size, len(tokens) + 1 - self.covers_next, self.page_size)
         return [(salt, tuple(tokens[: end + self.covers_next])) for end in ends]
 
+    def usable(self, request_id: int) -> list[Prefix]:
+        """Those that it could begin with: they leave a token to compute."""
+        _, tokens, reusable = self.tokens(request_id)
+        return self.named(request_id)[: min(len(tokens) - 1, reusable) // self.page_size]
+
     def found(self, request_id: int) -> list[Prefix]:
         """The longest cached beginning of a request that leaves a token to compute."""
-        _, tokens, reusable = self.tokens(request_id)
-        reusable = min(len(tokens) - 1, reusable)
         found: list[Prefix] = []
-        for prefix in self.named(request_id)[: reusable // self.page_size]:
+        for prefix in self.usable(request_id):
             if prefix not in self.cached:
                 break
             found.append(prefix)

@@ -32,6 +32,7 @@ class Request:
     sampled_from: int = NEVER  # tokens computed as its run gave it one more first
     trusted: bool = False  # and that step is committed
     prefixes: list[Prefix] = field(default_factory=list)  # of its first pages, which it shares
+    coming: list[Prefix] = field(default_factory=list)  # and of those that its prefill will share
 
     @property
     def needed(self) -> int:
@@ -105,16 +106,21 @@ class ReferenceScheduler:
         budget = budget if prefill_budget is None else min(budget, prefill_budget)
         for item in [item for item in ready if item.prefilling]:
             budget -= self.launch(item, budget, rows)
-        while (
-            admitting
-            and self.waiting
-            and budget
-            and len(self.running) < self.limits.max_num_requests
-            and self.num_held < self.limits.num_table_rows
-            and not self.waiting[0].launched
-            and self.fits(self.waiting[0])
-        ):
-            item = self.waiting.pop(0)
+        passed = 0
+        for item in [*self.waiting] if admitting else []:
+            if (
+                not budget
+                or len(self.running) + passed >= self.limits.max_num_requests
+                or self.num_held >= self.limits.num_table_rows
+                or item.launched
+            ):
+                break
+            if self.awaits(item):
+                passed += 1
+                continue
+            if not self.fits(item):
+                break
+            self.waiting.remove(item)
             item.running = True
             self.running.append(item)
             self.begin(item)
@@ -125,6 +131,15 @@ class ReferenceScheduler:
 
     def found(self, item: Request) -> list[Prefix]:
         return [] if self.prefixes is None else self.prefixes.found(item.request_id)
+
+    def awaits(self, item: Request) -> bool:
+        """Whether those that run will share enough of what this one lacks."""
+        if self.prefixes is None:
+            return False
+        coming = {prefix for other in self.requests.values() for prefix in other.coming}
+        lacking = self.prefixes.usable(item.request_id)[len(self.found(item)) :]
+        count = -(-self.limits.min_awaited_tokens // self.page_size)
+        return len(lacking) >= count and coming.issuperset(lacking[:count])
 
     def fits(self, item: Request) -> bool:
         found = self.found(item)
@@ -139,6 +154,7 @@ class ReferenceScheduler:
         item.trusted = False
         if self.prefixes is not None:
             self.prefixes.hold(item.prefixes)
+            item.coming = self.prefixes.named(item.request_id)[item.pages :]
             if not item.preempted:
                 self.prefixes.num_queries += item.known
                 self.prefixes.num_hits += item.computed
@@ -161,7 +177,7 @@ class ReferenceScheduler:
         if self.prefixes is not None and item.trusted:
             full = self.prefixes.named(item.request_id)[: item.committed // self.page_size]
             self.prefixes.hold(full[len(item.prefixes) :])
-            item.prefixes = full
+            item.prefixes, item.coming = full, []
 
     def end(self, request_id: int) -> None:
         self.leave(self.requests[request_id])
@@ -218,7 +234,7 @@ class ReferenceScheduler:
         for item in self.leaving[:]:
             if not item.launched:
                 self.leaving.remove(item)
-                left, item.prefixes, item.pages = item.prefixes, [], 0
+                left, item.prefixes, item.coming, item.pages = item.prefixes, [], [], 0
                 item.sampled_from = NEVER
                 if self.prefixes is not None:
                     held = {prefix for each in self.requests.values() for prefix in each.prefixes}

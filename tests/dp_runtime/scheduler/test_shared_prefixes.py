@@ -40,9 +40,14 @@ class SharingDriver(Driver):
     """
 
     def __init__(
-        self, num_pages: int, tokens: int = 16, depth: int = 0, hasher: PageHasher | None = None
+        self,
+        num_pages: int,
+        tokens: int = 16,
+        depth: int = 0,
+        hasher: PageHasher | None = None,
+        min_awaited_tokens: int = PAGE,
     ) -> None:
-        limits = Limits(6, tokens, MODEL_LEN)
+        limits = Limits(6, tokens, MODEL_LEN, min_awaited_tokens=min_awaited_tokens)
         named = hasher or PageHasher(PAGE, "a model")
         super().__init__(Scheduler(PageGeometry(num_pages, PAGE), limits, (), named), depth)
         self.model = ReferencePrefixes(PAGE, self.known)
@@ -142,11 +147,13 @@ actions = st.lists(
 
 
 @settings(deadline=None, max_examples=150)
-@given(actions, st.integers(11, 40), st.integers(1, 40), st.integers(0, 1))
+@given(
+    actions, st.integers(11, 40), st.integers(1, 40), st.integers(0, 1), st.sampled_from([1, 7, 99])
+)
 def test_pages_are_shared_as_a_plain_model_says(
-    todo: list[tuple[str, Any, int, int]], num_pages: int, tokens: int, depth: int
+    todo: list[tuple[str, Any, int, int]], num_pages: int, tokens: int, depth: int, awaited: int
 ) -> None:
-    driver = SharingDriver(num_pages, tokens, depth)
+    driver = SharingDriver(num_pages, tokens, depth, min_awaited_tokens=awaited)
     play(driver, todo)
     driver.drain()
     assert driver.scheduler.num_free_pages == num_pages - 1
@@ -262,16 +269,6 @@ def test_prompt_logprobs_are_computed_and_those_who_ask_leave_their_pages() -> N
     prompt = prompt_of(0, 12)
     scoring = [request(number, prompt, 2, prompt_logprobs=1) for number in (0, 1)]
     assert run(driver, *scoring, request(2, prompt, 2)) == [0, 0, 8]
-
-
-def test_alike_requests_that_run_together_end_with_one_copy() -> None:
-    driver = SharingDriver(40, tokens=40)
-    prompt = prompt_of(0, 12)
-    for number in (1000, 1001, 1002):
-        driver.add(request(number, prompt, 9))
-    driver.step()
-    assert driver.scheduler.num_free_pages == 39 - 3 - 0, "three pages, computed three times"
-    driver.drain()
 
 
 def test_a_preempted_request_finds_its_own_pages() -> None:
