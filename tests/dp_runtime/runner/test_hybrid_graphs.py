@@ -27,8 +27,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("num_drafts", "fields", "interprets"),
     [
-        (0, {}, False),
-        (3, {}, False),
+        pytest.param(0, {}, False, marks=pytest.mark.slow),
+        pytest.param(3, {}, False, marks=pytest.mark.slow),
         (2, {"overlap": False, "speculative_adaptive": True}, False),
         pytest.param(0, {}, True, marks=pytest.mark.slow),
         pytest.param(3, {}, True, marks=pytest.mark.slow),

@@ -55,8 +55,7 @@ def test_a_second_chunk_leaves_a_state_too() -> None:
     assert_request(net, rows[slice(0, 128)], outputs[:128], caches, 2)
 
 
-@pytest.mark.parametrize("length", [1, 9, 70])
-@pytest.mark.parametrize("accepted", [0, 1, 3])
+@pytest.mark.parametrize(("length", "accepted"), [(1, 0), (9, 3), (70, 1)])
 def test_a_chunk_goes_on_from_a_copied_state_and_some_of_its_drafts(
     length: int, accepted: int
 ) -> None:
