@@ -123,6 +123,8 @@ def _mix(
     shape: GatedDeltaNetShape, max_drafts: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Run a prompt and a decode of the null slot: the kernels are compiled, and write no state."""
+    from dp_runtime.kernels.slot_copy import copy_slots, slot_table
+
     lengths, heads = np.array([MAX_STEPPED + 1, 1], np.int32), shape.num_v_heads
     no_weight = Linear(torch.zeros(0, 0, dtype=dtype, device=device), None)
     zeros = partial(torch.zeros, device=device)
@@ -148,3 +150,4 @@ def _mix(
             tracks=tracks,
         )
         net.mix(zeros(int(lengths.sum()), shape.projected_size, dtype=dtype), sequences)
+    copy_slots(*slot_table(list(net.state)), zeros(1, 2, dtype=torch.int64))

@@ -15,6 +15,7 @@ from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.core.request import RoutingShape
 from dp_runtime.kernels import experts as triton_experts
 from dp_runtime.kernels import moe_router as triton_router
+from dp_runtime.kernels.slot_copy import slot_table
 from dp_runtime.layers.experts import Experts, aligned
 from dp_runtime.layers.linear import Linear
 from dp_runtime.layers.moe import RankSharding
@@ -24,6 +25,8 @@ from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.runner.recurrent_inputs import RecurrentInputs
+from dp_runtime.runner.state_copies import StateCopies
+from dp_runtime.scheduler.scheduler_output import StateCopy, StateMoves
 from dp_runtime.startup.jit_modules import delta_net_jit_module, moe_jit_modules
 from dp_runtime.weights.fp8_blocks import ExpertScales
 from tests.dp_runtime.layers.test_gated_delta_net import SMALL, drafts_of, net, sequences
@@ -110,8 +113,9 @@ def test_every_number_of_rows_finds_its_kernels_built(
 
 
 DELTA_KERNELS = {
-    "convolution": ["_convolve_kernel"], "recurrent": ["_step_kernel"],
-    "chunked": ["_solve_kernel", "_state_kernel"], "gated_norm": ["_gated_rms_norm_kernel"],
+    "gated_delta.convolution": ["_convolve_kernel"], "gated_delta.recurrent": ["_step_kernel"],
+    "gated_delta.chunked": ["_solve_kernel", "_state_kernel"],
+    "gated_delta.gated_norm": ["_gated_rms_norm_kernel"], "slot_copy": ["_copy_kernel"],
 }  # fmt: skip
 
 
@@ -123,10 +127,10 @@ def test_no_pass_of_gated_delta_nets_wants_another_kernel(
     for module, names in DELTA_KERNELS.items():
         for name in names:
             found.append(Recorder())
-            monkeypatch.setattr(f"dp_runtime.kernels.gated_delta.{module}.{name}", found[-1])
+            monkeypatch.setattr(f"dp_runtime.kernels.{module}.{name}", found[-1])
     delta_net_jit_module(SMALL, max_drafts, HALF, CPU).build()
     before = [set(kernel.compiled) for kernel in found]
-    assert [len(kinds) for kinds in before] == [2, 1, 1, 2, 1], "with tracks or without"
+    assert [len(kinds) for kinds in before] == [2, 1, 1, 2, 1, 1], "with tracks or without"
     layer = replace(net(SMALL, 9, HALF, max_drafts), in_kernels=True)
     for lengths in ([700, 1, 65, 4], [3] * 8, [9], [1]):
         none = [0] * len(lengths)
@@ -140,4 +144,7 @@ def test_no_pass_of_gated_delta_nets_wants_another_kernel(
         ends = torch.arange(0, 9 * length, length, dtype=torch.int32)
         of = RecurrentInputs(words, accepted).sequences(ends, length)
         layer(torch.zeros(8 * length, SMALL.hidden_size, dtype=HALF), of)
+    copies = StateCopies([layer.state], accepted, CPU)
+    copies._table = slot_table(list(layer.state))  # as on a GPU
+    copies.before(StateMoves(donated=(StateCopy(1, 2, 0), StateCopy(3, 4, 0))))
     assert [kernel.compiled for kernel in found] == before
