@@ -71,6 +71,7 @@ class KvEventPublisher:
 
     def _bound(self, kind: int, field: str, endpoint: str | None) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
+        socket.sndhwm = MAX_REPLAYED + 1  # a replay with its end: ZeroMQ drops what is beyond
         try:
             socket.bind(endpoint or "")
         except zmq.ZMQError as error:

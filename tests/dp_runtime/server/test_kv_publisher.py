@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
+from time import sleep
 from typing import Any
 
 import msgpack
@@ -17,7 +18,7 @@ from dp_runtime.core.rank_events.kv_events import (
     KvEventBatch,
 )
 from dp_runtime.server.config import ServerConfig
-from dp_runtime.server.kv_publisher import KvEventPublisher
+from dp_runtime.server.kv_publisher import MAX_REPLAYED, KvEventPublisher
 
 STORED = BlockStored((b"a" * 16,), None, (5, 6, 7, 8), 4)
 NEXT = BlockStored((b"b" * 16,), b"a" * 16, (9, 9, 9, 9), 4)
@@ -105,6 +106,17 @@ def test_subscribers_get_numbered_batches_and_replays(published: Published) -> N
     assert every[0][1] == WRITTEN[0]
     assert published.replayed(last) == [(last, WRITTEN[1])]
     assert published.replayed(last + 1) == []
+
+
+def test_the_longest_replay_is_whole(published: Published) -> None:
+    """ZeroMQ keeps 1,000 messages for a socket by itself, and drops others without a word."""
+    for _ in range(MAX_REPLAYED + 5):
+        published.waiting.put(BATCHES[0])
+    while not published.waiting.empty():
+        sleep(0.01)
+    numbers = [each for each, _ in published.replayed(0)]
+    assert len(numbers) == MAX_REPLAYED
+    assert numbers == [*range(numbers[0], numbers[0] + MAX_REPLAYED)]
 
 
 @pytest.mark.parametrize("field", ["kv_events_endpoint", "kv_events_replay_endpoint"])
