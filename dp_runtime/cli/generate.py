@@ -32,7 +32,7 @@ SAMPLING_FLAGS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "bad_words",
     "allowed_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
-    "truncate_prompt_tokens", "priority", "timeout_s",
+    "truncate_prompt_tokens", "priority", "timeout_s", "cache_salt",
 )  # fmt: skip
 
 

@@ -102,8 +102,9 @@ class SharedPrefixes:
             if not pages.doubtful[req_index]:
                 self._cache_pages(req_index)
                 pages.allocator.cache.pending.end(req_index)
-        self.states.attach(req_indices)
-        self.states.donate(req_indices)
+        if self.states.are_kept:
+            self.states.attach(req_indices)
+            self.states.donate(req_indices)
 
     def _cache_pages(self, req_index: int) -> None:
         request = self._table.request(req_index)

@@ -78,6 +78,7 @@ COLUMNS = (
     Column("wait\n%", "wait\n% of step", lambda row: percent(row.wait_share)),
     Column("for\nrank", "waits most\nfor rank", _waits_for),
     Column("KV\n%", "KV pages\n% in use", lambda row: percent(row.kv_share)),
+    Column("hit\n%", "cached\n% of prefixes", lambda row: percent(row.hit_share)),
     Column("pre-\nempt", "preempted\nrequests", lambda row: count(row.preemptions)),
     Column("pad\n%", "padding\n% of rows", lambda row: percent(row.padding_share)),
     Column("acc.\nlen", "accepted\ndrafts", lambda row: mean(row.accepted)),

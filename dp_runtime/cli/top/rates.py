@@ -60,6 +60,7 @@ class RankRow:
     wait_share: float | None  # of a step
     waits_for: str | None  # the rank that was the slowest for most of the wait
     kv_share: float
+    hit_share: float | None  # of the tokens of requests that began, found in the prefix cache
     preemptions: float  # since its start
     padding_share: float | None
     accepted: float | None  # drafts of a verification
@@ -86,6 +87,7 @@ class RankRow:
             wait_share=ratio(waited, rise("step_seconds_sum")),
             waits_for=largest(waits),
             kv_share=now("kv_usage_ratio"),
+            hit_share=ratio(rise("prefix_cache_hits_total"), rise("prefix_cache_queries_total")),
             preemptions=now("preemptions_total"),
             padding_share=None if real is None else 1 - real,
             accepted=ratio(rise("drafts_accepted_total"), rise("verifications_total")),

@@ -12,6 +12,7 @@ import pytest
 
 import dp_runtime.cli
 from dp_runtime.cli.flags import add_flags, given_fields
+from dp_runtime.cli.generate import SAMPLING_FLAGS
 from dp_runtime.cli.model_choice import config_from
 from dp_runtime.cli.settings_page import settings_page
 from dp_runtime.config import EngineConfig
@@ -24,6 +25,13 @@ ROOT = Path(__file__).parents[3]
 def test_docs_settings_md_is_current() -> None:
     shown = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert shown == settings_page(), "python -m dp_runtime.cli.settings_page > docs/settings.md"
+
+
+def test_a_salt_of_the_prefix_cache_is_a_flag_of_generate() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, SamplingParams, SAMPLING_FLAGS)
+    options = parser.parse_args(["--cache-salt", "mine"])
+    assert given_fields(options, SamplingParams) == {"cache_salt": "mine"}
 
 
 def test_every_field_of_the_config_is_described_and_a_flag() -> None:

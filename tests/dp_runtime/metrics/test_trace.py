@@ -6,7 +6,7 @@ from dp_runtime.core.request import FinishReason
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.totals import Recorder, Totals
-from dp_runtime.metrics.trace import PassTrace, StepTrace
+from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
 
 
 def step(rank: int, step_id: int, real: tuple[int, ...], gathered: tuple[int, ...]) -> StepTrace:
@@ -48,6 +48,15 @@ def test_the_report_follows_its_definitions() -> None:
     assert report.busy_s[0] == pytest.approx(2 * (0.01 + 0.02 + 0.03 + 0.3 + 0.04 + 0.05))
     assert report.wait_s[0] == pytest.approx(2 * (0.2 + 0.06))
     assert "padding_waste 0.385" in str(report)
+
+
+def test_the_report_tells_what_was_found_in_prefix_caches() -> None:
+    counts = PrefixCounts(200, 50, evictions=3), PrefixCounts(100, 100, evictions=1)
+    totals = [Totals(rank, prefixes=each) for rank, each in enumerate(counts)]
+    text = str(Report.from_totals(totals, [], elapsed_s=0.0))
+    found = "tokens found in the prefix cache 150 of 300   share by rank  0.250  1.000"
+    assert f"{found}   pages evicted 4" in text.splitlines()
+    assert "prefix" not in str(Report.from_totals([Totals(0)], [], elapsed_s=0.0))
 
 
 def test_no_step_no_waste() -> None:

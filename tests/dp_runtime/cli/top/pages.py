@@ -13,7 +13,7 @@ from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.metrics.totals import Totals
-from dp_runtime.metrics.trace import PassTrace, StepTrace
+from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
 
 DP_SIZE = 2
 
@@ -29,6 +29,7 @@ def rank_after(dp_rank: int, steps: int, answered: bool = True) -> RankSnapshot:
             prepare_s=0.001, sample_s=0.001, commit_s=0.002, passes=(one,),
             output_tokens=2 + dp_rank, prompt_tokens=1, num_preemptions=dp_rank * 4,
             num_drafts=2, accepted=(1, 0, 1),
+            prefixes=PrefixCounts(queries=100 + 8 * number, hits=50 + 3 * number),
         )  # fmt: skip
         totals.add(step)
         totals.add_wait(1, wait_s)

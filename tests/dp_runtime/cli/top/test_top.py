@@ -33,11 +33,12 @@ def test_the_table_fits_its_terminal_and_has_titles_and_units(width: int) -> Non
     assert len(lines) == 5 + 2 + 2, "nothing is wrapped"
     assert max(map(len, lines)) <= width
     titles, units = lines[5].split(), lines[6].split()
-    assert {"rank", "state", "output", "wait", "KV"} <= set(titles)
+    hits = "hit" if width == 80 else "cached"
+    assert {"rank", "state", "output", "wait", "KV", hits} <= set(titles)
     assert {"ms", "%", "rank"} <= set(units)
     cells = lines[7].split()
     assert cells[:4] == ["0", "running", "3", "0"]
-    assert cells[4:9] == ["8,000", "20.0", "25", "1", "25"]
+    assert cells[4:10] == ["8,000", "20.0", "25", "1", "25", "38"]
 
 
 def test_warm_standbys_are_told() -> None:
