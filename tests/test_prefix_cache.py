@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dp_runtime import Engine, RequestOutput, SamplingParams
-from dp_runtime.core.request import Prompt
+from dp_runtime.core.request import Prompt, TokensPrompt
 from dp_runtime.runner.step_loop import StepLoop
 from tests.product_cases import random_prompt
 from tests.serving import check_pages_free, loops_of, pools_of
@@ -120,6 +121,41 @@ def test_tokens_are_those_without_the_cache(kind: str, drafted_of: DraftedOf) ->
     if "num_pages" in fields:
         assert sum(one.evictions for one in counts) > 0
         assert report.preemptions > 0
+
+
+def test_embeddings_are_found_where_they_are_the_same(drafted_of: DraftedOf) -> None:
+    ids, values = random_prompt(30, "embedded"), np.ones((3, 64), np.float32)
+    others = values * np.array([[1.0], [1.0], [-1.0]], np.float32)
+    embedded = [TokensPrompt(ids, each, (2, 9, 17)) for each in (values, values, others)]
+    prompts: list[Prompt] = [ids, *embedded]
+    fields: dict[str, Any] = {"page_size": 8, "dp_size": 1}
+    with engine_of(drafted_of("mtp"), 0, prefix_caching=False, **fields) as engine:
+        expected = [engine.generate([prompt], GREEDY)[0] for prompt in prompts]
+    with watched(engine_of(drafted_of("mtp"), 0, **fields)) as engine:
+        outputs = [engine.generate([prompt], GREEDY)[0] for prompt in prompts]
+    check_alike(outputs, expected)
+    assert [one.num_cached_tokens for one in outputs] == [0, 0, 24, 16]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_samples_of_a_prompt_compute_it_once(drafted_of: DraftedOf, overlap: bool) -> None:
+    prompt, params = random_prompt(290, "samples"), replace(GREEDY, max_tokens=3)
+    limits = {"max_model_len": 300, "max_num_requests": 8, "max_num_tokens": 2048}
+    fields = {"page_size": 8, "dp_size": 1, "overlap": overlap} | limits
+    with watched(engine_of(drafted_of("mtp"), 0, **fields)) as engine:
+        outputs = engine.generate([prompt] * 8, params)
+    assert len({one.token_ids for one in outputs}) == 1
+    assert sorted(one.num_cached_tokens for one in outputs) == [0] + [288] * 7
+
+
+def test_pages_of_eight_bits_are_shared_like_others(drafted_of: DraftedOf) -> None:
+    fields: dict[str, Any] = {"page_size": 4, "dp_size": 1, "kv_cache_dtype": "fp8_e4m3"}
+    with engine_of(drafted_of("mtp"), 0, prefix_caching=False, **fields) as engine:
+        expected = converse(engine)
+    with engine_of(drafted_of("mtp"), 0, **fields) as engine:
+        outputs = converse(engine)
+        assert sum(one.hits for one in engine.report().prefixes) > 100
+    assert [one.token_ids for one in outputs] == [one.token_ids for one in expected]
 
 
 def drafts_of(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
