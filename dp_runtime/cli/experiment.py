@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dp_runtime.cli.model_choice import DEMO_RANKS, TINY_MODEL
 from dp_runtime.cli.output import print_line
-from dp_runtime.experiments import Experiment, run_experiment
+from dp_runtime.experiments import Experiment, run_experiment, write_report
 from dp_runtime.experiments.point import Point
 from dp_runtime.experiments.results.report import results_table
 
@@ -38,6 +38,8 @@ def experiment(options: argparse.Namespace) -> int:
         raise
     print_line(results_table(directory))
     print_line(f"{outcome.runs - outcome.failed} runs, {outcome.failed} failed: {directory}")
+    if outcome.failed < outcome.runs:
+        print_line(f"report: {write_report(directory)}")
     return 1 if outcome.failed else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dp_runtime.metrics.status import RankHealth
@@ -58,7 +58,7 @@ class _StepEvents:
         args: Event = {"step": step.step_id, "epoch": step.epoch}
         scheduled = step.start_s + step.schedule_s
         agreed = scheduled + step.agree_s + step.agree_wait_s
-        yield self._slice("schedule", step.start_s, scheduled, args)
+        yield self._slice("schedule", step.start_s, scheduled, args | {"position": step.index})
         yield self._slice("agree", scheduled, agreed, args)
         yield from self._wait("wait for records", agreed, step.agree_wait_s)
         if step.num_images:
@@ -67,18 +67,24 @@ class _StepEvents:
         for one in step.passes:
             yield from self._pass(one, args)
         yield self._slice("sample", step.sample_start_s, step.sample_start_s + step.sample_s, args)
-        tokens = {"output tokens": step.output_tokens, "prompt tokens": step.prompt_tokens}
+        done = {
+            "output tokens": step.output_tokens, "prompt tokens": step.prompt_tokens,
+            "preemptions": step.num_preemptions, "prefixes": asdict(step.prefixes),
+        }  # fmt: skip
         if step.num_drafts:
             args = args | {"verifications by accepted drafts": step.accepted}
         committed = step.commit_start_s + step.commit_s
-        yield self._slice("commit", step.commit_start_s, committed, args | tokens)
+        yield self._slice("commit", step.commit_start_s, committed, args | done)
 
     def _pass(self, one: PassTrace, args: Event) -> Iterator[Event]:
         rank, end_s = self.step.dp_rank, one.start_s + one.forward_s
         if one.prepare_s:
             begun = one.start_s - one.prepare_s
             yield self._slice(f"prepare {one.pass_kind}", begun, one.start_s, args)
-        rows = {"real rows": one.real_rows, "gathered rows": one.gathered_rows}
+        rows = {
+            "real rows": one.real_rows, "gathered rows": one.gathered_rows,
+            "wire rows": one.wire_rows,
+        }  # fmt: skip
         yield self._slice(f"{one.pass_kind} ({one.mode})", one.start_s, end_s, args | rows)
         # When in the pass it waited is not known, only for how long in all.
         yield from self._wait("wait in collectives", end_s, one.wait_s)
