@@ -170,6 +170,8 @@ def test_ctrl_c_leaves_a_directory_that_goes_on(
     assert len(rows_of(tmp_path / "out")) == 1
     assert main([*arguments, "--resume"]) == 0
     assert len(rows_of(tmp_path / "out")) == 2
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert report.count('class="run"') == 2, "one for each point"
     assert len({run.name for run in served}) == len(served) == 2
 
 
