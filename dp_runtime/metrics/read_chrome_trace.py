@@ -50,6 +50,7 @@ def _by_step(events: Sequence[Event]) -> Iterator[list[Event]]:
 def _step(events: Sequence[Event]) -> StepTrace:
     named = {event["name"]: event for event in events}
     schedule, sample, commit = named["schedule"], named["sample"], named["commit"]
+    encode = named.get("encode")
     done, passes = commit["args"], tuple(_passes(events))
     agree_wait_s = _seconds(named.get("wait for records"))
     accepted = tuple(done.get("verifications by accepted drafts", ()))
@@ -74,6 +75,8 @@ def _step(events: Sequence[Event]) -> StepTrace:
         sample_start_s=sample["ts"] / 1e6,
         prefixes=PrefixCounts(**done["prefixes"]),
         commit_start_s=commit["ts"] / 1e6,
+        encode_s=_seconds(encode),
+        num_images=0 if encode is None else encode["args"]["images"],
     )
 
 

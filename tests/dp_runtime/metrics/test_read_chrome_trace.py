@@ -14,7 +14,7 @@ from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.metrics.trace import PassTrace, StepTrace
 from tests.dp_runtime.experiments.report.runs import make_steps
 
-SECONDS = ("schedule_s", "agree_s", "agree_wait_s", "prepare_s", "sample_s", "commit_s")
+SECONDS = ("schedule_s", "agree_s", "agree_wait_s", "prepare_s", "sample_s", "commit_s", "encode_s")
 PASS_SECONDS = ("forward_s", "wait_s", "prepare_s")
 
 
@@ -33,7 +33,9 @@ def test_steps_are_read_again(tmp_path: Path) -> None:
     steps = make_steps(6)
     draft = PassTrace("draft (2)", (1, 2), (2, 2), 3, 0.0001, 0.0, "graph", steps[3].start_s)
     waiting = replace(steps[3], agree_wait_s=0.001, passes=(draft, *steps[3].passes), position=1)
-    steps[3] = replace(waiting, num_drafts=0, accepted=(), num_preemptions=3)
+    steps[3] = replace(
+        waiting, num_drafts=0, accepted=(), num_preemptions=3, num_images=2, encode_s=0.01
+    )
     ranks = [RankHealth(rank, RankState.IDLE, pid=9, host="a") for rank in (0, 1)]
     text = "".join(chrome_trace(steps, ranks))
     (tmp_path / "trace.json").write_text(text, encoding="utf-8")
