@@ -13,7 +13,7 @@ from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStream, deliver_in_loops
 from dp_runtime.engine.core import EngineCore
-from dp_runtime.engine.inputs import NewRequest, checked_requests
+from dp_runtime.engine.inputs import NewRequest, checked_requests, checked_seconds
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.snapshot import RankSnapshot
@@ -140,12 +140,14 @@ class AsyncEngine:
         return await asyncio.to_thread(self._core.metrics, timeout_s)
 
     async def kv_events(self, timeout_s: float = 0.0) -> tuple[KvEventBatch, ...]:
-        """As `Engine.kv_events`."""
-        return await asyncio.to_thread(self.kv_events_now, timeout_s)
+        """As `Engine.kv_events`; who is cancelled leaves the changes to the next call."""
+        seconds = checked_seconds("timeout_s", timeout_s)
+        await asyncio.to_thread(self._core.kv_events.wait, seconds)
+        return self._core.kv_events.take(0.0)
 
     def kv_events_now(self, timeout_s: float) -> tuple[KvEventBatch, ...]:
         """As `Engine.kv_events`, in a thread that may wait."""
-        return self._core.kv_events(timeout_s)
+        return self._core.kv_events.take(checked_seconds("timeout_s", timeout_s))
 
     async def health(self, timeout_s: float = 5.0) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""

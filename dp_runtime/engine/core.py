@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership, Transition
-from dp_runtime.core.rank_events.kv_events import KvEvent, KvEventBatch
+from dp_runtime.core.rank_events.kv_events import KvEvent
 from dp_runtime.core.rank_events.listeners import Listeners, Resume
 from dp_runtime.core.request import FinishReason, RequestUpdate
 from dp_runtime.engine.deadlines import Deadlines
@@ -81,7 +81,7 @@ class EngineCore:
         self._relocation = Relocation(
             self._group, self._admission, self._outputs, self._sending, self._metrics.of
         )
-        self._kv_events = KvEventFeed(config.kv_events)
+        self.kv_events = KvEventFeed(config.kv_events)
         progress, failure = weakly(self._on_updates), weakly(self._on_failure)
         change, load = weakly(self._on_transition), weakly(self._relocation.report)
         self._group.listen(Listeners(progress, failure, change, load, weakly(self._on_kv_events)))
@@ -203,9 +203,6 @@ class EngineCore:
             raise fresh(self._closed)
         return self._metrics.snapshots(checked_seconds("timeout_s", timeout_s))
 
-    def kv_events(self, timeout_s: float) -> tuple[KvEventBatch, ...]:
-        return self._kv_events.take(checked_seconds("timeout_s", timeout_s))
-
     def flight_record(self) -> FlightDump:
         if isinstance(self._closed, EngineClosed):
             raise fresh(self._closed)
@@ -241,7 +238,7 @@ class EngineCore:
 
     def _on_kv_events(self, dp_rank: int, events: Sequence[KvEvent]) -> None:
         self._admission.cached(dp_rank, events)
-        self._kv_events.add(dp_rank, events)
+        self.kv_events.add(dp_rank, events)
 
     def _on_due(self, reasons: Mapping[int, FinishReason]) -> None:
         """End requests at once with what they have, whether their ranks answer or not.
@@ -277,7 +274,7 @@ class EngineCore:
 
         Returns how many losses, this one included, were put down to a request.
         """
-        self._kv_events.clear(transition.gone)
+        self.kv_events.clear(transition.gone)
         ended, num_again, num_blamed = self._relocation.replay(transition, resume)
         if num_again or ended:
             text = "requests of ranks that serve no more: %d go on, %d have ended"
@@ -294,7 +291,7 @@ class EngineCore:
             self._closed = error
         self._deadlines.close()
         self._admission.close(error)
-        self._kv_events.close(error)
+        self.kv_events.close(error)
         deliveries = self._outputs.fail_all(error)
         self._count_ended(deliveries)
         self._deliver(deliveries)

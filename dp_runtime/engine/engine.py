@@ -10,7 +10,7 @@ from dp_runtime.core.rank_events.kv_events import KvEventBatch
 from dp_runtime.core.request import Prompt, RequestOutput
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.core import EngineCore
-from dp_runtime.engine.inputs import NewRequest, checked_flag
+from dp_runtime.engine.inputs import NewRequest, checked_flag, checked_seconds
 from dp_runtime.engine.output_processor import deliver_here
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
@@ -136,7 +136,7 @@ class Engine:
 
         ValueError without `EngineConfig.kv_events`.
         """
-        return self._core.kv_events(timeout_s)
+        return self._core.kv_events.take(checked_seconds("timeout_s", timeout_s))
 
     def health(self, timeout_s: float = 5.0) -> tuple[RankHealth, ...]:
         """Return the state of every rank; also after a failure, until the engine is closed."""

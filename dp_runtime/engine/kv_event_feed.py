@@ -41,11 +41,16 @@ class KvEventFeed:
             self._error = error
             self._changed.notify_all()
 
-    def take(self, timeout_s: float) -> tuple[KvEventBatch, ...]:
-        """Return a batch for each rank with changes, and none after so long without any."""
+    def wait(self, timeout_s: float) -> None:
+        """Return when there are changes, at the end, or after so long."""
         require(self._is_on, "kv_events", self._is_on, "True, for ranks to tell of their caches")
         with self._changed:
             self._changed.wait_for(lambda: self._error or any(self._ranks.values()), timeout_s)
+
+    def take(self, timeout_s: float) -> tuple[KvEventBatch, ...]:
+        """Return a batch for each rank with changes, and none after so long without any."""
+        self.wait(timeout_s)
+        with self._changed:
             if self._error is not None:
                 raise fresh(self._error)
             now = time()

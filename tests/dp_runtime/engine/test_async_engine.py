@@ -13,6 +13,7 @@ import pytest
 
 from dp_runtime import AsyncEngine, Engine, EngineConfig, FinishReason, SamplingParams
 from dp_runtime.cli.model_choice import TINY_MODEL
+from dp_runtime.core.rank_events.kv_events import BlockStored
 from dp_runtime.core.request import Prompt, RequestUpdate
 from dp_runtime.engine.async_handle import AsyncRequestHandle
 from dp_runtime.errors import EngineClosed, EngineOverloaded, RankFailed
@@ -222,6 +223,18 @@ def test_one_poll_wakes_the_loop_once() -> None:
         assert [delta.token_ids for delta in deltas if delta] == [(9,)] * 50
 
     with_fake(poll)
+
+
+def test_kv_events_wait_for_the_next_call_where_one_is_cancelled() -> None:
+    async def cancel(engine: AsyncEngine, group: FakeGroup) -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.kv_events(timeout_s=30), 0.05)
+        group.on_kv_events(0, [BlockStored((b"1",), None, (1, 2), 2)])
+        await asyncio.sleep(0.05)  # for the thread of the first call, which waits on
+        (batch,) = await engine.kv_events(timeout_s=30)
+        assert batch.data_parallel_rank == 0
+
+    with_fake(cancel, kv_events=True)
 
 
 @pytest.mark.parametrize("cause", ["a lost rank", "close"])
