@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from dp_runtime import ImagePrompt, RequestOutput
@@ -26,6 +27,17 @@ def picture(rows: int, columns: int, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng((seed, rows, columns))
     pixels = rng.integers(0, 256, (SIDE * rows, SIDE * columns, 3), np.uint8)
     return Image.fromarray(pixels)
+
+
+def tokenizer_of_letters() -> Tokenizer:
+    """Letters from 1 on, and the tokens around and for an image."""
+    places = {"<start>": 188, "<end>": 189, "<image>": IMAGE_TOKEN}
+    vocabulary = {letter: at for at, letter in enumerate("_abcdefghijklmnopqrstuvwxyz")}
+    tokenizer = Tokenizer(models.BPE(vocabulary | places, []))
+    tokenizer.add_special_tokens(list(places))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("_", "never")
+    tokenizer.decoder = decoders.Metaspace("_", "never")
+    return tokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dp_runtime import AsyncEngine, Engine, EngineConfig, ImagePrompt, SamplingParams
 from dp_runtime.cli.main import main
@@ -28,7 +27,7 @@ from tests.hybrid_checkpoints import (
     agree_in_part,
     hybrid_checkpoint,
 )
-from tests.image_checkpoints import ImageReference, Pictured, picture
+from tests.image_checkpoints import ImageReference, Pictured, picture, tokenizer_of_letters
 from tests.product_cases import random_prompt
 from tests.serving import check_pages_free, loops_of
 from tests.traces import check_trace
@@ -71,17 +70,6 @@ def attending(tmp_path_factory: pytest.TempPathFactory) -> ImageReference:
     layers: Fields = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
     path = hybrid_checkpoint(tmp_path_factory.mktemp("attending"), VISION, **layers)
     return ImageReference(agree_in_part(add_mtp(path)))
-
-
-def tokenizer_of_letters() -> Tokenizer:
-    """Letters from 1 on, and the tokens around and for an image."""
-    places = {"<start>": 188, "<end>": 189, "<image>": IMAGE_TOKEN}
-    vocabulary = {letter: at for at, letter in enumerate("_abcdefghijklmnopqrstuvwxyz")}
-    tokenizer = Tokenizer(models.BPE(vocabulary | places, []))
-    tokenizer.add_special_tokens(list(places))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("_", "never")
-    tokenizer.decoder = decoders.Metaspace("_", "never")
-    return tokenizer
 
 
 def engine_of(path: Path, **fields: Any) -> Engine:

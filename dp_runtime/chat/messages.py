@@ -13,23 +13,35 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_ENTRIES = 4096  # of any list: templates may loop over messages within a loop over messages
 _READ = {"role", "content", "name", "tool_call_id", "tool_calls", "reasoning", "reasoning_content"}
 _UNUSED = {"refusal", "annotations", "audio", "function_call"}  # clients send answers back
+_DETAILS = ("auto", "low", "high")
 _CALLS_FUNCTION = {"type": "function"}
+
+
+@dataclass(frozen=True)
+class ImageUrl:
+    field: str  # the part that has it
+    url: str
 
 
 @dataclass(frozen=True)
 class Message:
     role: str
-    texts: tuple[str, ...]  # one for each part
+    parts: tuple[str | ImageUrl, ...]  # texts and images
     more: Mapping[str, Any]  # what else templates read: name, tool_call_id, tool_calls, reasoning
 
     @property
     def text(self) -> str:
-        return "\n".join(self.texts)
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[ImageUrl, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ImageUrl))
 
     def for_template(self, in_parts: bool) -> dict[str, Any]:
-        """The message as templates read it, its content as a list of parts or as one text."""
-        parts = [{"type": "text", "text": text} for text in self.texts]
-        return {"role": self.role, "content": parts if in_parts else self.text, **self.more}
+        """The message as templates read it: one text, or a list of parts where it has images."""
+        in_parts = in_parts or len(self.images) > 0
+        content = list(map(_shown, self.parts)) if in_parts else self.text
+        return {"role": self.role, "content": content, **self.more}
 
 
 def read_messages(given: object, ignore_unknown: bool = False) -> tuple[Message, ...]:
@@ -71,26 +83,41 @@ def _message(field: str, given: object, ignore_unknown: bool) -> Message:
     content = message.get("content")
     if content is None:
         require(role == "assistant", f"{field}.content", None, "a text or a list of parts")
-    texts = () if content is None else _texts(f"{field}.content", content)
-    return Message(str(role), texts, _more(field, message))
+    parts = () if content is None else _parts(f"{field}.content", content)
+    return Message(str(role), parts, _more(field, message))
 
 
-def _texts(field: str, given: object) -> tuple[str, ...]:
+def _parts(field: str, given: object) -> tuple[str | ImageUrl, ...]:
     if isinstance(given, str):
         return (given,)
     parts = read_list(field, given)
-    return tuple(_part_text(f"{field}[{index}]", part) for index, part in enumerate(parts))
+    return tuple(_part(f"{field}[{index}]", part) for index, part in enumerate(parts))
 
 
-def _part_text(field: str, given: object) -> str:
+def _part(field: str, given: object) -> str | ImageUrl:
     match read_object(field, given):
         case {"type": "text", "text": str(text)} | {"type": "refusal", "refusal": str(text)}:
             return text
         case {"type": "text"}:
             raise not_allowed(f"{field}.text", None, "a text")
+        case {"type": "image_url", **more}:
+            return _image_url(field, more.get("image_url"))
         case {"type": str(kind)}:
-            raise ValueError(f"{field}: {kind[:40]} is not supported: this server serves text only")
+            known = "parts are text, and image_url where the model reads images"
+            raise ValueError(f"{field}: {kind[:40]!r} is not supported: {known}")
     raise not_allowed(field, given, 'an object with a type, as {"type": "text", "text": "..."}')
+
+
+def _image_url(field: str, given: object) -> ImageUrl:
+    """OpenAI's object, or its url alone."""
+    image = {"url": given} if isinstance(given, str) else read_object(f"{field}.image_url", given)
+    detail = image.get("detail", "auto")
+    require(detail in _DETAILS, f"{field}.image_url.detail", detail, f"one of {_DETAILS}")
+    return ImageUrl(field, read_text(f"{field}.image_url.url", image.get("url")))
+
+
+def _shown(part: str | ImageUrl) -> dict[str, str]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
 
 
 def _more(field: str, message: Mapping[str, Any]) -> dict[str, Any]:

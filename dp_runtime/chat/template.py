@@ -60,8 +60,9 @@ class ChatTemplate:
         chat = [self._renamed(message).for_template(self.in_parts) for message in messages]
         if not options.continue_final_message:
             return self._generate(chat, tools, options)
-        has_text, allowed = len(messages[-1].texts) > 0, "false where the last message has no text"
-        require(has_text, "continue_final_message", True, allowed)
+        open_end = isinstance(next(reversed(messages[-1].parts), None), str)
+        allowed = "false where the last message has no text at its end"
+        require(open_end, "continue_final_message", True, allowed)
         final = _opened(chat[-1])
         return _cut(self._generate(chat, tools, options), final)
 

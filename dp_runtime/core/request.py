@@ -41,7 +41,7 @@ class ImagePrompt:
     """A text in which the model's image token stands for each image, in their order."""
 
     text: str | Sequence[int]  # or its token ids
-    images: Sequence[object]  # PIL images, the bytes of image files, or their paths
+    images: Sequence[object]  # PIL images, the bytes of image files, their paths, or PromptImages
 
 
 Prompt = str | Sequence[int] | TokensPrompt | ImagePrompt

@@ -24,9 +24,10 @@ from dp_runtime.core.plain_values import (
 )
 from dp_runtime.core.request import PromptEmbeds, PromptImage, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
+from dp_runtime.engine.prompts.context_length import check_context
 from dp_runtime.engine.prompts.embeds import copied_embeds
 from dp_runtime.engine.prompts.given_prompt import GivenPrompt, unreadable
-from dp_runtime.errors import ContextExceeded, RankMissing, one_line, require, shown
+from dp_runtime.errors import RankMissing, one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
 from dp_runtime.structured.grammar_trial import GrammarTrial
@@ -172,10 +173,13 @@ class RequestFactory:
         count, token = tokens.count(wants.image_token_id), wants.image_token_id
         many = f"{count}: as often as token {token}, which stands for an image, is in the text"
         require(count == len(entries), "images", len(entries), many)
-        images = [self._processor(f"images[{i}]", entry) for i, entry in enumerate(entries)]
+        images = [self._prepared(f"images[{i}]", entry) for i, entry in enumerate(entries)]
         tokens, placed = expanded(tokens, images, token)
         self._check_tokens(given.field, tokens)
         return tokens, placed
+
+    def _prepared(self, field: str, given: object) -> PromptImage:
+        return given if isinstance(given, PromptImage) else self._processor(field, given)
 
     @cached_property
     def _processor(self) -> ImageProcessor:
@@ -184,9 +188,7 @@ class RequestFactory:
 
     def _check_tokens(self, field: str, tokens: tuple[int, ...]) -> None:
         require(len(tokens) > 0, field, "", "at least one token")
-        longest, count = self.model.max_model_len, len(tokens)
-        if count >= longest:
-            raise ContextExceeded(field, f"{count} tokens", _context_length(longest, count))
+        check_context(field, len(tokens), self.model.max_model_len)
         size = self.model.vocab_size
         for token in tokens:
             require(0 <= token < size, field, token, f"token ids are in 0..{size - 1}")
@@ -225,21 +227,6 @@ class RequestFactory:
         assert positions is not None, "checked above"
         values = copied_embeds(given.embeds, (len(positions), self.model.hidden_size))
         return PromptEmbeds(np.asarray(positions, np.int64), values)
-
-
-def check_room(request: RankRequest, max_model_len: int) -> None:
-    """Raise ValueError if fewer than max_tokens fit behind the prompt; else these are just cut."""
-    num_inputs, most = len(request.prompt_token_ids), request.params.known_max_tokens
-    allowed = _context_length(max_model_len, num_inputs)
-    allowed += f" ({most} > {max_model_len} - {num_inputs})"
-    if num_inputs + most > max_model_len:
-        raise ContextExceeded("max_tokens", most, allowed)
-
-
-def _context_length(max_model_len: int, num_inputs: int) -> str:
-    # Clients look for these very words, to shorten what they ask for.
-    limit = f"this model's maximum context length is {max_model_len} tokens"
-    return f"{limit} and your request has {num_inputs} input tokens"
 
 
 def copied_params(params: object) -> SamplingParams:

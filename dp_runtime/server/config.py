@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dp_runtime.chat.parsers import ReasoningParser, ToolParser
 from dp_runtime.core.settings import check_settings, setting
 from dp_runtime.errors import require
+from dp_runtime.vision.image_processor import MAX_PIXELS
 
 MAX_PORT = 65_535
 MAX_WRITE_TIMEOUT_S = 86_400  # the kernel counts milliseconds in 31 bits
@@ -67,7 +68,7 @@ class ServerConfig:
     max_in_flight: int = setting(
         4096, "requests that are answered at a time; more get 429", at_least=1
     )
-    max_body_bytes: int = setting(4 * 2**20, "bytes of a request's body", at_least=1)
+    max_body_bytes: int = setting(2**24, "bytes of a request's body", at_least=1)
     max_body_values: int = setting(
         300_000, "values of a request's body, as its commas, brackets and braces count them; "
         "while a body is read, nobody else is served", at_least=1,
@@ -83,6 +84,14 @@ class ServerConfig:
         "tokens of a request's prompts, n times each, and with prompt_logprobs so many times more",
         at_least=1,
     )
+    max_images: int = setting(64, "images of a request", at_least=1)
+    max_image_bytes: int = setting(
+        2**23, "bytes of an image's file, of which base64 makes a third more in a body", at_least=1
+    )
+    max_file_pixels: int = setting(
+        MAX_PIXELS, "pixels of an image as it comes, all of which are decoded before it is resized",
+        at_least=1, at_most=MAX_PIXELS,
+    )  # fmt: skip
     keep_alive_s: int = setting(
         65, "seconds that a connection may be idle after an answer", at_least=1
     )

@@ -51,7 +51,8 @@ def token_routes(state: ServerState) -> APIRouter:
         state.check_model(body.model)
         max_model_len = state.engine.model.max_model_len
         tokenize = partial(_tokenized, state.chats, body, max_model_len)
-        return Response(await state.in_thread(tokenize), media_type="application/json")
+        content = await state.render(tokenize, body.messages or ())
+        return Response(content, media_type="application/json")
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Response:
@@ -137,7 +138,8 @@ def _tokens(chats: Chats, body: TokenizeBody) -> Sequence[int]:
         case str(text), None:
             return chats.tokenizer.encode(text, body.add_special_tokens is not False)
         case None, [*messages]:
-            return chats.prompt(messages, ToolUse.read(body.tools, None), body).token_ids
+            prompt = chats.prompt(messages, ToolUse.read(body.tools, None), body)
+            return chats.expanded(prompt)
     raise refuse("prompt", body.prompt, "a text, or messages instead")
 
 

@@ -16,16 +16,19 @@ from uuid import uuid4
 
 from dp_runtime.chat.sandbox import compile_template
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import ImagePrompt
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.engine.async_engine import AsyncEngine
-from dp_runtime.engine.inputs import NewRequest, check_room
+from dp_runtime.engine.inputs import NewRequest
+from dp_runtime.engine.prompts.context_length import check_room
 from dp_runtime.errors import require, shown
 from dp_runtime.flight.dump_file import to_lines
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.prometheus.page import metrics_page
 from dp_runtime.server.answers import Client, Content, as_json
 from dp_runtime.server.chat.chats import Chats
+from dp_runtime.server.chat.images import has_images
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.errors import ApiError
 from dp_runtime.server.jobs import Job, Jobs
@@ -52,6 +55,7 @@ class ServerState:
         self.sampling_defaults: Mapping[str, Any] = {}  # of fields that a request leaves out
         self._engine: AsyncEngine | None = None
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="requests")
+        self._image_threads = ThreadPoolExecutor(4, thread_name_prefix="requests-images")
         # Each waits for the grammars of others.
         self._form_threads = ThreadPoolExecutor(4, thread_name_prefix="requests-forms")
         self._chats: Chats | None = None
@@ -66,8 +70,8 @@ class ServerState:
         if self.config.generation_config == "auto":
             self.sampling_defaults = _checked_defaults(engine.model.sampling_defaults)
         if engine.tokenizer is not None:
-            files, given = engine.model.chat, self._chat_template
-            self._chats = Chats.of(files, given, engine.tokenizer, self.config)
+            given = self._chat_template
+            self._chats = Chats.of(engine.model, given, engine.tokenizer, self.config)
         self._engine = engine
 
     def let_go(self) -> None:
@@ -135,7 +139,7 @@ class ServerState:
         self,
         body: GenerationBody,
         prefix: str,
-        prompts: Sequence[TextOrTokens],
+        prompts: Sequence[TextOrTokens | ImagePrompt],
         form: StructuredOutputs | None,
     ) -> Job:
         """Start body.n choices of every prompt, all of this form, or none of them."""
@@ -144,7 +148,7 @@ class ServerState:
         make = partial(self._requests, prompts, body, form)
         try:
             if form is None:
-                size = body.n * (sum(map(len, prompts)) + body.num_listed)
+                size = body.n * (sum(map(_length, prompts)) + body.num_listed)
                 requests = await self.off_loop(make, size)
             else:
                 loop = asyncio.get_running_loop()
@@ -163,6 +167,13 @@ class ServerState:
         """Do work on so many characters or tokens; much of it in a thread, few at a time."""
         return work() if size <= SMALL_WORK else await self.in_thread(work)
 
+    async def render(
+        self, work: Callable[[], Result], messages: Sequence[Mapping[str, Any]]
+    ) -> Result:
+        """Make a prompt of a chat; those with images wait for each other, and nobody for them."""
+        pool = self._image_threads if has_images(messages) else self._threads
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
@@ -172,7 +183,7 @@ class ServerState:
 
     def _requests(
         self,
-        prompts: Sequence[TextOrTokens],
+        prompts: Sequence[TextOrTokens | ImagePrompt],
         body: GenerationBody,
         form: StructuredOutputs | None,
     ) -> list[NewRequest]:
@@ -188,8 +199,10 @@ class ServerState:
                 prompt = self.needed_tokenizer.encode(prompt, add_special_tokens=False)
             for params_of_choice in _of_choices(params, body.n):
                 requests.append(self.engine.checked(prompt, params_of_choice, body.dp_rank))
-                prompt = requests[-1].request.prompt_token_ids
-                num_tokens += len(prompt) * (1 + num_logprobs) + body.num_listed
+                tokens = requests[-1].request.prompt_token_ids
+                if not isinstance(prompt, ImagePrompt):
+                    prompt = tokens  # which needs not be read again
+                num_tokens += len(tokens) * (1 + num_logprobs) + body.num_listed
                 require(
                     num_tokens <= limit, "n", body.n,
                     f"prompts have {limit} tokens at most, n times each and with "
@@ -197,6 +210,10 @@ class ServerState:
                 )  # fmt: skip
             check_room(requests[-1].request, self.engine.model.max_model_len)
         return requests
+
+
+def _length(prompt: TextOrTokens | ImagePrompt) -> int:
+    return len(prompt.text if isinstance(prompt, ImagePrompt) else prompt)
 
 
 def _checked_defaults(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'dp-runtime[vision]'"
 KINDS = "a PIL image, the bytes of an image file, or its path"
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")  # PIL's: 8 bits a channel at most
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "I;16")  # PIL's
 MAX_PIXELS = 2**26  # before it is resized: a small file may hold a huge image
 MAX_ASPECT = 200
 DIGEST_BYTES = 16
@@ -34,13 +34,19 @@ class ImageProcessor:
     """Resizes and cuts images by transformers' processor; ranks rescale and centre the bytes."""
 
     format: ImageFormat
+    max_file_pixels: int = MAX_PIXELS
 
-    def __call__(self, field: str, given: object) -> PromptImage:
-        """Prepare one image, whose place is not known yet; ValueError naming the field."""
+    def __call__(
+        self, field: str, given: object, formats: tuple[str, ...] = FORMATS
+    ) -> PromptImage:
+        """Prepare one image, whose place is not known yet; ValueError naming the field.
+
+        formats: those that the content of a file may have.
+        """
         for library in ("PIL", "transformers"):
             installed = find_spec(library) is not None
             require(installed, field, _name(given), f"none without {library}: {INSTALL}")
-        image = _decoded(field, given)
+        image = self._decoded(field, given, formats)
         found = self._library(image, return_tensors="np")
         _, rows, columns = (int(size) for size in found["image_grid_thw"][0])
         patches = self._one_frame(found["pixel_values"])
@@ -69,52 +75,77 @@ class ImageProcessor:
             do_normalize=False,
         )
 
+    def _decoded(self, field: str, given: object, formats: tuple[str, ...]) -> Image:
+        """Decode an image, in memory of its size; ValueError if it is none, or not one of ours."""
+        from PIL import Image
+
+        ok = isinstance(given, (Image.Image, bytes, str, os.PathLike))
+        require(ok, field, given, KINDS)
+        with _as_value_error(field, given, formats):
+            image = _opened(given, formats)
+        self._check(field, _name(given), image)
+        with _as_value_error(field, given, formats):
+            moves = _moves(image)
+        require(not moves, field, f"{_name(given)}, an animation", "a single frame")
+        with _as_value_error(field, given, formats):
+            image.load()
+            return _upright_rgb(image)
+
+    def _check(self, field: str, name: str, image: Image) -> None:
+        """Look at what the head of a file says, before anything has its size."""
+        mode, (width, height) = f"{name}, mode {image.mode}", image.size
+        require(image.mode in MODES, field, mode, f"one of {', '.join(MODES)}")
+        size = f"{name}, {width} x {height} pixels"
+        most = self.max_file_pixels
+        require(0 < width * height <= most, field, size, f"1..{most:,} pixels")
+        longer, shorter = max(width, height), min(width, height)
+        allowed = f"sides of which one is at most {MAX_ASPECT} times the other"
+        require(longer <= MAX_ASPECT * shorter, field, size, allowed)
+
     def _one_frame(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
         patches = values.astype(np.uint8)
         assert np.array_equal(patches, values), "resized pixels are whole numbers in 0..255"
         return np.ascontiguousarray(patches)
 
 
-def _decoded(field: str, given: object) -> Image:
-    """Decode an image, in memory of its size; ValueError if it is none, or not one of ours."""
-    from PIL import Image
-
-    ok = isinstance(given, (Image.Image, bytes, str, os.PathLike))
-    require(ok, field, given, KINDS)
-    with _as_value_error(field, given):
-        match given:
-            case Image.Image():
-                image = given
-            case bytes():
-                image = Image.open(BytesIO(given), formats=FORMATS)
-            case _:
-                image = Image.open(os.fspath(given), formats=FORMATS)  # type: ignore[call-overload]
-        frames = getattr(image, "n_frames", 1)
-    _check(field, _name(given), image, frames)
-    with _as_value_error(field, given):
-        image.load()
-        return image.convert("RGB")
-
-
 @contextmanager
-def _as_value_error(field: str, given: object) -> Iterator[None]:
+def _as_value_error(field: str, given: object, formats: tuple[str, ...]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = one_line(f"{type(error).__name__}: {error}", 120)
-        allowed = f"a readable image ({', '.join(FORMATS)}); {why}"
+        why = one_line(f"{type(error).__name__}: {error}", 120).split(" <_io")[0]
+        allowed = f"a readable image ({', '.join(formats)}); {why}"
         raise not_allowed(field, _name(given), allowed) from None
 
 
-def _check(field: str, name: str, image: Image, frames: int) -> None:
-    width, height = image.size
-    require(image.mode in MODES, field, f"{name}, mode {image.mode}", f"one of {', '.join(MODES)}")
-    require(frames == 1, field, f"{name}, {frames} frames", "a single frame")
-    size = f"{name}, {width} x {height} pixels"
-    require(0 < width * height <= MAX_PIXELS, field, size, f"1..{MAX_PIXELS:,} pixels")
-    longer, shorter = max(width, height), min(width, height)
-    allowed = f"sides of which one is at most {MAX_ASPECT} times the other"
-    require(longer <= MAX_ASPECT * shorter, field, size, allowed)
+def _opened(given: object, formats: tuple[str, ...]) -> Image:
+    """Read the head of an image, or take one that was opened."""
+    from PIL import Image
+
+    match given:
+        case Image.Image():
+            return given
+        case bytes():
+            return Image.open(BytesIO(given), formats=formats)
+    return Image.open(os.fspath(given), formats=formats)  # type: ignore[call-overload]
+
+
+def _moves(image: Image) -> bool:
+    """Tell whether there are frames; in a JPEG of a phone a preview stands behind the picture."""
+    return image.format != "MPO" and getattr(image, "is_animated", False)
+
+
+def _upright_rgb(image: Image) -> Image:
+    """The picture as a viewer shows it: upright, on white where transparent; 16 bits as 8."""
+    from PIL import Image, ImageOps
+
+    if image.mode == "I;16":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def _name(given: object) -> str:

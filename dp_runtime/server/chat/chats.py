@@ -14,13 +14,16 @@ from dp_runtime.chat.reasoning import BEGIN, END, Thought
 from dp_runtime.chat.template import ChatTemplate, ChatTemplates, RenderOptions
 from dp_runtime.chat.tool_calls import CLOSE, OPEN
 from dp_runtime.chat.tools import ToolUse
+from dp_runtime.core.request import ImagePrompt, PromptImage
 from dp_runtime.core.structured_outputs import StructuredOutputs
-from dp_runtime.metrics.status import ChatFiles
+from dp_runtime.metrics.status import ModelInfo
+from dp_runtime.server.chat.images import ChatImages
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.chat import ChatBody, Objects, TemplateFields
 from dp_runtime.structured.grammar import rule_of
 from dp_runtime.text.tokenizer import Tokenizer
+from dp_runtime.vision.placeholders import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +32,16 @@ logger = logging.getLogger(__name__)
 class ChatPrompt:
     """A rendered chat, and how its answers are read."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int]  # with one for each image
+    images: Sequence[PromptImage]
     tools: ToolUse
     thought: Thought  # that its end leaves open, or that may follow
     continued: str | None  # the final message's text, which goes on
     form: StructuredOutputs | None = None  # of all that the model writes
+
+    @property
+    def for_engine(self) -> Sequence[int] | ImagePrompt:
+        return ImagePrompt(self.token_ids, self.images) if self.images else self.token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +52,17 @@ class Chats:
     parsers: Parsers
     tokenizer: Tokenizer
     config: ServerConfig
+    images: ChatImages | None  # None: the model takes none
 
     @classmethod
     def of(
-        cls, files: ChatFiles, instead: str | None, tokenizer: Tokenizer, config: ServerConfig
+        cls, model: ModelInfo, instead: str | None, tokenizer: Tokenizer, config: ServerConfig
     ) -> Chats:
         """Compile the templates (ValueError), and choose the parsers."""
-        templates = ChatTemplates.read(files, instead)
+        templates = ChatTemplates.read(model.chat, instead)
         parsers = Parsers.choose(config.tool_parser, config.reasoning_parser, templates.text)
-        chats = cls(templates, parsers, tokenizer, config)
+        images = ChatImages.of(model, config)
+        chats = cls(templates, parsers, tokenizer, config, images)
         chats._warn_of_hidden_tags()
         return chats
 
@@ -78,13 +88,22 @@ class Chats:
 
     def prompt(self, messages: Objects, tools: ToolUse, fields: TemplateFields) -> ChatPrompt:
         chat = read_messages(messages, self.config.unknown_fields == "ignore")
+        given = [image for message in chat for image in message.images]
+        if given and self.images is None:
+            raise ValueError(f"{given[0].field}: an image is not allowed; the model reads none")
         template = self._template(fields.chat_template, bool(tools.offered))
         text = template.render(chat, [tool.given for tool in tools.offered], _options(fields))
         continued = chat[-1].text if fields.continue_final_message else None
-        return ChatPrompt(
-            self.tokenizer.encode(text, fields.add_special_tokens or False), tools,
-            Thought.at_end_of(text, continued) if self.reasons else Thought.NONE, continued,
-        )  # fmt: skip
+        thought = Thought.at_end_of(text, continued) if self.reasons else Thought.NONE
+        tokens = self.tokenizer.encode(text, fields.add_special_tokens or False)
+        images = () if self.images is None else self.images.prepare(given, tokens)
+        return ChatPrompt(tokens, images, tools, thought, continued)
+
+    def expanded(self, prompt: ChatPrompt) -> Sequence[int]:
+        """Return the tokens that the model gets: as many for an image as it has features."""
+        if self.images is None:
+            return prompt.token_ids
+        return expanded(tuple(prompt.token_ids), prompt.images, self.images.token_id)[0]
 
     def _template(self, given: str | None, has_tools: bool) -> ChatTemplate:
         if given is None:

@@ -26,8 +26,8 @@ def chat_routes(state: ServerState) -> APIRouter:
         body.check_choices(1, state.config.max_choices)
         body.check_answer()
         chats = state.chats
-        prompt = await state.in_thread(partial(chats.prompt_of, body))
-        job = await state.start(body, "chatcmpl", [prompt.token_ids], prompt.form)
+        prompt = await state.render(partial(chats.prompt_of, body), body.messages)
+        job = await state.start(body, "chatcmpl", [prompt.for_engine], prompt.form)
         answer = ChatAnswer(state, chats, body, prompt, job)
         if body.stream:
             return EventStream(answer.events(), state.client_of(job))

@@ -14,6 +14,7 @@ from dp_runtime.server.errors import refuse
 from dp_runtime.server.protocol.fields import Body, GenerationBody
 from dp_runtime.server.protocol.forms import about_form
 
+MADE_OF_MESSAGES = {"prompt": "messages", "text": "messages"}
 Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 
 
@@ -51,7 +52,7 @@ class ChatBody(GenerationBody, TemplateFields):
 
     def as_given(self, error: ValueError) -> ValueError:
         if isinstance(error, ContextExceeded):
-            return replace(error, field=error.field.replace("prompt", "messages"))
+            return replace(error, field=MADE_OF_MESSAGES.get(error.field, error.field))
         if self.tool_choice not in (None, "auto", "none"):
             return about_form(error, "tools", [tool.get("function") for tool in self.tools or ()])
         return super().as_given(error)

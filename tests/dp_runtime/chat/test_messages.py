@@ -35,6 +35,22 @@ def test_content_is_a_text_or_a_list_of_parts() -> None:
     assert in_template({"role": "assistant", "content": None}, in_parts=True)["content"] == []
 
 
+def test_images_are_parts_of_their_own() -> None:
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": "data:1"},
+        {"type": "image_url", "image_url": {"url": "data:2", "detail": "low"}},
+        {"type": "text", "text": "b"},
+    ]
+    (message,) = read_messages([{"role": "user", "content": parts}])
+    assert [(one.field, one.url) for one in message.images] == [
+        ("messages[0].content[1]", "data:1"), ("messages[0].content[2]", "data:2"),
+    ]  # fmt: skip
+    assert message.text == "a\nb"
+    shown = [{"type": "image"}, {"type": "image"}]
+    assert message.for_template(False)["content"] == [parts[0], *shown, parts[3]]
+
+
 def test_arguments_are_objects_if_they_can_be() -> None:
     def arguments(given: object) -> object:
         call = {"function": {"name": "f", "arguments": given}}
@@ -73,9 +89,13 @@ BAD_MESSAGES: dict[str, tuple[Any, str]] = {
     "no content": ([{"role": "user"}], r"messages\[0\]\.content: None "),
     "number": ([{"role": "user", "content": 5}], r"messages\[0\]\.content: 5 "),
     "unknown field": ([{"role": "user", "content": "", "x": 1}], r"messages\[0\]\.x: 1 .* known"),
-    "image": (
-        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
-        r"messages\[0\]\.content\[0\]: image_url is not supported: this server serves text only",
+    "sound": (
+        [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}],
+        r"messages\[0\]\.content\[0\]: 'input_audio' is not supported: parts are text, and image",
+    ),
+    "image without url": (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        r"messages\[0\]\.content\[0\]\.image_url\.url: None ",
     ),
     "part without type": ([{"role": "user", "content": [{}]}], r"messages\[0\]\.content\[0\]: "),
     "part without text": (

@@ -10,7 +10,8 @@ import pytest
 
 from dp_runtime import SamplingParams
 from dp_runtime.core.request import RankRequest, TokensPrompt
-from dp_runtime.engine.inputs import RequestFactory, check_room
+from dp_runtime.engine.inputs import RequestFactory
+from dp_runtime.engine.prompts.context_length import check_room
 from tests.dp_runtime.engine.fake_group import MAX_MODEL_LEN, MODEL, FakeGroup
 
 ROOM = MAX_MODEL_LEN - 1

@@ -213,3 +213,13 @@ def test_experts_come_with_the_end(served: Served, stream: bool) -> None:
     (experts,) = experts_of(served, "/v1/chat/completions", stream, **body)
     assert expected.routed_experts is not None
     assert np.array_equal(experts, expected.routed_experts)
+
+
+def test_a_model_of_texts_refuses_images(served: Served) -> None:
+    content = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "data:"}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = served.post(path, messages=[{"role": "user", "content": content}])
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["message"].endswith("an image is not allowed; the model reads none")
+        assert error["param"] == "messages[0].content[1]"
