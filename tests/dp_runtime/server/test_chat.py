@@ -171,7 +171,7 @@ BAD: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "unknown in a message": ({"messages": [USER | {"x": 1}]}, 400, "messages[0].x"),
     "image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-        400, "messages[0].content[0]",
+        400, "messages[0].content[0].image_url",
     ),
     "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages"),
     "too long": ({"messages": [{"role": "user", "content": "a b " * 3000}]}, 400, "messages"),
