@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dp_runtime import RequestOutput
+from dp_runtime.core.request import RoutedExperts
 from tests.reference import TOLERANCE, Reference, Tokens
 
 
@@ -35,3 +38,24 @@ def check_routed(reference: Reference, outputs: Sequence[RequestOutput]) -> None
         assert chosen.shape == best.indices.shape, "a row of each layer for every token but one"
         torch.testing.assert_close(logits.gather(-1, chosen), best.values, atol=TOLERANCE, rtol=0)
         assert (chosen.sort(-1).values.diff(dim=-1) > 0).all(), "an expert twice"
+
+
+@contextmanager
+def replaying(reference: Reference, replay: RoutedExperts) -> Iterator[None]:
+    """Have the oracle send the first tokens of a sequence to these experts; -1: as it chooses."""
+    gates = [layer.mlp.gate for layer in reference.model.model.layers]
+
+    def hook(gate: Any, given: object, result: tuple[Tensor, Tensor, Tensor]) -> Any:
+        logits, _, ids = result
+        ids, scores = ids.clone(), logits.softmax(-1, dtype=torch.float32)
+        own = torch.from_numpy(replay[:, gates.index(gate)].astype(np.int64))
+        ids[: len(own)] = torch.where(own >= 0, own, ids[: len(own)])
+        weights = scores.gather(-1, ids)
+        return logits, weights / weights.sum(-1, keepdim=True), ids
+
+    hooks = [gate.register_forward_hook(hook) for gate in gates]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()

@@ -123,6 +123,23 @@ def test_recoveries_and_moves_tell_nothing_twice(reference_of: Callable[[str], R
         check_routed(reference, [handle.result(60) for handle in handles])
 
 
+def test_a_prompt_that_is_cached_is_computed_for_who_asks(
+    reference_of: Callable[[str], Reference],
+) -> None:
+    reference, prompts = reference_of("qwen"), [random_prompt(length, "hit") for length in (30, 9)]
+    config = EngineConfig(
+        str(reference.path), launcher="thread", page_size=4, enable_return_routed_experts=True
+    )
+    asked = replace(ROUTED, max_tokens=6)
+    with Engine(config) as engine:
+        plain = replace(asked, return_routed_experts=False)
+        engine.generate(prompts, plain)
+        outputs = engine.generate(prompts, asked)
+        assert [one.num_cached_tokens for one in engine.generate(prompts, plain)] == [28, 8]
+    assert [one.num_cached_tokens for one in outputs] == [0, 0]
+    check_routed(reference, outputs)
+
+
 def test_it_is_refused_where_nothing_is_kept(tmp_path: Path) -> None:
     path = str(tiny_checkpoint(tmp_path / "dense", mlp_only_layers=[0, 1]))
     config = EngineConfig(path, launcher="thread", enable_return_routed_experts=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+Int16 = NDArray[np.int16]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
@@ -37,6 +38,10 @@ def _no_embeds() -> Float32:
 
 def _as_positions() -> Int64:
     return np.zeros((3, 0), np.int64)
+
+
+def _no_replays() -> Int16:
+    return np.zeros((0, 0, 0), np.int16)
 
 
 def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
@@ -73,6 +78,8 @@ class LocalBatch:
     image_rows: Int64 = field(default_factory=_empty_ids)  # [image tokens]
     image_slots: Int64 = field(default_factory=_empty_ids)  # [image tokens] of their features
     rope_positions: Int64 = field(default_factory=_as_positions)  # [3, rows]; [3, 0]: `positions`
+    replay_rows: Int64 = field(default_factory=_empty_ids)  # [replays]
+    replays: Int16 = field(default_factory=_no_replays)  # [replays, MoE layers, top_k]; -1: free
 
     def __post_init__(self) -> None:
         rows, requests = self.num_tokens, self.num_requests
@@ -90,6 +97,7 @@ class LocalBatch:
         assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
         assert len(self.image_rows) == len(self.image_slots), "one feature per row of an image"
         assert self.rope_positions.shape in ((3, 0), (3, rows)), "three positions of all rows"
+        assert len(self.replay_rows) == len(self.replays), "experts of each replay row"
         for array in vars(self).values():
             array.setflags(write=False)
 

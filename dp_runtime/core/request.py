@@ -34,6 +34,8 @@ class TokensPrompt:
     token_ids: Sequence[int]
     prompt_embeds: NDArray[np.float32] | None = None  # [embeds, hidden]
     embed_positions: Sequence[int] = ()  # [embeds]
+    # [positions, layers with experts, top_k] ids that tokens go to, from the first on; -1: free
+    replay_routed_experts: NDArray[np.integer[Any]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,14 @@ class RankRequest:
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that its output never has
     outputs: tuple[int, ...] = ()  # made before its rank was lost
     num_scored: int = 0  # prompt positions whose log probabilities were reported before that
+    replay: NDArray[np.int16] | None = None  # [positions, layers, top_k]; -1: routed as usual
     num_routed: int = 0  # positions whose experts were reported before that
+
+    @property
+    def computes_all(self) -> bool:
+        """Tell whether it takes nothing from a prefix cache."""
+        told = self.params.prompt_logprobs is not None or self.params.return_routed_experts
+        return told or self.replay is not None
 
     @property
     def num_reserved_tokens(self) -> int:
@@ -120,6 +129,7 @@ class RoutingShape:
     num_layers: int  # those with experts
     top_k: int
     num_experts: int
+    may_replay: bool = False  # routers take experts that tokens bring
 
     @property
     def of_token(self) -> tuple[int, int]:

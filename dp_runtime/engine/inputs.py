@@ -27,6 +27,7 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.prompts.context_length import check_context
 from dp_runtime.engine.prompts.embeds import copied_embeds
 from dp_runtime.engine.prompts.given_prompt import GivenPrompt, unreadable
+from dp_runtime.engine.prompts.replays import copied_replay
 from dp_runtime.errors import RankMissing, one_line, require, shown
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.sampling.rng import derive_seed
@@ -113,18 +114,16 @@ class RequestFactory:
             not params.stop_strings or self.tokenizer is not None, "stop", params.stop,
             "stop_token_ids: the model's directory has no tokenizer.json",
         )  # fmt: skip
-        require(
-            not params.return_routed_experts or self.model.routing is not None,
-            "return_routed_experts", True, "false unless the engine has "
-            "enable_return_routed_experts",
-        )  # fmt: skip
+        longest = len(tokens) + params.known_max_tokens - 1
+        replay = copied_replay(given.replay, self.model.routing, longest, params)
         bad_words = self._bad_words(params.bad_words)
         params.check_vocabulary(self.model.vocab_size, ends, bad_words)
         rank = self._pinned(dp_rank)
         embeds = self._embeds(given, len(tokens))
         request_id = next(self._ids)
         seed = derive_seed(self.seed, request_id) if params.seed is None else params.seed
-        request = RankRequest(request_id, tokens, params, seed, ends, embeds, images, bad_words)
+        own = request_id, tokens, params, seed, ends, embeds, images, bad_words
+        request = RankRequest(*own, replay=replay)
         return NewRequest(request, rank, deadline)
 
     @cached_property

@@ -110,7 +110,7 @@ class _Reader:
             for mark in (SAMPLED_AT, COMMITTING_AT, COMMITTED_AT)
         )
         queued, proposed, accepted, votes, faults, waited, *load = words[4 + MAX_PASSES :]
-        prefill_rows, num_sampling, step_us = load
+        prefill_rows, num_sampling, step_us, _ = load
         return StepFlight(
             epoch=epoch, step_id=step_id, begun_us=self._us(begun), posted_us=self._us(posted),
             agreed_us=self._us(agreed), sampled_us=sampled, committing_us=committing,

@@ -119,7 +119,7 @@ class FlightRecorder:
         now, plans = perf_counter_ns(), agreement.plans
         outcome = Outcome.STOP if agreement.stop else Outcome.IDLE if agreement.idle else RUN
         words = [now, outcome, agreement.next_program_id, len(plans)]
-        for pass_kind, (mode, _, padding) in zip(agreement.program.passes, plans):
+        for pass_kind, (mode, _, padding, _) in zip(agreement.program.passes, plans):
             words += (PASS_CODES[pass_kind], MODE_CODES[mode], padding.total_gathered)
             words += padding.real_rows
         at = self._step_at + self._layout.agreed_at

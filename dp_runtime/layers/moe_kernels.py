@@ -62,9 +62,10 @@ class TorchMoe:
         return torch.zeros_like(gathered).index_copy_(0, real, sums)
 
     def _run(self, rows: Tensor, plan: PaddingPlan, router: Router, experts: Experts) -> Tensor:
-        weights, ids = router(rows)
-        if router.routing is not None:
-            router.routing.write(ids, plan)
+        if router.routing is None:
+            return experts(rows, *reversed(router(rows)))
+        weights, ids = router(rows, router.routing.replay)
+        router.routing.write(ids, plan)
         return experts(rows, ids, weights)
 
     def activation_bytes(

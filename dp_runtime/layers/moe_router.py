@@ -20,9 +20,16 @@ class Router:
     renormalize: bool
     routing: LayerRouting | None = None  # where choices are left, if anybody may ask for them
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Route rows [n, hidden] -> weights [n, k] float32 and expert ids [n, k] int64."""
-        weights, ids = self.gate(rows).softmax(-1, dtype=torch.float32).topk(self.top_k, -1)
+    def __call__(self, rows: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route rows [n, hidden] -> weights [n, k] float32 and expert ids [n, k] int64.
+
+        replay: ids [n, k] int64 that are taken whatever the rows say; -1 where they decide.
+        """
+        scores = self.gate(rows).softmax(-1, dtype=torch.float32)
+        weights, ids = scores.topk(self.top_k, -1)
+        if replay is not None:
+            ids = torch.where(replay >= 0, replay, ids)
+            weights = scores.gather(-1, ids)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, ids

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import and_
 from typing import NamedTuple
 
-from dp_runtime.core.step_program import MAX_PASSES, Program
+from dp_runtime.core.step_program import MAX_PASSES, Pass, Program
 from dp_runtime.errors import RankDisagreement
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan, ExecutionPolicy
 from dp_runtime.parallel.prefill_budget import BudgetPolicy, StepLoad, no_budget
@@ -38,6 +38,7 @@ class StepRecord(NamedTuple):
     prefill_rows: int = 0  # of the target pass, and tokens of images that are encoded before it
     num_sampling: int = 0  # requests that get a token from this step
     step_us: int = 0  # how long an earlier step took: see StepLoad
+    replays_routing: int = 0  # 1: rows of the target pass bring their experts
 
     def to_words(self) -> tuple[int, ...]:  # [RECORD_WORDS]; rows take MAX_PASSES places
         rows = self.real_rows
@@ -112,7 +113,7 @@ def agree(
     names = dp_ranks or range(size)
     columns = zip(*records, strict=True)
     epochs, steps, ids, rows, queued, proposed, accepted, votes, faults, waits, *load = columns
-    prefill_rows, num_sampling, step_us = load
+    prefill_rows, num_sampling, step_us, replays = load
     epoch, step_id, program_id = epochs[0], steps[0], ids[0]
     if not epochs.count(epoch) == steps.count(step_id) == ids.count(program_id) == size:
         raise RankDisagreement(_table("ranks disagree about the step", records, names))
@@ -135,12 +136,19 @@ def agree(
         epoch=epoch,
         step_id=step_id,
         program=program,
-        plans=plans,
+        plans=_replaying(plans, program) if any(replays) else plans,
         queued_tokens=queued,
         stop=any(bits & _STOP for bits in faults),
         next_program_id=policy(StepTotals(program_id, sum(proposed), sum(accepted))),
         slowest=waits.index(min(waits)),
         next_prefill_budget=budget(StepLoad(max(prefill_rows), sum(num_sampling), max(step_us))),
+    )
+
+
+def _replaying(plans: Sequence[ExecutionPlan], program: Program) -> tuple[ExecutionPlan, ...]:
+    return tuple(
+        plan._replace(replays_routing=pass_kind is Pass.TARGET)
+        for pass_kind, plan in zip(program.passes, plans)
     )
 
 

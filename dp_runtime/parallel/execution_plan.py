@@ -25,6 +25,7 @@ class ExecutionPlan(NamedTuple):
     mode: ExecutionMode
     query_len: int  # rows of each request that decodes; a graph is captured for one
     padding: PaddingPlan  # in GRAPH and PIECEWISE, as many rows are gathered as were captured
+    replays_routing: bool = False  # rows bring their experts, which all ranks gather first
 
 
 class PlansPadding(Protocol):

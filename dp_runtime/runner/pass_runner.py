@@ -15,6 +15,7 @@ from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts, RecurrentMetadata
 from dp_runtime.flight.exchange import RecordedExchange
 from dp_runtime.flight.recorder import FlightRecorder
+from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.collective import RowCollective
@@ -39,6 +40,7 @@ class PassRunner:
     image_features: Tensor  # [slots, hidden]; without slots where images are not served
     num_state_slots: int = 0  # of the model's recurrent layers, if it has any
     accepted_drafts: AcceptedDrafts | None = None  # of these slots, if drafts are verified
+    routing: RoutingBuffer | None = None  # of the model's routers, if it has one
     graphs: Mapping[int, PassGraphs] = field(default_factory=dict)  # by query length
     piecewise: PiecewiseGraphs | None = None
 
@@ -68,7 +70,12 @@ class PassRunner:
         padded = PaddedExchange(plan.padding, self.collective, self.poison)
         exchange = RecordedExchange(padded, self.flight)
         timer.end_prepare()
-        return PassOutput(forward(inputs, prepared, exchange), None)
+        if not plan.replays_routing:
+            return PassOutput(forward(inputs, prepared, exchange), None)
+        assert plan.mode is ExecutionMode.EAGER, f"experts are replayed in a pass of {plan.mode}"
+        assert self.routing is not None, "experts are replayed through a buffer"
+        with self.routing.replaying(batch, padded, self.model.dtype):
+            return PassOutput(forward(inputs, prepared, exchange), None)
 
     def fits_graph(self, query_len: int, batch: LocalBatch) -> bool:
         """Tell whether this rank has a graph for these rows."""

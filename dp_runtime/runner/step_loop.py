@@ -239,6 +239,7 @@ class StepLoop:
             prefill_rows=scheduled.prefill_rows,
             num_sampling=len(scheduled.sampled),
             step_us=self._clock.take_us(self.coordinator.step_id - 1 - self._max_inflight_steps),
+            replays_routing=int(len(scheduled.target.replay_rows) > 0),
         )
 
     def commit(self, step: InflightStep) -> list[RequestUpdate]:
@@ -255,8 +256,7 @@ class StepLoop:
         ]
         progress = self.scheduler.commit(step.scheduled, tokens, prompt_logprobs)
         if output.routed is not None:
-            (experts,) = output.routed.wait()
-            progress = step.scheduled.routed.told(experts.numpy(), progress)
+            progress = step.scheduled.routed.told(output.routed.wait()[0].numpy(), progress)
         proposed, accepted = len(num_accepted) * step.scheduled.num_drafts, sum(num_accepted)
         self._num_drafts = (self._num_drafts[0] + proposed, self._num_drafts[1] + accepted)
         self._trace(step, progress, num_accepted, at)

@@ -102,6 +102,7 @@ class StepRunner:
             pass_runner(model),
             num_state_slots=num_state_slots,
             accepted_drafts=self.accepted_drafts,
+            routing=routing,
         )
         self.passes = {Pass.TARGET: target}
         if drafting is not None:

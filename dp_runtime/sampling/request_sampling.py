@@ -64,6 +64,7 @@ class RequestSampling:
             and params.logprobs is None
             and mask is None
             and params.structured_outputs is None
+            and request.replay is None  # which goes by positions, so the host has to know them
             and not (params.logit_bias or params.min_tokens or penalised or words),
         )
 

@@ -15,7 +15,7 @@ from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.image_slots import PromptSlots
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
-from dp_runtime.scheduler.routed_rows import NO_ROUTED_ROWS, RoutedRows, RoutedSpan
+from dp_runtime.scheduler.routed_rows import RoutedRows, brought_experts
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput, StateMoves
 from dp_runtime.scheduler.state_tracks import with_tracks
 
@@ -40,7 +40,9 @@ def build_batches(
         sampled=step.req_indices[step.samples],
         samples=_sample_positions(step),
         num_drafts=program.num_drafts,
-        routed=_routed_rows(step),
+        routed=RoutedRows.of(
+            table, step.req_indices, step.query_lens, [chunk.start for chunk in chunks]
+        ),
         states=states,
     )
 
@@ -104,6 +106,7 @@ def _target_batch(step: _Layout) -> LocalBatch:
     chunk_samples = step.chunk_last_rows[step.samples[len(step.decodes) :]]
     embed_rows, embeds = _embeds(step, token_offset=0)
     image_rows, image_slots = _image_slots(step, token_offset=0)
+    replay_rows, replays = brought_experts(step.table, step.req_indices, owner, positions)
     tokens, future_indices = _decode_tokens(step)
     future_token_index = np.full(len(owner), -1, np.int64)
     future_token_index[: len(future_indices)] = future_indices
@@ -129,6 +132,8 @@ def _target_batch(step: _Layout) -> LocalBatch:
         image_rows=image_rows,
         image_slots=image_slots,
         rope_positions=_rope_positions(step, positions, owner),
+        replay_rows=replay_rows,
+        replays=replays,
     )
 
 
@@ -217,6 +222,8 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
         embeds=embeds,
         image_rows=image_rows,
         image_slots=image_slots,
+        replay_rows=np.zeros(0, np.int64),
+        replays=np.zeros((0, 0, 0), np.int16),
     )
 
 
@@ -230,26 +237,6 @@ def _sample_positions(step: _Layout) -> SamplePositions:
     counts[: len(step.decodes)] = step.query_len
     within = np.arange(counts.sum()) - (counts.cumsum() - counts).repeat(counts)
     return SamplePositions(req_indices.repeat(counts), first.repeat(counts) + within)
-
-
-def _routed_rows(step: _Layout) -> RoutedRows:
-    places = np.flatnonzero(step.table.returns_routing[step.req_indices])
-    if not len(places):
-        return NO_ROUTED_ROWS
-    ends, num_decodes = step.row_ends, len(step.decodes)
-    return RoutedRows(
-        tuple(
-            RoutedSpan(
-                step.table.request(int(step.req_indices[place])),
-                int(step.query_lens[place]),
-                step.chunks[place - num_decodes].start if place >= num_decodes else None,
-            )
-            for place in places.tolist()
-        ),
-        np.concatenate(
-            [np.arange(ends[place] - step.query_lens[place], ends[place]) for place in places]
-        ),
-    )
 
 
 def _score_rows(step: _Layout) -> list[Int64]:

@@ -91,7 +91,12 @@ class RequestState:
 
     @property
     def num_reusable_tokens(self) -> int:
-        """Count tokens that need not be computed: neither the last nor what is yet to be told."""
+        """Count tokens that need not be computed: neither the last nor what is yet to be told.
+
+        None of a request that brings experts: what others computed went to other ones.
+        """
+        if self.request.replay is not None:
+            return 0
         params, count = self.request.params, self.num_tokens - 1
         if params.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1:
             count = min(count, self.num_scored)

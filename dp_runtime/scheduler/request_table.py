@@ -30,6 +30,7 @@ class RequestTable:
         self.last_sample_index = column()  # of the newest token in its step's samples, or -1
         self.returns_routing = np.zeros(num_rows, np.bool_)  # who asked for their tokens' experts
         self.rope_deltas = column()  # of requests with images: positions minus indices
+        self.replays_routing = np.zeros(num_rows, np.bool_)
         self.keeps_state = keeps_state
         self._requests: list[RequestState | None] = [None] * num_rows
         self._free = list(reversed(range(num_rows)))
@@ -65,6 +66,7 @@ class RequestTable:
         self.last_token[index] = last_token
         self.last_sample_index[index] = -1
         self.returns_routing[index] = request.request.params.return_routed_experts
+        self.replays_routing[index] = request.request.replay is not None
         return index
 
     def begin_at(self, req_index: int, num_tokens: int) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dp_runtime.core.batch import Int64
+from dp_runtime.core.batch import Int16, Int64
 from dp_runtime.core.request import RequestUpdate, RoutedExperts
 from dp_runtime.scheduler.request_state import RequestState
+from dp_runtime.scheduler.request_table import RequestTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,26 @@ class RoutedRows:
     spans: tuple[RoutedSpan, ...]
     rows: Int64  # [rows] of all spans, in the target pass
 
+    @classmethod
+    def of(
+        cls, table: RequestTable, req_indices: Int64, query_lens: Int64, starts: Sequence[int]
+    ) -> RoutedRows:
+        """Find those of a step's requests; starts: of the last ones, which are chunks."""
+        places = np.flatnonzero(table.returns_routing[req_indices])
+        if not len(places):
+            return NO_ROUTED_ROWS
+        ends, num_decodes = query_lens.cumsum(), len(req_indices) - len(starts)
+        spans = tuple(
+            RoutedSpan(
+                table.request(int(req_indices[place])),
+                int(query_lens[place]),
+                starts[place - num_decodes] if place >= num_decodes else None,
+            )
+            for place in places.tolist()
+        )
+        rows = [np.arange(ends[place] - query_lens[place], ends[place]) for place in places]
+        return cls(spans, np.concatenate(rows))
+
     def told(self, experts: RoutedExperts, updates: Sequence[RequestUpdate]) -> list[RequestUpdate]:
         """Tell the experts of these rows with the updates of the step, once it is committed."""
         by_request = {update.request_id: update for update in updates}
@@ -56,3 +77,18 @@ class RoutedRows:
 
 
 NO_ROUTED_ROWS = RoutedRows((), np.zeros(0, np.int64))
+
+
+def brought_experts(
+    table: RequestTable, req_indices: Int64, owner: Int64, positions: Int64
+) -> tuple[Int64, Int16]:
+    """Find rows whose experts came with their request, and these; owner: the request of a row."""
+    rows, experts = [np.zeros(0, np.int64)], list[Int16]()
+    for place in np.flatnonzero(table.replays_routing[req_indices]).tolist():
+        replay = table.request(int(req_indices[place])).request.replay
+        assert replay is not None, "the table says so"
+        own = np.flatnonzero((owner == place) & (positions < len(replay)))
+        rows.append(own)
+        experts.append(replay[positions[own]])
+    none = np.zeros((0, 0, 0), np.int16)
+    return np.concatenate(rows), np.concatenate(experts) if experts else none

@@ -26,6 +26,7 @@ class SharedPrefixes:
     """Shares the full pages of requests that begin alike.
 
     A page is cached once committed steps have filled it and its request's logits were finite.
+    Who brings experts for its tokens shares nothing: a page's name does not tell of experts.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class SharedPrefixes:
         self.states.begin(request.req_index, found.pages, found.branch)
         self._table.begin_at(request.req_index, num_tokens)
         request.found.clear()
-        if not self.states.are_kept:  # else pages alone are no hit, and nobody waits for them
+        shares = request.request.replay is None
+        if shares and not self.states.are_kept:  # else pages alone are no hit to wait for
             pending = self._pages.allocator.cache.pending
             pending.begin(request.req_index, self._digests(request)[len(found.pages) :])
         if request.num_prompt_cached is None:
@@ -98,7 +100,8 @@ class SharedPrefixes:
     def committed(self, req_indices: Int64) -> None:
         size, pages = self._hasher.page_size, self._pages
         own = self._table.num_cached_tokens[req_indices] - pages.num_cached[req_indices] * size
-        for req_index in req_indices[own >= size].tolist():
+        shares = ~self._table.replays_routing[req_indices]
+        for req_index in req_indices[shares & (own >= size)].tolist():
             if not pages.doubtful[req_index]:
                 self._cache_pages(req_index)
                 pages.allocator.cache.pending.end(req_index)

@@ -124,6 +124,8 @@ class StateTracks:
 
     def _position_in(self, chunk: Chunk) -> int | None:
         """Find where cached pages part, or the last page's end before a row is left to compute."""
+        if chunk.state.request.replay is not None:
+            return None  # its pages are never cached
         start, end, page_size = chunk.start, chunk.end, self._pages.page_size
         position = self._branches.get(chunk.state.req_index, 0)
         if not start < position <= end:
@@ -141,7 +143,7 @@ class StateTracks:
         # Lengths are upper bounds while a verification is in flight.
         least = computed[decodes] - self._max_drafts * (in_flight[decodes] > 0)
         passes = most // self._interval * self._interval > least
-        for req_index in decodes[passes].tolist():
+        for req_index in decodes[passes & ~self._table.replays_routing[decodes]].tolist():
             if (slot := self.checkpoints.take()) is not None:
                 yield self._track(req_index, slot)
 

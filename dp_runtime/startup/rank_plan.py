@@ -117,17 +117,17 @@ def sketch_rank(
     model, images = _read_model(config)
     dtype, torch_device = resolve_dtype(config.dtype, device), torch.device(device)
     attention, draft = attention_spec(config, model, dtype), read_draft(config, model)
-    keeps_state, routing = _keeps_state(model, attention), _routing(config, model)
+    keeps_state, fp8 = _keeps_state(model, attention), any(model.fp8_experts)
     layers = plan_layers(attention, model, draft, config.speculative_num_steps)
     caches = _caches(layers)
     backend, reason = choose_backend(config.attention_backend, attention, torch_device)
     for plan in layers[1:]:
         choose_backend(backend, plan.attention, torch_device)
     sharding = RankSharding(config.moe_sharding, members.position(dp_rank), members.size)
-    fp8 = any(model.fp8_experts)
     _check_blocks(config, model, members.size)
     moe_backend, moe_reason = choose_moe_backend(config.moe_backend, dtype, torch_device, fp8)
     limits = _limits(config, model, images, keeps_state)
+    routing = _routing(config, model, moe_backend)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     depth, meta = choose_depth(config, device, backend), partial(MetaWeights, dtype, torch_device)
     weights = meta()
@@ -164,13 +164,14 @@ def _keeps_state(model: ModelConfig, attention: AttentionSpec) -> bool:
     return slot_bytes(model.cache_specs(attention.page_size, *dtypes)) > 0
 
 
-def _routing(config: EngineConfig, model: ModelConfig) -> RoutingShape | None:
+def _routing(config: EngineConfig, model: ModelConfig, moe_backend: str) -> RoutingShape | None:
     if not config.enable_return_routed_experts:
         return None
     layers = model.num_moe_layers
     none = "false for a model without layers of experts"
     require(layers > 0, "enable_return_routed_experts", True, none)
-    return RoutingShape(layers, model.num_experts_per_tok, model.num_experts)
+    replays = moe_backend == "torch" and model.num_experts <= 2**15
+    return RoutingShape(layers, model.num_experts_per_tok, model.num_experts, replays)
 
 
 def _read_model(config: EngineConfig) -> tuple[ModelConfig, ImageFormat | None]:

@@ -18,6 +18,7 @@ class GivenPrompt:
     embeds: object = None
     positions: object = ()
     images: object = ()
+    replay: object = None
 
     @property
     def has_places(self) -> bool:
@@ -30,7 +31,8 @@ class GivenPrompt:
                 return cls("text", prompt.text, images=prompt.images)
             if not isinstance(prompt, TokensPrompt):
                 return cls("prompt", prompt)
-            given = cls("token_ids", prompt.token_ids, prompt.prompt_embeds, prompt.embed_positions)
+            own = prompt.token_ids, prompt.prompt_embeds, prompt.embed_positions
+            given = cls("token_ids", *own, replay=prompt.replay_routed_experts)
         except Exception as error:  # of a user's own kind
             raise unreadable("prompt", prompt, error) from None
         text = plain_str(given.tokens)

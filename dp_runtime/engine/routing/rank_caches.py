@@ -67,7 +67,7 @@ class RankCaches:
 
 def prompt_pages(request: RankRequest, names: PageHasher) -> Sequence[bytes]:
     """Name the full pages of a prompt; none where all of it is computed in any case."""
-    if request.params.prompt_logprobs is not None:
+    if request.computes_all:
         return ()
     tokens = np.array(request.prompt_token_ids, np.int64)
     salt, images = request.params.cache_salt, request.images

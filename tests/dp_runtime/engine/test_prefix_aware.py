@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,5 +175,7 @@ def test_prompts_are_named_as_ranks_name_them() -> None:
     names, tokens = PageHasher(PAGE, "model"), tuple(range(11))
     request = RankRequest(0, tokens, SamplingParams(max_tokens=1), 0, frozenset())
     assert prompt_pages(request, names) == names.digests(np.array(tokens))
-    scored = RankRequest(0, tokens, SamplingParams(prompt_logprobs=1), 0, frozenset())
-    assert prompt_pages(scored, names) == ()
+    told = (SamplingParams(prompt_logprobs=1), SamplingParams(return_routed_experts=True))
+    computed = [replace(request, params=params) for params in told]
+    computed.append(replace(request, replay=np.zeros((1, 1, 1), np.int16)))
+    assert [prompt_pages(each, names) for each in computed] == [(), (), ()]

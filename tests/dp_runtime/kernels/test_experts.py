@@ -13,12 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dp_runtime.core.request import RoutingShape
 from dp_runtime.kernels import moe_router as triton_router
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts, sum_pairs
 from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import fused_experts
-from dp_runtime.layers.routing_buffer import LayerRouting
+from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.weights.fp8_blocks import ExpertScales, dequantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,13 +83,14 @@ def test_choices_for_one_ranks_real_rows_are_kept(
     at = row_ranges(starts, real)
     plain = route(logits, router, at, 3, renormalize, 4, 5)
     for position, (start, count) in enumerate(zip(starts, real)):
-        buffer = torch.full((rows, 4, 3), 77, dtype=dtype, device=DEVICE)
-        kept = LayerRouting(buffer[:, 2], position)
-        routing = route(logits, router, at, 3, renormalize, 4, 5, kept)
-        due = torch.full_like(buffer, 77)
+        shape = RoutingShape(4, 3, 12 if dtype is torch.uint8 else 300)
+        buffer = RoutingBuffer(shape, rows, position, DEVICE)
+        buffer.ids.fill_(77)
+        routing = route(logits, router, at, 3, renormalize, 4, 5, buffer.layer(2))
+        due = torch.full_like(buffer.ids, 77)
         chosen = logits[start : start + count].topk(3, -1).indices
         due[:count, 2] = chosen.to(dtype)
-        assert torch.equal(buffer, due)
+        assert torch.equal(buffer.ids, due)
         assert torch.equal(routing.local_ids, plain.local_ids)
         assert torch.equal(routing.weights, plain.weights)
 

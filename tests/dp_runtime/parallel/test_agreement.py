@@ -36,7 +36,7 @@ def step_records(draw: st.DrawFn) -> list[StepRecord]:
             epoch, step_id, program_id, draw(rows), draw(count), draw(count), draw(count),
             draw(st.integers(0, 2**passes - 1)),
             draw(st.sampled_from([FaultBits.NONE, FaultBits.STOP])), draw(count), draw(count),
-            draw(count), draw(count),
+            draw(count), draw(count), draw(st.integers(0, 1)),
         )
         for _ in range(draw(st.integers(1, 8)))
     ]  # fmt: skip
@@ -68,6 +68,9 @@ def test_the_agreement_is_the_same_pure_value_on_all_ranks(records: list[StepRec
         votes = [record.graph_votes & 1 << index for record in records]
         replayed = plan.mode is ExecutionMode.GRAPH
         assert replayed == (all(votes) and any(first.real_rows[index])), "no rows: no graph"
+        is_target = first.program.passes[index] is Pass.TARGET
+        replays = is_target and any(record.replays_routing for record in records)
+        assert plan.replays_routing == replays, "one rank's rows do, so all ranks gather"
         assert plan.query_len == first.program.query_len(first.program.passes[index])
 
 

@@ -116,7 +116,7 @@ def test_replayed_stages_give_the_own_rows(
     graphs: PiecewiseGraphs, collective: RowCollective, rows: int
 ) -> None:
     execution = ExecutionPolicy(piecewise=graphs.buckets)
-    mode, _, plan = execution.plan(Pass.TARGET, 1, (rows,), False)
+    mode, _, plan, _ = execution.plan(Pass.TARGET, 1, (rows,), False)
     assert mode is ExecutionMode.PIECEWISE
     assert plan.rows_per_rank >= rows
     x: Any = torch.randn(rows, HIDDEN)

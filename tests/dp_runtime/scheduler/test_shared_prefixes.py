@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ from tests.dp_runtime.scheduler.test_scheduler import (
     Driver,
 )
 
-PAGE = 4
+PAGE, BROUGHT = 4, np.zeros((1, 1, 1), np.int16)
 Content = tuple[Hashable, tuple[int, ...]]  # salt, and all tokens up to a slot's own
 
 
@@ -62,7 +64,8 @@ class SharingDriver(Driver):
 
     def known(self, number: int) -> tuple[Hashable, tuple[int, ...], int]:
         item = self.requests[number]
-        tokens = (*item.prompt_token_ids, *self.outputs[number])
+        brings = item.replay is not None  # and so has no page that others could have
+        tokens = () if brings else (*item.prompt_token_ids, *self.outputs[number])
         scored = self.scored.get(number, 0)
         scores = item.params.prompt_logprobs is not None and scored < len(item.prompt_token_ids) - 1
         return item.params.cache_salt, tokens, scored if scores else MODEL_LEN
@@ -113,7 +116,10 @@ class SharingDriver(Driver):
         for number in self.requests:
             if (state := self.scheduler.requests.get(number)) is not None:
                 self.scored[number] = state.num_scored
-        known = {number: len(self.known(number)[1]) for number in self.requests}
+        known = {
+            number: len(item.prompt_token_ids) + len(self.outputs[number])
+            for number, item in self.requests.items()
+        }
         self.reference.abandon_plain(known)
         self.check()
 
@@ -128,9 +134,11 @@ def request(number: int, prompt: tuple[int, ...], outputs: int, **changes: Any) 
     return RankRequest(number, prompt, params, 0, frozenset({STOP_TOKEN}))
 
 
-def params_of(number: int) -> dict[str, Any]:
-    salt = "mine" if number % 5 == 4 else None
-    return {"cache_salt": salt, "prompt_logprobs": 1 if number % 4 == 3 else None}
+def drawn(number: int, prompt: tuple[int, ...], outputs: int, priority: int = 0) -> RankRequest:
+    salt, scores = "mine" if number % 5 == 4 else None, 1 if number % 4 == 3 else None
+    params = {"cache_salt": salt, "prompt_logprobs": scores, "priority": priority}
+    replay = BROUGHT if number % 7 == 6 else None
+    return replace(request(number, prompt, outputs, **params), replay=replay)
 
 
 actions = st.lists(
@@ -164,12 +172,11 @@ def play(driver: SharingDriver, todo: list[tuple[str, Any, int, int]]) -> None:
     for name, first, second, outputs in todo:
         number = len(driver.requests)
         if name == "add":
-            own = params_of(number) | {"priority": second % 3}
-            driver.add(request(number, prompt_of(first, second), outputs, **own))
+            driver.add(drawn(number, prompt_of(first, second), outputs, second % 3))
         elif name == "follow" and first < number:
             before = driver.requests[first].prompt_token_ids, driver.outputs[first]
             prompt = (*before[0], *before[1], *range(300, 300 + second))[: MODEL_LEN - 1]
-            driver.add(request(number, prompt, outputs, **params_of(number)))
+            driver.add(drawn(number, prompt, outputs))
         elif name == "abort" and first < number:
             driver.abort(first)
         elif name == "step":
@@ -269,6 +276,13 @@ def test_prompt_logprobs_are_computed_and_those_who_ask_leave_their_pages() -> N
     prompt = prompt_of(0, 12)
     scoring = [request(number, prompt, 2, prompt_logprobs=1) for number in (0, 1)]
     assert run(driver, *scoring, request(2, prompt, 2)) == [0, 0, 8]
+
+
+def test_who_brings_experts_neither_finds_nor_leaves_pages() -> None:
+    driver = SharingDriver(40)
+    usual = [request(number, prompt_of(0, 12), 2) for number in range(4)]
+    brings = [replace(one, replay=BROUGHT) for one in usual]
+    assert run(driver, brings[0], usual[1], brings[2], usual[3]) == [0, 0, 0, 8]
 
 
 def test_a_preempted_request_finds_its_own_pages() -> None:
