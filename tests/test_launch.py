@@ -150,7 +150,7 @@ def test_inspect_tells_what_the_engine_then_has(
 def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
-    assert "{generate,serve,top,bench,experiment,report,inspect,doctor}" in shown
+    assert "{generate,serve,top,bench,experiment,report,replay,inspect,doctor}" in shown
 
 
 @pytest.mark.parametrize("command", ["generate", "bench", "inspect"])

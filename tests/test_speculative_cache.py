@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dp_runtime import SamplingParams
 from dp_runtime.core.request import RequestUpdate
-from dp_runtime.runner.step_loop import InflightStep, StepLoop
+from dp_runtime.runner.step_loop import StepLoop
+from dp_runtime.runner.step_tracing import InflightStep
 from tests.product_cases import random_prompt
 from tests.serving import check_pages_free, loops_of, pools_of
 from tests.speculative_cases import Drafted, engine_of

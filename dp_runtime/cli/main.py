@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from dp_runtime.cli import bench, doctor, experiment, generate, report, serve
+from dp_runtime.cli import bench, doctor, experiment, generate, replay, report, serve
 from dp_runtime.cli.flags import add_flags
 from dp_runtime.cli.inspect import inspect
 from dp_runtime.cli.output import WriteFailed, escape_unprintable, open_closed_streams
@@ -60,9 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dp-runtime", description=__doc__)
     parser.set_defaults(command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(
-        metavar="{generate,serve,top,bench,experiment,report,inspect,doctor}"
-    )
+    names = "{generate,serve,top,bench,experiment,report,replay,inspect,doctor}"
+    commands = parser.add_subparsers(metavar=names)
 
     def add(name: str, run: Command) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
@@ -80,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_arguments(add_with_engine("bench", bench.bench))
     experiment.add_arguments(add("experiment", experiment.experiment))
     report.add_arguments(add("report", report.report))
+    replay.add_arguments(add("replay", replay.replay))
     add_with_engine("inspect", inspect)
     doctor.add_arguments(add("doctor", doctor.doctor))
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStrea
 from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest, checked_requests, checked_seconds
 from dp_runtime.flight.record import FlightDump
+from dp_runtime.metrics.recording import Recording
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
@@ -131,6 +133,10 @@ class AsyncEngine:
 
     async def step_trace(self) -> tuple[StepTrace, ...]:
         return await asyncio.to_thread(self._core.step_trace)
+
+    async def recording(self) -> Recording:
+        """As `Engine.recording`."""
+        return Recording.of(asdict(self.config), self.model, await self.step_trace())
 
     async def report(self) -> Report:
         return await asyncio.to_thread(self._core.report)

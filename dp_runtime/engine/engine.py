@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from types import TracebackType
 
 from dp_runtime.config import EngineConfig
@@ -16,6 +17,7 @@ from dp_runtime.engine.request_handle import RequestHandle, RequestStream
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.progress_bar import ProgressBar
+from dp_runtime.metrics.recording import Recording
 from dp_runtime.metrics.report import Report
 from dp_runtime.metrics.snapshot import RankSnapshot
 from dp_runtime.metrics.status import ModelInfo, RankHealth
@@ -123,6 +125,10 @@ class Engine:
     def step_trace(self) -> tuple[StepTrace, ...]:
         """Return the steps that the ranks remember, with their rows and times."""
         return self._core.step_trace()
+
+    def recording(self) -> Recording:
+        """Return those steps with what a replay needs beside them (docs/experiments.md)."""
+        return Recording.of(asdict(self.config), self.model, self.step_trace())
 
     def report(self) -> Report:
         return self._core.report()

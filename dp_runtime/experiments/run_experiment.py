@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
@@ -19,7 +19,7 @@ from dp_runtime.experiments.measurement.request_record import RequestRecord, ans
 from dp_runtime.experiments.point import Run
 from dp_runtime.experiments.results.run_directory import RunDirectory
 from dp_runtime.metrics.progress_bar import ProgressBar
-from dp_runtime.metrics.trace import StepTrace
+from dp_runtime.metrics.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +55,17 @@ def run_experiment(
 
 def _measure(experiment: Experiment, results: RunDirectory, run: Run) -> None:
     try:
-        records, steps = _served(experiment, run)
-        figures = figures_of(records, steps, experiment.slo)
+        records, recording = _served(experiment, run)
+        figures = figures_of(records, recording.steps, experiment.slo)
         error = "" if answered(records) else f"no request was answered: {records[0].error}"
-        results.add(run, figures, records, steps, error)
+        results.add(run, figures, records, recording, error)
     except Exception as problem:  # of this point; the others go on
         text = one_line(f"{type(problem).__name__}: {problem}")
         logger.warning("%s failed: %s", run, text)
-        results.add(run, {}, (), (), text)
+        results.add(run, {}, (), error=text)
 
 
-def _served(experiment: Experiment, run: Run) -> tuple[list[RequestRecord], list[StepTrace]]:
+def _served(experiment: Experiment, run: Run) -> tuple[list[RequestRecord], Recording]:
     engine = AsyncEngine(run.point.config)
     try:
         return asyncio.run(_serve(experiment, run, engine))
@@ -75,7 +75,7 @@ def _served(experiment: Experiment, run: Run) -> tuple[list[RequestRecord], list
 
 async def _serve(
     experiment: Experiment, run: Run, engine: AsyncEngine
-) -> tuple[list[RequestRecord], list[StepTrace]]:
+) -> tuple[list[RequestRecord], Recording]:
     """Serve a run's load once the ranks are warm; returns its requests and its steps alone."""
     plan = experiment.plan
     driver = LoadDriver(engine, run.point.workload.conversations(run.point.config.dp_size))
@@ -87,8 +87,9 @@ async def _serve(
         changing = asyncio.create_task(run.point.scenario.play(engine, start_s))
         records = await driver.serve(start_s)
         await changing
-        trace = await engine.step_trace()
-    return records, [step for step in trace if (step.epoch, step.step_id) > last_warm]
+        whole = await engine.recording()
+    steps = [step for step in whole.steps if (step.epoch, step.step_id) > last_warm]
+    return records, replace(whole, steps=tuple(steps))
 
 
 @asynccontextmanager

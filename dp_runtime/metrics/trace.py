@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,22 @@ class PrefixCounts:
         return self.hits / self.queries if self.queries else 0.0
 
 
+class Arrival(NamedTuple):
+    """A request that a rank has got, which may have waited before."""
+
+    request_id: int
+    prompt_tokens: int
+    max_tokens: int  # of output that it may take
+
+
+class End(NamedTuple):
+    """A request that has ended on a rank."""
+
+    request_id: int
+    output_tokens: int
+    cached_tokens: int  # of its prompt, which were not computed
+
+
 @dataclass(frozen=True)
 class StepTrace:
     """One finished step of one rank; durations in seconds."""
@@ -66,6 +83,11 @@ class StepTrace:
     commit_start_s: float = 0.0  # as start_s; with overlap the next step has been launched by then
     encode_s: float = 0.0  # of the host, for images: on a GPU that of launching
     num_images: int = 0  # that were encoded
+    record: tuple[int, ...] = ()  # the words of the StepRecord that the rank posted
+    kv_tokens: int = 0  # that the target pass's requests of this rank have in the cache after it
+    attended_tokens: int = 0  # summed over its rows: each attends to those up to itself
+    arrived: tuple[Arrival, ...] = ()  # since the rank scheduled the step before
+    ended: tuple[End, ...] = ()  # by this step, or aborted before it
 
     @property
     def index(self) -> int:  # of this rank in rows of all ranks

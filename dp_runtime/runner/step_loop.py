@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
@@ -13,14 +13,14 @@ import torch
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.errors import StepAbandoned
 from dp_runtime.metrics.totals import Recorder
-from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.pending_capture import PendingCapture
-from dp_runtime.runner.step_runner import CapturedGraphs, StepOutput, StepRunner
+from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
 from dp_runtime.runner.step_timer import StepClock, StepTimer
+from dp_runtime.runner.step_tracing import Heard, InflightStep, trace_of
 from dp_runtime.scheduler.abandonment import fail_prefill
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
@@ -36,14 +36,6 @@ class Inbox:
     abort: Sequence[int] = ()
     recall: Sequence[int] = ()
     stop: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class InflightStep:
-    scheduled: SchedulerOutput
-    agreement: Agreement
-    output: StepOutput
-    timer: StepTimer
 
 
 class StepLoop:
@@ -70,7 +62,7 @@ class StepLoop:
         self._num_drafts = (0, 0)  # proposed and accepted since the last record
         self._wait_s = 0.0  # for slower ranks, in the last step
         self._clock = StepClock()
-        self._dp_rank = coordinator.dp_rank
+        self._heard = Heard()  # since the last step that ran
 
     @property
     def is_capturing(self) -> bool:
@@ -152,7 +144,7 @@ class StepLoop:
         if agreement.idle:
             self._rest(deliver)
         else:
-            self._launch(scheduled, agreement, record.graph_votes, timer, deliver)
+            self._launch(scheduled, agreement, record, timer, deliver)
         if self.is_capturing:
             self._commit_down_to(0, deliver)  # a capture waits for the device: tokens go out first
             self.flight.capture()
@@ -163,18 +155,19 @@ class StepLoop:
         self,
         scheduled: SchedulerOutput,
         agreement: Agreement,
-        graph_votes: int,
+        record: StepRecord,
         timer: StepTimer,
         deliver: Deliver,
     ) -> None:
         self.runner.clear_pages(self.scheduler.page_table.take_pages_to_clear())
         try:
-            output = self.launch(scheduled, agreement, graph_votes)
+            output = self.launch(scheduled, agreement, record.graph_votes)
         except torch.OutOfMemoryError as error:
             self._blame_request(scheduled, error, deliver)
             raise
         self._wait_s = timer.agree_wait_s + sum(each.wait_s for each in output.passes)
-        self._inflight.append(InflightStep(scheduled, agreement, output, timer))
+        heard, self._heard = self._heard, Heard()
+        self._inflight.append(InflightStep(scheduled, agreement, record, output, timer, heard))
         self._commit_down_to(self._max_inflight_steps, deliver)
 
     def _blame_request(
@@ -223,6 +216,7 @@ class StepLoop:
             self.scheduler.add(request)
         ended = [self.scheduler.abort(request_id) for request_id in commands.abort]
         recalled = [self.scheduler.requests.recall(each) for each in commands.recall]
+        self._heard.hear(commands.add, ended)
         return [item for item in ended if item] + recalled
 
     def _record(self, scheduled: SchedulerOutput, stop: bool) -> StepRecord:
@@ -269,32 +263,8 @@ class StepLoop:
         num_accepted: Sequence[int],
         commit_start_s: float,
     ) -> None:
-        timer, output, histogram = step.timer, step.output, Counter(num_accepted)
-        self.recorder.add(
-            StepTrace(
-                dp_rank=self._dp_rank,
-                position=self.coordinator.collective.dp_rank,
-                step_id=step.agreement.step_id,
-                epoch=step.agreement.epoch,
-                start_s=timer.started,
-                schedule_s=timer.schedule_s,
-                agree_s=timer.agree_s,
-                agree_wait_s=timer.agree_wait_s,
-                prepare_s=output.prepare_s,
-                sample_s=output.sample_s,
-                commit_s=perf_counter() - commit_start_s,
-                passes=output.passes,
-                output_tokens=sum(len(item.token_ids) for item in progress),
-                prompt_tokens=sum(chunk.prompt_tokens for chunk in step.scheduled.chunks),
-                num_preemptions=self.scheduler.num_preemptions,
-                prefixes=self.scheduler.prefix_counts,
-                num_drafts=step.scheduled.num_drafts,
-                accepted=tuple(histogram[n] for n in range(step.scheduled.num_drafts + 1)),
-                sample_start_s=output.sample_start_s,
-                commit_start_s=commit_start_s,
-                encode_s=output.encode_s,
-                num_images=len(step.scheduled.to_encode),
-            )
-        )
+        ranks = self.coordinator.dp_rank, self.coordinator.collective.dp_rank
+        trace = trace_of(step, self.scheduler, ranks, progress, num_accepted, commit_start_s)
+        self.recorder.add(trace)
         self.last_finished = (step.agreement.step_id, monotonic())
         self.flight.committed(step.agreement.step_id)

@@ -108,6 +108,11 @@ def control_routes(state: ServerState) -> APIRouter:
         """Return the last steps of every rank, for `dp-runtime doctor`, as lines of JSON."""
         return Response(await state.flight_record(), media_type="application/x-ndjson")
 
+    @routes.get("/recording")
+    async def recording() -> Response:
+        """Return the steps that the ranks remember, for `dp-runtime replay`."""
+        return Response(await state.recording(), media_type="application/gzip")
+
     return routes
 
 

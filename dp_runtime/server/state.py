@@ -126,6 +126,11 @@ class ServerState:
         dump = await self._engine.flight_record()
         return await self.in_thread(lambda: "".join(to_lines(dump)).encode())
 
+    async def recording(self) -> bytes:
+        """The steps that the ranks remember, as a file that `replay` reads."""
+        recording = await self.engine.recording()
+        return await self.in_thread(recording.to_bytes)
+
     def check_model(self, name: str | None) -> None:
         if name not in (None, self.model_name):
             message = f"model: {shown(name)} does not exist; this server has {self.model_name!r}"

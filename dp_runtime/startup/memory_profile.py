@@ -20,9 +20,10 @@ from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.parallel.agreement import Agreement, StepRecord, agree
-from dp_runtime.runner.step_loop import InflightStep, StepLoop
+from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import StepRunner
 from dp_runtime.runner.step_timer import StepTimer
+from dp_runtime.runner.step_tracing import InflightStep
 from dp_runtime.sampling.sampler import Sampler
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
@@ -77,7 +78,8 @@ def run_largest_steps(loop: StepLoop, loaded: LoadedRank) -> None:
         if not agreement.idle:
             output = trial_runner.run(scheduled, agreement, graph_votes=0)  # none is captured yet
             timer = StepTimer(loop.coordinator.board)
-            trial.commit(InflightStep(scheduled, agreement, output, timer))
+            record = StepRecord(agreement.epoch, agreement.step_id, 0, scheduled.real_rows)
+            trial.commit(InflightStep(scheduled, agreement, record, output, timer))
     for pool in loaded.pools:
         pool[: last_page + 1].zero_()
     for tensor in chain.from_iterable(loaded.states):

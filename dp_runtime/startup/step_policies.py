@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.parallel.agreement import ProgramPolicy, keep_program
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import PlansPadding
-from dp_runtime.parallel.padding import PaddingMode, PaddingPolicy
+from dp_runtime.parallel.padding import PaddingCost, PaddingMode, PaddingPolicy
 from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.parallel.policies.own_policies import OwnBudget, OwnDraftLength, OwnPadding
 from dp_runtime.parallel.policies.policy_name import PolicyName
@@ -30,17 +31,26 @@ class StepPolicies:
     @classmethod
     def of(cls, config: EngineConfig, plan: RankPlan, collective: RowCollective) -> StepPolicies:
         """All ranks call it at the same time: padding `auto` measures collectives."""
-        return cls(_padding(config, plan, collective), _program(config), _budget(config, plan))
-
-
-def _padding(config: EngineConfig, plan: RankPlan, collective: RowCollective) -> PlansPadding:
-    if isinstance(config.padding, PolicyName):
-        return OwnPadding(config.padding.make("padding"), plan.limits.max_num_tokens)
-    mode, cost = PaddingMode(config.padding), None
-    if mode is PaddingMode.AUTO:
         device = torch.device(plan.device)
-        cost = measure_padding_cost(collective, plan.model.hidden_size, plan.dtype, device)
-    return PaddingPolicy(mode, cost)
+
+        def measure() -> PaddingCost:
+            return measure_padding_cost(collective, plan.model.hidden_size, plan.dtype, device)
+
+        return cls.by(config, plan.depth, measure)
+
+    @classmethod
+    def by(
+        cls, config: EngineConfig, depth: int, measure_cost: Callable[[], PaddingCost]
+    ) -> StepPolicies:
+        """Make those of a configuration; measure_cost is called for padding `auto` alone."""
+        return cls(_padding(config, measure_cost), _program(config), _budget(config, depth))
+
+
+def _padding(config: EngineConfig, measure_cost: Callable[[], PaddingCost]) -> PlansPadding:
+    if isinstance(config.padding, PolicyName):
+        return OwnPadding(config.padding.make("padding"), config.max_num_tokens)
+    mode = PaddingMode(config.padding)
+    return PaddingPolicy(mode, measure_cost() if mode is PaddingMode.AUTO else None)
 
 
 def _program(config: EngineConfig) -> ProgramPolicy:
@@ -50,8 +60,8 @@ def _program(config: EngineConfig) -> ProgramPolicy:
     return AdaptiveLength(len(config.programs)) if config.speculative_adaptive else keep_program
 
 
-def _budget(config: EngineConfig, plan: RankPlan) -> BudgetPolicy:
-    own, max_rows = config.prefill_budget, plan.limits.max_num_tokens
+def _budget(config: EngineConfig, depth: int) -> BudgetPolicy:
+    own, max_rows = config.prefill_budget, config.max_num_tokens
     if isinstance(own, PolicyName):
         return OwnBudget(own.make("prefill_budget"), max_rows)
-    return budget_policy(config.max_step_ms, max_rows, plan.depth)
+    return budget_policy(config.max_step_ms, max_rows, depth)

@@ -18,7 +18,8 @@ from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.parallel.agreement import ProgramPolicy, keep_program
 from dp_runtime.runner.drafting import DraftChains
-from dp_runtime.runner.step_loop import Inbox, InflightStep, StepLoop
+from dp_runtime.runner.step_loop import Inbox, StepLoop
+from dp_runtime.runner.step_tracing import InflightStep
 from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.startup.build_rank import assemble, load_rank, new_flight
 from dp_runtime.startup.rank_plan import plan_rank

@@ -17,7 +17,7 @@ from dp_runtime.experiments.point import Run
 from dp_runtime.experiments.results.run_files import ROW, read_json, write_json, write_run
 from dp_runtime.experiments.results.tables import Row, noise, write_tables
 from dp_runtime.experiments.tables import flattened
-from dp_runtime.metrics.trace import StepTrace
+from dp_runtime.metrics.recording import Recording
 
 RUN, RUNS = "run.json", "runs"
 FORMAT = 1
@@ -59,10 +59,11 @@ class RunDirectory:
 
     def add(
         self, run: Run, figures: Mapping[str, Any], records: Sequence[RequestRecord],
-        steps: Sequence[StepTrace], error: str = "",
+        recording: Recording | None = None, error: str = "",
     ) -> None:  # fmt: skip
         row = {"point": run.point.key, "repeat": run.repeat, "error": error, **figures}
-        write_run(self.path / RUNS / run.name, row, records, steps)
+        steps, header = (recording.steps, recording.header) if recording else ((), None)
+        write_run(self.path / RUNS / run.name, row, records, steps, header)
         self.write()
 
     def rows(self) -> list[Row]:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dp_runtime.errors import require
 from dp_runtime.experiments.measurement.request_record import RequestRecord
-from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
+from dp_runtime.metrics.recording import Recording, steps_of
+from dp_runtime.metrics.trace import StepTrace
 
 ROW, REQUESTS, STEPS = "row.json", "requests.jsonl.gz", "steps.jsonl.gz"
+HEADER = "recording.json"  # with STEPS, a recording
 
 
 def write_run(
     directory: Path, row: dict[str, Any], records: Sequence[RequestRecord],
-    steps: Sequence[StepTrace],
+    steps: Sequence[StepTrace], header: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write all files of a run; the row comes last, and tells that the run is finished."""
     directory.mkdir(parents=True, exist_ok=True)
     _write_lines(directory / REQUESTS, records)
     _write_lines(directory / STEPS, steps)
+    if header is not None:
+        write_json(directory / HEADER, header)
     write_json(directory / ROW, row)
 
 
@@ -39,7 +44,18 @@ def read_json(path: Path) -> Any:
 
 def read_steps(directory: Path) -> list[StepTrace]:
     """Read the steps of all ranks as the engine has remembered them."""
-    return [_step(values) for values in _read_lines(directory / STEPS)]
+    with gzip.open(directory / STEPS, "rt", encoding="utf-8") as file:
+        return list(steps_of(file))
+
+
+def read_recording(path: Path) -> Recording:
+    """Read a recording: a file, or the directory of an experiment's run."""
+    if not path.is_dir():
+        return Recording.read(path)
+    ok, allowed = (path / HEADER).exists(), f"a directory with {HEADER}: that of a run"
+    require(ok, "recording", str(path), allowed)
+    with gzip.open(path / STEPS, "rt", encoding="utf-8") as file:
+        return Recording.from_lines(read_json(path / HEADER), file)
 
 
 def read_requests(directory: Path) -> list[RequestRecord]:
@@ -47,18 +63,6 @@ def read_requests(directory: Path) -> list[RequestRecord]:
         RequestRecord(**{**values, "arrivals": tuple(map(tuple, values["arrivals"]))})
         for values in _read_lines(directory / REQUESTS)
     ]
-
-
-def _step(values: dict[str, Any]) -> StepTrace:
-    passes = tuple(PassTrace(**_with_tuples(each)) for each in values["passes"])
-    prefixes = PrefixCounts(**values["prefixes"])
-    return StepTrace(**_with_tuples(values) | {"passes": passes, "prefixes": prefixes})
-
-
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
 
 
 def _write_lines(path: Path, values: Sequence[Any]) -> None:

@@ -15,6 +15,7 @@ from dp_runtime.cli.main import main
 from dp_runtime.experiments import Experiment, read_requests, read_steps, run_experiment
 from dp_runtime.experiments.point import Run
 from dp_runtime.experiments.results.run_directory import RunDirectory
+from dp_runtime.experiments.results.run_files import read_recording
 from tests.checkpoints import tiny_checkpoint
 
 TOML = """
@@ -104,7 +105,7 @@ def served(lab: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
     def serve(experiment: Experiment, run: Run) -> Any:
         runs.append(run)
-        return read_requests(directory), read_steps(directory)
+        return read_requests(directory), read_recording(directory)
 
     monkeypatch.setattr(sys.modules[run_experiment.__module__], "_served", serve)
     return runs

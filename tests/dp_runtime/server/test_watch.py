@@ -12,6 +12,7 @@ from dp_runtime import EngineConfig
 from dp_runtime.cli.main import main
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.flight.dump_file import read_dump
+from dp_runtime.metrics.recording import Recording
 from dp_runtime.server.config import ServerConfig
 from dp_runtime.server.http.listener import Listener
 from dp_runtime.server.state import ServerState
@@ -74,13 +75,26 @@ def test_a_flight_record_is_for_those_with_a_key_and_for_the_doctor(
     assert "Flight record of 2 ranks" in capsys.readouterr().out
 
 
+def test_a_recording_is_for_those_with_a_key_and_for_replay(served: Served, tmp_path: Path) -> None:
+    prompt = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    with served.client() as client:
+        assert client.get("/recording").status_code == 401
+        key = {"Authorization": "Bearer secret"}
+        assert client.post("/v1/completions", json=prompt, headers=key).status_code == 200
+        answer = client.get("/recording", headers=key)
+    (tmp_path / "run.rec").write_bytes(answer.content)
+    recording = Recording.read(tmp_path / "run.rec")
+    assert recording.config["dp_size"] == 2
+    assert [end.output_tokens for step in recording.steps for end in step.ended][-1] == 4
+
+
 def test_a_server_that_loads_has_no_metrics_yet() -> None:
     state = ServerState(ServerConfig(port=0), EngineConfig(str(TINY_MODEL)))
     listener = Listener(state)
     try:
         served = Served(listener.url, state, None, listener)  # type: ignore[arg-type]
         with served.client() as client:
-            for path in ("/metrics", "/health", "/flight_record"):
+            for path in ("/metrics", "/health", "/flight_record", "/recording"):
                 assert client.get(path).status_code == 503
     finally:
         listener.close(threading.Event())

@@ -1,0 +1,53 @@
+"""The requests of a recording: when they came to which rank, and how long they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dp_runtime.errors import require
+from dp_runtime.experiments.replay.recorded_steps import RecordedStep
+from dp_runtime.metrics.trace import Arrival, End
+
+
+@dataclass(frozen=True)
+class RecordedRequest:
+    request_id: int
+    dp_rank: int  # the position of the rank that it ended on
+    step: int  # before which it came there, counted from the first; idle ones have numbers too
+    at_s: float  # when it first came to a rank, after the first step's start
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, which were not computed
+    max_tokens: int
+    output_tokens: int
+
+
+def recorded_requests(steps: Sequence[RecordedStep]) -> list[RecordedRequest]:
+    """Return requests that came and ended within these steps of one epoch, as they came.
+
+    One that a rank gave back counts for the rank that it went to; one without a token is left out.
+    """
+    epochs = {step.traces[0].epoch for step in steps}
+    require(len(epochs) == 1, "recording: epochs", len(epochs), "1: ranks neither came nor went")
+    start_s = min(trace.start_s for trace in steps[0].traces)
+    came: dict[int, tuple[Arrival, int, int]] = {}
+    times: dict[int, float] = {}
+    ended: dict[int, End] = {}
+    for step in steps:
+        number = step.traces[0].step_id - steps[0].traces[0].step_id
+        for position, trace in enumerate(step.traces):
+            for arrival in trace.arrived:
+                came.pop(arrival.request_id, None)
+                came[arrival.request_id] = arrival, position, number
+                times.setdefault(arrival.request_id, max(0.0, trace.start_s - start_s))
+            ended |= {end.request_id: end for end in trace.ended}
+    found = [
+        RecordedRequest(
+            request_id, position, number, times[request_id], arrival.prompt_tokens,
+            ended[request_id].cached_tokens, arrival.max_tokens, ended[request_id].output_tokens,
+        )
+        for request_id, (arrival, position, number) in came.items()
+        if request_id in ended and ended[request_id].output_tokens
+    ]  # fmt: skip
+    require(bool(found), "recording: requests", 0, "at least one that came and ended")
+    return found

@@ -1,0 +1,102 @@
+"""Recording: the steps of a run as one file, from which the run can be replayed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dp_runtime.errors import not_allowed, require
+from dp_runtime.metrics.status import ModelInfo
+from dp_runtime.metrics.trace import Arrival, End, PassTrace, PrefixCounts, StepTrace
+
+FORMAT, VERSION = "dp-runtime recording", 1
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a replay needs of a model."""
+
+    max_model_len: int  # tokens
+    hidden_size: int
+    cache_tokens: int  # of one rank's pages
+
+    @classmethod
+    def of(cls, model: ModelInfo) -> ModelSizes:
+        return cls(model.max_model_len, model.hidden_size, model.cache_tokens)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """docs/experiments.md describes the file: a header, then a line for each step of each rank."""
+
+    config: Mapping[str, Any]  # fields of EngineConfig
+    model: ModelSizes
+    steps: tuple[StepTrace, ...]
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], model: ModelInfo, steps: tuple[StepTrace, ...]
+    ) -> Recording:
+        return cls(config, ModelSizes.of(model), steps)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT, "version": VERSION,
+            "config": dict(self.config), "model": asdict(self.model),
+        }  # fmt: skip
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content, lines of JSON in gzip."""
+        lines = (json.dumps(self.header, default=str), *map(step_line, self.steps))
+        return gzip.compress("".join(f"{line}\n" for line in lines).encode(), 5)
+
+    @classmethod
+    def read(cls, path: Path) -> Recording:
+        """Read a file; ValueError if it is no recording of this version."""
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                return cls.from_lines(json.loads(file.readline()), file)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise not_allowed("recording", str(path), f"a recording ({why})") from None
+        except (EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError):
+            raise not_allowed("recording", str(path), "a whole recording") from None
+
+    @classmethod
+    def from_lines(cls, header: Any, lines: Iterable[str]) -> Recording:
+        known = header.get("format") if isinstance(header, dict) else None
+        require(known == FORMAT, "recording: format", known, FORMAT)
+        require(header["version"] == VERSION, "recording: version", header["version"], str(VERSION))
+        steps = tuple(steps_of(lines))
+        require(bool(steps), "recording: steps", 0, "at least one")
+        ok = all(step.record for step in steps)
+        require(ok, "recording: record", "none", "the record that a rank posted, in every step")
+        return cls(header["config"], ModelSizes(**header["model"]), steps)
+
+
+def step_line(step: StepTrace) -> str:
+    return json.dumps(asdict(step))
+
+
+def steps_of(lines: Iterable[str]) -> Iterator[StepTrace]:
+    for line in lines:
+        values = json.loads(line)
+        read = {name: _tuple(value) for name, value in values.items()}
+        read["passes"] = tuple(
+            PassTrace(**{name: _tuple(value) for name, value in each.items()})
+            for each in values["passes"]
+        )
+        read["prefixes"] = PrefixCounts(**values["prefixes"])
+        read["arrived"] = tuple(Arrival(*each) for each in values.get("arrived", ()))
+        read["ended"] = tuple(End(*each) for each in values.get("ended", ()))
+        yield StepTrace(**read)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
