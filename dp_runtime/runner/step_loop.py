@@ -63,6 +63,7 @@ class StepLoop:
         self._wait_s = 0.0  # for slower ranks, in the last step
         self._clock = StepClock()
         self._heard = Heard()  # since the last step that ran
+        self._dp_rank = coordinator.dp_rank
 
     @property
     def is_capturing(self) -> bool:
@@ -263,7 +264,7 @@ class StepLoop:
         num_accepted: Sequence[int],
         commit_start_s: float,
     ) -> None:
-        ranks = self.coordinator.dp_rank, self.coordinator.collective.dp_rank
+        ranks = self._dp_rank, self.coordinator.collective.dp_rank
         trace = trace_of(step, self.scheduler, ranks, progress, num_accepted, commit_start_s)
         self.recorder.add(trace)
         self.last_finished = (step.agreement.step_id, monotonic())
