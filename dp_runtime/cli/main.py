@@ -7,7 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from dp_runtime.cli import bench, doctor, experiment, generate, replay, report, serve
+from dp_runtime.cli import bench, doctor, generate, serve
+from dp_runtime.cli.experiments import experiment, replay, report
 from dp_runtime.cli.flags import add_flags
 from dp_runtime.cli.inspect import inspect
 from dp_runtime.cli.output import WriteFailed, escape_unprintable, open_closed_streams

@@ -13,7 +13,7 @@ from dp_runtime.core.batch import Int64, LocalBatch
 from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.core.request import RankRequest
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.pass_graphs import PassOutput
+from dp_runtime.runner.graphs.pass_graphs import PassOutput
 from dp_runtime.sampling.draft_verification import ForcedAcceptance, LastAccepted, Verification
 from dp_runtime.sampling.row_logits import RowLogits
 from dp_runtime.sampling.sampler import Sampled

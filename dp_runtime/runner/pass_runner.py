@@ -22,8 +22,8 @@ from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
 from dp_runtime.parallel.row_exchange import PaddedExchange
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
-from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
+from dp_runtime.runner.graphs.pass_graphs import PassGraphs, PassOutput
+from dp_runtime.runner.graphs.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.step_timer import PassTimer
 
 

@@ -17,7 +17,7 @@ from dp_runtime.parallel.agreement import Agreement, FaultBits, StepRecord
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
-from dp_runtime.runner.pending_capture import PendingCapture
+from dp_runtime.runner.graphs.pending_capture import PendingCapture
 from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
 from dp_runtime.runner.step_timer import StepClock, StepTimer
 from dp_runtime.runner.step_tracing import Heard, InflightStep, trace_of

@@ -24,10 +24,10 @@ from dp_runtime.parallel.agreement import Agreement
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.runner.drafting import Drafting
 from dp_runtime.runner.future_tokens import FutureTokens
+from dp_runtime.runner.graphs.pass_graphs import PassGraphs, PassOutput
+from dp_runtime.runner.graphs.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.image_encoding import ImageEncoding
-from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
-from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.state_copies import StateCopies
 from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.draft_verification import Verification

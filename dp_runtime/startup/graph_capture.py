@@ -10,10 +10,10 @@ from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import MAX_PIECEWISE_ROWS, GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.row_exchange import counts_real_rows
-from dp_runtime.runner.cuda_graph import GraphMemory
-from dp_runtime.runner.pass_graphs import PassGraphs
-from dp_runtime.runner.pending_capture import PendingCapture
-from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
+from dp_runtime.runner.graphs.cuda_graph import GraphMemory
+from dp_runtime.runner.graphs.pass_graphs import PassGraphs
+from dp_runtime.runner.graphs.pending_capture import PendingCapture
+from dp_runtime.runner.graphs.piecewise_graphs import PiecewiseGraphs
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
 from dp_runtime.startup.device_memory import uncached_free_bytes

@@ -17,7 +17,7 @@ from collectives.in_process import InProcessGroup
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.metrics.health_report import HealthReport
 from dp_runtime.metrics.status import RankHealth, RankState
-from dp_runtime.runner.pending_capture import PendingCapture
+from dp_runtime.runner.graphs.pending_capture import PendingCapture
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import CapturedGraphs
 from dp_runtime.startup import rank_plan

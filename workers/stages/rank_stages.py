@@ -21,7 +21,7 @@ from dp_runtime.kernels.jit_build import forbid_compilation
 from dp_runtime.metrics.memory import MemoryUse, RankMemory
 from dp_runtime.metrics.status import RankHealth, RankState
 from dp_runtime.runner.fault_injection import DueFaults, FaultyLaunch
-from dp_runtime.runner.pending_capture import PendingCapture
+from dp_runtime.runner.graphs.pending_capture import PendingCapture
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.startup.build_rank import (
     assemble,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dp_runtime.host.capturing import capturing, not_capturing
-from dp_runtime.runner.cuda_graph import GraphMemory, capture_graph
+from dp_runtime.runner.graphs.cuda_graph import GraphMemory, capture_graph
 
 LONG_S = 20.0
 

@@ -15,7 +15,7 @@ from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.runner import step_loop
-from dp_runtime.runner.pending_capture import PendingCapture
+from dp_runtime.runner.graphs.pending_capture import PendingCapture
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.startup.build_rank import assemble, load_rank, new_flight
 from dp_runtime.startup.rank_plan import plan_rank

@@ -17,7 +17,7 @@ from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
+from dp_runtime.runner.graphs.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.pass_runner import PassRunner
 from dp_runtime.runner.step_loop import StepLoop
 from dp_runtime.runner.step_runner import CapturedGraphs

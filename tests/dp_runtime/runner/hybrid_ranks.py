@@ -18,8 +18,8 @@ from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import Pass
-from dp_runtime.runner.forward_pieces import ForwardPieces
-from dp_runtime.runner.pass_graphs import PassGraphs, PassOutput
+from dp_runtime.runner.graphs.forward_pieces import ForwardPieces
+from dp_runtime.runner.graphs.pass_graphs import PassGraphs, PassOutput
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.startup.build_rank import assemble, load_rank, new_flight
 from dp_runtime.startup.graph_capture import capture_all, plan_capture

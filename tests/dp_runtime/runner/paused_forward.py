@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dp_runtime.models.causal_lm import Hidden
-from dp_runtime.runner.forward_pieces import Cut, ForwardPieces
+from dp_runtime.runner.graphs.forward_pieces import Cut, ForwardPieces
 
 
 class PausedForward:

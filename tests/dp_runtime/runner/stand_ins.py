@@ -25,9 +25,9 @@ from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.runner import graph_inputs, pass_graphs, piecewise_graphs
-from dp_runtime.runner.cuda_graph import GraphMemory
-from dp_runtime.runner.forward_pieces import Cut, ForwardPieces
+from dp_runtime.runner.graphs import graph_inputs, pass_graphs, piecewise_graphs
+from dp_runtime.runner.graphs.cuda_graph import GraphMemory
+from dp_runtime.runner.graphs.forward_pieces import Cut, ForwardPieces
 from dp_runtime.startup import graph_capture
 from tests.dp_runtime.fake_kernels import FakeKernels
 from tests.dp_runtime.runner.paused_forward import PausedForward

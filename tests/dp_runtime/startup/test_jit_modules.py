@@ -24,7 +24,7 @@ from dp_runtime.layers.moe_router import Router
 from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.models.registry import read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.runner.recurrent_inputs import RecurrentInputs
+from dp_runtime.runner.graphs.recurrent_inputs import RecurrentInputs
 from dp_runtime.runner.state_copies import StateCopies
 from dp_runtime.scheduler.scheduler_output import StateCopy, StateMoves
 from dp_runtime.startup.jit_modules import delta_net_jit_module, moe_jit_modules

@@ -18,8 +18,8 @@ from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets, PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.row_exchange import RowExchange, graph_exchange
-from dp_runtime.runner.cuda_graph import GraphMemory, capture_graph
-from dp_runtime.runner.forward_pieces import ForwardPieces, StageRows
+from dp_runtime.runner.graphs.cuda_graph import GraphMemory, capture_graph
+from dp_runtime.runner.graphs.forward_pieces import ForwardPieces, StageRows
 
 
 @dataclass(frozen=True, eq=False)

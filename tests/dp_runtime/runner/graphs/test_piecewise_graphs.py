@@ -22,9 +22,9 @@ from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import PaddedExchange, RowExchange
-from dp_runtime.runner.cuda_graph import GraphMemory
-from dp_runtime.runner.forward_pieces import ForwardPieces
-from dp_runtime.runner.piecewise_graphs import PiecewiseGraphs
+from dp_runtime.runner.graphs.cuda_graph import GraphMemory
+from dp_runtime.runner.graphs.forward_pieces import ForwardPieces
+from dp_runtime.runner.graphs.piecewise_graphs import PiecewiseGraphs
 
 HIDDEN = 4
 

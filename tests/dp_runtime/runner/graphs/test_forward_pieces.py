@@ -21,8 +21,8 @@ from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.parallel.row_exchange import PaddedExchange
-from dp_runtime.runner import forward_pieces
-from dp_runtime.runner.forward_pieces import Attend, Cut, ForwardPieces, RunStage, StageRows
+from dp_runtime.runner.graphs import forward_pieces
+from dp_runtime.runner.graphs.forward_pieces import Attend, Cut, ForwardPieces, RunStage, StageRows
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.dp_runtime.drafts import DraftRank
 from tests.dp_runtime.paged import metadata_of, paged_batch

@@ -27,7 +27,7 @@ from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets
 from dp_runtime.parallel.row_exchange import RowExchange
-from dp_runtime.runner.cuda_graph import GraphMemory, capturing_pieces
+from dp_runtime.runner.graphs.cuda_graph import GraphMemory, capturing_pieces
 
 NOWHERE = -1  # the slot of a null row: its key and value are stored nowhere
 

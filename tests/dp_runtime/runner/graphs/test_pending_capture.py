@@ -15,7 +15,7 @@ from dp_runtime.core.step_program import Pass
 from dp_runtime.errors import CollectiveAborted
 from dp_runtime.parallel.execution_plan import ExecutionMode
 from dp_runtime.runner import step_loop
-from dp_runtime.runner.pending_capture import PendingCapture
+from dp_runtime.runner.graphs.pending_capture import PendingCapture
 from dp_runtime.runner.step_runner import CapturedGraphs
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.collectives.ranks import Ranks

@@ -16,7 +16,7 @@ from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.models.causal_lm import PassInputs
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.recurrent_inputs import RecurrentInputs
+from dp_runtime.runner.graphs.recurrent_inputs import RecurrentInputs
 
 WORD = 4  # bytes of an int32
 HOST_BUFFERS = 3  # a copy may still be under way when the next steps are written

@@ -25,9 +25,9 @@ from dp_runtime.parallel.buckets import GraphBuckets, GraphKey
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import counts_real_rows, graph_exchange
-from dp_runtime.runner.cuda_graph import GraphMemory, capture_graph
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.graph_inputs import GraphInputs
+from dp_runtime.runner.graphs.cuda_graph import GraphMemory, capture_graph
+from dp_runtime.runner.graphs.graph_inputs import GraphInputs
 from dp_runtime.sampling.row_logits import RowLogits
 
 

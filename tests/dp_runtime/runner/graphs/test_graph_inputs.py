@@ -13,9 +13,9 @@ from torch import Tensor
 from dp_runtime.core.batch import LocalBatch
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.parallel.padding import PaddingPlan
-from dp_runtime.runner import graph_inputs
 from dp_runtime.runner.future_tokens import FutureTokens
-from dp_runtime.runner.graph_inputs import HOST_BUFFERS, GraphInputs
+from dp_runtime.runner.graphs import graph_inputs
+from dp_runtime.runner.graphs.graph_inputs import HOST_BUFFERS, GraphInputs
 
 REQUESTS, TABLE_PAGES, PAGE, DP_SIZE = 8, 6, 4, 3
 GATHERED = 40  # rows of each rank

@@ -1,0 +1,1 @@
+"""CUDA graphs: whole passes, pieces of forwards, their inputs and their capture."""
