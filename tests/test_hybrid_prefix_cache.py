@@ -68,7 +68,10 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-SLOW = ("plain", "one draft, overlap", "three drafts, few pages", "no buffer")
+SLOW = (
+    "plain", "few pages, overlap", "one draft, overlap", "three drafts, few pages", "no buffer",
+    "no buffer, drafts, overlap",
+)  # fmt: skip
 EACH = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in CASES]
 
 

@@ -163,7 +163,7 @@ def test_an_image_is_encoded_once_while_others_go_on_as_ever(reference: ImageRef
         reference.check(one, output)
 
 
-@pytest.mark.parametrize("drafts", [{}, DRAFTS])
+@pytest.mark.parametrize("drafts", [pytest.param({}, marks=pytest.mark.slow), DRAFTS])
 def test_a_lost_rank_takes_no_image_with_it_36(drafts: Fields, reference: ImageReference) -> None:
     """Its requests, and the survivors', begin anew or go on; what was to be encoded is."""
     inject = "rank=1,step=3,kind=raise;rank=0,step=4,kind=raise,epoch=1"
@@ -173,7 +173,7 @@ def test_a_lost_rank_takes_no_image_with_it_36(drafts: Fields, reference: ImageR
         assert {rank.epoch for rank in engine.health()} == {2}
 
 
-@pytest.mark.parametrize("drafts", [{}, DRAFTS])
+@pytest.mark.parametrize("drafts", [pytest.param({}, marks=pytest.mark.slow), DRAFTS])
 def test_prefixes_are_shared_by_images_not_by_their_tokens_36(
     drafts: Fields, attending: ImageReference
 ) -> None:

@@ -87,7 +87,9 @@ def check_alike(outputs: Sequence[RequestOutput], expected: Sequence[RequestOutp
             assert mine.logprob == pytest.approx(due.logprob, abs=1e-4)
 
 
-SLOW = ("two ranks, overlap", "few pages", "mtp", "eagle3, overlap")
+SLOW = (
+    "plain", "two ranks, overlap", "four ranks, ragged", "few pages", "mtp", "eagle3, overlap",
+)  # fmt: skip
 FEW = {"page_size": 4, "num_pages": 34, "dp_size": 1}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "plain": ("mtp", 0, {"page_size": 4, "dp_size": 1}),

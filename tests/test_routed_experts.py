@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,18 +21,24 @@ from tests.serving import check_pages_free
 from tests.speculative_cases import TRAINED, Drafted, SpeculativeCase
 
 ROUTED = SamplingParams(temperature=0.0, ignore_eos=True, return_routed_experts=True)
+
+
+def slow(case: object) -> Any:
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 CASES = [
     Case(load="uneven", few_pages=True, max_num_tokens=16, overlap=True, page_size=4),
-    Case("sparse_step", 2, "tp", "ragged", load="mixed", max_num_tokens=64),
+    slow(Case("sparse_step", 2, "tp", "ragged", load="mixed", max_num_tokens=64)),
     Case("dense", 3, "ep", "auto", True, True, "idle_ranks", 16, True, 4),
-    Case("mixtral", 4, "tp", "max_len", True, True, "uneven", 64, True, 16),
-    Case("experts7", 4, "ep", "ragged", False, False, "one", 2048),
+    slow(Case("mixtral", 4, "tp", "max_len", True, True, "uneven", 64, True, 16)),
+    slow(Case("experts7", 4, "ep", "ragged", False, False, "one", 2048)),
 ]
 SPECULATIVE_CASES = [
     SpeculativeCase("agreeing", 2, "ep", "max_len", True, True, "uneven", 32, True, 4, num_steps=3),
-    SpeculativeCase("agreeing", 1, overlap=False, load="mixed", num_steps=2, adaptive=True),
+    slow(SpeculativeCase("agreeing", 1, overlap=False, load="mixed", num_steps=2, adaptive=True)),
     SpeculativeCase("hybrid", 3, "tp", "ragged", overlap=True, load="even", num_steps=4),
-    SpeculativeCase("eagle3_mixtral", 4, overlap=True, load="idle_ranks", num_steps=1),
+    slow(SpeculativeCase("eagle3_mixtral", 4, overlap=True, load="idle_ranks", num_steps=1)),
 ]
 
 

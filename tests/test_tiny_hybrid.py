@@ -41,6 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]
     return out, [*losses, trainer.val_loss(trainer.mtp_losses, 1024)]
 
 
+@pytest.mark.slow
 def test_losses_fall(trained: tuple[Path, list[float]]) -> None:
     _, (before, after, drafts) = trained
     print(f"loss {before:.3f}, then {after:.3f}; of drafts {drafts:.3f}")
@@ -48,6 +49,7 @@ def test_losses_fall(trained: tuple[Path, list[float]]) -> None:
     assert drafts < 0.8 * before
 
 
+@pytest.mark.slow
 def test_it_is_served_as_it_was_trained_18(trained: tuple[Path, list[float]]) -> None:
     """Its own greedy tokens, and as many drafts accepted: a wrong draft shows nowhere else."""
     path, _ = trained

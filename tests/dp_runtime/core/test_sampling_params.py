@@ -34,6 +34,7 @@ BAD: dict[str, list[Any]] = {
     "include_stop_str_in_output": [0, 1, "no", None],
     "ignore_eos": [0, 1, "no", None],
     "skip_special_tokens": [0, 1, "no", None],
+    "return_routed_experts": [0, 1, "no", None],
     "priority": [2**31, -(2**31), 0.0, "1", None, True],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", True, NAN],
     "cache_salt": ["", 5, b"a", ["a"], True, "a\ud800"],

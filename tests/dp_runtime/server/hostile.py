@@ -224,7 +224,7 @@ HEADS: dict[str, tuple[bytes, int]] = {
     "length of 30 digits": (chunked(b"", b"Content-Length: " + b"9" * 30), 400),
     "length of 5000 digits": (chunked(b"", b"Content-Length: " + b"9" * 5000), 400),
     "length of 100 GB": (chunked(b"", b"Content-Length: 99999999999"), 413),
-    "10 MB": (post(b" " * 10_000_000, b"/tokenize", KEEP_OPEN), 413),
+    "20 MB": (post(b" " * 20_000_000, b"/tokenize", KEEP_OPEN), 413),
     "values": (post(b"[" + b"1," * 400_000 + b"1]"), 413),
     "gzip": (chunked(b"0\r\n\r\n", b"Transfer-Encoding: gzip, chunked"), 400),
     "two encodings": (chunked(b"0\r\n\r\n", b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x"),
@@ -233,5 +233,5 @@ HEADS: dict[str, tuple[bytes, int]] = {
     "size of a chunk": (chunked(b"zz\r\n"), 400),
     "size below 0": (chunked(b"-1\r\n"), 400),
     "size of 30 digits": (chunked(b"F" * 30 + b"\r\n"), 400),
-    "10 MB in chunks": (chunked((b"100000\r\n" + b" " * 0x100000 + b"\r\n") * 10), 413),
+    "20 MB in chunks": (chunked((b"100000\r\n" + b" " * 0x100000 + b"\r\n") * 20), 413),
 }  # fmt: skip

@@ -79,12 +79,19 @@ def test_who_loads_from_a_copy_has_the_same_bits(
     first = load(model, memory, **fields)
     assert memory.is_finished
     assert same(first, load(model, None, **fields))
-    (model / "model.safetensors").write_bytes(b"")  # which is not read again
+    forget_values(model / "model.safetensors")  # which are not read again
     second = load(model, memory, **fields)
     assert same(first, second)
     assert second.info.bytes_read == 0
     shares = {one.data_ptr() for one in bits(first)} & {one.data_ptr() for one in bits(second)}
     assert not shares - {0}
+
+
+def forget_values(path: Path) -> None:
+    """Leave the names of a file's tensors, and zeros."""
+    stored = path.read_bytes()
+    header = 8 + int.from_bytes(stored[:8], "little")
+    path.write_bytes(stored[:header] + bytes(len(stored) - header))
 
 
 @pytest.mark.parametrize("architecture", [VISION, NEXT])

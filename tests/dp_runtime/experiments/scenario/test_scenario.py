@@ -73,6 +73,7 @@ def test_a_scenario_needs_a_load_that_fits_it() -> None:
         made(scenario=twice)
 
 
+@pytest.mark.slow
 def test_who_is_slow_is_busy_and_who_is_drained_serves_no_more(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "model")
     scenario = {
