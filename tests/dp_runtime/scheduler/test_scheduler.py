@@ -78,7 +78,7 @@ class Driver:
 
     def step(self, prefill_budget: int | None = None) -> SchedulerOutput:
         scheduled = self.scheduler.schedule(PROGRAM, prefill_budget)
-        rows = self.reference.schedule(prefill_budget)
+        rows = self.due_rows(scheduled, prefill_budget)
         self.check()
         self.check_batch(scheduled, rows)
         self.steps += 1
@@ -88,6 +88,10 @@ class Driver:
             self.commit(*self.in_flight.popleft())
         self.check()
         return scheduled
+
+    def due_rows(self, scheduled: SchedulerOutput, prefill_budget: int | None) -> Rows:
+        """Return who has which rows of a step: request id, first position, end."""
+        return self.reference.schedule(prefill_budget)
 
     def check(self) -> None:
         """Pages, and who runs and waits, are the reference's."""

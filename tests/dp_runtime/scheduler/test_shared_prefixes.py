@@ -202,20 +202,11 @@ def test_a_page_is_not_served_to_who_has_its_digest_by_chance(
             self.scheduler.check()
             self.was_cached = self.cached_pages()
 
-        def step(self, prefill_budget: int | None = None) -> SchedulerOutput:
-            scheduled = self.scheduler.schedule(PROGRAM, prefill_budget)
+        def due_rows(self, scheduled: SchedulerOutput, prefill_budget: int | None) -> Rows:
             numbers = self.scheduler.table.request_ids[scheduled.req_indices].tolist()
             ends = scheduled.target.seq_lens.tolist()
             starts = (scheduled.target.seq_lens - scheduled.target.query_lens).tolist()
-            rows = list(zip(numbers, starts, ends, strict=True))
-            self.check_batch(scheduled, rows)
-            self.steps += 1
-            if rows:
-                self.in_flight.append((scheduled, rows))
-            while len(self.in_flight) > (self.depth if rows else 0):
-                self.commit(*self.in_flight.popleft())
-            self.check()
-            return scheduled
+            return list(zip(numbers, starts, ends, strict=True))
 
     driver = CollidingDriver(num_pages, 16, depth, CollidingHasher(PAGE, "a model"))
     driver.reference = _Nobody()  # type: ignore[assignment]
