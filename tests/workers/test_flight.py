@@ -16,6 +16,7 @@ from dp_runtime.flight.dump_file import read_dump
 from dp_runtime.flight.record import FlightDump, ProcessState, Source
 from dp_runtime.flight.stragglers import common_busy_steps
 from tests.serving import loops_of
+from tests.signals import stop
 from tests.workers.engines import ENDLESS, TOLD_S, engine
 from tests.workers.leftovers import wait_until
 
@@ -88,7 +89,7 @@ def test_a_stopped_rank_is_named_with_where_it_stopped(
         assert {rank.process for rank in well.ranks} == {ProcessState.RUNNING}
         assert {rank.transport for rank in well.ranks} == {collective}
         handle = one.submit([1, 2, 3], ENDLESS, dp_rank=0)
-        os.kill(pids[2], signal.SIGSTOP)
+        stop(pids[2])
         with pytest.raises(RankFailed):
             handle.result(TOLD_S)
         stopped = one.flight_record().ranks[2]

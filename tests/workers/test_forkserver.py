@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from dp_runtime.errors import StartError
+from tests.signals import stop
 from tests.workers.engines import REPOSITORY
 from tests.workers.leftovers import wait_until
 from workers import forkserver, local_group
@@ -93,7 +94,7 @@ def test_one_child_waits_for_a_stopped_server(
 
     children = [server.fork(TELL, f"dp-rank-{rank}", 60.0) for rank in range(3)]
     assert all(channel.recv() for _, channel in children)
-    os.kill(server._process.pid, signal.SIGSTOP)
+    stop(server._process.pid)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(forkserver, "wait", counted)
@@ -111,7 +112,7 @@ def test_one_child_waits_for_a_stopped_server(
 
 def test_a_stopped_server_is_replaced() -> None:
     server = ForkServer("tests.workers.forked")
-    os.kill(server._process.pid, signal.SIGSTOP)
+    stop(server._process.pid)
     with pytest.raises(StartError, match=r"dp-rank-0: no process was started within 0\.2 s"):
         server.fork(TELL, "dp-rank-0", 0.2)
     assert server._process.returncode == -signal.SIGKILL, "it has ended by now"
@@ -125,7 +126,7 @@ def test_a_server_that_has_forked_before_is_waited_for_shortly(
     server = ForkServer("tests.workers.forked")
     child, channel = server.fork(TELL, "dp-rank-0", 60.0)
     channel.recv()
-    os.kill(server._process.pid, signal.SIGSTOP)
+    stop(server._process.pid)
     monkeypatch.setattr(forkserver, "FORK_S", 0.2)
     with pytest.raises(StartError, match=r"dp-rank-1: no process was started within 0\.2 s"):
         server.fork(TELL, "dp-rank-1", 600.0)

@@ -28,6 +28,7 @@ from dp_runtime.metrics.status import RankState
 from dp_runtime.startup.build_rank import load_rank
 from dp_runtime.startup.loaded_rank import LoadedRank
 from tests.checkpoints import tiny_checkpoint
+from tests.signals import stop
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
 from tests.workers.leftovers import (
     left_overs,
@@ -199,7 +200,7 @@ def test_a_stopped_rank_is_a_timeout(model: Path) -> None:
         handle = one.submit([1, 2, 3], ENDLESS, dp_rank=0)
         next(iter(handle))
         stopped = one.health()[1].pid
-        os.kill(stopped, signal.SIGSTOP)
+        stop(stopped)
         with pytest.raises(RankFailed, match=r"rank 0: CollectiveTimeout: .* for ranks 1"):
             handle.result(TOLD_S)
         closing = time.monotonic()

@@ -21,6 +21,7 @@ from dp_runtime.errors import EngineClosed, RankFailed, RankMissing, ResizeFaile
 from dp_runtime.metrics.status import RankState
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
+from tests.signals import stop
 from tests.workers.leftovers import rank_processes, wait_until
 from tests.workers.test_recovery import (
     NUM_REQUESTS,
@@ -179,7 +180,7 @@ def test_a_rank_that_is_stopped_as_all_meet_holds_nobody_up(
             assert host is not None
             assert host.flight is not None
             stopped.append(host.flight.pid)
-            os.kill(host.flight.pid, signal.SIGSTOP)
+            stop(host.flight.pid)
         begin(self, *given, **named)
 
     monkeypatch.setattr("workers.supervision.recovery.MEET_S", 100 * WAIT_S)
@@ -201,7 +202,7 @@ def stopped_as_it_loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             assert host is not None
             assert host.flight is not None
             stopped.append(host.flight.pid)
-            os.kill(stopped[0], signal.SIGSTOP)
+            stop(stopped[0])
         return load(self, seats, *given, **named)
 
     monkeypatch.setattr(Epochs, "load", load_but_one)

@@ -19,6 +19,7 @@ from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import RankFailed, RequestFailed
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
+from tests.signals import stop
 from tests.workers.leftovers import wait_until
 from tests.workers.test_watch import nothing_left
 
@@ -110,7 +111,7 @@ def test_a_stopped_rank_is_replaced_and_disturbs_nobody_later(model: Path) -> No
     with nothing_left(), recovering(model, "local") as engine:
         expected = alike(served(engine, 2, lambda: None))
         pid = engine.health()[1].pid
-        assert alike(served(engine, 2, lambda: os.kill(pid, signal.SIGSTOP))) == expected
+        assert alike(served(engine, 2, lambda: stop(pid))) == expected
         assert engine.health()[1].pid != pid
         check_pages_free(engine)
 
@@ -150,7 +151,7 @@ def test_an_abort_is_answered_before_anybody_notices_that_its_rank_is_lost(model
         lost = [engine.submit([4, 5], endless, dp_rank=1) for _ in range(4)]
         next(iter(lost[0]))
         pid = engine.health()[1].pid
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         for handle in lost[:3]:
             handle.abort()
         ended = [handle.result(WAIT_S) for handle in lost[:3]]

@@ -21,6 +21,7 @@ import pytest
 from collectives.session import VARIABLE, session_token
 from dp_runtime import Engine, EngineConfig, TokensPrompt
 from dp_runtime.errors import EngineClosed, RankFailed, StartError
+from tests.signals import stop
 from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, engine
 from tests.workers.leftovers import left_overs, nothing_new, rank_processes, wait_until
 from workers.supervision.leaving import STOP_S
@@ -39,7 +40,7 @@ def frozen() -> Iterator[list[int]]:
 def freeze(pids: list[int], frozen: list[int]) -> None:
     for pid in pids:
         frozen.append(pid)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from dp_runtime.flight.ring import NUM_STEPS, FlightRing, RingLayout, wall_offse
 from dp_runtime.host.memory_address import MemoryAddress
 from dp_runtime.parallel.agreement import StepRecord, agree
 from tests.dp_runtime.flight.flights import Clock, Flights
+from tests.signals import stop
 
 LAYOUT = RingLayout(2, 3, 12)
 
@@ -119,7 +120,7 @@ def test_a_ring_is_readable_while_its_process_is_stopped_and_after_its_end() -> 
     address, pid = told.get(), process.pid
     assert address is not None
     assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     memory = address.map()
     assert memory is not None
     for wrong in ({"host": "other"}, {"descriptor": 0}, {"pid": os.getpid(), "descriptor": 10**6}):

@@ -16,6 +16,7 @@ import pytest
 from dp_runtime.core.membership import Membership
 from dp_runtime.metrics.status import RankHealth, RankState
 from tests.dp_runtime.server.served import WAIT_S, serving
+from tests.signals import stop
 
 ENDLESS = {"prompt": "a", "max_tokens": 1900, "ignore_eos": True}
 
@@ -98,7 +99,7 @@ def test_an_engine_whose_ranks_meet_anew_is_paused_and_not_failed(
 def test_a_server_lives_although_a_rank_does_not_answer() -> None:
     with serving(launcher="local", hang_timeout_s=3600.0) as served, served.client() as client:
         pid = client.get("/health").json()["ranks"][1]["pid"]
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             assert told(client) == {"/health": (200, "paused"), "/ready": (503, "paused")}
         finally:

@@ -21,6 +21,7 @@ from tests.dp_runtime.structured.vocabulary import (
     regex,
     tokens_of,
 )
+from tests.signals import stop
 from tests.structured_cases import chain
 
 
@@ -108,7 +109,7 @@ def test_a_process_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     trial = GrammarTrial(TOKENIZER_JSON, VOCAB, (EOS,))
     trial.check(regex("a"))
     (process,) = trials() - before
-    process.suspend()
+    stop(process.pid)
     monkeypatch.setattr(grammar_trial, "TRIAL_S", 0.1)
     assert trial._process is not None
     trial._process.channel.settimeout(0.1)
