@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from dp_runtime.chat.sandbox import compile_template
 from dp_runtime.config import EngineConfig
-from dp_runtime.core.request import ImagePrompt
+from dp_runtime.core.request import ImagePrompt, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.structured_outputs import StructuredOutputs
 from dp_runtime.engine.async_engine import AsyncEngine
@@ -205,6 +205,7 @@ class ServerState:
             for params_of_choice in _of_choices(params, body.n):
                 requests.append(self.engine.checked(prompt, params_of_choice, body.dp_rank))
                 tokens = requests[-1].request.prompt_token_ids
+                self._check_image_tokens(requests[-1].request)
                 if not isinstance(prompt, ImagePrompt):
                     prompt = tokens  # which needs not be read again
                 num_tokens += len(tokens) * (1 + num_logprobs) + body.num_listed
@@ -215,6 +216,14 @@ class ServerState:
                 )  # fmt: skip
             check_room(requests[-1].request, self.engine.model.max_model_len)
         return requests
+
+    def _check_image_tokens(self, request: RankRequest) -> None:
+        wanted = self.engine.model.images
+        if wanted is None or request.images:
+            return
+        count = request.prompt_token_ids.count(wanted.image_token_id)
+        allowed = "none where there is no image: /v1/chat/completions takes them"
+        require(count == 0, "prompt", f"{count} tokens of images", allowed)
 
 
 def _length(prompt: TextOrTokens | ImagePrompt) -> int:

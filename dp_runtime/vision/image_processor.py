@@ -43,9 +43,8 @@ class ImageProcessor:
 
         formats: those that the content of a file may have.
         """
-        for library in ("PIL", "transformers"):
-            installed = find_spec(library) is not None
-            require(installed, field, _name(given), f"none without {library}: {INSTALL}")
+        missing = self._missing
+        require(not missing, field, _name(given), f"none without {', '.join(missing)}: {INSTALL}")
         image = self._decoded(field, given, formats)
         found = self._library(image, return_tensors="np")
         _, rows, columns = (int(size) for size in found["image_grid_thw"][0])
@@ -58,6 +57,18 @@ class ImageProcessor:
         digest = blake2b(f"{rows} x {columns} ".encode(), digest_size=DIGEST_BYTES)
         digest.update(patches.data)
         return PromptImage(0, rows // side, columns // side, patches, digest.digest())
+
+    def warm_up(self) -> None:
+        """Import the libraries, if they are installed: the first image would wait for seconds."""
+        if not self._missing:
+            from PIL import Image
+
+            side = self.format.patch_size * self.format.merge_size
+            self("image", Image.new("RGB", (side, side)))
+
+    @property
+    def _missing(self) -> list[str]:
+        return [library for library in ("PIL", "transformers") if find_spec(library) is None]
 
     @cached_property
     def _library(self) -> Any:

@@ -42,6 +42,7 @@ class ChatImages:
         if model.images is None:
             return None
         processor = ImageProcessor(model.images, config.max_file_pixels)
+        processor.warm_up()
         return cls(config, processor, model.max_model_len)
 
     @property

@@ -17,6 +17,7 @@ from openai import OpenAI
 from PIL import Image
 
 from dp_runtime import ImagePrompt, RequestOutput, SamplingParams
+from dp_runtime.server.chat.images import ChatImages
 from dp_runtime.server.config import ServerConfig
 from tests.dp_runtime.server.pictures import (
     Part,
@@ -269,6 +270,32 @@ def test_what_is_bad_is_one_clear_400(refusals: dict[str, httpx.Response], name:
     assert error["message"].startswith(error["param"])
     assert len(error["message"]) < 400
     assert error["code"] == ("context_length_exceeded" if "maximum context" in text else None)
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("prompt", ["ab<image>", [1, IMAGE_TOKEN], [[1, 2], [IMAGE_TOKEN]]])
+def test_a_completion_has_no_images(
+    served: Served, prompt: object, add_special_tokens: bool
+) -> None:
+    asking = {"prompt": prompt, "add_special_tokens": add_special_tokens}
+    answer = served.post("/v1/completions", **asking)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["message"] == (
+        "prompt: '1 tokens of images' is not allowed; none where there is no image: "
+        "/v1/chat/completions takes them"
+    )
+    assert error["param"] == "prompt"
+
+
+def test_the_tokens_of_a_text_are_told_whatever_they_are(served: Served) -> None:
+    assert served.post("/tokenize", prompt="a<image>").json()["tokens"] == [1, IMAGE_TOKEN]
+
+
+def test_the_first_image_waits_for_no_library(served: Served) -> None:
+    images = ChatImages.of(served.engine.model, ServerConfig())
+    assert images is not None
+    assert "_library" in vars(images.processor)
 
 
 @pytest.mark.parametrize("name", ["max_images", "max_image_bytes", "max_file_pixels"])

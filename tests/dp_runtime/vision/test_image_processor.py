@@ -169,5 +169,7 @@ def test_a_shape_that_comes_to_too_many_tokens_is_refused() -> None:
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dp_runtime.vision.image_processor.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"none without PIL: pip install 'dp-runtime\[vision\]'"):
+    PROCESSOR.warm_up()
+    install = r"none without PIL, transformers: pip install 'dp-runtime\[vision\]'"
+    with pytest.raises(ValueError, match=install):
         PROCESSOR("images[0]", noise(9, 9))
