@@ -234,12 +234,9 @@ class Worker:
 
     def health(self) -> RankHealth:
         health = RankHealth(
-            self.dp_rank,
-            RankState.STARTING,
-            pid=os.getpid(),
-            host=socket.gethostname(),
+            self.dp_rank, RankState.STARTING, pid=os.getpid(), host=socket.gethostname(),
             clock_offset_ns=wall_offset_ns(),
-        )
+        )  # fmt: skip
         stage, health = self._stage, self._progress.describe(health)
         return health if stage is None else stage.describe(health)
 
@@ -270,6 +267,8 @@ class Worker:
 
     def release(self) -> None:
         """Let go of weights and pages, which would else stay until garbage is collected."""
+        if holder := holder_of(self._stage):
+            holder.mailbox.stop()  # a poll would else be waited for
         self._stage = None
 
     @property

@@ -90,6 +90,22 @@ def test_from_start_to_stop(directory: Path) -> None:
     worker.stop()
 
 
+def test_a_poll_ends_with_its_worker(directory: Path) -> None:
+    """It waits for mail of after the stop, as at the close of an engine."""
+    worker = new_worker(directory)
+    worker.prepare()
+    worker.load()
+    worker.join(InProcessRendezvous(InProcessGroup(1, 10.0)))
+    worker.stop()
+    poll = threading.Thread(target=worker.poll, args=(600.0,), daemon=True)
+    poll.start()
+    poll.join(0.05)
+    assert poll.is_alive()
+    worker.release()
+    poll.join(30.0)
+    assert not poll.is_alive()
+
+
 def test_tokens_are_those_of_the_oracle(worker: Worker, directory: Path) -> None:
     prompt = [5, 17, 100, 3, 42]
     worker.submit([request_of(7, prompt, SamplingParams(max_tokens=12, temperature=0.0))])
