@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from time import monotonic
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.core.request import RankRequest
 from dp_runtime.errors import StartError
 from workers.start_errors import explained
 from workers.supervision.group_flight import check_dump_directory
 from workers.worker_group import WorkerGroup
 
 
-def start(config: EngineConfig, show_progress: bool = False) -> WorkerGroup:
+def start(
+    config: EngineConfig,
+    show_progress: bool = False,
+    first: Mapping[int, Sequence[RankRequest]] | None = None,
+) -> WorkerGroup:
     """Start all ranks and return them when they serve; ValueError or StartError if they can't."""
     check_dump_directory(config)
     deadline = monotonic() + config.start_timeout_s
     try:
         group = _launch(config, deadline)
-        group.start(show_progress, max(deadline - monotonic(), 0.0))
+        group.start(show_progress, max(deadline - monotonic(), 0.0), first or {})
     except (OSError, MemoryError) as error:
         raise StartError(f"{type(error).__name__}: {explained(error)}") from error
     except RuntimeError as error:

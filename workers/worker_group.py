@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
@@ -62,18 +63,25 @@ class WorkerGroup:
         self._owner = os.getpid()
         close_at_exit(self)
 
-    def start(self, show_progress: bool, timeout_s: float) -> None:
+    def start(
+        self,
+        show_progress: bool,
+        timeout_s: float,
+        first: Mapping[int, Sequence[RankRequest]] = MappingProxyType({}),
+    ) -> None:
         """Bring all ranks to ready; on any failure, or interrupt, none of them is left.
 
         Raises ValueError if the config or the model is at fault, else StartError.
         """
         try:
-            uninterrupted(lambda: self._start(show_progress, timeout_s), self._give_up)
+            uninterrupted(lambda: self._start(show_progress, timeout_s, first), self._give_up)
         except BaseException:
             self.close()  # an interrupt may have come once the ranks were ready
             raise
 
-    def _start(self, show_progress: bool, timeout_s: float) -> None:
+    def _start(
+        self, show_progress: bool, timeout_s: float, first: Mapping[int, Sequence[RankRequest]]
+    ) -> None:
         try:
             limits, seats = SilenceLimits.while_starting(self._config), self._ranks.seats
             watch = RankWatch(seats, limits, lambda ranks, text: self._give_up(text))
@@ -83,6 +91,8 @@ class WorkerGroup:
             with ProgressBar("load", 0, "byte", show_progress) as bar:
                 show = lambda: show_loading(bar, watch.healths)  # noqa: E731
                 self.model = self._epochs.load(seats, deadline, show)[0]
+            for dp_rank, requests in first.items():
+                self._supervisor.submit(dp_rank, requests)
             with ProgressBar("capture", 0, "graph", show_progress) as bar:
                 attach_s = self._config.start_timeout_s
                 self._epochs.begin(deadline, attach_s, lambda: show_capture(bar, watch.healths))

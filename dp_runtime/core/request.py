@@ -106,6 +106,7 @@ class RankRequest:
     num_scored: int = 0  # prompt positions whose log probabilities were reported before that
     replay: NDArray[np.int16] | None = None  # [positions, layers, top_k]; -1: routed as usual
     num_routed: int = 0  # positions whose experts were reported before that
+    at_step: int = 0  # of its epoch, before which its rank holds it: for replays
 
     @property
     def computes_all(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from types import TracebackType
@@ -15,6 +15,7 @@ from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_handle import AsyncRequestHandle, AsyncRequestStream, deliver_in_loops
 from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest, checked_requests, checked_seconds
+from dp_runtime.engine.request_log import tokens_of
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.recording import Recording
 from dp_runtime.metrics.report import Report
@@ -134,9 +135,10 @@ class AsyncEngine:
     async def step_trace(self) -> tuple[StepTrace, ...]:
         return await asyncio.to_thread(self._core.step_trace)
 
-    async def recording(self) -> Recording:
+    async def recording(self, handles: Iterable[AsyncRequestHandle] = ()) -> Recording:
         """As `Engine.recording`."""
-        return Recording.of(asdict(self.config), self.model, await self.step_trace())
+        steps, kept = await self.step_trace(), tokens_of(handles)
+        return Recording.of(asdict(self.config), self.model, steps, kept)
 
     async def report(self) -> Report:
         return await asyncio.to_thread(self._core.report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from types import TracebackType
 
@@ -14,6 +14,7 @@ from dp_runtime.engine.core import EngineCore
 from dp_runtime.engine.inputs import NewRequest, checked_flag, checked_seconds
 from dp_runtime.engine.output_processor import deliver_here
 from dp_runtime.engine.request_handle import RequestHandle, RequestStream
+from dp_runtime.engine.request_log import tokens_of
 from dp_runtime.errors import EngineClosed, RankFailed, RequestFailed, require
 from dp_runtime.flight.record import FlightDump
 from dp_runtime.metrics.progress_bar import ProgressBar
@@ -126,9 +127,13 @@ class Engine:
         """Return the steps that the ranks remember, with their rows and times."""
         return self._core.step_trace()
 
-    def recording(self) -> Recording:
-        """Return those steps with what a replay needs beside them (docs/experiments.md)."""
-        return Recording.of(asdict(self.config), self.model, self.step_trace())
+    def recording(self, handles: Iterable[RequestHandle] = ()) -> Recording:
+        """Return those steps with what a replay needs beside them (docs/experiments.md).
+
+        handles: of requests whose prompts and outputs it is to have; else it has no text.
+        """
+        steps, kept = self.step_trace(), tokens_of(handles)
+        return Recording.of(asdict(self.config), self.model, steps, kept)
 
     def report(self) -> Report:
         return self._core.report()

@@ -74,11 +74,16 @@ class RankGroup(Protocol):
         """Stop all ranks and release their processes; callable more than once."""
 
 
-def start_ranks(config: EngineConfig, show_progress: bool) -> RankGroup:
+def start_ranks(
+    config: EngineConfig,
+    show_progress: bool,
+    first: Mapping[int, Sequence[RankRequest]] | None = None,
+) -> RankGroup:
+    """Start ranks, which have their first requests before their first step."""
     _check_not_shadowed("workers", "collectives")
     from workers import start  # NOTE: the one import upward; ranks come to the engine this way
 
-    return start(config, show_progress)
+    return start(config, show_progress, first)
 
 
 def _check_not_shadowed(*packages: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from time import monotonic
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from dp_runtime.core.request import (
     TokenLogprob,
 )
 from dp_runtime.engine.routing.load_balancer import Demand
+from dp_runtime.metrics.request_tokens import RequestTokens
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.text.output_text import OutputText, TextStep
 from dp_runtime.text.tokenizer import Tokenizer
@@ -150,6 +153,25 @@ class RequestLog:
         """Join what came; tokens that a stop string cut off had theirs too."""
         num_tokens = len(self.request.prompt_token_ids) + len(self.token_ids)
         return np.concatenate(self._routed)[: num_tokens - 1]
+
+
+class Held(Protocol):
+    """What a user holds of a request."""
+
+    @property
+    def request(self) -> RankRequest: ...
+
+    @property
+    def output(self) -> RequestOutput | None: ...  # once it has ended
+
+
+def tokens_of(handles: Iterable[Held]) -> Iterator[RequestTokens]:
+    """Yield what those that have ended asked and got; those that had more than tokens not."""
+    for handle in handles:
+        if handle.output is not None:
+            kept = RequestTokens.of(handle.request, handle.output.token_ids)
+            if kept is not None:
+                yield kept
 
 
 def _output_text(request: RankRequest, tokenizer: Tokenizer) -> OutputText:

@@ -87,7 +87,7 @@ async def _serve(
         changing = asyncio.create_task(run.point.scenario.play(engine, start_s))
         records = await driver.serve(start_s)
         await changing
-        whole = await engine.recording()
+        whole = await engine.recording(driver.handles)
     steps = [step for step in whole.steps if (step.epoch, step.step_id) > last_warm]
     return records, replace(whole, steps=tuple(steps))
 

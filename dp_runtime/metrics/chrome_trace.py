@@ -70,6 +70,7 @@ class _StepEvents:
         done = {
             "output tokens": step.output_tokens, "prompt tokens": step.prompt_tokens,
             "preemptions": step.num_preemptions, "prefixes": asdict(step.prefixes),
+            "free pages": step.free_pages,
         }  # fmt: skip
         if step.num_drafts:
             args = args | {"verifications by accepted drafts": step.accepted}

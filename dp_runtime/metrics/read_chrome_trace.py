@@ -77,6 +77,7 @@ def _step(events: Sequence[Event]) -> StepTrace:
         commit_start_s=commit["ts"] / 1e6,
         encode_s=_seconds(encode),
         num_images=0 if encode is None else encode["args"]["images"],
+        free_pages=done.get("free pages"),
     )
 
 

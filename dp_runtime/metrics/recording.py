@@ -7,10 +7,12 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dp_runtime.errors import not_allowed, require
+from dp_runtime.metrics.request_tokens import RequestTokens
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.metrics.trace import Arrival, End, PassTrace, PrefixCounts, StepTrace
 
@@ -23,37 +25,41 @@ class ModelSizes:
 
     max_model_len: int  # tokens
     hidden_size: int
+    vocab_size: int
     cache_tokens: int  # of one rank's pages
 
     @classmethod
     def of(cls, model: ModelInfo) -> ModelSizes:
-        return cls(model.max_model_len, model.hidden_size, model.cache_tokens)
+        return cls(model.max_model_len, model.hidden_size, model.vocab_size, model.cache_tokens)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """docs/experiments.md describes the file: a header, then a line for each step of each rank."""
+    """docs/experiments.md describes the file: a header, then lines of requests and of steps."""
 
     config: Mapping[str, Any]  # fields of EngineConfig
     model: ModelSizes
     steps: tuple[StepTrace, ...]
+    tokens: tuple[RequestTokens, ...] = ()  # of those requests whose prompts are kept
 
     @classmethod
     def of(
-        cls, config: Mapping[str, Any], model: ModelInfo, steps: tuple[StepTrace, ...]
-    ) -> Recording:
-        return cls(config, ModelSizes.of(model), steps)
+        cls, config: Mapping[str, Any], model: ModelInfo, steps: tuple[StepTrace, ...],
+        tokens: Iterable[RequestTokens] = (),
+    ) -> Recording:  # fmt: skip
+        return cls(config, ModelSizes.of(model), steps, tuple(tokens))
 
     @property
     def header(self) -> dict[str, Any]:
         return {
             "format": FORMAT, "version": VERSION,
-            "config": dict(self.config), "model": asdict(self.model),
+            "config": dict(self.config), "model": asdict(self.model), "tokens": len(self.tokens),
         }  # fmt: skip
 
     def to_bytes(self) -> bytes:
         """Return the file's content, lines of JSON in gzip."""
-        lines = (json.dumps(self.header, default=str), *map(step_line, self.steps))
+        header = json.dumps(self.header, default=str)
+        lines = [header, *map(line_of, self.tokens), *map(line_of, self.steps)]
         return gzip.compress("".join(f"{line}\n" for line in lines).encode(), 5)
 
     @classmethod
@@ -73,15 +79,18 @@ class Recording:
         known = header.get("format") if isinstance(header, dict) else None
         require(known == FORMAT, "recording: format", known, FORMAT)
         require(header["version"] == VERSION, "recording: version", header["version"], str(VERSION))
-        steps = tuple(steps_of(lines))
+        rest = iter(lines)
+        kept = islice(rest, header["tokens"])
+        tokens = tuple(RequestTokens.read(json.loads(line)) for line in kept)
+        steps = tuple(steps_of(rest))
         require(bool(steps), "recording: steps", 0, "at least one")
         ok = all(step.record for step in steps)
         require(ok, "recording: record", "none", "the record that a rank posted, in every step")
-        return cls(header["config"], ModelSizes(**header["model"]), steps)
+        return cls(header["config"], ModelSizes(**header["model"]), steps, tokens)
 
 
-def step_line(step: StepTrace) -> str:
-    return json.dumps(asdict(step))
+def line_of(kept: StepTrace | RequestTokens) -> str:
+    return json.dumps(asdict(kept))
 
 
 def steps_of(lines: Iterable[str]) -> Iterator[StepTrace]:

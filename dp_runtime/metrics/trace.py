@@ -88,6 +88,7 @@ class StepTrace:
     attended_tokens: int = 0  # summed over its rows: each attends to those up to itself
     arrived: tuple[Arrival, ...] = ()  # since the rank scheduled the step before
     ended: tuple[End, ...] = ()  # by this step, or aborted before it
+    free_pages: int | None = None  # after it, cached ones that nobody holds among them
 
     @property
     def index(self) -> int:  # of this rank in rows of all ranks

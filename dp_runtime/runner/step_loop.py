@@ -18,6 +18,7 @@ from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.parallel.step_coordinator import StepCoordinator
 from dp_runtime.runner.graphs.pending_capture import PendingCapture
+from dp_runtime.runner.held_requests import HeldRequests
 from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
 from dp_runtime.runner.step_timer import StepClock, StepTimer
 from dp_runtime.runner.step_tracing import Heard, InflightStep, trace_of
@@ -62,6 +63,7 @@ class StepLoop:
         self._num_drafts = (0, 0)  # proposed and accepted since the last record
         self._wait_s = 0.0  # for slower ranks, in the last step
         self._clock = StepClock()
+        self._held = HeldRequests()
         self._heard = Heard()  # since the last step that ran
         self._dp_rank = coordinator.dp_rank
 
@@ -190,7 +192,8 @@ class StepLoop:
         NOTE: every rank calls `idle`, if only for no time, or its next record wakes nobody. Ranks
         differ in what is in flight: those that may not run ahead have committed it already.
         """
-        goes_on = bool(self._inflight) or self.scheduler.has_work or self.is_capturing
+        works = bool(self._inflight) or self.scheduler.has_work or self.is_capturing
+        goes_on = works or bool(self._held)
         self._commit_down_to(0, deliver)
         if not goes_on:
             self.idle.set()
@@ -213,11 +216,12 @@ class StepLoop:
             self.recorder.totals.add_prefill_budget(budget, held_back)
 
     def _apply(self, commands: Inbox) -> list[RequestUpdate]:
-        for request in commands.add:
+        added = self._held.due(commands.add, self.coordinator.step_id)
+        for request in added:
             self.scheduler.add(request)
         ended = [self.scheduler.abort(request_id) for request_id in commands.abort]
         recalled = [self.scheduler.requests.recall(each) for each in commands.recall]
-        self._heard.hear(commands.add, ended)
+        self._heard.hear(added, ended)
         return [item for item in ended if item] + recalled
 
     def _record(self, scheduled: SchedulerOutput, stop: bool) -> StepRecord:

@@ -84,6 +84,7 @@ def trace_of(
         ended=(*step.heard.aborted, *ended),
         encode_s=output.encode_s,
         num_images=len(scheduled.to_encode),
+        free_pages=scheduler.num_free_pages,
     )
 
 

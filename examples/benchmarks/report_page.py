@@ -26,6 +26,7 @@ from dp_runtime.experiments import write_report
 from dp_runtime.experiments.measurement.figures import figures_of
 from dp_runtime.experiments.results.run_files import STEPS, write_run
 from dp_runtime.experiments.slo import Slo
+from dp_runtime.metrics.recording import ModelSizes, Recording
 from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
@@ -55,14 +56,14 @@ def drawn_step(
     return StepTrace(
         rank, at, 0, start_s, schedule_s=0.0, agree_s=0.0, agree_wait_s=0.0, prepare_s=0.0,
         sample_s=0.0, commit_s=0.0, passes=(one,), output_tokens=rows[rank], prompt_tokens=0,
-        prefixes=PrefixCounts(16 * at, 4 * at, 0, at % 500),
+        prefixes=PrefixCounts(16 * at, 4 * at, 0, at % 500), free_pages=500 - at % 300,
     )  # fmt: skip
 
 
 def written(directory: Path, num_steps: int, dp_size: int) -> Path:
     steps = drawn_steps(num_steps, dp_size)
     row = {"point": "drawn", "repeat": 0, "error": "", **figures_of((), steps, Slo())}
-    write_run(directory, row, (), steps)
+    write_run(directory, row, (), Recording({}, ModelSizes(0, 0, 0, 0), tuple(steps)))
     return directory
 
 

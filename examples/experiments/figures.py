@@ -1,6 +1,9 @@
-"""Draws the figures of experiments from the tables in their directories of results.
+"""Draws the figures of experiments, and prints what their texts state.
 
-python -m examples.experiments.figures padding_skew.results --out figures    # needs matplotlib
+python -m examples.experiments.figures    # runs all five first, into results/: about 15 minutes
+python -m examples.experiments.figures padding_skew.results --out figures    # draws what was run
+
+Needs matplotlib: pip install -e '.[plots]'.
 """
 
 from __future__ import annotations
@@ -11,13 +14,24 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
+from dp_runtime.experiments import Experiment, run_experiment
+
+HOME = Path(__file__).parent
 SHOWN = {  # by experiment: what its text speaks of
     "padding_skew": ("padding_waste", "row_balance", "output_tok_s"),
     "routing_groups": ("row_balance", "steps", "output_tok_s"),
     "straggler": ("step_ms_p50", "steps", "output_tok_s"),
     "prefill_beside_decode": ("itl_ms_p99", "ttft_ms_p50", "output_tok_s"),
     "speculation_imbalance": ("steps", "tokens_per_verification", "output_tok_s"),
+}
+TOLD = {  # by experiment: what its text has in numbers besides
+    "padding_skew": ("wire_rows",),
+    "routing_groups": ("busy_s_0", *(f"output_tokens_{rank}" for rank in range(4))),
+    "straggler": ("recovery_s", *(f"wait_s_{rank}" for rank in range(4))),
+    "prefill_beside_decode": ("itl_ms_p50", "step_ms_p50", "steps"),
+    "speculation_imbalance": ("drafts_proposed",),
 }
 USUAL = ("output_tok_s", "ttft_ms_p50", "tpot_ms_p50", "padding_waste")
 BAR, MARGIN = 0.32, 1.1  # inches: of a point, and beside the bars
@@ -79,6 +93,30 @@ def _draw_bars(axes: object, bars: Sequence[Bar]) -> None:
     axes.set_axisbelow(True)
 
 
+def told(directory: Path) -> str:
+    """Lay out the figures that an experiment's text has: means and halves of their intervals."""
+    described = json.loads((directory / "run.json").read_text())
+    name = described["name"]
+    lines = [f"{name}: repeats of a point differ by {described['noise_floor']['output_tok_s']:.1%}"]
+    for figure in (*SHOWN.get(name, USUAL), *TOLD.get(name, ())):
+        unit, bars = bars_of(directory, figure)
+        lines.append(f"  {figure}{f' ({unit})' if unit else ''}")
+        lines += [f"    {bar.label}: {bar.mean:.4g} ±{bar.high - bar.mean:.2g}" for bar in bars]
+    return "\n".join(lines)
+
+
+def run_all(out: Path) -> list[Path]:
+    """Run every experiment of this directory on new ranks; returns where their results are."""
+    directories = []
+    for file in sorted(HOME.glob("*.toml")):
+        begun, directory = monotonic(), out / f"{file.stem}.results"
+        outcome = run_experiment(Experiment.from_file(file), directory, show_progress=True)
+        seconds = monotonic() - begun
+        print(f"{file.name}: {seconds:.0f} s, {outcome.failed} of {outcome.runs} runs failed")
+        directories.append(directory)
+    return directories
+
+
 def _short(name: str, value: object) -> str:
     """Say a value of the grid in few letters: cases by name, policies without their directories."""
     text = Path(value).name if isinstance(value, str) else str(value)
@@ -87,10 +125,12 @@ def _short(name: str, value: object) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("results", type=Path, nargs="+", help="directories of experiments")
+    text = "directories of experiments (default: all that are here are run, into results/)"
+    parser.add_argument("results", type=Path, nargs="*", help=text)
     parser.add_argument("--out", type=Path, default=Path("figures"), help="directory (figures)")
     options = parser.parse_args(arguments)
-    for directory in options.results:
+    for directory in options.results or run_all(Path("results")):
+        print(told(directory))
         print(draw(directory, options.out))
 
 

@@ -1,29 +1,29 @@
-"""`replay`: what a recorded run would have been under other settings."""
+"""`replay`: what a recorded run would have been, or is, under other settings."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from dp_runtime.cli.flags import new_file
+from dp_runtime.cli.flags import add_flags, given_fields, new_file
 from dp_runtime.cli.output import OutputFile, print_line
-from dp_runtime.experiments.replay.what_if import CHANGES, what_if
+from dp_runtime.config import EngineConfig
+from dp_runtime.errors import require
+from dp_runtime.experiments.replay.device.on_device import replay_on_device
+from dp_runtime.experiments.replay.settings import CHANGES, ON_DEVICE, PLACES
+from dp_runtime.experiments.replay.what_if import what_if
 from dp_runtime.experiments.results.run_files import read_recording
 
-TYPES: dict[str, type] = {
-    "dp_size": int, "max_num_requests": int, "max_num_tokens": int, "max_step_ms": float,
-}  # fmt: skip
+FLAGS = (*CHANGES, *PLACES, *ON_DEVICE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "a recording, or the directory of a run of an experiment (docs/experiments.md)"
     parser.add_argument("recording", type=Path, help=text)
-    for name in CHANGES:
-        flag = f"--{name.replace('_', '-')}"
-        text = f"another {name} (docs/settings.md)"
-        parser.add_argument(flag, type=TYPES.get(name, str), help=text)
+    defaults = dict.fromkeys(FLAGS, "as recorded") | {"device": "none: nothing is run"}
+    add_flags(parser, EngineConfig, FLAGS, defaults)
     text = "gigabits a second that a rank gets from others"
     parser.add_argument("--link-gbps", type=float, help=text)
     text = "recordings that costs are fitted to, in place of the run's own"
@@ -32,11 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def replay(options: argparse.Namespace) -> None:
-    """Predict the steps of a recorded run under other settings, without a device."""
-    values: dict[str, Any] = {name: getattr(options, name) for name in CHANGES}
-    changes = {name: value for name, value in values.items() if value is not None}
-    fit = [read_recording(path) for path in options.fit]
-    found = what_if(read_recording(options.recording), changes, fit, options.link_gbps)
+    """Predict the steps of a recorded run under other settings; with --device, run them too."""
+    given = given_fields(options, EngineConfig)
+    told = {name: value for name, value in given.items() if name in CHANGES}
+    others = sorted(given.keys() - told.keys())
+    ok, allowed = "device" in given or not others, "none without --device"
+    require(ok, "replay", ", ".join(others), allowed)
+    recording, fit = read_recording(options.recording), [read_recording(p) for p in options.fit]
+    found = what_if(recording, told, fit, options.link_gbps)
+    if "device" in given:
+        measured = replay_on_device(recording, given, found.costs, show_progress=True)
+        found = replace(found, on_device=measured)
     print_line(str(found))
     if options.output:
         with OutputFile("output", options.output) as file:

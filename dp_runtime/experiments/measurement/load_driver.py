@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_engine import AsyncEngine
+from dp_runtime.engine.async_handle import AsyncRequestHandle
 from dp_runtime.errors import RankMissing, RequestFailed, require
 from dp_runtime.experiments.measurement.request_record import RequestRecord
 from dp_runtime.experiments.workload.conversations import Conversation, Segment
@@ -22,6 +23,7 @@ class LoadDriver:
 
     engine: AsyncEngine
     conversations: Sequence[Conversation]
+    handles: list[AsyncRequestHandle] = field(default_factory=list)  # of all that were asked
 
     def check(self) -> None:
         """Raise ValueError if one of them is too long for the model."""
@@ -64,6 +66,7 @@ class LoadDriver:
             place = number, len(records), len(said), planned_s, submitted_s
             try:
                 handle = self.engine.submit(said, forced(turn.output_len), conversation.dp_rank)
+                self.handles.append(handle)
                 output = await handle.result()
             except (RequestFailed, RankMissing) as error:
                 records.append(record_of(place, conversation.dp_rank, (), str(error)))

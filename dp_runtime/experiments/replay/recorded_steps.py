@@ -96,6 +96,14 @@ def replay_rows(
     ]  # fmt: skip
 
 
+def measured_steps(recording: Recording) -> tuple[list[StepShape], list[float]]:
+    """Return sizes and seconds of each step, under the settings of the run."""
+    steps = recorded_steps(recording)
+    agreements = replay_rows(recording, steps, recorded_config(recording))
+    shapes = [step.shape(agreed) for step, agreed in zip(steps, agreements, strict=True)]
+    return shapes, [step.seconds for step in steps]
+
+
 def execution_of(recording: Recording, config: EngineConfig) -> ExecutionPolicy:
     """Return how passes are planned: with the buckets of graphs where the run had them."""
     policies = StepPolicies.by(config, recorded_depth(recording), unmeasured_cost)

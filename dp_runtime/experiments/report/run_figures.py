@@ -37,6 +37,8 @@ def run_figures(run: RunData, table: StepTable, cells: int) -> Iterator[Figure]:
     yield _waits(table, bins)
     yield _busy(table)
     yield _waited_for(table)
+    if not np.isnan(table.free_pages).all():
+        yield _free(table, bins)
     if np.nanmax(table.queries) > 0:
         yield _cached(table, bins)
         yield _hits(table, bins)
@@ -127,14 +129,27 @@ def _waited_for(table: StepTable) -> Figure:
     return bars("Who was waited for", text, "seconds of other ranks", rows, {"red": "waited for"})
 
 
+def _free(table: StepTable, bins: Bins) -> Figure:
+    text = (
+        "KV pages of each rank that requests could have, cached ones that nobody holds among them. "
+        "Where there are none, requests wait or are preempted."
+    )
+    return _pages(table, bins, "Free pages", text, ("free pages", "blue"), table.free_pages)
+
+
 def _cached(table: StepTable, bins: Bins) -> Figure:
+    text, title = "KV pages of each rank that its prefix cache holds.", "Pages in the prefix cache"
+    return _pages(table, bins, title, text, ("cached pages", "green"), table.cached_pages)
+
+
+def _pages(
+    table: StepTable, bins: Bins, title: str, text: str, kind: tuple[str, str], pages: Float64
+) -> Figure:
     strips = [
-        Strip(name, (Series("cached pages", "green", bins.band(pages), FILLED),))
-        for name, pages in zip(_ranks(table), table.cached_pages.T)
+        Strip(name, (Series(*kind, bins.band(of_rank), FILLED),))
+        for name, of_rank in zip(_ranks(table), pages.T)
     ]
-    text = "KV pages of each rank that its prefix cache holds."
-    height = Height.of(strips)
-    return time_chart("Pages in the prefix cache", text, "pages", bins.span_s, strips, height)
+    return time_chart(title, text, "pages", bins.span_s, strips, Height.of(strips))
 
 
 def _hits(table: StepTable, bins: Bins) -> Figure:

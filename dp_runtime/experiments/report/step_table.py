@@ -23,6 +23,7 @@ class StepTable:
     busy_s: Float64  # [steps, ranks]
     wait_s: Float64  # [steps, ranks] for slower ranks
     cached_pages: Float64  # [steps, ranks]
+    free_pages: Float64  # [steps, ranks] cached ones that nobody holds among them
     queries: Float64  # [steps, ranks] tokens looked up in the prefix cache since the rank's start
     hits: Float64  # [steps, ranks]
 
@@ -32,7 +33,7 @@ class StepTable:
         dp_ranks = tuple(sorted({step.dp_rank for step in steps}))
         places = {key: at for at, key in enumerate(sorted({(s.epoch, s.step_id) for s in steps}))}
         column = {rank: at for at, rank in enumerate(dp_ranks)}
-        values = np.full((7, len(places), len(dp_ranks)), np.nan)
+        values = np.full((8, len(places), len(dp_ranks)), np.nan)
         of_step = np.full((2, len(places)), np.nan)
         for step in sorted(steps, key=lambda each: each.dp_rank, reverse=True):
             at, index = places[step.epoch, step.step_id], step.index
@@ -41,13 +42,14 @@ class StepTable:
                 sum(each.real_rows[index] for each in step.passes),
                 sum(each.gathered_rows[index] for each in step.passes),
                 step.busy_s, step.wait_s,
-                step.prefixes.cached_pages, step.prefixes.queries, step.prefixes.hits,
+                step.prefixes.cached_pages, np.nan if step.free_pages is None else step.free_pages,
+                step.prefixes.queries, step.prefixes.hits,
             )  # fmt: skip
         order = np.argsort(of_step[0], kind="stable")
         start_s, largest = of_step[:, order]
-        real, gathered, busy_s, wait_s, pages, queries, hits = values[:, order]
+        real, gathered, busy_s, wait_s, cached, free, queries, hits = values[:, order]
         return cls(
-            dp_ranks, start_s - start_s[0], real, gathered, largest, busy_s, wait_s, pages,
+            dp_ranks, start_s - start_s[0], real, gathered, largest, busy_s, wait_s, cached, free,
             queries, hits,
         )  # fmt: skip
 

@@ -62,8 +62,7 @@ class RunDirectory:
         recording: Recording | None = None, error: str = "",
     ) -> None:  # fmt: skip
         row = {"point": run.point.key, "repeat": run.repeat, "error": error, **figures}
-        steps, header = (recording.steps, recording.header) if recording else ((), None)
-        write_run(self.path / RUNS / run.name, row, records, steps, header)
+        write_run(self.path / RUNS / run.name, row, records, recording)
         self.write()
 
     def rows(self) -> list[Row]:

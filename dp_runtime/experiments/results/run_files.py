@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ from dp_runtime.metrics.recording import Recording, steps_of
 from dp_runtime.metrics.trace import StepTrace
 
 ROW, REQUESTS, STEPS = "row.json", "requests.jsonl.gz", "steps.jsonl.gz"
-HEADER = "recording.json"  # with STEPS, a recording
+HEADER, TOKENS = "recording.json", "tokens.jsonl.gz"  # with STEPS, a recording
 
 
 def write_run(
     directory: Path, row: dict[str, Any], records: Sequence[RequestRecord],
-    steps: Sequence[StepTrace], header: Mapping[str, Any] | None = None,
+    recording: Recording | None = None,
 ) -> None:  # fmt: skip
     """Write all files of a run; the row comes last, and tells that the run is finished."""
     directory.mkdir(parents=True, exist_ok=True)
     _write_lines(directory / REQUESTS, records)
-    _write_lines(directory / STEPS, steps)
-    if header is not None:
-        write_json(directory / HEADER, header)
+    _write_lines(directory / STEPS, recording.steps if recording else ())
+    if recording is not None:
+        _write_lines(directory / TOKENS, recording.tokens)
+        write_json(directory / HEADER, recording.header)
     write_json(directory / ROW, row)
 
 
@@ -54,8 +56,11 @@ def read_recording(path: Path) -> Recording:
         return Recording.read(path)
     ok, allowed = (path / HEADER).exists(), f"a directory with {HEADER}: that of a run"
     require(ok, "recording", str(path), allowed)
-    with gzip.open(path / STEPS, "rt", encoding="utf-8") as file:
-        return Recording.from_lines(read_json(path / HEADER), file)
+    with (
+        gzip.open(path / TOKENS, "rt", encoding="utf-8") as tokens,
+        gzip.open(path / STEPS, "rt", encoding="utf-8") as steps,
+    ):
+        return Recording.from_lines(read_json(path / HEADER), chain(tokens, steps))
 
 
 def read_requests(directory: Path) -> list[RequestRecord]:

@@ -22,14 +22,21 @@ def record(model: Path, overlap: bool) -> Recording:
     prompts = [[7 + number, *range(20, 19 + length)] for number, (length, _) in enumerate(LENGTHS)]
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for _, n in LENGTHS]
     with Engine(config) as engine:
-        engine.generate(prompts, params)
+        handles = list(map(engine.submit, prompts, params))
+        for handle in handles:
+            handle.result()
         others = [[50 + prompt[0], *prompt[1:]] for prompt in prompts[::-1]]
-        engine.generate(others, params[::-1], [0] * 7 + [1] * 3)
-        return engine.recording()
+        handles += map(engine.submit, others, params[::-1], [0] * 7 + [1] * 3)
+        for handle in handles:
+            handle.result()
+        return engine.recording(handles)
 
 
 @pytest.fixture(scope="package")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Recording]:
-    model = tmp_path_factory.mktemp("recorded") / "model"
-    tiny_checkpoint(model)
-    return {overlap: record(model, overlap) for overlap in (False, True)}
+def replay_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("recorded") / "model")
+
+
+@pytest.fixture(scope="package")
+def recordings(replay_model: Path) -> dict[bool, Recording]:
+    return {overlap: record(replay_model, overlap) for overlap in (False, True)}

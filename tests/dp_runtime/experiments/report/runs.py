@@ -12,6 +12,7 @@ from dp_runtime.experiments.measurement.figures import figures_of
 from dp_runtime.experiments.measurement.request_record import RequestRecord
 from dp_runtime.experiments.results.run_files import write_json, write_run
 from dp_runtime.experiments.slo import Slo
+from dp_runtime.metrics.recording import ModelSizes, Recording
 from dp_runtime.metrics.trace import PassTrace, PrefixCounts, StepTrace
 
 
@@ -44,7 +45,7 @@ def _step(
         output_tokens=int(rows[rank]), prompt_tokens=at % 3, num_drafts=2, accepted=(1, 0, 1),
         sample_start_s=start_s + busy_s * 0.8 + wait_s, position=rank,
         prefixes=PrefixCounts(10 * at, 4 * at, 0, at % 7),
-        commit_start_s=start_s + busy_s * 0.9 + wait_s,
+        commit_start_s=start_s + busy_s * 0.9 + wait_s, free_pages=9 - at % 7,
     )  # fmt: skip
 
 
@@ -69,7 +70,8 @@ def write_results(
             steps = make_steps(20, seed=10 * number + repeat)
             requests = make_requests(9, scale * (number + 1) * (1 + 0.01 * repeat))
             row = {"point": key, "repeat": repeat, "error": "", **figures_of(requests, steps, slo)}
-            write_run(directory / "runs" / f"{key}-{repeat}", row, requests, steps)
+            recording = Recording({}, ModelSizes(0, 0, 0, 0), tuple(steps))
+            write_run(directory / "runs" / f"{key}-{repeat}", row, requests, recording)
     write_json(
         directory / "run.json",
         {

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dp_runtime.experiments import read_requests, read_steps
-from dp_runtime.experiments.results.run_files import read_json, write_run
+from dp_runtime.experiments.results.run_files import read_json, read_recording, write_run
+from dp_runtime.metrics.recording import ModelSizes, Recording
+from dp_runtime.metrics.request_tokens import RequestTokens
 from tests.dp_runtime.experiments.measurement.test_figures import RECORDS, STEPS
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", {"point": "a", "repeat": 0}, RECORDS, STEPS)
+    kept = RequestTokens(1, (5, 6), (7,), 3, (0,), ((8, 9),), {"logit_bias": {4: 0.5}})
+    steps = tuple(replace(step, record=(1,)) for step in STEPS)
+    recording = Recording({"dp_size": 2}, ModelSizes(64, 8, 199, 640), steps, (kept,))
+    write_run(tmp_path / "run", {"point": "a", "repeat": 0}, RECORDS, recording)
     assert read_requests(tmp_path / "run") == RECORDS
-    assert read_steps(tmp_path / "run") == STEPS
+    assert tuple(read_steps(tmp_path / "run")) == steps
+    assert read_recording(tmp_path / "run") == recording
     assert read_json(tmp_path / "run" / "row.json") == {"point": "a", "repeat": 0}
-    assert len(list((tmp_path / "run").iterdir())) == 3
+    assert len(list((tmp_path / "run").iterdir())) == 5

@@ -1,0 +1,1 @@
+"""Recorded requests on real ranks, under the policies of their run or under others."""
