@@ -27,7 +27,7 @@ from dp_runtime.engine.routing.load_balancer import Demand
 from dp_runtime.engine.routing.membership_changes import MembershipChanges
 from dp_runtime.engine.routing.own_routing import load_balancer
 from dp_runtime.engine.routing.queue_moves import RankLimits
-from dp_runtime.engine.routing.rank_caches import prompt_pages
+from dp_runtime.engine.routing.rank_caches import RankCaches, prompt_pages
 from dp_runtime.engine.routing.relocation import Relocation
 from dp_runtime.errors import EngineClosed, fresh, require
 from dp_runtime.flight.record import FlightDump
@@ -68,7 +68,9 @@ class EngineCore:
         balancer = load_balancer(config.routing)
         limits = RankLimits(config.max_num_requests, config.page_size, config.max_moves)
         members = self._group.members
-        self._admission = Admission(balancer, members, config.max_queued_requests, limits)
+        copies = config.prefix_state_strategy == "extra_buffer"
+        caches = RankCaches(model.keeps_state, copies_states=copies)
+        self._admission = Admission(balancer, members, config.max_queued_requests, limits, caches)
         self.changes = MembershipChanges(self._group, self._admission, weakly(self.check_open))
         names_pages = balancer.reads_caches and model.caches_prefixes
         self._page_names = page_hasher(config) if names_pages else None

@@ -12,6 +12,8 @@ from dp_runtime.core.rank_events.kv_events import (
     KvEvent,
     KvEventBatch,
     PendingKvEvents,
+    StateRemoved,
+    StateStored,
 )
 from dp_runtime.errors import fresh, require
 
@@ -28,8 +30,9 @@ class KvEventFeed:
     def add(self, dp_rank: int, events: Sequence[KvEvent]) -> None:
         if not self._is_on:
             return
+        told = [each for each in events if not isinstance(each, StateStored | StateRemoved)]
         with self._changed:
-            self._ranks[dp_rank].add(events)
+            self._ranks[dp_rank].add(told)
             self._changed.notify_all()
 
     def clear(self, dp_ranks: Collection[int]) -> None:

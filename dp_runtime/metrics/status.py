@@ -50,6 +50,7 @@ class ModelInfo:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # as the checkpoint has them
     routing: RoutingShape | None = None  # of the experts that requests may ask for, if they may
     caches_prefixes: bool = False  # ranks keep pages for requests that begin alike
+    keeps_state: bool = False  # and can go on from one only with the recurrent state behind it
     images: ImageFormat | None = None  # None: it takes none
 
 

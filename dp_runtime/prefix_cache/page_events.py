@@ -1,10 +1,16 @@
-"""PageEvents: pages that enter and leave a prefix cache, as KV events."""
+"""PageEvents: pages that enter and leave a prefix cache, and states behind them, as KV events."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from dp_runtime.core.rank_events.kv_events import BlockRemoved, BlockStored, PendingKvEvents
+from dp_runtime.core.rank_events.kv_events import (
+    BlockRemoved,
+    BlockStored,
+    PendingKvEvents,
+    StateRemoved,
+    StateStored,
+)
 
 
 class PageEvents:
@@ -19,3 +25,7 @@ class PageEvents:
 
     def removed(self, digest: bytes) -> None:
         self.pending.add([BlockRemoved((digest,))])
+
+    def state_changed(self, digest: bytes, is_there: bool) -> None:
+        """Tell of a recurrent state behind a page."""
+        self.pending.add([(StateStored if is_there else StateRemoved)((digest,))])

@@ -16,9 +16,12 @@ class PendingPages:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._num_owners
 
+    def __bool__(self) -> bool:
+        return bool(self._by_owner)
+
     @property
-    def owners(self) -> list[int]:
-        return [*self._by_owner]
+    def owners(self) -> set[int]:
+        return {*self._by_owner}
 
     def begin(self, owner: int, digests: Sequence[bytes]) -> None:
         assert owner not in self._by_owner, f"row {owner} computes other pages"

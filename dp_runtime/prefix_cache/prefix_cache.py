@@ -33,6 +33,13 @@ class PrefixCache:
         self._by_page: dict[int, CachedPage] = {}
         self._num_children: dict[int, int] = {}  # by page, of those that have any
 
+    def follow(self, events: PageEvents) -> None:
+        """Tell these of all changes from now on."""
+        self.events = events
+        self.states.on_change = lambda page, is_there: events.state_changed(
+            self._by_page[page].digest, is_there
+        )
+
     def __len__(self) -> int:
         return len(self._by_page)
 
@@ -70,6 +77,7 @@ class PrefixCache:
 
     def remove(self, page: int) -> None:
         """Forget a page, and with it the state behind it."""
+        self.states.drop(page)
         cached = self._by_page.pop(page)
         del self._by_digest[cached.digest]
         if self.events is not None:
@@ -77,7 +85,6 @@ class PrefixCache:
         self._num_children[cached.parent] -= 1
         if not self._num_children[cached.parent]:
             del self._num_children[cached.parent]
-        self.states.drop(page)
 
     def check(self) -> None:
         for cached in self._by_page.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -25,6 +25,7 @@ class StateCheckpoints:
         self._by_page = OrderedDict[int, Checkpoint]()  # read longest ago first
         self._num_readers: dict[int, int] = {}  # by page
         self._were_read = set[int]()  # pages
+        self.on_change: Callable[[int, bool], None] | None = None  # a page; it has a state now
 
     def __len__(self) -> int:
         return len(self._by_page)
@@ -57,6 +58,8 @@ class StateCheckpoints:
             self.give_back(checkpoint.slot)
         else:
             self._by_page[page] = checkpoint
+            if self.on_change is not None:
+                self.on_change(page, True)
         self._by_page.move_to_end(page)
 
     def find(self, page: int) -> Checkpoint:
@@ -85,6 +88,8 @@ class StateCheckpoints:
         checkpoint = self._by_page.pop(page, None)
         if checkpoint is not None:
             self.give_back(checkpoint.slot)
+            if self.on_change is not None:
+                self.on_change(page, False)
 
     def drop_slots(self, slots: Collection[int]) -> None:
         """Give up the states in these slots, which nobody reads."""

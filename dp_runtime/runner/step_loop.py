@@ -248,7 +248,7 @@ class StepLoop:
         if self.coordinator.limits_prefill:
             self._clock.committed(step.agreement.step_id, step.timer.started, output.sampled.copy)
         self.coordinator.collective.raise_if_failed()  # an abort may have ended the step's kernels
-        tokens = output.sampled.to_host()
+        tokens = output.tokens()
         num_accepted = tokens.num_accepted
         prompt_logprobs = [
             score if isinstance(score, Exception) else score.to_host() for score in output.scores

@@ -33,7 +33,7 @@ from dp_runtime.runner.step_timer import PassTimer
 from dp_runtime.sampling.draft_verification import Verification
 from dp_runtime.sampling.logprobs import Logprobs
 from dp_runtime.sampling.row_logits import RowLogits
-from dp_runtime.sampling.sampler import Sampled, Sampler
+from dp_runtime.sampling.sampler import Sampled, SampledTokens, Sampler
 from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput
 from dp_runtime.structured.masked_rows import MaskedRows
 from dp_runtime.structured.structured_state import StructuredState
@@ -48,6 +48,7 @@ class CapturedGraphs:
 @dataclass(frozen=True, eq=False)
 class StepOutput:
     sampled: Sampled  # on its way to the host
+    finite: HostCopy | None  # whether the last values of chunks that sample nothing are, if any do
     scores: tuple[Logprobs | Exception, ...]  # of each chunk that scores
     routed: HostCopy | None  # experts of the rows whose requests asked for them, if any did
     passes: tuple[PassTrace, ...]
@@ -55,6 +56,14 @@ class StepOutput:
     sample_start_s: float
     sample_s: float
     encode_s: float  # of the host, for images
+
+    def tokens(self) -> SampledTokens:
+        """Wait for what the step gave."""
+        tokens = self.sampled.to_host()
+        if self.finite is None:
+            return tokens
+        lost: list[int] = np.flatnonzero(~self.finite.wait()[0].numpy()).tolist()
+        return tokens._replace(not_finite=lost)
 
 
 class StepRunner:
@@ -201,7 +210,10 @@ class StepRunner:
         scheduled = step.scheduled
         if logits is None:
             hidden, first = output.hidden.last, len(scheduled.samples)
-            (rows,) = all_on_device([scheduled.batches[index].sample_rows], self.device)
+            own = scheduled.batches[index].sample_rows, scheduled.unsampled_rows
+            rows, unsampled = all_on_device(own, self.device)
+            if len(unsampled):
+                step.finite = HostCopy(hidden[unsampled].isfinite().all(-1))
             for chunk in scheduled.scored:
                 count = chunk.score_end - chunk.score_start
                 scores.append(self._score(hidden[rows[first : first + count]], chunk))
@@ -253,6 +265,7 @@ class _LaunchedStep:
     prepare_s: float = 0.0
     sample_start_s: float = 0.0
     sample_s: float = 0.0
+    finite: HostCopy | None = None
     routed: HostCopy | None = None
 
     def run_pass(self, index: int, future: FutureTokens) -> PassOutput:
@@ -270,6 +283,6 @@ class _LaunchedStep:
 
     def output(self, sampled: Sampled, scores: Sequence[Logprobs | Exception]) -> StepOutput:
         return StepOutput(
-            sampled, tuple(scores), self.routed, tuple(self.traces), self.prepare_s,
+            sampled, self.finite, tuple(scores), self.routed, tuple(self.traces), self.prepare_s,
             self.sample_start_s, self.sample_s, self.encode_s,
         )  # fmt: skip

@@ -33,6 +33,7 @@ class SampledTokens(NamedTuple):
     logprobs: tuple[TokenLogprob | None, ...]  # None where none were asked for
     num_accepted: tuple[int, ...] = ()  # of each verification, whose next row gave a token too
     invalid: Mapping[int, str] = MappingProxyType({})  # rows whose tokens say nothing, and why
+    not_finite: Sequence[int] = ()  # of the chunks that sample nothing, by their last row's values
 
     def valid_part(self, first: int, end: int) -> tuple[slice, str | None]:
         """The rows from `first` on whose logits were valid, and why those of the next were not."""

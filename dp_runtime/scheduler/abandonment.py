@@ -27,7 +27,7 @@ def abandon_steps(scheduler: Scheduler) -> None:
         state = table.request(req_index)
         state.num_scored = state.num_reported
         for each in requests.states:
-            if each is not scheduler.page_table:
+            if each not in (scheduler.page_table, scheduler.states):
                 each.remove(req_index)
                 each.add(req_index, state.request, state.outputs)
         if scheduler.prefixes is not None:

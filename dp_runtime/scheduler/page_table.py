@@ -59,7 +59,7 @@ class PageTable:
         self.doubtful[req_index] = True
 
     def trust(self, req_indices: Int64) -> None:
-        """Their newest logits were finite, and they depend on all that these wrote."""
+        """Their newest values were finite, and they depend on all that these wrote."""
         self.doubtful[req_indices] = False
 
     def take_pages_to_clear(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Scheduler:
         self.page_table = PageTable(pages, *limits.page_table_sizes)
         self.images = ImageSlots(limits.num_image_slots, drafts=limits.max_drafts > 0)
         self.states = StateTracks(limits, self.table, self.page_table)
-        self.requests = RequestLifecycle(self.table, (self.page_table, self.states, *states))
+        self.requests = RequestLifecycle(self.table, (self.states, self.page_table, *states))
         self.prefixes = None
         if hasher is not None:
             self.prefixes = SharedPrefixes(hasher, self.table, self.page_table, self.states, limits)
@@ -141,13 +141,13 @@ class Scheduler:
         self, step: SchedulerOutput, tokens: SampledTokens, prompt_logprobs: PromptLogprobs = ()
     ) -> list[RequestUpdate]:
         self.table.committed(step.req_indices, step.target.query_lens)
-        self._trust_pages(step, tokens.invalid)
+        self._trust_pages(step, tokens)
         updates = self._commit_decodes(step, tokens)
         if step.chunks:
             updates += self._commit_chunks(step, tokens, prompt_logprobs)
         self.states.committed(step, tokens.num_accepted)
         if self.prefixes is not None:
-            self.prefixes.committed(step.req_indices)
+            self.prefixes.committed(step.req_indices, step.sampled)
         self.requests.settle()
         return updates
 
@@ -203,11 +203,11 @@ class Scheduler:
                 updates.append(RequestUpdate(request.request_id, at, prompt_logprobs=entries))
         return updates
 
-    def _trust_pages(self, step: SchedulerOutput, invalid: Collection[int]) -> None:
-        """Trust what led to finite logits, which depend on all pages of a request."""
-        self.page_table.trust(step.sampled)
-        for row in invalid:
-            self.page_table.doubt(int(step.samples.req_indices[row]))
+    def _trust_pages(self, step: SchedulerOutput, tokens: SampledTokens) -> None:
+        """Trust what led to finite values, which depend on all pages of a request."""
+        self.page_table.trust(step.req_indices)
+        for req_index in step.not_finite(tokens):
+            self.page_table.doubt(req_index)
 
     def _reserve_pages(self, decode_query_len: int) -> Bool:
         """Give pages to running requests, oldest first; returns which of them can go on."""
@@ -250,7 +250,7 @@ class Scheduler:
             if request.status is RequestStatus.PREEMPTED or not self.table.has_free_row:
                 break  # NOTE: nobody overtakes a preempted request that still has a step in flight
             found = FoundPrefix([]) if self.prefixes is None else self.prefixes.find(request)
-            if self.prefixes is not None and self.prefixes.awaits(request):
+            if self.prefixes is not None and self.prefixes.awaits(request, found):
                 passed += 1
                 continue
             if not self.page_table.fits(request.num_tokens + 1, found.pages):

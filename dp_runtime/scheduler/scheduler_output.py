@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from dp_runtime.core.batch import Int64, LocalBatch, SamplePositions
 from dp_runtime.core.request import PromptEmbeds, TokenLogprob
+from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.image_slots import ChunkImages, ImageSlots, PlacedImage
 from dp_runtime.scheduler.request_state import RequestState
 from dp_runtime.scheduler.routed_rows import RoutedRows
@@ -149,6 +152,22 @@ class SchedulerOutput:
     @property
     def prefill(self) -> bool:
         return any(chunk.length > 1 for chunk in self.chunks)
+
+    @property
+    def unsampled(self) -> tuple[Chunk, ...]:
+        """Chunks behind which more of their prompts follows."""
+        return tuple(chunk for chunk in self.chunks if not chunk.samples)
+
+    @property
+    def unsampled_rows(self) -> Int64:
+        """The last rows of these in the target pass."""
+        ends = self.target.query_lens.cumsum()[len(self.decodes) :]
+        return ends[np.array([not chunk.samples for chunk in self.chunks], np.bool_)] - 1
+
+    def not_finite(self, tokens: SampledTokens) -> Iterator[int]:
+        """Yield rows of the table whose requests gave values that are not finite."""
+        yield from (int(self.samples.req_indices[row]) for row in tokens.invalid)
+        yield from (self.unsampled[index].state.req_index for index in tokens.not_finite)
 
     @property
     def scored(self) -> tuple[Chunk, ...]:

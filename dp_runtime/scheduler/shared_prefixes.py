@@ -25,7 +25,8 @@ class FoundPrefix:
 class SharedPrefixes:
     """Shares the full pages of requests that begin alike.
 
-    A page is cached once committed steps have filled it and its request's logits were finite.
+    A page is cached once committed steps have filled it, and what its request's last row gave was
+    finite, be it logits or, of a chunk that samples nothing, the last layer's values.
     Who brings experts for its tokens shares nothing: a page's name does not tell of experts.
     """
 
@@ -73,14 +74,18 @@ class SharedPrefixes:
         parts = usable < len(pages) and cache.has_children(pages[-1])
         return FoundPrefix(pages[:usable], len(pages) * self._hasher.page_size if parts else 0)
 
-    def awaits(self, request: RequestState) -> bool:
-        """Tell whether others are computing so many pages behind those found that waiting pays."""
-        first, num_reusable = len(request.found), request.num_reusable_tokens
-        pending, last = self._pages.allocator.cache.pending, first + self._min_awaited
-        lacking = self._digests(request)[first:last]
-        return last <= num_reusable // self._hasher.page_size and all(
-            each in pending for each in lacking
-        )
+    def awaits(self, request: RequestState, found: FoundPrefix) -> bool:
+        """Tell whether others are computing so many of a request's pages that waiting pays."""
+        pending, first = self._pages.allocator.cache.pending, len(found.pages)
+        if not pending:
+            return False
+        names = self._digests(request)[: request.num_reusable_tokens // self._hasher.page_size]
+        if self.states.are_kept:
+            return any(each in pending for each in names[first + self._min_awaited - 1 :])
+        # Those that are there already count too: who has begun to wait has the last ones as well.
+        around = names[max(0, first + 1 - self._min_awaited) : first + self._min_awaited]
+        lacks = first < len(names) and names[first] in pending
+        return lacks and sum(each in pending for each in around) >= self._min_awaited
 
     def begin(self, request: RequestState, found: FoundPrefix) -> None:
         num_tokens = len(found.pages) * self._hasher.page_size
@@ -88,26 +93,30 @@ class SharedPrefixes:
         self.states.begin(request.req_index, found.pages, found.branch)
         self._table.begin_at(request.req_index, num_tokens)
         request.found.clear()
-        shares = request.request.replay is None
-        if shares and not self.states.are_kept:  # else pages alone are no hit to wait for
-            pending = self._pages.allocator.cache.pending
-            pending.begin(request.req_index, self._digests(request)[len(found.pages) :])
+        if request.request.replay is None:
+            coming = self._digests(request)[len(found.pages) :]
+            if self.states.are_kept:  # pages alone are no hit
+                end = self.states.num_promised(request.num_tokens, found.branch)
+                coming = self._digests(request)[len(found.pages) : end][-1:]
+            self._pages.allocator.cache.pending.begin(request.req_index, coming)
         if request.num_prompt_cached is None:
             request.num_prompt_cached = min(num_tokens, request.num_prompt_tokens)
             self.num_queries += request.num_tokens
             self.num_hits += num_tokens
 
-    def committed(self, req_indices: Int64) -> None:
+    def committed(self, req_indices: Int64, sampled: Int64) -> None:
+        """Cache what steps of these rows have filled; prompts of those that sampled are done."""
         size, pages = self._hasher.page_size, self._pages
         own = self._table.num_cached_tokens[req_indices] - pages.num_cached[req_indices] * size
         shares = ~self._table.replays_routing[req_indices]
         for req_index in req_indices[shares & (own >= size)].tolist():
             if not pages.doubtful[req_index]:
                 self._cache_pages(req_index)
-                pages.allocator.cache.pending.end(req_index)
         if self.states.are_kept:
             self.states.attach(req_indices)
-            self.states.donate(req_indices)
+        pending = pages.allocator.cache.pending
+        for req_index in pending.owners.intersection(sampled.tolist()) if pending else ():
+            pending.end(req_index)
 
     def _cache_pages(self, req_index: int) -> None:
         request = self._table.request(req_index)
@@ -130,6 +139,7 @@ class SharedPrefixes:
         """Begin a request whose recurrent state is lost with what is cached, as if it were new."""
         if self.states.are_kept and not self._table.num_cached_tokens[request.req_index]:
             self._pages.drop(request.req_index, 0)
+            self._pages.allocator.cache.pending.end(request.req_index)
             self.begin(request, self.find(request, num_again))
 
     def _digests(self, request: RequestState) -> list[bytes]:

@@ -14,7 +14,6 @@ from dp_runtime.core.request import RankRequest
 from dp_runtime.prefix_cache.state_checkpoints import Checkpoint
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.page_table import PageTable
-from dp_runtime.scheduler.request_state import RequestStatus
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler_output import (
     Chunk,
@@ -54,6 +53,12 @@ class StateTracks:
         assert not any(req_index in each for each in others), f"row {req_index} has another's state"
 
     def remove(self, req_index: int) -> None:
+        """Keep the state of a row that is left, if it ends with a cached page."""
+        if self._has_slots and req_index not in self._begins:
+            self._donate(req_index)
+        self._forget(req_index)
+
+    def _forget(self, req_index: int) -> None:
         if req_index in self._begins:
             self.checkpoints.unlock(self._begins.pop(req_index))
         for checkpoint in self._written.pop(req_index, {}).values():
@@ -80,6 +85,15 @@ class StateTracks:
             self._begins[req_index] = pages[-1]
         if branch:
             self._branches[req_index] = branch
+
+    def num_promised(self, num_tokens: int, branch: int) -> int:
+        """Count the pages whose state a request that begins now will leave; 0: it leaves none.
+
+        It may be left some pages before the last one, where a chunk of the kernels ends.
+        """
+        if not (self._has_slots and self._interval):
+            return 0
+        return (branch or num_tokens - 1) // self._pages.page_size
 
     def num_rows(self, req_index: int, start: int, needed: int, budget: int) -> int:
         """Choose a chunk's length: one that is cut ends with a page if it can."""
@@ -130,6 +144,8 @@ class StateTracks:
         position = self._branches.get(chunk.state.req_index, 0)
         if not start < position <= end:
             position = (chunk.state.num_tokens - 1) // page_size * page_size
+            if end < position < end + CHUNK and not end % page_size:
+                position = end  # what is left is too short for a chunk of the kernels
         if position > end:
             return None
         while position > start and position != end and (position - start) % CHUNK:
@@ -176,7 +192,7 @@ class StateTracks:
         """Find the last multiple of `grid` tokens, and how many drafts lie between state and it."""
         cached = int(self._table.num_cached_tokens[req_index])
         position = cached // grid * grid
-        return position, position - (cached - self._accepted[req_index])
+        return position, position - (cached - self._accepted.get(req_index, 0))
 
     def attach(self, req_indices: Int64) -> None:
         """Give states to the pages that they are behind, once these are cached."""
@@ -196,20 +212,17 @@ class StateTracks:
             self.checkpoints.demote(before)
         self._newest[req_index] = page
 
-    def donate(self, req_indices: Int64) -> None:
-        """Keep the states of requests that leave their rows now, if they end with a cached page."""
-        if self._interval or not self._has_slots:
+    def _donate(self, req_index: int) -> None:
+        position, passed = self._last_end(req_index, self._pages.page_size)
+        number = position // self._pages.page_size
+        if passed < 0 or not 0 < number <= self._pages.num_cached[req_index]:
             return
-        for req_index in req_indices[self._table.num_inflight_steps[req_indices] == 0].tolist():
-            position, passed = self._last_end(req_index, self._pages.page_size)
-            number = position // self._pages.page_size
-            ends = self._table.request(req_index).status is not RequestStatus.RUNNING
-            if not ends or passed < 0 or not 0 < number <= self._pages.num_cached[req_index]:
-                continue
-            page = self._pages.page(req_index, number - 1)
-            if page not in self.checkpoints and (slot := self.checkpoints.take()) is not None:
-                self.checkpoints.attach(page, Checkpoint(slot, passed))
-                self.donated[slot] = StateCopy(self._table.state_slot(req_index), slot)
+        page = self._pages.page(req_index, number - 1)
+        if page not in self.checkpoints and (slot := self.checkpoints.take()) is not None:
+            self.checkpoints.attach(page, Checkpoint(slot, passed))
+            self.donated[slot] = StateCopy(self._table.state_slot(req_index), slot)
+            if position >= self._table.num_prompt_tokens[req_index]:
+                self._supersede(req_index, page)
 
     def abandon(self) -> None:
         """Forget the steps in flight, which wrote nobody knows what, and states never copied."""
@@ -225,6 +238,8 @@ class StateTracks:
         self._in_flight.clear()
         self.donated.clear()
         self.checkpoints.drop_slots(lost)
+        for req_index in self._table.req_indices:
+            self._forget(req_index)
 
 
 def with_tracks(batch: LocalBatch, req_indices: Int64, tracks: Sequence[StateTrack]) -> LocalBatch:

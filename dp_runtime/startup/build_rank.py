@@ -101,6 +101,7 @@ def _load(
         sampling_defaults=read_sampling_defaults(config.model),
         routing=plan.routing,
         caches_prefixes=plan.prefix_cache.hasher is not None,
+        keeps_state=plan.limits.keeps_state,
         images=plan.images,
     )
     pools = [pool for own in caches for pool in own.pools if pool is not None]

@@ -46,7 +46,7 @@ class ServedRequests:
             states.append(drafts)
         scheduler = Scheduler(plan.pages, plan.limits, states, plan.prefix_cache.hasher)
         if plan.prefix_cache.is_followed:
-            scheduler.page_table.allocator.cache.events = PageEvents(plan.pages.page_size)
+            scheduler.page_table.allocator.cache.follow(PageEvents(plan.pages.page_size))
         recorder = Recorder(plan.dp_rank)
         size = plan.limits.num_image_slots, plan.model.hidden_size
         features = torch.zeros(size, dtype=plan.dtype, device=device)

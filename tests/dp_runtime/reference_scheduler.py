@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.scheduler.limits import Limits
 from tests.dp_runtime.reference_prefixes import Prefix, ReferencePrefixes
 
-NEVER = 10**9
 Rows = list[tuple[int, int, int]]  # request id, [start, end) of its tokens
 
 
 @dataclass(eq=False)
 class Request:
-    """One request; tokens are only counted."""
+    """One request; tokens are counted, those of steps in flight as if all drafts were right."""
 
     request_id: int
     prompt: int
@@ -29,10 +29,9 @@ class Request:
     running: bool = False
     ended: bool = False
     committed: int = 0  # tokens that committed steps have put into the cache
-    sampled_from: int = NEVER  # tokens computed as its run gave it one more first
-    trusted: bool = False  # and that step is committed
     prefixes: list[Prefix] = field(default_factory=list)  # of its first pages, which it shares
-    coming: list[Prefix] = field(default_factory=list)  # and of those that its prefill will share
+    coming: list[Prefix] = field(default_factory=list)  # and of those that its prefill shares
+    prompt_end: int = 0  # where that ends: outputs of a request that begins again are in it
 
     @property
     def needed(self) -> int:
@@ -87,24 +86,40 @@ class ReferenceScheduler:
                 item.computed, item.launched, item.known = 0, 0, known[item.request_id]
         self.settle()
 
-    def abandon_plain(self, known: dict[int, int]) -> None:
-        """Forget the steps in flight, and go on where committed ones ended."""
-        for item in self.requests.values():
+    def abandon_plain(self, known: dict[int, int], rows: Sequence[int]) -> None:
+        """Forget the steps in flight, and go on where committed ones ended.
+
+        rows: requests in the order of theirs. With drafts two tokens are fed again, and where these
+        begin in a shared page all of that page.
+        """
+        num_again = 2 if self.limits.max_drafts else 1
+        for request_id in rows:
+            item = self.requests[request_id]
             if item.running or item.launched:
-                item.known = known[item.request_id]
-                item.computed = item.committed = min(item.committed, item.known - 1)
-                item.launched, item.trusted = 0, False
+                item.known = known[request_id]
+                cached = max(0, min(item.committed, item.known - num_again))
+                first = cached // self.page_size
+                if first < len(item.prefixes):
+                    left, item.prefixes = item.prefixes[first:], item.prefixes[:first]
+                    item.pages, cached = first, first * self.page_size
+                    self.let_go(left)
+                item.computed = item.committed = cached
+                item.launched = 0
         self.settle()
 
-    def schedule(self, prefill_budget: int | None = None) -> Rows:
-        ready = [item for item in list(self.running) if item.running and self.reserve(item)]
+    def schedule(self, prefill_budget: int | None = None, num_drafts: int = 0) -> Rows:
+        """Choose a step's rows; num_drafts: of every decode."""
+        running, query_len = list(self.running), 1 + num_drafts
+        ready = [item for item in running if item.running and self.reserve(item, query_len)]
         budget = self.limits.max_num_tokens
         rows: Rows = []
         admitting = len(ready) == len(self.running)
-        for item in ready:
-            budget -= 0 if item.prefilling else self.launch(item, budget, rows)
+        decodes = [item for item in ready if item.needed and not item.prefilling]
+        chunks = [item for item in ready if item.prefilling]
+        for item in decodes:
+            budget -= self.launch(item, budget, rows, query_len)
         budget = budget if prefill_budget is None else min(budget, prefill_budget)
-        for item in [item for item in ready if item.prefilling]:
+        for item in chunks:
             budget -= self.launch(item, budget, rows)
         passed = 0
         for item in [*self.waiting] if admitting else []:
@@ -133,13 +148,14 @@ class ReferenceScheduler:
         return [] if self.prefixes is None else self.prefixes.found(item.request_id)
 
     def awaits(self, item: Request) -> bool:
-        """Whether those that run will share enough of what this one lacks."""
+        """Whether it lacks a page that is coming, with so many as pay beside it, there or not."""
         if self.prefixes is None:
             return False
         coming = {prefix for other in self.requests.values() for prefix in other.coming}
-        lacking = self.prefixes.usable(item.request_id)[len(self.found(item)) :]
+        usable, first = self.prefixes.usable(item.request_id), len(self.found(item))
         count = -(-self.limits.min_awaited_tokens // self.page_size)
-        return len(lacking) >= count and coming.issuperset(lacking[:count])
+        around = coming.intersection(usable[max(0, first + 1 - count) : first + count])
+        return not coming.isdisjoint(usable[first : first + 1]) and len(around) >= count
 
     def fits(self, item: Request) -> bool:
         found = self.found(item)
@@ -151,7 +167,7 @@ class ReferenceScheduler:
         item.prefixes = self.found(item)
         item.pages = len(item.prefixes)
         item.computed = item.committed = item.pages * self.page_size
-        item.trusted = False
+        item.prompt_end = item.known
         if self.prefixes is not None:
             self.prefixes.hold(item.prefixes)
             item.coming = self.prefixes.named(item.request_id)[item.pages :]
@@ -159,13 +175,21 @@ class ReferenceScheduler:
                 self.prefixes.num_queries += item.known
                 self.prefixes.num_hits += item.computed
 
-    def commit(self, rows: Rows, ended: Iterable[int]) -> None:
-        """A launched step is done, and with it the requests that it brought to their end."""
-        for request_id, _, end in rows:
-            item = self.requests[request_id]
+    def commit(
+        self, rows: Rows, ended: Iterable[int], rejected: Mapping[int, int] = MappingProxyType({})
+    ) -> None:
+        """A launched step is done, and with it the requests that it brought to their end.
+
+        rejected: drafts of each request that were wrong, which are in nothing that it has.
+        """
+        for request_id, start, end in rows:
+            item, lost = self.requests[request_id], rejected.get(request_id, 0)
             item.launched -= 1
-            item.committed = end
-            item.trusted = item.trusted or end >= item.sampled_from
+            item.known -= lost
+            item.computed -= lost
+            item.committed += end - start - lost
+            if end >= item.prompt_end:
+                item.coming = []
             if request_id in ended:
                 self.leave(item)
         for request_id, _, _ in rows:
@@ -174,10 +198,10 @@ class ReferenceScheduler:
 
     def cache(self, item: Request) -> None:
         """Share the full pages that committed steps have written."""
-        if self.prefixes is not None and item.trusted:
+        if self.prefixes is not None:
             full = self.prefixes.named(item.request_id)[: item.committed // self.page_size]
             self.prefixes.hold(full[len(item.prefixes) :])
-            item.prefixes, item.coming = full, []
+            item.prefixes = full
 
     def end(self, request_id: int) -> None:
         self.leave(self.requests[request_id])
@@ -190,19 +214,21 @@ class ReferenceScheduler:
             if item not in self.leaving:
                 self.leaving.append(item)
 
-    def launch(self, item: Request, budget: int, rows: Rows) -> int:
-        length = min(item.needed, budget)
+    def launch(self, item: Request, budget: int, rows: Rows, query_len: int = 0) -> int:
+        """query_len: of a decode, that is its last token and drafts behind it; 0: a chunk."""
+        length = min(query_len or item.needed, budget)
         if length:
             start, item.computed = item.computed, item.computed + length
             item.launched += 1
-            if item.computed == item.known:  # the last known token yields another
-                item.sampled_from = min(item.sampled_from, item.computed)
-                item.known += 1
+            if query_len or item.computed == item.known:  # each of these rows yields another
+                item.known += query_len or 1
             rows.append((item.request_id, start, item.computed))
         return length
 
-    def reserve(self, item: Request) -> bool:
+    def reserve(self, item: Request, query_len: int) -> bool:
+        decodes = item.needed and not item.prefilling
         due = item.computed + min(item.needed, self.limits.max_num_tokens)
+        due = item.computed + query_len if decodes else due
         missing = max(0, self.pages_for(due) - item.pages)
         leaving: list[Request] = []
         while self.num_free + self.num_coming(leaving) < missing:
@@ -235,10 +261,13 @@ class ReferenceScheduler:
             if not item.launched:
                 self.leaving.remove(item)
                 left, item.prefixes, item.coming, item.pages = item.prefixes, [], [], 0
-                item.sampled_from = NEVER
-                if self.prefixes is not None:
-                    held = {prefix for each in self.requests.values() for prefix in each.prefixes}
-                    self.prefixes.leave([prefix for prefix in left if prefix not in held])
+                self.let_go(left)
+
+    def let_go(self, left: Sequence[Prefix]) -> None:
+        """One request has left these; those that nobody else holds are idle."""
+        if self.prefixes is not None:
+            held = {prefix for each in self.requests.values() for prefix in each.prefixes}
+            self.prefixes.leave([prefix for prefix in left if prefix not in held])
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

@@ -58,7 +58,7 @@ class Follower:
             self.engine._core._on_kv_events(seat.dp_rank, events)
             self.follow()
             assert self.pages[seat.dp_rank].keys() == cache._by_digest.keys()
-            assert router._stored[seat.dp_rank] == {*cache._by_digest}
+            assert router.pages[seat.dp_rank].stored == {*cache._by_digest}
 
 
 def test_followers_and_the_router_have_what_ranks_have() -> None:

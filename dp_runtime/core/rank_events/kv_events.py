@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,21 @@ class AllBlocksCleared:
     pass
 
 
-KvEvent = BlockStored | BlockRemoved | AllBlocksCleared
+@dataclass(frozen=True)
+class StateStored:
+    """Recurrent states, each behind a stored page; told to the own router alone."""
+
+    block_hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class StateRemoved:
+    block_hashes: tuple[bytes, ...]
+
+
+KvEvent = BlockStored | BlockRemoved | AllBlocksCleared | StateStored | StateRemoved
+
+Stored = TypeVar("Stored", BlockStored, StateStored)
 
 
 @dataclass(frozen=True)
@@ -45,44 +60,62 @@ class PendingKvEvents:
 
     def __init__(self) -> None:
         self._cleared = False
-        self._removed: dict[bytes, None] = {}
-        self._stored: dict[bytes, BlockStored] = {}  # a page each, in order
+        self._pages, self._states = _Changes[BlockStored](), _Changes[StateStored]()
         self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
-        return bool(self._cleared or self._removed or self._stored)
+        return bool(self._cleared or self._pages or self._states)
 
     def add(self, events: Iterable[KvEvent]) -> None:
-        """Take in events in the order of the changes; what is stored comes page by page."""
+        """Take in events in the order of the changes; what is stored comes one by one."""
         with self._lock:
             for event in events:
                 match event:
                     case BlockStored():
-                        self._store(event)
+                        self._pages.store(event)
                     case BlockRemoved():
-                        for page in event.block_hashes:
-                            self._remove(page)
+                        self._pages.remove(event.block_hashes, self._cleared)
+                    case StateStored():
+                        self._states.store(event)
+                    case StateRemoved():
+                        self._states.remove(event.block_hashes, self._cleared)
                     case AllBlocksCleared():
-                        self._cleared, self._removed, self._stored = True, {}, {}
+                        self._forget(cleared=True)
 
     def take(self) -> tuple[KvEvent, ...]:
         """Return what has changed since the last call, in an order in which it can be applied."""
         with self._lock:
             cleared: tuple[KvEvent, ...] = (AllBlocksCleared(),) if self._cleared else ()
-            removed = (BlockRemoved(tuple(self._removed)),) if self._removed else ()
-            stored = tuple(self._stored.values())
-            self._cleared, self._removed, self._stored = False, {}, {}
-        return (*cleared, *removed, *stored)
+            pages, states = self._pages, self._states
+            self._forget(cleared=False)
+        gone = (StateRemoved(tuple(states.removed)),) if states.removed else ()
+        removed = (BlockRemoved(tuple(pages.removed)),) if pages.removed else ()
+        return (*cleared, *gone, *removed, *pages.stored.values(), *states.stored.values())
 
-    def _store(self, event: BlockStored) -> None:
-        (page,) = event.block_hashes
-        if page in self._removed:
-            del self._removed[page]
+    def _forget(self, cleared: bool) -> None:
+        self._cleared, self._pages, self._states = cleared, _Changes(), _Changes()
+
+
+class _Changes(Generic[Stored]):
+    """What was removed of what a follower knows, and what it does not know yet, in order."""
+
+    def __init__(self) -> None:
+        self.removed: dict[bytes, None] = {}
+        self.stored: dict[bytes, Stored] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.stored)
+
+    def store(self, event: Stored) -> None:
+        (name,) = event.block_hashes
+        if name in self.removed:
+            del self.removed[name]
         else:
-            self._stored[page] = event
+            self.stored[name] = event
 
-    def _remove(self, page: bytes) -> None:
-        if page in self._stored:
-            del self._stored[page]
-        elif not self._cleared:
-            self._removed[page] = None
+    def remove(self, names: Sequence[bytes], cleared: bool) -> None:
+        for name in names:
+            if name in self.stored:
+                del self.stored[name]
+            elif not cleared:
+                self.removed[name] = None

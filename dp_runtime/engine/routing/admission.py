@@ -15,6 +15,7 @@ from dp_runtime.core.rank_events.kv_events import KvEvent
 from dp_runtime.core.rank_events.rank_load import RankLoad
 from dp_runtime.engine.routing.load_balancer import Demand, LoadBalancer
 from dp_runtime.engine.routing.queue_moves import Move, QueueMoves, RankLimits
+from dp_runtime.engine.routing.rank_caches import RankCaches
 from dp_runtime.engine.routing.rank_loads import RankLoads
 from dp_runtime.errors import EngineOverloaded, fresh
 
@@ -40,9 +41,14 @@ class Admission:
     """
 
     def __init__(
-        self, balancer: LoadBalancer, members: Membership, limit: int, ranks: RankLimits
+        self,
+        balancer: LoadBalancer,
+        members: Membership,
+        limit: int,
+        ranks: RankLimits,
+        caches: RankCaches | None = None,
     ) -> None:
-        self._loads = RankLoads(balancer, members, ranks.page_size)
+        self._loads = RankLoads(balancer, members, ranks.page_size, caches)
         self._moves = QueueMoves(self._loads, ranks)
         self._limit = limit
         self._lock = threading.RLock()  # a place may be given back by the collection of garbage

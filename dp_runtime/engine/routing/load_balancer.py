@@ -21,7 +21,7 @@ class Demand:
     dp_rank: int | None = None  # that it is pinned to
     priority: int = 0
     request_id: int = -1
-    digests: Sequence[bytes] = ()  # of the prompt's full pages, where the balancer reads caches
+    digests: Sequence[bytes] = ()  # of pages to begin with, where the balancer reads caches
 
     @classmethod
     def of(cls, request: RankRequest, dp_rank: int | None, digests: Sequence[bytes] = ()) -> Demand:

@@ -13,62 +13,99 @@ from dp_runtime.core.rank_events.kv_events import (
     BlockRemoved,
     BlockStored,
     KvEvent,
+    StateRemoved,
+    StateStored,
 )
 from dp_runtime.core.request import RankRequest
 from dp_runtime.prefix_cache.page_hash import PageHasher
 
 
+class KnownDigests:
+    """Digests of what a rank has, and of what prompts bring that were given to it."""
+
+    def __init__(self) -> None:
+        self.stored = set[bytes]()
+        self._coming = Counter[bytes]()
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self.stored or digest in self._coming
+
+    def expect(self, digests: Sequence[bytes]) -> None:
+        self._coming.update(digests)
+
+    def arrived(self, digests: Sequence[bytes]) -> None:
+        self._coming.subtract(digests)
+        for digest in digests:
+            if self._coming[digest] <= 0:
+                del self._coming[digest]
+
+
 class RankCaches:
     """Follows ranks' KV events; pages of a prompt count from when it is given to its rank.
 
-    Without the second, prompts that come together would each look new on every rank.
+    Without the second, prompts that come together would each look new on every rank. With recurrent
+    layers a prompt goes on from the last page that has a state behind it; prompts leave one behind
+    the last of their pages, unless none is copied.
     """
 
-    def __init__(self) -> None:
-        self._stored: defaultdict[int, set[bytes]] = defaultdict(set)
-        self._coming: defaultdict[int, Counter[bytes]] = defaultdict(Counter)
+    def __init__(self, needs_states: bool = False, copies_states: bool = True) -> None:
+        self._needs_states, self._copies_states = needs_states, copies_states
+        self.pages: defaultdict[int, KnownDigests] = defaultdict(KnownDigests)  # by dp_rank
+        self.states: defaultdict[int, KnownDigests] = defaultdict(
+            KnownDigests
+        )  # by the pages they are behind
 
     def apply(self, dp_rank: int, events: Sequence[KvEvent]) -> None:
-        stored = self._stored[dp_rank]
+        pages, states = self.pages[dp_rank].stored, self.states[dp_rank].stored
         for event in events:
             match event:
                 case BlockStored():
-                    stored.update(event.block_hashes)
+                    pages.update(event.block_hashes)
                 case BlockRemoved():
-                    stored.difference_update(event.block_hashes)
+                    pages.difference_update(event.block_hashes)
+                case StateStored():
+                    states.update(event.block_hashes)
+                case StateRemoved():
+                    states.difference_update(event.block_hashes)
                 case AllBlocksCleared():
-                    stored.clear()
+                    self.forget([dp_rank])
 
     def forget(self, dp_ranks: Collection[int]) -> None:
         for dp_rank in dp_ranks:
-            self._stored.pop(dp_rank, None)
+            self.pages[dp_rank].stored.clear()
+            self.states[dp_rank].stored.clear()
 
     def expect(self, dp_rank: int, digests: Sequence[bytes]) -> None:
-        """Count pages that a prompt brings, until `arrived` is told of it."""
+        """Count what a prompt brings, until `arrived` is told of it."""
         if digests:
-            self._coming[dp_rank].update(digests)
+            self.pages[dp_rank].expect(digests)
+            self.states[dp_rank].expect(digests[-1:] if self._copies_states else ())
 
     def arrived(self, dp_rank: int, digests: Sequence[bytes]) -> None:
         if digests:
-            coming = self._coming[dp_rank]
-            coming.subtract(digests)
-            for digest in digests:
-                if coming[digest] <= 0:
-                    del coming[digest]
+            self.pages[dp_rank].arrived(digests)
+            self.states[dp_rank].arrived(digests[-1:] if self._copies_states else ())
 
     def num_pages(self, dp_rank: int, digests: Sequence[bytes]) -> int:
-        """Count the first pages of a prompt that a rank has, or is about to have."""
-        if not digests:
-            return 0
-        stored, coming = self._stored[dp_rank], self._coming[dp_rank]
-        known = (each in stored or each in coming for each in digests)
-        return sum(takewhile(bool, known))
+        """Count the first pages of a prompt that it need not compute on a rank, by what is known.
+
+        A state may be left some pages earlier than is expected here: see `StateTracks`.
+        """
+        pages, states = self.pages[dp_rank], self.states[dp_rank]
+        known = [*takewhile(pages.__contains__, digests)]
+        while self._needs_states and known and known[-1] not in states:
+            known.pop()
+        return len(known)
 
 
 def prompt_pages(request: RankRequest, names: PageHasher) -> Sequence[bytes]:
-    """Name the full pages of a prompt; none where all of it is computed in any case."""
+    """Name the pages that a prompt can begin with; none where it is computed in any case.
+
+    Its last token is always computed, and so is the page of that.
+    """
     if request.computes_all:
         return ()
     tokens = np.array(request.prompt_token_ids, np.int64)
     salt, images = request.params.cache_salt, request.images
-    return names.digests(tokens, request.embeds, salt, images=images)
+    digests = names.digests(tokens, request.embeds, salt, images=images)
+    return digests[: (len(tokens) - 1) // names.page_size]

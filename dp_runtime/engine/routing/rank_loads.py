@@ -32,12 +32,18 @@ class Share:
 class RankLoads:
     """Counts the unfinished requests of each rank; the caller holds a lock."""
 
-    def __init__(self, balancer: LoadBalancer, members: Membership, page_size: int) -> None:
+    def __init__(
+        self,
+        balancer: LoadBalancer,
+        members: Membership,
+        page_size: int,
+        caches: RankCaches | None = None,
+    ) -> None:
         self._balancer, self._members, self._page_size = balancer, members, page_size
         self._ranks = {rank: Outstanding() for rank in members.dp_ranks}
         self._shares: dict[Demand, Share] = {}
         self._leaving: frozenset[int] = frozenset()
-        self.caches = RankCaches()
+        self.caches = caches or RankCaches()
 
     @property
     def num_requests(self) -> int:
@@ -113,9 +119,8 @@ class RankLoads:
         return RankView(rank.requests, rank.tokens, rank.pending_prefill, cached)
 
     def cached_tokens(self, dp_rank: int, demand: Demand) -> int:
-        """Count prompt tokens that a rank need not compute; the last one it always does."""
-        pages = self.caches.num_pages(dp_rank, demand.digests)
-        return min(pages * self._page_size, demand.prompt_tokens - 1)
+        """Count prompt tokens that a rank need not compute."""
+        return self.caches.num_pages(dp_rank, demand.digests) * self._page_size
 
     def _count_in(self, demand: Demand, share: Share) -> None:
         rank = self._ranks[share.dp_rank]

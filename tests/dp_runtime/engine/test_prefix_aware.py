@@ -124,9 +124,12 @@ def test_a_lost_ranks_cache_is_forgotten() -> None:
 
 
 def test_the_last_token_is_always_computed() -> None:
-    admission, whole = admission_of(1), Demand(10, 2 * PAGE, digests=[b"a", b"b"])
-    admission.cached(0, stored("a", "b"))
-    assert admission._loads.cached_tokens(0, whole) == 2 * PAGE - 1
+    names, tokens = PageHasher(PAGE, "model"), tuple(range(2 * PAGE))
+    request = RankRequest(0, tokens, SamplingParams(max_tokens=1), 0, frozenset())
+    digests = names.digests(np.array(tokens))
+    admission, whole = admission_of(1), Demand.of(request, None, prompt_pages(request, names))
+    admission.cached(0, [BlockStored((each,), None, (0,) * PAGE, PAGE) for each in digests])
+    assert admission._loads.cached_tokens(0, whole) == PAGE, "and its page with it"
 
 
 def test_a_move_counts_what_the_other_has_cached() -> None:

@@ -23,7 +23,7 @@ from dp_runtime.sampling.draft_verification import (
     Verification,
     accepted_drafts,
 )
-from dp_runtime.sampling.sampler import Sampler, sampling_bytes
+from dp_runtime.sampling.sampler import SampledTokens, Sampler, sampling_bytes
 from tests.dp_runtime.live_bytes import LiveBytes
 from tests.dp_runtime.samplers import rows_of, sample, sampler_of
 from tests.dp_runtime.sampling.test_sampler import (
@@ -185,13 +185,13 @@ def test_a_plain_batch_is_its_best_tokens() -> None:
     sampled = sample(sampler_of(*items), logits, rows, Verification(drafts))
     assert sampled.num_accepted is not None
     assert sampled.num_accepted.tolist() == [2, 1, 0]
-    assert sampled.to_host() == (tuple(best.tolist()), (None,) * 10, (2, 1, 0), {})
+    assert sampled.to_host() == SampledTokens(tuple(best.tolist()), (None,) * 10, (2, 1, 0))
 
 
 def test_no_verification_on_an_idle_rank() -> None:
     none = Verification(torch.zeros((0, 3), dtype=torch.int64))
     sampled = sample(sampler_of(), torch.zeros(0, VOCAB), rows_of(), none)
-    assert sampled.to_host() == ((), (), (), {})
+    assert sampled.to_host() == SampledTokens((), ())
     assert sampled.num_accepted is not None
     assert sampled.num_accepted.shape == (0,)
     item = request(1, SamplingParams(presence_penalty=1.0))

@@ -52,7 +52,10 @@ def test_who_waits_computes_itself_once_the_other_is_gone() -> None:
     assert [(chunk.state.request_id, chunk.length) for chunk in step.chunks] == [(1000, 8)]
     driver.abort(1000)
     step = driver.step()
-    assert [(chunk.state.request_id, chunk.length) for chunk in step.chunks] == [(1001, 8)]
+    assert [(chunk.state.request_id, chunk.start) for chunk in step.chunks] == [
+        (1001, 8),
+        (1100, 0),
+    ]
     driver.drain()
     driver.check_outputs()
 

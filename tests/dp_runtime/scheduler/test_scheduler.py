@@ -44,7 +44,7 @@ class Driver:
     def __init__(self, scheduler: Scheduler, depth: int) -> None:
         self.scheduler = scheduler
         self.reference = ReferenceScheduler(scheduler.pages, scheduler.limits)
-        self.depth = depth
+        self.depth, self.program = depth, PROGRAM
         self.in_flight: deque[tuple[SchedulerOutput, Rows]] = deque()
         self.requests: dict[int, RankRequest] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -77,7 +77,7 @@ class Driver:
         self.check()
 
     def step(self, prefill_budget: int | None = None) -> SchedulerOutput:
-        scheduled = self.scheduler.schedule(PROGRAM, prefill_budget)
+        scheduled = self.scheduler.schedule(self.program, prefill_budget)
         rows = self.due_rows(scheduled, prefill_budget)
         self.check()
         self.check_batch(scheduled, rows)

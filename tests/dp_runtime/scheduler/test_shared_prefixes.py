@@ -48,11 +48,13 @@ class SharingDriver(Driver):
         depth: int = 0,
         hasher: PageHasher | None = None,
         min_awaited_tokens: int = PAGE,
+        max_drafts: int = 0,
     ) -> None:
-        limits = Limits(6, tokens, MODEL_LEN, min_awaited_tokens=min_awaited_tokens)
-        named = hasher or PageHasher(PAGE, "a model")
+        own, self.covers_next = min_awaited_tokens, max_drafts > 0
+        limits = Limits(6, tokens, MODEL_LEN, max_drafts, min_awaited_tokens=own)
+        named = hasher or PageHasher(PAGE, "a model", self.covers_next)
         super().__init__(Scheduler(PageGeometry(num_pages, PAGE), limits, (), named), depth)
-        self.model = ReferencePrefixes(PAGE, self.known)
+        self.model = ReferencePrefixes(PAGE, self.known, self.covers_next)
         self.reference = ReferenceScheduler(self.scheduler.pages, limits, self.model)
         self.slots: dict[int, Content] = {}
         self.was_cached: set[int] = set()
@@ -71,13 +73,12 @@ class SharingDriver(Driver):
         return item.params.cache_salt, tokens, scored if scores else MODEL_LEN
 
     def content(self, number: int, position: int) -> Content:
-        tokens = tuple(self.token_at(number, at) for at in range(position + 1))
+        tokens = tuple(self.token_at(number, at) for at in range(position + 1 + self.covers_next))
         return self.requests[number].params.cache_salt, tokens
 
     def check_batch(self, scheduled: SchedulerOutput, rows: Rows) -> None:
         super().check_batch(scheduled, rows)
-        for page in self.was_cached - self.cached_pages():
-            self.slots |= dict.fromkeys(range(page * PAGE, page * PAGE + PAGE), ("poison", ()))
+        self.poison()
         batch = scheduled.target
         for (number, start, end), pages in zip(rows, batch.page_table.tolist(), strict=True):
             for at in range(start, end):
@@ -88,6 +89,11 @@ class SharingDriver(Driver):
                 assert found == self.content(number, at), f"{number} reads another's token at {at}"
         for chunk in scheduled.scored:
             self.scored[chunk.state.request_id] = chunk.score_end
+
+    def poison(self) -> None:
+        """Spoil what has left the cache since the last check."""
+        for page in self.was_cached - self.cached_pages():
+            self.slots |= dict.fromkeys(range(page * PAGE, page * PAGE + PAGE), ("poison", ()))
 
     def cached_pages(self) -> set[int]:
         return {page for page in range(self.scheduler.pages.num_pages) if page in self.cache}
@@ -112,6 +118,8 @@ class SharingDriver(Driver):
     def abandon(self) -> None:
         """End an epoch: launched steps have run, but nobody hears of them."""
         self.in_flight.clear()
+        table = self.scheduler.table
+        rows = table.request_ids[table.req_indices].tolist()
         abandon_steps(self.scheduler)
         for number in self.requests:
             if (state := self.scheduler.requests.get(number)) is not None:
@@ -120,7 +128,7 @@ class SharingDriver(Driver):
             number: len(item.prompt_token_ids) + len(self.outputs[number])
             for number, item in self.requests.items()
         }
-        self.reference.abandon_plain(known)
+        self.reference.abandon_plain(known, rows)
         self.check()
 
 

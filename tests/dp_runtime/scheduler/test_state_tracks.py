@@ -16,11 +16,13 @@ MODEL_LEN = 400
 
 
 def limits(
-    checkpoints: int, tokens: int = 512, requests: int = 4, drafts: int = 0, interval: int = PAGE
-) -> Limits:
+    checkpoints: int, tokens: int = 512, requests: int = 4, drafts: int = 0, interval: int = PAGE,
+    awaited: int = 256,
+) -> Limits:  # fmt: skip
     return Limits(
         requests, tokens, MODEL_LEN, drafts, keeps_state=True,
         num_state_checkpoints=checkpoints, state_track_interval=interval,
+        min_awaited_tokens=awaited,
     )  # fmt: skip
 
 
@@ -81,13 +83,13 @@ def play(device: StateDevice, todo: list[tuple[str, Any, int, int]], drafts: int
 @settings(deadline=None, max_examples=20)
 @given(
     actions, st.integers(27, 60), st.integers(1, 6), st.sampled_from([20, 70, 200]),
-    st.integers(0, 1), st.sampled_from([PAGE, 3 * PAGE]),
+    st.integers(0, 1), st.sampled_from([PAGE, 3 * PAGE]), st.sampled_from([PAGE, 64, MODEL_LEN]),
 )  # fmt: skip
 def test_states_are_those_of_their_pages_whatever_happens(
     todo: list[tuple[str, Any, int, int]], num_pages: int, checkpoints: int, tokens: int,
-    depth: int, interval: int,
+    depth: int, interval: int, awaited: int,
 ) -> None:  # fmt: skip
-    own = limits(checkpoints, tokens, interval=interval)
+    own = limits(checkpoints, tokens, interval=interval, awaited=awaited)
     play(StateDevice(num_pages, own, PAGE, depth), todo)
 
 
@@ -214,3 +216,40 @@ def test_without_a_buffer_a_hit_ends_where_a_request_ended(depth: int) -> None:
     assert alone(device, [*text_of(device, 0), 5], 2) == 80
     alone(device, prompt_of(1, 70), 20)
     assert alone(device, text_of(device, 2), 2) == 0
+
+
+@pytest.mark.parametrize("interval", [0, PAGE])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_aborted_prompt_leaves_the_state_it_had_come_to(interval: int, depth: int) -> None:
+    device = StateDevice(60, limits(4, tokens=70, interval=interval), PAGE, depth)
+    number = device.add(prompt_of(0, 200), 5)
+    device.step()
+    device.step()
+    device.abort(number)
+    device.step()  # nothing but the commit of what was in flight
+    assert alone(device, prompt_of(0, 200), 2) == 128
+
+
+def test_a_prompt_whose_last_chunk_is_short_leaves_the_state_before_it() -> None:
+    device = StateDevice(60, limits(4, tokens=128), PAGE)
+    assert [alone(device, prompt_of(0, 150), 1) for _ in range(2)] == [0, 128]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_alike_prompts_wait_for_the_state_that_the_first_will_leave(depth: int) -> None:
+    device = StateDevice(90, limits(8, requests=4, awaited=64), PAGE, depth)
+    for _ in range(3):
+        device.add(prompt_of(0, 140), 5)
+    device.add(prompt_of(1, 140), 5)
+    device.drain()
+    assert [hits for (hits,) in device.hits.values()] == [0, 128, 128, 0], (
+        "40 tokens leave no state"
+    )
+
+
+def test_nobody_waits_for_a_state_that_no_one_will_leave() -> None:
+    device = StateDevice(90, limits(8, requests=4, awaited=64, interval=0), PAGE)
+    for _ in range(3):
+        device.add(prompt_of(0, 140), 5)
+    assert device.step().prefill_rows == 3 * 140
+    device.drain()
