@@ -81,7 +81,7 @@ def what_if(
         link = {} if link_gbps is None else {"link_gbps": link_gbps}
         name = ", ".join(f"{name}={value}" for name, value in ({**changes, **link}).items())
         lines.append(Line.of(name, anew, seconds))
-    return WhatIf(tuple(lines), other, FitError.of(predicted, measured), bool(fit))
+    return WhatIf(tuple(lines), other, FitError.of(shapes, predicted, measured), bool(fit))
 
 
 def _changed(

@@ -73,4 +73,4 @@ def _measured(
     shapes, seconds = measured_steps(replayed.recording)
     given = ", ".join(f"{name}={value}" for name, value in changes.items())
     line = Line.of(f"{given}, measured", shapes, seconds)
-    return OnDevice(line, FitError.of([costs(shape) for shape in shapes], seconds), same)
+    return OnDevice(line, FitError.of(shapes, [costs(shape) for shape in shapes], seconds), same)
