@@ -6,6 +6,7 @@ SamplePositions: the output tokens that its sampled rows become.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,35 +21,74 @@ NULL_PAGE = 0
 NULL_SLOT = 0  # of recurrent states
 
 
-def _empty_ids() -> Int64:
-    return np.zeros(0, np.int64)
-
-
-def _no_counts() -> Int32:
-    return np.zeros(0, np.int32)
-
-
-def _none_of() -> Bool:
-    return np.zeros(0, np.bool_)
-
-
-def _no_embeds() -> Float32:
-    return np.zeros((0, 0), np.float32)
-
-
-def _as_positions() -> Int64:
-    return np.zeros((3, 0), np.int64)
-
-
-def _no_replays() -> Int16:
-    return np.zeros((0, 0, 0), np.int16)
-
-
 def slots_of(page_table: Int32, owner: Int64, positions: Int64, page_size: int) -> Int64:
     """Compute the slot of each row [rows], whose request is owner [rows]."""
     pages = page_table[owner, positions // page_size].astype(np.int64)
     slots: Int64 = pages * page_size + positions % page_size
     return slots
+
+
+def _freeze(*arrays: NDArray[Any]) -> None:
+    for array in arrays:
+        array.setflags(write=False)
+
+
+def _none(dtype: type[np.generic], *shape: int) -> Any:
+    """Make an empty array that all batches share."""
+    none = np.zeros(shape, dtype)
+    none.setflags(write=False)
+    return none
+
+
+NO_IDS: Int64 = _none(np.int64, 0)
+NO_COUNTS: Int32 = _none(np.int32, 0)
+ALL_EXACT: Bool = _none(np.bool_, 0)
+AS_POSITIONS: Int64 = _none(np.int64, 3, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class RowValues:
+    """What some rows of a pass bring with them, in read-only arrays."""
+
+    rows: Int64  # [n]
+    values: NDArray[Any]  # [n, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) == len(self.values), "one value per row"
+        _freeze(self.rows, self.values)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+NO_EMBEDS = RowValues(NO_IDS, np.zeros((0, 0), np.float32))
+NO_IMAGES = RowValues(NO_IDS, NO_IDS)
+NO_REPLAYS = RowValues(NO_IDS, np.zeros((0, 0, 0), np.int16))
+
+
+@dataclass(frozen=True, eq=False)
+class StateSlots:
+    """Where the recurrent states of a pass's requests lie, in read-only arrays."""
+
+    slots: Int64  # [requests]
+    is_fresh: Bool  # [requests] the request has no state yet
+    num_drafts: Int32 = field(default_factory=lambda: NO_COUNTS)  # [requests] last rows; empty: 0
+    track_slots: Int64 = field(default_factory=lambda: NO_IDS)  # [requests]; empty: nobody's
+    track_rows: Int32 = field(default_factory=lambda: NO_COUNTS)  # before the tracked state
+
+    def __post_init__(self) -> None:
+        requests = len(self.slots)
+        assert len(self.is_fresh) == requests, "is_fresh has one entry per state slot"
+        assert len(self.num_drafts) in (0, requests), "one number of drafts per request, or none"
+        assert len(self.track_slots) in (0, requests), "one track slot per request, or none"
+        assert len(self.track_rows) == len(self.track_slots), "one number of rows per track slot"
+        _freeze(*vars(self).values())
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+NO_STATES = StateSlots(NO_IDS, ALL_EXACT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +107,12 @@ class LocalBatch:
     seq_lens: Int32  # [requests] tokens in the cache after this step
     page_table: Int32  # [requests, pages], rows end in the null page
     sample_rows: Int64  # [samples] rows whose logits are needed
-    lengths_are_bounds: Bool = field(default_factory=_none_of)  # [requests]; empty: all exact
-    state_slots: Int64 = field(default_factory=_empty_ids)  # [requests]; empty: no recurrent state
-    is_fresh: Bool = field(default_factory=_none_of)  # likewise; the request has no state yet
-    num_drafts: Int32 = field(default_factory=_no_counts)  # [requests] last rows; empty: 0
-    track_slots: Int64 = field(default_factory=_empty_ids)  # [requests]; empty: nobody's is tracked
-    track_rows: Int32 = field(default_factory=_no_counts)  # likewise; rows before the tracked state
-    embed_rows: Int64 = field(default_factory=_empty_ids)  # [embeds]
-    embeds: Float32 = field(default_factory=_no_embeds)  # [embeds, hidden]
-    image_rows: Int64 = field(default_factory=_empty_ids)  # [image tokens]
-    image_slots: Int64 = field(default_factory=_empty_ids)  # [image tokens] of their features
-    rope_positions: Int64 = field(default_factory=_as_positions)  # [3, rows]; [3, 0]: `positions`
-    replay_rows: Int64 = field(default_factory=_empty_ids)  # [replays]
-    replays: Int16 = field(default_factory=_no_replays)  # [replays, MoE layers, top_k]; -1: free
+    lengths_are_bounds: Bool = field(default_factory=lambda: ALL_EXACT)  # [requests], or empty
+    rope_positions: Int64 = field(default_factory=lambda: AS_POSITIONS)  # [3, rows], or [3, 0]
+    states: StateSlots = NO_STATES  # of all requests, or of none
+    embeds: RowValues = NO_EMBEDS  # values: [embeds, hidden] float32
+    images: RowValues = NO_IMAGES  # values: [image tokens] int64, slots of their features
+    replays: RowValues = NO_REPLAYS  # values: [replays, MoE layers, top_k] int16; -1: free
 
     def __post_init__(self) -> None:
         rows, requests = self.num_tokens, self.num_requests
@@ -89,17 +122,13 @@ class LocalBatch:
         assert self.page_table.shape[0] == requests, "page_table has one row per request"
         assert np.add.reduce(self.query_lens) == rows, "query_lens sum to the rows"
         assert len(self.lengths_are_bounds) in (0, requests), "one entry per request, or none"
-        assert len(self.state_slots) in (0, requests), "one state slot per request, or none"
-        assert len(self.is_fresh) == len(self.state_slots), "is_fresh has one entry per state slot"
-        assert len(self.num_drafts) in (0, requests), "one number of drafts per request, or none"
-        assert len(self.track_slots) in (0, requests), "one track slot per request, or none"
-        assert len(self.track_rows) == len(self.track_slots), "one number of rows per track slot"
-        assert len(self.embed_rows) == len(self.embeds), "one embedding per embed row"
-        assert len(self.image_rows) == len(self.image_slots), "one feature per row of an image"
         assert self.rope_positions.shape in ((3, 0), (3, rows)), "three positions of all rows"
-        assert len(self.replay_rows) == len(self.replays), "experts of each replay row"
-        for array in vars(self).values():
-            array.setflags(write=False)
+        assert len(self.states) in (0, requests), "one state slot per request, or none"
+        _freeze(
+            self.token_ids, self.future_token_index, self.positions, self.slot_mapping,
+            self.query_lens, self.seq_lens, self.page_table, self.sample_rows,
+            self.lengths_are_bounds, self.rope_positions,
+        )  # fmt: skip
 
     @property
     def num_tokens(self) -> int:
@@ -116,7 +145,7 @@ class LocalBatch:
 
     @property
     def has_embeds(self) -> bool:
-        return bool(len(self.embed_rows) or len(self.image_rows))
+        return bool(len(self.embeds) or len(self.images))
 
     def rewound(self, num_rejected: Int64, page_size: int) -> LocalBatch:
         """Move each request's rows back to their true positions, num_rejected [requests] lower."""
@@ -129,21 +158,20 @@ class LocalBatch:
             rope_positions=rope - lower if rope.shape[1] else rope,
             slot_mapping=slots_of(self.page_table, owner, positions, page_size),
             seq_lens=(self.seq_lens - num_rejected).astype(np.int32),
-            lengths_are_bounds=_none_of(),
+            lengths_are_bounds=ALL_EXACT,
         )
 
     @classmethod
     def empty(cls) -> LocalBatch:
-        long, short = np.zeros(0, np.int64), np.zeros(0, np.int32)
         return cls(
-            token_ids=long,
-            future_token_index=long,
-            positions=long,
-            slot_mapping=long,
-            query_lens=short,
-            seq_lens=short,
+            token_ids=NO_IDS,
+            future_token_index=NO_IDS,
+            positions=NO_IDS,
+            slot_mapping=NO_IDS,
+            query_lens=NO_COUNTS,
+            seq_lens=NO_COUNTS,
             page_table=np.zeros((0, 0), np.int32),
-            sample_rows=long,
+            sample_rows=NO_IDS,
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.attention_metadata import Place
-from dp_runtime.core.batch import NULL_SLOT, Int32, Int64, LocalBatch
+from dp_runtime.core.batch import NULL_SLOT, Int32, Int64, LocalBatch, StateSlots
 from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.errors import ContractViolation
 
@@ -154,32 +154,33 @@ class RecurrentMetadata:
         accepted: of passes before; None for slots without room for drafts.
         """
         check_sequences(batch, num_slots, accepted, place)
-        of_batch = batch.num_drafts if len(batch.num_drafts) else np.zeros_like(batch.query_lens)
+        states = batch.states
+        of_batch = states.num_drafts if len(states.num_drafts) else np.zeros_like(batch.query_lens)
         cu_seqlens = np.zeros(batch.num_requests + 1, np.int32)
         np.cumsum(batch.query_lens, out=cu_seqlens[1:])
-        arrays = cu_seqlens, batch.state_slots, batch.is_fresh, of_batch
+        arrays = cu_seqlens, states.slots, states.is_fresh, of_batch
         lens, slots, is_fresh, num_drafts = all_on_device(arrays, device)
         drafts = None if accepted is None else Drafts(num_drafts, accepted.of(slots))
-        tracks = _tracks(batch, device) if len(batch.track_slots) else None
+        tracks = _tracks(states, device) if len(states.track_slots) else None
         return cls(lens, batch.query_lens, slots, is_fresh, drafts, tracks)
 
 
-def _tracks(batch: LocalBatch, device: torch.device) -> Tracks:
-    slots, rows = all_on_device((batch.track_slots, batch.track_rows), device)
-    return Tracks(slots, rows, batch.track_rows)
+def _tracks(states: StateSlots, device: torch.device) -> Tracks:
+    slots, rows = all_on_device((states.track_slots, states.track_rows), device)
+    return Tracks(slots, rows, states.track_rows)
 
 
 def check_tracks(batch: LocalBatch, num_slots: int, place: Place) -> None:
     """Raise ContractViolation for a track slot that is another's, or a place between chunks."""
-    slots, rows = batch.track_slots, batch.track_rows
+    slots, rows = batch.states.track_slots, batch.states.track_rows
     if not len(slots):
         return
     at = np.flatnonzero(slots != NULL_SLOT)
-    taken = np.concatenate((batch.state_slots, slots[at]))
+    taken = np.concatenate((batch.states.slots, slots[at]))
     if len(taken) != len(np.unique(taken)) or taken.min() < NULL_SLOT or taken.max() >= num_slots:
         raise ContractViolation(
             f"{place}: track_slots are {slots[at].tolist()} beside state_slots "
-            f"{batch.state_slots.tolist()}, allowed: each once, below {num_slots}"
+            f"{batch.states.slots.tolist()}, allowed: each once, below {num_slots}"
         )
     inside = (rows > 0) & (rows < batch.query_lens) & (rows % CHUNK == 0)
     wrong = np.flatnonzero(np.where(slots != NULL_SLOT, ~inside, rows != 0))
@@ -201,21 +202,21 @@ def check_sequences(
 
 def check_drafts(batch: LocalBatch, most: int, place: Place) -> None:
     """Raise ContractViolation for drafts that a slot has no room for, or that leave no token."""
-    if not len(batch.num_drafts):
+    num_drafts = batch.states.num_drafts
+    if not len(num_drafts):
         return
     allowed = np.minimum(batch.query_lens - 1, most)
-    wrong = np.flatnonzero((batch.num_drafts < 0) | (batch.num_drafts > allowed))
+    wrong = np.flatnonzero((num_drafts < 0) | (num_drafts > allowed))
     if len(wrong):
         index = int(wrong[0])
         raise ContractViolation(
-            f"{place}: num_drafts[{index}] is {batch.num_drafts[index]}, "
-            f"allowed: 0..{allowed[index]}"
+            f"{place}: num_drafts[{index}] is {num_drafts[index]}, allowed: 0..{allowed[index]}"
         )
 
 
 def check_state_slots(batch: LocalBatch, num_slots: int, place: Place) -> None:
     """Raise ContractViolation for what would have a kernel read or write another's state."""
-    slots, count = batch.state_slots, batch.num_requests
+    slots, count = batch.states.slots, batch.num_requests
     if len(slots) != count:
         raise ContractViolation(f"{place}: {len(slots)} state slots for {count} requests")
     if not count:
@@ -230,11 +231,11 @@ def check_state_slots(batch: LocalBatch, num_slots: int, place: Place) -> None:
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         raise ContractViolation(f"{place}: state_slots has {twice[0]} twice, allowed: once")
-    starts = batch.seq_lens - batch.query_lens
-    wrong = np.flatnonzero(batch.is_fresh != (starts == 0))
+    starts, is_fresh = batch.seq_lens - batch.query_lens, batch.states.is_fresh
+    wrong = np.flatnonzero(is_fresh != (starts == 0))
     if len(wrong):
         index = int(wrong[0])
         raise ContractViolation(
-            f"{place}: is_fresh[{index}] is {bool(batch.is_fresh[index])} at position "
+            f"{place}: is_fresh[{index}] is {bool(is_fresh[index])} at position "
             f"{starts[index]}, allowed: a request is fresh at position 0 and only there"
         )

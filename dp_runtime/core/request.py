@@ -165,10 +165,10 @@ class RequestUpdate(NamedTuple):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token
+    num_cached_tokens: int = 0  # of its prompt, in the rank's cache when it first ran there
     routed_experts: RoutedExperts | None = None  # of the next positions, from the first on
     error: str = ""  # why the rank could not go on with the request, which has ended
     given_back: bool | None = None  # the answer to a recall; False: it has begun, or ended
-    num_cached_tokens: int = 0  # of its prompt, in the rank's cache when it first ran there
 
     @classmethod
     def failed(cls, request_id: int, num_outputs: int, error: Exception | str) -> RequestUpdate:

@@ -49,8 +49,8 @@ class RoutingBuffer:
         """
         width, shape = self.ids[0].numel(), self.ids.shape[1:]
         own = torch.full((batch.num_tokens, -(-width // WORDS) * WORDS), -1, dtype=torch.int16)
-        if len(batch.replay_rows):
-            own.numpy()[batch.replay_rows, :width] = batch.replays.reshape(-1, width)
+        if len(batch.replays):
+            own.numpy()[batch.replays.rows, :width] = batch.replays.values.reshape(-1, width)
         gathered = exchange.gather(own.to(self.ids.device).view(dtype)).view(torch.int16)
         if exchange.plan.real_index is not None:
             gathered = gathered[exchange.plan.real_index.to(gathered.device)]

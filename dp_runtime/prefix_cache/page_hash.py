@@ -84,5 +84,7 @@ class PageHasher:
 
     def _images(self, images: Sequence[PromptImage], page: int) -> bytes:
         start, end = self.span(page)
+        if not images:
+            return b""
         inside = (image for image in images if image.start < end and image.end > start)
         return b"".join(np.int32(one.start - start).tobytes() + one.digest for one in inside)

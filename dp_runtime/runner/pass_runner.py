@@ -113,9 +113,10 @@ def pass_inputs(
     """
     from_future = batch.future_token_index >= 0
     rows, sources = from_future.nonzero()[0], batch.future_token_index[from_future]
-    replaced = np.concatenate((batch.embed_rows, batch.image_rows))
+    replaced = np.concatenate((batch.embeds.rows, batch.images.rows))
     arrays = (
-        batch.token_ids, batch.rotary_positions, replaced, batch.embeds, batch.image_slots,
+        batch.token_ids, batch.rotary_positions, replaced, batch.embeds.values,
+        batch.images.values,
         rows, sources,
     )  # fmt: skip
     token_ids, positions, embed_rows, embeds, slots, *of_future = all_on_device(arrays, device)

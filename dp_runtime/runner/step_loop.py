@@ -238,7 +238,7 @@ class StepLoop:
             prefill_rows=scheduled.prefill_rows,
             num_sampling=len(scheduled.sampled),
             step_us=self._clock.take_us(self.coordinator.step_id - 1 - self._max_inflight_steps),
-            replays_routing=int(len(scheduled.target.replay_rows) > 0),
+            replays_routing=int(len(scheduled.target.replays) > 0),
         )
 
     def commit(self, step: InflightStep) -> list[RequestUpdate]:

@@ -235,7 +235,7 @@ class StepRunner:
     def _count_accepted(self, batch: LocalBatch, num_accepted: Tensor | None) -> None:
         """Tell recurrent states which of the drafts behind them are tokens now."""
         if self.accepted_drafts is not None and batch.num_requests:
-            (slots,) = all_on_device([batch.state_slots], self.device)
+            (slots,) = all_on_device([batch.states.slots], self.device)
             self.accepted_drafts.write(slots, num_accepted)
 
     def _score(self, hidden: Tensor, chunk: Chunk) -> Logprobs | Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -53,7 +52,6 @@ def trace_of(
     commit_start_s: float,
 ) -> StepTrace:
     timer, output, scheduled = step.timer, step.output, step.scheduled
-    histogram = Counter(num_accepted)
     dp_rank, position = ranks
     ended = [end_of(update) for update in progress if update.finish_reason]
     return StepTrace(
@@ -74,11 +72,11 @@ def trace_of(
         num_preemptions=scheduler.num_preemptions,
         prefixes=scheduler.prefix_counts,
         num_drafts=scheduled.num_drafts,
-        accepted=tuple(histogram[n] for n in range(scheduled.num_drafts + 1)),
+        accepted=tuple(map(num_accepted.count, range(scheduled.num_drafts + 1))),
         sample_start_s=output.sample_start_s,
         commit_start_s=commit_start_s,
         record=step.record.to_words(),
-        kv_tokens=int(scheduled.target.seq_lens.sum()),
+        kv_tokens=kv_tokens(scheduled.target),
         attended_tokens=attended_tokens(scheduled.target),
         arrived=tuple(step.heard.arrived),
         ended=(*step.heard.aborted, *ended),
@@ -93,7 +91,14 @@ def end_of(update: RequestUpdate) -> End:
     return End(update.request_id, outputs, update.num_cached_tokens)
 
 
+def kv_tokens(batch: LocalBatch) -> int:
+    """Count what a batch's requests have in the cache after it."""
+    return int(np.add.reduce(batch.seq_lens, dtype=np.int64))
+
+
 def attended_tokens(batch: LocalBatch) -> int:
     """Count the cached tokens that a batch's rows attend to: each its own and all before it."""
+    if batch.num_tokens == batch.num_requests:  # a row each, their last
+        return kv_tokens(batch)
     rows = batch.query_lens.astype(np.int64)
     return int((rows * batch.seq_lens - rows * (rows - 1) // 2).sum())

@@ -37,6 +37,8 @@ class SampledTokens(NamedTuple):
 
     def valid_part(self, first: int, end: int) -> tuple[slice, str | None]:
         """The rows from `first` on whose logits were valid, and why those of the next were not."""
+        if not self.invalid:
+            return slice(first, end), None
         row = min((row for row in self.invalid if first <= row < end), default=end)
         return slice(first, row), self.invalid[row] if row < end else None
 

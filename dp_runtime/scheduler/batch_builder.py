@@ -9,14 +9,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dp_runtime.core.batch import Bool, Float32, Int32, Int64, LocalBatch, SamplePositions, slots_of
+from dp_runtime.core.batch import (
+    ALL_EXACT,
+    AS_POSITIONS,
+    NO_COUNTS,
+    NO_EMBEDS,
+    NO_IMAGES,
+    NO_REPLAYS,
+    NO_STATES,
+    Bool,
+    Int64,
+    LocalBatch,
+    RowValues,
+    SamplePositions,
+    StateSlots,
+    slots_of,
+)
 from dp_runtime.core.request import PromptEmbeds
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.scheduler.image_slots import PromptSlots
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.routed_rows import RoutedRows, brought_experts
-from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput, StateMoves
+from dp_runtime.scheduler.scheduler_output import Chunk, SchedulerOutput, StateMoves, StateTrack
 from dp_runtime.scheduler.state_tracks import with_tracks
 
 
@@ -29,8 +44,9 @@ def build_batches(
     states: StateMoves,
 ) -> SchedulerOutput:
     step = _Layout.for_step(table, pages, decodes, chunks, program.query_len(Pass.TARGET))
-    target = with_tracks(_target_batch(step), step.req_indices, states.tracks)
-    drafts = _draft_batches(step, program.passes.count(Pass.DRAFT))
+    target = _target_batch(step, states.tracks)
+    count = program.passes.count(Pass.DRAFT)
+    drafts = _draft_batches(step, count) if count else ()
     extend = [_extend_batch(step, target)] if program.num_drafts else []
     return SchedulerOutput(
         batches=(*drafts, target, *extend),
@@ -97,16 +113,13 @@ class _Layout:
         return self.row_ends[len(self.decodes) :] - 1
 
 
-def _target_batch(step: _Layout) -> LocalBatch:
+def _target_batch(step: _Layout, tracks: Sequence[StateTrack]) -> LocalBatch:
     query_lens, row_ends = step.query_lens, step.row_ends
     first_positions = step.table.num_computed_tokens[step.req_indices]
     owner = np.arange(len(query_lens)).repeat(query_lens)
     positions = np.arange(len(owner)) + (first_positions - (row_ends - query_lens))[owner]
     page_table = step.pages.rows(step.req_indices)
     chunk_samples = step.chunk_last_rows[step.samples[len(step.decodes) :]]
-    embed_rows, embeds = _embeds(step, token_offset=0)
-    image_rows, image_slots = _image_slots(step, token_offset=0)
-    replay_rows, replays = brought_experts(step.table, step.req_indices, owner, positions)
     tokens, future_indices = _decode_tokens(step)
     future_token_index = np.full(len(owner), -1, np.int64)
     future_token_index[: len(future_indices)] = future_indices
@@ -124,33 +137,26 @@ def _target_batch(step: _Layout) -> LocalBatch:
             [np.arange(step.num_decode_rows), chunk_samples, *_score_rows(step)]
         ),
         lengths_are_bounds=_are_bounds(step, step.req_indices),
-        state_slots=step.table.state_slots(step.req_indices),
-        is_fresh=_are_fresh(step),
-        num_drafts=_num_drafts(step),
-        embed_rows=embed_rows,
-        embeds=embeds,
-        image_rows=image_rows,
-        image_slots=image_slots,
         rope_positions=_rope_positions(step, positions, owner),
-        replay_rows=replay_rows,
-        replays=replays,
+        states=_states(step, tracks),
+        embeds=_embeds(step, token_offset=0),
+        images=_images(step, token_offset=0),
+        replays=brought_experts(step.table, step.req_indices, owner, positions),
     )
 
 
-def _are_fresh(step: _Layout) -> Bool:
-    """Tell which requests have no recurrent state yet; [0] if none is kept."""
+def _states(step: _Layout, tracks: Sequence[StateTrack]) -> StateSlots:
+    """Find the recurrent states of the target pass's requests, if any are kept."""
     if not step.table.keeps_state:
-        return np.zeros(0, np.bool_)
-    return np.array([False] * len(step.decodes) + [chunk.is_fresh for chunk in step.chunks], bool)
-
-
-def _num_drafts(step: _Layout) -> Int32:
-    """Count the drafts that each request verifies, for recurrent states; [0] if none are."""
-    if not (step.drafts and step.table.keeps_state):
-        return np.zeros(0, np.int32)
-    num_drafts = np.zeros(len(step.req_indices), np.int32)
-    num_drafts[: len(step.decodes)] = step.query_len - 1
-    return num_drafts
+        return NO_STATES
+    is_fresh = np.zeros(len(step.req_indices), np.bool_)
+    is_fresh[len(step.decodes) :] = [chunk.is_fresh for chunk in step.chunks]
+    num_drafts = NO_COUNTS
+    if step.drafts:
+        num_drafts = np.zeros(len(step.req_indices), np.int32)
+        num_drafts[: len(step.decodes)] = step.query_len - 1
+    states = StateSlots(step.table.state_slots(step.req_indices), is_fresh, num_drafts)
+    return with_tracks(states, step.req_indices, tracks)
 
 
 def _decode_tokens(step: _Layout) -> tuple[Int64, Int64]:
@@ -186,7 +192,7 @@ def _draft_batches(step: _Layout, count: int) -> Iterator[LocalBatch]:
 def _are_bounds(step: _Layout, req_indices: Int64) -> Bool:
     """Tell whose last step is in flight; without drafts, projected lengths are exact: [0]."""
     if not step.drafts:
-        return np.zeros(0, np.bool_)
+        return ALL_EXACT
     return np.asarray(step.table.num_inflight_steps[req_indices] > 0)
 
 
@@ -205,25 +211,16 @@ def _extend_batch(step: _Layout, target: LocalBatch) -> LocalBatch:
         if chunk.samples:
             future_token_index[last_row] = sample
             sample += 1
-    embed_rows, embeds = _embeds(step, token_offset=1)
-    image_rows, image_slots = _image_slots(step, token_offset=1)
     first_rows = np.arange(0, num_decode_rows, step.query_len)
     return replace(
         target,
         token_ids=tokens,
         future_token_index=future_token_index,
         sample_rows=np.concatenate([first_rows, step.chunk_last_rows]),
-        state_slots=np.zeros(0, np.int64),  # a draft model keeps no state
-        is_fresh=np.zeros(0, np.bool_),
-        num_drafts=np.zeros(0, np.int32),
-        track_slots=np.zeros(0, np.int64),
-        track_rows=np.zeros(0, np.int32),
-        embed_rows=embed_rows,
-        embeds=embeds,
-        image_rows=image_rows,
-        image_slots=image_slots,
-        replay_rows=np.zeros(0, np.int64),
-        replays=np.zeros((0, 0, 0), np.int16),
+        states=NO_STATES,  # a draft model keeps none
+        embeds=_embeds(step, token_offset=1),
+        images=_images(step, token_offset=1),
+        replays=NO_REPLAYS,
     )
 
 
@@ -247,32 +244,37 @@ def _score_rows(step: _Layout) -> list[Int64]:
     ]
 
 
-def _rows_of(
-    step: _Layout, of_chunks: Sequence[PromptEmbeds | PromptSlots | None], token_offset: int
-) -> tuple[Int64, list[NDArray[Any]]]:
+def _embeds(step: _Layout, token_offset: int) -> RowValues:
+    return _brought(step, [chunk.embeds for chunk in step.chunks], token_offset, NO_EMBEDS)
+
+
+def _images(step: _Layout, token_offset: int) -> RowValues:
+    return _brought(step, [chunk.images.slots for chunk in step.chunks], token_offset, NO_IMAGES)
+
+
+def _brought(
+    step: _Layout,
+    of_chunks: Sequence[PromptEmbeds | PromptSlots | None],
+    token_offset: int,
+    none: RowValues,
+) -> RowValues:
     """Find rows of whose token, token_offset positions after their own, a chunk has a value."""
-    rows, values = [np.zeros(0, np.int64)], []
+    if all(given is None for given in of_chunks):
+        return none
+    rows, values = list[Int64](), list[NDArray[Any]]()
     for chunk, first_row, given in zip(step.chunks, step.chunk_first_rows, of_chunks, strict=True):
         if given is not None:
             positions = given.positions - token_offset
             inside = (positions >= chunk.start) & (positions < chunk.end)
             rows.append(positions[inside] - chunk.start + first_row)
             values.append(given.values[inside])
-    return np.concatenate(rows), values
-
-
-def _embeds(step: _Layout, token_offset: int) -> tuple[Int64, Float32]:
-    rows, values = _rows_of(step, [chunk.embeds for chunk in step.chunks], token_offset)
-    return rows, np.concatenate(values) if values else np.zeros((0, 0), np.float32)
-
-
-def _image_slots(step: _Layout, token_offset: int) -> tuple[Int64, Int64]:
-    rows, values = _rows_of(step, [chunk.images.slots for chunk in step.chunks], token_offset)
-    return rows, np.concatenate(values) if values else np.zeros(0, np.int64)
+    return RowValues(np.concatenate(rows), np.concatenate(values))
 
 
 def _rope_positions(step: _Layout, positions: Int64, owner: Int64) -> Int64:
     """Return what rows are rotated by, [3, rows]; [3, 0] where no request has images."""
+    if not step.table.have_images:
+        return AS_POSITIONS
     rope = _shifted(positions, step.table.rope_deltas[step.req_indices][owner])
     for chunk, first_row in zip(step.chunks, step.chunk_first_rows):
         if chunk.state.prompt_rope is not None:
@@ -284,4 +286,4 @@ def _rope_positions(step: _Layout, positions: Int64, owner: Int64) -> Int64:
 
 def _shifted(positions: Int64, deltas: Int64) -> Int64:
     """Return three equal positions of each row, [3, rows]; [3, 0] where `positions` are these."""
-    return np.stack([positions + deltas] * 3) if deltas.any() else np.zeros((3, 0), np.int64)
+    return np.stack([positions + deltas] * 3) if deltas.any() else AS_POSITIONS

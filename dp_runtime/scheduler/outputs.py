@@ -34,5 +34,5 @@ def append_outputs(
     known = tuple(entry for entry in logprobs[: len(tokens)] if entry) if logprobs else ()
     return RequestUpdate(
         request.request_id, index, tokens, known, prompt_logprobs, state.finish_reason, stop,
-        num_cached_tokens=state.num_prompt_cached or 0,
+        state.num_prompt_cached or 0,
     )  # fmt: skip

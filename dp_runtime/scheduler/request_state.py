@@ -56,6 +56,7 @@ class RequestState:
     turn: float = field(init=False)  # in the queue, lowest first
     outputs: list[int] = field(init=False)  # committed
     digests: list[bytes] = field(default_factory=list)  # of its first full pages
+    contents: list[bytes] = field(default_factory=list)  # of the same pages
     found: list[CachedPage] = field(default_factory=list)  # as it was matched last, in the queue
     num_prompt_cached: int | None = None  # of its prompt, when it first ran
     status: RequestStatus = RequestStatus.WAITING  # changed by RequestLifecycle.transition alone

@@ -28,9 +28,11 @@ class RequestTable:
         self.num_inflight_steps = column()
         self.last_token = column()  # of those that the host knows
         self.last_sample_index = column()  # of the newest token in its step's samples, or -1
-        self.returns_routing = np.zeros(num_rows, np.bool_)  # who asked for their tokens' experts
         self.rope_deltas = column()  # of requests with images: positions minus indices
-        self.replays_routing = np.zeros(num_rows, np.bool_)
+        # Rows of what few requests have, or none: a step that finds a set empty asks no further.
+        self.have_images = set[int]()
+        self.returns_routing = set[int]()  # who asked for their tokens' experts
+        self.replays_routing = set[int]()  # who brought them
         self.keeps_state = keeps_state
         self._requests: list[RequestState | None] = [None] * num_rows
         self._free = list(reversed(range(num_rows)))
@@ -44,8 +46,8 @@ class RequestTable:
         return bool(self._free)
 
     def state_slots(self, req_indices: Int64) -> Int64:
-        """Return the slot of each row in the recurrent states; none if there are none."""
-        return req_indices + (NULL_SLOT + 1) if self.keeps_state else req_indices[:0]
+        """Return the slot of each row in the recurrent states."""
+        return req_indices + (NULL_SLOT + 1)
 
     def state_slot(self, req_index: int) -> int:
         return req_index + NULL_SLOT + 1
@@ -65,8 +67,12 @@ class RequestTable:
         self.rope_deltas[index] = request.rope_delta
         self.last_token[index] = last_token
         self.last_sample_index[index] = -1
-        self.returns_routing[index] = request.request.params.return_routed_experts
-        self.replays_routing[index] = request.request.replay is not None
+        if request.prompt_rope is not None:
+            self.have_images.add(index)
+        if request.request.params.return_routed_experts:
+            self.returns_routing.add(index)
+        if request.request.replay is not None:
+            self.replays_routing.add(index)
         return index
 
     def begin_at(self, req_index: int, num_tokens: int) -> None:
@@ -76,6 +82,8 @@ class RequestTable:
 
     def free(self, request: RequestState) -> None:
         self._requests[request.req_index] = None
+        for rows in (self.have_images, self.returns_routing, self.replays_routing):
+            rows.discard(request.req_index)
         self._free.append(request.req_index)
         request.req_index = NO_ROW
 
@@ -100,12 +108,13 @@ class RequestTable:
         return np.where(in_flight, self.last_sample_index[req_indices], -1)
 
     def launched(
-        self, req_indices: Int64, seq_lens: Int32, sampled: Int64, num_new_tokens: Int64
+        self, req_indices: Int64, sampled: Int64, decodes: Int64, seq_lens: Int32, num_drafts: int
     ) -> None:
-        """Count a step; num_new_tokens: that each of the rows `sampled` gets at most."""
+        """Count a step: rows `sampled` get a token, and decodes among them perhaps their drafts."""
         self.num_inflight_steps[req_indices] += 1
         self.num_computed_tokens[req_indices] = seq_lens
-        self.num_tokens[sampled] += num_new_tokens
+        self.num_tokens[sampled] += 1
+        self.num_tokens[decodes] += num_drafts
         self.last_sample_index[sampled] = np.arange(len(sampled))
 
     def committed(self, req_indices: Int64, query_lens: Int32) -> None:

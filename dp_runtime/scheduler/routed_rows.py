@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dp_runtime.core.batch import Int16, Int64
+from dp_runtime.core.batch import NO_IDS, NO_REPLAYS, Int16, Int64, RowValues
 from dp_runtime.core.request import RequestUpdate, RoutedExperts
 from dp_runtime.scheduler.request_state import RequestState
 from dp_runtime.scheduler.request_table import RequestTable
@@ -48,8 +48,8 @@ class RoutedRows:
         cls, table: RequestTable, req_indices: Int64, query_lens: Int64, starts: Sequence[int]
     ) -> RoutedRows:
         """Find those of a step's requests; starts: of the last ones, which are chunks."""
-        places = np.flatnonzero(table.returns_routing[req_indices])
-        if not len(places):
+        places = places_of(table.returns_routing, req_indices)
+        if not places:
             return NO_ROUTED_ROWS
         ends, num_decodes = query_lens.cumsum(), len(req_indices) - len(starts)
         spans = tuple(
@@ -58,7 +58,7 @@ class RoutedRows:
                 int(query_lens[place]),
                 starts[place - num_decodes] if place >= num_decodes else None,
             )
-            for place in places.tolist()
+            for place in places
         )
         rows = [np.arange(ends[place] - query_lens[place], ends[place]) for place in places]
         return cls(spans, np.concatenate(rows))
@@ -76,19 +76,28 @@ class RoutedRows:
         return list(by_request.values())
 
 
-NO_ROUTED_ROWS = RoutedRows((), np.zeros(0, np.int64))
+NO_ROUTED_ROWS = RoutedRows((), NO_IDS)
 
 
 def brought_experts(
     table: RequestTable, req_indices: Int64, owner: Int64, positions: Int64
-) -> tuple[Int64, Int16]:
+) -> RowValues:
     """Find rows whose experts came with their request, and these; owner: the request of a row."""
-    rows, experts = [np.zeros(0, np.int64)], list[Int16]()
-    for place in np.flatnonzero(table.replays_routing[req_indices]).tolist():
+    places = places_of(table.replays_routing, req_indices)
+    if not places:
+        return NO_REPLAYS
+    rows, experts = list[Int64](), list[Int16]()
+    for place in places:
         replay = table.request(int(req_indices[place])).request.replay
         assert replay is not None, "the table says so"
         own = np.flatnonzero((owner == place) & (positions < len(replay)))
         rows.append(own)
         experts.append(replay[positions[own]])
-    none = np.zeros((0, 0, 0), np.int16)
-    return np.concatenate(rows), np.concatenate(experts) if experts else none
+    return RowValues(np.concatenate(rows), np.concatenate(experts))
+
+
+def places_of(rows: Collection[int], req_indices: Int64) -> list[int]:
+    """Find these rows of the table among a step's."""
+    if not rows:
+        return []
+    return [place for place, index in enumerate(req_indices.tolist()) if index in rows]

@@ -120,15 +120,16 @@ class Scheduler:
     def schedule(self, program: Program, prefill_budget: int | None = None) -> SchedulerOutput:
         query_len = program.query_len(Pass.TARGET)
         self.images.begin_step()
-        ready = self._reserve_pages(query_len)
-        req_indices = self.running[ready]
-        needed = self.table.num_needed(req_indices)
-        prefilling = self.table.prefilling(req_indices, needed)
-        decodes = req_indices[(needed > 0) & ~prefilling]
+        running, needed = self.running, self.table.num_needed(self.running)
+        prefilling = self.table.prefilling(running, needed)
+        decoding = (needed > 0) & ~prefilling
+        ready = self._reserve_pages(needed, decoding, query_len)
+        ahead = len(ready)  # of those that were preempted meanwhile
+        decodes = running[:ahead][decoding[:ahead] & ready]
         budget = self.limits.max_num_tokens - len(decodes) * query_len  # at least 0: see Limits
         budget = budget if prefill_budget is None else min(budget, prefill_budget)
         chunks: list[Chunk] = []
-        for index in req_indices[prefilling].tolist():
+        for index in running[:ahead][prefilling[:ahead] & ready].tolist():
             if budget and (chunk := self._chunk(self.table.request(index), budget)):
                 chunks.append(chunk)
                 budget = max(0, budget - chunk.num_tokens)
@@ -209,12 +210,11 @@ class Scheduler:
         for req_index in step.not_finite(tokens):
             self.page_table.doubt(req_index)
 
-    def _reserve_pages(self, decode_query_len: int) -> Bool:
-        """Give pages to running requests, oldest first; returns which of them can go on."""
-        req_indices, table = self.running, self.table
-        needed = np.minimum(table.num_needed(req_indices), self.limits.max_num_tokens)
-        decoding = (needed == 1) & ~table.prefilling(req_indices, needed)
-        ends = table.num_computed_tokens[req_indices] + np.where(decoding, decode_query_len, needed)
+    def _reserve_pages(self, needed: Int64, decoding: Bool, decode_query_len: int) -> Bool:
+        """Give pages to running requests, oldest first; tells who of those still running go on."""
+        req_indices = self.running
+        rows = np.where(decoding, decode_query_len, np.minimum(needed, self.limits.max_num_tokens))
+        ends = self.table.num_computed_tokens[req_indices] + rows
         ready = np.ones(len(req_indices), np.bool_)
         for place in (ends > self.page_table.max_tokens(req_indices)).nonzero()[0].tolist():
             if place >= len(self.running):
@@ -292,8 +292,8 @@ class Scheduler:
     def _launch(self, decodes: Int64, chunks: list[Chunk], program: Program) -> SchedulerOutput:
         moves = self.states.moves(decodes, chunks, program.query_len(Pass.TARGET))
         step = build_batches(self.table, self.page_table, decodes, chunks, program, moves)
-        num_new_tokens = 1 + step.num_drafts * (np.arange(len(step.sampled)) < len(decodes))
-        self.table.launched(step.req_indices, step.target.seq_lens, step.sampled, num_new_tokens)
+        rows = step.req_indices, step.sampled, decodes
+        self.table.launched(*rows, step.target.seq_lens, step.num_drafts)
         for chunk in chunks:
             chunk.state.num_scored = max(chunk.state.num_scored, chunk.score_end)
         assert not self.requests or self.table.num_inflight_steps.any(), "no progress was made"

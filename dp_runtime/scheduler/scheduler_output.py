@@ -120,6 +120,9 @@ class StateMoves:
         return bool(self.donated or self.restored or self.tracks)
 
 
+NO_MOVES = StateMoves()
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SchedulerOutput:
     batches: tuple[LocalBatch, ...]  # one per pass of the program
@@ -130,7 +133,7 @@ class SchedulerOutput:
     samples: SamplePositions  # the target pass's first sample rows, num_drafts + 1 of each decode
     num_drafts: int  # tokens of each decode that the target verifies
     routed: RoutedRows  # the target pass's rows whose experts are returned
-    states: StateMoves = StateMoves()
+    states: StateMoves = NO_MOVES
 
     @property
     def real_rows(self) -> tuple[int, ...]:

@@ -60,9 +60,9 @@ class SharedPrefixes:
         while found and not cache.holds(found[-1]):
             found.pop()
         for number in range(len(found), max(0, reusable) // self._hasher.page_size):
-            content = self._content(request, number)
+            self._name(request, number + 1)
             parent = found[-1].page if found else NULL_PAGE
-            page = cache.find(request.digests[number], content, parent)
+            page = cache.find(request.digests[number], request.contents[number], parent)
             if page is None:
                 break
             found.append(cache.entry(page))
@@ -108,9 +108,8 @@ class SharedPrefixes:
         """Cache what steps of these rows have filled; prompts of those that sampled are done."""
         size, pages = self._hasher.page_size, self._pages
         own = self._table.num_cached_tokens[req_indices] - pages.num_cached[req_indices] * size
-        shares = ~self._table.replays_routing[req_indices]
-        for req_index in req_indices[shares & (own >= size)].tolist():
-            if not pages.doubtful[req_index]:
+        for req_index in req_indices[own >= size].tolist():
+            if not (req_index in self._table.replays_routing or pages.doubtful[req_index]):
                 self._cache_pages(req_index)
         if self.states.are_kept:
             self.states.attach(req_indices)
@@ -123,9 +122,10 @@ class SharedPrefixes:
         # A step may have run on behind the end of a request, with tokens that were dropped.
         known = self._hasher.num_pages(request.num_tokens)
         full = int(self._table.num_cached_tokens[req_index]) // self._hasher.page_size
-        for number in range(int(self._pages.num_cached[req_index]), min(known, full)):
-            content = self._content(request, number)
-            if not self._pages.cache(req_index, request.digests[number], content):
+        last = min(known, full)
+        self._name(request, last)
+        for number in range(int(self._pages.num_cached[req_index]), last):
+            if not self._pages.cache(req_index, request.digests[number], request.contents[number]):
                 return
 
     def abandoned(self, req_index: int) -> None:
@@ -144,14 +144,14 @@ class SharedPrefixes:
 
     def _digests(self, request: RequestState) -> list[bytes]:
         """Name all full pages of a request."""
-        for number in range(len(request.digests), self._hasher.num_pages(request.num_tokens)):
-            self._content(request, number)
+        self._name(request, self._hasher.num_pages(request.num_tokens))
         return request.digests
 
-    def _content(self, request: RequestState, number: int) -> bytes:
-        content = self._hasher.content(request.tokens(*self._hasher.span(number)))
-        if number == len(request.digests):
-            own = request.request
-            salt, digests = own.params.cache_salt, request.digests
+    def _name(self, request: RequestState, num_pages: int) -> None:
+        """Name its first pages, those that have no name yet: their tokens stay as they are."""
+        own = request.request
+        salt, digests = own.params.cache_salt, request.digests
+        for number in range(len(digests), num_pages):
+            content = self._hasher.content(request.tokens(*self._hasher.span(number)))
+            request.contents.append(content)
             self._hasher.append(digests, content, own.embeds, salt, own.images)
-        return content

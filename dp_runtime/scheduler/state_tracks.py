@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dp_runtime.core.batch import Int64, LocalBatch
+from dp_runtime.core.batch import Int64, StateSlots
 from dp_runtime.core.recurrent_metadata import CHUNK
 from dp_runtime.core.request import RankRequest
 from dp_runtime.prefix_cache.state_checkpoints import Checkpoint
@@ -16,6 +16,7 @@ from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.page_table import PageTable
 from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler_output import (
+    NO_MOVES,
     Chunk,
     SchedulerOutput,
     StateCopy,
@@ -106,9 +107,11 @@ class StateTracks:
         return in_pages if rows < needed and in_pages > 0 else rows
 
     def moves(self, decodes: Int64, chunks: Sequence[Chunk], query_len: int) -> StateMoves:
+        if not self._has_slots:
+            return NO_MOVES
         rows = [*decodes.tolist(), *(chunk.state.req_index for chunk in chunks)]
-        if not (rows and self._has_slots):
-            return StateMoves()  # where there are no rows maybe no step runs
+        if not rows:
+            return NO_MOVES  # for maybe no step runs
         restored = [*self._restores(rows)]
         tracks = list[StateTrack]()
         if self._interval:
@@ -159,7 +162,9 @@ class StateTracks:
         # Lengths are upper bounds while a verification is in flight.
         least = computed[decodes] - self._max_drafts * (in_flight[decodes] > 0)
         passes = most // self._interval * self._interval > least
-        for req_index in decodes[passes & ~self._table.replays_routing[decodes]].tolist():
+        for req_index in decodes[passes].tolist():
+            if req_index in self._table.replays_routing:
+                continue
             if (slot := self.checkpoints.take()) is not None:
                 yield self._track(req_index, slot)
 
@@ -242,13 +247,13 @@ class StateTracks:
             self._forget(req_index)
 
 
-def with_tracks(batch: LocalBatch, req_indices: Int64, tracks: Sequence[StateTrack]) -> LocalBatch:
+def with_tracks(states: StateSlots, req_indices: Int64, tracks: Sequence[StateTrack]) -> StateSlots:
     """Tell a target pass of these rows of the table which states it leaves on the way."""
     if not any(track.num_rows for track in tracks):
-        return batch
-    slots, rows = np.zeros(batch.num_requests, np.int64), np.zeros(batch.num_requests, np.int32)
+        return states
+    slots, rows = np.zeros(len(states), np.int64), np.zeros(len(states), np.int32)
     for track in tracks:
         if track.num_rows:
             at = req_indices == track.req_index
             slots[at], rows[at] = track.copy.target, track.num_rows
-    return replace(batch, track_slots=slots, track_rows=rows)
+    return replace(states, track_slots=slots, track_rows=rows)

@@ -73,7 +73,7 @@ def run_largest_steps(loop: StepLoop, loaded: LoadedRank) -> None:
         scheduled = scheduler.schedule(loop.coordinator.program)
         tables = [batch.page_table for batch in scheduled.batches]
         last_page = max(last_page, *(int(table.max(initial=0)) for table in tables))
-        last_slot = max(last_slot, int(scheduled.target.state_slots.max(initial=0)))
+        last_slot = max(last_slot, int(scheduled.target.states.slots.max(initial=0)))
         agreement = _agree(loop, scheduled)
         if not agreement.idle:
             output = trial_runner.run(scheduled, agreement, graph_votes=0)  # none is captured yet

@@ -193,10 +193,10 @@ def rows_of(
 ) -> list[Row]:
     """What a batch of these requests says, in the reference's words; pool: features by slot."""
     owners = np.repeat(request_ids, batch.query_lens).tolist()
-    embeds = dict(zip(batch.embed_rows.tolist(), map(tuple, batch.embeds.tolist())))
+    embeds = dict(zip(batch.embeds.rows.tolist(), map(tuple, batch.embeds.values.tolist())))
     features = {
-        row: (pool or {})[slot] for row, slot in zip(batch.image_rows.tolist(),
-                                                     batch.image_slots.tolist())
+        row: (pool or {})[slot] for row, slot in zip(batch.images.rows.tolist(),
+                                                     batch.images.values.tolist())
     }  # fmt: skip
     rope = np.broadcast_to(batch.rotary_positions, (3, batch.num_tokens)).T.tolist()
     columns = zip(

@@ -23,7 +23,7 @@ from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.execution_plan import ExecutionPolicy
 from dp_runtime.parallel.prefill_budget import BudgetPolicy
 from dp_runtime.prefix_cache.page_hash import PageHasher
-from dp_runtime.runner.step_tracing import attended_tokens
+from dp_runtime.runner.step_tracing import attended_tokens, kv_tokens
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.scheduler import Scheduler
@@ -155,7 +155,7 @@ class Simulation:
         shape = StepShape(
             records,
             agreement.plans,
-            tuple(int(step.target.seq_lens.sum()) for step in scheduled),
+            tuple(kv_tokens(step.target) for step in scheduled),
             tuple(attended_tokens(step.target) for step in scheduled),
         )
         seconds = 0.0 if self._predict is None else self._predict(shape)

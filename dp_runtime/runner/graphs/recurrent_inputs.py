@@ -36,10 +36,10 @@ class RecurrentInputs:
 
     @staticmethod
     def write(into: Mapping[str, Int32], batch: LocalBatch) -> None:
-        requests = batch.num_requests
-        into["state_slots"].view(np.int64)[:requests] = batch.state_slots
-        into["is_fresh"].view(np.bool_)[:requests] = batch.is_fresh
-        into["num_drafts"][:requests] = batch.num_drafts if len(batch.num_drafts) else 0
+        requests, states = batch.num_requests, batch.states
+        into["state_slots"].view(np.int64)[:requests] = states.slots
+        into["is_fresh"].view(np.bool_)[:requests] = states.is_fresh
+        into["num_drafts"][:requests] = states.num_drafts if len(states.num_drafts) else 0
 
     @staticmethod
     def write_null(into: Mapping[str, Int32], start: int, stop: int) -> None:

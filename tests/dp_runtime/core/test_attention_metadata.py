@@ -1,14 +1,15 @@
 """The attention contract on the host: every value a kernel trusts is checked against the pool."""
 
 import random
-from dataclasses import fields, replace
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
-from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.batch import LocalBatch, RowValues, StateSlots
 from dp_runtime.errors import ContractViolation
 from dp_runtime.runner.future_tokens import FutureTokens
 from dp_runtime.runner.pass_runner import pass_inputs
@@ -162,9 +163,14 @@ def test_arrays_of_another_length_can_not_be_a_batch(field: str) -> None:
 
 
 def test_the_arrays_of_a_batch_are_read_only() -> None:
-    good = batch()
-    for item in fields(good):
-        array = getattr(good, item.name)
+    good = replace(
+        batch(),
+        states=StateSlots(np.array([5, 1, 3]), np.array([True, False, False])),
+        embeds=RowValues(np.array([0, 2]), np.zeros((2, 4), np.float32)),
+    )
+    parts = good.states, good.embeds, good.images, good.replays
+    arrays = chain.from_iterable(vars(each).values() for each in (good, *parts))
+    for array in (each for each in arrays if isinstance(each, np.ndarray)):
         with pytest.raises(ValueError, match="read-only"):
             array.reshape(-1)[:] = 0
 

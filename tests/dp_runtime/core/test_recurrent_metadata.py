@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dp_runtime.core.attention_metadata import Place
-from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.batch import LocalBatch, StateSlots
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts, RecurrentMetadata, RowBlocks
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.core.test_attention_metadata import batch as paged
@@ -23,7 +23,11 @@ NUM_SLOTS = 6
 def batch() -> LocalBatch:
     """A prefill of 5 tokens, a decode at length 6, and a chunk of 2 on 3."""
     slots, fresh = np.array([5, 1, 3]), np.array([True, False, False])
-    return replace(paged(), state_slots=slots, is_fresh=fresh)
+    return replace(paged(), states=StateSlots(slots, fresh))
+
+
+def with_states(of: LocalBatch, **changes: np.ndarray) -> LocalBatch:
+    return replace(of, states=replace(of.states, **changes))
 
 
 def build(of: LocalBatch) -> RecurrentMetadata:
@@ -51,10 +55,10 @@ def test_an_idle_rank_has_metadata_of_nobody() -> None:
 @pytest.mark.parametrize(
     ("field", "index", "value", "numbers"),
     [
-        ("state_slots", 0, 6, ("state_slots is 6", "1..5")),
-        ("state_slots", 2, 0, ("state_slots is 0", "1..5")),
-        ("state_slots", 1, -1, ("state_slots is -1", "1..5")),
-        ("state_slots", 1, 3, ("state_slots has 3 twice", "once")),
+        ("slots", 0, 6, ("state_slots is 6", "1..5")),
+        ("slots", 2, 0, ("state_slots is 0", "1..5")),
+        ("slots", 1, -1, ("state_slots is -1", "1..5")),
+        ("slots", 1, 3, ("state_slots has 3 twice", "once")),
         ("is_fresh", 1, True, ("is_fresh[1] is True at position 5", "only there")),
         ("is_fresh", 0, False, ("is_fresh[0] is False at position 0", "only there")),
     ],
@@ -62,10 +66,10 @@ def test_an_idle_rank_has_metadata_of_nobody() -> None:
 def test_a_changed_value_names_place_field_and_what_is_allowed(
     field: str, index: int, value: int, numbers: tuple[str, str]
 ) -> None:
-    array = getattr(batch(), field).copy()
+    array = getattr(batch().states, field).copy()
     array[index] = value
     with pytest.raises(ContractViolation) as error:
-        build(replace(batch(), **{field: array}))
+        build(with_states(batch(), **{field: array}))
     for text in ("rank 3, step 17, pass target", *numbers):
         assert text in str(error.value)
 
@@ -73,7 +77,7 @@ def test_a_changed_value_names_place_field_and_what_is_allowed(
 def test_drafts_come_with_what_was_accepted_before() -> None:
     accepted = AcceptedDrafts(NUM_SLOTS, CPU)
     accepted.write(torch.tensor([1, 5, 3]), torch.tensor([2, 4]))
-    of = replace(batch(), num_drafts=np.array([0, 0, 1], np.int32))
+    of = with_states(batch(), num_drafts=np.array([0, 0, 1], np.int32))
     drafts = RecurrentMetadata.build(of, NUM_SLOTS, PLACE, CPU, accepted).drafts
     assert drafts is not None
     assert drafts.num_drafts.tolist() == [0, 0, 1]
@@ -98,7 +102,7 @@ def test_drafts_come_with_what_was_accepted_before() -> None:
 def test_drafts_that_no_slot_has_room_for_are_refused(
     num_drafts: list[int], room: bool, numbers: tuple[str, str]
 ) -> None:
-    of = replace(batch(), num_drafts=np.array(num_drafts, np.int32))
+    of = with_states(batch(), num_drafts=np.array(num_drafts, np.int32))
     accepted = AcceptedDrafts(NUM_SLOTS, CPU) if room else None
     with pytest.raises(ContractViolation) as error:
         RecurrentMetadata.build(of, NUM_SLOTS, PLACE, CPU, accepted)
@@ -111,9 +115,12 @@ def tracked(slots: list[int], rows: list[int]) -> LocalBatch:
     table, _ = random_page_table([150, 9, 70], 16, np.random.default_rng(0))
     return replace(
         paged_batch([(150, 150), (1, 9), (64, 70)], table, 16),
-        state_slots=np.array([5, 1, 3]), is_fresh=np.array([True, False, False]),
-        track_slots=np.array(slots, np.int64), track_rows=np.array(rows, np.int32),
-    )  # fmt: skip
+        states=replace(
+            batch().states,
+            track_slots=np.array(slots, np.int64),
+            track_rows=np.array(rows, np.int32),
+        ),
+    )
 
 
 def test_tracks_are_slots_beside_those_of_the_requests() -> None:
@@ -151,9 +158,9 @@ def test_requests_without_slots_are_refused() -> None:
 
 def test_a_batch_has_a_slot_and_a_flag_for_each_request_or_none() -> None:
     with pytest.raises(AssertionError, match="one state slot per request"):
-        replace(batch(), state_slots=np.array([1]), is_fresh=np.array([True]))
+        with_states(batch(), slots=np.array([1]), is_fresh=np.array([True]))
     with pytest.raises(AssertionError, match="is_fresh has one entry"):
-        replace(batch(), is_fresh=np.array([True]))
+        with_states(batch(), is_fresh=np.array([True]))
 
 
 def test_each_row_is_in_one_block() -> None:

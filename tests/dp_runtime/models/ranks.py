@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dp_runtime.attention.torch_ref import TorchRefBackend
 from dp_runtime.core.attention_metadata import PageGeometry, Place
+from dp_runtime.core.batch import StateSlots
 from dp_runtime.core.cache_spec import LayerCaches
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata
 from dp_runtime.layers.moe import RankSharding
@@ -76,8 +77,7 @@ class Rank:
         tokens = [token for i in live for token in new[i]]
         batch = replace(
             paged_batch(lengths, self.table[live], PAGE_SIZE, tokens),
-            state_slots=self.slots[live],
-            is_fresh=is_fresh,
+            states=StateSlots(self.slots[live], is_fresh),
         )
         rows, replaced = embeds or ([], torch.zeros(0, 0))
         plan = PaddingPlan.for_mode(mode, real_rows or (len(tokens),))

@@ -87,11 +87,11 @@ def watch(patch: pytest.MonkeyPatch, served: Served, states: list[Tensor]) -> No
     ) -> PassOutput:
         before = [bits(tensor).clone() for tensor in states]
         output = replay(graphs, batch, plan, future, place)
-        own = set(batch.state_slots.tolist())
+        own, fresh = set(batch.states.slots.tolist()), bool(batch.states.is_fresh.any())
         for tensor, old in zip(states, before, strict=True):
             for slot in {*range(len(old))} - own:
                 assert torch.equal(bits(tensor)[slot], old[slot]), f"slot {slot} in {place}"
-        served.replays.append((place.pass_kind, batch.num_requests, bool(batch.is_fresh.any())))
+        served.replays.append((place.pass_kind, batch.num_requests, fresh))
         return output
 
     def in_pieces(own: ForwardPieces, *arguments: Any) -> Any:

@@ -195,11 +195,11 @@ class StateDevice:
         drafts: int,
         count: int,
     ) -> None:
-        slot, pages = self.slots[batch.state_slots[index]], batch.page_table[index]
+        slot, pages = self.slots[batch.states.slots[index]], batch.page_table[index]
         text, state = self.sequences[number], 0
-        if not batch.is_fresh[index]:
-            state = slot.at(self.accepted[batch.state_slots[index]])
-        assert batch.is_fresh[index] == (start == 0)
+        if not batch.states.is_fresh[index]:
+            state = slot.at(self.accepted[batch.states.slots[index]])
+        assert batch.states.is_fresh[index] == (start == 0)
         value = text.state_at(start)
         assert state == value, "the state is not that of the tokens before these rows"
         for at in range(start):
@@ -209,10 +209,10 @@ class StateDevice:
             self.kv[self.place(pages, at)] = value
         certain = len(fed) - drafts
         slot.state, slot.drafts = after(state, fed[:certain]), tuple(fed[certain:])
-        self.accepted[batch.state_slots[index]] = count
-        if len(batch.track_slots) and batch.track_slots[index]:
-            track = self.slots[batch.track_slots[index]]
-            track.state, track.drafts = after(state, fed[: batch.track_rows[index]]), ()
+        self.accepted[batch.states.slots[index]] = count
+        if len(batch.states.track_slots) and batch.states.track_slots[index]:
+            track = self.slots[batch.states.track_slots[index]]
+            track.state, track.drafts = after(state, fed[: batch.states.track_rows[index]]), ()
 
     def place(self, pages: np.ndarray, at: int) -> int:
         return int(pages[at // self.page_size]) * self.page_size + at % self.page_size

@@ -43,9 +43,9 @@ class DraftedStates(Driver):
         batch, place = step.target, Place(0, 0, "target")
         check_state_slots(batch, len(self.states), place)
         check_drafts(batch, step.num_drafts, place)
-        num_drafts = batch.num_drafts.tolist()
+        num_drafts = batch.states.num_drafts.tolist()
         assert num_drafts == [step.num_drafts * part.verified for part in parts]
-        slots, fresh = batch.state_slots.tolist(), batch.is_fresh.tolist()
+        slots, fresh = batch.states.slots.tolist(), batch.states.is_fresh.tolist()
         for slot, is_fresh, drafted, part in zip(slots, fresh, num_drafts, parts, strict=True):
             self.run(slot, is_fresh, drafted, part)
         launched = super().launch(step, parts, due)
@@ -127,4 +127,4 @@ def test_without_drafts_or_states_a_batch_has_no_numbers_of_drafts() -> None:
     ):  # fmt: skip
         scheduler = Scheduler(PageGeometry(40, 4), limits)
         scheduler.add(request(2, 5, 9, 0, scores=False))
-        assert not len(scheduler.schedule(program).target.num_drafts)
+        assert not len(scheduler.schedule(program).target.states.num_drafts)

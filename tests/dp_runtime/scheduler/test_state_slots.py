@@ -17,7 +17,6 @@ from dp_runtime.core.step_program import Program
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.abandonment import abandon_steps
 from dp_runtime.scheduler.limits import Limits
-from dp_runtime.scheduler.request_table import RequestTable
 from dp_runtime.scheduler.scheduler import Scheduler
 from dp_runtime.scheduler.scheduler_output import SchedulerOutput
 from tests.dp_runtime.reference_scheduler import Rows
@@ -58,7 +57,7 @@ class StateDriver(Driver):
         super().check_batch(scheduled, rows)
         batch = scheduled.target
         check_state_slots(batch, len(self.states), Place(0, self.steps, "target"))
-        slots, fresh = batch.state_slots.tolist(), batch.is_fresh.tolist()
+        slots, fresh = batch.states.slots.tolist(), batch.states.is_fresh.tolist()
         for slot, is_fresh, (number, start, end) in zip(slots, fresh, rows, strict=True):
             if is_fresh:
                 self.states[slot] = []
@@ -130,7 +129,7 @@ def test_a_request_is_fresh_in_its_first_chunk_and_only_there(prompt: int, depth
     driver.add(request(100, prompt, 9))
     fresh = []
     while driver.scheduler.has_work:
-        fresh += driver.step().target.is_fresh.tolist()
+        fresh += driver.step().target.states.is_fresh.tolist()
     assert fresh == [True] + [False] * (len(fresh) - 1)
 
 
@@ -150,13 +149,13 @@ def test_a_slot_is_given_back_once_the_step_in_flight_is_committed() -> None:
     driver = StateDriver(num_pages=40, tokens=16, depth=1)
     for number in (stopping, 2000, 2001, 2002, 2003):
         driver.add(request(number, 3, 9))
-    slots = [driver.step().target.state_slots.tolist() for _ in range(2)]
+    slots = [driver.step().target.states.slots.tolist() for _ in range(2)]
     assert slots == [[1, 2, 3, 4]] * 2
     assert len(driver.scheduler.running) == REQUESTS - 1, "its end was seen as its next step ran"
     waits, begins = driver.step(), driver.step()
-    assert waits.target.state_slots.tolist() == [2, 3, 4]
-    assert begins.target.state_slots.tolist() == [2, 3, 4, 1]
-    assert begins.target.is_fresh.tolist() == [False, False, False, True]
+    assert waits.target.states.slots.tolist() == [2, 3, 4]
+    assert begins.target.states.slots.tolist() == [2, 3, 4, 1]
+    assert begins.target.states.is_fresh.tolist() == [False, False, False, True]
     driver.drain()
 
 
@@ -167,7 +166,8 @@ def test_who_was_not_in_an_abandoned_step_keeps_the_state() -> None:
     driver.step()  # 4 tokens of the first
     driver.abandon()
     going_on = driver.step().target
-    assert (going_on.positions.tolist(), going_on.is_fresh.tolist()) == ([4, 5, 6, 7], [False])
+    assert going_on.positions.tolist() == [4, 5, 6, 7]
+    assert going_on.states.is_fresh.tolist() == [False]
     driver.drain()
 
 
@@ -179,7 +179,7 @@ def test_who_was_in_one_is_computed_again_from_the_first_token() -> None:
     known = 5 + len(driver.outputs[100])
     driver.abandon()
     again = driver.step().target
-    assert (again.positions.tolist(), again.is_fresh.tolist()) == ([*range(known)], [True])
+    assert (again.positions.tolist(), again.states.is_fresh.tolist()) == ([*range(known)], [True])
     driver.drain()
 
 
@@ -196,7 +196,7 @@ def test_rows_that_are_fed_again_for_a_draft_cost_the_state(keeps_state: bool) -
     again = scheduler.schedule(Program.speculative(2)).target
     start = 0 if keeps_state else 4
     assert again.positions.tolist() == [*range(start, 6)]
-    assert again.is_fresh.tolist() == [True] * keeps_state
+    assert again.states.is_fresh.tolist() == [True] * keeps_state
 
 
 def test_only_the_target_s_rows_have_a_state() -> None:
@@ -204,15 +204,14 @@ def test_only_the_target_s_rows_have_a_state() -> None:
     scheduler.add(request(100, 5, 9))
     scheduler.commit(scheduler.schedule(Program.speculative(2)), SampledTokens((11,), (None,)))
     draft, target, extend = scheduler.schedule(Program.speculative(2)).batches
-    assert [len(batch.state_slots) for batch in (draft, target, extend)] == [0, 1, 0]
+    assert [len(batch.states.slots) for batch in (draft, target, extend)] == [0, 1, 0]
 
 
 def test_a_model_without_recurrent_layers_has_no_slots() -> None:
     plain = Limits(REQUESTS, 16, MODEL_LEN)
     assert (plain.num_state_slots, plain.num_table_rows) == (0, 2 * REQUESTS)
-    assert not len(RequestTable(4).state_slots(np.array([1, 2])))
     scheduler = Scheduler(PageGeometry(40, 4), plain)
     scheduler.add(request(100, 5, 9))
     batch = scheduler.schedule(Program.speculative(2)).target
-    assert (len(batch.state_slots), len(batch.is_fresh)) == (0, 0)
+    assert (len(batch.states.slots), len(batch.states.is_fresh)) == (0, 0)
     assert limits().num_state_slots == REQUESTS + 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dp_runtime.core.batch import LocalBatch
+from dp_runtime.core.batch import LocalBatch, StateSlots
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.future_tokens import FutureTokens
@@ -190,18 +190,20 @@ def test_null_sequences_have_the_null_slot_whatever_was_there_before_8(
         slots = [draw.randint(1, 99) for _ in range(requests)]
         batch = replace(
             batch_of(draw, requests, query_len),
-            state_slots=np.array(slots, np.int64),
-            is_fresh=np.array([draw.random() < 0.3 for _ in range(requests)], bool),
-            num_drafts=np.full(requests * draw.randint(0, 1), query_len - 1, np.int32),
+            states=StateSlots(
+                np.array(slots, np.int64),
+                np.array([draw.random() < 0.3 for _ in range(requests)], bool),
+                np.full(requests * draw.randint(0, 1), query_len - 1, np.int32),
+            ),
         )
         pending = pending_of(torch.arange(3), batch)
         inputs.write(batch, own * query_len, plan_of(requests * query_len, 0, 5), pending)
         recurrent.read_accepted(own)
         of = recurrent.sequences(inputs.cu_seqlens_q[: own + 1], query_len)
         null = own - requests
-        drafts = batch.num_drafts.tolist() or [0] * requests
+        drafts = batch.states.num_drafts.tolist() or [0] * requests
         assert of.slots.tolist() == slots + [0] * null
-        assert of.is_fresh.tolist() == batch.is_fresh.tolist() + [False] * null
+        assert of.is_fresh.tolist() == batch.states.is_fresh.tolist() + [False] * null
         assert of.drafts is not None
         assert of.drafts.num_drafts.tolist() == drafts + [0] * null
         assert of.drafts.num_accepted.tolist() == [slot % 4 for slot in slots] + [0] * null
