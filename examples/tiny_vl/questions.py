@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
@@ -37,11 +37,11 @@ PLACES = [(row, column) for row in range(MAX_SIDE) for column in range(MAX_SIDE)
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about some scenes, and its answer: `lead` and then `words` make a sentence."""
+    """A question about some scenes: what it is about, and the words of its answer."""
 
     text: str
+    about: str
     words: str
-    lead: str
     others: Sequence[str]  # wrong answers
 
 
@@ -75,8 +75,8 @@ class Question:
 
     @property
     def answer(self) -> str:
-        """What the model should write, such as "It is red. Answer: B"."""
-        sentence = f"{self.asked.lead} {self.asked.words}."
+        """What the model should write, such as "Image 1, star: red. Answer: B"."""
+        sentence = f"{self.asked.about}: {self.asked.words}."
         return f"{sentence} Answer: {self.letter}" if self.choices else sentence
 
 
@@ -146,12 +146,14 @@ def ask(scenes: Sequence[Scene], kind: str, rng: Random) -> Asked | None:
     """Ask about one of the scenes, if it can be asked so."""
     if kind == "image":
         return ask_image(scenes, rng)
-    index = rng.randrange(len(scenes))
-    asked = ONE_SCENE[kind](scenes[index], rng)
-    if asked is None or len(scenes) == 1:
+    number = rng.randrange(len(scenes)) + 1
+    asked = ONE_SCENE[kind](scenes[number - 1], rng)
+    if asked is None:
+        return None
+    asked = replace(asked, about=f"Image {number}, {asked.about}")
+    if len(scenes) == 1:
         return asked
-    text = f"In image {index + 1}, {asked.text[0].lower()}{asked.text[1:]}"
-    return Asked(text, asked.words, asked.lead, asked.others)
+    return replace(asked, text=f"In image {number}, {asked.text[0].lower()}{asked.text[1:]}")
 
 
 def ask_colour(scene: Scene, rng: Random) -> Asked | None:
@@ -162,7 +164,7 @@ def ask_colour(scene: Scene, rng: Random) -> Asked | None:
     colour = next(item.colour for _, item in scene.items() if item.shape == shape)
     spelt = rng.choice(("colour", "color"))
     text = rng.choice((f"What {spelt} is the {shape}?", f"Which {spelt} does the {shape} have?"))
-    return Asked(text, colour, "It is", tuple(COLOURS))
+    return Asked(text, shape, colour, tuple(COLOURS))
 
 
 def ask_shape(scene: Scene, rng: Random) -> Asked | None:
@@ -172,7 +174,7 @@ def ask_shape(scene: Scene, rng: Random) -> Asked | None:
     colour = rng.choice(colours)
     shape = next(item.shape for _, item in scene.items() if item.colour == colour)
     text = rng.choice((f"Which shape is {colour}?", f"What is the {colour} shape?"))
-    return Asked(text, shape, "It is a", SHAPES)
+    return Asked(text, colour, shape, SHAPES)
 
 
 def ask_count(scene: Scene, rng: Random) -> Asked:
@@ -189,7 +191,7 @@ def ask_count(scene: Scene, rng: Random) -> Asked:
         case _:
             what, count = "shapes", len(items)
     text = rng.choice((f"How many {what} are there?", f"How many {what} do you see?"))
-    return Asked(text, str(count), "I count", COUNTS)
+    return Asked(text, what, str(count), COUNTS)
 
 
 def ask_position(scene: Scene, rng: Random) -> Asked | None:
@@ -199,7 +201,7 @@ def ask_position(scene: Scene, rng: Random) -> Asked | None:
     item = rng.choice(items)
     place = next(at for at, other in scene.items() if other == item)
     others = [named(other) for other in PLACES]
-    return Asked(f"Where is the {item.colour} {item.shape}?", named(place), "It is in", others)
+    return Asked(f"Where is the {described(item)}?", described(item), named(place), others)
 
 
 def ask_place(scene: Scene, rng: Random) -> Asked:
@@ -210,9 +212,8 @@ def ask_place(scene: Scene, rng: Random) -> Asked:
     seen = [described(other) for _, other in scene.items()]
     drawn = [f"{rng.choice(tuple(COLOURS))} {rng.choice(SHAPES)}" for _ in range(12)]
     words = described(item) if item else "nothing"
-    lead = f"It is {article(words)}" if item else "There is"
     text = rng.choice(("What is in {}?", "What do you see in {}?")).format(named(place))
-    return Asked(text, words, lead, [*seen, *drawn, "nothing"])
+    return Asked(text, named(place), words, [*seen, *drawn, "nothing"])
 
 
 def ask_exists(scene: Scene, rng: Random) -> Asked:
@@ -221,7 +222,7 @@ def ask_exists(scene: Scene, rng: Random) -> Asked:
     if rng.random() < 0.5:  # a colour and a shape that there are, mostly, not always together
         item = Item(rng.choice(items).colour, rng.choice(SHAPES))
     text = f"Is there {article(item.colour)} {described(item)}?"
-    return Asked(text, "yes" if item in items else "no", "I say", ("yes", "no"))
+    return Asked(text, described(item), "yes" if item in items else "no", ("yes", "no"))
 
 
 def ask_image(scenes: Sequence[Scene], rng: Random) -> Asked | None:
@@ -233,7 +234,7 @@ def ask_image(scenes: Sequence[Scene], rng: Random) -> Asked | None:
     shape = rng.choice(shapes)
     index = next(i for i, shapes in enumerate(having) if shape in shapes)
     names = [f"image {number}" for number in range(1, len(scenes) + 1)]
-    return Asked(f"Which image has a {shape}?", names[index], "It is", names)
+    return Asked(f"Which image has a {shape}?", f"Image of {shape}", names[index], names)
 
 
 def once(values: Iterator[T]) -> list[T]:
@@ -243,7 +244,7 @@ def once(values: Iterator[T]) -> list[T]:
 
 def named(place: Place) -> str:
     row, column = place
-    return f"row {row + 1}, column {column + 1}"
+    return f"row {row + 1} column {column + 1}"
 
 
 def described(item: Item) -> str:
