@@ -43,14 +43,22 @@ class Server:
         answer: dict[str, Any] = httpx.get(f"{self.url}/health", timeout=ASK_S).json()
         return answer
 
-    def scrape(self) -> Scrape:
-        return Scrape.of(self.url)
+    def scrape(self, timeout_s: float) -> Scrape:
+        """Scrape, and again where the server of a busy machine does not answer in time."""
+        deadline = monotonic() + timeout_s
+        while True:
+            try:
+                return Scrape.of(self.url)
+            except ServerSilent:
+                if monotonic() > deadline:
+                    raise
+                sleep(POLL_S)
 
     def scrape_when_idle(self) -> Scrape | None:
         """Scrape once no rank has requests, or as it is after a while; None if nobody answers."""
         deadline = monotonic() + IDLE_S
         try:
-            while (counted := self.scrape()).sum("dp_runtime_requests_running"):
+            while (counted := self.scrape(IDLE_S)).sum("dp_runtime_requests_running"):
                 if monotonic() > deadline:
                     break
                 sleep(POLL_S)
@@ -60,7 +68,7 @@ class Server:
 
     def kill_a_rank(self, timeout_s: float) -> Loss:
         """Send SIGKILL to the rank with most requests, and wait until all serve again."""
-        before, ranks = self.scrape(), self.health()["ranks"]
+        before, ranks = self.scrape(timeout_s), self.health()["ranks"]
         victim = max(ranks, key=lambda rank: rank["running"])
         epoch, start = max(rank["epoch"] for rank in ranks), monotonic()
         os.kill(victim["pid"], signal.SIGKILL)
