@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import signal
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that all processes end at about the same time."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         items.sort(key=_turn)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of collections of garbage, which ranks ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 def _turn(item: pytest.Item) -> int:

@@ -25,8 +25,8 @@ from dp_runtime.startup.rank_plan import RankPlan
 from tests.checkpoints import tiny_checkpoint
 from tests.dp_runtime.runner.eager_graphs import captured_of
 from tests.serving import check_pages_free
+from tests.workers.disturbed import alike, recovering
 from tests.workers.leftovers import wait_until
-from tests.workers.test_recovery import alike, recovering
 from workers.messages import InProcessRendezvous, Message
 from workers.stages import rank_stages
 from workers.supervision.watch import RankWatch, SilenceLimits

@@ -19,8 +19,8 @@ from dp_runtime import Engine, SamplingParams, StructuredOutputs
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.speculative_cases import TRAINED, engine_of
 from tests.structured_cases import CHOICES, REGEXES
+from tests.workers.disturbed import WAIT_S, alike, delivered, recovering, submitted
 from tests.workers.leftovers import wait_until
-from tests.workers.test_recovery import WAIT_S, alike, delivered, recovering, submitted
 from tests.workers.test_watch import nothing_left
 
 NUM_EPOCHS = 1000  # of an engine of a long run, some of which have a fault of their own

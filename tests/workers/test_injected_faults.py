@@ -12,7 +12,7 @@ from dp_runtime import Engine, FinishReason, SamplingParams
 from dp_runtime.errors import RankFailed, RequestFailed
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
-from tests.workers.test_recovery import WAIT_S, alike, recovering, served
+from tests.workers.disturbed import WAIT_S, alike, recovering, served
 from tests.workers.test_watch import nothing_left
 
 GREEDY = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
@@ -50,7 +50,7 @@ def test_a_rank_at_fault_is_replaced_and_no_other(
         check_pages_free(engine)
 
 
-@pytest.mark.parametrize("num_drafts", [0, 2])
+@pytest.mark.parametrize("num_drafts", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_request_at_fault_fails_alone(model: Path, num_drafts: int) -> None:
     inject = "rank=1,step=0,kind=oom;rank=1,step=3,kind=nan,epoch=1"
     with recovering(
@@ -80,15 +80,24 @@ def test_what_is_only_late_costs_nothing_else(model: Path) -> None:
 
 
 def test_a_step_without_end_is_noticed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank answers all the while, and there is no other that waits for it."""
+    """The rank answers all the while, and there is no other that waits for it.
+
+    A request that is late meanwhile ends; its pages are free once the rank steps again.
+    """
     monkeypatch.setattr("workers.stages.rank_stages.LEAVE_S", 0.2)
-    inject = "rank=0,step=8,kind=slow,seconds=5"
+    monkeypatch.setattr("workers.supervision.watch.MIN_SILENCE_S", 0.5)
+    inject = "rank=0,step=8,kind=slow,seconds=4"
     fields: dict[str, Any] = {"dp_size": 1, "step_timeout_s": 1.0, "inject": inject}
     with nothing_left(), recovering(model, "thread", **fields) as engine:
         handle = engine.submit([7, 8], GREEDY)
+        late = engine.submit([7, 8], replace(GREEDY, timeout_s=0.5)).result(WAIT_S)
+        assert late.finish_reason is FinishReason.TIMEOUT
+        assert len(late.token_ids) < 60
         tokens = handle.result(WAIT_S).token_ids
         assert epochs(engine) == {1}
         assert tokens == engine.generate([[7, 8]], GREEDY)[0].token_ids
+        assert len(tokens) == 60
+        check_pages_free(engine)
 
 
 def test_requests_that_end_epochs_do_not_end_the_engine(model: Path) -> None:
@@ -115,18 +124,3 @@ def test_faults_without_end_are_one_error_with_their_history(model: Path) -> Non
         with pytest.raises(RankFailed, match="recovered within 60 s before: ") as failed:
             handle.result(WAIT_S)
         assert str(failed.value).count("no rank (") == 2
-
-
-def test_a_request_is_late_although_its_rank_hangs(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It ends before anybody has noticed; its pages are free once the rank steps again."""
-    monkeypatch.setattr("workers.stages.rank_stages.LEAVE_S", 0.2)
-    inject = "rank=0,step=8,kind=slow,seconds=6"
-    fields: dict[str, Any] = {"dp_size": 1, "step_timeout_s": 3.0, "inject": inject}
-    with nothing_left(), recovering(model, "thread", **fields) as engine:
-        output = engine.submit([7, 8], replace(GREEDY, timeout_s=0.5)).result(WAIT_S)
-        assert output.finish_reason is FinishReason.TIMEOUT
-        assert len(output.token_ids) < 60
-        assert len(engine.generate([[7, 8]], GREEDY)[0].token_ids) == 60
-        check_pages_free(engine)

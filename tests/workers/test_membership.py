@@ -22,16 +22,17 @@ from dp_runtime.metrics.status import RankState
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
 from tests.signals import stop
-from tests.workers.leftovers import rank_processes, wait_until
-from tests.workers.test_recovery import (
+from tests.workers.disturbed import (
     NUM_REQUESTS,
     WAIT_S,
+    Undisturbed,
     alike,
     delivered,
     kill,
     recovering,
     served,
 )
+from tests.workers.leftovers import rank_processes, wait_until
 from tests.workers.test_watch import nothing_left
 from workers.local_group import LocalLauncher
 from workers.ranks import Seat
@@ -58,29 +59,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("ray", 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_resize_costs_no_request(model: Path, launcher: str, num_drafts: int) -> None:
+def test_a_resize_costs_no_request(
+    model: Path, undisturbed: Undisturbed, launcher: str, num_drafts: int
+) -> None:
     with (
         nothing_left(),
         recovering(model, launcher, dp_size=4, speculative_num_steps=num_drafts) as engine,
     ):
-        expected = alike(served(engine, 1, lambda: None))
+        expected = undisturbed(1, num_drafts)
         for epoch, size in enumerate((3, 2, 4), 1):
             assert alike(served(engine, 1, partial(engine.resize, size))) == expected
             assert engine.dp_ranks == tuple(range(size))
             assert [rank.dp_rank for rank in engine.health()] == [*range(size)]
             assert {rank.epoch for rank in engine.health()} == {epoch}
             check_pages_free(engine)
-        assert engine.report().requests == 4 * NUM_REQUESTS
+        assert engine.report().requests == 3 * NUM_REQUESTS
 
 
 @pytest.mark.parametrize(
     "gone", [0, *(pytest.param(one, marks=pytest.mark.slow) for one in (1, 2))]
 )
-def test_any_rank_can_be_drained(model: Path, gone: int) -> None:
+def test_any_rank_can_be_drained(model: Path, undisturbed: Undisturbed, gone: int) -> None:
     launcher = "local" if gone == 0 else "thread"
     with nothing_left(), recovering(model, launcher, dp_size=3) as engine:
-        expected = alike(served(engine, 2, lambda: None))
-        assert alike(served(engine, 2, lambda: engine.drain(gone, 0.2))) == expected
+        expected = undisturbed(1)
+        assert alike(served(engine, 1, lambda: engine.drain(gone, 0.2))) == expected
         left = tuple(rank for rank in range(3) if rank != gone)
         assert engine.dp_ranks == left
         assert tuple(rank.dp_rank for rank in engine.metrics()) == left
@@ -90,7 +93,7 @@ def test_any_rank_can_be_drained(model: Path, gone: int) -> None:
         with pytest.raises(ValueError, match=rf"dp_rank: {gone} is not allowed; None or a rank in"):
             engine.submit([1], dp_rank=gone)
         assert engine.resize(3) == (0, 1, 2)
-        assert alike(served(engine, 2, lambda: None)) == expected
+        assert alike(served(engine, 1, lambda: None)) == expected
         check_pages_free(engine)
 
 
@@ -117,22 +120,24 @@ def test_requests_of_a_rank_end_there_if_they_have_the_time(model: Path) -> None
         assert [handle.result(WAIT_S).dp_rank for handle in handles] == [1] * 4
 
 
-def test_experts_are_split_unevenly_over_more_ranks_than_at_the_start(model: Path) -> None:
+def test_experts_are_split_unevenly_over_more_ranks_than_at_the_start(
+    model: Path, undisturbed: Undisturbed
+) -> None:
     with nothing_left(), recovering(model, "local", dp_size=1) as engine:
-        expected = alike(served(engine, 3, lambda: None))
-        assert alike(served(engine, 3, partial(engine.resize, 3))) == expected
+        expected = undisturbed(1)
+        assert alike(served(engine, 1, partial(engine.resize, 3))) == expected
         assert len(rank_processes()) == 3
-        assert alike(served(engine, 3, partial(engine.drain, 0))) == expected
+        assert alike(served(engine, 1, partial(engine.drain, 0))) == expected
         assert engine.dp_ranks == (1, 2)
         wait_until(lambda: len(rank_processes()) == 2, "the process has ended")
 
 
 @pytest.mark.slow
-def test_ray_gives_new_ranks_room_of_their_own(model: Path) -> None:
+def test_ray_gives_new_ranks_room_of_their_own(model: Path, undisturbed: Undisturbed) -> None:
     with nothing_left(), recovering(model, "ray", dp_size=1) as engine:
-        expected = alike(served(engine, 3, lambda: None))
+        expected = undisturbed(1)
         for size in (2, 1, 2):
-            assert alike(served(engine, 3, partial(engine.resize, size))) == expected
+            assert alike(served(engine, 1, partial(engine.resize, size))) == expected
 
 
 def killed_while_it_changes(engine: Engine, size: int, delay_s: float) -> None:
@@ -155,20 +160,27 @@ def killed_while_it_changes(engine: Engine, size: int, delay_s: float) -> None:
     "delay_s", [0.1, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.0, 0.4, 0.8, 1.2))]
 )
 def test_a_rank_that_is_killed_during_a_change_costs_no_request(
-    model: Path, delay_s: float
+    model: Path, undisturbed: Undisturbed, delay_s: float
 ) -> None:
     with nothing_left(), recovering(model, "local", dp_size=2) as engine:
-        expected = alike(served(engine, 4, lambda: None))
+        expected = undisturbed(1)
         for size in (3, 2):
             try:
                 disturb = partial(killed_while_it_changes, engine, size, delay_s)
-                assert alike(served(engine, 4, disturb)) == expected
+                assert alike(served(engine, 1, disturb)) == expected
             except ResizeFailed:  # they go on as they were
                 pass
-            assert alike(served(engine, 4, lambda: None)) == expected
+            assert alike(served(engine, 1, lambda: None)) == expected
             check_pages_free(engine)
 
 
+@pytest.fixture
+def soon_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that loads may be silent for no longer than one that serves."""
+    monkeypatch.setattr("workers.supervision.watch.LOADING", 1)
+
+
+@pytest.mark.usefixtures("soon_silent")
 def test_a_rank_that_is_stopped_as_all_meet_holds_nobody_up(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,10 +218,10 @@ def stopped_as_it_loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return load(self, seats, *given, **named)
 
     monkeypatch.setattr(Epochs, "load", load_but_one)
-    monkeypatch.setattr("workers.supervision.watch.LOADING", 1)
     return stopped
 
 
+@pytest.mark.usefixtures("soon_silent")
 def test_a_new_rank_that_is_stopped_as_it_loads_holds_no_change_up(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,30 +236,31 @@ def test_a_new_rank_that_is_stopped_as_it_loads_holds_no_change_up(
         assert engine.health()[1].pid != stopped[0]
 
 
+@pytest.mark.usefixtures("soon_silent")
 def test_a_successor_that_is_stopped_as_it_loads_is_replaced(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with nothing_left(), recovering(model, "local", dp_size=2) as engine:
         stopped = stopped_as_it_loads(monkeypatch)
-        expected = alike(served(engine, 5, lambda: None))
+        expected = undisturbed(1)
         pid = engine.health()[1].pid
-        assert alike(served(engine, 5, partial(kill, [pid]))) == expected
+        assert alike(served(engine, 1, partial(kill, [pid]))) == expected
         assert engine.health()[1].pid not in (pid, *stopped)
         assert len(stopped) == 1
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_change_that_is_asked_for_as_a_rank_is_lost_waits_for_its_successor(
-    model: Path, victim: int
+    model: Path, undisturbed: Undisturbed, victim: int
 ) -> None:
     with nothing_left(), recovering(model, "local", dp_size=2) as engine:
-        expected = alike(served(engine, 4, lambda: None))
+        expected = undisturbed(1)
 
         def kill_and_resize() -> None:
             kill([engine.health()[victim].pid])
             assert engine.resize(3) == (0, 1, 2)
 
-        assert alike(served(engine, 4, kill_and_resize)) == expected
+        assert alike(served(engine, 1, kill_and_resize)) == expected
         assert engine.drain(victim) == tuple(rank for rank in range(3) if rank != victim)
         check_pages_free(engine)
 
@@ -289,7 +302,7 @@ def test_a_loss_during_a_change_is_not_recovered_where_none_may_be(model: Path) 
 
 @pytest.mark.slow
 def test_a_rank_that_is_lost_as_others_load_costs_nobody_else(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Unsharded.load
 
@@ -305,28 +318,28 @@ def test_a_rank_that_is_lost_as_others_load_costs_nobody_else(
     with recovering(model, "thread", dp_size=2) as engine:
         ranks = engine._core._group._ranks  # type: ignore[attr-defined]
         survivor, lost = (ranks.seat(dp_rank).handle for dp_rank in (0, 1))
-        expected = alike(served(engine, 5, lambda: None))
-        assert alike(served(engine, 5, partial(engine.resize, 3))) == expected
+        expected = undisturbed(1)
+        assert alike(served(engine, 1, partial(engine.resize, 3))) == expected
         assert engine.dp_ranks == (0, 1, 2)
         assert ranks.seat(0).handle is survivor, "it was given the time to load"
         assert ranks.seat(1).handle is not lost
 
 
 def test_a_new_rank_that_can_not_start_changes_nothing(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*given: object) -> None:
         raise StartError("no room for ranks [2]")
 
     with recovering(model, "thread", dp_size=2) as engine:
-        expected = alike(served(engine, 5, lambda: None))
+        expected = undisturbed(1)
         monkeypatch.setattr("workers.local_group.LocalLauncher.make_room", full)
 
         def refused() -> None:
             with pytest.raises(ResizeFailed, match=r"^no room for ranks \[2\]; ranks 0..1 serve"):
                 engine.resize(3)
 
-        assert alike(served(engine, 5, refused)) == expected
+        assert alike(served(engine, 1, refused)) == expected
         assert {rank.epoch for rank in engine.health()} == {0}
 
 
@@ -334,7 +347,7 @@ def test_a_new_rank_that_can_not_start_changes_nothing(
     "launcher", ["thread", pytest.param("local", marks=pytest.mark.slow)]
 )  # fmt: skip
 def test_new_ranks_that_can_not_meet_the_others_change_nothing(
-    model: Path, launcher: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, undisturbed: Undisturbed, launcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = Epochs.begin
 
@@ -345,19 +358,19 @@ def test_new_ranks_that_can_not_meet_the_others_change_nothing(
 
     monkeypatch.setattr(Epochs, "begin", begin_for_two)
     with nothing_left(), recovering(model, launcher, dp_size=2) as engine:
-        expected = alike(served(engine, 5, lambda: None))
+        expected = undisturbed(1)
 
         def refused() -> None:
             with pytest.raises(ResizeFailed, match=r"^no room where ranks meet; ranks 0..1 serve"):
                 engine.resize(4)
 
-        assert alike(served(engine, 5, refused)) == expected
+        assert alike(served(engine, 1, refused)) == expected
         assert engine.dp_ranks == (0, 1)
         assert [rank.dp_size for rank in engine.health()] == [2, 2]
         check_pages_free(engine)
         monkeypatch.setattr(Epochs, "begin", begin)
         assert engine.resize(4) == (0, 1, 2, 3)
-        assert alike(served(engine, 5, lambda: None)) == expected
+        assert alike(served(engine, 1, lambda: None)) == expected
 
 
 def test_a_close_ends_a_change(model: Path) -> None:
@@ -415,14 +428,18 @@ def full(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     ("num_drafts", "victims"), [(0, [1]), pytest.param(2, [0, 2], marks=pytest.mark.slow)]
 )
 def test_others_go_on_without_a_rank_that_can_not_be_replaced(
-    model: Path, full: threading.Event, num_drafts: int, victims: list[int]
+    model: Path,
+    undisturbed: Undisturbed,
+    full: threading.Event,
+    num_drafts: int,
+    victims: list[int],
 ) -> None:
     fields = {"min_dp_size": 1, "speculative_num_steps": num_drafts}
     with nothing_left(), recovering(model, "local", **fields) as engine:
-        expected = alike(served(engine, 6, lambda: None))
+        expected = undisturbed(1, num_drafts)
         full.set()
         pids = [engine.health()[rank].pid for rank in victims]
-        assert alike(served(engine, 6, partial(kill, pids))) == expected
+        assert alike(served(engine, 1, partial(kill, pids))) == expected
         left = tuple(rank for rank in range(3) if rank not in victims)
         assert engine.dp_ranks == left
         assert [rank.dp_size for rank in engine.health()] == [len(left)] * len(left)
@@ -430,9 +447,9 @@ def test_others_go_on_without_a_rank_that_can_not_be_replaced(
             engine.submit([1], dp_rank=victims[0])
         with pytest.raises(ValueError, match=r"^dp_rank: 3 is not allowed; "):
             engine.submit([1], dp_rank=3)
-        assert alike(served(engine, 6, full.clear)) == expected
+        assert alike(served(engine, 1, full.clear)) == expected
         wait_until(lambda: engine.dp_ranks == (0, 1, 2), "all ranks are back", WAIT_S)
-        assert alike(served(engine, 6, lambda: None)) == expected
+        assert alike(served(engine, 1, lambda: None)) == expected
         assert engine.generate([[1]], ENDS_SOON, [victims[0]])[0].dp_rank == victims[0]
         check_pages_free(engine)
 
@@ -448,11 +465,13 @@ def test_fewer_ranks_than_min_dp_size_end_the_engine(model: Path, full: threadin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_random_walk_of_changes_and_faults_costs_no_request(model: Path, seed: int) -> None:
+def test_a_random_walk_of_changes_and_faults_costs_no_request(
+    model: Path, undisturbed: Undisturbed, seed: int
+) -> None:
     draw = random.Random(seed)
     fields = {"speculative_num_steps": 2 * (seed % 2), "max_recoveries": 50}
     with nothing_left(), recovering(model, "local", **fields) as engine:
-        expected = alike(served(engine, seed, lambda: None))
+        expected = undisturbed(seed, 2 * (seed % 2))
 
         def disturb() -> None:
             match draw.choice(["resize", "drain", "kill", "both"]):

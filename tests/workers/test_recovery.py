@@ -7,24 +7,30 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dp_runtime import Engine, EngineConfig, RequestHandle, RequestOutput, SamplingParams
+from dp_runtime import RequestHandle, SamplingParams
 from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import RankFailed, RequestFailed
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
 from tests.signals import stop
+from tests.workers.disturbed import (
+    NUM_REQUESTS,
+    WAIT_S,
+    Undisturbed,
+    alike,
+    kill,
+    recovering,
+    served,
+)
 from tests.workers.leftovers import wait_until
 from tests.workers.test_watch import nothing_left
-
-WAIT_S = 90.0
-NUM_REQUESTS = 40
 
 
 @pytest.fixture(scope="module")
@@ -32,97 +38,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("recovery")))
 
 
-def load(seed: int) -> tuple[list[list[int]], list[SamplingParams]]:
-    draw = random.Random(seed)
-    prompts = [[draw.randrange(3, 190) for _ in range(draw.randrange(1, 60))] for _ in range(40)]
-    drawn: dict[str, Any] = {"temperature": 0.9, "top_k": 30, "frequency_penalty": 0.3}
-    greedy: dict[str, Any] = {"temperature": 0.0}
-    params = [
-        SamplingParams(
-            max_tokens=draw.randrange(20, 90), ignore_eos=True, seed=index,
-            logprobs=2 if index % 5 == 0 else None,
-            prompt_logprobs=1 if index % 7 == 0 else None,
-            **(greedy if index % 2 else drawn),
-        )
-        for index in range(NUM_REQUESTS)
-    ]  # fmt: skip
-    return prompts, params
-
-
-def served(engine: Engine, seed: int, disturb: Callable[[], object]) -> list[RequestOutput]:
-    """Serve a load, disturb it in its midst, and check what streams delivered."""
-    handles = submitted(engine, seed)
-    next(iter(handles[0]))
-    disturb()
-    return delivered(handles)
-
-
-def submitted(engine: Engine, seed: int) -> list[RequestHandle]:
-    return [engine.submit(prompt, own) for prompt, own in zip(*load(seed), strict=True)]
-
-
-def delivered(handles: list[RequestHandle]) -> list[RequestOutput]:
-    """Check what streams deliver, until all of them end."""
-    outputs = []
-    for handle in handles:
-        tokens = [token for delta in handle for token in delta.token_ids]
-        output = handle.result(WAIT_S)
-        assert list(output.token_ids[-len(tokens) :]) == tokens, "each token comes once"
-        if output.logprobs is not None:
-            assert [entry.token_id for entry in output.logprobs] == list(output.token_ids)
-        if output.prompt_logprobs is not None:
-            assert len(output.prompt_logprobs) == len(output.prompt_token_ids) - 1
-        outputs.append(output)
-    return outputs
-
-
-def alike(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
-    return [output.token_ids for output in outputs]
-
-
-def recovering(model: Path, launcher: str, **fields: Any) -> Engine:
-    own = {"dp_size": 3, "torch_threads": 1, "max_model_len": 256, "hang_timeout_s": 2.0}
-    return Engine(EngineConfig(str(model), launcher=launcher, **own | fields))
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-
-
 @pytest.mark.parametrize("num_drafts", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_rank_costs_no_request(model: Path, num_drafts: int) -> None:
+def test_a_killed_rank_costs_no_request(
+    model: Path, undisturbed: Undisturbed, num_drafts: int
+) -> None:
     draw = random.Random(num_drafts)
     with (
         nothing_left(),
         recovering(model, "local", speculative_num_steps=num_drafts) as engine,
     ):
-        expected = alike(served(engine, 1, lambda: None))
+        expected = undisturbed(1, num_drafts)
         for epoch in (1, 2):
             victims = draw.sample([rank.pid for rank in engine.health()], epoch)
             assert alike(served(engine, 1, partial(kill, victims))) == expected
             assert {rank.epoch for rank in engine.health()} == {epoch}
             check_pages_free(engine)
-        assert engine.report().requests == 3 * NUM_REQUESTS
+        assert engine.report().requests == 2 * NUM_REQUESTS
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_replaced_and_disturbs_nobody_later(model: Path) -> None:
+def test_a_stopped_rank_is_replaced_and_disturbs_nobody_later(
+    model: Path, undisturbed: Undisturbed
+) -> None:
     with nothing_left(), recovering(model, "local") as engine:
-        expected = alike(served(engine, 2, lambda: None))
+        expected = undisturbed(1)
         pid = engine.health()[1].pid
-        assert alike(served(engine, 2, lambda: stop(pid))) == expected
+        assert alike(served(engine, 1, lambda: stop(pid))) == expected
         assert engine.health()[1].pid != pid
         check_pages_free(engine)
 
 
 @pytest.mark.slow
-def test_an_idle_engine_replaces_a_rank_too(model: Path) -> None:
+def test_an_idle_engine_replaces_a_rank_too(model: Path, undisturbed: Undisturbed) -> None:
     with nothing_left(), recovering(model, "local") as engine:
-        expected = alike(served(engine, 3, lambda: None))
+        expected = undisturbed(1)
         os.kill(engine.health()[0].pid, signal.SIGKILL)
         wait_until(lambda: {rank.epoch for rank in engine.health()} == {1}, "recovered", WAIT_S)
-        assert alike(served(engine, 3, lambda: None)) == expected
+        assert alike(served(engine, 1, lambda: None)) == expected
 
 
 def test_what_is_submitted_and_aborted_meanwhile_is_seen_to(model: Path) -> None:
@@ -190,10 +142,12 @@ def faulty() -> Iterator[Faulty]:
         yield armed
 
 
-def test_a_rank_that_raises_is_replaced(model: Path, faulty: threading.Event) -> None:
+def test_a_rank_that_raises_is_replaced(
+    model: Path, undisturbed: Undisturbed, faulty: threading.Event
+) -> None:
     with recovering(model, "thread") as engine:
-        expected = alike(served(engine, 4, lambda: None))
-        assert alike(served(engine, 4, faulty.set)) == expected
+        expected = undisturbed(1)
+        assert alike(served(engine, 1, faulty.set)) == expected
         assert {rank.epoch for rank in engine.health()} == {1}
         check_pages_free(engine)
 

@@ -14,9 +14,9 @@ import pytest
 from dp_runtime import Engine, EngineConfig
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.serving import check_pages_free
+from tests.workers.disturbed import WAIT_S, alike, kill, recovering, served
 from tests.workers.engines import Driver
 from tests.workers.leftovers import rank_processes, wait_until
-from tests.workers.test_recovery import WAIT_S, alike, kill, recovering, served
 from tests.workers.test_watch import nothing_left
 from workers.ranks import RankHandle, Seat
 from workers.standby.reserve import StandbyReserve
