@@ -149,11 +149,11 @@ def test_after_a_recovery_states_are_those_of_the_committed_tokens(
     inject = ";".join(f"rank=1,step={step},kind={kind},epoch={e}" for e, step in enumerate((6, 4)))
     fields = {"dp_size": 2, "overlap": overlap, "inject": inject}
     with dirty_engine(model, **fields) as engine:
-        items = load(3, 12)
-        params = [
-            SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count) for _, count in items
-        ]
-        handles = [engine.submit(prompt, own) for (prompt, _), own in zip(items, params)]
+        items = [*load(3, 12), ([7, 8, 9], 40)]  # the last is alone on its rank at its end
+        handles = []
+        for index, (prompt, count) in enumerate(items):
+            own = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count)
+            handles.append(engine.submit(prompt, own, dp_rank=(index + 1) % 2))
         failed = 0
         for handle, (prompt, count) in zip(handles, items, strict=True):
             try:
