@@ -41,6 +41,7 @@ def run_figures(run: RunData, table: StepTable, cells: int) -> Iterator[Figure]:
         yield _free(table, bins)
     if np.nanmax(table.queries) > 0:
         yield _cached(table, bins)
+    if np.nanmax(table.hits) > 0:
         yield _hits(table, bins)
     yield from _latencies(run)
     took = (table.busy_s + table.wait_s)[~np.isnan(table.busy_s)]

@@ -20,6 +20,7 @@ from dp_runtime.experiments.slo import Slo
 from dp_runtime.experiments.tables import flattened
 from dp_runtime.metrics.read_chrome_trace import read_chrome_trace
 from dp_runtime.metrics.trace import StepTrace
+from dp_runtime.parallel.policies.policy_name import SUFFIX
 
 Summary = Mapping[str, Mapping[str, Interval]]  # by point and figure
 ALLOWED = "a directory of `experiment`, one of its runs, or a file of --trace"
@@ -92,7 +93,7 @@ def _experiment(path: Path) -> Source:
             partial(_run, path / RUNS / f"{key}-{found[0]['repeat']}", found[0], labels[key], slo)
             for key, found in own.items()
         ),
-        summary={labels[key]: _intervals(found) for key, found in own.items()},
+        summary={labels[key]: _intervals(found, slo) for key, found in own.items()},
         machines=described["machines"],
         settings={labels[key]: _settings(described, key) for key in own},
         noise=described["noise_floor"],
@@ -112,7 +113,7 @@ def _single(path: Path) -> Source:
     return Source(
         title=f"{label}, repeat {row['repeat']}",
         runs=(partial(_run, path, row, label, slo),),
-        summary={label: _intervals([row])},
+        summary={label: _intervals([row], slo)},
         machines=described["machines"] if described else (),
         settings=settings,
     )
@@ -125,7 +126,7 @@ def _run(path: Path, row: Row, label: str, slo: Slo) -> RunData:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(one_line(f"{path}: a run that can not be read: {why}")) from None
     require(bool(steps), "report", str(path), "a run with steps")
-    figures = {name: row[name] for name in figure_names([row], ())}
+    figures = {name: row[name] for name in figure_names([row], _without(slo))}
     return RunData(label, steps, requests, slo, figures)
 
 
@@ -134,7 +135,12 @@ def _trace(path: Path) -> Source:
     require(bool(steps), "report", str(path), "a trace with steps")
     figures = step_figures(steps)
     run = RunData(path.name, steps, (), Slo(), figures)
-    return Source(path.name, (lambda: run,), {path.name: _intervals([figures])})
+    return Source(path.name, (lambda: run,), {path.name: _intervals([figures], Slo())})
+
+
+def _without(slo: Slo) -> tuple[str, ...]:
+    """Name the figures that say nothing where requests have nothing to keep."""
+    return ("goodput_requests_s", "good_share") if slo == Slo() else ()
 
 
 def step_figures(steps: Sequence[StepTrace]) -> Figures:
@@ -156,9 +162,9 @@ def step_figures(steps: Sequence[StepTrace]) -> Figures:
     }
 
 
-def _intervals(rows: Sequence[Row]) -> dict[str, Interval]:
+def _intervals(rows: Sequence[Row], slo: Slo) -> dict[str, Interval]:
     found = {}
-    for name in figure_names(rows, KEYS):
+    for name in figure_names(rows, (*KEYS, *_without(slo))):
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
             found[name] = Interval.of(values)
@@ -192,4 +198,8 @@ def labels_of(points: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _value(value: Any) -> str:
-    return PurePath(value).name if isinstance(value, str) and "/" in value else str(value)
+    """Write a value, of a path its last part, of a policy its class."""
+    if not isinstance(value, str):
+        return str(value)
+    _, is_policy, name = value.rpartition(SUFFIX)
+    return name if is_policy else PurePath(value).name

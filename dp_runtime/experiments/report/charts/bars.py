@@ -38,6 +38,9 @@ def _bar(name: str, parts: Parts, scale: Scale, legend: Mapping[str, str]) -> Ht
 def intervals(title: str, text: str, unit: str, rows: Sequence[tuple[str, Interval]]) -> Figure:
     """Draw means, and their 95 % confidence intervals where there are some."""
     ends = [v for _, i in rows for v in (i.mean, i.low, i.high) if v is not None]
+    least = min(interval.mean for _, interval in rows)
+    if least >= 0:  # of what is never negative, nor is the scale
+        ends = [max(end, 0.0) for end in ends]
     scale = Scale.around(ends)
     drawn = [_point(name, interval, scale) for name, interval in rows]
     data = {"kind": "intervals", "unit": unit, "rows": [[n, asdict(i)] for n, i in rows]}
@@ -47,7 +50,7 @@ def intervals(title: str, text: str, unit: str, rows: Sequence[tuple[str, Interv
 def _point(name: str, interval: Interval, scale: Scale) -> Html:
     parts = [tag("b", style=f"left:{scale.percent(interval.mean)}%")]
     if interval.low is not None and interval.high is not None:
-        left, right = scale.percent(interval.low), scale.percent(interval.high)
+        left, right = (scale.percent(max(v, scale.low)) for v in (interval.low, interval.high))
         parts.insert(0, tag("s", style=f"left:{left}%;width:{right - left:.2f}%"))
     return _row(name, tag("div", *parts, class_="track"), said(interval))
 
@@ -69,4 +72,4 @@ def _row(name: str, track: Html, value: str) -> Html:
 
 def _axis(scale: Scale, unit: str) -> Html:
     space = tag("div", class_="name"), tag("div", class_="value")
-    return tag("div", space[0], axis(scale, unit), space[1], class_="row valued")
+    return tag("div", space[0], axis(scale, unit, most=3), space[1], class_="row valued")

@@ -35,10 +35,11 @@ class Scale:
         return [number * step for number in range(first, last + 1)]
 
 
-def axis(scale: Scale, title: str) -> Html:
+def axis(scale: Scale, title: str, most: int = 4) -> Html:
     """Lay out the numbers below a plot, and what they count in what unit."""
     marks = [
-        tag("span", short(value), style=f"left:{scale.percent(value)}%") for value in scale.ticks()
+        tag("span", short(value), style=f"left:{scale.percent(value)}%")
+        for value in scale.ticks(most)
     ]
     return tag("div", tag("div", *marks, class_="ticks"), tag("div", title, class_="unit"))
 

@@ -42,6 +42,10 @@ for (const figure of document.querySelectorAll("figure")) {
   });
 }
 
+addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+});
+
 const choice = document.getElementById("run");
 if (choice) {
   const choose = () => {

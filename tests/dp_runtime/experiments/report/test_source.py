@@ -38,7 +38,7 @@ def test_a_trace_has_the_figures_of_its_steps(tmp_path: Path) -> None:
 def test_labels_are_short_and_differ() -> None:
     points = {"a": {"engine.padding": "x/my.py:P", "workload.skew.seed": 1},
               "b": {"engine.padding": "ragged", "workload.skew.seed": 2}}  # fmt: skip
-    assert labels_of(points) == {"a": "padding my.py:P, seed 1", "b": "padding ragged, seed 2"}
+    assert labels_of(points) == {"a": "padding P, seed 1", "b": "padding ragged, seed 2"}
     assert labels_of({"a": {"engine.seed": 1, "workload.seed": 2}}) == {
         "a": "engine.seed 1, workload.seed 2"
     }
