@@ -1,6 +1,6 @@
 """Draws the figures of experiments, and prints what their texts state.
 
-python -m examples.experiments.figures    # runs all five first, into results/: about 15 minutes
+python -m examples.experiments.figures    # runs all five first, into results/: about ten minutes
 python -m examples.experiments.figures padding_skew.results --out figures    # draws what was run
 
 Needs matplotlib: pip install -e '.[plots]'.
