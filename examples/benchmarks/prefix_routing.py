@@ -8,10 +8,17 @@ behind one of a few system prompts; a turn follows the answer before it. `skewed
 half of which begin with one long document. `groups`: 16 samples of one prompt at once, as in GRPO.
 Each load runs with every routing, and once with the caches off.
 
-The floor of computed prompt tokens, and so the most that can be cached, is that of one cache for
-all ranks which never forgets anything, counted here by block of a page, in the order of submission.
-`ratio` is the hit rate that was reached by it. No prompt is pinned; `most` is the largest rank's
-share of all requests by the mean.
+Hit rates come in two definitions. `cached/prompt` is SGLang's: what outputs say was cached, by
+their prompts' tokens. `hits/queries` is vLLM's, of its counters of these names: whole pages that
+requests found as they first ran, by the tokens that were looked up. They differ by requests that
+ranks began more than once, or that never had an output.
+
+`ideal` is one cache for all ranks which never forgets anything, counted here from prompts alone, in
+the order of submission: in pages of 16, as ranks and vLLM have them, and token by token, as SGLang
+does. `routed` is the same with one such cache for each rank, by where requests went. So ideal minus
+routed is lost to routing, and routed minus reached to evictions and to prompts that came before
+others had left their pages. With recurrent layers both are upper bounds: a hit also needs a state.
+No prompt is pinned; `most` is the largest rank's share of all requests by the mean.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ import argparse
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -56,11 +63,21 @@ class Turn:
 
 @dataclass(frozen=True)
 class Asked:
-    prompt_length: int
+    prompt: Sequence[int]
     cached: int
+    at: float
     ttft_s: float
     done_at: float
     dp_rank: int
+
+
+@dataclass(frozen=True)
+class Run:
+    asked: Sequence[Asked]
+    wall_s: float
+    moved: int
+    queries: int  # prompt tokens that ranks looked up, as requests first ran
+    hits: int
 
 
 Load = list[list[Turn]]  # conversations
@@ -107,16 +124,35 @@ def groups(rng: np.random.Generator, count: int) -> Load:
 LOADS = {"conversations": conversations, "skewed": skewed, "groups": groups}
 
 
-def ideal_hit_rate(load: Load) -> float:
-    """Count what one endless cache has of the prompts, turn by turn of all conversations."""
-    seen, hits, tokens = set[tuple[int, ...]](), 0, 0
-    for turn in in_order(load):
-        prompt = tuple(turn.token_ids)
-        pages = [prompt[:end] for end in range(PAGE, len(prompt), PAGE)]  # a token is always left
-        hits += PAGE * sum(page in seen for page in pages)
-        tokens += len(prompt)
-        seen.update(prompt[:end] for end in range(PAGE, len(prompt) + 1, PAGE))
-    return hits / tokens
+def endless(prompts: Iterable[Sequence[int]], page_size: int) -> int:
+    """Count the tokens of prompts that a cache has which begins empty and forgets nothing."""
+    children, hits = dict[tuple[int, tuple[int, ...]], int](), 0  # of nodes of a tree, by a page
+    for prompt in prompts:
+        node = 0
+        for end in range(page_size, len(prompt) + 1, page_size):
+            page = node, tuple(prompt[end - page_size : end])
+            hits += page_size * (page in children and end < len(prompt))  # a token is always left
+            node = children.setdefault(page, len(children) + 1)
+    return hits
+
+
+def ideal_hit_rate(load: Load, page_size: int) -> float:
+    """Return the hit rate of one endless cache, turn by turn of all conversations."""
+    prompts = [turn.token_ids for turn in in_order(load)]
+    return endless(prompts, page_size) / sum(map(len, prompts))
+
+
+def routed_hit_rate(asked: Sequence[Asked]) -> float:
+    """Return the hit rate of an endless cache of each rank."""
+    hits = 0
+    for rank in {each.dp_rank for each in asked}:
+        own = sorted((each for each in asked if each.dp_rank == rank), key=lambda each: each.at)
+        hits += endless([each.prompt for each in own], PAGE)
+    return hits / num_tokens(asked)
+
+
+def num_tokens(asked: Sequence[Asked]) -> int:
+    return sum(len(each.prompt) for each in asked)
 
 
 def in_order(load: Load) -> Iterator[Turn]:
@@ -124,15 +160,19 @@ def in_order(load: Load) -> Iterator[Turn]:
         yield from (turns[at] for turns in load if at < len(turns))
 
 
-async def run(config: EngineConfig, load: Load) -> tuple[list[Asked], float, int]:
+async def run(config: EngineConfig, load: Load) -> Run:
     engine = await asyncio.to_thread(AsyncEngine, config)
     async with engine:
         await engine.generate([[5, 6, 7]] * config.dp_size * 2, GREEDY)
+        before = [rank.totals.prefixes for rank in await engine.metrics()]
         start = monotonic()
         told = await asyncio.gather(*(converse(engine, turns, start) for turns in load))
         asked = [each for turns in told for each in turns]
-        moved = sum(rank.requests.moved for rank in await engine.metrics())
-    return asked, max(each.done_at for each in asked) - start, moved
+        ranks = await engine.metrics()
+    moved, after = sum(rank.requests.moved for rank in ranks), [r.totals.prefixes for r in ranks]
+    queries = sum(each.queries for each in after) - sum(each.queries for each in before)
+    hits = sum(each.hits for each in after) - sum(each.hits for each in before)
+    return Run(asked, max(each.done_at for each in asked) - start, moved, queries, hits)
 
 
 async def converse(engine: AsyncEngine, turns: Sequence[Turn], start: float) -> list[Asked]:
@@ -144,20 +184,21 @@ async def converse(engine: AsyncEngine, turns: Sequence[Turn], start: float) -> 
         handle = engine.submit(prompt, params)
         output = await handle.result()
         ttft_s = handle.arrivals[0][0] - at
-        told.append(
-            Asked(len(prompt), output.num_cached_tokens, ttft_s, monotonic(), output.dp_rank)
-        )
+        done = output.num_cached_tokens, at, ttft_s, monotonic(), output.dp_rank
+        told.append(Asked(prompt, *done))
     return told
 
 
-def figures(asked: Sequence[Asked], wall_s: float, moved: int, ideal: float) -> dict[str, float]:
+def figures(run: Run) -> dict[str, float]:
+    asked = run.asked
     ttft_ms = np.array([each.ttft_s for each in asked]) * 1e3
-    hit_rate = sum(each.cached for each in asked) / sum(each.prompt_length for each in asked)
     ranks = Counter(each.dp_rank for each in asked)
     return {
-        "hit_rate": hit_rate, "ratio": hit_rate / ideal if ideal else 0.0,
+        "cached/prompt": sum(each.cached for each in asked) / num_tokens(asked),
+        "hits/queries": run.hits / run.queries if run.queries else 0.0,
+        "routed": routed_hit_rate(asked),
         "ttft_ms": float(np.mean(ttft_ms)), "ttft_p99_ms": float(np.percentile(ttft_ms, 99)),
-        "requests_s": len(asked) / wall_s, "moved": float(moved),
+        "requests_s": len(asked) / run.wall_s, "moved": float(run.moved),
         "most": max(ranks.values()) / len(asked),
     }  # fmt: skip
 
@@ -167,8 +208,9 @@ def main() -> None:
     print(machine.describe("torch", "dp-runtime"))
     for name in options.loads:
         load = LOADS[name](np.random.default_rng(options.seed), options.requests)
-        ideal, count = ideal_hit_rate(load), sum(map(len, load))
-        print(f"{name}: {count} requests, floor: at most {ideal:.3f} of the prompt tokens cached")
+        ideal, count = ideal_hit_rate(load, PAGE), sum(map(len, load))
+        by_token = ideal_hit_rate(load, 1)
+        print(f"{name}: {count} requests; ideal {ideal:.3f}, token by token {by_token:.3f}")
         runs: dict[str, list[dict[str, float]]] = {}
         for _ in range(options.rounds):  # in turns, so that a machine's moods are everybody's
             for routing, caching in [*((each, True) for each in ROUTINGS), ("least_tokens", False)]:
@@ -179,20 +221,26 @@ def main() -> None:
                     max_moves=options.max_moves,
                 )  # fmt: skip
                 key = routing if caching else "least_tokens, no cache"
-                found = figures(*asyncio.run(run(config, load)), ideal)
+                found = figures(asyncio.run(run(config, load)))
                 runs.setdefault(key, []).append(found)
         for key, rounds in runs.items():
             middle = {field: median(one[field] for one in rounds) for field in rounds[0]}
             print(f"  {key:<24}", show(middle, options.dp_size), flush=True)
             if options.json:
                 with options.json.open("a") as file:
-                    file.write(json.dumps({"load": name, "routing": key, "ideal": ideal} | middle))
+                    file.write(
+                        json.dumps(
+                            {"load": name, "routing": key, "ideal": ideal, "by_token": by_token}
+                            | middle
+                        )
+                    )
                     file.write("\n")
 
 
 def show(found: dict[str, float], dp_size: int) -> str:
     return (
-        f"hit rate {found['hit_rate']:.3f} (ratio {found['ratio']:.2f})  "
+        f"cached/prompt {found['cached/prompt']:.3f}  hits/queries {found['hits/queries']:.3f}  "
+        f"routed {found['routed']:.3f}  "
         f"TTFT {found['ttft_ms']:7.1f} ms, p99 {found['ttft_p99_ms']:7.1f} ms  "
         f"{found['requests_s']:6.1f} requests/s  most {found['most'] * dp_size:.2f}  "
         f"moved {found['moved']:.0f}"
