@@ -58,8 +58,7 @@ class Alone:
             torch.tensor([0, count], dtype=torch.int32), batch.query_lens,
             torch.tensor([1]), torch.tensor([True]),
         )  # fmt: skip
-        none = torch.zeros(0, dtype=torch.int64)
-        inputs = PassInputs(torch.tensor(tokens), torch.arange(count), none, torch.zeros(0, 0))
+        inputs = PassInputs(torch.tensor(tokens), torch.arange(count))
         plan = PassPlan(self.model.backend.plan(attention), recurrent)
         padding = PaddingPlan.for_mode(PaddingMode.MAX_LEN, (count,))
         hidden = self.model.forward(inputs, plan, PaddedExchange(padding, self.exchange, False))

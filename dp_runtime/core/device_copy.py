@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -35,13 +36,14 @@ def all_on_device(arrays: Sequence[NDArray[Any]], device: torch.device) -> tuple
         words[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     packed = packed.to(device, non_blocking=True)
     return tuple(
-        packed[start : start + array.nbytes].view(_torch_dtype(array)).view(array.shape)
+        packed[start : start + array.nbytes].view(_torch_dtype(array.dtype)).view(array.shape)
         for array, start in zip(arrays, starts)
     )
 
 
-def _torch_dtype(array: NDArray[Any]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
+@cache
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 class HostCopy:

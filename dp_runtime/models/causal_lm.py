@@ -37,20 +37,27 @@ def _nothing() -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class RowEmbeds:
+    """What takes the place of the embeddings of some rows' tokens."""
+
+    rows: Tensor  # [embeds] int64
+    values: Tensor  # [embeds, hidden]
+
+
+@dataclass(frozen=True, eq=False)
 class PassInputs:
-    """A rank's rows for one pass, on the device; `embeds` replace the embeddings of some rows."""
+    """A rank's rows for one pass, on the device."""
 
     token_ids: Tensor  # [rows] int64
     positions: Tensor  # [rows] int64, or [3, rows] of time, height and width
-    embed_rows: Tensor  # [embeds] int64
-    embeds: Tensor  # [embeds, hidden]
     hidden: Tensor = field(default_factory=_nothing)  # [rows, hidden], for a draft model
+    embeds: RowEmbeds | None = None
 
     def embedded(self, embedding: Tensor) -> Tensor:
         """Look rows up in an embedding [vocab, hidden] -> [rows, hidden], a new tensor."""
         x = embedding[self.token_ids]
-        if self.embed_rows.shape[0]:
-            x[self.embed_rows] = self.embeds.to(x.dtype)
+        if self.embeds is not None:
+            x[self.embeds.rows] = self.embeds.values.to(x.dtype)
         return x
 
 

@@ -16,7 +16,7 @@ from dp_runtime.core.recurrent_metadata import AcceptedDrafts, RecurrentMetadata
 from dp_runtime.flight.exchange import RecordedExchange
 from dp_runtime.flight.recorder import FlightRecorder
 from dp_runtime.layers.routing_buffer import RoutingBuffer
-from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan, RowEmbeds
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
@@ -113,16 +113,8 @@ def pass_inputs(
     """
     from_future = batch.future_token_index >= 0
     rows, sources = from_future.nonzero()[0], batch.future_token_index[from_future]
-    replaced = np.concatenate((batch.embeds.rows, batch.images.rows))
-    arrays = (
-        batch.token_ids, batch.rotary_positions, replaced, batch.embeds.values,
-        batch.images.values,
-        rows, sources,
-    )  # fmt: skip
-    token_ids, positions, embed_rows, embeds, slots, *of_future = all_on_device(arrays, device)
-    if len(slots):
-        features = image_features[slots]
-        embeds = torch.cat((embeds.to(features.dtype), features)) if len(embeds) else features
+    arrays = batch.token_ids, batch.rotary_positions, rows, sources
+    token_ids, positions, *of_future = all_on_device(arrays, device)
     if future.num_rejected is not None:
         count = len(future.num_rejected)
         verified = positions[..., : count * batch.query_lens[0]]
@@ -130,4 +122,16 @@ def pass_inputs(
     if len(rows):
         device_rows, device_sources = of_future
         token_ids[device_rows] = future.token_ids[device_sources]
-    return PassInputs(token_ids, positions, embed_rows, embeds, future.hidden)
+    embeds = row_embeds(batch, device, image_features) if batch.has_embeds else None
+    return PassInputs(token_ids, positions, future.hidden, embeds)
+
+
+def row_embeds(batch: LocalBatch, device: torch.device, image_features: Tensor) -> RowEmbeds:
+    """Bring a batch's embeddings to the device, and find those of its images there."""
+    rows = np.concatenate((batch.embeds.rows, batch.images.rows))
+    arrays = rows, batch.embeds.values, batch.images.values
+    there, values, slots = all_on_device(arrays, device)
+    if len(slots):
+        features = image_features[slots]
+        values = torch.cat((values.to(features.dtype), features)) if len(values) else features
+    return RowEmbeds(there, values)

@@ -102,8 +102,6 @@ class DraftRank:
         inputs = PassInputs(
             torch.tensor(flat, dtype=torch.int64),
             torch.from_numpy(batch.positions.copy()),
-            torch.zeros(0, dtype=torch.int64),
-            no_hidden(),
             hidden,
         )
         exchange = PaddedExchange(plan, self.collective, poison=True)

@@ -91,9 +91,7 @@ class PieceInputs:
             self.hidden[:rows].copy_(inputs.hidden)
 
     def pass_inputs(self, rows: int) -> PassInputs:
-        no_rows, no_embeds = self.token_ids[:0], self.hidden[:0]
-        token_ids, positions = self.token_ids[:rows], self.positions[:rows]
-        return PassInputs(token_ids, positions, no_rows, no_embeds, self.hidden[:rows])
+        return PassInputs(self.token_ids[:rows], self.positions[:rows], self.hidden[:rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +215,7 @@ class ForwardPieces:
 
     def covers(self, inputs: PassInputs) -> bool:
         rows, is_text = len(inputs.token_ids), inputs.positions.dim() == 1
-        return 0 < rows <= self.buckets.max_rows and is_text and not len(inputs.embed_rows)
+        return 0 < rows <= self.buckets.max_rows and is_text and inputs.embeds is None
 
     def capture(self) -> Iterator[None]:
         """Capture every bucket, and yield after each; no other rank takes part."""

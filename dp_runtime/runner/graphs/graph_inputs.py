@@ -76,8 +76,6 @@ class GraphInputs:
             max_requests + 1, dtype=torch.int32, device=device
         )
         self._future_tokens = torch.zeros(max(rows, 1), dtype=torch.int64, device=device)
-        self._no_rows = torch.zeros(0, dtype=torch.int64, device=device)
-        self._no_embeds = torch.zeros(0, 0, device=device)
         self._buffers = [_host_buffer(words, shapes) for _ in range(HOST_BUFFERS)]
         self._turn = 0
 
@@ -86,7 +84,7 @@ class GraphInputs:
         future = self._future_tokens[sources.clamp(min=0)]
         token_ids = torch.where(sources >= 0, future, self.token_ids[:rows])
         positions, hidden = self.positions[:rows], self.hidden[:rows]
-        return PassInputs(token_ids, positions, self._no_rows, self._no_embeds, hidden)
+        return PassInputs(token_ids, positions, hidden)
 
     def owns(self, metadata: AttentionMetadata) -> bool:
         pairs = (

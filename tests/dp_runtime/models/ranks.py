@@ -17,7 +17,7 @@ from dp_runtime.core.batch import StateSlots
 from dp_runtime.core.cache_spec import LayerCaches
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata
 from dp_runtime.layers.moe import RankSharding
-from dp_runtime.models.causal_lm import PassInputs, PassPlan
+from dp_runtime.models.causal_lm import PassInputs, PassPlan, RowEmbeds
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.parallel.row_exchange import PaddedExchange
@@ -79,14 +79,12 @@ class Rank:
             paged_batch(lengths, self.table[live], PAGE_SIZE, tokens),
             states=StateSlots(self.slots[live], is_fresh),
         )
-        rows, replaced = embeds or ([], torch.zeros(0, 0))
         plan = PaddingPlan.for_mode(mode, real_rows or (len(tokens),))
         hidden = self.model.forward(
             PassInputs(
                 torch.tensor(tokens, dtype=torch.int64),
                 torch.from_numpy(batch.positions.copy()),
-                torch.tensor(rows, dtype=torch.int64),
-                replaced,
+                embeds=embeds and RowEmbeds(torch.tensor(embeds[0]), embeds[1]),
             ),
             PassPlan(
                 self.model.backend.plan(metadata_of(batch, self.num_pages, PAGE_SIZE)),

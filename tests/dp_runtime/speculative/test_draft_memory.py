@@ -48,8 +48,8 @@ def test_a_draft_s_forward_is_predicted(
     table, _ = random_page_table([ROWS], PAGE_SIZE, np.random.default_rng(0))
     batch = paged_batch([(ROWS, ROWS)], table, PAGE_SIZE)
     sequences = PassPlan(draft.backend.plan(metadata_of(batch, NUM_PAGES, PAGE_SIZE)))
-    ids, none = torch.zeros(ROWS, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    inputs = PassInputs(ids, ids, none, torch.zeros(0, 0), torch.randn(ROWS, 64).to(dtype))
+    ids = torch.zeros(ROWS, dtype=torch.int64)
+    inputs = PassInputs(ids, ids, torch.randn(ROWS, 64).to(dtype))
     plan = PaddingPlan.for_mode(PaddingMode.MAX_LEN, (ROWS,))
     exchange = PaddedExchange(plan, InProcessGroup(1, 1.0).collective(0), False)
     with torch.inference_mode(), LiveBytes() as live:

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from collectives.in_process import InProcessGroup
 from dp_runtime.attention.kv_writer import KvWriter
-from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
+from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan, RowEmbeds
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PieceBuckets
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
@@ -72,10 +72,9 @@ def zeroed(model: PassModel) -> Iterator[list[Tensor]]:
 def inputs_of(rank: DraftRank, hidden_size: int) -> tuple[PassInputs, Any]:
     tokens = torch.randint(3, 90, (ROWS,)).tolist()
     batch = paged_batch(LENGTHS, rank.table, 8, tokens)
-    none = torch.zeros(0, dtype=torch.int64)
     hidden = torch.randn(ROWS, hidden_size)
     positions = torch.from_numpy(batch.positions.copy())
-    inputs = PassInputs(torch.tensor(tokens), positions, none, torch.zeros(0, 0), hidden)
+    inputs = PassInputs(torch.tensor(tokens), positions, hidden)
     return inputs, metadata_of(batch, rank.num_pages, 8)
 
 
@@ -142,8 +141,9 @@ def test_embeddings_and_no_rows_are_not_for_pieces(rank: DraftRank) -> None:
     rows = StageRows(torch.zeros(size), torch.zeros(size), torch.zeros(2, 1))
     pieces = ForwardPieces(model, PieceBuckets(MAX_ROWS), rows, NO_MEMORY, reads_hidden=False)
     none, some = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    assert pieces.covers(PassInputs(some, some, none, torch.zeros(0, 0)))
-    assert not pieces.covers(PassInputs(some, some, some[:1], torch.zeros(1, model.hidden_size)))
-    assert not pieces.covers(PassInputs(none, none, none, torch.zeros(0, 0)))
+    assert pieces.covers(PassInputs(some, some))
+    embeds = RowEmbeds(some[:1], torch.zeros(1, model.hidden_size))
+    assert not pieces.covers(PassInputs(some, some, embeds=embeds))
+    assert not pieces.covers(PassInputs(none, none))
     many = torch.zeros(MAX_ROWS + 1, dtype=torch.int64)
-    assert not pieces.covers(PassInputs(many, many, none, torch.zeros(0, 0)))
+    assert not pieces.covers(PassInputs(many, many))
