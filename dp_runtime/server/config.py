@@ -96,8 +96,8 @@ class ServerConfig:
         65, "seconds that a connection may be idle after an answer", at_least=1
     )
     head_timeout_s: float = setting(
-        10.0, "seconds to wait for a request's head, of a new connection or from its first byte",
-        above=0,
+        60.0, "seconds to wait for a request's head, of a new connection or from its first byte; a "
+        "client with hundreds of requests may send one seconds after it has connected", above=0,
     )  # fmt: skip
     read_timeout_s: float = setting(60.0, "seconds to wait for a request's body", above=0)
     write_timeout_s: float = setting(

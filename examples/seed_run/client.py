@@ -67,7 +67,8 @@ class Client:
         try:
             got = await self._openai.chat.completions.create(model=model, **chat.body)
         except openai.OpenAIError as error:
-            return Answer(error=f"{type(error).__name__}: {error}", seconds=monotonic() - start)
+            why = f"{type(error).__name__}: {error} {error.__cause__ or ''!r}".rstrip(" '")
+            return Answer(error=why, seconds=monotonic() - start)
         choice, usage = got.choices[0], got.usage
         assert usage is not None, "a whole answer has it"
         token_ids = tuple((choice.model_extra or {})["token_ids"])
