@@ -120,7 +120,7 @@ def repeat_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
 def barrier_case(c: RowCollective, board: StepBoard, late: int) -> tuple[float, float]:
     """When this rank came, and when it left."""
     c.barrier()
-    if c.dp_rank == late:
+    if c.dp_rank == late and c.dp_size > 1:
         time.sleep(0.3)
     came = time.monotonic()
     c.barrier()
@@ -131,7 +131,7 @@ def waited_case(c: RowCollective, board: StepBoard, late: int) -> tuple[float, f
     """When this rank came and left while one was late, and the seconds it counted as waiting."""
     c.barrier()
     before = c.waited_s
-    if c.dp_rank == late:
+    if c.dp_rank == late and c.dp_size > 1:
         time.sleep(0.4)
     came = time.monotonic()
     c.all_gather(torch.ones(2, 3), (2,) * c.dp_size)

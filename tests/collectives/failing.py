@@ -77,9 +77,11 @@ def use_after_case(c: RowCollective, board: StepBoard, ending: str) -> dict[str,
 
 
 def abort_case(
-    c: RowCollective, board: StepBoard, where: str, lost: int, how: str, by_board: bool
+    c: RowCollective, board: StepBoard, where: str, lost: int, how: str, by_board: bool, room: Path
 ) -> tuple[float, Outcome, Outcome]:
     """One rank never comes; the lowest other one aborts from a second thread after 0.15 s.
+
+    A rank that is late comes after the abort.
 
     Returns when it aborted (0.0 on the others), how the wait of this rank ended, and its next.
     """
@@ -91,7 +93,7 @@ def abort_case(
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "late":
-                time.sleep(0.6)
+                wait_until((room / "aborted").exists, "an abort", 40.0)
     aborted_at = 0.0
 
     def abort() -> None:
@@ -99,6 +101,7 @@ def abort_case(
         time.sleep(0.15)
         aborted_at = time.monotonic()
         (board if by_board else c).abort("rank is lost")
+        (room / "aborted").touch()
 
     thread = threading.Thread(target=abort)
     if c.dp_rank == (1 if lost == 0 else 0):
@@ -109,11 +112,13 @@ def abort_case(
     return aborted_at, ended, outcome(c.barrier)
 
 
-def close_case(c: RowCollective, board: StepBoard) -> Outcome:
+def close_case(c: RowCollective, board: StepBoard, room: Path) -> Outcome:
     """Rank 0 waits in vain, and a second thread of it closes the group."""
     c.barrier()
     if c.dp_rank != 0:
-        time.sleep(0.5)
+        wait_until((room / "closed").exists, "rank 0 has closed", 40.0)
         return outcome(lambda: None)
     threading.Timer(0.15, c.close).start()
-    return outcome(c.barrier)
+    ended = outcome(c.barrier)
+    (room / "closed").touch()
+    return ended

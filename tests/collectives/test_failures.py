@@ -69,15 +69,31 @@ def assert_late(outcomes: tuple[Outcome, Outcome]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "where", "by_board"), pairwise(KINDS, WAITS, (False, True)))
-def test_abort_frees_every_waiter(ranks: Ranks, kind: str, where: str, by_board: bool) -> None:
-    outcomes = ranks.run(kind, 4, failing.abort_case, where, 3, "late", by_board)
+def test_abort_frees_every_waiter(
+    ranks: Ranks, kind: str, where: str, by_board: bool, tmp_path: Path
+) -> None:
+    outcomes = ranks.run(kind, 4, failing.abort_case, where, 3, "late", by_board, tmp_path)
     assert_freed(outcomes[:3])
     assert_late(outcomes[3][1:])
 
 
-@pytest.mark.parametrize(("kind", "where", "lost"), pairwise(PROCESS_KINDS, WAITS, (0, 3)))
-def test_abort_with_a_stopped_peer(ranks: Ranks, kind: str, where: str, lost: int) -> None:
-    ranks.start(kind, 4, failing.abort_case, where, lost, "stopped", False)
+# Gloo hears of an abort in whatever it waits in alike, a second after it where a peer is stopped.
+STOPPED = [
+    *pairwise(PROCESS_KINDS[:1], WAITS, (0, 3)),
+    *pairwise(PROCESS_KINDS[1:], ("gather", "board"), (3, 0)),
+    *(
+        pytest.param("torch_distributed", where, lost, marks=pytest.mark.slow)
+        for where in ("uneven gather", "reduce_scatter", "barrier", "idle")
+        for lost in (0, 3)
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "where", "lost"), STOPPED)
+def test_abort_with_a_stopped_peer(
+    ranks: Ranks, kind: str, where: str, lost: int, tmp_path: Path
+) -> None:
+    ranks.start(kind, 4, failing.abort_case, where, lost, "stopped", False, tmp_path)
     try:
         assert_freed([ranks.result(rank) for rank in range(4) if rank != lost])
     finally:
@@ -96,9 +112,9 @@ def nothing_left() -> Iterator[None]:
 @pytest.mark.parametrize(("where", "lost"), [("gather", 3), ("board", 0)])
 @pytest.mark.usefixtures("nothing_left")
 def test_abort_by_a_survivor_of_a_killed_peer(
-    ranks: Ranks, kind: str, where: str, lost: int
+    ranks: Ranks, kind: str, where: str, lost: int, tmp_path: Path
 ) -> None:
-    ranks.start(kind, 4, failing.abort_case, where, lost, "killed", False)
+    ranks.start(kind, 4, failing.abort_case, where, lost, "killed", False, tmp_path)
     assert_freed([ranks.result(rank) for rank in range(4) if rank != lost])
     with pytest.raises(EOFError):
         ranks.result(lost)
@@ -122,8 +138,8 @@ def test_use_after_the_end(ranks: Ranks, kind: str, dp_size: int, ending: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_closing_frees_the_own_waiter(ranks: Ranks, kind: str) -> None:
-    ended = ranks.run(kind, 2, failing.close_case)[0]
+def test_closing_frees_the_own_waiter(ranks: Ranks, kind: str, tmp_path: Path) -> None:
+    ended = ranks.run(kind, 2, failing.close_case, tmp_path)[0]
     assert ended.error == "CollectiveAborted"
     assert ended.seconds < SOON_S
 

@@ -176,10 +176,17 @@ def watched(moves: bool, until: Callable[[Answering, list[str]], bool]) -> list[
     return said
 
 
-def test_an_idle_rank_that_captures_is_not_stuck() -> None:
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BEAT_S", "LOOK_EVERY_S"):
+        monkeypatch.setattr(f"workers.supervision.watch.{name}", 0.05)
+
+
+def test_an_idle_rank_that_captures_is_not_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    often(monkeypatch)
     assert watched(True, lambda rank, said: rank.num_asked > 4) == []
 
 
-def test_a_capture_that_does_not_end_is_noticed() -> None:
+def test_a_capture_that_does_not_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    often(monkeypatch)
     (text, *_) = watched(False, lambda rank, said: bool(said))
     assert text == "ranks [0] have ended no step for 0.3 s"

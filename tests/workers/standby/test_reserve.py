@@ -99,6 +99,10 @@ def reserve_of(
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOST_PAUSE_S", 0.01)
     monkeypatch.setattr(module, "WELL_S", 0.2)
+    monkeypatch.setattr(module, "QUIET_S", 0.1)
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(module, "BEAT_S", 0.1)
+    monkeypatch.setattr("workers.supervision.watch.MIN_SILENCE_S", 0.5)
 
 
 def seat_on(host: str | None, gpu: str = "") -> Seat:
