@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@cache
 def imports(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -97,20 +99,18 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.fixture(scope="module")
-def imported() -> set[str]:
-    """What a fresh interpreter has loaded after `import dp_runtime`."""
-    return set(run_python("import sys, dp_runtime; print(*sys.modules)").split())
-
-
-@pytest.mark.parametrize("module", ["flashinfer", "ray", "transformers", "triton"])
-def test_importing_the_runtime_is_light(module: str, imported: set[str]) -> None:
-    assert "dp_runtime" in imported
-    assert module not in imported
-
-
 CPU_RUN = """
 import sys
+import dp_runtime
+print(*sys.modules)
+
+import logging
+for name in ("dp_runtime", "workers", "collectives"):
+    logging.getLogger(name + ".part").info("silent")
+    logging.getLogger(name + ".part").warning("seen")
+    assert not logging.getLogger(name).handlers
+assert not logging.getLogger().handlers
+
 sys.modules["flashinfer"] = sys.modules["triton"] = None  # an import of them fails from here on
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from tests.checkpoints import tiny_checkpoint
@@ -130,13 +130,33 @@ print(*sys.modules)
 """
 
 
-def test_a_cpu_run_never_imports_flashinfer_triton_or_ray(tmp_path: Path) -> None:
-    loaded = run_python(CPU_RUN, str(tmp_path / "model"), str(tmp_path / "meeting")).split()
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """A user's program in an interpreter of its own."""
+    room = tmp_path_factory.mktemp("program")
+    command = [sys.executable, "-c", CPU_RUN, str(room / "model"), str(room / "meeting")]
+    return subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("module", ["flashinfer", "ray", "transformers", "triton"])
+def test_importing_the_runtime_is_light(
+    module: str, program: subprocess.CompletedProcess[str]
+) -> None:
+    imported = program.stdout.splitlines()[0].split()
+    assert "dp_runtime" in imported
+    assert module not in imported
+
+
+def test_a_user_s_program_sees_warnings_only_and_its_logging_is_left_alone(
+    program: subprocess.CompletedProcess[str],
+) -> None:
+    assert program.stderr.splitlines()[:3] == ["seen"] * 3
+    assert "silent" not in program.stderr
+
+
+def test_a_cpu_run_never_imports_flashinfer_triton_or_ray(
+    program: subprocess.CompletedProcess[str],
+) -> None:
+    loaded = program.stdout.splitlines()[-1].split()
     assert "workers.worker" in loaded
     assert "ray" not in loaded
-
-
-def run_python(code: str, *arguments: str) -> str:
-    """What a program prints that a fresh interpreter runs in this repository."""
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE).stdout

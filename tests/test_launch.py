@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from dp_runtime.metrics.memory import memory_table
 from tests.checkpoints import tiny_checkpoint
 from tests.traces import check_trace
 
-ROOT = Path(__file__).parents[1]
 LETTERS = "_abcdefghijklmnopqrstuvwxyz"
 
 
@@ -199,16 +197,18 @@ def test_a_file_for_results_is_checked_before_anything_starts(
     assert "is not a file in an existing directory" in capsys.readouterr().err
 
 
-def test_prompts_from_a_pipe(model: Path) -> None:
-    flags = ["--model", model, "--launcher", "thread", "--prompts", "/dev/stdin"]
-    done = subprocess.run(
-        [sys.executable, "launch.py", "generate", *map(str, flags)],
-        input='{"prompt": "abc", "max_tokens": 2, "ignore_eos": true}\n',
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
-    assert re.match(r"\[rank 0, length\] abc →..\n", done.stdout)
-    assert done.stderr == ""
+def test_prompts_from_a_pipe(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.write(write, b'{"prompt": "abc", "max_tokens": 2, "ignore_eos": true}\n')
+    os.close(write)
+    stdin = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        assert run("generate", model, "--prompts", "/dev/stdin") == 0
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(read)
+    shown = capfd.readouterr()
+    assert re.match(r"\[rank [01], length\] abc →..\n", shown.out)
+    assert shown.err == ""

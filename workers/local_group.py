@@ -207,10 +207,13 @@ def start_local(config: EngineConfig) -> WorkerGroup:
             if not interrupted.is_set():
                 handles.append(launcher.launch(rank))
 
+    def end() -> None:
+        for handle in handles:
+            handle.kill()
+
     try:
         uninterrupted(begin, interrupted.set)
     except BaseException:
-        for handle in handles:
-            handle.kill()
+        uninterrupted(end, lambda: None)
         raise
     return WorkerGroup(config, launcher, handles)

@@ -234,14 +234,26 @@ def test_a_rank_that_dies_while_it_starts(model: Path) -> None:
     wait_until(lambda: nothing_new(before), "nothing is left")
 
 
-def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
+PROGRAM = """
+import sys
+from dp_runtime.cli.main import main
+from tests.workers.engines import ENDLESS, engine
+print(main(sys.argv[2:]), flush=True)
+one = engine(sys.argv[1], "thread")
+next(iter(one.submit([1, 2, 3], ENDLESS)))
+"""
+
+
+def test_an_interrupt_and_the_end_of_the_program_leave_nothing(model: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends a command; then the program ends, and nobody closes an engine of threads."""
     before = left_overs()
-    with Driver(model, tmp_path, 2, "--launcher", "local") as driver:
+    command = (sys.executable, "-c", PROGRAM, str(model))
+    with Driver(model, tmp_path, 2, "--launcher", "local", command=command) as driver:
         wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         driver.signal(signal.SIGINT)
-        status, errors = driver.end()
-    assert status == 130
-    assert "Traceback" not in errors
+        status, shown, errors = driver.end()
+    assert shown.splitlines()[-1] == "130"
+    assert (status, errors) == (0, "")
     wait_until(lambda: nothing_new(before), "nothing is left")
 
 
@@ -249,13 +261,20 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """A stopped job is sent SIGTERM, then SIGKILL: the driver has no time to clean up."""
-    before = left_overs()
-    with Driver(model, tmp_path, 2, "--launcher", "local") as driver:
+    """A stopped job is sent SIGTERM, then SIGKILL: the driver has no time to clean up.
+
+    Its ranks have its level of logging and name themselves.
+    """
+    before, flags = left_overs(), ("--launcher", "local", "--log-level", "info")
+    with Driver(model, tmp_path, 2, *flags) as driver:
         wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         ranks = serving_processes() - before[0]
         driver.signal(number)
-        assert driver.end()[0] == -number
+        status, shown, errors = driver.end()
+    assert status == -number
+    assert "rank 0 INFO dp_runtime.startup.build_rank: attention backend torch_ref" in errors
+    assert "\nrank 1 INFO dp_runtime." in "\n" + errors
+    assert "INFO" not in shown
     wait_until(lambda: not ranks & rank_processes().keys(), "the ranks end")
     wait_until(lambda: left_overs()[2] <= before[2], "no name is left")
 

@@ -150,7 +150,7 @@ def test_interrupt_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with Driver(model, tmp_path, 2, *flags) as driver:
         wait_until(lambda: len(serving_processes() - before[0]) == 2, "two ranks serve", 200)
         driver.signal(signal.SIGINT)
-        status, errors = driver.end()
+        status, _, errors = driver.end()
     assert status == 130
     assert "Traceback" not in errors
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -93,14 +94,15 @@ def test_a_close_does_not_wait_for_a_rank_that_is_stopped(model: Path, frozen: l
     "collective", ["shared_memory", pytest.param("torch_distributed", marks=pytest.mark.slow)]
 )
 def test_ranks_that_are_paused_together_are_not_lost(
-    collective: str, model: Path, frozen: list[int]
+    collective: str, model: Path, frozen: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with engine(model, "local", step_timeout_s=1.5, collective=collective) as one:
+    monkeypatch.setattr("workers.supervision.watch.MIN_SILENCE_S", 1.0)
+    with engine(model, "local", step_timeout_s=1.0, collective=collective) as one:
         expected = one.generate([[1, 2, 3]], SHORT)[0].token_ids
         handle = one.submit([1, 2, 3], ENDLESS)
         next(iter(handle))
         freeze([rank.pid for rank in one.health()], frozen)
-        time.sleep(3.5)
+        time.sleep(2.3)
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
         assert one.generate([[1, 2, 3]], SHORT)[0].token_ids == expected
@@ -176,45 +178,53 @@ def test_an_engine_that_nobody_holds_leaves_no_rank(model: Path) -> None:
 UNCLOSED = """
 import sys
 from tests.workers.engines import ENDLESS, engine
-one = engine(sys.argv[1], sys.argv[2])
+one = engine(sys.argv[1], "local")
 next(iter(one.submit([1, 2, 3], ENDLESS)))
 """
 
 
-@pytest.mark.parametrize("launcher", ["thread", pytest.param("local", marks=pytest.mark.slow)])
-def test_a_program_ends_without_close(launcher: str, model: Path) -> None:
+@pytest.mark.slow  # test_local has one with ranks that are threads
+def test_a_program_ends_without_close(model: Path) -> None:
     with nothing_left():
         ended = subprocess.run(
-            [sys.executable, "-c", UNCLOSED, str(model), launcher],
+            [sys.executable, "-c", UNCLOSED, str(model)],
             cwd=REPOSITORY, env=os.environ | {VARIABLE: session_token()},
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-INTERRUPTED = """
-import sys
-from pathlib import Path
-from typing import Any
-from tests.workers.engines import engine
-engine(Path(sys.argv[1]), "local", dp_size=4)
-"""
+@pytest.fixture
+def interrupted_starts() -> Iterator[None]:
+    """SIGINT interrupts the start of an engine, and nothing else."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is engine.__code__:
+                raise KeyboardInterrupt
+            frame = frame.f_back
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("interrupted_starts")
 def test_a_burst_of_interrupts_during_a_start_leaves_no_rank(model: Path) -> None:
-    with nothing_left():
-        known = rank_processes().keys()
-        program = subprocess.Popen(
-            [sys.executable, "-c", INTERRUPTED, str(model)],
-            cwd=REPOSITORY, env=os.environ | {VARIABLE: session_token()},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+    known = rank_processes().keys()
+
+    def interrupt() -> None:
         wait_until(lambda: len(rank_processes().keys() - known) >= 2, "ranks", 90)
         for _ in range(6):
-            program.send_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-        _, errors = program.communicate(timeout=60)
-    assert "KeyboardInterrupt" in errors
+
+    with nothing_left():
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            engine(model, "local", dp_size=4)
+        interrupter.join()
 
 
 @pytest.mark.parametrize("name", ["start_timeout_s", "step_timeout_s"])

@@ -23,10 +23,11 @@ def uninterrupted(work: Callable[[], None], on_interrupt: Callable[[], None]) ->
     interrupt: BaseException | None = None
     while not ended.done():
         try:
+            if interrupt is not None:
+                on_interrupt()
             wait([ended])
-        except BaseException as error:
+        except BaseException as error:  # also what comes during on_interrupt()
             interrupt = interrupt or error
-            on_interrupt()
     if interrupt is not None:
         raise interrupt
     ended.result()

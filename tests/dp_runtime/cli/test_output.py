@@ -67,27 +67,56 @@ def latin_1(room: Path) -> dict[str, str]:
     return {"LOCPATH": str(room), "LC_ALL": "en_US.ISO-8859-1"}
 
 
+RUNS = """
+import sys
+from dp_runtime.cli.main import main
+runs = " ".join(sys.argv[1:]).split(" --then ")
+for run in runs:
+    status = main(run.split(" "))
+    if run is not runs[-1]:
+        print("status", status, flush=True)
+        sys.stdin.readline()
+sys.exit(status)
+"""
+
+
 @pytest.mark.parametrize("locale", ["C", pytest.param("ISO-8859-1", marks=pytest.mark.slow)])
-def test_files_and_prompts_are_utf_8_in_any_locale(
+def test_files_and_prompts_are_utf_8_in_any_locale_and_a_closed_pipe_is_said(
     locale: str, model: Path, tmp_path: Path
 ) -> None:
+    """All in one interpreter, whose start takes longest."""
     env = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     env |= {"LC_ALL": "C"} if locale == "C" else latin_1(tmp_path)
-    prompts, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts, *outputs = (tmp_path / name for name in ("in.jsonl", "1.jsonl", "2.jsonl"))
     line = {"prompt": "éß", "logit_bias": {"1": 100.0}}
     prompts.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
-    with launched(
-        model, *SHORT, "--prompts", str(prompts), "--output", str(output), env=env
-    ) as run:
-        assert run.communicate(timeout=200)[1] == b""
-    assert run.returncode == 0
-    assert [line["text"] for line in lines_of(output)] == ["éééé"]
+    from_file = [*flags(model), *SHORT, "--prompts", str(prompts), "--output", str(outputs[0])]
+    from_argv = [*flags(model), *SHORT, "--prompt", "éß", "--output", str(outputs[1])]
     config = EngineConfig(str(model), launcher="thread", max_model_len=256)
     with Engine(config) as engine:
         (expected,) = engine.generate(["éß"], SamplingParams(max_tokens=4, temperature=0.0))
-    with launched(model, *SHORT, "--prompt", "éß", "--output", str(output), env=env) as run:
-        assert run.communicate(timeout=200)[1] == b""
-    assert tuple(lines_of(output)[0]["token_ids"]) == expected.token_ids, "argv is UTF-8 too"
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS, *from_file, "--then", *from_argv, "--then", *flags(model),
+         *SHORT],
+        cwd=ROOT, env=os.environ | env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:  # fmt: skip
+        assert run.stdin is not None
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert b"status 0\n" in iter(run.stdout.readline, b"")
+        run.stdin.write(b"go on\n")
+        run.stdin.flush()
+        assert b"status 0\n" in iter(run.stdout.readline, b"")
+        run.stdout.close()
+        run.stdin.write(b"go on\n")
+        run.stdin.flush()
+        errors = run.stderr.read()
+        run.wait(60)
+    assert [line["text"] for line in lines_of(outputs[0])] == ["éééé"]
+    assert tuple(lines_of(outputs[1])[0]["token_ids"]) == expected.token_ids, "argv is UTF-8 too"
+    assert run.returncode == 1
+    assert errors == b"error: stdout: Broken pipe; 0 of 6 results were written\n"
 
 
 @pytest.mark.slow
@@ -116,17 +145,6 @@ def test_a_full_disk_behind_stdout_is_said(model: Path) -> None:
         errors = run.communicate(timeout=200)[1]
     assert run.returncode == 1
     assert errors == b"error: stdout: No space left on device; 0 of 6 results were written\n"
-
-
-def test_a_closed_pipe_is_said(model: Path) -> None:
-    with launched(model, *SHORT) as run:
-        assert run.stdout is not None
-        assert run.stderr is not None
-        run.stdout.close()
-        errors = run.stderr.read()
-        run.wait(60)
-    assert run.returncode == 1
-    assert errors == b"error: stdout: Broken pipe; 0 of 6 results were written\n"
 
 
 @pytest.mark.parametrize("flag", ["--output", "--json", "--trace"])
