@@ -88,8 +88,9 @@ async def _serve(
         records = await driver.serve(start_s)
         await changing
         whole = await engine.recording(driver.handles)
-    steps = [step for step in whole.steps if (step.epoch, step.step_id) > last_warm]
-    return records, replace(whole, steps=tuple(steps))
+    warm_up = tuple(s for s in whole.steps if (s.epoch, s.step_id) <= last_warm)
+    steps = tuple(s for s in whole.steps if (s.epoch, s.step_id) > last_warm)
+    return records, replace(whole, steps=steps, warm_up=warm_up)
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dp_runtime.metrics.request_tokens import RequestTokens
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.metrics.trace import Arrival, End, PassTrace, PrefixCounts, StepTrace
 
-FORMAT, VERSION = "dp-runtime recording", 1
+FORMAT, VERSION = "dp-runtime recording", 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Recording:
     model: ModelSizes
     steps: tuple[StepTrace, ...]
     tokens: tuple[RequestTokens, ...] = ()  # of those requests whose prompts are kept
+    warm_up: tuple[StepTrace, ...] = ()  # steps before them, which are no part of what is measured
 
     @classmethod
     def of(
@@ -54,12 +55,18 @@ class Recording:
         return {
             "format": FORMAT, "version": VERSION,
             "config": dict(self.config), "model": asdict(self.model), "tokens": len(self.tokens),
+            "warm_up": len(self.warm_up),
         }  # fmt: skip
+
+    @property
+    def with_warm_up(self) -> Recording:
+        return replace(self, steps=(*self.warm_up, *self.steps), warm_up=())
 
     def to_bytes(self) -> bytes:
         """Return the file's content, lines of JSON in gzip."""
+        steps = (*self.warm_up, *self.steps)
         header = json.dumps(self.header, default=str)
-        lines = [header, *map(line_of, self.tokens), *map(line_of, self.steps)]
+        lines = [header, *map(line_of, self.tokens), *map(line_of, steps)]
         return gzip.compress("".join(f"{line}\n" for line in lines).encode(), 5)
 
     @classmethod
@@ -82,11 +89,12 @@ class Recording:
         rest = iter(lines)
         kept = islice(rest, header["tokens"])
         tokens = tuple(RequestTokens.read(json.loads(line)) for line in kept)
+        warm_up = tuple(steps_of(islice(rest, header["warm_up"])))
         steps = tuple(steps_of(rest))
         require(bool(steps), "recording: steps", 0, "at least one")
         ok = all(step.record for step in steps)
         require(ok, "recording: record", "none", "the record that a rank posted, in every step")
-        return cls(header["config"], ModelSizes(**header["model"]), steps, tokens)
+        return cls(header["config"], ModelSizes(**header["model"]), steps, tokens, warm_up)
 
 
 def line_of(kept: StepTrace | RequestTokens) -> str:

@@ -38,7 +38,13 @@ class LoadDriver:
         vocab_size = self.engine.model.vocab_size
         prompts = [Segment((number,), WARM_UP_TOKENS) for number in range(len(ranks))]
         tokens = [prompt.token_ids(vocab_size) for prompt in prompts]
-        await self.engine.generate(tokens, forced(WARM_UP_OUTPUTS), ranks)
+        handles = [
+            self.engine.submit(prompt, forced(WARM_UP_OUTPUTS), rank)
+            for prompt, rank in zip(tokens, ranks, strict=True)
+        ]
+        for handle in handles:
+            await handle.result()
+        self.handles.extend(handles)
 
     async def serve(self, start_s: float) -> list[RequestRecord]:
         """Serve all of them from a time of time.monotonic() on; records are in their order."""

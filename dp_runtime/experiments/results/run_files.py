@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,8 @@ from dp_runtime.metrics.recording import Recording, steps_of
 from dp_runtime.metrics.trace import StepTrace
 
 ROW, REQUESTS, STEPS = "row.json", "requests.jsonl.gz", "steps.jsonl.gz"
-HEADER, TOKENS = "recording.json", "tokens.jsonl.gz"  # with STEPS, a recording
+# With STEPS, a recording:
+HEADER, TOKENS, WARM_UP = "recording.json", "tokens.jsonl.gz", "warm_up.jsonl.gz"
 
 
 def write_run(
@@ -29,6 +31,7 @@ def write_run(
     _write_lines(directory / STEPS, recording.steps if recording else ())
     if recording is not None:
         _write_lines(directory / TOKENS, recording.tokens)
+        _write_lines(directory / WARM_UP, recording.warm_up)
         write_json(directory / HEADER, recording.header)
     write_json(directory / ROW, row)
 
@@ -56,11 +59,12 @@ def read_recording(path: Path) -> Recording:
         return Recording.read(path)
     ok, allowed = (path / HEADER).exists(), f"a directory with {HEADER}: that of a run"
     require(ok, "recording", str(path), allowed)
-    with (
-        gzip.open(path / TOKENS, "rt", encoding="utf-8") as tokens,
-        gzip.open(path / STEPS, "rt", encoding="utf-8") as steps,
-    ):
-        return Recording.from_lines(read_json(path / HEADER), chain(tokens, steps))
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(gzip.open(path / name, "rt", encoding="utf-8"))
+            for name in (TOKENS, WARM_UP, STEPS)
+        ]
+        return Recording.from_lines(read_json(path / HEADER), chain(*files))
 
 
 def read_requests(directory: Path) -> list[RequestRecord]:

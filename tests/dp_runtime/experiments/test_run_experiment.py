@@ -14,6 +14,8 @@ import pytest
 from dp_runtime.cli.main import main
 from dp_runtime.experiments import Experiment, read_requests, read_steps, run_experiment
 from dp_runtime.experiments.point import Run
+from dp_runtime.experiments.replay.cost_model import CostModel
+from dp_runtime.experiments.replay.device.on_device import replay_on_device
 from dp_runtime.experiments.results.run_directory import RunDirectory
 from dp_runtime.experiments.results.run_files import read_recording
 from tests.checkpoints import tiny_checkpoint
@@ -96,6 +98,14 @@ def test_the_directory_has_tables_settings_and_each_run_s_files(lab: Path) -> No
     assert {step.dp_rank for step in steps} == {0, 1}
     assert all(one.real_rows[1] == 0 for step in steps for one in step.passes)
     assert sum(step.output_tokens for step in steps) == 24, "nothing of the warm-up is counted"
+
+
+def test_a_run_on_real_ranks_again_has_the_same_rows_agreements_and_tokens(lab: Path) -> None:
+    recording = read_recording(next((lab / "out" / "runs").iterdir()))
+    found = replay_on_device(recording, {"device": "cpu"}, CostModel({"step": 1e-3}))
+    same, warm_up = found.same, len({step.step_id for step in recording.warm_up})
+    assert same.rows == same.agreements == same.steps == warm_up + found.line.steps
+    assert (same.requests, same.tokens) == (6 + 2, 6 + 2), "those of the warm-up, too"
 
 
 @pytest.fixture

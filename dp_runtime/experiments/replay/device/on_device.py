@@ -9,7 +9,7 @@ from typing import Any
 from dp_runtime.config import EngineConfig
 from dp_runtime.experiments.replay.cost_model import CostModel, FitError
 from dp_runtime.experiments.replay.device.ranks import Replayed, replay_at_steps, replay_at_times
-from dp_runtime.experiments.replay.device.requests import Requests
+from dp_runtime.experiments.replay.device.requests import LEAD, Requests
 from dp_runtime.experiments.replay.device.sameness import Sameness
 from dp_runtime.experiments.replay.lines import Line
 from dp_runtime.experiments.replay.recorded_requests import recorded_requests
@@ -45,20 +45,21 @@ def replay_on_device(
     rows (REROUTES, SCHEDULES) they come at their recorded times, and routing chooses their ranks
     if it is among what changes.
     """
-    steps = recorded_steps(recording)
-    requests, made = recorded_requests(steps), Requests(recording, recorded_depth(recording))
     config = recorded_config(recording, **changes)
-    timed = not set(changes).isdisjoint((*REROUTES, *SCHEDULES))
-    if timed:
+    made = Requests(recording, recorded_depth(recording))
+    if set(changes).isdisjoint((*REROUTES, *SCHEDULES)):
+        steps = recorded_steps(recording.with_warm_up)
+        config = _with_pages(config, recording)
+        whole = replay_at_steps(config, recorded_requests(steps), made, show_progress)
+        same = Sameness.of_steps(steps, recorded_steps(whole.recording))
+        first = min(step.step_id for step in recording.steps) - steps[0].traces[0].step_id
+        replayed = whole.since(LEAD + first)
+    else:
+        requests = recorded_requests(recorded_steps(recording))
         reroutes = not set(changes).isdisjoint(REROUTES)
         replayed = replay_at_times(config, requests, made, reroutes, show_progress)
-    else:
-        pages = _with_pages(config, recording)
-        replayed = replay_at_steps(pages, requests, made, show_progress)
-    anew = recorded_steps(replayed.recording)
-    same = Sameness.of_tokens(recording.tokens, replayed.outputs)
-    if not timed:
-        same += Sameness.of_steps(steps, anew)
+        same = Sameness(0, 0, 0, 0, 0)
+    same += Sameness.of_tokens(recording.tokens, replayed.outputs)
     return _measured(replayed, changes, costs, same)
 
 

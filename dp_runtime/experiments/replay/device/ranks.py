@@ -11,7 +11,7 @@ from dp_runtime.engine.engine import Engine
 from dp_runtime.engine.rank_group import RankGroup, start_ranks
 from dp_runtime.errors import RankFailed
 from dp_runtime.experiments.replay.device.outputs import Outputs
-from dp_runtime.experiments.replay.device.requests import LEAD, Requests
+from dp_runtime.experiments.replay.device.requests import Requests
 from dp_runtime.experiments.replay.recorded_requests import RecordedRequest
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.recording import Recording
@@ -23,8 +23,12 @@ LOOK_EVERY_S, SETTLE_S = 0.02, 10.0
 
 @dataclass(frozen=True, eq=False)
 class Replayed:
-    recording: Recording  # without the warm-up
+    recording: Recording
     outputs: Mapping[int, Sequence[int]]  # tokens by the recorded request id
+
+    def since(self, step_id: int) -> Replayed:
+        steps = tuple(step for step in self.recording.steps if step.step_id >= step_id)
+        return replace(self, recording=replace(self.recording, steps=steps))
 
 
 def replay_at_steps(
@@ -42,8 +46,8 @@ def replay_at_steps(
         group.listen(outputs.listeners)
         with ProgressBar("replay", len(requests), "request", show_progress) as bar:
             outputs.wait(config.step_timeout_s, bar)
-        steps = tuple(step for step in _settled(group) if step.step_id >= LEAD)
-        return Replayed(Recording.of(asdict(config), group.model, steps), outputs.tokens)
+        recording = Recording.of(asdict(config), group.model, _settled(group))
+        return Replayed(recording, outputs.tokens)
     finally:
         group.close()
 
@@ -70,7 +74,7 @@ def replay_at_times(
 ) -> Replayed:  # fmt: skip
     """Ask an engine for them when they were asked for; reroutes: of the ranks that it chooses."""
     with Engine(config, show_progress) as engine:
-        few = made.warm_up(config.dp_size, 0)
+        few = made.warm_up(config.dp_size)
         engine.generate(
             [each.prompt_token_ids for some in few for each in some],
             [each.params for some in few for each in some],

@@ -13,7 +13,7 @@ from dp_runtime.experiments.replay.recorded_requests import RecordedRequest
 from dp_runtime.metrics.recording import Recording
 
 WARM_UP_REQUESTS, WARM_UP_TOKENS, WARM_UP_OUTPUTS = 2, 16, 4  # of each rank
-LEAD = 64  # steps before the recorded ones, for the warm-up
+LEAD = 8  # steps before the first recorded one, in which ranks that were started come together
 
 
 class Requests:
@@ -47,9 +47,9 @@ class Requests:
             made = RankRequest(*own, bad_words=kept.bad_words)
         return replace(made, at_step=LEAD + request.step)
 
-    def warm_up(self, dp_size: int, first_id: int) -> list[list[RankRequest]]:
+    def warm_up(self, dp_size: int) -> list[list[RankRequest]]:
         """Return a few for each rank, so that what is done once only is done."""
-        ids = np.arange(first_id, first_id + dp_size * WARM_UP_REQUESTS).reshape(dp_size, -1)
+        ids = np.arange(dp_size * WARM_UP_REQUESTS).reshape(dp_size, -1)
         return [
             [self._drawn(each, WARM_UP_TOKENS, WARM_UP_OUTPUTS) for each in of_rank]
             for of_rank in ids.tolist()
@@ -58,12 +58,11 @@ class Requests:
     def by_rank(
         self, requests: Sequence[RecordedRequest], dp_size: int
     ) -> dict[int, list[RankRequest]]:
-        """Return all that each rank gets, warm-up included, in the order of steps."""
-        first_id = 1 + max(request.request_id for request in requests)
-        found = self.warm_up(dp_size, first_id)
+        """Return what each rank gets, in the order of steps."""
+        found: dict[int, list[RankRequest]] = {rank: [] for rank in range(dp_size)}
         for request in sorted(requests, key=lambda each: each.step):
             found[request.dp_rank].append(self.again(request))
-        return dict(enumerate(found))
+        return found
 
     def _drawn(self, request_id: int, num_tokens: int, max_tokens: int) -> RankRequest:
         rng = np.random.default_rng(request_id)

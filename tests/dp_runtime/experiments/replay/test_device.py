@@ -10,11 +10,13 @@ import pytest
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.cli.main import main
+from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.experiments.replay.cost_model import CostModel
 from dp_runtime.experiments.replay.device.on_device import OnDevice, replay_on_device
 from dp_runtime.experiments.replay.recorded_steps import recorded_steps
 from dp_runtime.metrics.recording import Recording
 
+POLICIES = Path(__file__).parents[4] / "examples" / "experiments" / "my_policy.py"
 COSTS = CostModel({"step": 1e-3})
 
 
@@ -46,6 +48,24 @@ def test_without_recorded_tokens_the_rows_are_the_same(recordings: dict[bool, Re
     assert same.agreements == same.steps > 0
     assert same.requests == 0
     assert "tokens" not in str(same)
+
+
+@pytest.mark.slow
+def test_lengths_of_drafts_that_follow_from_all_steps_before_are_the_same() -> None:
+    config = EngineConfig(
+        str(TINY_MODEL), dp_size=2, device="cpu", launcher="thread", max_moves=0,
+        speculative_num_steps=3, speculative_draft_length=f"{POLICIES}:OneMoreOrLess",
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    with Engine(config) as engine:
+        handles = [engine.submit([at, 5, 6], params) for at in range(5)]
+        for handle in handles:
+            handle.result()
+        recording = engine.recording(handles)
+    assert len({step.num_drafts for step in recording.steps}) > 1
+    same = replayed(recording).same
+    assert same.agreements == same.steps
+    assert same.tokens == 5
 
 
 @pytest.mark.slow

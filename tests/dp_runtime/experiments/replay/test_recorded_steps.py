@@ -61,6 +61,6 @@ def test_what_is_no_recording_is_refused(content: bytes, tmp_path: Path) -> None
 
 
 def test_a_recording_of_another_version_is_refused() -> None:
-    header = {"format": "dp-runtime recording", "version": 2}
-    with pytest.raises(ValueError, match="recording: version: 2 is not allowed; 1"):
+    header = {"format": "dp-runtime recording", "version": 1}
+    with pytest.raises(ValueError, match="recording: version: 1 is not allowed; 2"):
         Recording.from_lines(header, ())
