@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from dp_runtime.core.membership import Transition
 from dp_runtime.core.rank_events.listeners import Listeners, Resume
@@ -32,12 +32,15 @@ class Outputs:
             on_kv_events=lambda dp_rank, events: None,
         )
 
-    def wait(self, silence_s: float, bar: ProgressBar) -> None:
-        """Wait for all ends; RankFailed if nothing is heard for so many seconds."""
+    def wait(self, silence_s: float, last_step: Callable[[], int], bar: ProgressBar) -> None:
+        """Wait for all ends; RankFailed if there is no token, and no step, for so many seconds."""
+        step = -1
         with self._changed:
             while self._left and self._error is None:
                 if not self._changed.wait(silence_s):
-                    raise RankFailed(f"no request had a token for {silence_s:g} s")
+                    before, step = step, last_step()
+                    if step == before:
+                        raise RankFailed(f"no step for {silence_s:g} s")
                 bar.update(self._total - len(self._left))
             if self._error is not None:
                 raise self._error

@@ -45,11 +45,15 @@ def replay_at_steps(
     try:
         group.listen(outputs.listeners)
         with ProgressBar("replay", len(requests), "request", show_progress) as bar:
-            outputs.wait(config.step_timeout_s, bar)
+            outputs.wait(config.step_timeout_s, lambda: _last_step(group), bar)
         recording = Recording.of(asdict(config), group.model, _settled(group))
         return Replayed(recording, outputs.tokens)
     finally:
         group.close()
+
+
+def _last_step(group: RankGroup) -> int:
+    return max(rank.last_step for rank in group.health(SETTLE_S))
 
 
 def _settled(group: RankGroup) -> tuple[StepTrace, ...]:
