@@ -85,16 +85,22 @@ class Recording:
     def from_lines(cls, header: Any, lines: Iterable[str]) -> Recording:
         known = header.get("format") if isinstance(header, dict) else None
         require(known == FORMAT, "recording: format", known, FORMAT)
-        require(header["version"] == VERSION, "recording: version", header["version"], str(VERSION))
+        version = header.get("version")
+        require(version == VERSION, "recording: version", version, str(VERSION))
         rest = iter(lines)
-        kept = islice(rest, header["tokens"])
-        tokens = tuple(RequestTokens.read(json.loads(line)) for line in kept)
-        warm_up = tuple(steps_of(islice(rest, header["warm_up"])))
-        steps = tuple(steps_of(rest))
+        try:
+            kept = islice(rest, header["tokens"])
+            tokens = tuple(RequestTokens.read(json.loads(line)) for line in kept)
+            warm_up = tuple(steps_of(islice(rest, header["warm_up"])))
+            steps, sizes = tuple(steps_of(rest)), ModelSizes(**header["model"])
+            config = dict(header["config"])
+        except (KeyError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise not_allowed("recording: lines", why, "those of docs/experiments.md") from None
         require(bool(steps), "recording: steps", 0, "at least one")
-        ok = all(step.record for step in steps)
+        ok = all(step.record for step in (*warm_up, *steps))
         require(ok, "recording: record", "none", "the record that a rank posted, in every step")
-        return cls(header["config"], ModelSizes(**header["model"]), steps, tokens, warm_up)
+        return cls(config, sizes, steps, tokens, warm_up)
 
 
 def line_of(kept: StepTrace | RequestTokens) -> str:

@@ -4,8 +4,9 @@
     python -m examples.benchmarks.replay_error results/padding_skew.results results/...
 
 Each point of a grid is left out in turn: costs are fitted to the runs of all other points, and
-predict each of its own. The floor is what steps of the same rows differ by in one run: no model's
-error can be less. A straggler's pauses are no cost of rows, so leave such an experiment out.
+predict each of its own. A factor for all steps of a run is the machine, which is faster or slower
+than it was. The floor is what steps of the same rows differ by in one run: no model's error can
+be less. A straggler's pauses are no cost of rows, so leave such an experiment out.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def held_out(runs: Mapping[str, Sequence[Run]], point: str) -> list[FitError]:
 def main() -> None:
     options = arguments()
     print(machine.describe("torch", "dp-runtime"))
-    print("| point left out | error of a step, p50 | of the median step | of like steps | floor |")
-    print("|---|---|---|---|---|")
+    names = "of a step, p50", "but for a factor", "of the median step", "of like steps", "floor"
+    print(f"| point left out | {' | '.join(names)} |")
+    print("|---|---|---|---|---|---|")
     everything: list[FitError] = []
     for directory in options.results:
         labels = read_json(directory / "run.json")["points"]
@@ -64,6 +66,7 @@ def main() -> None:
 def summary(errors: Sequence[FitError]) -> str:
     columns = (
         [each.p50 for each in errors],
+        [each.scaled_p50 for each in errors],
         [abs(each.of_p50) for each in errors],
         [each.alike_p50 for each in errors if each.alike_p50 is not None],
         [each.noise for each in errors if each.noise is not None],

@@ -104,6 +104,8 @@ class FitError:
     p90: float
     of_p50: float  # predicted median over measured median, less 1
     num_steps: int
+    factor: float  # median of measured / predicted: how fast the machine is now
+    scaled_p50: float  # of a step, once that is known
     alike_p50: float | None  # of medians of steps with the same rows, weighed by their number
     noise: float | None  # of those steps around their medians: no model's error can be less
 
@@ -125,12 +127,15 @@ class FitError:
             alike += [float(_errors(np.median(guess[group]), median))] * len(group)
             noise += _errors(true[group], median).tolist()
         medians = (float(np.median(each)) if each else None for each in (alike, noise))
-        return cls(p50, p90, of_p50, len(true), *medians)
+        factor = float(np.median(true / guess))
+        scaled = float(np.median(_errors(guess * factor, true)))
+        return cls(p50, p90, of_p50, len(true), factor, scaled, *medians)
 
     def __str__(self) -> str:
         text = (
             f"error of a step {self.p50:.1%} (p50), {self.p90:.1%} (p90), "
-            f"of the median step {self.of_p50:+.1%}, {self.num_steps} steps"
+            f"of the median step {self.of_p50:+.1%}, {self.num_steps} steps; "
+            f"beside a factor of {self.factor:.2f} for all of them {self.scaled_p50:.1%} (p50)"
         )
         if self.alike_p50 is None:
             return text

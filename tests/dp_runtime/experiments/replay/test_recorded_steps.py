@@ -64,3 +64,11 @@ def test_a_recording_of_another_version_is_refused() -> None:
     header = {"format": "dp-runtime recording", "version": 1}
     with pytest.raises(ValueError, match="recording: version: 1 is not allowed; 2"):
         Recording.from_lines(header, ())
+
+
+@pytest.mark.parametrize("line", ["{}", "[]", '{"request_id": 1}'])
+def test_lines_of_nothing_known_are_refused(line: str) -> None:
+    header = {"format": "dp-runtime recording", "version": 2, "config": {}, "model": {}}
+    for counts in ({"tokens": 1, "warm_up": 0}, {"tokens": 0, "warm_up": 1}, {}):
+        with pytest.raises(ValueError, match=r"recording: lines: .* is not allowed"):
+            Recording.from_lines(header | counts, [line])

@@ -45,6 +45,7 @@ def test_steps_of_the_same_rows_tell_the_noise_from_the_error(shapes: list[StepS
     like = [shapes[0]] * 6
     error = FitError.of(like, [2.0] * 6, [1.0, 1.0, 1.0, 1.0, 1.5, 1.5])
     assert (error.alike_p50, error.noise, error.p90) == (1.0, 0.0, 1.0)
+    assert (error.factor, error.scaled_p50) == (0.5, 0.0)
     assert FitError.of(like[:4], [2.0] * 4, [1.0] * 4).alike_p50 is None
 
 
