@@ -43,11 +43,9 @@ class PageHasher:
         images: Sequence[PromptImage] = (),
     ) -> list[bytes]:
         """Name the full pages of these tokens; `known` are the digests of the first ones."""
-        num_pages = self.num_pages(len(tokens))
-        digests = list(known[:num_pages])
-        while len(digests) < num_pages:
-            start, end = self.span(len(digests))
-            self.append(digests, self.content(tokens[start:end]), embeds, cache_salt, images)
+        digests = list(known[: self.num_pages(len(tokens))])
+        for content in self.contents(tokens[len(digests) * self.page_size :]):
+            self.append(digests, content, embeds, cache_salt, images)
         return digests
 
     def append(
@@ -69,9 +67,11 @@ class PageHasher:
     def link(self, parent: bytes, content: bytes, given: bytes) -> bytes:
         return blake2b(parent + content + given, digest_size=DIGEST_BYTES).digest()
 
-    def content(self, tokens: Int64) -> bytes:
-        """Return the token ids of a page's span, as little-endian int32."""
-        return tokens.astype("<i4").tobytes()
+    def contents(self, tokens: Int64) -> list[bytes]:
+        """Return the token ids that each full page depends on itself, as little-endian int32."""
+        ids, size = tokens.astype("<i4").tobytes(), 4 * self.page_size
+        width, num_pages = size + 4 * self.covers_next, self.num_pages(len(tokens))
+        return [ids[at : at + width] for at in range(0, num_pages * size, size)]
 
     def _embeds(self, embeds: PromptEmbeds | None, page: int) -> bytes:
         if embeds is None:

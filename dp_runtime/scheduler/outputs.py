@@ -17,15 +17,16 @@ def append_outputs(
 ) -> RequestUpdate:
     """Append a request's new tokens up to its end, if that is among them; the caller settles."""
     request, index, stop = state.request, len(state.outputs), None
-    if len(tokens) > state.max_outputs - index:
-        tokens = tokens[: state.max_outputs - index]
+    room = state.max_outputs - index
+    if len(tokens) > room:
+        tokens = tokens[:room]
     if not request.stop_token_ids.isdisjoint(tokens):
         stop = next(token for token in tokens if token in request.stop_token_ids)
         tokens = tokens[: tokens.index(stop) + 1]
     state.outputs += tokens
     if stop is not None:
         requests.finish(state, FinishReason.STOP)
-    elif len(state.outputs) == state.max_outputs:
+    elif len(tokens) == room:
         requests.finish(state, FinishReason.LENGTH)
     elif cause is not None:
         requests.finish(state, FinishReason.ERROR)

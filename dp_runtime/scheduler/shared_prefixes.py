@@ -56,13 +56,13 @@ class SharedPrefixes:
     def find(self, request: RequestState, num_again: int = 1) -> FoundPrefix:
         """Find the cached pages that a request begins with; num_again tokens at least are left."""
         cache, found = self._pages.allocator.cache, request.found
+        digests = self._digests(request)
         reusable = min(request.num_reusable_tokens, request.num_tokens - num_again)
         while found and not cache.holds(found[-1]):
             found.pop()
         for number in range(len(found), max(0, reusable) // self._hasher.page_size):
-            self._name(request, number + 1)
             parent = found[-1].page if found else NULL_PAGE
-            page = cache.find(request.digests[number], request.contents[number], parent)
+            page = cache.find(digests[number], request.contents[number], parent)
             if page is None:
                 break
             found.append(cache.entry(page))
@@ -120,12 +120,10 @@ class SharedPrefixes:
     def _cache_pages(self, req_index: int) -> None:
         request = self._table.request(req_index)
         # A step may have run on behind the end of a request, with tokens that were dropped.
-        known = self._hasher.num_pages(request.num_tokens)
+        digests, contents = self._digests(request), request.contents
         full = int(self._table.num_cached_tokens[req_index]) // self._hasher.page_size
-        last = min(known, full)
-        self._name(request, last)
-        for number in range(int(self._pages.num_cached[req_index]), last):
-            if not self._pages.cache(req_index, request.digests[number], request.contents[number]):
+        for number in range(int(self._pages.num_cached[req_index]), min(len(digests), full)):
+            if not self._pages.cache(req_index, digests[number], contents[number]):
                 return
 
     def abandoned(self, req_index: int) -> None:
@@ -143,15 +141,12 @@ class SharedPrefixes:
             self.begin(request, self.find(request, num_again))
 
     def _digests(self, request: RequestState) -> list[bytes]:
-        """Name all full pages of a request."""
-        self._name(request, self._hasher.num_pages(request.num_tokens))
-        return request.digests
-
-    def _name(self, request: RequestState, num_pages: int) -> None:
-        """Name its first pages, those that have no name yet: their tokens stay as they are."""
-        own = request.request
-        salt, digests = own.params.cache_salt, request.digests
-        for number in range(len(digests), num_pages):
-            content = self._hasher.content(request.tokens(*self._hasher.span(number)))
-            request.contents.append(content)
-            self._hasher.append(digests, content, own.embeds, salt, own.images)
+        """Name all full pages of a request; it keeps what they hold, too."""
+        own, digests = request.request, request.digests
+        first = len(digests)
+        if first < self._hasher.num_pages(request.num_tokens):
+            tokens = request.tokens(first * self._hasher.page_size, request.num_tokens)
+            for content in self._hasher.contents(tokens):
+                request.contents.append(content)
+                self._hasher.append(digests, content, own.embeds, own.params.cache_salt, own.images)
+        return digests
