@@ -112,7 +112,7 @@ import json, ray
 from time import monotonic
 from dp_runtime import EngineConfig
 from workers.ray_cluster.rooms import place
-ray.init("local", num_cpus=4, num_gpus=4, labels={{"{GPU_DOMAIN}": "rack1"}},
+ray.init("local", num_cpus=1, num_gpus=4, labels={{"{GPU_DOMAIN}": "rack1"}},
          include_dashboard=False, log_to_driver=False)
 seen = {{}}
 for fields in ({{"dp_size": 4}}, {{"dp_size": 8, "ranks_per_gpu": 2}}, {{"dp_size": 5}}):
