@@ -189,7 +189,11 @@ def test_an_abort_reaches_the_devices_of_all_ranks(machine: Machine, tmp_path: P
     assert run(tmp_path, 2, case) == ["aborted by rank 0: for a test"] * 2
 
 
-def test_an_abort_does_not_wait_for_a_launch_for_ever(machine: Machine, tmp_path: Path) -> None:
+def test_an_abort_does_not_wait_for_a_launch_for_ever(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nccl, "_GRACE_S", 0.2)
+
     def case(group: TorchDistributedGroup) -> None:
         machine.connects = False  # every launch blocks from here
         launch = threading.Thread(
@@ -208,8 +212,10 @@ def test_an_abort_does_not_wait_for_a_launch_for_ever(machine: Machine, tmp_path
 
 
 def test_an_abort_does_not_wait_for_graphs_that_go_after_it(
-    machine: Machine, tmp_path: Path
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(nccl, "_GRACE_S", 0.2)
+
     def case(group: TorchDistributedGroup) -> None:
         machine.graphs.clear()
         group.abort("a peer is lost")

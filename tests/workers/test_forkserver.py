@@ -26,13 +26,20 @@ from workers.forkserver import ForkServer
 TELL = "tests.workers.forked:tell"
 DRIVER = """
 import json, os, signal, sys, time
+from dp_runtime.config import EngineConfig
+from workers import local_group
 from workers.forkserver import ForkServer
+from workers.messages import ReadHealth
 server = ForkServer("tests.workers.forked")
 children = [server.fork("tests.workers.forked:tell", f"dp-rank-{i}", 60.0) for i in range(2)]
 told = [channel.recv() for process, channel in children]
 if os.fork() == 0:  # holds the driver's ends of all channels
     time.sleep(60)
-os.kill(told[1]["pid"], signal.SIGSTOP)
+local_group._fork = local_group._spawn
+fresh = local_group.ProcessRank(0, EngineConfig("x"), "cpu")
+told.append({"pid": fresh.call(ReadHealth()).result().pid})
+for one in told[1:]:
+    os.kill(one["pid"], signal.SIGSTOP)
 if sys.argv[1:]:
     os.kill(told[0]["server"], signal.SIGSTOP)
 print(json.dumps(told), flush=True)
@@ -41,10 +48,19 @@ time.sleep(60)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    one = ForkServer("tests.workers.forked", "torch")
-    yield one
-    one.close()
+def servers() -> Iterator[list[ForkServer]]:
+    started: list[ForkServer] = []
+    yield started
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def server(servers: list[ForkServer]) -> ForkServer:
+    """One that several tests use, or another after a test that has ended it."""
+    if not (servers and servers[-1].usable):
+        servers.append(ForkServer("tests.workers.forked", "torch"))
+    return servers[-1]
 
 
 def test_a_child_sees_what_the_driver_has_now(
@@ -121,18 +137,17 @@ def test_a_stopped_server_is_replaced() -> None:
 
 
 def test_a_server_that_has_forked_before_is_waited_for_shortly(
-    monkeypatch: pytest.MonkeyPatch,
+    server: ForkServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = ForkServer("tests.workers.forked")
     child, channel = server.fork(TELL, "dp-rank-0", 60.0)
     channel.recv()
     stop(server._process.pid)
     monkeypatch.setattr(forkserver, "FORK_S", 0.2)
     with pytest.raises(StartError, match=r"dp-rank-1: no process was started within 0\.2 s"):
         server.fork(TELL, "dp-rank-1", 600.0)
+    assert not server.usable
     channel.close()
     child.kill()
-    server.close()
 
 
 def test_a_server_that_ends_slowly_is_a_start_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +181,10 @@ def test_a_server_of_another_import_path_is_not_used(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("stopped_too", [pytest.param([], marks=pytest.mark.slow), ["server"]])
 def test_all_end_with_the_driver(stopped_too: list[str]) -> None:
-    """Also where a child of its program holds its sockets, and where a rank is stopped."""
+    """Also where a child of its program holds its sockets, and where a rank is stopped.
+
+    One rank was forked before it was stopped, one is of a fresh interpreter.
+    """
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, *stopped_too], cwd=REPOSITORY, stdout=subprocess.PIPE,
         text=True, start_new_session=True,
@@ -183,35 +201,6 @@ def test_all_end_with_the_driver(stopped_too: list[str]) -> None:
     finally:
         os.killpg(driver.pid, signal.SIGKILL)  # the forked child
         end(processes)
-
-
-FRESH = """
-import os, signal, time
-from dp_runtime.config import EngineConfig
-from workers.local_group import ProcessRank, _spawn
-from workers import local_group
-from workers.messages import ReadHealth
-local_group._fork = _spawn
-rank = ProcessRank(0, EngineConfig("x"), "cpu")
-pid = rank.call(ReadHealth()).result().pid
-os.kill(pid, signal.SIGSTOP)
-print(pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_stopped_rank_of_a_fresh_interpreter_ends_with_the_driver() -> None:
-    driver = subprocess.Popen(
-        [sys.executable, "-c", FRESH], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
-    with driver:
-        assert driver.stdout is not None
-        rank = psutil.Process(int(driver.stdout.readline()))
-        driver.kill()
-    try:
-        wait_until(lambda: not alive(rank), "the rank ends", 20)
-    finally:
-        end([rank])
 
 
 def test_a_server_that_dies_is_replaced_before_a_rank_is_lost(

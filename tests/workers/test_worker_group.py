@@ -27,6 +27,16 @@ from workers.worker_group import WorkerGroup
 HUNG = "never answers"
 
 
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for ranks that never answer here."""
+    monkeypatch.setattr("workers.ranks.TOGETHER_S", 0.1)
+    monkeypatch.setattr("workers.supervision.poller.POLL_S", 0.1)
+    monkeypatch.setattr("workers.supervision.recovery.SUSPEND_S", 0.1)
+    monkeypatch.setattr("workers.supervision.recovery.ASK_S", 0.1)
+    monkeypatch.setattr("workers.supervision.watch.ASK_S", 0.1)
+
+
 @dataclass
 class FakeRank:
     """Answers each method with a value, an exception to raise, or not at all."""
