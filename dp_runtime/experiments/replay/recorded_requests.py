@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dp_runtime.errors import require
-from dp_runtime.experiments.replay.recorded_steps import RecordedStep
+from dp_runtime.experiments.replay.recorded_steps import recorded_steps
+from dp_runtime.metrics.recording import Recording
 from dp_runtime.metrics.trace import Arrival, End
 
 
@@ -22,13 +22,16 @@ class RecordedRequest:
     output_tokens: int
 
 
-def recorded_requests(steps: Sequence[RecordedStep]) -> list[RecordedRequest]:
-    """Return requests that came and ended within these steps of one epoch, as they came.
+def recorded_requests(recording: Recording) -> list[RecordedRequest]:
+    """Return requests that came and ended within a recording of one epoch, as they came.
 
     One that a rank gave back counts for the rank that it went to; one without a token is left out.
     """
-    epochs = {step.traces[0].epoch for step in steps}
-    require(len(epochs) == 1, "recording: epochs", len(epochs), "1: ranks neither came nor went")
+    steps, stayed = recorded_steps(recording), "ranks neither came nor went"
+    epochs, num_ranks = {step.traces[0].epoch for step in steps}, len(steps[0].traces)
+    require(len(epochs) == 1, "recording: epochs", len(epochs), f"1: {stayed}")
+    dp_size = recording.config["dp_size"]
+    require(num_ranks == dp_size, "recording: ranks", num_ranks, f"dp_size {dp_size}: {stayed}")
     start_s = min(trace.start_s for trace in steps[0].traces)
     came: dict[int, tuple[Arrival, int, int]] = {}
     times: dict[int, float] = {}

@@ -98,7 +98,7 @@ def _changed(
         config, recording.model, execution_of(recording, config), budget, depth,
         reroutes=not set(changes).isdisjoint(REROUTES), predict=costs,
     )  # fmt: skip
-    anew = simulation.run(recorded_requests(steps))
+    anew = simulation.run(recorded_requests(recording))
     return [step.shape for step in anew], [step.seconds for step in anew]
 
 

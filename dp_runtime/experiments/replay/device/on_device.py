@@ -46,16 +46,16 @@ def replay_on_device(
     if it is among what changes.
     """
     config = recorded_config(recording, **changes)
-    made = Requests(recording, recorded_depth(recording))
+    made, everything = Requests(recording, recorded_depth(recording)), recording.with_warm_up
     if set(changes).isdisjoint((*REROUTES, *SCHEDULES)):
-        steps = recorded_steps(recording.with_warm_up)
+        requests, steps = recorded_requests(everything), recorded_steps(everything)
         config = _with_pages(config, recording)
-        whole = replay_at_steps(config, recorded_requests(steps), made, show_progress)
+        whole = replay_at_steps(config, requests, made, show_progress)
         same = Sameness.of_steps(steps, recorded_steps(whole.recording))
         first = min(step.step_id for step in recording.steps) - steps[0].traces[0].step_id
         replayed = whole.since(LEAD + first)
     else:
-        requests = recorded_requests(recorded_steps(recording))
+        requests = recorded_requests(recording)
         reroutes = not set(changes).isdisjoint(REROUTES)
         replayed = replay_at_times(config, requests, made, reroutes, show_progress)
         same = Sameness(0, 0, 0, 0, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dp_runtime.experiments.replay.recorded_requests import recorded_requests
 from dp_runtime.experiments.replay.recorded_steps import (
     recorded_config,
     recorded_steps,
@@ -48,6 +50,16 @@ def test_what_a_replay_can_not_know_is_refused(recordings: dict[bool, Recording]
         replay_rows(
             recording, recorded_steps(recording), recorded_config(recording, padding="auto")
         )
+
+
+def test_requests_of_ranks_that_came_or_went_are_refused(recordings: dict[bool, Recording]) -> None:
+    steps = recordings[False].steps
+    gone = replace(recordings[False], config={**recordings[False].config, "dp_size": 4})
+    with pytest.raises(ValueError, match="recording: ranks: 3 is not allowed; dp_size 4"):
+        recorded_requests(gone)
+    later = tuple(replace(s, epoch=int(s.step_id > steps[9].step_id)) for s in steps)
+    with pytest.raises(ValueError, match="recording: epochs: 2 is not allowed; 1: ranks neither"):
+        recorded_requests(replace(recordings[False], steps=later))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x1f\x8b\x08cut"])
