@@ -5,14 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from collectives.session import session_token
 from dp_runtime import Engine, EngineConfig
 from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import EngineClosed, EngineOverloaded, RankFailed, StartError
@@ -29,7 +25,7 @@ from dp_runtime.startup.build_rank import load_rank
 from dp_runtime.startup.loaded_rank import LoadedRank
 from tests.checkpoints import tiny_checkpoint
 from tests.signals import stop
-from tests.workers.engines import ENDLESS, REPOSITORY, SHORT, TOLD_S, Driver, engine
+from tests.workers.engines import ENDLESS, SHORT, TOLD_S, Driver, engine
 from tests.workers.leftovers import (
     left_overs,
     nothing_new,
@@ -37,6 +33,7 @@ from tests.workers.leftovers import (
     serving_processes,
     wait_until,
 )
+from workers import local_group
 from workers.messages import Call, Join, Load, Prepare, Rendezvous
 from workers.stages import rank_stages
 from workers.supervision.leaving import STOP_S
@@ -281,16 +278,9 @@ def test_ranks_end_with_their_driver(model: Path, tmp_path: Path, number: signal
 
 def test_a_rank_that_waits_for_others_ends_with_its_driver(model: Path, tmp_path: Path) -> None:
     """It removes the names of a meeting that never takes place."""
-    ours, theirs = socket.socketpair()
-    fds = (theirs.fileno(), os.pidfd_open(os.getpid()))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "workers.local_rank", session_token(), *map(str, fds)],
-        pass_fds=fds, cwd=REPOSITORY,
-    )  # fmt: skip
-    theirs.close()
-    os.close(fds[1])
+    process, connection = local_group._fork(0, 60.0)
     meeting = tmp_path / "meeting"
-    with Connection(ours.detach()) as driver:  # closing it ends the rank, also if the test fails
+    with connection as driver:  # closing it ends the rank, also if the test fails
         driver.send((0, EngineConfig(str(model), dp_size=2, num_pages=1100), "cpu"))
         for call_id, message in enumerate((Prepare(), Load())):
             driver.send(Call.with_message(call_id, message))

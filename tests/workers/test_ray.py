@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file, save_file
 
+from dp_runtime import Engine
 from dp_runtime.core.request import FinishReason
 from dp_runtime.errors import EngineClosed, RankFailed
 from dp_runtime.flight.record import Source
@@ -49,7 +50,7 @@ def all_resources_free() -> bool:
     return bool(ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
 
 
-def test_the_same_tokens_as_threads(model: Path) -> None:
+def test_the_same_tokens_as_threads_until_a_rank_is_lost(model: Path) -> None:
     prompts = [[1, 2, 3], [4] * 70, [5]]
     with engine(model, "thread") as threads:
         expected = [output.token_ids for output in threads.generate(prompts, SHORT)]
@@ -62,6 +63,39 @@ def test_the_same_tokens_as_threads(model: Path) -> None:
         next(iter(handle))
         handle.abort()
         assert handle.result(30).finish_reason is FinishReason.ABORT
+        lose_a_rank(one, signal.SIGKILL)
+        closing = time.monotonic()
+    assert time.monotonic() - closing < STOP_S
+
+
+def lose_a_rank(one: Engine, number: signal.Signals) -> None:
+    """Send rank 1 a signal that ends or stops it, and see all requests fail."""
+    handles = [one.submit([1, 2, 3], ENDLESS, rank) for rank in range(2)]
+    for handle in handles:
+        next(iter(handle))
+    lost = time.monotonic()
+    os.kill(one.health()[1].pid, number)
+    for handle in handles:
+        with pytest.raises(RankFailed, match=r"rank 1 died|rank 0: .* for ranks 1"):
+            handle.result(TOLD_S)
+    assert time.monotonic() - lost < TOLD_S
+    if number != signal.SIGSTOP:
+        wait_until(lambda: one.health()[0].state is RankState.FAILED, "rank 0 has stopped")
+        assert one.health()[1].state is RankState.UNREACHABLE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGSTOP])
+def test_a_lost_rank_fails_all_requests(model: Path, number: signal.Signals) -> None:
+    with engine(model, "ray", step_timeout_s=1.0) as one:
+        lose_a_rank(one, number)
+        closing = time.monotonic()
+    assert time.monotonic() - closing < STOP_S
+
+
+@pytest.mark.slow
+def test_use_after_close(model: Path) -> None:
+    with engine(model, "ray") as one:
         unfinished = one.submit([1, 2], ENDLESS)
     with pytest.raises(EngineClosed):
         unfinished.result()
@@ -96,31 +130,6 @@ def exported(names: set[str]) -> dict[str, float]:
                 if sample.name in names:
                     sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
     return sums
-
-
-@pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGKILL,
-        *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGSTOP)),
-    ],
-)
-def test_a_lost_rank_fails_all_requests(model: Path, number: signal.Signals) -> None:
-    with engine(model, "ray", step_timeout_s=1.0) as one:
-        handles = [one.submit([1, 2, 3], ENDLESS, rank) for rank in range(2)]
-        for handle in handles:
-            next(iter(handle))
-        lost = time.monotonic()
-        os.kill(one.health()[1].pid, number)
-        for handle in handles:
-            with pytest.raises(RankFailed, match=r"rank 1 died|rank 0: .* for ranks 1"):
-                handle.result(TOLD_S)
-        assert time.monotonic() - lost < TOLD_S
-        if number != signal.SIGSTOP:
-            wait_until(lambda: one.health()[0].state is RankState.FAILED, "rank 0 has stopped")
-            assert one.health()[1].state is RankState.UNREACHABLE
-        closing = time.monotonic()
-    assert time.monotonic() - closing < STOP_S
 
 
 @pytest.mark.slow
