@@ -1,21 +1,32 @@
 """The scheduler under random arrivals, aborts and page shortage, at depth 0 and 1."""
 
 from collections import Counter, deque
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dp_runtime.core.attention_metadata import AttentionMetadata, PageGeometry, Place, check_values
+from dp_runtime.core.batch import (
+    ALL_EXACT,
+    AS_POSITIONS,
+    NO_EMBEDS,
+    NO_IMAGES,
+    NO_REPLAYS,
+    NO_STATES,
+)
 from dp_runtime.core.request import FinishReason, RankRequest
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import SERVING_PROGRAMS
 from dp_runtime.sampling.sampler import SampledTokens
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.request_state import RequestStatus
+from dp_runtime.scheduler.routed_rows import NO_ROUTED_ROWS
 from dp_runtime.scheduler.scheduler import Scheduler
-from dp_runtime.scheduler.scheduler_output import SchedulerOutput
+from dp_runtime.scheduler.scheduler_output import NO_MOVES, SchedulerOutput
 from tests.dp_runtime.reference_scheduler import ReferenceScheduler, Rows
 from tests.dp_runtime.scheduler.routed_positions import RoutedPositions
 
@@ -328,6 +339,27 @@ def test_prompt_logprob_rows_cover_the_prompt_once_despite_chunks_and_preemption
             seen[chunk.state.request_id] += range(chunk.score_start, chunk.score_end)
     assert driver.scheduler.num_preemptions > 0
     assert all(positions == list(range(13)) for positions in seen.values())
+
+
+def test_a_step_makes_nothing_for_what_none_of_its_requests_has() -> None:
+    """Neither do those cost it anything that had some of it and have left."""
+    rank = scheduler(20)
+    brings = replace(request(1, 5, 1), replay=np.zeros((5, 2, 1), np.int16))
+    for each in (brings, request(2, 5, 9)):
+        rank.add(each)
+    before = rank.schedule(PROGRAM)
+    assert (len(before.routed.rows), len(before.target.replays)) == (5, 5)
+    rank.commit(before, SampledTokens((11, 11), (None, None)))
+    step = rank.schedule(PROGRAM)
+    batch = step.target
+    assert batch.num_tokens == 1
+    assert not (rank.table.returns_routing or rank.table.replays_routing)
+    assert [step.routed, step.states] == [NO_ROUTED_ROWS, NO_MOVES]
+    assert [batch.states, batch.embeds, batch.images, batch.replays] == [
+        NO_STATES, NO_EMBEDS, NO_IMAGES, NO_REPLAYS,
+    ]  # fmt: skip
+    assert batch.rope_positions is AS_POSITIONS
+    assert batch.lengths_are_bounds is ALL_EXACT
 
 
 def test_metadata_derives_its_batch_size_from_the_batch() -> None:
