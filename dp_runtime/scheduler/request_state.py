@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from dp_runtime.core.batch import Int64
-from dp_runtime.core.request import FinishReason, RankRequest
+from dp_runtime.core.request import FinishReason, RankRequest, RequestUpdate
 from dp_runtime.prefix_cache.prefix_cache import CachedPage
 from dp_runtime.vision.rope_positions import rope_positions
 
@@ -109,6 +109,14 @@ class RequestState:
         params = self.request.params
         names = [name for name in ("bad_words", "structured_outputs") if getattr(params, name)]
         return f"{cause}, or {' and '.join(names)} leave none to choose" if names else cause
+
+    def told(self) -> RequestUpdate:
+        """Tell how a request has ended without another token."""
+        cached = self.num_prompt_cached or 0
+        return RequestUpdate(
+            self.request_id, len(self.outputs), finish_reason=self.finish_reason,
+            num_cached_tokens=cached,
+        )  # fmt: skip
 
     def rope(self, start: int, end: int) -> Int64:
         """Return the positions by which tokens [start, end) are rotated, [3, end - start]."""

@@ -115,7 +115,7 @@ class Scheduler:
             return None
         self.requests.finish(request, FinishReason.ABORT)
         self.requests.settle()
-        return RequestUpdate(request_id, len(request.outputs), finish_reason=FinishReason.ABORT)
+        return request.told()
 
     def schedule(self, program: Program, prefill_budget: int | None = None) -> SchedulerOutput:
         query_len = program.query_len(Pass.TARGET)

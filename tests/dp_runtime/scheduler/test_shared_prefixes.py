@@ -262,6 +262,19 @@ def test_a_whole_prompt_that_is_cached_is_computed_from_its_last_page_on() -> No
     assert (update_of_last.num_queries, update_of_last.num_hits) == (24, 8)
 
 
+def test_who_is_aborted_tells_what_it_found() -> None:
+    driver = SharingDriver(40)
+    prompt = prompt_of(0, 12)
+    run(driver, request(0, prompt, 2))
+    for number, steps in ((1, 1), (2, 0)):
+        driver.add(request(number, prompt, 8))
+        for _ in range(steps):
+            driver.step()
+        update = driver.scheduler.abort(number)
+        assert update is not None
+        assert (update.num_cached_tokens, update.first_index) == (8 * steps, steps)
+
+
 def test_other_salts_and_other_beginnings_find_nothing() -> None:
     driver = SharingDriver(40)
     prompt = prompt_of(0, 12)
