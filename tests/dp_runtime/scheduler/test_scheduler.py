@@ -353,7 +353,7 @@ def test_a_step_makes_nothing_for_what_none_of_its_requests_has() -> None:
     step = rank.schedule(PROGRAM)
     batch = step.target
     assert batch.num_tokens == 1
-    assert not (rank.table.returns_routing or rank.table.replays_routing)
+    assert [*rank.table.returns_routing, *rank.table.replays_routing] == []
     assert [step.routed, step.states] == [NO_ROUTED_ROWS, NO_MOVES]
     assert [batch.states, batch.embeds, batch.images, batch.replays] == [
         NO_STATES, NO_EMBEDS, NO_IMAGES, NO_REPLAYS,
