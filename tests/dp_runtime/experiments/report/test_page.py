@@ -92,6 +92,9 @@ def test_rows_and_waits_are_those_of_the_steps() -> None:
             assert real["mean"][place] == pytest.approx(np.mean(values), rel=1e-3)
             assert (real["low"][place], real["high"][place]) == (min(values), max(values))
             assert gathered["high"][place] == max(one.gathered_rows[rank] for one in found)
+    (free,) = charts(page, "Free pages")
+    known = [value for strip in free["strips"] for value in strip["series"][0]["high"] if value]
+    assert (max(known), min(known)) == (9, 3)
     (waited,) = charts(page, "Who was waited for")
     total = sum(part["waited for"] for part in waited["rows"].values())
     assert total == pytest.approx(sum(step.wait_s for step in steps))
