@@ -81,6 +81,7 @@ class StateDevice:
         self.slots = [Slot() for _ in range(limits.num_state_slots)]
         self.accepted = [MAX_DRAFTS] * limits.num_state_slots
         self.kv: dict[int, int] = {}
+        self.following: dict[int, int] = {}  # the token after each slot's, where a page has it too
         self.sequences: dict[int, Text] = {}
         self.in_flight: deque[InFlight] = deque()
         self.hits: dict[int, list[int]] = {}  # by request, each time that it began
@@ -171,6 +172,10 @@ class StateDevice:
             if chunk is None or chunk.samples:
                 self.sequences[number].tokens += follows
                 sampled += follows + [WRONG] * (drafts - count)
+            if self.limits.max_drafts:
+                for at in range(start, start + len(fed) - drafts + count):
+                    following = self.sequences[number].tokens[at + 1]
+                    self.following[self.place(batch.page_table[index], at)] = following
             if chunk is None:
                 accepted.append(count)
         tracks = [track for track in step.states.tracks if not track.num_rows]
@@ -236,8 +241,11 @@ class StateDevice:
             text = one.tokens[len(one.request.prompt_token_ids) :]
             assert one.outputs == text[: len(one.outputs)]
 
-    def ends(self) -> tuple[set[int], set[int]]:
-        """What the device holds at the ends of cached pages: in these, and in states there."""
+    def ends(self) -> tuple[set[tuple[int, int]], set[int]]:
+        """What the device holds at the ends of cached pages: in these, and in states there.
+
+        With drafts pages are told apart by the token after them, too.
+        """
         cache, size = self.scheduler.page_table.allocator.cache, self.page_size
         pages = [page for page in range(self.scheduler.pages.num_pages) if page in cache]
         in_pages = {page: self.kv[page * size + size - 1] for page in pages}
@@ -250,7 +258,8 @@ class StateDevice:
             assert state == in_pages[page], "the state behind a page is not that of its tokens"
             self.num_passed += checkpoint.num_accepted > 0
             kept.add(state)
-        return {*in_pages.values()}, kept
+        after = {page: self.following.get(page * size + size - 1, 0) for page in pages}
+        return {(in_pages[page], after[page]) for page in pages}, kept
 
     def hits_due(self) -> dict[int, int]:
         """The tokens that each waiting request would find, by what the device holds."""
@@ -260,7 +269,8 @@ class StateDevice:
             text = self.sequences[waiting.request_id]
             due[waiting.request_id] = 0
             for at in range(self.page_size, len(text.tokens), self.page_size):
-                if text.state_at(at) not in in_pages:
+                following = text.tokens[at] if self.limits.max_drafts else 0
+                if (text.state_at(at), following) not in in_pages:
                     break
                 if text.state_at(at) in kept:
                     due[waiting.request_id] = at
@@ -274,7 +284,7 @@ class StateDevice:
             assert state.status is RequestStatus.RUNNING
             if number in due:
                 (chunk,) = (chunk for chunk in step.chunks if chunk.state is state)
-                if exactly and not self.limits.max_drafts:
+                if exactly:
                     assert chunk.start == due[number]
                 assert chunk.start <= due[number]
                 self.hits[number].append(chunk.start)
