@@ -206,6 +206,7 @@ def figures(run: Run) -> dict[str, float]:
 def main() -> None:
     options = _options()
     print(machine.describe("torch", "dp-runtime"))
+    contenders = [*((each, True) for each in options.routings), ("least_tokens", False)]
     for name in options.loads:
         load = LOADS[name](np.random.default_rng(options.seed), options.requests)
         ideal, count = ideal_hit_rate(load, PAGE), sum(map(len, load))
@@ -213,7 +214,7 @@ def main() -> None:
         print(f"{name}: {count} requests; ideal {ideal:.3f}, token by token {by_token:.3f}")
         runs: dict[str, list[dict[str, float]]] = {}
         for _ in range(options.rounds):  # in turns, so that a machine's moods are everybody's
-            for routing, caching in [*((each, True) for each in ROUTINGS), ("least_tokens", False)]:
+            for routing, caching in contenders:
                 config = EngineConfig(
                     str(options.model), dp_size=options.dp_size, launcher=options.launcher,
                     routing=routing, prefix_caching=caching, page_size=PAGE,
@@ -253,6 +254,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dp-size", type=int, default=4)
     parser.add_argument("--launcher", default="local", choices=("local", "thread", "ray"))
     parser.add_argument("--loads", nargs="+", default=list(LOADS), choices=list(LOADS))
+    parser.add_argument("--routings", nargs="+", default=list(ROUTINGS), choices=ROUTINGS)
     parser.add_argument("--requests", type=int, default=160, help="or conversations of each load")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, of which the median")
     parser.add_argument("--num-pages", type=int, default=1024, help="of each rank, of 16 tokens")
