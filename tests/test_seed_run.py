@@ -3,27 +3,103 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dp_runtime.cli.top.scrape import Scrape
+from examples.seed_run.__main__ import Exam, main
 from examples.seed_run.client import Answer
+from examples.seed_run.report import write_report
 from examples.seed_run.run import Counters, Run, differences, faults_of
-from examples.seed_run.server import Loss
+from examples.seed_run.server import Loss, Server
 from examples.seed_run.workload import Chat, ExamShape, draw_exam
+from tests.dp_runtime.server.served import serving
+from tests.hybrid_checkpoints import (
+    IMAGE_TOKEN,
+    VISION,
+    add_mtp,
+    agree_in_part,
+    hybrid_checkpoint,
+)
 
-CHATS = draw_exam(ExamShape(40))
+CHATS = draw_exam(ExamShape(40, answer_tokens=10))
+SPECIAL = {"<start>": 188, "<end>": 189, "<image>": IMAGE_TOKEN}
+TEMPLATE = """\
+{% for part in messages[0].content %}{% if part.type == 'image' %}<start><image><end>
+{%- else %}{{ part.text }}{% endif %}{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that reads images and the words of the exam; some of its drafts are right."""
+    path = tmp_path_factory.mktemp("model")
+    layers: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    agree_in_part(add_mtp(hybrid_checkpoint(path, VISION, vocab_size=512, **layers)))
+    texts = [chat.messages[0]["content"][-1]["text"] for chat in CHATS]
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
+    places = [n for n in range(1, 512) if n not in SPECIAL.values()]
+    vocabulary = {"?": 0} | SPECIAL | dict(zip(words, places))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([*SPECIAL])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """The same exam of two ranks with drafts, and of one without."""
+    exam = Exam(CHATS, 24, tmp_path_factory.mktemp("exam"), 60.0)
+    sizes: dict[str, dict[str, Any]] = {
+        "two ranks": {"dp_size": 2, "speculative_num_steps": 3}, "one rank": {"dp_size": 1},
+    }  # fmt: skip
+    found = []
+    for title, fields in sizes.items():
+        with serving(model=str(checkpoint), device="cpu", num_pages=200, **fields) as served:
+            found.append(exam.answered_by(Server(served.url), title))
+            served.check_idle()
+    return found
+
+
+def test_all_are_answered_as_by_one_rank_without_drafts(runs: list[Run]) -> None:
+    """A random model knows no letter."""
+    assert [fault for run in runs for fault in faults_of(run, min_accuracy=0.0)] == []
+    assert differences(*runs) == []
+    assert [run.most_in_flight for run in runs] == [24, 24]
+
+
+def test_a_report_has_what_was_seen_and_counted(runs: list[Run], tmp_path: Path) -> None:
+    text = write_report(tmp_path / "report", runs, ["chat 7 is late"])
+    assert text == (tmp_path / "report.md").read_text()
+    assert "| answered | 40 | 40 |" in text
+    assert "- chat 7 is late\n" in text
+    content = json.loads((tmp_path / "report.json").read_text())
+    two, one = content["runs"]
+    assert content["faults"] == ["chat 7 is late"]
+    assert 0 == one["padding waste"] < two["padding waste"] < 1
+    assert one["accepted length"] == 1 < two["accepted length"] <= 4
+    assert {"encode", "target", "draft", "wait"} <= two["seconds of a rank"].keys()
+    assert two["seconds of a rank"]["encode"] > 0
+    assert one["passes of a rank"]["target eager"] == one["steps of a rank"]
+    assert two["output tokens"] == one["output tokens"]
 
 
 def test_an_exam_is_varied_and_always_the_same() -> None:
     chats, again = (draw_exam(ExamShape(150)) for _ in range(2))
     assert [chat.body for chat in chats] == [chat.body for chat in again]
     assert {chat.num_images for chat in chats} == {1, 2, 3}
-    contents = [chat.body["messages"][0]["content"] for chat in chats]
+    contents = [chat.messages[0]["content"] for chat in chats]
     asked = {json.dumps(content) for content in contents}
     assert 0.05 < 1 - len(asked) / len(chats) < 0.2, "some are asked again"
     words = np.array([len(content[-1]["text"].split()) for content in contents])
@@ -70,9 +146,9 @@ def changed(number: int, **fields: Any) -> Run:
 
 FAULTS: dict[str, Callable[[], Run]] = {
     "not answered: APIError: no": lambda: changed(3, error="APIError: no"),
-    "ended by 'abort' after 5 of 64": lambda: changed(ENDING, finish_reason="abort"),
-    "ended by 'stop' after 0 of 64": lambda: changed(ENDING, token_ids=()),
-    "ended by 'length' after 5 of 64": lambda: changed(ENDING, finish_reason="length"),
+    "ended by 'abort' after 5 of 10": lambda: changed(ENDING, finish_reason="abort"),
+    "ended by 'stop' after 0 of 10": lambda: changed(ENDING, token_ids=()),
+    "ended by 'length' after 5 of 10": lambda: changed(ENDING, finish_reason="length"),
     "ended by 'length' after 1 of": lambda: changed(ENDLESS, token_ids=(1,)),
     "ended by 'stop' after": lambda: changed(ENDLESS, finish_reason="stop"),
     "97.5% of the answers are right, not 100.0%": lambda: changed(7, text="Answer: ?"),
@@ -100,3 +176,16 @@ def test_a_fault_is_seen(fault: str) -> None:
 def test_other_tokens_are_seen(tokens: tuple[int, ...], place: str) -> None:
     (found,) = differences(changed(ENDING, token_ids=tokens), RIGHT)
     assert found == f"it: chat {ENDING} differs from it at token {place}"
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_with_a_rank_that_is_killed_halfway(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Two ranks with drafts, each a process, answer as one does without."""
+    command = ["--model", checkpoint, "--chats", 100, "--in-flight", 60, "--dp-size", 2,
+               "--kill-rank-at", 0.5, "--compare", "--min-accuracy", 0]  # fmt: skip
+    assert main([*map(str, command), "--out", str(tmp_path / "report")]) == 0
+    first = json.loads((tmp_path / "report.json").read_text())["runs"][0]
+    assert first["answered"] == 100
+    assert first["loss"]["running"] > 0

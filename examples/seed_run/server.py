@@ -68,7 +68,8 @@ class Server:
 
     def kill_a_rank(self, timeout_s: float) -> Loss:
         """Send SIGKILL to the rank with most requests, and wait until all serve again."""
-        before, ranks = self.scrape(timeout_s), self.health()["ranks"]
+        before = self.scrape(timeout_s)
+        ranks = [rank for rank in self.health()["ranks"] if rank["pid"]]  # those that answer
         victim = max(ranks, key=lambda rank: rank["running"])
         epoch, start = max(rank["epoch"] for rank in ranks), monotonic()
         os.kill(victim["pid"], signal.SIGKILL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from random import Random
@@ -22,6 +22,7 @@ class ExamShape:
     """How many chats, and which share of them is out of the ordinary."""
 
     num_chats: int = 1730
+    answer_tokens: int = ANSWER_TOKENS  # at most
     repeated_share: float = 0.1  # ask an earlier question once more, which caches may have
     endless_share: float = 0.1  # go on behind their answer, with a heavy tail of lengths
     seed: int = 0
@@ -29,18 +30,21 @@ class ExamShape:
 
 @dataclass(frozen=True, eq=False)
 class Chat:
-    body: Mapping[str, Any]  # of a request, without the model
+    messages: Sequence[Mapping[str, Any]]
     letter: str  # of the right choice
     kind: str  # of question
     num_images: int
+    max_tokens: int = ANSWER_TOKENS
+    is_endless: bool = False  # goes on behind its answer until it has them all
 
     @property
-    def max_tokens(self) -> int:
-        return int(self.body["max_tokens"])
-
-    @property
-    def is_endless(self) -> bool:
-        return bool(self.body["extra_body"]["ignore_eos"])
+    def body(self) -> dict[str, Any]:
+        """Return the request, without the model."""
+        extra = {"return_token_ids": True, "ignore_eos": self.is_endless}
+        return {
+            "messages": self.messages, "temperature": 0.0, "max_tokens": self.max_tokens,
+            "extra_body": extra,
+        }  # fmt: skip
 
 
 def draw_exam(shape: ExamShape) -> tuple[Chat, ...]:
@@ -51,22 +55,16 @@ def draw_exam(shape: ExamShape) -> tuple[Chat, ...]:
         repeats = chats and rng.random() < shape.repeated_share
         chat = rng.choice(chats) if repeats else next(new)
         is_endless = rng.random() < shape.endless_share
-        chats.append(_ending(chat, rng if is_endless else None))
+        factor = rng.paretovariate(TAIL_ALPHA) if is_endless else 1
+        max_tokens = min(MAX_TAIL, int(factor * shape.answer_tokens))
+        chats.append(replace(chat, max_tokens=max_tokens, is_endless=is_endless))
     return tuple(chats)
-
-
-def _ending(chat: Chat, rng: Random | None) -> Chat:
-    """End with the answer, or go on behind it for a length that is drawn."""
-    tail = 0 if rng is None else min(MAX_TAIL, int(ANSWER_TOKENS * rng.paretovariate(TAIL_ALPHA)))
-    extra = {"return_token_ids": True, "ignore_eos": rng is not None}
-    limits = {"max_tokens": max(ANSWER_TOKENS, tail), "extra_body": extra}
-    return replace(chat, body={**chat.body, **limits})
 
 
 def _chat(question: Question) -> Chat:
     content = [*_image_parts(question), {"type": "text", "text": question.text}]
-    body = {"messages": [{"role": "user", "content": content}], "temperature": 0.0}
-    return Chat(body, question.letter, question.kind, len(question.images))
+    messages = [{"role": "user", "content": content}]
+    return Chat(messages, question.letter, question.kind, len(question.images))
 
 
 def _image_parts(question: Question) -> Iterator[dict[str, Any]]:
