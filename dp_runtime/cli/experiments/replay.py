@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link-gbps", type=float, help=text)
     text = "recordings that costs are fitted to, in place of the run's own"
     parser.add_argument("--fit", type=Path, nargs="+", default=[], metavar="RECORDING", help=text)
+    text = "times that a device runs it; a step's time is the median (default: 1)"
+    parser.add_argument("--repeats", type=int, default=1, help=text)
     parser.add_argument("--output", type=new_file, help="file for the table as JSON")
 
 
@@ -41,7 +43,8 @@ def replay(options: argparse.Namespace) -> None:
     recording, fit = read_recording(options.recording), [read_recording(p) for p in options.fit]
     found = what_if(recording, told, fit, options.link_gbps)
     if "device" in given:
-        measured = replay_on_device(recording, given, found.costs, show_progress=True)
+        costs, repeats = found.costs, options.repeats
+        measured = replay_on_device(recording, given, costs, repeats, show_progress=True)
         found = replace(found, on_device=measured)
     print_line(str(found))
     if options.output:

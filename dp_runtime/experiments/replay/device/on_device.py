@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 from dp_runtime.config import EngineConfig
+from dp_runtime.errors import require
 from dp_runtime.experiments.replay.cost_model import CostModel, FitError
 from dp_runtime.experiments.replay.device.ranks import Replayed, replay_at_steps, replay_at_times
 from dp_runtime.experiments.replay.device.requests import LEAD, Requests
@@ -14,6 +17,7 @@ from dp_runtime.experiments.replay.device.sameness import Sameness
 from dp_runtime.experiments.replay.lines import Line
 from dp_runtime.experiments.replay.recorded_requests import recorded_requests
 from dp_runtime.experiments.replay.recorded_steps import (
+    RecordedStep,
     measured_steps,
     recorded_config,
     recorded_depth,
@@ -37,30 +41,36 @@ class OnDevice:
 
 
 def replay_on_device(
-    recording: Recording, changes: Mapping[str, Any], costs: CostModel, show_progress: bool = False
-) -> OnDevice:
+    recording: Recording, changes: Mapping[str, Any], costs: CostModel, repeats: int = 1,
+    show_progress: bool = False,
+) -> OnDevice:  # fmt: skip
     """Serve the recorded requests anew, with some settings changed, among them the device.
 
     Requests come in their recorded steps, to their recorded ranks. Where changes give steps other
     rows (REROUTES, SCHEDULES) they come at their recorded times, and routing chooses their ranks
-    if it is among what changes.
+    if it is among what changes. repeats: each step's time is the median of so many replays.
     """
+    require(repeats >= 1, "repeats", repeats, "1 or more")
     config = recorded_config(recording, **changes)
-    made, everything = Requests(recording, recorded_depth(recording)), recording.with_warm_up
+    made = Requests(recording, recorded_depth(recording))
     if set(changes).isdisjoint((*REROUTES, *SCHEDULES)):
+        everything, config = recording.with_warm_up, _with_pages(config, recording)
         requests, steps = recorded_requests(everything), recorded_steps(everything)
-        config = _with_pages(config, recording)
-        whole = replay_at_steps(config, requests, made, show_progress)
-        same = Sameness.of_steps(steps, recorded_steps(whole.recording))
         first = min(step.step_id for step in recording.steps) - steps[0].traces[0].step_id
-        replayed = whole.since(LEAD + first)
+        runs = [
+            replay_at_steps(config, requests, made, show_progress).since(LEAD + first)
+            for _ in range(repeats)
+        ]
+        same = Sameness.of_steps(steps, recorded_steps(runs[0].whole))
     else:
+        allowed = "1 where requests come at their times: steps of replays are no longer the same"
+        require(repeats == 1, "repeats", repeats, allowed)
         requests = recorded_requests(recording)
         reroutes = not set(changes).isdisjoint(REROUTES)
-        replayed = replay_at_times(config, requests, made, reroutes, show_progress)
+        runs = [replay_at_times(config, requests, made, reroutes, show_progress)]
         same = Sameness(0, 0, 0, 0, 0)
-    same += Sameness.of_tokens(recording.tokens, replayed.outputs)
-    return _measured(replayed, changes, costs, same)
+    same += Sameness.of_tokens(recording.tokens, runs[0].outputs)
+    return _measured(runs, changes, costs, same)
 
 
 def _with_pages(config: EngineConfig, recording: Recording) -> EngineConfig:
@@ -69,9 +79,19 @@ def _with_pages(config: EngineConfig, recording: Recording) -> EngineConfig:
 
 
 def _measured(
-    replayed: Replayed, changes: Mapping[str, Any], costs: CostModel, same: Sameness
+    runs: Sequence[Replayed], changes: Mapping[str, Any], costs: CostModel, same: Sameness
 ) -> OnDevice:
-    shapes, seconds = measured_steps(replayed.recording)
+    shapes, _ = measured_steps(runs[0].recording)
+    seconds = _median_seconds([recorded_steps(run.recording) for run in runs])
     given = ", ".join(f"{name}={value}" for name, value in changes.items())
     line = Line.of(f"{given}, measured", shapes, seconds)
     return OnDevice(line, FitError.of(shapes, [costs(shape) for shape in shapes], seconds), same)
+
+
+def _median_seconds(runs: Sequence[Sequence[RecordedStep]]) -> list[float]:
+    """Return the median time of each step of the first run, over all that have it."""
+    seconds: dict[int, list[float]] = defaultdict(list)
+    for steps in runs:
+        for step in steps:
+            seconds[step.traces[0].step_id].append(step.seconds)
+    return [median(seconds[step.traces[0].step_id]) for step in runs[0]]

@@ -24,6 +24,7 @@ LOOK_EVERY_S, SETTLE_S = 0.02, 10.0
 @dataclass(frozen=True, eq=False)
 class Replayed:
     recording: Recording
+    whole: Recording  # with the warm-up
     outputs: Mapping[int, Sequence[int]]  # tokens by the recorded request id
 
     def since(self, step_id: int) -> Replayed:
@@ -47,7 +48,7 @@ def replay_at_steps(
         with ProgressBar("replay", len(requests), "request", show_progress) as bar:
             outputs.wait(config.step_timeout_s, lambda: _last_step(group), bar)
         recording = Recording.of(asdict(config), group.model, _settled(group))
-        return Replayed(recording, outputs.tokens)
+        return Replayed(recording, recording, outputs.tokens)
     finally:
         group.close()
 
@@ -101,4 +102,4 @@ def replay_at_times(
         outputs = {number: handle.result().token_ids for number, handle in handles}
         whole = engine.recording()
     steps = tuple(step for step in whole.steps if step.step_id > warm)
-    return Replayed(replace(whole, steps=steps), outputs)
+    return Replayed(replace(whole, steps=steps), whole, outputs)

@@ -12,8 +12,11 @@ from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.cli.main import main
 from dp_runtime.cli.model_choice import TINY_MODEL
 from dp_runtime.experiments.replay.cost_model import CostModel
+from dp_runtime.experiments.replay.device import on_device
 from dp_runtime.experiments.replay.device.on_device import OnDevice, replay_on_device
-from dp_runtime.experiments.replay.recorded_steps import recorded_steps
+from dp_runtime.experiments.replay.device.ranks import Replayed
+from dp_runtime.experiments.replay.device.requests import LEAD
+from dp_runtime.experiments.replay.recorded_steps import measured_steps, recorded_steps
 from dp_runtime.metrics.recording import Recording
 
 POLICIES = Path(__file__).parents[4] / "examples" / "experiments" / "my_policy.py"
@@ -97,6 +100,32 @@ def test_a_command_serves_it_at_its_times_by_another_routing(
     found = json.loads(out.read_text())["on_device"]
     assert found["same"] == {"steps": 0, "rows": 0, "agreements": 0, "requests": 20, "tokens": 20}
     assert found["line"]["total_s"] > 0
+
+
+def test_the_time_of_a_step_is_the_median_of_its_repeats(
+    recordings: dict[bool, Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording, slower = recordings[False], iter((3.0, 1.0, 2.0))
+    first = recorded_steps(recording)[0].traces[0].step_id
+
+    def again(*_: object) -> Replayed:
+        late_s = next(slower)
+        steps = tuple(
+            replace(
+                step, step_id=step.step_id - first + LEAD, agree_wait_s=step.agree_wait_s + late_s
+            )
+            for step in recording.steps
+        )
+        whole = replace(recording, steps=steps)
+        return Replayed(whole, whole, {})
+
+    monkeypatch.setattr(on_device, "replay_at_steps", again)
+    found = replay_on_device(recording, {"device": "cpu"}, COSTS, repeats=3)
+    _, recorded_s = measured_steps(recording)
+    assert found.line.total_s == pytest.approx(sum(recorded_s) + 2.0 * len(recorded_s))
+    assert found.same.agreements == found.same.steps
+    with pytest.raises(ValueError, match="repeats: 2 is not allowed; 1 where requests come"):
+        replay_on_device(recording, {"device": "cpu", "dp_size": 2}, COSTS, repeats=2)
 
 
 def test_settings_of_ranks_need_a_device(
