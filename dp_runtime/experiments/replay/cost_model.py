@@ -25,15 +25,16 @@ FEATURES: Mapping[str, Callable[[StepShape], float]] = {
     ),  # passes: draft models have theirs
     "piecewise pass": lambda shape: shape.count(ExecutionMode.PIECEWISE),
     "eager pass": lambda shape: shape.count(ExecutionMode.EAGER),
+    "rank with rows": lambda shape: sum(rows > 0 for rows in shape.rank_rows),
     "row of the largest rank": lambda shape: max(shape.rank_rows),
     "row of all ranks": lambda shape: shape.real_rows,  # where ranks share cores
     "attended token of the largest rank": lambda shape: max(shape.attended_tokens),
     "attended token of all ranks": lambda shape: sum(shape.attended_tokens),
     "cached token of the largest rank": lambda shape: max(shape.kv_tokens),
+    "cached token of all ranks": lambda shape: sum(shape.kv_tokens),
     "gathered row": lambda shape: shape.gathered_rows,  # of the experts' inputs
     "gathered row of each rank's share": lambda shape: shape.gathered_rows / shape.dp_size,
     "wire row of a rank": lambda shape: shape.wire_rows / shape.dp_size,
-    "reading of all experts": lambda shape: shape.experts_reached,
     "token": lambda shape: sum(shape.num_sampling),
 }
 STEP, WIRE = "step", "wire row of a rank"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from dp_runtime.parallel.agreement import StepRecord
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
 
-MISSED = 15 / 16  # of the experts by one row: a usual share
-
 
 @dataclass(frozen=True)
 class StepShape:
@@ -42,10 +40,6 @@ class StepShape:
     def rows(self) -> tuple[object, ...]:  # equal where steps differ in what is cached alone
         kinds = ((r.real_rows, r.prefill_rows, r.num_sampling) for r in self.records)
         return (*kinds, *(plan.padding.gathered_rows for plan in self.plans))
-
-    @property
-    def experts_reached(self) -> float:  # shares of all, summed over passes
-        return sum(1 - MISSED**rows for rows in map(sum, zip(*(r.real_rows for r in self.records))))
 
     def count(self, mode: ExecutionMode) -> int:  # of passes
         return sum(plan.mode is mode for plan in self.plans)
