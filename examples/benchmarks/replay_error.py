@@ -2,6 +2,7 @@
 
     python -m examples.experiments.figures            # or any experiments: runs to predict
     python -m examples.benchmarks.replay_error results/padding_skew.results results/...
+    python -m examples.benchmarks.replay_error results/... --replays 8    # without the noise
 
 Each point of a grid is left out in turn: costs are fitted to the runs of all other points, and
 predict each of its own. A factor for all steps of a run is the machine, which is faster or slower
@@ -19,6 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from dp_runtime.experiments.replay.cost_model import CostModel, FitError
+from dp_runtime.experiments.replay.device.on_device import median_steps, replay_same_rows
+from dp_runtime.experiments.replay.device.ranks import Replayed
 from dp_runtime.experiments.replay.recorded_steps import measured_steps
 from dp_runtime.experiments.replay.step_shape import StepShape
 from dp_runtime.experiments.results.run_files import read_json, read_recording
@@ -33,6 +36,17 @@ def runs_by_point(directory: Path) -> dict[str, list[Run]]:
     for path in sorted((directory / "runs").iterdir()):
         runs[path.name.rpartition("-")[0]].append(measured_steps(read_recording(path)))
     return runs
+
+
+def replayed_runs(directory: Path, replays: int) -> dict[str, list[Run]]:
+    """Replay the first run of each point here, by turns; a step's time is the median."""
+    firsts = {path.name.rpartition("-")[0]: path for path in (directory / "runs").glob("*-0")}
+    found: dict[str, list[Replayed]] = defaultdict(list)
+    for _ in range(replays):
+        for point, path in sorted(firsts.items()):
+            recording = read_recording(path)
+            found[point].append(replay_same_rows(recording, {}))
+    return {point: [median_steps(runs)] for point, runs in found.items()}
 
 
 def held_out(runs: Mapping[str, Sequence[Run]], point: str) -> list[FitError]:
@@ -54,7 +68,8 @@ def main() -> None:
     everything: list[FitError] = []
     for directory in options.results:
         labels = read_json(directory / "run.json")["points"]
-        runs = runs_by_point(directory)
+        replays = options.replays
+        runs = replayed_runs(directory, replays) if replays else runs_by_point(directory)
         for point in runs:
             errors = held_out(runs, point)
             everything += errors
@@ -77,6 +92,8 @@ def summary(errors: Sequence[FitError]) -> str:
 def arguments() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="directories of experiments")
+    text = "times that a run of each point is served again here, for medians (default: none)"
+    parser.add_argument("--replays", type=int, default=0, help=text)
     return parser.parse_args()
 
 

@@ -17,13 +17,13 @@ from dp_runtime.experiments.replay.device.sameness import Sameness
 from dp_runtime.experiments.replay.lines import Line
 from dp_runtime.experiments.replay.recorded_requests import recorded_requests
 from dp_runtime.experiments.replay.recorded_steps import (
-    RecordedStep,
     measured_steps,
     recorded_config,
     recorded_depth,
     recorded_steps,
 )
 from dp_runtime.experiments.replay.settings import REROUTES, SCHEDULES
+from dp_runtime.experiments.replay.step_shape import StepShape
 from dp_runtime.metrics.recording import Recording
 
 
@@ -51,26 +51,32 @@ def replay_on_device(
     if it is among what changes. repeats: each step's time is the median of so many replays.
     """
     require(repeats >= 1, "repeats", repeats, "1 or more")
-    config = recorded_config(recording, **changes)
-    made = Requests(recording, recorded_depth(recording))
     if set(changes).isdisjoint((*REROUTES, *SCHEDULES)):
-        everything, config = recording.with_warm_up, _with_pages(config, recording)
-        requests, steps = recorded_requests(everything), recorded_steps(everything)
-        first = min(step.step_id for step in recording.steps) - steps[0].traces[0].step_id
-        runs = [
-            replay_at_steps(config, requests, made, show_progress).since(LEAD + first)
-            for _ in range(repeats)
-        ]
+        runs = [replay_same_rows(recording, changes, show_progress) for _ in range(repeats)]
+        steps = recorded_steps(recording.with_warm_up)
         same = Sameness.of_steps(steps, recorded_steps(runs[0].whole))
     else:
         allowed = "1 where requests come at their times: steps of replays are no longer the same"
         require(repeats == 1, "repeats", repeats, allowed)
-        requests = recorded_requests(recording)
+        config, requests = recorded_config(recording, **changes), recorded_requests(recording)
+        made = Requests(recording, recorded_depth(recording))
         reroutes = not set(changes).isdisjoint(REROUTES)
         runs = [replay_at_times(config, requests, made, reroutes, show_progress)]
         same = Sameness(0, 0, 0, 0, 0)
     same += Sameness.of_tokens(recording.tokens, runs[0].outputs)
     return _measured(runs, changes, costs, same)
+
+
+def replay_same_rows(
+    recording: Recording, changes: Mapping[str, Any], show_progress: bool = False
+) -> Replayed:
+    """Have ranks run the recorded steps again, once."""
+    everything, depth = recording.with_warm_up, recorded_depth(recording)
+    config = _with_pages(recorded_config(recording, **changes), recording)
+    requests, made = recorded_requests(everything), Requests(recording, depth)
+    first = min(step.step_id for step in recording.steps)
+    begin = min(step.step_id for step in everything.steps)
+    return replay_at_steps(config, requests, made, show_progress).since(LEAD + first - begin)
 
 
 def _with_pages(config: EngineConfig, recording: Recording) -> EngineConfig:
@@ -81,17 +87,18 @@ def _with_pages(config: EngineConfig, recording: Recording) -> EngineConfig:
 def _measured(
     runs: Sequence[Replayed], changes: Mapping[str, Any], costs: CostModel, same: Sameness
 ) -> OnDevice:
-    shapes, _ = measured_steps(runs[0].recording)
-    seconds = _median_seconds([recorded_steps(run.recording) for run in runs])
+    shapes, seconds = median_steps(runs)
     given = ", ".join(f"{name}={value}" for name, value in changes.items())
     line = Line.of(f"{given}, measured", shapes, seconds)
     return OnDevice(line, FitError.of(shapes, [costs(shape) for shape in shapes], seconds), same)
 
 
-def _median_seconds(runs: Sequence[Sequence[RecordedStep]]) -> list[float]:
-    """Return the median time of each step of the first run, over all that have it."""
+def median_steps(runs: Sequence[Replayed]) -> tuple[list[StepShape], list[float]]:
+    """Return the sizes of each step of the first run, and its median time in all that have it."""
     seconds: dict[int, list[float]] = defaultdict(list)
-    for steps in runs:
-        for step in steps:
+    for run in runs:
+        for step in recorded_steps(run.recording):
             seconds[step.traces[0].step_id].append(step.seconds)
-    return [median(seconds[step.traces[0].step_id]) for step in runs[0]]
+    shapes, _ = measured_steps(runs[0].recording)
+    first = recorded_steps(runs[0].recording)
+    return shapes, [median(seconds[step.traces[0].step_id]) for step in first]
