@@ -112,14 +112,19 @@ class Mtp(nn.Module):
         """Rows [batch, length, hidden_size] of one causal sequence; the output is normed."""
         return self.unroll([embeds], hidden)[0][0]
 
-    def unroll(self, embeds: Sequence[Tensor], hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def unroll(
+        self, embeds: Sequence[Tensor], hidden: Tensor, positions: Tensor | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """For each position t at once, the drafts that start there: (output, balance loss) a step.
 
         embeds[j] [batch, length, hidden_size] is of token t+1+j, hidden that of the trunk at t.
+        positions: by which rows are rotated, [3, batch, length]; without, those of plain text.
         As in serving, step j attends to the first step's rows up to t and to its own chain.
         """
         layer: Any = self.layers[0]
         length, device = hidden.shape[1], hidden.device
+        if positions is None:
+            positions = torch.arange(length, device=device)[None]
         own = torch.eye(length, dtype=torch.bool, device=device)
         masks = [torch.ones_like(own).tril()]
         seen: list[tuple[Tensor, Tensor]] = []
@@ -127,8 +132,7 @@ class Mtp(nn.Module):
         for step, embed in enumerate(embeds):
             normed = (self.pre_fc_norm_embedding(embed), self.pre_fc_norm_hidden(hidden))
             x = self.fc(torch.cat(normed, dim=-1))
-            positions = torch.arange(step, step + length, device=device)[None]
-            rope = self._rotary(x, positions)
+            rope = self._rotary(x, positions + step)
             mask = torch.cat(masks, dim=1)
             x = x + attend(layer.self_attn, layer.input_layernorm(x), rope, seen, mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))

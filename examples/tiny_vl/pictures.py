@@ -2,14 +2,17 @@
 each time.
 
 A cell is 32 x 32 pixels: one token of an image.
+python -m examples.tiny_vl.pictures picture.png --seed 3 draws one and says what is in it.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -125,3 +128,19 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, size: float) -> None:
             draw.polygon([(size * 0.05, size * 0.4), (size * 0.95, size * 0.4), (half, size)], 255)
         case _:
             raise AssertionError(f"shape {shape}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = Random(args.seed)
+    scene = draw_scene(rng)
+    draw_picture(scene, rng).save(args.file)
+    for (row, column), item in scene.items():
+        print(f"row {row + 1} column {column + 1}: {item.colour} {item.shape}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ LETTERS = "ABCDEFGHIJ"
 MAX_IMAGES = 3
 T = TypeVar("T")
 COUNTS = tuple(str(count) for count in range(10))
-PLACES = [(row, column) for row in range(MAX_SIDE) for column in range(MAX_SIDE)]
+MAX_COUNT = 3
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Question:
 
     @property
     def answer(self) -> str:
-        """What the model should write, such as "Image 1, star: red. Answer: B"."""
-        sentence = f"{self.asked.about}: {self.asked.words}."
+        """What the model should write, such as "The star: red. Answer: B"."""
+        sentence = f"The {self.asked.about}: {self.asked.words}."
         return f"{sentence} Answer: {self.letter}" if self.choices else sentence
 
 
@@ -110,7 +110,7 @@ def draw_question(
         asked = ask(scenes, chosen, rng)
         if asked is not None:
             break
-        assert (kind, num_images) != ("image", 1), "which image, of one"
+        assert kind != "place" or num_images in (None, 1), "a place of several images"
     images = tuple(draw_picture(scene, rng) for scene in scenes)
     return posed(asked, chosen, images, rng, num_choices, context_words)
 
@@ -143,81 +143,80 @@ def posed(
 
 
 def ask(scenes: Sequence[Scene], kind: str, rng: Random) -> Asked | None:
-    """Ask about one of the scenes, if it can be asked so."""
-    if kind == "image":
-        return ask_image(scenes, rng)
-    number = rng.randrange(len(scenes)) + 1
-    asked = ONE_SCENE[kind](scenes[number - 1], rng)
-    if asked is None:
-        return None
-    asked = replace(asked, about=f"Image {number}, {asked.about}")
-    if len(scenes) == 1:
-        return asked
-    return replace(asked, text=f"In image {number}, {asked.text[0].lower()}{asked.text[1:]}")
+    """Ask about all that the scenes show, if it can be asked so."""
+    return KINDS[kind](scenes, rng)
 
 
-def ask_colour(scene: Scene, rng: Random) -> Asked | None:
-    shapes = once(item.shape for _, item in scene.items())
+def ask_colour(scenes: Sequence[Scene], rng: Random) -> Asked | None:
+    shapes = once(item.shape for item in items_of(scenes))
     if not shapes:
         return None
     shape = rng.choice(shapes)
-    colour = next(item.colour for _, item in scene.items() if item.shape == shape)
+    colour = next(item.colour for item in items_of(scenes) if item.shape == shape)
     spelt = rng.choice(("colour", "color"))
     text = rng.choice((f"What {spelt} is the {shape}?", f"Which {spelt} does the {shape} have?"))
     return Asked(text, shape, colour, tuple(COLOURS))
 
 
-def ask_shape(scene: Scene, rng: Random) -> Asked | None:
-    colours = once(item.colour for _, item in scene.items())
+def ask_shape(scenes: Sequence[Scene], rng: Random) -> Asked | None:
+    colours = once(item.colour for item in items_of(scenes))
     if not colours:
         return None
     colour = rng.choice(colours)
-    shape = next(item.shape for _, item in scene.items() if item.colour == colour)
+    shape = next(item.shape for item in items_of(scenes) if item.colour == colour)
     text = rng.choice((f"Which shape is {colour}?", f"What is the {colour} shape?"))
     return Asked(text, colour, shape, SHAPES)
 
 
-def ask_count(scene: Scene, rng: Random) -> Asked:
-    items = [item for _, item in scene.items()]
-    match rng.randrange(5):
-        case 0 | 1:
-            shape = rng.choice([*(item.shape for item in items), *SHAPES[:2]])
-            what, count = f"{shape}s", sum(item.shape == shape for item in items)
-            if shape == "cross":
-                what = "crosses"
-        case 2 | 3:
-            colour = rng.choice([*(item.colour for item in items), *("red", "blue")])
-            what, count = f"{colour} shapes", sum(item.colour == colour for item in items)
-        case _:
-            what, count = "shapes", len(items)
+def ask_count(scenes: Sequence[Scene], rng: Random) -> Asked | None:
+    items = items_of(scenes)
+    if rng.random() < 0.5:
+        shape = rng.choice([*(item.shape for item in items), *SHAPES[:2]])
+        what, count = plural(shape), sum(item.shape == shape for item in items)
+    else:
+        colour = rng.choice([*(item.colour for item in items), "red", "blue"])
+        what, count = f"{colour} shapes", sum(item.colour == colour for item in items)
     text = rng.choice((f"How many {what} are there?", f"How many {what} do you see?"))
-    return Asked(text, what, str(count), COUNTS)
+    return Asked(text, what, str(count), COUNTS) if count <= MAX_COUNT else None
 
 
-def ask_position(scene: Scene, rng: Random) -> Asked | None:
-    items = once(item for _, item in scene.items())
+def ask_row(scenes: Sequence[Scene], rng: Random) -> Asked | None:
+    return ask_line(scenes, rng, "row", 0)
+
+
+def ask_column(scenes: Sequence[Scene], rng: Random) -> Asked | None:
+    return ask_line(scenes, rng, "column", 1)
+
+
+def ask_line(scenes: Sequence[Scene], rng: Random, line: str, axis: int) -> Asked | None:
+    items = once(item for item in items_of(scenes))
     if not items:
         return None
     item = rng.choice(items)
-    place = next(at for at, other in scene.items() if other == item)
-    others = [named(other) for other in PLACES]
-    return Asked(f"Where is the {described(item)}?", described(item), named(place), others)
+    places = [at for scene in scenes for at, other in scene.items() if other == item]
+    lines = [f"{line} {number + 1}" for number in range(MAX_SIDE)]
+    text = f"Which {line} is the {described(item)} in?"
+    return Asked(text, described(item), lines[places[0][axis]], lines)
 
 
-def ask_place(scene: Scene, rng: Random) -> Asked:
+def ask_place(scenes: Sequence[Scene], rng: Random) -> Asked | None:
+    """Ask what is at a place of a picture, if there is one picture alone."""
+    if len(scenes) > 1:
+        return None
+    (scene,) = scenes
     places = [divmod(index, scene.columns) for index in range(len(scene.cells))]
     filled = [place for place, _ in scene.items()]
     place = rng.choice(filled if rng.random() < 0.85 else places)
     item = dict(scene.items()).get(place)
-    seen = [described(other) for _, other in scene.items()]
+    seen = [described(other) for other in items_of(scenes)]
     drawn = [f"{rng.choice(tuple(COLOURS))} {rng.choice(SHAPES)}" for _ in range(12)]
     words = described(item) if item else "nothing"
     text = rng.choice(("What is in {}?", "What do you see in {}?")).format(named(place))
     return Asked(text, named(place), words, [*seen, *drawn, "nothing"])
 
 
-def ask_exists(scene: Scene, rng: Random) -> Asked:
-    items = [item for _, item in scene.items()]
+def ask_exists(scenes: Sequence[Scene], rng: Random) -> Asked:
+    items = items_of(scenes)
     item = rng.choice(items)
     if rng.random() < 0.5:  # a colour and a shape that there are, mostly, not always together
         item = Item(rng.choice(items).colour, rng.choice(SHAPES))
@@ -225,16 +224,8 @@ def ask_exists(scene: Scene, rng: Random) -> Asked:
     return Asked(text, described(item), "yes" if item in items else "no", ("yes", "no"))
 
 
-def ask_image(scenes: Sequence[Scene], rng: Random) -> Asked | None:
-    """Ask which image has a shape that no other has."""
-    having = [frozenset(item.shape for _, item in scene.items()) for scene in scenes]
-    shapes = once(shape for shapes in having for shape in sorted(shapes))
-    if len(scenes) == 1 or not shapes:
-        return None
-    shape = rng.choice(shapes)
-    index = next(i for i, shapes in enumerate(having) if shape in shapes)
-    names = [f"image {number}" for number in range(1, len(scenes) + 1)]
-    return Asked(f"Which image has a {shape}?", f"Image of {shape}", names[index], names)
+def items_of(scenes: Sequence[Scene]) -> list[Item]:
+    return [item for scene in scenes for _, item in scene.items()]
 
 
 def once(values: Iterator[T]) -> list[T]:
@@ -255,8 +246,11 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-ONE_SCENE: dict[str, Callable[[Scene, Random], Asked | None]] = {
-    "colour": ask_colour, "shape": ask_shape, "count": ask_count, "position": ask_position,
-    "place": ask_place, "exists": ask_exists,
+def plural(shape: str) -> str:
+    return f"{shape}{'es' if shape.endswith('s') else 's'}"
+
+
+KINDS: dict[str, Callable[[Sequence[Scene], Random], Asked | None]] = {
+    "colour": ask_colour, "shape": ask_shape, "count": ask_count, "row": ask_row,
+    "column": ask_column, "place": ask_place, "exists": ask_exists,
 }  # fmt: skip
-KINDS = (*ONE_SCENE, "image")
