@@ -56,8 +56,9 @@ def run_experiment(
 def _measure(experiment: Experiment, results: RunDirectory, run: Run) -> None:
     try:
         records, recording = _served(experiment, run)
-        figures = figures_of(records, recording.steps, experiment.slo)
         error = "" if answered(records) else f"no request was answered: {records[0].error}"
+        no_step = bool(error) and not recording.steps
+        figures = {} if no_step else figures_of(records, recording.steps, experiment.slo)
         results.add(run, figures, records, recording, error)
     except Exception as problem:  # of this point; the others go on
         text = one_line(f"{type(problem).__name__}: {problem}")

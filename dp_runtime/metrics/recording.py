@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -72,14 +73,8 @@ class Recording:
     @classmethod
     def read(cls, path: Path) -> Recording:
         """Read a file; ValueError if it is no recording of this version."""
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                return cls.from_lines(json.loads(file.readline()), file)
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise not_allowed("recording", str(path), f"a recording ({why})") from None
-        except (EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError):
-            raise not_allowed("recording", str(path), "a whole recording") from None
+        with readable(path), gzip.open(path, "rt", encoding="utf-8") as file:
+            return cls.from_lines(json.loads(file.readline()), file)
 
     @classmethod
     def from_lines(cls, header: Any, lines: Iterable[str]) -> Recording:
@@ -94,13 +89,27 @@ class Recording:
             warm_up = tuple(steps_of(islice(rest, header["warm_up"])))
             steps, sizes = tuple(steps_of(rest)), ModelSizes(**header["model"])
             config = dict(header["config"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise  # of a file that is not whole, as its reader says
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             why = f"{type(error).__name__}: {error}"
             raise not_allowed("recording: lines", why, "those of docs/experiments.md") from None
         require(bool(steps), "recording: steps", 0, "at least one")
         ok = all(step.record for step in (*warm_up, *steps))
         require(ok, "recording: record", "none", "the record that a rank posted, in every step")
         return cls(config, sizes, steps, tokens, warm_up)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Let what is wrong with the files of a recording be a ValueError that names it."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise not_allowed("recording", str(path), f"a recording ({why})") from None
+    except (EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError):
+        raise not_allowed("recording", str(path), "a whole recording") from None
 
 
 def line_of(kept: StepTrace | RequestTokens) -> str:

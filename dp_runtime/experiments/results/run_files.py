@@ -13,7 +13,7 @@ from typing import Any
 
 from dp_runtime.errors import require
 from dp_runtime.experiments.measurement.request_record import RequestRecord
-from dp_runtime.metrics.recording import Recording, steps_of
+from dp_runtime.metrics.recording import Recording, readable, steps_of
 from dp_runtime.metrics.trace import StepTrace
 
 ROW, REQUESTS, STEPS = "row.json", "requests.jsonl.gz", "steps.jsonl.gz"
@@ -59,7 +59,7 @@ def read_recording(path: Path) -> Recording:
         return Recording.read(path)
     ok, allowed = (path / HEADER).exists(), f"a directory with {HEADER}: that of a run"
     require(ok, "recording", str(path), allowed)
-    with ExitStack() as stack:
+    with readable(path), ExitStack() as stack:
         files = [
             stack.enter_context(gzip.open(path / name, "rt", encoding="utf-8"))
             for name in (TOKENS, WARM_UP, STEPS)

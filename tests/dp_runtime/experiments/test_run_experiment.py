@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,24 @@ def test_a_point_that_fails_is_a_row_and_ends_nothing(lab: Path, tmp_path: Path)
     assert (good["error"], good["output_tokens"]) == ("", "24")
     assert bad["error"].startswith("ValueError: workload: 18 is not allowed; at most 16 tokens")
     assert bad["output_tokens"] == ""
+
+
+def test_a_run_of_which_no_step_is_left_says_why(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a policy that raises in the first step of every epoch."""
+    directory = next((lab / "out" / "runs").iterdir())
+    records = [
+        replace(record, arrivals=(), error="RankFailed: rank 0: KeyError: 'boom'")
+        for record in read_requests(directory)
+    ]
+    recording = replace(read_recording(directory), steps=())
+    module = sys.modules[run_experiment.__module__]
+    monkeypatch.setattr(module, "_served", lambda *_: (records, recording))
+    outcome = run_experiment(Experiment.from_file(lab / "padding.toml"), tmp_path / "out")
+    assert (outcome.runs, outcome.failed) == (2, 2)
+    expected = "no request was answered: RankFailed: rank 0: KeyError: 'boom'"
+    assert {row["error"] for row in rows_of(tmp_path / "out")} == {expected}
 
 
 def test_ctrl_c_leaves_a_directory_that_goes_on(

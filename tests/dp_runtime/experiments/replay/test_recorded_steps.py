@@ -9,6 +9,7 @@ import pytest
 
 from dp_runtime.experiments.replay.recorded_requests import recorded_requests
 from dp_runtime.experiments.replay.recorded_steps import (
+    measured_steps,
     recorded_config,
     recorded_steps,
     replay_rows,
@@ -72,6 +73,21 @@ def test_what_is_no_recording_is_refused(content: bytes, tmp_path: Path) -> None
         Recording.read(tmp_path / "none")
 
 
+def test_steps_that_no_rank_had_are_refused(recordings: dict[bool, Recording]) -> None:
+    recording = recordings[False]
+    *others, last = recording.steps
+    record = last.record
+    for changes, message in (
+        ({"passes": ()}, r"step \d+ of rank \d: passes: 0 is not allowed; at least one"),
+        ({"record": record[:3]}, "record: .* is not allowed; 22 integers"),
+        ({"record": ("a", *record[1:])}, "record: .* is not allowed; 22 integers"),
+        ({"record": (record[0] + 1, *record[1:])}, "record: .*; records that ranks agree on"),
+    ):
+        edited = replace(recording, steps=(*others, replace(last, **changes)))
+        with pytest.raises(ValueError, match=rf"recording: .*{message}"):
+            measured_steps(edited)
+
+
 def test_a_recording_of_another_version_is_refused() -> None:
     header = {"format": "dp-runtime recording", "version": 1}
     with pytest.raises(ValueError, match="recording: version: 1 is not allowed; 2"):
@@ -81,6 +97,12 @@ def test_a_recording_of_another_version_is_refused() -> None:
 @pytest.mark.parametrize("line", ["{}", "[]", '{"request_id": 1}'])
 def test_lines_of_nothing_known_are_refused(line: str) -> None:
     header = {"format": "dp-runtime recording", "version": 2, "config": {}, "model": {}}
-    for counts in ({"tokens": 1, "warm_up": 0}, {"tokens": 0, "warm_up": 1}, {}):
+    sizes: tuple[dict[str, int], ...] = (
+        {"tokens": 1, "warm_up": 0},
+        {"tokens": 0, "warm_up": 1},
+        {"tokens": -1},
+        {},
+    )
+    for counts in sizes:
         with pytest.raises(ValueError, match=r"recording: lines: .* is not allowed"):
             Recording.from_lines(header | counts, [line])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from dp_runtime.experiments import read_requests, read_steps
 from dp_runtime.experiments.results.run_files import read_json, read_recording, write_run
 from dp_runtime.metrics.recording import ModelSizes, Recording
@@ -24,3 +26,13 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert read_recording(tmp_path / "run") == recording
     assert read_json(tmp_path / "run" / "row.json") == {"point": "a", "repeat": 0}
     assert len(list((tmp_path / "run").iterdir())) == 6
+    for name in ("steps.jsonl.gz", "tokens.jsonl.gz", "recording.json"):
+        file = tmp_path / "run" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-9])
+        with pytest.raises(ValueError, match=r"run' is not allowed; a whole recording"):
+            read_recording(tmp_path / "run")
+        file.write_bytes(whole)
+    (tmp_path / "run" / "warm_up.jsonl.gz").unlink()
+    with pytest.raises(ValueError, match=r"a recording \(No such file"):
+        read_recording(tmp_path / "run")
