@@ -147,6 +147,16 @@ def test_a_picture_is_upright() -> None:
     assert found.digest == PROCESSOR("image", turned).digest
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_an_exif_that_is_none_turns_nothing(file_format: str) -> None:
+    image = Image.new("RGB", (70, 50), "red")
+    found, due = (
+        PROCESSOR("image", encoded(image, file_format, **extra))
+        for extra in ({"exif": b"Exif\0\0none"}, {})
+    )
+    assert found.digest == due.digest
+
+
 def test_a_preview_behind_the_picture_of_a_phone_is_no_animation() -> None:
     image = noise(64, 64)
     photo = encoded(image, "MPO", save_all=True, append_images=[noise(9, 9)])
