@@ -38,7 +38,7 @@ class RunDirectory:
         """Begin a new directory or, to resume, one of the same experiment (ValueError)."""
         begun = (self.path / RUN).exists()
         if resume and begun:
-            described = read_json(self.path / RUN)
+            described = self._described()
             self._check_same(described)
             self._machines = described["machines"]
         elif begun or (self.path.is_dir() and any(self.path.iterdir())):
@@ -51,6 +51,17 @@ class RunDirectory:
         if (machine := describe_machine()) not in self._machines:
             self._machines.append(machine)
         self.write()
+
+    def _described(self) -> dict[str, Any]:
+        """Read run.json; ValueError if it does not have what a resumed experiment needs."""
+        try:
+            described = read_json(self.path / RUN)
+            return {name: described[name] for name in ("settings", "inputs", "machines")}
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise not_allowed(
+                "out", str(self.path), f"results with a whole {RUN} ({why})"
+            ) from None
 
     def is_done(self, run: Run) -> bool:
         """Tell whether a run has ended well; one that failed is run again."""

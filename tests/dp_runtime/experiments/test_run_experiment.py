@@ -147,6 +147,15 @@ def test_changed_settings_and_files_are_noticed(lab: Path) -> None:
         RunDirectory(lab / "out", experiment).open(resume=True)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]"])
+def test_a_directory_with_broken_settings_is_not_resumed(
+    lab: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"out: .* is not allowed; results with a whole run.json"):
+        RunDirectory(tmp_path, Experiment.from_file(lab / "padding.toml")).open(resume=True)
+
+
 def test_a_point_that_fails_is_a_row_and_ends_nothing(lab: Path, tmp_path: Path) -> None:
     """The second point's prompts are longer than the model's context."""
     text = TOML.partition("[grid]")[0]
