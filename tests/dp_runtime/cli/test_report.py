@@ -26,3 +26,14 @@ def test_a_path_that_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     error = capsys.readouterr().err
     assert error.startswith("error: report: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["report", "replay"])
+def test_what_is_read_is_not_written(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    source.write_text("steps")
+    assert main([command, str(source), "--output", str(source)]) == 2
+    assert f"output: {str(source)!r} is not allowed; a file other than" in capsys.readouterr().err
+    assert source.read_text() == "steps"
