@@ -1,6 +1,6 @@
 """The crash this project comes from (SGLang PR #21649), and why it can not happen here.
 
-    python -m examples.seed_crash_replay [--runs 10] [--dp-size 4] [--model DIR]
+    python -m examples.seed_crash_replay [--runs 10] [--dp-size 4] [--model DIR] [--shape NAME]
 
 On a GPU, a child process makes the decode call as the buggy code did: 12 query rows, metadata of
 10, and behind row 10 of the same allocations rows whose pages lie outside the pool. The kernel
@@ -17,6 +17,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,35 +33,52 @@ from examples.paged_batch import paged_batch
 TINY_MODEL = Path(__file__).parent / "tiny_moe" / "checkpoint"
 REAL, PADDED = 10, 12
 LOADS = (10, 12, 12, 12)
-HEADS, KV_HEADS, HEAD_DIM, PAGE, PAGES_EACH = 32, 4, 128, 64, 16
+PAGE, PAGES_EACH = 64, 16
 NUM_PAGES = REAL * PAGES_EACH + 1
+
+
+class Heads(NamedTuple):
+    q: int
+    kv: int
+    dim: int
+
+
+SHAPES = {"qwen3-30b-a3b": Heads(32, 4, 128), "qwen3.5-397b-a17b": Heads(32, 2, 256)}
 
 
 def main() -> int:
     options = _options()
     if options.child:
-        return call_as_the_buggy_code(control=options.child == "control")
-    shown = show_the_crash(options.runs)
-    print(f"the contract on the same call: {refuse_the_call()}")
+        return call_as_the_buggy_code(SHAPES[options.shape], control=options.child == "control")
+    shown = show_the_crash(options.runs, options.shape)
+    print(f"the contract on the same call: {refuse_the_call(SHAPES[options.shape])}")
     print(serve_the_load(options))
     return 0 if shown else 1
 
 
-def show_the_crash(runs: int) -> bool:
+def show_the_crash(runs: int, shape: str) -> bool:
     """Whether every child with the bad call died of it, and the control did not."""
     if not torch.cuda.is_available():
         print("no GPU: the crash itself is not shown")
         return True
-    died = sum(child_dies("bad") for _ in range(runs))
-    control = child_dies("control")
+    died = sum(child_dies("bad", shape) for _ in range(runs))
+    control = child_dies("control", shape)
     print(f"12 query rows over metadata of 10: {died} of {runs} children died")
     print(f"control, metadata for 12: {'died' if control else 'clean'}")
     return died == runs and not control
 
 
-def child_dies(kind: str) -> bool:
+def child_dies(kind: str, shape: str) -> bool:
     """Run the call in a process of its own, for the CUDA context does not survive it."""
-    command = [sys.executable, "-m", "examples.seed_crash_replay", "--child", kind]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.seed_crash_replay",
+        "--child",
+        kind,
+        "--shape",
+        shape,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if "CUDA error" in line]
     print(f"  {kind}: exit {done.returncode}; {done.stdout.strip()} {said[0] if said else ''}")
@@ -68,13 +86,13 @@ def child_dies(kind: str) -> bool:
     return done.returncode == 3
 
 
-def call_as_the_buggy_code(control: bool) -> int:
+def call_as_the_buggy_code(heads: Heads, control: bool) -> int:
     """The decode call with 12 query rows; exit status 3 if the device died of it."""
     from flashinfer.decode import trtllm_batch_decode_with_kv_cache
 
     device = torch.device("cuda")
     pool = torch.randn(
-        (NUM_PAGES, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=torch.bfloat16, device=device
+        (NUM_PAGES, 2, heads.kv, PAGE, heads.dim), dtype=torch.bfloat16, device=device
     )
     tables = torch.full((PADDED, PAGES_EACH), 2_000_000_000, dtype=torch.int32, device=device)
     lengths = torch.full((PADDED,), PAGES_EACH * PAGE, dtype=torch.int32, device=device)
@@ -89,13 +107,13 @@ def call_as_the_buggy_code(control: bool) -> int:
         assert bool((tables[REAL:] >= NUM_PAGES).all()), "the guard rows are poisoned"
     print(f"page_table has {len(page_table)} rows, q {PADDED}:", end=" ")
     trtllm_batch_decode_with_kv_cache(
-        query=torch.randn((PADDED, HEADS, HEAD_DIM), dtype=torch.bfloat16, device=device),
+        query=torch.randn((PADDED, heads.q, heads.dim), dtype=torch.bfloat16, device=device),
         kv_cache=pool,
         workspace_buffer=torch.zeros(128 << 20, dtype=torch.uint8, device=device),
         block_tables=page_table,
         seq_lens=seq_lens,
         max_seq_len=PAGES_EACH * PAGE,
-        bmm1_scale=HEAD_DIM**-0.5,
+        bmm1_scale=heads.dim**-0.5,
         kv_layout="HND",
         backend="xqa",
     )
@@ -110,17 +128,17 @@ def call_as_the_buggy_code(control: bool) -> int:
     return 0
 
 
-def refuse_the_call() -> str:
+def refuse_the_call(heads: Heads) -> str:
     """The runtime's answer to 12 query rows over metadata of 10 requests."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pool = torch.zeros((NUM_PAGES, 2, KV_HEADS, PAGE, HEAD_DIM), dtype=torch.bfloat16).to(device)
-    spec = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, PAGE, pool.dtype, pool.dtype)
+    pool = torch.zeros((NUM_PAGES, 2, heads.kv, PAGE, heads.dim), dtype=torch.bfloat16).to(device)
+    spec = AttentionSpec(heads.q, heads.kv, heads.dim, PAGE, pool.dtype, pool.dtype)
     name = "trtllm" if device.type == "cuda" else "torch_ref"
     backend = backend_class(name)(spec, [pool])
     metadata = AttentionMetadata.build(
         _decode_batch(), PageGeometry(NUM_PAGES, PAGE), Place(0, 0, "target"), device
     )
-    q = torch.zeros((PADDED, HEADS, HEAD_DIM), dtype=torch.bfloat16, device=device)
+    q = torch.zeros((PADDED, heads.q, heads.dim), dtype=torch.bfloat16, device=device)
     plan = backend.plan(metadata)
     try:
         backend.layer(0).run(q, plan)
@@ -165,6 +183,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dp-size", type=int, default=4, choices=(1, 2, 3, 4))
     parser.add_argument("--model", type=Path, default=TINY_MODEL)
     parser.add_argument("--launcher", default="local", choices=("local", "ray"))
+    text = "model whose attention the call has"
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=SHAPES, help=text)
     parser.add_argument("--child", choices=("bad", "control"), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The numbered examples run as they stand; ranks are threads here, to save the processes."""
+"""The examples run as they stand; ranks of the numbered ones are threads here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from importlib import import_module
 
 import pytest
+
+from examples.seed_crash_replay import SHAPES, refuse_the_call
 
 
 def shown(example: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -42,3 +44,11 @@ def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = re.findall(r"\[.*\]", shown("04_your_own_model", capsys))
     assert ours == theirs
     assert len(ours.split(",")) == 12
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_call_of_the_crash_is_refused(shape: str) -> None:
+    heads = SHAPES[shape]
+    rest = f"{heads.q}, {heads.dim})"
+    expected = f"q shape is (12, {rest}, the metadata and the pool say (10, {rest}"
+    assert refuse_the_call(heads).endswith(expected)
