@@ -11,7 +11,7 @@ from pathlib import Path
 from dp_runtime.cli.flags import add_flags, given_fields, new_file, utf8_text
 from dp_runtime.cli.jsonl import PromptLine, output_line, read_prompts
 from dp_runtime.cli.model_choice import config_from
-from dp_runtime.cli.output import OutputFile, WriteFailed, print_line, same_file
+from dp_runtime.cli.output import OutputFile, WriteFailed, check_not_read, print_line
 from dp_runtime.cli.reports import rank_memory
 from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
 from dp_runtime.core.request import ImagePrompt, Prompt, RequestOutput
@@ -121,7 +121,8 @@ def _prompts(options: argparse.Namespace) -> list[PromptLine]:
     )  # fmt: skip
     if options.prompts is not None:
         require(not options.prompt, "prompt", options.prompt, "nothing beside --prompts")
-        other = options.output is None or not same_file(options.output, options.prompts)
-        require(other, "output", str(options.output), "a file other than the one of --prompts")
+        if options.output is not None:
+            allowed = "a file other than the one of --prompts"
+            check_not_read(options.output, [options.prompts], allowed)
         return read_prompts(options.prompts, defaults)
     return [PromptLine(text, defaults, None) for text in options.prompt or DEMO_PROMPTS]

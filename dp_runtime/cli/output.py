@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from tqdm import tqdm
+
+from dp_runtime.errors import require
 
 
 class WriteFailed(RuntimeError):
@@ -61,6 +64,11 @@ def same_file(one: Path, other: Path) -> bool:
         return one.is_file() and one.samefile(other)
     except OSError:
         return False
+
+
+def check_not_read(output: Path, read: Iterable[Path], allowed: str) -> None:
+    """Raise ValueError if --output names a file that is read."""
+    require(not any(same_file(output, path) for path in read), "output", str(output), allowed)
 
 
 def print_line(text: str) -> None:

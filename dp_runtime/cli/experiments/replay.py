@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dp_runtime.cli.flags import add_flags, given_fields, new_file
-from dp_runtime.cli.output import OutputFile, print_line, same_file
+from dp_runtime.cli.output import OutputFile, check_not_read, print_line
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import require
 from dp_runtime.experiments.replay.device.on_device import replay_on_device
@@ -41,8 +41,8 @@ def replay(options: argparse.Namespace) -> None:
     ok, allowed = "device" in given or not others, "none without --device"
     require(ok, "replay", ", ".join(others), allowed)
     if options.output:
-        is_new = not any(same_file(options.output, p) for p in (options.recording, *options.fit))
-        require(is_new, "output", str(options.output), "a file other than the recordings")
+        read = options.recording, *options.fit
+        check_not_read(options.output, read, "a file other than the recordings")
     recording, fit = read_recording(options.recording), [read_recording(p) for p in options.fit]
     found = what_if(recording, told, fit, options.link_gbps)
     if "device" in given:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dp_runtime.cli.output import print_line, same_file
-from dp_runtime.errors import require
+from dp_runtime.cli.output import check_not_read, print_line
 from dp_runtime.experiments import write_report
 
 
@@ -22,6 +21,5 @@ def report(options: argparse.Namespace) -> None:
     """Write a page that shows what the ranks did: one file, which opens offline."""
     if options.output:
         read = [path for path in (options.source, options.against) if path]
-        is_new = not any(same_file(options.output, path) for path in read)
-        require(is_new, "output", str(options.output), "a file other than those that are read")
+        check_not_read(options.output, read, "a file other than those that are read")
     print_line(str(write_report(options.source, options.output, options.against)))
