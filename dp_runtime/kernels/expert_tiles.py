@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 FLAT = 16  # programs of a multiprocessor, more than fit it at once: each takes one tile
@@ -31,10 +32,35 @@ class ExpertTiles:
     down: Tile
 
 
-def choose_tiles(rows: int, top_k: int, num_experts: int, intermediate: int) -> ExpertTiles:
-    """Choose tiles found by examples/benchmarks/tune_experts.py on an H200 for 128 experts."""
-    per_expert = rows * top_k / num_experts  # hidden 2048, top 8, intermediate 768 and 192
-    narrow = intermediate < 512
+E4M3_TILES = (  # up to so many pairs an expert
+    (2, ExpertTiles(Tile(16, 64, 128, 4, 5, False), Tile(16, 128, 128, 4, 3, False))),
+    (11, ExpertTiles(Tile(16, 64, 128, 4, 3, False), Tile(16, 128, 128, 4, 3, True))),
+    (22, ExpertTiles(Tile(32, 64, 128, 4, 3, True, swap=True), Tile(32, 128, 128, 8, 3, False))),
+    (45, ExpertTiles(Tile(32, 128, 64, 4, 3, True, 2), Tile(64, 128, 128, 4, 3, True, FLAT))),
+    (
+        math.inf,
+        ExpertTiles(
+            Tile(64, 64, 128, 4, 3, True, FLAT, swap=True),
+            Tile(128, 64, 64, 4, 3, True, FLAT, swap=True),
+        ),
+    ),
+)
+
+
+def choose_tiles(
+    rows: int, top_k: int, num_experts: int, intermediate: int, fp8: bool
+) -> ExpertTiles:
+    """Choose tiles found by examples/benchmarks/tune_experts.py on an H200 for 128 experts.
+
+    Hidden 2048, top 8; intermediate 768, and in bf16 192. fp8: the weights are e4m3 with scales.
+    """
+    per_expert = rows * top_k / num_experts
+    if fp8:
+        return next(tiles for most, tiles in E4M3_TILES if per_expert <= most)
+    return _choose_bf16(per_expert, narrow=intermediate < 512)
+
+
+def _choose_bf16(per_expert: float, narrow: bool) -> ExpertTiles:
     if per_expert <= 2:
         return ExpertTiles(Tile(16, 64, 64, 8, 3, False), _down_by_expert(16, narrow))
     if per_expert <= 10:

@@ -112,7 +112,8 @@ class TritonMoe:
             num_local,
             router.routing,
         )
-        tiles = choose_tiles(rows, router.top_k, num_experts, intermediate)
+        fp8 = experts.scales is not None
+        tiles = choose_tiles(rows, router.top_k, num_experts, intermediate, fp8)
         return run_experts(gathered, experts.gate_up, experts.down, routing, tiles, experts.scales)
 
     def activation_bytes(

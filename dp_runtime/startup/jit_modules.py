@@ -72,17 +72,19 @@ def moe_jit_modules(
     inner = aligned(len(shard.intermediate))
     top_k, experts = model.num_experts_per_tok, model.num_experts
     formats = sorted({fp8 for moe, fp8 in zip(model.moe_layers, model.fp8_experts) if moe})
-    tilings = {choose_tiles(rows, top_k, experts, inner): None for rows in range(1, max_rows + 1)}
+    tilings = {
+        (fp8, choose_tiles(rows, top_k, experts, inner, fp8)): None
+        for fp8 in formats
+        for rows in range(1, max_rows + 1)
+    }
     build = partial(
-        _build, tuple(tilings), formats, model, (num_local, inner), dp_size, dtype, device,
-        routing_shape,
-    )  # fmt: skip
+        _build, tuple(tilings), model, (num_local, inner), dp_size, dtype, device, routing_shape
+    )
     return (JitModule(f"Triton experts ({len(tilings)} tilings)", build),)
 
 
 def _build(
-    tilings: Sequence[ExpertTiles],
-    formats: Sequence[bool],
+    tilings: Sequence[tuple[bool, ExpertTiles]],  # for e4m3 weights if True
     model: ModelConfig,
     shard: tuple[int, int],
     dp_size: int,
@@ -102,14 +104,13 @@ def _build(
     kept = None if routing_shape is None else RoutingBuffer(routing_shape, 1, 0, device).layer(0)
     route(rows, router, row_ranges, top_k, renormalize, 0, num_local, kept)
     routing = route(rows[:1], router, row_ranges, top_k, renormalize, 0, num_local, kept)
-    for fp8 in formats:
+    for fp8, tiles in tilings:
         weight = rows.new_empty(1, dtype=E4M3 if fp8 else dtype)
         gate_up = weight.expand(num_local, 2 * inner, model.hidden_size)
         down = weight.expand(num_local, model.hidden_size, inner)
         scale = rows.new_empty(1, dtype=torch.float32)
         scales = ExpertScales(scale, scale) if fp8 else None
-        for tiles in tilings:
-            run_experts(rows[:1], gate_up, down, routing, tiles, scales)
+        run_experts(rows[:1], gate_up, down, routing, tiles, scales)
 
 
 def delta_net_jit_module(

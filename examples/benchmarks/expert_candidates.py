@@ -16,14 +16,14 @@ from dp_runtime.kernels.expert_tiles import FLAT, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
 from dp_runtime.weights.fp8_blocks import scale_shape
-from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SHAPES, TOP_K
+from examples.benchmarks.moe_stage import SHAPES, Shard
 
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0
 
 
-def candidates(tokens: int, halves: int, fp8: bool) -> Iterator[Tile]:
+def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Tile]:
     """Tiles that may be good and fit into shared memory and registers; halves: 2 for gate-up."""
-    per_expert = tokens * TOP_K / EXPERTS
+    per_expert = tokens * shard.top_k / shard.num_experts
     if per_expert <= 64:
         blocks_m = [m for m in (16, 32, 64) if per_expert / 2 <= m <= max(16, 2 * per_expert)]
         for m, n, k, warps, stages, tma, swap in product(
@@ -84,7 +84,7 @@ def compile_all(
         Job.for_tile(shape, halves, tile, fp8): None
         for count in tokens
         for halves in (2, 1)
-        for tile in candidates(count, halves, fp8)
+        for tile in candidates(SHAPES[shape], count, halves, fp8)
     }
     context = get_context("forkserver")  # a forked process could not use the parent's CUDA
     context.set_forkserver_preload(["torch", "triton"])
@@ -109,22 +109,25 @@ def compile_all(
 def compile_one(job: Job) -> str:
     """Run a kernel over no pair, which compiles it into Triton's cache: what went wrong, or ""."""
     try:
-        num_local, intermediate = SHAPES[job.shape]
-        rows = torch.zeros(1, HIDDEN, dtype=torch.bfloat16, device="cuda")
+        shard = SHAPES[job.shape]
+        num_local, hidden, top_k = shard.num_local, shard.hidden, shard.top_k
+        rows = torch.zeros(1, hidden, dtype=torch.bfloat16, device="cuda")
         routing = Routing(
-            weights=torch.zeros(1, TOP_K, device="cuda"),
-            local_ids=torch.full((1, TOP_K), -1, dtype=torch.int32, device="cuda"),
+            weights=torch.zeros(1, top_k, device="cuda"),
+            local_ids=torch.full((1, top_k), -1, dtype=torch.int32, device="cuda"),
             counts=torch.zeros(num_local, dtype=torch.int32, device="cuda"),
             pairs=torch.zeros(num_local, 1, dtype=torch.int32, device="cuda"),
         )
-        inner = (2 * intermediate, HIDDEN) if job.halves == 2 else (HIDDEN, intermediate)
+        inner = (
+            (2 * shard.intermediate, hidden) if job.halves == 2 else (hidden, shard.intermediate)
+        )
         dtype = E4M3 if job.fp8 else rows.dtype
         weights = torch.empty(1, dtype=dtype, device="cuda").expand(num_local, *inner)
         scales = torch.zeros(scale_shape(weights.shape), device="cuda") if job.fp8 else None
         if job.halves == 2:
             gate_up_pairs(rows, weights, routing, job.tile, scales)
         else:
-            activated = rows.new_zeros(TOP_K, intermediate)
+            activated = rows.new_zeros(top_k, shard.intermediate)
             down_pairs(activated, weights, routing, job.tile, scales)
         torch.cuda.synchronize()
     except Exception as error:  # a compiler's or a driver's, of any kind: the candidate is out

@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.tune_experts [--shapes ep4 ep2 ...] [--tokens 16 64 ...] [--fp8]
 
-The Qwen3-30B-A3B shape in bf16 (--fp8: weights in e4m3), uniform random routing. Candidates are
+Shapes of moe_stage.py in bf16 (--fp8: weights in e4m3), uniform random routing. Candidates are
 compiled beforehand in processes, checked against plain torch, and timed in CUDA graphs with four
 weight sets in turn. For each product the best two of each kind are printed as
 `expert_tiles.Tile`s, with their rate and how far they are from the floor; then the parts of the
@@ -30,7 +30,7 @@ from examples.benchmarks.expert_candidates import Job, candidates, compile_all
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
-from examples.benchmarks.moe_stage import EXPERTS, HIDDEN, SETS, SHAPES, TOP_K, to_fp8
+from examples.benchmarks.moe_stage import SETS, SHAPES, Shard, to_fp8
 
 TOKENS = (16, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768)
 ALLOWED_ERROR = 1e-2
@@ -38,14 +38,14 @@ ALLOWED_ERROR = 1e-2
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["ep4"])
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
-    parser.add_argument("--fp8", action="store_true", help="with --shapes ep4, ep2 or tp2")
+    parser.add_argument("--fp8", action="store_true", help="not with --shapes tp4")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each shape")
     parser.add_argument("--workers", type=int, default=min(24, os.cpu_count() or 1))
     args = parser.parse_args()
-    if args.fp8 and any(SHAPES[shape][1] % BLOCK for shape in args.shapes):
-        parser.error(f"--fp8 takes shapes of whole blocks of {BLOCK}: --shapes ep4 ep2 tp2")
+    if args.fp8 and not all(SHAPES[shape].has_whole_blocks for shape in args.shapes):
+        parser.error(f"--fp8 takes shapes of whole blocks of {BLOCK}: all but tp4")
     torch.manual_seed(0)
     say(machine.describe("torch", "triton"), describe_gpu())
     rates = read_rate(), matmul_rate()
@@ -70,6 +70,7 @@ class Bench:
     """Four layers' weights of one shard, and the machine's rates: bytes and operations a second."""
 
     name: str
+    shard: Shard
     fp8: bool
     routers: list[Tensor]
     experts: list[Experts]
@@ -78,21 +79,22 @@ class Bench:
 
     @classmethod
     def make(cls, name: str, fp8: bool, read_rate: float, matmul_rate: float) -> Bench:
-        num_local, intermediate = SHAPES[name]
+        shard = SHAPES[name]
 
         def random(*shape: int) -> list[Tensor]:
             return [torch.randn(shape, device="cuda").bfloat16() * 0.02 for _ in range(SETS)]
 
-        gate_up = random(num_local, 2 * intermediate, HIDDEN)
-        down = random(num_local, HIDDEN, intermediate)
+        gate_up = random(shard.num_local, 2 * shard.intermediate, shard.hidden)
+        down = random(shard.num_local, shard.hidden, shard.intermediate)
         experts = [Experts(*pair, 0) for pair in zip(gate_up, down)]
         if fp8:
             experts = [to_fp8(each) for each in experts]
-        return cls(name, fp8, random(EXPERTS, HIDDEN), experts, read_rate, matmul_rate)
+        routers = random(shard.num_experts, shard.hidden)
+        return cls(name, shard, fp8, routers, experts, read_rate, matmul_rate)
 
     def route(self, rows: Tensor, row_ranges: Tensor, i: int) -> Routing:
-        num_local = len(self.experts[i].down)
-        return route(rows, self.routers[i], row_ranges, TOP_K, True, 0, num_local)
+        top_k, num_local = self.shard.top_k, self.shard.num_local
+        return route(rows, self.routers[i], row_ranges, top_k, True, 0, num_local)
 
     def gate_up(self, i: int, rows: Tensor, routing: Routing, tile: Tile) -> Tensor:
         own = self.experts[i]
@@ -140,10 +142,12 @@ class Product:
 
 
 def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None:
-    rows = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+    shard = bench.shard
+    rows = torch.randn(tokens, shard.hidden, device="cuda").bfloat16()
     row_ranges = torch.tensor([[0], [tokens]], dtype=torch.int32, device="cuda")
     routings = [bench.route(rows, row_ranges, i) for i in range(SETS)]
-    say(f"{bench.name}, {tokens} tokens, {tokens * TOP_K / EXPERTS:g} pairs an expert")
+    per_expert = tokens * shard.top_k / shard.num_experts
+    say(f"{bench.name}, {tokens} tokens, {per_expert:g} pairs an expert")
     best: dict[tuple[bool, int], tuple[float, Tile]] = {}  # by expert, halves
     for part in products(bench, rows, routings):
         middle = time.monotonic() + (deadline - time.monotonic()) * (0.5 if part.halves == 2 else 1)
@@ -159,7 +163,7 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
         if both[0] is not None and both[1] is not None:
             tiles = ExpertTiles(both[0][1], both[1][1])
             whole(bench, rows, row_ranges, routings, tiles, "best")
-    in_use = choose_tiles(tokens, TOP_K, EXPERTS, SHAPES[bench.name][1])
+    in_use = choose_tiles(tokens, shard.top_k, shard.num_experts, shard.intermediate, bench.fp8)
     whole(bench, rows, row_ranges, routings, in_use, "in use")
 
 
@@ -170,7 +174,7 @@ def rank(
     found: list[tuple[float, Tile]] = []
     tiles = [
         tile
-        for tile in candidates(tokens, part.halves, bench.fp8)
+        for tile in candidates(bench.shard, tokens, part.halves, bench.fp8)
         if Job.for_tile(bench.name, part.halves, tile, bench.fp8) in compiled
     ]
     torch.manual_seed(tokens)
@@ -203,13 +207,14 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
     index = torch.cat([first.pairs[e, :count] for e, count in enumerate(counts)]).long()
     ends = first.counts.cumsum(0, dtype=torch.int32)
     wide_gate_up, wide_down = bench.wide()
-    half = F.grouped_mm(rows[index // TOP_K], wide_gate_up.transpose(1, 2), offs=ends)
+    top_k, hidden = bench.shard.top_k, bench.shard.hidden
+    half = F.grouped_mm(rows[index // top_k], wide_gate_up.transpose(1, 2), offs=ends)
     gate, up = half.chunk(2, -1)
     activated = F.silu(gate) * up
     down = F.grouped_mm(activated, wide_down.transpose(1, 2), offs=ends)
     weighted = (down.float() * first.weights.flatten()[index, None]).to(rows.dtype)
     del half, gate, up, down, wide_gate_up, wide_down
-    in_order = activated.new_zeros(len(rows) * TOP_K, activated.shape[1])
+    in_order = activated.new_zeros(len(rows) * top_k, activated.shape[1])
     in_order[: len(activated)] = activated
     at_pairs = torch.zeros_like(in_order).index_copy_(0, index, activated)
     active = sum(int((routing.counts > 0).sum()) for routing in routings) / SETS
@@ -222,7 +227,7 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
         where: Callable[[Tile], Tensor],
         run: Callable[[int, Tile], Tensor],
     ) -> Product:
-        one = halves * activated.shape[1] * HIDDEN
+        one = halves * activated.shape[1] * hidden
         flops, read = 2 * one * pairs, bench.experts[0].down.itemsize * one * active
         floor = max(flops / bench.matmul_rate, read / bench.read_rate) * 1e6
         return Product(halves, run, due, where, flops, read, floor)

@@ -100,6 +100,7 @@ FP8: dict[str, Any] = {
 }
 SHAPES = {
     "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "qwen3-30b-a3b-fp8": QWEN3_30B_A3B | FP8,
     "qwen3.5-35b-a3b": QWEN3_5_35B_A3B,
     "qwen3.5-35b-a3b-fp8": QWEN3_5_35B_A3B | FP8,
     "qwen3.5-122b-a10b-fp8": QWEN3_5_122B_A10B | FP8,

@@ -39,7 +39,7 @@ class Stage:
 
     def run(self, rows: Tensor, row_ranges: Tensor) -> tuple[Routing, Tensor]:
         routing = self.route(rows, row_ranges)
-        tiles = choose_tiles(len(rows), TOP_K, EXPERTS, self.intermediate)
+        tiles = choose_tiles(len(rows), TOP_K, EXPERTS, self.intermediate, fp8=False)
         return routing, run_experts(rows, self.gate_up, self.down, routing, tiles)
 
     def due(self, rows: Tensor, routing: Routing) -> Tensor:
@@ -96,7 +96,7 @@ def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool) -> None:
     scales = ExpertScales(gate_up_scales, down_scales)
     rows, real = poisoned(gathered, gathered, gathered // 2)
     routing = stage.route(rows, layout_of(gathered, gathered // 2, gathered))
-    tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate)
+    tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate, fp8=True)
     if swap:
         swapped = Tile(16, 64, 128, 4, 3, True, swap=True)
         tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128))

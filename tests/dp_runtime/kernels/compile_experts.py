@@ -29,7 +29,7 @@ ROWS = (16, 100, 300, 700, 2000, 4000)
 
 def tiles(fp8: bool) -> Iterator[ExpertTiles]:
     for rows in ROWS:
-        yield choose_tiles(rows, TOP_K, EXPERTS, INTERMEDIATE)
+        yield choose_tiles(rows, TOP_K, EXPERTS, INTERMEDIATE, fp8)
     for swapped in (
         Tile(16, 64, 128, 4, 5 if fp8 else 3, True, swap=True),
         Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True),

@@ -52,12 +52,16 @@ class Compiled:
                 types[parameter.name], constants[index,] = "constexpr", value
                 continue
             types[parameter.name] = type_of(value)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) or _is_sixteens(value, parameter):
                 hints[index,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, types, constants, hints)
         shared = triton.compile(source, target=TARGET, options=options).metadata.shared
         print(f"{self.kernel.__name__}: {shared} bytes", flush=True)
         assert shared <= MAX_SHARED, f"{self.kernel.__name__} takes {shared} bytes"
+
+
+def _is_sixteens(value: object, parameter: Any) -> bool:
+    return isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
 
 
 def type_of(value: object) -> str:
