@@ -46,8 +46,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
-    return FilesTogether(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    """Leave other ways than pyproject.toml's to xdist: engines on GPUs may run test by test."""
+    return FilesTogether(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 class FilesTogether(LoadFileScheduling):  # type: ignore[misc]  # xdist is not typed

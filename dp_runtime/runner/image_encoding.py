@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.core.device_copy import all_on_device
+from dp_runtime.core.device_copy import all_on_device, on_device
 from dp_runtime.core.request import ImageFormat
 from dp_runtime.scheduler.image_slots import PlacedImage
 from dp_runtime.vision.encoder import VisionEncoder
@@ -65,7 +65,7 @@ class ImageEncoding:
         """Rescale and centre each channel of [patches, values] uint8, in float32."""
         shape, device = (len(self.format.mean), 1), patches.device
         mean, std = (
-            torch.tensor(values, device=device).view(shape)
+            on_device(np.array(values, np.float32), device).view(shape)
             for values in (self.format.mean, self.format.std)
         )
         channels = patches.view(len(patches), shape[0], -1).float()

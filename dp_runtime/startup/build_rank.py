@@ -179,10 +179,7 @@ def _log_recurrent(plan: RankPlan) -> None:
     if plan.device == "cpu":
         logger.info("recurrent layers run in torch: there is no kernel for device cpu")
     else:
-        logger.warning(
-            "recurrent layers run in Triton kernels that were compiled for SM90, and tested in "
-            "Triton's interpreter, but were not run on a GPU by us yet"
-        )
+        logger.info("recurrent layers run in Triton kernels")
 
 
 def check_free(plan: RankPlan, free: int) -> None:

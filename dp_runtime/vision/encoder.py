@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dp_runtime.core.device_copy import on_device
 from dp_runtime.core.qk_norm_rope import CosSin, rotate
 from dp_runtime.layers.linear import Linear
 from dp_runtime.vision.config import VisionConfig
@@ -108,7 +109,7 @@ class VisionEncoder:
     def __call__(self, pixels: Tensor, grids: Sequence[PatchGrid]) -> Tensor:
         """Encode normalised pixels [patches, patch_values] float32 -> [tokens, out_hidden]."""
         config = self.config
-        places = patch_places(grids, config.merge_size).to(pixels.device)
+        places = on_device(patch_places(grids, config.merge_size).numpy(), pixels.device)
         x = self.patches(pixels.to(self.dtype))
         x = x + interpolated(self.positions, places, grids, config.positions_per_side).to(x.dtype)
         angles = axial_angles(places, config.head_dim)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dp_runtime.core.device_copy import on_device
+
 THETA = 10_000.0
 
 
@@ -37,8 +39,8 @@ def interpolated(
 ) -> Tensor:
     """Stretch learned positions [per_side^2, hidden] over each grid -> float32 [patches, hidden]"""
     counts = torch.tensor([grid.num_patches for grid in grids])
-    last = (torch.tensor(grids) - 1).clamp(min=1).repeat_interleave(counts, 0).to(places.device)
-    at = places.float() * (per_side - 1) / last
+    last = (torch.tensor(grids) - 1).clamp(min=1).repeat_interleave(counts, 0)
+    at = places.float() * (per_side - 1) / on_device(last.numpy(), places.device)
     low = at.floor().long()
     part = at - low
     high = (low + 1).clamp(max=per_side - 1)

@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 from dp_runtime import EngineConfig, SamplingParams
 from dp_runtime.core.request import RankRequest
+from dp_runtime.models.image_format import read_image_format
+from dp_runtime.models.registry import read_model_config
+from dp_runtime.runner.image_encoding import ImageEncoding
 from dp_runtime.runner.step_runner import StepRunner
+from dp_runtime.scheduler.image_slots import PlacedImage
+from dp_runtime.vision.encoder import VisionEncoder
+from dp_runtime.weights.loader import open_weights
 from tests.checkpoints import add_mtp, tiny_checkpoint
+from tests.dp_runtime.prompt_images import prompt_image
 from tests.gpu.hybrid import gpu_checkpoint
+from tests.hybrid_checkpoints import VISION, hybrid_checkpoint
 from workers.messages import Rendezvous
 from workers.worker import Worker
 
@@ -33,10 +42,10 @@ def serve(model: str, graphs: bool, num_steps: int) -> None:
     )  # fmt: skip
     run, guarded = StepRunner.run, {"on": False}
 
-    def run_guarded(runner: StepRunner, *args: Any) -> Any:
+    def run_guarded(runner: StepRunner, *args: Any, **fields: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error" if guarded["on"] else "default")
         try:
-            return run(runner, *args)
+            return run(runner, *args, **fields)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -68,7 +77,7 @@ def serve(model: str, graphs: bool, num_steps: int) -> None:
 def test_a_launch_does_not_wait_for_the_device(
     tmp_path: Path, kind: str, graphs: bool, num_steps: int
 ) -> None:
-    sizes: dict[str, Any] = {"head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 2}
     if kind == "hybrid":
         model = str(gpu_checkpoint(tmp_path))
     else:
@@ -78,3 +87,32 @@ def test_a_launch_does_not_wait_for_the_device(
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def encoding(model: Path, device: torch.device) -> ImageEncoding:
+    """A random encoder with room for the features of 100 tokens."""
+    config = read_model_config(str(model))
+    assert config.vision is not None
+    weights = open_weights(str(model), "safetensors", 0, torch.bfloat16, device)
+    encoder = VisionEncoder.load(config.vision, weights, "model.visual")
+    features = torch.zeros(100, config.hidden_size, dtype=torch.bfloat16, device=device)
+    image_format = read_image_format(str(model), config.vision)
+    return ImageEncoding(encoder, image_format, features, 50)
+
+
+@torch.inference_mode()
+def test_images_are_encoded_without_waiting(tmp_path: Path) -> None:
+    images = encoding(hybrid_checkpoint(tmp_path, VISION), torch.device("cuda"))
+    placed = [PlacedImage(prompt_image(2, 3), np.arange(6)),
+              PlacedImage(prompt_image(9, 5, seed=1), np.arange(6, 51))]  # fmt: skip
+    images.encode(placed)  # libraries may wait while they set themselves up
+    first = images.features.clone()
+    images.features.zero_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images.encode(placed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(images.features, first)
+    assert first[:51].any(1).all()
+    assert not first[51:].any()

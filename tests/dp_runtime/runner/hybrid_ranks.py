@@ -59,7 +59,8 @@ def serve(
     served, group = Served(), InProcessGroup(1, 30.0)
     config = EngineConfig(
         str(checkpoint), dp_size=1, launcher="thread", max_model_len=64, num_pages=40,
-        device=torch.device(device).type, max_num_requests=4, max_num_tokens=24,
+        device=torch.device(device).type, max_num_requests=4,
+        max_num_tokens=max(24, 4 * (1 + num_drafts)),
         poison_padding=True, speculative_num_steps=num_drafts, enable_return_routed_experts=True,
         **others,
     )  # fmt: skip
