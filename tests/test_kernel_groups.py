@@ -17,6 +17,7 @@ from examples.benchmarks.harness.kernel_groups import (
     RankRows,
     Rates,
     busy_us,
+    collective_us,
     floors_us,
     group_of,
     group_table,
@@ -43,6 +44,7 @@ def test_every_kernel_is_in_one_group_and_waits_are_not_busy() -> None:
     found = group_us(PROFILE)
     assert sum(found.values()) == sum(us for _, _, us in PROFILE.kernels)
     assert found[WIRE] == 1000.0
+    assert collective_us(PROFILE) == 1000.0
     assert busy_us(PROFILE) == sum(found.values()) - 1000.0
     assert num_launches(PROFILE) == 51.0
     assert group_of("fmha_v2_flash_attention_bf16") == group_of("kernel_mha") == ATTENTION
@@ -74,3 +76,11 @@ def test_floors_of_decodes_are_bytes_and_those_of_prompts_operations(tmp_path: P
     prompts = floors_us(model, RankRows(8192, 512.0, 0, 1, 0.0, 4 * 8192, 4), rates)
     assert prompts[DENSE] == pytest.approx(2 * 8192 * 48 * 72 * 128 * 2048 / 8e8)
     assert prompts[EXPERTS] == pytest.approx(2 * 48 * 8192 * 8 * one_expert / 2 / 8e8)
+
+
+def test_a_rank_receives_the_rows_of_others_and_their_sums_of_its_own(tmp_path: Path) -> None:
+    model = read_model_config(str(write_shape(tmp_path, "qwen3-30b-a3b")))
+    rates = Rates(read=4e12, matmul=8e14, wire=4e11)
+    for own in (512, 32):  # of 544 rows of two ranks
+        floors = floors_us(model, RankRows(own, 256.0, 0, 1, 0.0, 544, 2), rates)
+        assert floors[WIRE] == pytest.approx(48 * 544 * 2048 * 2 / 4e5)

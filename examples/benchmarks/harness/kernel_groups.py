@@ -59,6 +59,11 @@ def busy_us(profile: Profile) -> float:
     return sum(us for group, us in group_us(profile).items() if group != WIRE)
 
 
+def collective_us(profile: Profile) -> float:
+    """Of a step, in the collectives, waits for slower ranks among them."""
+    return group_us(profile).get(WIRE, 0.0)
+
+
 def num_launches(profile: Profile) -> float:
     """Kernels of a step that are none of the large ones."""
     large = (ATTENTION, EXPERTS, DENSE, WIRE)
@@ -114,7 +119,8 @@ def floors_us(model: ModelConfig, rows: RankRows, rates: Rates) -> dict[str, flo
     expert_bytes = sum((1 if fp8 else BYTES) * expert * active for is_moe, fp8 in formats if is_moe)
     kv_bytes = layers * rows.decodes * rows.decode_context * 2 * model.num_kv_heads * dim * BYTES
     scores = 4.0 * layers * rows.prefill * rows.prefill_context * model.num_heads * dim
-    wire = 2 * moe * (rows.total - rows.own) * hidden * BYTES
+    arriving = rows.total - rows.own + (rows.dp_size - 1) * rows.own  # gathered, then summed
+    wire = moe * arriving * hidden * BYTES
     seconds = {
         ATTENTION: kv_bytes / rates.read + scores / rates.matmul,
         EXPERTS: max(expert_bytes / rates.read, 2 * moe * pairs * expert / rates.matmul),
