@@ -52,8 +52,9 @@ class EngineConfig:
         allowed="auto, host:port or ray://host:port",
     )  # fmt: skip
     attention_backend: str = setting(
-        "auto", "attention kernels; auto: torch_ref on CPU, trtllm on GPU. flashinfer has kernels "
-        "of its own there", choices=("auto", "trtllm", "flashinfer", "torch_ref"),
+        "auto", "attention kernels; auto: torch_ref on CPU, trtllm on GPU, or split where measured "
+        "to be faster: trtllm with decodes by a kernel of our own. flashinfer has its own kernels",
+        choices=("auto", "split", "trtllm", "flashinfer", "torch_ref"),
     )  # fmt: skip
     kv_cache_dtype: str = setting(
         "auto", "type of KV pages; auto: that of the weights; fp8_e4m3: per-tensor scales from the "
@@ -238,8 +239,7 @@ class EngineConfig:
         ok = self.prefix_caching or not self.kv_events
         require(ok, "kv_events", self.kv_events, "False without prefix_caching")
         if (transport := TRANSPORTS.get(self.collective)) is not None:  # else auto
-            threads = self.launcher == "thread"
-            check_transport(transport, self.device, threads, self.ranks_per_gpu)
+            check_transport(transport, self.device, self.launcher == "thread", self.ranks_per_gpu)
         ok = (self.min_dp_size or 1) <= self.dp_size
         require(ok, "min_dp_size", self.min_dp_size, f"at most dp_size {self.dp_size}")
         ok = self.prefill_budget is None or self.max_step_ms is None
@@ -256,14 +256,13 @@ class EngineConfig:
 
     def copied(self) -> EngineConfig:
         """The configuration as it is now, checked again; a subclass is left behind."""
-        names = [item.name for item in settings_of(EngineConfig)]
-        return EngineConfig(**{name: getattr(self, name) for name in names})
+        return EngineConfig(**{s.name: getattr(self, s.name) for s in settings_of(EngineConfig)})
 
     @property
     def tells_kv_events(self) -> bool:
         """Whether ranks tell of their prefix caches, to users or for routing."""
-        routes = self.routing == "prefix_aware" or isinstance(self.routing, PolicyName)
-        return self.kv_events or routes
+        named = isinstance(self.routing, PolicyName)
+        return self.kv_events or named or self.routing == "prefix_aware"
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -275,8 +274,7 @@ class EngineConfig:
     @property
     def depth(self) -> int:
         """Steps that may be launched and not yet committed when the next one is scheduled."""
-        overlap = self.device == "cuda" if self.overlap is None else self.overlap
-        return 1 if overlap else 0
+        return int(self.device == "cuda" if self.overlap is None else self.overlap)
 
     @property
     def faults(self) -> tuple[Fault, ...]:

@@ -67,6 +67,11 @@ class AttentionBackend(ABC):
         """Raise ValueError for what its kernels do not support, with field and alternative."""
 
     @classmethod
+    def reason(cls, spec: AttentionSpec) -> str:
+        """Say why auto takes it for a spec that it serves; ValueError says why it does not."""
+        return "its kernels serve this model on this device"
+
+    @classmethod
     def workspace_bytes(cls, spec: AttentionSpec) -> int:  # whatever the number of layers
         return 0
 

@@ -13,10 +13,11 @@ from dp_runtime.errors import require
 
 BACKENDS = {
     "torch_ref": "dp_runtime.attention.torch_ref:TorchRefBackend",
+    "split": "dp_runtime.attention.trtllm.split:SplitBackend",
     "trtllm": "dp_runtime.attention.trtllm.backend:TrtllmBackend",
     "flashinfer": "dp_runtime.attention.flashinfer.backend:FlashinferBackend",
 }
-GPU_PREFERENCE = ("trtllm", "flashinfer", "torch_ref")
+GPU_PREFERENCE = ("split", "trtllm", "flashinfer", "torch_ref")
 CHOSEN = "chosen in the configuration"
 
 
@@ -41,8 +42,9 @@ def choose_backend(name: str, spec: AttentionSpec, device: torch.device) -> tupl
     for candidate in GPU_PREFERENCE:
         try:
             backend_class(candidate).check(spec, device)
+            reason = backend_class(candidate).reason(spec)
         except ValueError as error:
             refused.append(f"not {candidate}: {error}")
             continue
-        return candidate, "; ".join(refused) or "its kernels serve this model on this device"
+        return candidate, "; ".join([reason, *refused])
     raise AssertionError("torch_ref serves every spec")

@@ -22,18 +22,21 @@ class JitModule:
 
     name: str  # unique
     build: Callable[[], object]
+    by_triton: bool = False
 
 
 def in_one_thread(modules: Sequence[JitModule]) -> tuple[JitModule, ...]:
     """Make one module of those that Triton compiles: its compiler is for one thread."""
-    if not modules:
-        return ()
+    triton = [module for module in modules if module.by_triton]
+    others = tuple(module for module in modules if not module.by_triton)
+    if not triton:
+        return others
 
     def build() -> None:
-        for module in modules:
+        for module in triton:
             module.build()
 
-    return (JitModule(", ".join(module.name for module in modules), build),)
+    return (*others, JitModule(", ".join(module.name for module in triton), build, by_triton=True))
 
 
 class KernelBuilds:

@@ -32,7 +32,7 @@ def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
     device = torch.device(plan.device)
     cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
     attention = [module for spec in specs for module in cls.jit_modules(spec, device)]
-    return (*attention, *in_one_thread([*_moe_kernels(plan), *_delta_kernels(plan)]))
+    return in_one_thread([*attention, *_moe_kernels(plan), *_delta_kernels(plan)])
 
 
 def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
@@ -80,7 +80,7 @@ def moe_jit_modules(
     build = partial(
         _build, tuple(tilings), model, (num_local, inner), dp_size, dtype, device, routing_shape
     )
-    return (JitModule(f"Triton experts ({len(tilings)} tilings)", build),)
+    return (JitModule(f"Triton experts ({len(tilings)} tilings)", build, by_triton=True),)
 
 
 def _build(
@@ -117,7 +117,8 @@ def delta_net_jit_module(
     shape: GatedDeltaNetShape, max_drafts: int, dtype: torch.dtype, device: torch.device
 ) -> JitModule:
     """Make a module of all kernels of the gated delta nets of this shape."""
-    return JitModule("Triton gated delta nets", partial(_mix, shape, max_drafts, dtype, device))
+    mix = partial(_mix, shape, max_drafts, dtype, device)
+    return JitModule("Triton gated delta nets", mix, by_triton=True)
 
 
 def _mix(

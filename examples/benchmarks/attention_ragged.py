@@ -90,9 +90,11 @@ def make_load(requests: int, longest: int, device: torch.device) -> Load:
     return load_of(query_lens, seq_lens, device)
 
 
-def load_of(query_lens: Int32, seq_lens: Int32, device: torch.device) -> Load:
+def load_of(
+    query_lens: Int32, seq_lens: Int32, device: torch.device, spec: AttentionSpec = SPEC
+) -> Load:
     """Requests of these lengths on pages at random."""
-    requests, rng, size = len(query_lens), np.random.default_rng(0), SPEC.page_size
+    requests, rng, size = len(query_lens), np.random.default_rng(0), spec.page_size
     used = -(-seq_lens // size)
     table = np.zeros((requests, int(used.max())), np.int32)
     pages = rng.permutation(np.arange(1, int(used.sum()) + 1, dtype=np.int32))
@@ -102,10 +104,10 @@ def load_of(query_lens: Int32, seq_lens: Int32, device: torch.device) -> Load:
     batch = paged_batch(query_lens, seq_lens, table, size)
     place = Place(0, 0, "target")
     metadata = AttentionMetadata.build(batch, PageGeometry(num_pages, size), place, device)
-    shape = (num_pages, 2, SPEC.num_kv_heads, size, SPEC.head_dim)
+    shape = (num_pages, 2, spec.num_kv_heads, size, spec.head_dim)
     pool = torch.randn(shape, dtype=BF16, device=device)
-    q = torch.randn((batch.num_tokens, SPEC.num_heads, SPEC.head_dim), dtype=BF16, device=device)
-    token_bytes = 2 * SPEC.num_kv_heads * SPEC.head_dim * BF16.itemsize
+    q = torch.randn((batch.num_tokens, spec.num_heads, spec.head_dim), dtype=BF16, device=device)
+    token_bytes = 2 * spec.num_kv_heads * spec.head_dim * BF16.itemsize
     return Load(metadata, pool, q, int(seq_lens.sum()) * token_bytes)
 
 

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from dp_runtime.kernels.split_attention import SplitTile
+from dp_runtime.kernels.split_tile import SplitTile
 from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
@@ -109,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=PROMPT)
     parser.add_argument("--output", type=int, default=OUTPUT)
     parser.add_argument(
-        "--split", type=int, nargs=4, metavar=("CHUNK", "WARPS", "STAGES", "PROGRAMS"),
+        "--split", type=int, nargs=4, metavar=("BLOCK", "WARPS", "STAGES", "PROGRAMS"),
         help="beside XQA, by the kernel of attention_decode with this tile",
     )  # fmt: skip
     parser.add_argument("--profile-steps", type=int, default=20)

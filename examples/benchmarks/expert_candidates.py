@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import get_context
 
 import torch
 
@@ -16,6 +13,7 @@ from dp_runtime.kernels.expert_tiles import FLAT, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
 from dp_runtime.weights.fp8_blocks import scale_shape
+from examples.benchmarks.harness.parallel_builds import compile_all as compile_in_processes
 from examples.benchmarks.moe_stage import SHAPES, Shard
 
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0
@@ -86,50 +84,28 @@ def compile_all(
         for halves in (2, 1)
         for tile in candidates(SHAPES[shape], count, halves, fp8)
     }
-    context = get_context("forkserver")  # a forked process could not use the parent's CUDA
-    context.set_forkserver_preload(["torch", "triton"])
-    pool = ProcessPoolExecutor(num_workers, context)
-    start, done = time.monotonic(), set[Job]()
-    futures = {pool.submit(compile_one, job): job for job in jobs}
-    try:
-        for future in as_completed(futures, timeout=seconds):
-            problem = future.result()
-            if problem:
-                print(f"skipped {futures[future]}: {problem}", flush=True)
-            else:
-                done.add(futures[future])
-    except (TimeoutError, BrokenExecutor) as error:
-        print(f"{type(error).__name__}: what is not compiled yet is skipped", flush=True)
-    pool.shutdown(cancel_futures=True)
-    taken = time.monotonic() - start
-    print(f"{shape}: {len(done)} of {len(jobs)} compiled in {taken:.0f} s", flush=True)
-    return done
+    print(shape, end=": ", flush=True)
+    return compile_in_processes(jobs, compile_one, num_workers, seconds)
 
 
-def compile_one(job: Job) -> str:
-    """Run a kernel over no pair, which compiles it into Triton's cache: what went wrong, or ""."""
-    try:
-        shard = SHAPES[job.shape]
-        num_local, hidden, top_k = shard.num_local, shard.hidden, shard.top_k
-        rows = torch.zeros(1, hidden, dtype=torch.bfloat16, device="cuda")
-        routing = Routing(
-            weights=torch.zeros(1, top_k, device="cuda"),
-            local_ids=torch.full((1, top_k), -1, dtype=torch.int32, device="cuda"),
-            counts=torch.zeros(num_local, dtype=torch.int32, device="cuda"),
-            pairs=torch.zeros(num_local, 1, dtype=torch.int32, device="cuda"),
-        )
-        inner = (
-            (2 * shard.intermediate, hidden) if job.halves == 2 else (hidden, shard.intermediate)
-        )
-        dtype = E4M3 if job.fp8 else rows.dtype
-        weights = torch.empty(1, dtype=dtype, device="cuda").expand(num_local, *inner)
-        scales = torch.zeros(scale_shape(weights.shape), device="cuda") if job.fp8 else None
-        if job.halves == 2:
-            gate_up_pairs(rows, weights, routing, job.tile, scales)
-        else:
-            activated = rows.new_zeros(top_k, shard.intermediate)
-            down_pairs(activated, weights, routing, job.tile, scales)
-        torch.cuda.synchronize()
-    except Exception as error:  # a compiler's or a driver's, of any kind: the candidate is out
-        return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-    return ""
+def compile_one(job: Job) -> None:
+    """Run a kernel over no pair, which compiles it into Triton's cache."""
+    shard = SHAPES[job.shape]
+    num_local, hidden, top_k = shard.num_local, shard.hidden, shard.top_k
+    rows = torch.zeros(1, hidden, dtype=torch.bfloat16, device="cuda")
+    routing = Routing(
+        weights=torch.zeros(1, top_k, device="cuda"),
+        local_ids=torch.full((1, top_k), -1, dtype=torch.int32, device="cuda"),
+        counts=torch.zeros(num_local, dtype=torch.int32, device="cuda"),
+        pairs=torch.zeros(num_local, 1, dtype=torch.int32, device="cuda"),
+    )
+    inner = (2 * shard.intermediate, hidden) if job.halves == 2 else (hidden, shard.intermediate)
+    dtype = E4M3 if job.fp8 else rows.dtype
+    weights = torch.empty(1, dtype=dtype, device="cuda").expand(num_local, *inner)
+    scales = torch.zeros(scale_shape(weights.shape), device="cuda") if job.fp8 else None
+    if job.halves == 2:
+        gate_up_pairs(rows, weights, routing, job.tile, scales)
+    else:
+        activated = rows.new_zeros(top_k, shard.intermediate)
+        down_pairs(activated, weights, routing, job.tile, scales)
+    torch.cuda.synchronize()

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from dp_runtime.attention.spec import KvScales
 from dp_runtime.attention.trtllm.backend import TrtllmBackend
-from dp_runtime.attention.trtllm.kernel_groups import KernelGroup
 from dp_runtime.attention.trtllm.kernel_plan import TrtllmCalls
-from dp_runtime.kernels.split_attention import SplitTile, split_attention
+from dp_runtime.attention.trtllm.split import ChooseTile, SplitCalls
+from dp_runtime.kernels.split_tile import MAX_REQUESTS, SplitTile
 from examples.benchmarks.harness.stepping import SteppedRank
 
 
 @dataclass(frozen=True)
-class SplitCalls:
-    """The calls of an architecture but for those of short queries."""
+class Always:
+    """Chooses one tile for whatever the kernel serves."""
 
-    inner: TrtllmCalls
-    scale: float
     tile: SplitTile
 
-    def prefill(
-        self, q: Tensor, pool: Tensor, scales: KvScales, group: KernelGroup, out: Tensor
-    ) -> None:
-        self.inner.prefill(q, pool, scales, group, out)
-
-    def decode(
-        self, q: Tensor, pool: Tensor, scales: KvScales, group: KernelGroup, out: Tensor
-    ) -> None:
-        assert scales == KvScales(), "the kernel reads no quantised cache"
-        split_attention(
-            q, pool, group.page_table, group.seq_lens, group.max_seq_len, self.scale, out, self.tile
-        )
+    def __call__(self, query_len: int, requests: int) -> SplitTile | None:
+        return self.tile if requests <= MAX_REQUESTS else None
 
 
 def attend_by(rank: SteppedRank, tile: SplitTile | None, layout: str) -> None:
@@ -45,10 +30,15 @@ def attend_by(rank: SteppedRank, tile: SplitTile | None, layout: str) -> None:
     for model in {runner.model for runner in rank.loop.runner.passes.values()}:
         backend = model.backend
         assert isinstance(backend, TrtllmBackend), f"{backend} has no calls to replace"
-        calls = backend._calls.inner if isinstance(backend._calls, SplitCalls) else backend._calls
-        chosen = calls if tile is None else SplitCalls(calls, backend.spec.head_dim**-0.5, tile)
-        changed |= chosen != backend._calls
-        backend._calls = chosen
+        calls: TrtllmCalls = backend._calls
+        found: ChooseTile | None = None
+        if isinstance(calls, SplitCalls):
+            found, calls = calls.choose, calls.inner
+        choose = None if tile is None else Always(tile)
+        if choose != found:
+            scale = backend.spec.head_dim**-0.5
+            backend._calls = calls if choose is None else SplitCalls(calls, scale, choose)
+            changed = True
     if changed:
         rank.capture(layout=layout)
     else:

@@ -11,6 +11,8 @@ import torch
 from dp_runtime.attention.registry import BACKENDS, backend_class, choose_backend
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.support import check_native, check_trtllm
+from dp_runtime.attention.trtllm.measured import Measured, MeasuredTiles
+from dp_runtime.kernels.split_tile import SplitTile
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 GOOD = AttentionSpec(32, 4, 128, 64, BF16, BF16, frozenset({1, 4}))
@@ -79,9 +81,13 @@ def test_what_flashinfer_does_not_serve(changes: dict[str, object], message: str
 @pytest.mark.parametrize(
     ("changes", "chosen", "reasons"),
     [
-        ({}, "trtllm", []),
+        ({}, "trtllm", ["not split: nowhere measured to be faster than XQA (head_dim 128, 8 q"]),
         ({"page_size": 8}, "flashinfer", ["not trtllm: page_size: 8"]),
-        ({"head_dim": 80}, "torch_ref", ["not trtllm: head_dim: 80", "not flashinfer: head_dim"]),
+        (
+            {"head_dim": 80},
+            "torch_ref",
+            ["not split: head_dim: 80", "not trtllm: head_dim: 80", "not flashinfer: head_dim"],
+        ),
     ],
 )
 def test_auto_says_why(
@@ -94,6 +100,40 @@ def test_auto_says_why(
     assert name == chosen
     assert all(reason in why for reason in reasons)
     assert choose_backend(chosen, spec, torch.device("cuda", 0))[1] == "chosen in the configuration"
+
+
+ROW = Measured(128, 8, 4, SplitTile(32), ((16, 20.0, 21.5), (64, 60.0, 45.5), (256, 200.0, 160.0)))
+
+
+def test_auto_takes_the_split_kernel_where_it_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("dp_runtime.attention.support.find_spec", lambda name: object())
+    monkeypatch.setattr("dp_runtime.attention.trtllm.measured.MEASURED", (ROW,))
+    device = torch.device("cuda", 0)
+    assert choose_backend("auto", GOOD, device) == (
+        "split",
+        "measured to be faster than XQA at 4 rows a request: 64 requests 45.5 us for 60.0, 256 "
+        "requests 160.0 us for 200.0",
+    )
+    for other in ({"head_dim": 256}, {"num_heads": 64}, {"kv_dtype": E4M3}, {"page_size": 32},
+                  {"decode_query_lens": frozenset({1, 3})}):  # fmt: skip
+        spec = replace(GOOD, **other)
+        assert choose_backend("auto", spec, device)[0] == "trtllm"
+        assert choose_backend("split", spec, device)[0] == "split"  # and XQA decodes
+    parts = (132 * 3 + 256 * 4) * 32 * 130 * 4
+    assert backend_class("split").workspace_bytes(GOOD) == (256 << 20) + parts
+
+
+def test_the_nearest_measurement_decides() -> None:
+    tiles = MeasuredTiles.of(GOOD, (ROW,))
+    found = {requests: tiles(4, requests) for requests in (1, 16, 31, 33, 200, 256, 257)}
+    slower = dict.fromkeys((1, 16, 31, 257))  # more than 256 requests are more than it serves
+    assert found == slower | dict.fromkeys((33, 200, 256), SplitTile(32))
+    assert tiles(1, 64) is None
+    slow = replace(ROW, times=((64, 60.0, 60.0),))
+    assert MeasuredTiles.of(GOOD, (slow,)).rows == ()
 
 
 def test_without_flashinfer_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,5 +155,5 @@ def test_workspaces_are_known_before_anything_is_allocated() -> None:
 
 def test_who_can_be_captured_is_known_without_a_gpu_library() -> None:
     found = {name: backend_class(name).capturable for name in BACKENDS}
-    assert found == {"torch_ref": False, "trtllm": True, "flashinfer": False}
+    assert found == {"torch_ref": False, "split": True, "trtllm": True, "flashinfer": False}
     assert "flashinfer" not in sys.modules

@@ -1,4 +1,4 @@
-"""Compiles kernels for an SM90, which takes no GPU: of experts, and of attention by chunks.
+"""Compiles kernels for an SM90, which takes no GPU: of experts, and of attention by shares.
 
     TRITON_INTERPRET=0 python -m tests.dp_runtime.kernels.compile_experts
 
@@ -19,7 +19,7 @@ from dp_runtime.kernels import experts, split_attention
 from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
-from dp_runtime.kernels.split_attention import SplitTile
+from dp_runtime.kernels.split_tile import SplitTile
 from dp_runtime.weights.fp8_blocks import scale_shape
 from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
 
@@ -47,8 +47,8 @@ def compile_attention() -> None:
     with patch.multiple(split_attention, **instead):
         for query_len in (1, 4):
             q = torch.zeros(64 * query_len, 32, 128, dtype=torch.bfloat16)
-            for tile in (SplitTile(256), SplitTile(512, 8, 5, 2)):
-                own = q, pool, table, lengths, 128, 0.1
+            for tile in (SplitTile(), SplitTile(32, 8, 5, 2)):
+                own = q, pool, table, lengths, 0.1
                 split_attention.split_attention(*own, torch.empty_like(q), tile)
 
 

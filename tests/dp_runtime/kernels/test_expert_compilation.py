@@ -1,4 +1,4 @@
-"""Kernels of experts and of attention by chunks compile for a GPU where there is none."""
+"""Kernels of experts and of attention by shares compile for a GPU where there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention in chunks of keys, in the interpreter on CPU tensors, against plain torch."""
+"""Attention in shares of keys, in the interpreter on CPU tensors, against plain torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.attention.torch_ref import TorchRefBackend
-from dp_runtime.kernels.split_attention import SplitTile, split_attention
+from dp_runtime.kernels.split_attention import split_attention
+from dp_runtime.kernels.split_tile import MAX_REQUESTS, SplitTile
 from tests.dp_runtime.paged import attend, metadata_of, paged_batch, random_page_table, spec_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PAGE, DIM = 16, 32
+PAGE, DIM = 32, 32
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
 LENGTHS = {
-    "shorter and longer than a chunk": (1, 70, 16, 17, 32, 33),
+    "shorter and longer than a share": (1, 70, 16, 17, 32, 33),
     "one": (130,),
+    "fewer blocks than programs": (3, 5),
     "null sequences among others": (4, 4, 64, 5, 4),
 }
 
@@ -49,23 +51,22 @@ def test_rows_see_what_they_see_in_plain_torch(
     out = torch.full((rows, heads, DIM), torch.nan, dtype=dtype)
     tensors = [q, wide.to(dtype), metadata.page_table, metadata.seq_lens, out]
     q, pool, page_table, seq_lens, out = (tensor.to(DEVICE) for tensor in tensors)
-    longest = max(lengths) + 3 * PAGE  # a graph's bound is more than what there is
-    run(q, pool, page_table, seq_lens, longest, out)
+    run(q, pool, page_table, seq_lens, out)
     error = (out.cpu().float() - due).norm() / due.norm()
     assert error < TOLERANCE[dtype]
 
 
-def run(
-    q: Tensor, pool: Tensor, page_table: Tensor, seq_lens: Tensor, longest: int, out: Tensor
-) -> None:
-    tile = SplitTile(chunk=2 * PAGE, num_stages=2, per_multiprocessor=3)
-    split_attention(q, pool, page_table, seq_lens, longest, DIM**-0.5, out, tile)
+def run(q: Tensor, pool: Tensor, page_table: Tensor, seq_lens: Tensor, out: Tensor) -> None:
+    tile = SplitTile(block=16, num_stages=2, per_multiprocessor=3)
+    split_attention(q, pool, page_table, seq_lens, DIM**-0.5, out, tile)
 
 
-def test_no_request_is_no_launch_and_chunks_are_whole_pages() -> None:
+def test_no_request_is_no_launch_and_too_many_are_refused() -> None:
     q, pool = torch.zeros(0, 4, DIM, device=DEVICE), torch.zeros(2, 2, 2, PAGE, DIM, device=DEVICE)
     table = torch.zeros(0, 1, dtype=torch.int32, device=DEVICE)
     lengths = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-    run(q, pool, table, lengths, PAGE, torch.empty_like(q))
-    with pytest.raises(AssertionError, match="whole pages of 16"):
-        split_attention(q, pool, table, lengths, PAGE, 1.0, q, SplitTile(chunk=24))
+    run(q, pool, table, lengths, torch.empty_like(q))
+    many = MAX_REQUESTS + 1
+    q, table, lengths = q.new_zeros(many, 4, DIM), table.new_zeros(many, 1), lengths.new_ones(many)
+    with pytest.raises(AssertionError, match=f"{many} requests, more than {MAX_REQUESTS}"):
+        run(q, pool, table, lengths, torch.empty_like(q))

@@ -1,0 +1,69 @@
+"""Times of the decode kernels, by which each shape gets the faster one.
+
+Rows are printed by examples/benchmarks/attention_decode.py. Bf16 over bf16, pages of 64 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.kernels.split_tile import MAX_REQUESTS, SplitTile
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One shape of a decode or a verification, by XQA and by the split kernel with one tile."""
+
+    head_dim: int
+    group_size: int
+    query_len: int
+    tile: SplitTile
+    times: tuple[tuple[int, float, float], ...]  # requests, microseconds of XQA and of the kernel
+
+    def split_is_faster(self, requests: int) -> bool:
+        """Decide as the measured number of requests does that is the nearest in proportion."""
+        _, xqa, split = min(
+            self.times, key=lambda row: max(row[0], requests) / min(row[0], requests)
+        )
+        return split < xqa and requests <= MAX_REQUESTS
+
+    def __str__(self) -> str:
+        faster = [row for row in self.times if self.split_is_faster(row[0])]
+        times = ", ".join(f"{n} requests {split:.1f} us for {xqa:.1f}" for n, xqa, split in faster)
+        return f"{self.query_len} rows a request: {times}"
+
+
+MEASURED: tuple[Measured, ...] = ()  # where there is no row, XQA decodes
+
+
+@dataclass(frozen=True)
+class MeasuredTiles:
+    """Chooses a tile for a spec's decodes, or None where XQA is faster or nothing was measured."""
+
+    rows: tuple[Measured, ...]
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, measured: Sequence[Measured] | None = None) -> MeasuredTiles:
+        """Keep the rows for a spec in which the kernel is faster anywhere."""
+        found = spec.dtype, spec.kv_dtype, spec.page_size
+        if found != (torch.bfloat16, torch.bfloat16, 64):
+            return cls(())
+        return cls(tuple(
+            row for row in (MEASURED if measured is None else measured)
+            if (row.head_dim, row.group_size) == (spec.head_dim, spec.group_size)
+            and row.query_len in spec.decode_query_lens
+            and any(row.split_is_faster(requests) for requests, _, _ in row.times)
+        ))  # fmt: skip
+
+    def __call__(self, query_len: int, requests: int) -> SplitTile | None:
+        for row in self.rows:
+            if row.query_len == query_len and row.split_is_faster(requests):
+                return row.tile
+        return None
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.rows))
