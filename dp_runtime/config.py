@@ -73,6 +73,10 @@ class EngineConfig:
         "auto", "kernels of the experts; auto: triton on GPU, torch (grouped_mm) on CPU",
         choices=("auto", "triton", "torch"),
     )  # fmt: skip
+    dense_backend: str = setting(
+        "auto", "of e4m3 matrices beside experts: triton keeps them, torch, as auto, widens them",
+        choices=("auto", "triton", "torch"),
+    )  # fmt: skip
     padding: str = setting(
         PaddingMode.MAX_LEN.value,
         "rows a rank brings to a collective; max_len: the largest rank's, ragged: its own, auto: "
@@ -141,9 +145,7 @@ class EngineConfig:
     max_model_len: int | None = setting(
         None, "prompt and output tokens of a request", at_least=2, shown_default="the model's"
     )
-    max_queued_requests: int = setting(
-        100_000, "unfinished requests that the engine holds", at_least=1
-    )
+    max_queued_requests: int = setting(100_000, "unfinished requests of the engine", at_least=1)
     load_format: str = setting(
         "safetensors", "read the checkpoint, or random weights (dummy), for which a config.json is "
         "enough", choices=("safetensors", "dummy"),
@@ -267,8 +269,8 @@ class EngineConfig:
     @property
     def programs(self) -> tuple[Program, ...]:
         """The step programs that its ranks choose from, alike."""
-        steps = self.speculative_num_steps
         varies = self.speculative_adaptive or self.speculative_draft_length is not None
+        steps = self.speculative_num_steps
         return speculative_programs(steps, varies) if steps else SERVING_PROGRAMS
 
     @property

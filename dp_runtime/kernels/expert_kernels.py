@@ -189,7 +189,7 @@ def _add_product(a, weights, total, scales, at, SWAP: tl.constexpr):
         return _product(a, weights, total, SWAP)
     else:  # noqa: RET505 - the branch is chosen while compiling
         scale = tl.load(scales + at)
-        return total + _product(a, _widen(weights, a.dtype), None, SWAP) * scale
+        return total + _product(a, widen(weights, a.dtype), None, SWAP) * scale
 
 
 @triton.jit
@@ -202,7 +202,7 @@ def _product(a, weights, total, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _widen(weights, DTYPE: tl.constexpr):
+def widen(weights, DTYPE: tl.constexpr):
     """Convert e4m3 exactly, but NaN may become 480; the GPU's own way to bf16 is too slow.
 
     Integer operations move bits s eeee mmm to s 0000eeee mmm0000, which is 2^-120 of the value.

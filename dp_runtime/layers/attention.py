@@ -11,7 +11,7 @@ from dp_runtime.attention.backend import PagedAttention
 from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.qk_norm_rope import CosSin, QkNormRope
-from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.linear import Projection, load_projection
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.weights.source import WeightSource
 
@@ -30,9 +30,9 @@ class AttentionShape:
 class Attention:
     """Causal self-attention of this rank's own rows, [rows, inputs] -> [rows, hidden]."""
 
-    qkv: Linear  # q, k and v stacked
+    qkv: Projection  # q, k and v stacked
     qk_norm: RMSNorm | None  # [num_heads + num_kv_heads, head_dim]
-    output: Linear
+    output: Projection
     kv_writer: KvWriter
     paged: PagedAttention
     shape: AttentionShape
@@ -50,14 +50,14 @@ class Attention:
 
     def activation_bytes(self, rows: int) -> int:
         """Count the most bytes a call allocates; a backend is taken to copy q, k and v once."""
-        shape, size = self.shape, self.output.weight.dtype.itemsize
+        shape, size = self.shape, self.output.dtype.itemsize
         q = rows * shape.num_heads * shape.head_dim * size
         kv = rows * shape.num_kv_heads * shape.head_dim * size
         normed = 0 if self.qk_norm is None else q + kv
         norm = 0 if self.qk_norm is None else self.qk_norm.activation_bytes(rows)
         rotation = 2 * (q + kv)  # four halves
         attended = q + kv + q + max(q + 2 * kv, self.output.activation_bytes(rows))
-        return q + 2 * kv + max(norm, normed + rotation, attended)
+        return self.qkv.activation_bytes(rows) + max(norm, normed + rotation, attended)
 
     @classmethod
     def load(
@@ -74,9 +74,9 @@ class Attention:
         parts = {f"{prefix}.{name}": size for name, size in sizes.items()}
         hidden = shape.hidden_size
         return cls(
-            qkv=Linear.load(weights, parts, input_size or hidden, shape.bias),
+            qkv=load_projection(weights, parts, input_size or hidden, shape.bias),
             qk_norm=load_qk_norm(shape, weights, prefix),
-            output=Linear.load(weights, {f"{prefix}.o_proj": hidden}, q_size, shape.bias),
+            output=load_projection(weights, {f"{prefix}.o_proj": hidden}, q_size, shape.bias),
             kv_writer=KvWriter(paged.cache),
             paged=paged,
             shape=shape,

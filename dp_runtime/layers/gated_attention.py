@@ -11,7 +11,7 @@ from dp_runtime.attention.backend import PagedAttention
 from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.qk_norm_rope import CosSin, QkNormRope
-from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.linear import Projection, load_projection
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.rotary import dim_order
 from dp_runtime.weights.source import WeightSource
@@ -43,9 +43,9 @@ class GatedAttention:
     heads serves a model that rotates a part of them.
     """
 
-    qkv_gate: Linear  # q, k, v and the gate stacked
+    qkv_gate: Projection  # q, k, v and the gate stacked
     qk_norm: RMSNorm  # [num_heads + num_kv_heads, head_dim]
-    output: Linear
+    output: Projection
     kv_writer: KvWriter
     paged: PagedAttention
     shape: GatedAttentionShape
@@ -59,7 +59,7 @@ class GatedAttention:
 
     def activation_bytes(self, rows: int) -> int:
         """Count the most bytes a call allocates; a backend is taken to copy q, k and v once."""
-        shape, size = self.shape, self.output.weight.dtype.itemsize
+        shape, size = self.shape, self.output.dtype.itemsize
         q, kv = rows * shape.q_size * size, rows * shape.kv_size * size
         rotation = q + kv + 2 * (q + kv)  # normed, and four halves
         attended = q + kv + q + max(q + 2 * kv, q + q, self.output.activation_bytes(rows))
@@ -74,23 +74,27 @@ class GatedAttention:
         return cls(
             qkv_gate=_load_qkv_gate(shape, weights, prefix),
             qk_norm=_load_qk_norm(shape, weights, prefix),
-            output=Linear.load(weights, {f"{prefix}.o_proj": hidden}, shape.q_size),
+            output=load_projection(weights, {f"{prefix}.o_proj": hidden}, shape.q_size),
             kv_writer=KvWriter(paged.cache),
             paged=paged,
             shape=shape,
         )
 
 
-def _load_qkv_gate(shape: GatedAttentionShape, weights: WeightSource, prefix: str) -> Linear:
+def _load_qkv_gate(shape: GatedAttentionShape, weights: WeightSource, prefix: str) -> Projection:
     """Stack q, k, v and the gate; the checkpoint has query and gate head by head in q_proj."""
-    hidden, q_size, kv_size = shape.hidden_size, shape.q_size, shape.kv_size
-    order = dim_order(shape.rotated, shape.head_dim).to(weights.device)
-    both = weights.load(f"{prefix}.q_proj.weight", (2 * q_size, hidden))
-    q, gate = both.view(shape.num_heads, 2, shape.head_dim, hidden).unbind(1)
-    k, v = (weights.load(f"{prefix}.{name}_proj.weight", (kv_size, hidden)) for name in "kv")
-    k = k.view(shape.num_kv_heads, shape.head_dim, hidden)
-    parts = (q[:, order], k[:, order], v, gate)
-    return Linear(torch.cat([part.reshape(-1, hidden) for part in parts]), None)
+    q_size, kv_size, dim = shape.q_size, shape.kv_size, shape.head_dim
+    order = dim_order(shape.rotated, dim)
+    sizes = {"q_proj": 2 * q_size, "k_proj": kv_size, "v_proj": kv_size}
+    both, k, v = torch.arange(2 * q_size + 2 * kv_size).tensor_split(
+        [2 * q_size, 2 * q_size + kv_size]
+    )
+    q, gate = both.view(shape.num_heads, 2, dim).unbind(1)
+    rows = torch.cat(
+        [q[:, order].flatten(), k.view(-1, dim)[:, order].flatten(), v, gate.flatten()]
+    )
+    parts = {f"{prefix}.{name}": size for name, size in sizes.items()}
+    return load_projection(weights, parts, shape.hidden_size, order=rows)
 
 
 def _load_qk_norm(shape: GatedAttentionShape, weights: WeightSource, prefix: str) -> RMSNorm:

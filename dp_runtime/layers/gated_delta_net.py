@@ -12,7 +12,7 @@ from dp_runtime.core.cache_spec import LayerState, RecurrentState
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata, RecurrentPlan
 from dp_runtime.kernels.gated_delta.rows import HeadShape
 from dp_runtime.layers.delta_rule import DeltaRows, delta_rule, scratch_bytes
-from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.linear import Projection, load_projection
 from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.sequence_groups import (
     REQUESTS_AT_ONCE,
@@ -73,12 +73,12 @@ class GatedDeltaNetShape:
 class GatedDeltaNet:
     """Linear attention over this rank's own rows, [rows, hidden] -> [rows, hidden]."""
 
-    inputs: Linear  # hidden -> projected_size
+    inputs: Projection  # hidden -> projected_size
     conv: Tensor  # [channels, 1, conv_width]
     decay: Tensor  # [num_v_heads] float32, -exp(A_log)
     dt_bias: Tensor  # [num_v_heads] float32
     norm: RMSNorm  # of each v head
-    output: Linear
+    output: Projection
     state: LayerState  # as its shape lists it
     shape: GatedDeltaNetShape
     in_kernels: bool = False  # rows are mixed by Triton kernels, else in torch
@@ -143,20 +143,20 @@ class GatedDeltaNet:
 
     def replay_bytes(self, requests: int) -> int:
         """Count what kernels allocate beside for accepted drafts, which are run once more."""
-        shape, size = self.shape, self.output.weight.dtype.itemsize
+        shape, size = self.shape, self.output.dtype.itemsize
         row = shape.channels * size + 2 * shape.num_v_heads * 4
         return requests * self.max_drafts * row if self.in_kernels else 0
 
     def kernel_bytes(self, rows: int) -> int:
         from dp_runtime.kernels.gated_delta.chunked import scratch_bytes
 
-        shape, size = self.shape, self.output.weight.dtype.itemsize
+        shape, size = self.shape, self.output.dtype.itemsize
         convolved = shape.channels * size + 2 * shape.num_v_heads * 4
         chunks = scratch_bytes(rows, shape.heads, size)
         return rows * (convolved + shape.v_size * size) + max(chunks, rows * shape.v_size * size)
 
     def _plain_bytes(self, rows: int) -> int:
-        shape, size = self.shape, self.output.weight.dtype.itemsize
+        shape, size = self.shape, self.output.dtype.itemsize
         requests, heads, channels = min(rows, REQUESTS_AT_ONCE), shape.num_v_heads, shape.channels
         outer = rows * shape.v_size * size
         columns = self.state[0].shape[2]  # of a window, the drafts that are run again included
@@ -175,7 +175,7 @@ class GatedDeltaNet:
         shape: GatedDeltaNetShape,
         weights: WeightSource,
         prefix: str,
-        inputs: Linear,
+        inputs: Projection,
         state: LayerState,
     ) -> GatedDeltaNet:
         heads, hidden = shape.num_v_heads, shape.hidden_size
@@ -186,7 +186,7 @@ class GatedDeltaNet:
             decay=-weights.float32(f"{prefix}.A_log", (heads,)).exp(),
             dt_bias=weights.float32(f"{prefix}.dt_bias", (heads,)),
             norm=RMSNorm.load(weights, f"{prefix}.norm", shape.head_v_dim, shape.norm_eps),
-            output=Linear.load(weights, {f"{prefix}.out_proj": hidden}, shape.v_size),
+            output=load_projection(weights, {f"{prefix}.out_proj": hidden}, shape.v_size),
             state=state,
             shape=shape,
             in_kernels=weights.runs_on.type == "cuda",

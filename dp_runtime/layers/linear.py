@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dp_runtime.core.e4m3 import E4M3
+from dp_runtime.kernels.fp8_linear.tiles import NUM_COUNTERS, choose_tile, product_bytes
+from dp_runtime.weights.fp8_blocks import BLOCK, num_blocks
 from dp_runtime.weights.source import WeightSource
 
 
@@ -27,8 +30,17 @@ class Linear:
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
+    @property
+    def shape(self) -> tuple[int, int]:  # outputs, inputs
+        outputs, inputs = self.weight.shape
+        return outputs, inputs
+
+    @property
+    def dtype(self) -> torch.dtype:  # of rows
+        return self.weight.dtype
+
     def activation_bytes(self, rows: int) -> int:
-        return rows * self.weight.shape[0] * self.weight.dtype.itemsize
+        return rows * self.shape[0] * self.dtype.itemsize
 
     @classmethod
     def load(
@@ -45,3 +57,98 @@ class Linear:
                 biases[start : start + size] = weights.load(f"{name}.bias", (size,))
             start += size
         return cls(weight, biases)
+
+    def ordered(self, order: Tensor | None) -> Linear:
+        """Copy it with its outputs in another order, [outputs]."""
+        if order is None:
+            return self
+        order = order.to(self.weight.device)
+        return Linear(self.weight[order], None if self.bias is None else self.bias[order])
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Linear:
+    """The same of an e4m3 matrix; outputs beyond it are those of a matrix that is not e4m3."""
+
+    weight: Tensor  # [outputs, inputs] e4m3
+    scales: Tensor  # [blocks of inputs, outputs] float32, so that outputs may have any order
+    counters: Tensor  # [NUM_COUNTERS] int32, for the kernel
+    dtype: torch.dtype
+    rest: Linear | None  # [other outputs, inputs]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.into(x, x.new_empty(len(x), self.shape[0]))
+
+    def into(self, x: Tensor, out: Tensor) -> Tensor:
+        from dp_runtime.kernels.fp8_linear.run import multiply, widened
+
+        outputs, inputs = self.weight.shape
+        own, tile = out[:, :outputs], choose_tile(max(len(x), 1), outputs, inputs)
+        if tile is None:
+            torch.mm(x, widened(self.weight, self.scales, x.dtype).t(), out=own)
+        elif len(x):
+            multiply(x, self.weight, self.scales, own, self.counters, tile)
+        if self.rest is not None:
+            self.rest.into(x, out[:, outputs:])
+        return out
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs, inputs = self.weight.shape
+        return outputs + (0 if self.rest is None else self.rest.shape[0]), inputs
+
+    def activation_bytes(self, rows: int) -> int:
+        beside = product_bytes(rows, *self.weight.shape)
+        return rows * self.shape[0] * self.dtype.itemsize + beside
+
+    @classmethod
+    def load(
+        cls,
+        weights: WeightSource,
+        outputs: Mapping[str, int],
+        rest: Mapping[str, int],
+        inputs: int,
+        order: Tensor | None,
+    ) -> Fp8Linear:
+        """Stack modules that are e4m3, and the rest; order: of all outputs, none to the others."""
+        total, device = sum(outputs.values()), weights.device
+        weight = torch.empty(total, inputs, dtype=E4M3, device=device)
+        scales = torch.empty(num_blocks(inputs), total, device=device)
+        start = 0
+        for name, size in outputs.items():
+            place = slice(start, start + size)
+            weight[place], blocks = weights.load_fp8(f"{name}.weight", (size, inputs))
+            scales[:, place] = blocks.repeat_interleave(BLOCK, 0)[:size].t()
+            start += size
+        wide = Linear.load(weights, rest, inputs) if rest else None
+        if order is not None:
+            own = order[:total].to(device)
+            weight, scales = weight.view(torch.uint8)[own].view(E4M3), scales[:, own]
+            wide = None if wide is None else wide.ordered(order[total:] - total)
+        counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+        return cls(weight, scales.contiguous(), counters, weights.dtype, wide)
+
+
+Projection = Linear | Fp8Linear
+
+
+def load_projection(
+    weights: WeightSource,
+    outputs: Mapping[str, int],
+    inputs: int,
+    bias: bool = False,
+    order: Tensor | None = None,
+) -> Projection:
+    """Stack modules as `Linear.load`; the first ones stay e4m3 if the source keeps them so.
+
+    order: of the outputs, [outputs].
+    """
+    kept: dict[str, int] = {}
+    for name, size in outputs.items():
+        if bias or not weights.keeps_fp8(f"{name}.weight"):
+            break
+        kept[name] = size
+    if not kept:
+        return Linear.load(weights, outputs, inputs, bias).ordered(order)
+    rest = {name: size for name, size in outputs.items() if name not in kept}
+    return Fp8Linear.load(weights, kept, rest, inputs, order)

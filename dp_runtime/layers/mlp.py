@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.linear import Projection, load_projection
 from dp_runtime.weights.source import WeightSource
 
 
@@ -15,22 +15,23 @@ from dp_runtime.weights.source import WeightSource
 class DenseMLP:
     """down(silu(gate(x)) * up(x)), [rows, hidden] -> [rows, hidden]."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
     def activation_bytes(self, rows: int) -> int:
-        hidden, inner = self.down.weight.shape
-        width = 2 * inner + max(2 * inner, inner + hidden)
-        return rows * width * self.down.weight.dtype.itemsize
+        inner = self.down.shape[1]
+        size = rows * self.down.dtype.itemsize
+        up = self.gate_up.activation_bytes(rows)
+        return up + max(2 * inner * size, inner * size + self.down.activation_bytes(rows))
 
     @classmethod
     def load(cls, weights: WeightSource, prefix: str, hidden: int, intermediate: int) -> DenseMLP:
         parts = {f"{prefix}.gate_proj": intermediate, f"{prefix}.up_proj": intermediate}
         return cls(
-            gate_up=Linear.load(weights, parts, hidden),
-            down=Linear.load(weights, {f"{prefix}.down_proj": hidden}, intermediate),
+            gate_up=load_projection(weights, parts, hidden),
+            down=load_projection(weights, {f"{prefix}.down_proj": hidden}, intermediate),
         )

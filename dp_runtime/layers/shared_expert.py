@@ -47,7 +47,7 @@ class SharedExpertMoe:
         return self.shared(x).add_(self.routed(x, exchange))
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
-        shared = own_rows * self.shared.mlp.down.weight.shape[0]
-        kept = shared * self.shared.mlp.down.weight.dtype.itemsize
+        shared = own_rows * self.shared.mlp.down.shape[0]
+        kept = shared * self.shared.mlp.down.dtype.itemsize
         routed = self.routed.activation_bytes(own_rows, gathered_rows, padded)
         return max(self.shared.activation_bytes(own_rows), kept + routed)

@@ -45,6 +45,7 @@ class ModelConfig:
     max_position_embeddings: int
     sliding_window: int | None  # not supported, so no sequence may be longer
     eos_token_ids: tuple[int, ...]  # of generation_config.json where it names any
+    fp8_exempt: tuple[str, ...] | None = None  # other modules that are not; None: none is e4m3
     vision: VisionConfig | None = None  # None: images are not served
 
     def __post_init__(self) -> None:

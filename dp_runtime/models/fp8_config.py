@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dp_runtime.layers.expert_layouts import ExpertNames
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.weights.fp8_blocks import BLOCK
+from dp_runtime.weights.fp8_names import BESIDE_VISION, is_named
 
-BESIDE_VISION = "language_model."  # in the names of a text model's tensors, at either end
+EXEMPT = "modules_to_not_convert", "ignored_layers"  # the same list by two names
 
 
 def parse_fp8_experts(
@@ -31,18 +32,21 @@ def parse_fp8_experts(
     section.only("modules_to_convert", [])
     section.only("weight_per_tensor", False)
     section.only("act_per_tensor", False)
-    exempt = section.get(section.one_of("modules_to_not_convert", "ignored_layers"), [])
+    exempt = section.get(section.one_of(*EXEMPT), [])
     ok = isinstance(exempt, list) and all(isinstance(name, str) for name in exempt)
     section.require(ok, "modules_to_not_convert", exempt, "a list of module names")
     section.finish()
     exempt = [name.replace(BESIDE_VISION, "") for name in exempt]
     parts = (names.gate, names.up, names.down)
     return tuple(
-        not any(_is_named(f"{prefix}.0.{part}", exempt) for part in parts) for prefix in prefixes
+        not any(is_named(f"{prefix}.0.{part}", exempt) for part in parts) for prefix in prefixes
     )
 
 
-def _is_named(module: str, names: Iterable[str]) -> bool:
-    """Match a module, one around it, or the end of its name."""
-    whole = f".{module}."
-    return any(whole.startswith(f".{name}.") or whole.endswith(f".{name}.") for name in names)
+def parse_fp8_exempt(fields: ConfigFields) -> tuple[str, ...] | None:
+    """List the modules that an e4m3 checkpoint has in another type; None: it has none in e4m3."""
+    section = fields.section("quantization_config")
+    if section is None or section.is_empty:
+        return None
+    names = section.get(section.one_of(*EXEMPT), [])
+    return tuple(name.replace(BESIDE_VISION, "") for name in names)

@@ -19,7 +19,7 @@ from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.moe_router import Router
 from dp_runtime.models.causal_lm import CausalLM
 from dp_runtime.models.config import ModelConfig
-from dp_runtime.models.fp8_config import parse_fp8_experts
+from dp_runtime.models.fp8_config import parse_fp8_exempt, parse_fp8_experts
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.rope_config import RopeFamily, max_context, parse_rope
 from dp_runtime.weights.source import WeightSource
@@ -92,6 +92,7 @@ class MoeDecoder:
             intermediate_size=fields.integer("intermediate_size"),
             moe_layers=family.moe_layers,
             fp8_experts=parse_fp8_experts(fields, modules, self.expert_names),
+            fp8_exempt=parse_fp8_exempt(fields),
             norm_topk_prob=family.norm_topk_prob,
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             attention_bias=family.attention_bias,

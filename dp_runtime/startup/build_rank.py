@@ -137,7 +137,7 @@ def _open_weights(
     draft = [] if plan.draft is None else [plan.draft.directory]
     format_, seed, device = config.load_format, config.seed, torch.device(plan.device)
     return [
-        open_weights(directory, format_, seed, plan.dtype, device, on_bytes)
+        open_weights(directory, format_, seed, plan.dtype, device, on_bytes, plan.dense.kept)
         for directory in (config.model, *draft)
     ]
 
@@ -147,6 +147,8 @@ def log_choices(plan: RankPlan) -> None:
     if plan.sharding.position == 0:
         _log_attention(plan)
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
+        if plan.model.fp8_exempt is not None:
+            logger.info("dense backend %s: %s", plan.dense.backend, plan.dense.reason)
         _log_recurrent(plan)
         logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
         prefixes = plan.prefix_cache

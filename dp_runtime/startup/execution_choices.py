@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.config import EngineConfig
+from dp_runtime.errors import require
 from dp_runtime.layers.moe_kernels import make_moe_kernels
+from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.transports import choose_transport
 from dp_runtime.prefix_cache.page_hash import PageHasher
+from dp_runtime.speculative.draft import DraftConfig
+from dp_runtime.weights.fp8_names import Fp8Names
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
@@ -92,3 +96,40 @@ def page_hasher(config: EngineConfig) -> PageHasher:
     )  # fmt: skip
     model = repr([getattr(config, name) for name in names])
     return PageHasher(config.page_size, model, covers_next=config.speculative_num_steps > 0)
+
+
+@dataclass(frozen=True)
+class DenseChoice:
+    """What multiplies e4m3 matrices beside the experts, and which of them stay e4m3 for it."""
+
+    backend: str
+    reason: str
+    kept: Fp8Names = field(default_factory=Fp8Names, repr=False)
+
+
+def choose_dense(
+    config: EngineConfig,
+    model: ModelConfig,
+    draft: DraftConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DenseChoice:
+    """Resolve dense_backend, and say why; ValueError if it does not serve device or dtype."""
+    name = config.dense_backend
+    if name == "triton":
+        require(device.type == "cuda", "dense_backend", name, f"auto or torch on device {device}")
+        ok = dtype.itemsize == 2 and torch.cuda.get_device_capability(device)[0] == 9
+        allowed = f"auto or torch: its tiles are for capability 9 and 2-byte types, not {dtype}"
+        require(ok, "dense_backend", name, allowed)
+    if model.fp8_exempt is None:
+        return DenseChoice("torch", "no matrix is e4m3")
+    if name != "triton":
+        why = UNMEASURED if name == "auto" and device.type == "cuda" else "e4m3 is widened"
+        return DenseChoice("torch", why)
+    directories = [config.model, *([] if draft is None else [draft.directory])]
+    dummy = config.load_format == "dummy"
+    kept = Fp8Names(exempt=model.fp8_exempt) if dummy else Fp8Names.of_files(directories)
+    return DenseChoice(name, "chosen in the configuration", kept)
+
+
+UNMEASURED = "e4m3 is widened: the kernels of triton, which keep it, were not measured on a GPU yet"

@@ -107,6 +107,7 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
         f"backend    {plan.backend}: {plan.backend_reason}",
         f"kernels    {_kernel_names(plan)}",
         f"moe        {plan.moe_backend}: {plan.moe_reason}",
+        *_dense_lines(plan),
         f"graphs     {'yes' if plan.graphs else 'no'}: {plan.graphs_reason}",
         f"prefixes   {'yes' if plan.prefix_cache.hasher else 'no'}: {plan.prefix_cache.reason}",
         f"sharding   experts by {config.moe_sharding}, padding {config.padding}, "
@@ -114,6 +115,12 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
         f"limits     {limits.max_num_requests} requests and {limits.max_num_tokens} tokens a step "
         f"and rank, sequences of {limits.max_model_len} tokens",
     ]
+
+
+def _dense_lines(plan: RankPlan) -> list[str]:
+    if plan.model.fp8_exempt is None:
+        return []
+    return [f"dense      {plan.dense.backend}: {plan.dense.reason}"]
 
 
 def _kernel_names(plan: RankPlan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
@@ -14,6 +15,12 @@ from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.core.recurrent_metadata import MAX_STEPPED, Drafts, RecurrentMetadata, Tracks
 from dp_runtime.core.request import RoutingShape
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
+from dp_runtime.kernels.fp8_linear.tiles import (
+    NUM_COUNTERS,
+    WIDENED_FROM,
+    LinearTile,
+    choose_tile,
+)
 from dp_runtime.kernels.jit_build import JitModule, in_one_thread
 from dp_runtime.layers.experts import ExpertShard, aligned
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetShape
@@ -23,8 +30,9 @@ from dp_runtime.layers.norm import RMSNorm
 from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.qwen3_5.config import HybridConfig
+from dp_runtime.startup.memory_estimate import Fp8Shape
 from dp_runtime.startup.rank_plan import RankPlan
-from dp_runtime.weights.fp8_blocks import ExpertScales
+from dp_runtime.weights.fp8_blocks import BLOCK, ExpertScales, num_blocks
 
 
 def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
@@ -32,7 +40,8 @@ def jit_modules_of(plan: RankPlan) -> tuple[JitModule, ...]:
     device = torch.device(plan.device)
     cls, specs = backend_class(plan.backend), dict.fromkeys(p.attention for p in plan.layers)
     attention = [module for spec in specs for module in cls.jit_modules(spec, device)]
-    return in_one_thread([*attention, *_moe_kernels(plan), *_delta_kernels(plan)])
+    own = *_moe_kernels(plan), *_delta_kernels(plan), *_dense_kernels(plan)
+    return in_one_thread([*attention, *own])
 
 
 def _moe_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
@@ -54,6 +63,47 @@ def _delta_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
     import_module("dp_runtime.kernels.gated_delta.chunked")
     max_drafts = plan.limits.max_drafts
     return (delta_net_jit_module(model.delta_net, max_drafts, plan.dtype, device),)
+
+
+def _dense_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
+    if not plan.fp8_shapes:
+        return ()
+    import_module("dp_runtime.kernels.fp8_linear.run")
+    on = plan.dtype, torch.device(plan.device)
+    return (dense_jit_module(plan.fp8_shapes, plan.limits.max_num_tokens, *on),)
+
+
+def dense_jit_module(
+    shapes: Sequence[Fp8Shape], max_rows: int, dtype: torch.dtype, device: torch.device
+) -> JitModule:
+    """Make a module of the products of up to so many rows with matrices that stay e4m3."""
+    kinds = dict[tuple[LinearTile | None, Fp8Shape], None]()
+    for shape in shapes:
+        small = Fp8Shape(*(BLOCK * 2 + size % BLOCK for size in vars(shape).values()))
+        for rows in range(1, min(max_rows, WIDENED_FROM) + 1):
+            tile = choose_tile(rows, shape.outputs, shape.inputs)
+            if tile is not None:
+                tile = replace(tile, split=min(tile.split, 2))
+            kinds[tile, small] = None
+    return JitModule("Triton e4m3 matrices", partial(_multiply, tuple(kinds), dtype, device))
+
+
+def _multiply(
+    kinds: Sequence[tuple[LinearTile | None, Fp8Shape]], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Run each kernel with a small matrix: what is compiled depends on sizes up to their tails."""
+    from dp_runtime.kernels.fp8_linear.run import multiply, widened
+
+    zeros = partial(torch.zeros, device=device)
+    for tile, shape in kinds:
+        weight = zeros(shape.outputs, shape.inputs, dtype=E4M3)
+        scales = zeros(num_blocks(shape.inputs), shape.outputs)
+        if tile is None:
+            widened(weight, scales, dtype)
+            continue
+        x, out = (zeros(2, size, dtype=dtype) for size in (shape.inputs, shape.all_outputs))
+        counters = zeros(NUM_COUNTERS, dtype=torch.int32)
+        multiply(x, weight, scales, out[:, : shape.outputs], counters, tile)
 
 
 def moe_jit_modules(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from dp_runtime.attention.plan import LayerCache
 from dp_runtime.core.cache_spec import LayerState
+from dp_runtime.layers.linear import Fp8Linear
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, logprobs_bytes
@@ -16,6 +18,22 @@ from dp_runtime.sampling.sampler import sampling_bytes
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.speculative.draft import DraftModel
 from dp_runtime.startup.served_models import ServedModels
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Fp8Shape:
+    """A matrix that stays e4m3, and how many outputs it has with those beyond it."""
+
+    outputs: int
+    inputs: int
+    all_outputs: int
+
+    @classmethod
+    def of(cls, linear: Fp8Linear) -> Fp8Shape:
+        outputs, inputs = linear.weight.shape
+        return cls(outputs, inputs, linear.shape[0])
 
 
 def param_bytes(models: object) -> int:
@@ -28,16 +46,26 @@ def param_bytes(models: object) -> int:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+    return _parts(value, Tensor)
+
+
+def fp8_shapes(models: object) -> tuple[Fp8Shape, ...]:
+    """List the shapes of matrices that stay e4m3, each once."""
+    return tuple(dict.fromkeys(Fp8Shape.of(linear) for linear in _parts(models, Fp8Linear)))
+
+
+def _parts(value: object, kind: type[Part]) -> Iterator[Part]:
+    """Find all parts of a kind in dataclasses and tuples."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, (LayerCache, LayerState)):
         return
     elif isinstance(value, tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from _parts(item, kind)
     elif is_dataclass(value):
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from _parts(getattr(value, field.name), kind)
 
 
 def activation_peak(models: ServedModels, limits: Limits, dp_size: int, padded: bool) -> int:

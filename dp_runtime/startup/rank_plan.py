@@ -26,13 +26,15 @@ from dp_runtime.models.registry import read_model_config
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.speculative.draft import DraftConfig, read_draft_config
 from dp_runtime.startup.execution_choices import (
+    DenseChoice,
     PrefixChoice,
+    choose_dense,
     choose_depth,
     choose_graphs,
     choose_prefix_cache,
     resolve_dtype,
 )
-from dp_runtime.startup.memory_estimate import param_bytes
+from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, param_bytes
 from dp_runtime.startup.memory_plan import MemoryNeeds, plan_memory
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.weights.dummy import MetaWeights
@@ -62,6 +64,8 @@ class RankPlan:
     backend_reason: str
     moe_backend: str
     moe_reason: str
+    dense: DenseChoice
+    fp8_shapes: tuple[Fp8Shape, ...]  # of matrices that stay e4m3
     graphs: bool  # decode steps are captured
     graphs_reason: str
     depth: int  # steps that may be uncommitted when the next is scheduled
@@ -119,7 +123,6 @@ def sketch_rank(
     attention, draft = attention_spec(config, model, dtype), read_draft(config, model)
     keeps_state, fp8 = _keeps_state(model, attention), any(model.fp8_experts)
     layers = plan_layers(attention, model, draft, config.speculative_num_steps)
-    caches = _caches(layers)
     backend, reason = choose_backend(config.attention_backend, attention, torch_device)
     for plan in layers[1:]:
         choose_backend(backend, plan.attention, torch_device)
@@ -129,10 +132,10 @@ def sketch_rank(
     limits = _limits(config, model, images, keeps_state)
     routing = _routing(config, model, moe_backend)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
-    depth, meta = choose_depth(config, device, backend), partial(MetaWeights, dtype, torch_device)
-    weights = meta()
+    dense = choose_dense(config, model, draft, dtype, torch_device)
+    meta = partial(MetaWeights, dtype, torch_device, dense.kept)
     build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
-    models = build(weights, sharding)
+    models = build(weights := meta(), sharding)
     needs = MemoryNeeds(
         device=device,
         models=models,
@@ -140,8 +143,8 @@ def sketch_rank(
         limits=limits,
         backend=backend,
         attention=[plan.attention for plan in layers],
-        page_bytes=page_bytes(caches),
-        slot_bytes=slot_bytes(caches),
+        page_bytes=page_bytes(_caches(layers)),
+        slot_bytes=slot_bytes(_caches(layers)),
         graphs=graphs,
         dp_size=members.size,
         host_copy=weights.bytes_read if config.host_weights else 0,
@@ -149,12 +152,13 @@ def sketch_rank(
     )
     memory = plan_memory(config, needs)
     return RankPlan(
-        dp_rank=dp_rank, members=members,
-        model=model, draft=draft, layers=layers, device=device, dtype=dtype,
-        backend=backend, backend_reason=reason, moe_backend=moe_backend, moe_reason=moe_reason,
-        graphs=graphs, graphs_reason=graphs_reason, depth=depth, sharding=sharding, limits=limits,
-        prefix_cache=choose_prefix_cache(config, keeps_state), images=images, pages=memory.pages,
-        load_bytes=weights.bytes_read, routing=routing, memory=memory.use, shortage=memory.shortage,
+        dp_rank=dp_rank, members=members, model=model, draft=draft, layers=layers,
+        device=device, dtype=dtype, limits=limits, backend=backend, backend_reason=reason,
+        moe_backend=moe_backend, moe_reason=moe_reason, dense=dense, fp8_shapes=fp8_shapes(models),
+        graphs=graphs, graphs_reason=graphs_reason, sharding=sharding,
+        depth=choose_depth(config, device, backend), routing=routing, images=images,
+        prefix_cache=choose_prefix_cache(config, keeps_state), pages=memory.pages,
+        load_bytes=weights.bytes_read, memory=memory.use, shortage=memory.shortage,
     )  # fmt: skip
 
 

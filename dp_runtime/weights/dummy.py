@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ class DummyWeights(NoCheckpoint):
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], None] = ignore_bytes,
+        fp8: Container[str] = (),  # names that stay e4m3
     ) -> None:
         self.device = self.runs_on = device
         self.dtype = dtype
         self.bytes_read = 0
         self._seed = seed
         self._on_bytes = on_bytes
+        self._fp8 = fp8
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         tensor = self._draw(name, shape)[part if part is not None else ...]
@@ -40,6 +42,9 @@ class DummyWeights(NoCheckpoint):
             values, scales = values[part], scales[scale_part(part)]
         self._on_bytes(values.nbytes + scales.nbytes)
         return values, scales
+
+    def keeps_fp8(self, name: str) -> bool:
+        return name in self._fp8
 
     def float32(self, name: str, shape: Shape) -> Tensor:
         return self._zeros(shape, torch.float32)
@@ -64,10 +69,14 @@ class DummyWeights(NoCheckpoint):
 class MetaWeights(NoCheckpoint):
     """Tensors on the meta device, counted in `bytes_read`."""
 
-    def __init__(self, dtype: torch.dtype, runs_on: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, runs_on: torch.device, fp8: Container[str] = ()) -> None:
         self.device, self.runs_on = torch.device("meta"), runs_on
         self.dtype = dtype
         self.bytes_read = 0
+        self._fp8 = fp8
+
+    def keeps_fp8(self, name: str) -> bool:
+        return name in self._fp8
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
         tensor = torch.empty(shape, dtype=self.dtype, device=self.device)

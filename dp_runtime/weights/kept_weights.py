@@ -61,6 +61,11 @@ class RecordedWeights:
         self._writer.add(self._call("has", name), value=value)
         return value
 
+    def keeps_fp8(self, name: str) -> bool:
+        value = self._source.keeps_fp8(name)
+        self._writer.add(self._call("keeps_fp8", name), value=value)
+        return value
+
     def equals(self, name: str, tensor: Tensor) -> bool:
         value = self._source.equals(name, tensor)
         self._writer.add(self._call("equals", name), value=value)
@@ -115,6 +120,9 @@ class CopiedWeights:
 
     def has(self, name: str) -> bool:
         return bool(self._reader.next(call_of(self._number, "has", name)).value)
+
+    def keeps_fp8(self, name: str) -> bool:
+        return bool(self._reader.next(call_of(self._number, "keeps_fp8", name)).value)
 
     def equals(self, name: str, tensor: Tensor) -> bool:
         return bool(self._reader.next(call_of(self._number, "equals", name)).value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -47,11 +47,12 @@ class Checkpoint:
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], None] = ignore_bytes,
+        fp8: Container[str] = (),  # names that stay e4m3
     ) -> None:
         self.device = self.runs_on = device
         self.dtype = dtype
         self.bytes_read = 0
-        self._on_bytes = on_bytes
+        self._on_bytes, self._fp8 = on_bytes, fp8
         self._root = Path(directory)
         self._open_files: dict[str, Any] = {}
         self._mapped = 0
@@ -132,6 +133,9 @@ class Checkpoint:
 
     def has(self, name: str) -> bool:
         return name in self._file_of
+
+    def keeps_fp8(self, name: str) -> bool:
+        return name in self._fp8
 
     def equals(self, name: str, tensor: Tensor) -> bool:
         shape = tuple(tensor.shape)
@@ -227,11 +231,12 @@ def open_weights(
     dtype: torch.dtype,
     device: torch.device,
     on_bytes: Callable[[int], None] = ignore_bytes,
+    fp8: Container[str] = (),
 ) -> WeightSource:
     match load_format:
         case "safetensors":
-            return Checkpoint(directory, device, dtype, on_bytes)
+            return Checkpoint(directory, device, dtype, on_bytes, fp8)
         case "dummy":
-            return DummyWeights(seed, device, dtype, on_bytes)
+            return DummyWeights(seed, device, dtype, on_bytes, fp8)
         case _:
             raise ValueError(f"load_format: {load_format!r} is not allowed; safetensors or dummy")

@@ -31,6 +31,9 @@ class WeightSource(Protocol):
     def load_fp8(self, name: str, shape: Shape, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """Read e4m3 values and their scales; a part begins with a block of `fp8_blocks`."""
 
+    def keeps_fp8(self, name: str) -> bool:
+        """Tell if a matrix beside the experts is e4m3, and stays so where it can."""
+
     def float32(self, name: str, shape: Shape) -> Tensor:
         """Read a tensor that is float32 whatever `dtype` is; a dummy one is zero."""
 

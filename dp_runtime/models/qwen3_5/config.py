@@ -13,7 +13,7 @@ from dp_runtime.layers.gated_attention import GatedAttentionShape
 from dp_runtime.layers.gated_delta_net import GatedDeltaNetShape
 from dp_runtime.layers.rotary import rotated_dims
 from dp_runtime.models.config import ModelConfig
-from dp_runtime.models.fp8_config import parse_fp8_experts
+from dp_runtime.models.fp8_config import parse_fp8_exempt, parse_fp8_experts
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.rope_config import FRACTION, RopeFamily, max_context, parse_rope
 
@@ -102,6 +102,7 @@ def parse_hybrid(
         intermediate_size=mlp.intermediate_size,
         moe_layers=mlp.moe_layers,
         fp8_experts=parse_fp8_experts(quantization, modules, EXPERTS),
+        fp8_exempt=parse_fp8_exempt(quantization),
         norm_topk_prob=mlp.norm_topk_prob,
         tie_word_embeddings=tied,
         attention_bias=False,

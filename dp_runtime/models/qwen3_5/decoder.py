@@ -9,7 +9,7 @@ from dp_runtime.attention.backend import AttentionBackend, PagedAttention
 from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.layers.gated_attention import GatedAttention
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet, GatedDeltaNetShape
-from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.linear import Linear, Projection, load_projection
 from dp_runtime.layers.mlp import DenseMLP
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels
@@ -40,7 +40,7 @@ class HybridDecoder:
     model_type: str
     find_text: Callable[[ConfigFields], ConfigFields]  # where the fields of the text model are
     read_mlp: ReadMlp
-    load_inputs: Callable[[GatedDeltaNetShape, WeightSource, str], Linear]  # of a delta net
+    load_inputs: Callable[[GatedDeltaNetShape, WeightSource, str], Projection]  # of a delta net
     with_vision: Callable[[ConfigFields, ConfigFields, HybridConfig], HybridConfig] = text_only
 
     def parse_config(self, fields: ConfigFields, eos_token_ids: tuple[int, ...]) -> HybridConfig:
@@ -139,12 +139,12 @@ def load_mlp(
     return SharedExpertMoe(routed, SharedExpert.load(weights, prefix, hidden, intermediate))
 
 
-def load_split_inputs(shape: GatedDeltaNetShape, weights: WeightSource, prefix: str) -> Linear:
+def load_split_inputs(shape: GatedDeltaNetShape, weights: WeightSource, prefix: str) -> Projection:
     sizes = {
         "qkv": shape.channels, "z": shape.v_size, "b": shape.num_v_heads, "a": shape.num_v_heads,
     }  # fmt: skip
     parts = {f"{prefix}.in_proj_{name}": size for name, size in sizes.items()}
-    return Linear.load(weights, parts, shape.hidden_size)
+    return load_projection(weights, parts, shape.hidden_size)
 
 
 def top_level(fields: ConfigFields) -> ConfigFields:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dp_runtime.layers.gated_delta_net import GatedDeltaNetShape
-from dp_runtime.layers.linear import Linear
+from dp_runtime.layers.linear import Projection, load_projection
 from dp_runtime.models.hf_config import ConfigFields
 from dp_runtime.models.qwen3_5.config import MlpFields
 from dp_runtime.models.qwen3_5.decoder import HybridDecoder, top_level
@@ -21,17 +21,18 @@ def read_mlp(fields: ConfigFields, num_layers: int) -> MlpFields:
     )
 
 
-def load_grouped_inputs(shape: GatedDeltaNetShape, weights: WeightSource, prefix: str) -> Linear:
+def load_grouped_inputs(
+    shape: GatedDeltaNetShape, weights: WeightSource, prefix: str
+) -> Projection:
     """Bring [q, k, v, z] and [b, a] of each k head into the order of `GatedDeltaNet.inputs`."""
-    groups, hidden = shape.num_k_heads, shape.hidden_size
-    qkvz_size, ba_size = shape.channels + shape.v_size, 2 * shape.num_v_heads
-    qkvz = weights.load(f"{prefix}.in_proj_qkvz.weight", (qkvz_size, hidden))
-    ba = weights.load(f"{prefix}.in_proj_ba.weight", (ba_size, hidden))
-    dim, values = shape.head_k_dim, shape.v_size // groups
-    ends = [dim, 2 * dim, 2 * dim + values]
-    parts = qkvz.view(groups, -1, hidden).tensor_split(ends, 1)
-    parts = (*parts, *ba.view(groups, -1, hidden).chunk(2, 1))
-    return Linear(torch.cat([part.reshape(-1, hidden) for part in parts]), None)
+    groups, dim = shape.num_k_heads, shape.head_k_dim
+    sizes = {"qkvz": shape.channels + shape.v_size, "ba": 2 * shape.num_v_heads}
+    qkvz, ba = torch.arange(sum(sizes.values())).tensor_split([sizes["qkvz"]])
+    ends = [dim, 2 * dim, 2 * dim + shape.v_size // groups]
+    stored = (*qkvz.view(groups, -1).tensor_split(ends, 1), *ba.view(groups, -1).chunk(2, 1))
+    order = torch.cat([part.flatten() for part in stored])
+    parts = {f"{prefix}.in_proj_{name}": size for name, size in sizes.items()}
+    return load_projection(weights, parts, shape.hidden_size, order=order)
 
 
 ARCHITECTURE = HybridDecoder(

@@ -19,6 +19,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "device": {"choices": ["cpu", "cuda"], "default": "cuda"},
     "moe_sharding": {"default": "ep"},
     "moe_backend": {"default": "auto"},
+    "dense_backend": {"default": "auto"},
     "collective": {"default": "auto"},
     "cuda_graphs": {"action": BOOL, "default": None},
     "overlap": {"action": BOOL, "default": True},

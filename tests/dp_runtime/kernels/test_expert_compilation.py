@@ -16,3 +16,10 @@ def test_the_kernels_compile_for_sm90() -> None:
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == 18
     for kernel in ("split_kernel", "combine_kernel"):
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == 4
+
+
+@pytest.mark.slow
+def test_products_with_e4m3_matrices_compile_for_sm90() -> None:
+    lines = lines_of(f"{__package__}.compile_fp8_linear")
+    assert sum(line.startswith("product_kernel: ") for line in lines) == 8
+    assert sum(line.startswith("widen_kernel: ") for line in lines) == 1

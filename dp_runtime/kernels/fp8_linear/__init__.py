@@ -1,0 +1,1 @@
+"""Products with e4m3 matrices that stay so in memory."""
