@@ -52,6 +52,11 @@ def serve(model: Path, ranks: list[int] | None = None, **changes: Any) -> list[R
     return outputs
 
 
+def check_near(model: Path, outputs: list[RequestOutput], what: str) -> None:
+    # On a GPU transformers would take fla-core's kernels, which it tunes for a minute.
+    compare(model, outputs, "cpu")[1].check(what, FEW_POSITIONS)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("dp_size", "changes"), CASES, ids=str)
 def test_bf16_is_as_near_to_float32_as_transformers_is(
@@ -59,7 +64,7 @@ def test_bf16_is_as_near_to_float32_as_transformers_is(
 ) -> None:
     need(dp_size)
     outputs = serve(checkpoint, dp_size=dp_size, **changes)
-    compare(checkpoint, outputs)[1].check(f"{dp_size} ranks, {changes}", FEW_POSITIONS)
+    check_near(checkpoint, outputs, f"{dp_size} ranks, {changes}")
 
 
 @pytest.mark.timeout(600)
@@ -68,7 +73,7 @@ def test_a_rank_without_requests_10(checkpoint: Path, changes: dict[str, Any]) -
     need(2)
     ranks = [1] * len(prompts())
     outputs = serve(checkpoint, ranks, dp_size=2, poison_padding=True, **changes)
-    compare(checkpoint, outputs)[1].check(f"all on rank 1, {changes}", FEW_POSITIONS)
+    check_near(checkpoint, outputs, f"all on rank 1, {changes}")
 
 
 @pytest.mark.timeout(600)
