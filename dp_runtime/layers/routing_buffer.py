@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,13 +48,13 @@ class RoutingBuffer:
 
         dtype: of activations, as which they travel.
         """
-        width, shape = self.ids[0].numel(), self.ids.shape[1:]
-        own = torch.full((batch.num_tokens, -(-width // WORDS) * WORDS), -1, dtype=torch.int16)
+        width, shape, device = self.ids[0].numel(), self.ids.shape[1:], self.ids.device
+        own = np.full((batch.num_tokens, -(-width // WORDS) * WORDS), -1, np.int16)
         if len(batch.replays):
-            own.numpy()[batch.replays.rows, :width] = batch.replays.values.reshape(-1, width)
-        gathered = exchange.gather(own.to(self.ids.device).view(dtype)).view(torch.int16)
+            own[batch.replays.rows, :width] = batch.replays.values.reshape(-1, width)
+        gathered = exchange.gather(on_device(own, device).view(dtype)).view(torch.int16)
         if exchange.plan.real_index is not None:
-            gathered = gathered[exchange.plan.real_index.to(gathered.device)]
+            gathered = gathered[on_device(exchange.plan.real_index.numpy(), device)]
         self.replay = gathered[:, :width].reshape(-1, *shape).long()
         try:
             yield
