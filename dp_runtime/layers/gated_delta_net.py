@@ -60,7 +60,7 @@ class GatedDeltaNetShape:
 
         With drafts: both as they were before the last of these, and the inputs of the drafts.
         """
-        window = (self.channels, self.conv_width - 1 + max_drafts)
+        window = (self.conv_width - 1 + max_drafts, self.channels)
         heads = (self.num_v_heads, self.head_k_dim, self.head_v_dim)
         state = RecurrentState((window, heads), (dtype, self.state_dtype))
         if not max_drafts:
@@ -74,7 +74,7 @@ class GatedDeltaNet:
     """Linear attention over this rank's own rows, [rows, hidden] -> [rows, hidden]."""
 
     inputs: Projection  # hidden -> projected_size
-    conv: Tensor  # [channels, 1, conv_width]
+    conv: Tensor  # [conv_width, channels]
     decay: Tensor  # [num_v_heads] float32, -exp(A_log)
     dt_bias: Tensor  # [num_v_heads] float32
     norm: RMSNorm  # of each v head
@@ -139,7 +139,7 @@ class GatedDeltaNet:
 
     @property
     def max_drafts(self) -> int:
-        return self.state[0].shape[2] - (self.shape.conv_width - 1)
+        return self.state[0].shape[1] - (self.shape.conv_width - 1)
 
     def replay_bytes(self, requests: int) -> int:
         """Count what kernels allocate beside for accepted drafts, which are run once more."""
@@ -159,7 +159,7 @@ class GatedDeltaNet:
         shape, size = self.shape, self.output.dtype.itemsize
         requests, heads, channels = min(rows, REQUESTS_AT_ONCE), shape.num_v_heads, shape.channels
         outer = rows * shape.v_size * size
-        columns = self.state[0].shape[2]  # of a window, the drafts that are run again included
+        columns = self.state[0].shape[1]  # of a window, the drafts that are run again included
         run = rows + requests * (columns - (shape.conv_width - 1))
         widened = 0 if size == 4 else run * channels * 4
         copied = run * (2 * channels + 2 * heads) * size + widened
@@ -182,7 +182,7 @@ class GatedDeltaNet:
         kernel = (shape.channels, 1, shape.conv_width)
         return cls(
             inputs=inputs,
-            conv=weights.load(f"{prefix}.conv1d.weight", kernel),
+            conv=weights.load(f"{prefix}.conv1d.weight", kernel)[:, 0].T.contiguous(),
             decay=-weights.float32(f"{prefix}.A_log", (heads,)).exp(),
             dt_bias=weights.float32(f"{prefix}.dt_bias", (heads,)),
             norm=RMSNorm.load(weights, f"{prefix}.norm", shape.head_v_dim, shape.norm_eps),
@@ -221,14 +221,15 @@ class GatedDeltaNet:
     def _convolve(self, group: SequenceGroup, new: Tensor) -> Tensor:
         """Convolve [requests, rows, channels] with what came before, and keep the last inputs."""
         windows, width = self.state[0], self.shape.conv_width - 1
-        before = group.start_from(windows)[..., : width + group.num_accepted]
-        inputs = torch.cat((before, new.transpose(1, 2)), 2)
+        before = group.start_from(windows)[:, : width + group.num_accepted]
+        inputs = torch.cat((before, new), 1)
         kept = width + group.num_drafts
-        windows[group.slots, :, :kept] = inputs[..., -kept:]
+        windows[group.slots, :kept] = inputs[:, -kept:]
         if group.num_tracked:
             at = group.num_accepted + group.num_tracked
-            windows[group.track_slots, :, :width] = inputs[..., at : at + width]
-        mixed = F.conv1d(inputs, self.conv, groups=self.shape.channels)
+            windows[group.track_slots, :width] = inputs[:, at : at + width]
+        weight = self.conv.T[:, None]
+        mixed = F.conv1d(inputs.transpose(1, 2), weight, groups=self.shape.channels)
         return F.silu(mixed).transpose(1, 2)
 
     def _gates(self, group: SequenceGroup, ba: Tensor) -> Tensor:

@@ -174,15 +174,15 @@ def delta_net_jit_module(
 def _mix(
     shape: GatedDeltaNetShape, max_drafts: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Run a prompt and a decode of the null slot: the kernels are compiled, and write no state."""
+    """Run a prompt, and decodes, of the null slot: the kernels are compiled, and write no state."""
     from dp_runtime.kernels.slot_copy import copy_slots, slot_table
 
-    lengths, heads = np.array([MAX_STEPPED + 1, 1], np.int32), shape.num_v_heads
+    heads = shape.num_v_heads
     no_weight = Linear(torch.zeros(0, 0, dtype=dtype, device=device), None)
     zeros = partial(torch.zeros, device=device)
     net = GatedDeltaNet(
         inputs=no_weight,
-        conv=zeros(shape.channels, 1, shape.conv_width, dtype=dtype),
+        conv=zeros(shape.conv_width, shape.channels, dtype=dtype),
         decay=zeros(heads),
         dt_bias=zeros(heads),
         norm=RMSNorm(zeros(shape.head_v_dim, dtype=dtype), shape.norm_eps),
@@ -191,15 +191,24 @@ def _mix(
         shape=shape,
         in_kernels=True,
     )
-    none = zeros(len(lengths), dtype=torch.int32)
-    for tracks in (None, Tracks(none.long(), none, np.zeros_like(lengths))):
-        sequences = RecurrentMetadata(
-            cu_seqlens=torch.tensor([0, *lengths.cumsum()], dtype=torch.int32, device=device),
-            query_lens_host=lengths,
-            slots=none.long(),
-            is_fresh=none.bool(),
-            drafts=Drafts(none, none) if max_drafts else None,
-            tracks=tracks,
-        )
-        net.mix(zeros(int(lengths.sum()), shape.projected_size, dtype=dtype), sequences)
+    for lengths in ([MAX_STEPPED + 1, 1], [1, 1]):
+        for has_tracks in (False, True):
+            of = _null_sequences(lengths, max_drafts, has_tracks, device)
+            net.mix(zeros(sum(lengths), shape.projected_size, dtype=dtype), of)
     copy_slots(*slot_table(list(net.state)), zeros(1, 2, dtype=torch.int64))
+
+
+def _null_sequences(
+    lengths: list[int], max_drafts: int, has_tracks: bool, device: torch.device
+) -> RecurrentMetadata:
+    """Describe sequences of nobody, which are run on the null slot."""
+    query_lens = np.array(lengths, np.int32)
+    none = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+    return RecurrentMetadata(
+        cu_seqlens=torch.tensor([0, *query_lens.cumsum()], dtype=torch.int32, device=device),
+        query_lens_host=query_lens,
+        slots=none.long(),
+        is_fresh=none.bool(),
+        drafts=Drafts(none, none) if max_drafts else None,
+        tracks=Tracks(none.long(), none, np.zeros_like(query_lens)) if has_tracks else None,
+    )

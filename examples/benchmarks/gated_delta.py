@@ -66,14 +66,14 @@ class Layer:
             torch.randn(rows, 2 * heads[0], device=CUDA).to(BF16),
             torch.randn(rows, heads[0] * heads[2], device=CUDA).to(BF16),
             torch.zeros(count + 1, *heads, device=CUDA),
-            torch.zeros(count + 1, shape.channels, columns, device=CUDA),
+            torch.zeros(count + 1, columns, shape.channels, dtype=BF16, device=CUDA),
             gates if max_drafts else None,
         )
 
     def calls(self) -> dict[str, Callable[[int], object]]:
         """Every kernel's call, and that of all in turn."""
         shape, of = self.shape, self.sequences
-        weight = torch.randn(shape.channels, 1, WIDTH, device=CUDA).to(BF16)
+        weight = torch.randn(WIDTH, shape.channels, device=CUDA).to(BF16)
         decay, bias = torch.full((2, shape.num_v_heads), -0.1, device=CUDA)
         gain = torch.ones(shape.head_v_dim, device=CUDA)
         heads = (len(self.qkv), shape.num_v_heads, shape.head_v_dim)

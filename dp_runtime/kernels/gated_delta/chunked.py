@@ -18,10 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dp_runtime.core.recurrent_metadata import CHUNK, RecurrentMetadata
-from dp_runtime.kernels.gated_delta.recurrent import step_row
+from dp_runtime.kernels.gated_delta.recurrent import load_row, step_row
 from dp_runtime.kernels.gated_delta.rows import DeltaRows, HeadShape
 from dp_runtime.kernels.gated_delta.unit_triangle import inverse
-from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
+from dp_runtime.kernels.triton_launch import (
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    overlaps,
+)
 
 MIN_PROGRAMS = 128  # that take the chunks of one sequence in turn: one for each multiprocessor
 
@@ -50,21 +55,27 @@ def run_chunks(
     pdl = overlaps(out.device)
     sizes = {
         "K_HEADS": shape.num_k_heads, "HEADS": heads, "K_DIM": k_dim, "V_DIM": v_dim,
-        "BLOCK_K": _block(k_dim), "CHUNK": CHUNK, "PDL": pdl, "launch_pdl": pdl,
+        "BLOCK_K": _block(k_dim, out.dtype),
     }  # fmt: skip
-    _solve_kernel[(heads, tables.num_chunks)](
-        rows.qkv, rows.gates, values, reads, scores, scales,
-        tables.blocks, sequences.cu_seqlens, k_dim**-0.5, norm_eps,
-        BLOCK_V=_block(v_dim), num_warps=4, **sizes,
+    fixed = {"CHUNK": CHUNK, "PDL": pdl}
+    made, scalars = (values, reads, scores, scales), (k_dim**-0.5, norm_eps)
+    launch(
+        _solve_kernel, (heads, tables.num_chunks, 1),
+        (rows.qkv, rows.gates, *made, tables.blocks, sequences.cu_seqlens, *scalars),
+        sizes | {"BLOCK_V": _block(v_dim, out.dtype)} | fixed, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     block = 64 if heads * v_dim >= 64 * MIN_PROGRAMS else 32  # columns of a head's state
-    block = min(_block(v_dim), block)
-    _state_kernel[(triton.cdiv(v_dim, block) * heads, len(tables.chunked))](
-        rows.qkv, rows.gates, values, reads, scores, scales, states, out,
+    block = min(_block(v_dim, out.dtype), block)
+    arguments = (
+        rows.qkv, rows.gates, *made, states, out,
         tables.chunked, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
         drafts and drafts.num_accepted, tracks and tracks.slots, tracks and tracks.rows,
-        k_dim**-0.5, norm_eps, rows.num_rows, MAX_DRAFTS=rows.max_drafts,
-        BLOCK_V=block, num_warps=4, num_stages=2, **sizes,
+        *scalars, rows.num_rows,
+    )  # fmt: skip
+    launch(
+        _state_kernel, (triton.cdiv(v_dim, block) * heads, len(tables.chunked), 1), arguments,
+        {"MAX_DRAFTS": rows.max_drafts} | sizes | {"BLOCK_V": block} | fixed,
+        num_warps=4, num_stages=2, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -73,9 +84,13 @@ def scratch_bytes(rows: int, shape: HeadShape, size: int) -> int:
     return rows * shape.num_v_heads * ((shape.head_v_dim + shape.head_k_dim + CHUNK) * size + 12)
 
 
-def _block(size: int) -> int:
+def _block(size: int, dtype: torch.dtype) -> int:
+    """Return the columns of a product's operand, at least 64 bytes of them.
+
+    NOTE: with 32 bytes a row Triton 3.6 for an SM90 gives wrong products, in 16-bit types alone.
+    """
     power: int = triton.next_power_of_2(size)
-    return max(16, power)  # a matrix unit takes no fewer columns
+    return max(64 // dtype.itemsize, power)
 
 
 @triton.jit
@@ -181,10 +196,10 @@ def _after_drafts(
 ):  # fmt: skip
     """Take the state past the accepted drafts of the pass before, from `row` on."""
     for index in range(accepted):
-        state, _ = step_row(
-            state, qkv, gates, row + index, head, k_at, v_at, q_scale, eps,
-            K_HEADS, HEADS, K_DIM, V_DIM,
-        )  # fmt: skip
+        q, k, v, g, beta = load_row(
+            qkv, gates, row + index, head, k_at, v_at, K_HEADS, HEADS, K_DIM, V_DIM
+        )
+        state, _ = step_row(state, q, k, v, g, beta, q_scale, eps)
     return state
 
 

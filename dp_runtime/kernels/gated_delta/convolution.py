@@ -9,18 +9,25 @@ from torch import Tensor
 
 from dp_runtime.core.recurrent_metadata import CHUNK, RecurrentMetadata
 from dp_runtime.kernels.gated_delta.rows import DeltaRows
-from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
+from dp_runtime.kernels.triton_launch import (
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    overlaps,
+)
 
-CHANNELS_AT_ONCE, ROWS_AT_ONCE = 128, 8
+CHANNELS_AT_ONCE = 512  # with 16 bytes of each load to a thread
+ROWS_AT_ONCE = 8  # of a chunk; decodes and verifications take all of theirs at once
+GATE_ROWS = tl.constexpr(8)
 
 
 def convolve(
     qkv: Tensor,  # [rows, channels]
     ba: Tensor,  # [rows, 2 * num_v_heads], b before a
-    weight: Tensor,  # [channels, 1, width]
+    weight: Tensor,  # [width, channels]
     decay: Tensor,  # [num_v_heads] float32, -exp(A_log)
     dt_bias: Tensor,  # [num_v_heads] float32
-    windows: Tensor,  # [slots, channels, width - 1 + max_drafts], written
+    windows: Tensor,  # [slots, width - 1 + max_drafts, channels], written
     draft_gates: Tensor | None,  # [slots, max_drafts, 2, num_v_heads] float32, written
     sequences: RecurrentMetadata,
 ) -> DeltaRows:
@@ -30,34 +37,42 @@ def convolve(
     and SiLU are float32 and rounded once to qkv's dtype.
     """
     (rows, channels), heads, device = qkv.shape, len(decay), qkv.device
-    width, columns = weight.shape[-1], windows.shape[2]
+    width, columns = len(weight), windows.shape[1]
     max_drafts = columns - (width - 1)
     assert qkv.stride(1) == ba.stride(1) == 1, "a row is in one piece"
+    assert windows.dtype == qkv.dtype, "windows keep the rows as they came"
     together = [x for x in (weight, windows, draft_gates) if x is not None]
     assert all(x.is_contiguous() for x in together), "weights, windows and gates are contiguous"
-    drafts, tracks = sequences.drafts, sequences.tracks
-    blocks = sequences.row_blocks.blocks
+    drafts, tracks, tables = sequences.drafts, sequences.tracks, sequences.row_blocks
     has_room = (draft_gates is not None) == (max_drafts > 0) == (drafts is not None)
     assert has_room, "a slot has room for drafts if there may be some, and only then"
     total = rows + sequences.batch_size * max_drafts
     out = torch.empty(total, channels, dtype=qkv.dtype, device=device)
     gates = torch.empty(total, 2, heads, dtype=torch.float32, device=device)
-    channel_blocks, pdl = triton.cdiv(channels, CHANNELS_AT_ONCE), overlaps(device)
-    if len(blocks):
-        _convolve_kernel[(channel_blocks + 1, len(blocks))](
+    at_once = ROWS_AT_ONCE if tables.num_chunks else min(ROWS_AT_ONCE, _power(1 + 2 * max_drafts))
+    pdl = overlaps(device)
+    if len(tables.blocks):
+        arguments = (
             qkv, ba, weight, decay, dt_bias, windows, draft_gates, out, gates,
-            blocks, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
+            tables.blocks, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
             drafts and drafts.num_drafts, drafts and drafts.num_accepted,
             tracks and tracks.slots, tracks and tracks.rows,
             qkv.stride(0), ba.stride(0), rows,
-            CHANNELS=channels, WIDTH=width, MAX_DRAFTS=max_drafts, HEADS=heads,
-            BLOCK=CHUNK, ROWS=ROWS_AT_ONCE, BLOCK_CHANNELS=CHANNELS_AT_ONCE,
-            BLOCK_HEADS=triton.next_power_of_2(heads),
-            BLOCK_COLUMNS=triton.next_power_of_2(columns),
-            BLOCK_DRAFTS=triton.next_power_of_2(max(max_drafts, 1)),
-            PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
+        constants = {
+            "CHANNELS": channels, "WIDTH": width, "MAX_DRAFTS": max_drafts, "HEADS": heads,
+            "BLOCK": CHUNK, "ROWS": at_once, "BLOCK_CHANNELS": CHANNELS_AT_ONCE,
+            "BLOCK_HEADS": _power(heads), "BLOCK_COLUMNS": _power(columns),
+            "BLOCK_DRAFTS": _power(max(max_drafts, 1)), "PDL": pdl,
+        }  # fmt: skip
+        grid = (triton.cdiv(channels, CHANNELS_AT_ONCE) + 1, len(tables.blocks), 1)
+        launch(_convolve_kernel, grid, arguments, constants, num_warps=2, launch_pdl=pdl)
     return DeltaRows(out, gates, rows, max_drafts)
+
+
+def _power(size: int) -> int:
+    power: int = triton.next_power_of_2(size)
+    return power
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -70,27 +85,29 @@ def _convolve_kernel(
     BLOCK_HEADS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DRAFTS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The program of a sequence's first block alone touches its slot: reads it, then writes it."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    """The program of a sequence's first block alone touches its slot: reads it, then writes it.
+
+    It also runs the accepted drafts of the pass before, which have negative numbers.
+    """
     request = tl.load(blocks + 2 * tl.program_id(1)).to(tl.int64)
     first = tl.load(blocks + 2 * tl.program_id(1) + 1) * BLOCK
     start = tl.load(cu_seqlens + request)
     length = tl.load(cu_seqlens + request + 1) - start
     slot = tl.load(slots + request).to(tl.int64)
     has_past = (slot != 0) & (tl.load(is_fresh + request) == 0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     drafts, accepted = 0, 0
     if MAX_DRAFTS:
         drafts = tl.load(num_drafts + request).to(tl.int32)
         accepted = tl.where(has_past, tl.load(num_accepted + request), 0).to(tl.int32)
     end = tl.minimum(first + BLOCK, length)
-    replayed = tl.arange(0, BLOCK_DRAFTS)[:, None]
-    replay = rows + request * MAX_DRAFTS + replayed
+    replay = rows + request * MAX_DRAFTS
     if tl.program_id(0) * BLOCK_CHANNELS < CHANNELS:
         _convolve_block(
             qkv, weight, windows, out, start, length, slot, has_past, drafts, accepted,
-            first, end, replayed, replay, qkv_stride,
+            first, end, replay, qkv_stride,
             CHANNELS, WIDTH, MAX_DRAFTS, ROWS, BLOCK_CHANNELS, BLOCK_COLUMNS,
         )  # fmt: skip
         if track_slots is not None:
@@ -102,43 +119,45 @@ def _convolve_kernel(
                     CHANNELS, WIDTH, MAX_DRAFTS, BLOCK_CHANNELS, BLOCK_COLUMNS,
                 )  # fmt: skip
     else:
+        replayed = tl.arange(0, BLOCK_DRAFTS)[:, None]
         _gate_block(
             ba, decay, dt_bias, draft_gates, gates, start, length, slot, drafts, accepted,
-            first, end, replayed, replay, ba_stride, MAX_DRAFTS, HEADS, ROWS, BLOCK_HEADS,
+            first, end, replayed, replay + replayed, ba_stride,
+            MAX_DRAFTS, HEADS, GATE_ROWS, BLOCK_HEADS,
         )  # fmt: skip
 
 
 @triton.jit
 def _convolve_block(
     qkv, weight, windows, out, start, length, slot, has_past, drafts, accepted,
-    first, end, replayed, replay, stride,
+    first, end, replay, stride,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, MAX_DRAFTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    dtype = out.dtype.element_ty
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
     inside = channel < CHANNELS
     new = qkv + start.to(tl.int64) * stride + channel
-    window = windows + (slot * CHANNELS + channel) * (WIDTH - 1 + MAX_DRAFTS)
-    taps = weight + channel * WIDTH
+    window = windows + slot * (WIDTH - 1 + MAX_DRAFTS) * CHANNELS + channel
     seen = tl.where(has_past, WIDTH - 1 + accepted, 0)  # inputs in the window
-    for some in range(first, end, ROWS):
+    for some in range(tl.where(first == 0, -accepted, first), end, ROWS):
         row = some + tl.arange(0, ROWS)[:, None]
-        y = _taps(new, window, taps, row, length, seen, inside, stride, WIDTH)
-        into = out + (start + row).to(tl.int64) * CHANNELS + channel
-        tl.store(into, y.to(dtype), mask=(row < end) & inside)
+        y = tl.zeros([ROWS, BLOCK_CHANNELS], tl.float32)
+        for tap in tl.static_range(WIDTH):
+            gain = tl.load(weight + tap * CHANNELS + channel, mask=inside, other=0.0)
+            index = row - (WIDTH - 1) + tap
+            x = _inputs(new, window, index, length, seen, inside, stride, CHANNELS)
+            y += x.to(tl.float32) * gain.to(tl.float32)
+        y /= 1.0 + tl.exp(-y)
+        target = tl.where(row < 0, replay + accepted + row, (start + row).to(tl.int64))
+        into = out + target * CHANNELS + channel
+        tl.store(into, y.to(out.dtype.element_ty), mask=(row < end) & inside)
     if first == 0:
-        if MAX_DRAFTS:
-            before = replayed - accepted
-            again = _taps(new, window, taps, before, length, seen, inside, stride, WIDTH)
-            at = out + replay * CHANNELS + channel
-            tl.store(at, again.to(dtype), mask=(before < 0) & inside)
         column = tl.arange(0, BLOCK_COLUMNS)[:, None]
         index = length - drafts - (WIDTH - 1) + column
-        kept = _inputs(new, window, index, length, seen, inside, stride)
+        kept = _inputs(new, window, index, length, seen, inside, stride, CHANNELS)
         tl.debug_barrier()  # all threads have read the window
         is_kept = (column < tl.where(slot != 0, WIDTH - 1 + drafts, 0)) & inside
-        tl.store(window + column, kept, mask=is_kept)
+        tl.store(window + column * CHANNELS, kept, mask=is_kept)
 
 
 @triton.jit
@@ -153,8 +172,8 @@ def _track_block(
     is_kept = (column < tl.where(slot != 0, WIDTH - 1, 0)) & (channel < CHANNELS)
     row = (start + tracked - (WIDTH - 1) + column).to(tl.int64)
     kept = tl.load(qkv + row * stride + channel, mask=is_kept, other=0.0)
-    window = windows + (slot * CHANNELS + channel) * (WIDTH - 1 + MAX_DRAFTS)
-    tl.store(window + column, kept, mask=is_kept)
+    window = windows + (slot * (WIDTH - 1 + MAX_DRAFTS) + column) * CHANNELS + channel
+    tl.store(window, kept, mask=is_kept)
 
 
 @triton.jit
@@ -189,22 +208,12 @@ def _gate_block(
 
 
 @triton.jit
-def _inputs(new, window, index, length, seen, inside, stride):
+def _inputs(new, window, index, length, seen, inside, stride, CHANNELS: tl.constexpr):
     """Load inputs of a sequence by their index [n, 1]; negative ones came before this pass."""
-    is_new = (index >= 0) & (index < length) & inside
-    is_old = (index < 0) & (seen + index >= 0) & inside
-    x = tl.load(new + index.to(tl.int64) * stride, mask=is_new, other=0.0)
-    return tl.where(index < 0, tl.load(window + seen + index, mask=is_old, other=0.0), x)
-
-
-@triton.jit
-def _taps(new, window, taps, row, length, seen, inside, stride, WIDTH: tl.constexpr):
-    total = row * 0.0
-    for tap in tl.static_range(WIDTH):
-        weight = tl.load(taps + tap, mask=inside, other=0.0).to(tl.float32)
-        index = row - (WIDTH - 1) + tap
-        total += _inputs(new, window, index, length, seen, inside, stride).to(tl.float32) * weight
-    return total / (1.0 + tl.exp(-total))
+    is_known = (index < length) & (seen + index >= 0)
+    before = window + (seen + index) * CHANNELS
+    at = tl.where(index < 0, before, new + index.to(tl.int64) * stride)
+    return tl.load(at, mask=is_known & inside, other=0.0)
 
 
 @triton.jit

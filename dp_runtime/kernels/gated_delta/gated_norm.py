@@ -7,7 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
+from dp_runtime.kernels.triton_launch import (
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    overlaps,
+)
 
 HEADS_AT_ONCE = 16
 
@@ -29,9 +34,14 @@ def gated_rms_norm(
     assert out.shape == (rows, heads * dim), f"outputs of {tuple(out.shape)} for {rows} rows"
     if rows:
         pdl = overlaps(x.device)
-        _gated_rms_norm_kernel[(rows, triton.cdiv(heads, HEADS_AT_ONCE))](
-            x, z, weight, out, z.stride(0), eps, NUM_HEADS=heads, HEADS=HEADS_AT_ONCE, DIM=dim,
-            BLOCK=triton.next_power_of_2(dim), PDL=pdl, num_warps=4, launch_pdl=pdl,
+        constants = {
+            "NUM_HEADS": heads, "HEADS": HEADS_AT_ONCE, "DIM": dim,
+            "BLOCK": triton.next_power_of_2(dim), "PDL": pdl,
+        }  # fmt: skip
+        grid, arguments = (rows, triton.cdiv(heads, HEADS_AT_ONCE), 1), (x, z, weight, out)
+        launch(
+            _gated_rms_norm_kernel, grid, (*arguments, z.stride(0), eps), constants,
+            num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return out
 

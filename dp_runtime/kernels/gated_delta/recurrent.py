@@ -8,9 +8,14 @@ from torch import Tensor
 
 from dp_runtime.core.recurrent_metadata import RecurrentMetadata
 from dp_runtime.kernels.gated_delta.rows import DeltaRows, HeadShape
-from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
+from dp_runtime.kernels.triton_launch import (
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    overlaps,
+)
 
-COLUMNS_AT_ONCE = 32  # of a head's state, in a program: 128 bytes of each of its rows
+COLUMNS_AT_ONCE = 16  # of a head's state, in a program of one warp, which waits for no other
 
 
 def step_rows(
@@ -32,15 +37,19 @@ def step_rows(
         return
     k_dim, v_dim, pdl = shape.head_k_dim, shape.head_v_dim, overlaps(out.device)
     block = min(COLUMNS_AT_ONCE, triton.next_power_of_2(v_dim))
-    _step_kernel[(triton.cdiv(v_dim, block), shape.num_v_heads, len(stepped))](
+    arguments = (
         rows.qkv, rows.gates, states, out,
         stepped, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
         drafts and drafts.num_drafts, drafts and drafts.num_accepted,
         k_dim**-0.5, norm_eps, rows.num_rows,
-        K_HEADS=shape.num_k_heads, HEADS=shape.num_v_heads, K_DIM=k_dim, V_DIM=v_dim,
-        MAX_DRAFTS=rows.max_drafts, BLOCK_K=triton.next_power_of_2(k_dim), BLOCK_V=block,
-        PDL=pdl, num_warps=2, launch_pdl=pdl,
     )  # fmt: skip
+    constants = {
+        "K_HEADS": shape.num_k_heads, "HEADS": shape.num_v_heads, "K_DIM": k_dim, "V_DIM": v_dim,
+        "MAX_DRAFTS": rows.max_drafts, "BLOCK_K": triton.next_power_of_2(k_dim),
+        "BLOCK_V": block, "PDL": pdl,
+    }  # fmt: skip
+    grid = (triton.cdiv(v_dim, block), shape.num_v_heads, len(stepped))
+    launch(_step_kernel, grid, arguments, constants, num_warps=1, launch_pdl=pdl)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -70,36 +79,52 @@ def _step_kernel(
     if MAX_DRAFTS:
         accepted = tl.where(has_past, tl.load(num_accepted + request), 0).to(tl.int32)
         last = length - tl.load(num_drafts + request).to(tl.int32) - 1  # before the drafts
+    first = num_rows + request * MAX_DRAFTS + accepted
+    row = tl.where(accepted > 0, first - accepted, start.to(tl.int64))
+    q, k, v, g, beta = load_row(qkv, gates, row, head, k_at, v_at, K_HEADS, HEADS, K_DIM, V_DIM)
     for index in range(-accepted, length):
-        replay = num_rows + request * MAX_DRAFTS + accepted + index
-        row = tl.where(index < 0, replay, (start + index).to(tl.int64))
-        state, q = step_row(
-            state, qkv, gates, row, head, k_at, v_at, scale, eps, K_HEADS, HEADS, K_DIM, V_DIM
+        # The next row is on its way while this one is computed; the last loads itself again.
+        after = tl.minimum(index + 1, length - 1)
+        row = tl.where(after < 0, first + after, (start + after).to(tl.int64))
+        next_q, next_k, next_v, next_g, next_beta = load_row(
+            qkv, gates, row, head, k_at, v_at, K_HEADS, HEADS, K_DIM, V_DIM
         )
-        result = tl.sum(state * q[:, None], 0).to(out.dtype.element_ty)
+        state, result = step_row(state, q, k, v, g, beta, scale, eps)
         into = out + ((start + index).to(tl.int64) * HEADS + head) * V_DIM + v_at
-        tl.store(into, result, mask=v_at < tl.where(index >= 0, V_DIM, 0))
+        is_out = v_at < tl.where(index >= 0, V_DIM, 0)
+        tl.store(into, result.to(out.dtype.element_ty), mask=is_out)
         if index == last:
             is_kept = (k_at < tl.where(slot != 0, K_DIM, 0))[:, None]
             tl.store(at, state.to(states.dtype.element_ty), mask=is_kept & v_in)
+        q, k, v, g, beta = next_q, next_k, next_v, next_g, next_beta
 
 
 @triton.jit
-def step_row(
-    state, qkv, gates, row, head, k_at, v_at, scale, eps,
+def load_row(
+    qkv, gates, row, head, k_at, v_at,
     K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Take some columns of a head's state past one row; return them, and the row's scaled q."""
-    group: tl.constexpr = HEADS // K_HEADS
+    """Load a row's q, k, some columns of its v, the log of its decay, and beta."""
     channels: tl.constexpr = 2 * K_HEADS * K_DIM + HEADS * V_DIM
-    k_in, v_in = k_at < K_DIM, v_at < V_DIM
-    q_at = qkv + row * channels + head // group * K_DIM + k_at
-    q = tl.load(q_at, mask=k_in, other=0.0).to(tl.float32)
-    k = tl.load(q_at + K_HEADS * K_DIM, mask=k_in, other=0.0).to(tl.float32)
-    v = tl.load(qkv + row * channels + 2 * K_HEADS * K_DIM + head * V_DIM + v_at, mask=v_in)
+    q_at = qkv + row * channels + head // (HEADS // K_HEADS) * K_DIM + k_at
+    q = tl.load(q_at, mask=k_at < K_DIM, other=0.0)
+    k = tl.load(q_at + K_HEADS * K_DIM, mask=k_at < K_DIM, other=0.0)
+    v_from = qkv + row * channels + 2 * K_HEADS * K_DIM + head * V_DIM
+    v = tl.load(v_from + v_at, mask=v_at < V_DIM, other=0.0)
     gate = gates + row * 2 * HEADS + head
+    return q, k, v, tl.load(gate), tl.load(gate + HEADS)
+
+
+@triton.jit
+def step_row(state, q, k, v, g, beta, scale, eps):
+    """Take some columns of a head's state past one row; return them, and the row's outputs.
+
+    Both are products with the state before: what the row adds to q's is q.k times the change.
+    """
+    q, k, decay = q.to(tl.float32), k.to(tl.float32), tl.exp(g)
     q *= tl.rsqrt(tl.sum(q * q, 0) + eps) * scale
     k *= tl.rsqrt(tl.sum(k * k, 0) + eps)
-    state *= tl.exp(tl.load(gate))
-    change = (v.to(tl.float32) - tl.sum(state * k[:, None], 0)) * tl.load(gate + HEADS)
-    return state + k[:, None] * change[None, :], q
+    of_k, of_q = tl.sum(state * k[:, None], 0), tl.sum(state * q[:, None], 0)
+    change = (v.to(tl.float32) - decay * of_k) * beta
+    result = decay * of_q + tl.sum(q * k, 0) * change
+    return state * decay + k[:, None] * change[None, :], result

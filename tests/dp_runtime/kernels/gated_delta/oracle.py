@@ -25,18 +25,18 @@ class Net:
     """The weights of one layer."""
 
     shape: HeadShape
-    conv: Tensor  # [channels, 1, width]
+    conv: Tensor  # [width, channels]
     decay: Tensor  # [num_v_heads]
     dt_bias: Tensor  # [num_v_heads]
 
     @property
     def width(self) -> int:
-        return self.conv.shape[-1]
+        return len(self.conv)
 
     @classmethod
     def draw(cls, shape: HeadShape, width: int, dtype: torch.dtype = torch.float32) -> Net:
         heads = shape.num_v_heads
-        conv = torch.randn(shape.channels, 1, width).to(DEVICE, dtype)
+        conv = torch.randn(width, shape.channels).to(DEVICE, dtype)
         decay = -torch.empty(heads).uniform_(0.05, 3.0).to(DEVICE)
         return cls(shape, conv, decay, torch.randn(heads).to(DEVICE))
 
@@ -74,7 +74,7 @@ class Caches:
         shape = net.shape
         heads = (shape.num_v_heads, shape.head_k_dim, shape.head_v_dim)
         columns = net.width - 1 + max_drafts
-        sizes = (shape.channels, columns), (max_drafts, 2, shape.num_v_heads), heads
+        sizes = (columns, shape.channels), (max_drafts, 2, shape.num_v_heads), heads
         dtypes = net.conv.dtype, torch.float32, torch.float32
         windows, gates, states = (
             torch.full((num_slots, *size), torch.nan, dtype=dtype, device=DEVICE)
@@ -141,14 +141,14 @@ class Due:
 
     outputs: Tensor  # [rows, num_v_heads, head_v_dim] float64
     state: Tensor  # [num_v_heads, head_k_dim, head_v_dim] float64
-    window: Tensor  # [channels, width - 1] the last inputs
+    window: Tensor  # [width - 1, channels] the last inputs
 
 
 def expected(net: Net, rows: Rows) -> Due:
     """Run one request's rows from the beginning, by the definition."""
     shape = net.shape
     inputs = F.pad(rows.qkv.double().T, (net.width - 1, 0))
-    mixed = F.silu(F.conv1d(inputs[None], net.conv.double(), groups=shape.channels))[0].T
+    mixed = F.silu(F.conv1d(inputs[None], net.conv.T[:, None].double(), groups=shape.channels))[0].T
     mixed = mixed.to(rows.qkv.dtype).double()  # the one rounding between the kernels
     k_size = shape.num_k_heads * shape.head_k_dim
     q, k, v = mixed.tensor_split([k_size, 2 * k_size], 1)
@@ -163,7 +163,7 @@ def expected(net: Net, rows: Rows) -> Due:
         change = (v_t - torch.einsum("hk,hkv->hv", k_t, state)) * beta[:, None]
         state = state + torch.einsum("hk,hv->hkv", k_t, change)
         outputs.append(torch.einsum("hk,hkv->hv", q_t, state) * shape.head_k_dim**-0.5)
-    return Due(torch.stack(outputs), state, inputs[:, inputs.shape[1] - net.width + 1 :])
+    return Due(torch.stack(outputs), state, inputs[:, inputs.shape[1] - net.width + 1 :].T)
 
 
 def _k_heads(x: Tensor, shape: HeadShape) -> Tensor:

@@ -44,7 +44,7 @@ def assert_request(
     due, dtype = expected(net, rows), rows.qkv.dtype
     assert_close(outputs, due.outputs[due_rows], dtype)
     assert_close(caches.states[slot], due.state, dtype)
-    assert torch.equal(caches.windows[slot, :, : net.width - 1].double(), due.window)
+    assert torch.equal(caches.windows[slot, : net.width - 1].double(), due.window)
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE), ids=str)

@@ -90,7 +90,7 @@ class Twins:
         columns = self.net.width - 1
         for slot in (r.slot for r in self.requests):
             assert torch.equal(self.caches.states[slot], self.plain.states[slot])
-            window = self.caches.windows[slot, :, :columns]
+            window = self.caches.windows[slot, :columns]
             assert torch.equal(window, self.plain.windows[slot])
 
 

@@ -1,0 +1,283 @@
+"""Candidate tiles of the gated delta kernels: each one's time and how its results differ.
+
+    python -m examples.benchmarks.gated_delta_tiles            # about 90 s on one GPU
+
+Processes compile the candidates at once; fla-core's chunks, where installed, run beside them (on
+the last GPU). The first candidate of a kernel is what the others' results are compared with.
+Ends with the products of 16 columns in 16-bit types, which some compilers get wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dp_runtime.kernels.gated_delta import chunked, convolution, gated_norm, recurrent
+from dp_runtime.kernels.gated_delta.rows import DeltaRows, HeadShape
+from dp_runtime.kernels.triton_launch import launch
+from examples.benchmarks.gated_delta import CUDA, EPS, Layer, fla_call, host_us
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, read_rate
+
+SHAPE = HeadShape(16, 64, 128, 128)
+WORKERS, FLA_DEADLINE_S, END_S = 14, 55, 88
+MODULES = {"_step_kernel": recurrent, "_convolve_kernel": convolution, "_solve_kernel": chunked}
+MODULES |= {"_state_kernel": chunked, "_gated_rms_norm_kernel": gated_norm}
+CALLS = {"_step_kernel": "delta rule", "_convolve_kernel": "convolution"}
+CALLS |= {"_solve_kernel": "delta rule", "_state_kernel": "delta rule"}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    kernel: str
+    constants: dict[str, int]
+    options: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = (
+            f"{name.lower()} {value}" for name, value in (self.constants | self.options).items()
+        )
+        return f"{self.kernel.strip('_')}: {', '.join(words)}"
+
+    def launch(
+        self, kernel: Any, grid: Any, arguments: Any, constants: Any, **options: Any
+    ) -> None:
+        """Launch as the kernel's own caller would with these tiles."""
+        if kernel.__name__ == self.kernel:
+            constants, options = constants | self.constants, options | self.options
+            grid = (self._programs(constants), *grid[1:])
+        launch(kernel, grid, arguments, constants, **options)
+
+    def _programs(self, of: dict[str, int]) -> int:
+        match self.kernel:
+            case "_step_kernel":
+                return -(-of["V_DIM"] // of["BLOCK_V"])
+            case "_state_kernel":
+                return -(-of["V_DIM"] // of["BLOCK_V"]) * of["HEADS"]
+            case "_convolve_kernel":
+                return -(-of["CHANNELS"] // of["BLOCK_CHANNELS"]) + 1
+            case _:
+                return of["HEADS"]
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        module: Any = MODULES[self.kernel]
+        module.launch = self.launch
+        try:
+            yield
+        finally:
+            module.launch = launch
+
+
+def _steps() -> list[Tiles]:
+    sizes = ((16, 1, 0), (16, 1, 128), (32, 1, 0), (32, 2, 0), (32, 2, 128), (8, 1, 0), (64, 4, 0))
+    return [
+        Tiles("_step_kernel", {"BLOCK_V": v}, {"num_warps": n} | ({"maxnreg": r} if r else {}))
+        for v, n, r in sizes
+    ]
+
+
+def _convolutions(*sizes: tuple[int, int, int]) -> list[Tiles]:
+    return [
+        Tiles("_convolve_kernel", {"ROWS": r, "BLOCK_CHANNELS": c}, {"num_warps": n})
+        for r, c, n in sizes
+    ]
+
+
+def _chunks() -> list[Tiles]:
+    states = ((64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 4, 1))
+    solves = [Tiles("_solve_kernel", {}, {"num_warps": n}) for n in (4, 8)]
+    return solves + [
+        Tiles("_state_kernel", {"BLOCK_V": v}, {"num_warps": n, "num_stages": s})
+        for v, n, s in states
+    ]
+
+
+DECODES = _steps() + _convolutions((1, 512, 2), (1, 256, 1), (1, 1024, 4), (2, 512, 2))
+DRAFTS = _steps() + _convolutions((8, 512, 2), (4, 512, 2), (8, 256, 2), (4, 1024, 4), (2, 512, 2))
+LONG = (8, 512, 2), (4, 512, 2), (4, 1024, 4), (4, 256, 1), (16, 256, 2), (8, 1024, 8)
+PROMPTS = _convolutions(*LONG) + _chunks()
+EACH = [(of, 0, False) for of in DECODES] + [(of, 3, False) for of in DRAFTS]
+EACH += [(of, 0, True) for of in PROMPTS]
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--compile", type=int, help="of the processes, the number of this one")
+    parser.add_argument("--fla", action="store_true", help="time fla-core alone")
+    args = parser.parse_args()
+    if args.compile is not None:
+        compile_some(args.compile)
+    elif args.fla:
+        time_fla()
+    else:
+        time_all(monotonic())
+
+
+def compile_some(number: int) -> None:
+    for tiles, drafts, is_prompt in EACH[number::WORKERS]:
+        try:
+            layer = Layer.make(SHAPE, [100] if is_prompt else [1 + drafts], drafts, is_prompt)
+            with tiles.used():
+                layer.calls()[CALLS[tiles.kernel]](0)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{tiles}: {type(error).__name__} {str(error)[:200]}", flush=True)
+
+
+def time_fla() -> None:
+    layer = Layer.make(SHAPE, [8192], 0, fresh=True)
+    call = fla_call(layer)
+    print(f"fla-core, a prompt of 8192 rows: {graph_us(call, 2):.1f} us; ", end="")
+    print(f"host {host_us(call):.0f} us", flush=True)
+
+
+def time_all(begin: float) -> None:
+    processes = [_start(["--compile", str(i)]) for i in range(WORKERS)]
+    fla = None
+    if find_spec("fla") is not None:
+        fla = _start(["--fla"], {"CUDA_VISIBLE_DEVICES": str(torch.cuda.device_count() - 1)})
+    for process in processes:
+        process.wait()
+    print(f"compiled after {monotonic() - begin:.0f} s;", describe_gpu(), flush=True)
+    if fla is not None and torch.cuda.device_count() == 1:
+        _wait(fla, begin + FLA_DEADLINE_S)
+    rate = read_rate()
+    time_prompt(begin)
+    for requests, drafts in ((32, 0), (32, 3), (128, 0), (128, 3), (8, 0), (8, 3)):
+        floor = 2 * requests * 64 * 128 * 128 * 4 / rate * 1e6
+        print(f"{requests} requests, {drafts} drafts; floor {floor:.1f} us", flush=True)
+        count = max(2, min(8, 256 // requests))  # data sets: the L2 holds none of them
+        layers = [Layer.make(SHAPE, [1 + drafts] * requests, drafts, False) for _ in range(count)]
+        time_tiles(layers, DRAFTS if drafts else DECODES, begin)
+    products_of_16_columns()
+    if fla is not None:
+        _wait(fla, begin + END_S)
+    print(f"ended after {monotonic() - begin:.0f} s", flush=True)
+
+
+def time_prompt(begin: float) -> None:
+    layer = Layer.make(SHAPE, [8192], 0, fresh=True)
+    print("a prompt of 8192 rows", flush=True)
+    calls = layer.calls()
+    for name, call in calls.items():
+        print(f"  {name}: {graph_us(call, 2):.1f} us, host {host_us(call):.0f} us", flush=True)
+    time_tiles([layer], PROMPTS, begin)
+
+
+def time_tiles(layers: list[Layer], candidates: list[Tiles], begin: float) -> None:
+    first: dict[str, list[Tensor]] = {}
+    for tiles in candidates:
+        if monotonic() - begin > END_S:
+            return
+        try:
+            with tiles.used():
+                calls = [layer.calls()[CALLS[tiles.kernel]] for layer in layers]
+                results = _results(layers[0])
+                took = graph_us(partial(_call, calls), len(calls))
+            due = first.setdefault(CALLS[tiles.kernel], results)
+            apart = max(_apart(*pair) for pair in zip(results, due))
+            same = all(torch.equal(*pair) for pair in zip(results, due))
+            words = "same bits" if same else f"apart {apart:.1e}"
+            print(f"  {tiles}: {took:.1f} us; {words}", flush=True)
+        except Exception as error:
+            print(f"  {tiles}: {type(error).__name__} {str(error)[:200]}", flush=True)
+
+
+def _call(calls: Sequence[Callable[[int], object]], index: int) -> None:
+    calls[index](0)
+
+
+def _results(layer: Layer) -> list[Tensor]:
+    """Run a layer from one same state -> its outputs, states and windows afterwards."""
+    torch.manual_seed(0)
+    layer.states.normal_()
+    layer.windows.normal_()
+    if layer.draft_gates is not None:
+        layer.draft_gates.zero_()
+    torch.manual_seed(1)
+    calls = layer.calls()
+    calls["all"](0)
+    out = calls["gated norm"](0)  # of the same outputs
+    assert isinstance(out, Tensor)
+    return [out, layer.states.clone(), layer.windows.clone()]
+
+
+def _apart(found: Tensor, due: Tensor) -> float:
+    return float((found - due).abs().max() / due.abs().max())
+
+
+def products_of_16_columns() -> None:
+    """Compare each chunk kernel's results in 16 bits with those in float32, by its block sizes."""
+    shape = HeadShape(1, 2, 16, 16)
+    for dtype in (torch.float16, torch.bfloat16):
+        for k_block, v_block in ((16, 16), (32, 16), (16, 32), (32, 32)):
+            torch.manual_seed(2)
+            try:
+                words = _compare(shape, dtype, {"BLOCK_K": k_block, "BLOCK_V": v_block})
+            except Exception as error:
+                words = f"{type(error).__name__} {str(error)[:200]}"
+            print(f"{dtype}, blocks of {k_block} and {v_block} columns: {words}", flush=True)
+
+
+def _compare(shape: HeadShape, dtype: torch.dtype, blocks: dict[str, int]) -> str:
+    layer = Layer.make(shape, [70], 0, fresh=True)
+    qkv = layer.qkv.to(dtype)
+    gates = torch.stack((-torch.rand(70, 2), torch.rand(70, 2)), 1).to(CUDA)
+    due, found = list[Tensor](), dict[str, float]()
+
+    def recording(kernel: Any, grid: Any, arguments: Any, constants: Any, **options: Any) -> None:
+        wide = {"BLOCK_K": 32, "BLOCK_V": 32} if not found_now else blocks
+        launch(kernel, (2, *grid[1:]), arguments, constants | wide, **options)
+        if kernel.__name__ == "_solve_kernel":
+            made = arguments[2:5]
+            if not found_now:
+                due.extend(made)
+                return
+            for name, mine, right in zip(("values", "reads", "scores"), made, due):
+                found[name] = _apart(mine.float().nan_to_num(9e9), right)
+                mine.copy_(right)  # so that the next kernel is judged by itself
+
+    def rows_of(x: Tensor) -> Tensor:
+        rows = DeltaRows(x, gates, 70, 0)
+        out = torch.zeros(70, 2, 16, dtype=x.dtype, device=CUDA)
+        chunked.run_chunks(rows, shape, layer.states, out, layer.sequences, EPS)
+        return out.float()
+
+    module: Any = chunked
+    module.launch, found_now = recording, False
+    try:
+        right = rows_of(qkv.float())
+        found_now = True
+        found["outputs"] = _apart(rows_of(qkv).nan_to_num(9e9), right)
+    finally:
+        module.launch = launch
+    return ", ".join(f"{name} {apart:.1e}" for name, apart in found.items())
+
+
+def _start(arguments: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "examples.benchmarks.gated_delta_tiles", *arguments]
+    return subprocess.Popen(command, env=os.environ | (more or {}))
+
+
+def _wait(process: subprocess.Popen[bytes], until: float) -> None:
+    try:
+        process.wait(max(0.0, until - monotonic()))
+    except subprocess.TimeoutExpired:
+        print("fla-core was not ready in time", flush=True)
+        process.kill()
+
+
+if __name__ == "__main__":
+    main()
