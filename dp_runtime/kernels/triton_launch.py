@@ -29,11 +29,7 @@ def launch(
     constants: Mapping[str, Hashable],
     **options: int | bool,
 ) -> None:
-    """Launch a Triton kernel; from the second launch of a kind on, without Triton's own look-up.
-
-    That one binds and describes every argument anew, 30 to 60 us of host. arguments, then
-    constants: in the order of the kernel's parameters.
-    """
+    """Launch a Triton kernel, from the second of a kind on without the 30-60 us of its look-up."""
     kind = (
         id(kernel), *(_kind(x) for x in arguments), *constants.values(), *options.items()
     )  # fmt: skip

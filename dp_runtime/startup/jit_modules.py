@@ -201,7 +201,6 @@ def _mix(
 def _null_sequences(
     lengths: list[int], max_drafts: int, has_tracks: bool, device: torch.device
 ) -> RecurrentMetadata:
-    """Describe sequences of nobody, which are run on the null slot."""
     query_lens = np.array(lengths, np.int32)
     none = torch.zeros(len(lengths), dtype=torch.int32, device=device)
     return RecurrentMetadata(

@@ -85,10 +85,7 @@ def _convolve_kernel(
     BLOCK_HEADS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DRAFTS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The program of a sequence's first block alone touches its slot: reads it, then writes it.
-
-    It also runs the accepted drafts of the pass before, which have negative numbers.
-    """
+    """The program of a sequence's first block alone touches its slot, and runs accepted drafts."""
     request = tl.load(blocks + 2 * tl.program_id(1)).to(tl.int64)
     first = tl.load(blocks + 2 * tl.program_id(1) + 1) * BLOCK
     start = tl.load(cu_seqlens + request)

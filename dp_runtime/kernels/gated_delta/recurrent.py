@@ -117,10 +117,7 @@ def load_row(
 
 @triton.jit
 def step_row(state, q, k, v, g, beta, scale, eps):
-    """Take some columns of a head's state past one row; return them, and the row's outputs.
-
-    Both are products with the state before: what the row adds to q's is q.k times the change.
-    """
+    """Take some columns of a head's state past one row; return them, and the row's outputs."""
     q, k, decay = q.to(tl.float32), k.to(tl.float32), tl.exp(g)
     q *= tl.rsqrt(tl.sum(q * q, 0) + eps) * scale
     k *= tl.rsqrt(tl.sum(k * k, 0) + eps)
