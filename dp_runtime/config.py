@@ -113,9 +113,7 @@ class EngineConfig:
         "activations and a reserve; num_pages overrides it",
         above=0, at_most=1, shown_default="0.5 on CPU, 0.9 on GPU",
     )  # fmt: skip
-    kv_events: bool = setting(
-        False, "keep what enters and leaves ranks' prefix caches, for engine.kv_events()"
-    )
+    kv_events: bool = setting(False, "keep events of prefix caches, for engine.kv_events()")
     prefix_caching: bool = setting(
         True, "keep full KV pages for requests that begin alike, until their memory is needed"
     )
@@ -178,10 +176,12 @@ class EngineConfig:
         None, "directory of an EAGLE-3 head", shown_default="the model's own MTP layer",
         allowed="the path of a directory",
     )  # fmt: skip
+    speculative_draft_vocab: int | None = setting(
+        None, "token ids, from 0 on, that an MTP layer may propose", at_least=1, shown_default="all"
+    )
     speculative_adaptive: bool = setting(
-        False, "all ranks choose in each step how many tokens to propose, up to that number, by "
-        "what was accepted",
-    )  # fmt: skip
+        False, "ranks choose in each step how many tokens to propose, by what was accepted"
+    )
     speculative_draft_length: str | None = setting(
         None, "a policy of your own for that number, in place of speculative_adaptive",
         **policy("speculative_draft_length", "draft_length"),
@@ -290,7 +290,7 @@ class EngineConfig:
 
     def _check_speculation(self) -> None:
         steps, forced = self.speculative_num_steps, self.speculative_forced_tokens
-        for name in ("draft_model", "adaptive", "forced_tokens", "draft_length"):
+        for name in ("draft_model", "draft_vocab", "adaptive", "forced_tokens", "draft_length"):
             value, field = getattr(self, f"speculative_{name}"), f"speculative_{name}"
             require(bool(steps) or not value, field, value, "nothing without speculative_num_steps")
         own = self.speculative_draft_length

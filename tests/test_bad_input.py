@@ -222,6 +222,12 @@ CASES: dict[str, tuple[Act, str]] = {
     "draft model empty": (
         config(speculative_num_steps=1, speculative_draft_model=""), "speculative_draft_model: ''",
     ),
+    "draft vocabulary without steps": (
+        config(speculative_draft_vocab=9), "speculative_draft_vocab: 9 is not allowed",
+    ),
+    "draft vocabulary of nothing": (
+        config(speculative_num_steps=1, speculative_draft_vocab=0), "speculative_draft_vocab: 0",
+    ),
     "adaptive without steps": (
         config(speculative_adaptive=True), "speculative_adaptive: True is not allowed",
     ),

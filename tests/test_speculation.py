@@ -73,6 +73,22 @@ def test_full_product(
         check_case(case, drafted_of(checkpoint), oracle_of(checkpoint))
 
 
+def test_a_draft_of_the_first_tokens_writes_the_same_text(drafted_of: DraftedOf) -> None:
+    """Only chains end earlier: where the target's next token is none of them."""
+    drafted, found = drafted_of("agreeing"), list[list[tuple[int, ...]]]()
+    accepted = []
+    for num_steps, vocab in ((0, None), (3, None), (3, 70)):
+        with engine_of(drafted, num_steps, speculative_draft_vocab=vocab) as engine:
+            found.append([one.token_ids for one in engine.generate(PROMPTS[:4], GREEDY)])
+            if num_steps:
+                accepted.append(engine.report().tokens_per_verification)
+                for loop in loops_of(engine):
+                    assert loop.runner.drafting is not None
+                    assert int(loop.runner.drafting.state.first_draft.max()) < (vocab or 1000)
+    assert found == [found[0]] * 3
+    assert accepted[0] > accepted[1] > 1
+
+
 @pytest.mark.parametrize("num_steps", [3])
 def test_a_trained_draft_writes_the_same_text_in_fewer_steps(num_steps: int) -> None:
     text = (TRAINED.model.parent / "held_out.txt").read_text()

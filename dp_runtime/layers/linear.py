@@ -30,6 +30,12 @@ class Linear:
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
+    def first(self, outputs: int) -> Linear:
+        """Keep the first outputs only, in the same memory."""
+        if outputs == self.shape[0]:
+            return self
+        return Linear(self.weight[:outputs], None if self.bias is None else self.bias[:outputs])
+
     @property
     def shape(self) -> tuple[int, int]:  # outputs, inputs
         outputs, inputs = self.weight.shape

@@ -6,7 +6,7 @@ A row at position p reads token p + 1 and the target's hidden state of p, and pr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dp_runtime.attention.backend import AttentionBackend
 from dp_runtime.core.cache_spec import PagedKv
+from dp_runtime.errors import require
 from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import MoeKernels, make_moe_kernels
 from dp_runtime.layers.norm import RMSNorm
@@ -94,11 +95,23 @@ def concat_normed(
 
 
 def read_draft_config(
-    model_directory: str, target: ModelConfig, draft_directory: str | None
+    model_directory: str,
+    target: ModelConfig,
+    draft_directory: str | None,
+    mtp_vocab: int | None = None,
 ) -> DraftConfig:
-    """Read the EAGLE-3 head in draft_directory, or with None the target's own MTP layer."""
+    """Read the EAGLE-3 head in draft_directory, or with None the target's own MTP layer.
+
+    mtp_vocab: so many of the target's first tokens are all that the MTP layer proposes.
+    """
     if draft_directory is None:
-        return find_method("mtp").read_config(model_directory, target)
+        config = find_method("mtp").read_config(model_directory, target)
+        size = config.vocab_size
+        ok, allowed = mtp_vocab is None or mtp_vocab <= size, f"at most the model's {size}"
+        require(ok, "speculative_draft_vocab", mtp_vocab, allowed)
+        return replace(config, vocab_size=mtp_vocab or size)
+    allowed = "None with speculative_draft_model, which has a vocabulary of its own"
+    require(mtp_vocab is None, "speculative_draft_vocab", mtp_vocab, allowed)
     return find_method("eagle3").read_config(draft_directory, target)
 
 

@@ -87,7 +87,7 @@ class Mtp(LmHeadMixin):
 
     config: MtpConfig
     embedding: Tensor  # [vocab, hidden], the target's
-    head: Linear  # the target's
+    head: Linear  # the target's, or its first rows
     embedding_norm: RMSNorm
     hidden_norm: RMSNorm
     fc: Linear  # [hidden, 2 * hidden]
@@ -151,7 +151,7 @@ class MtpMethod:
         return Mtp(
             config=config,
             embedding=target.embedding,
-            head=target.head,
+            head=target.head.first(config.vocab_size),
             embedding_norm=load_norm(weights, "mtp.pre_fc_norm_embedding", hidden, eps),
             hidden_norm=load_norm(weights, "mtp.pre_fc_norm_hidden", hidden, eps),
             fc=Linear.load(weights, {"mtp.fc": hidden}, 2 * hidden),

@@ -248,7 +248,8 @@ def read_draft(config: EngineConfig, model: ModelConfig) -> DraftConfig | None:
     """Read the draft model's config, if any; ValueError if it does not fit the model."""
     if not config.speculative_num_steps:
         return None
-    return read_draft_config(config.model, model, config.speculative_draft_model)
+    head, vocab = config.speculative_draft_model, config.speculative_draft_vocab
+    return read_draft_config(config.model, model, head, vocab)
 
 
 def plan_layers(

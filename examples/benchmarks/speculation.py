@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--model", type=Path, default=TINY_MOE / "checkpoint")
     parser.add_argument("--text", type=Path, default=TINY_MOE / "held_out.txt")
-    add_flags(parser, device="cpu", dp_size=1)
+    add_flags(parser, "speculative_draft_vocab", device="cpu", dp_size=1)
     parser.add_argument("--num-steps", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--prompts", type=int, default=384)
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -91,8 +91,9 @@ def cut_prompts(args: argparse.Namespace) -> list[list[int]]:
 def serve(args: argparse.Namespace, num_steps: int, prompts: list[list[int]]) -> Served:
     """Serve the load with so many steps; the ranks start anew."""
     config = config_from(
-        args, model=str(args.model), launcher="local", speculative_num_steps=num_steps
-    )
+        args, model=str(args.model), launcher="local", speculative_num_steps=num_steps,
+        speculative_draft_vocab=args.speculative_draft_vocab if num_steps else None,
+    )  # fmt: skip
     params = SamplingParams(max_tokens=args.new_tokens, temperature=0.0, ignore_eos=True)
     rates = []
     with Engine(config) as engine:

@@ -24,6 +24,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "cuda_graphs": {"action": BOOL, "default": None},
     "overlap": {"action": BOOL, "default": True},
     "speculative_num_steps": {"type": int, "default": 0},
+    "speculative_draft_vocab": {"type": int},
     "max_step_ms": {"type": float, "help": "target for steps with prefill beside decodes"},
     "forced_tokens": {"type": float, "help": "that a verification emits, forced"},
     "kernels": {"action": "store_true", "help": "list all of a profile, not its groups"},

@@ -32,12 +32,13 @@ class DecodeBytes:
         context: float,
         active_experts: float | None = None,
         num_drafts: int = 0,
+        draft_vocab: int | None = None,
     ) -> DecodeBytes:
         """rows: requests of the rank; context: mean tokens in the cache of each.
 
         active_experts: of a layer, over all ranks; None: the mean for uniform routing of the rows
         of all ranks. num_drafts: of each request, by an MTP layer of the model's kind, which runs
-        once for each (draft passes and draft_extend), with the LM head.
+        once for each (draft passes and draft_extend), with draft_vocab rows of the LM head, or all.
         """
         if active_experts is None:
             active_experts = uniform_active(model, rows * dp_size * (1 + num_drafts))
@@ -45,13 +46,14 @@ class DecodeBytes:
         formats = zip(model.moe_layers, model.fp8_experts, strict=True)
         per_weight = sum((1 if fp8 else BYTES) for moe, fp8 in formats if moe)  # of all layers
         per_weight += BYTES * num_drafts
+        of_draft = draft_vocab or model.vocab_size
         caches = model.cache_specs(1, torch.bfloat16, torch.bfloat16, num_drafts)
         attending = sum(isinstance(cache, PagedKv) for cache in caches) + num_drafts
         slot = sum(cache.slot_bytes for cache in caches if isinstance(cache, RecurrentState))
         return cls(
             experts=per_weight * expert * active_experts / dp_size,
             dense_weights=BYTES * _dense_weights(model, attending, num_drafts),
-            lm_head=BYTES * (1 + num_drafts) * model.vocab_size * model.hidden_size,
+            lm_head=BYTES * model.hidden_size * (model.vocab_size + num_drafts * of_draft),
             kv_cache=BYTES * attending * rows * context * 2 * model.num_kv_heads * model.head_dim,
             states=2 * rows * slot,
         )

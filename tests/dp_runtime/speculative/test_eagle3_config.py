@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dp_runtime.models.registry import read_model_config
+from dp_runtime.speculative.draft import read_draft_config
 from tests.checkpoints import eagle3_checkpoint, tiny_checkpoint
 from tests.dp_runtime.drafts import change_tensors, on_one_rank
 
@@ -63,6 +65,12 @@ def test_default_layers_need_a_deep_target(tmp_path: Path) -> None:
     shallow = tiny_checkpoint(tmp_path / "target")
     head = eagle3_checkpoint(tmp_path / "head", shallow, layer_ids=None)
     refuse(shallow, head, "eagle_aux_hidden_state_layer_ids", "the target's 2")
+
+
+def test_a_head_has_a_vocabulary_of_its_own(target: Path, tmp_path: Path) -> None:
+    head, config = str(eagle3_checkpoint(tmp_path, target)), read_model_config(str(target))
+    with pytest.raises(ValueError, match="speculative_draft_vocab: 9 is not allowed; None with "):
+        read_draft_config(str(target), config, head, 9)
 
 
 def test_no_directory_and_no_config(target: Path, tmp_path: Path) -> None:

@@ -230,6 +230,15 @@ def test_a_target_without_an_mtp_layer(count: int | None, random_mtp: Path) -> N
     assert read_draft_config(str(random_mtp), target, None).num_layers == 1
 
 
+def test_it_proposes_of_no_more_tokens_than_there_are(random_mtp: Path) -> None:
+    target = read_model_config(str(random_mtp))
+    size = target.vocab_size
+    assert read_draft_config(str(random_mtp), target, None, size).vocab_size == size
+    message = f"speculative_draft_vocab: {size + 1} is not allowed; at most the model's {size}"
+    with pytest.raises(ValueError, match=message):
+        read_draft_config(str(random_mtp), target, None, size + 1)
+
+
 def test_another_architecture_has_no_mtp_layer(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, "MixtralForCausalLM")
     config = json.loads((path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
