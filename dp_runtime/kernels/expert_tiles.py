@@ -20,6 +20,7 @@ class Tile:
     tma: bool  # the copy engine reads weights, from capability 9.0 on
     per_multiprocessor: int | None = None  # max programs that share the tiles; None: by expert
     swap: bool = False  # weights are the product's first operand: its 64 rows at least are columns
+    regroup: bool = False  # swapped e4m3: 16 columns in the order in which a thread takes them
 
     @property
     def by_expert(self) -> bool:

@@ -118,6 +118,7 @@ def _options(tile: Tile) -> dict[str, int]:
         "BLOCK_K": tile.block_k,
         "BY_EXPERT": tile.by_expert,
         "SWAP": tile.swap,
+        "REGROUP": tile.regroup,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

@@ -22,30 +22,56 @@ SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0
 def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Tile]:
     """Tiles that may be good and fit into shared memory and registers; halves: 2 for gate-up."""
     per_expert = tokens * shard.top_k / shard.num_experts
+    for tile in (_for_e4m3 if fp8 else _for_bf16)(per_expert, halves):
+        sizes = tile.block_m, tile.block_n, tile.block_k
+        resident = _resident(*sizes, halves, tile.num_warps, tile.num_stages, fp8)
+        if resident == 0 or not _fills(tile):
+            continue
+        if tile.by_expert:
+            yield tile
+        elif tile.block_m * tile.block_n * halves >= 64 * 128 // (2 if fp8 else 1) and (
+            tile.num_stages >= 4 or resident == 2
+        ):
+            yield tile
+            yield replace(tile, per_multiprocessor=resident)
+
+
+def _for_bf16(per_expert: float, halves: int) -> Iterator[Tile]:
     if per_expert <= 64:
         blocks_m = [m for m in (16, 32, 64) if per_expert / 2 <= m <= max(16, 2 * per_expert)]
         for m, n, k, warps, stages, tma, swap in product(
             blocks_m, (64, 128), (64, 128), (4, 8), (3, 5), (False, True), (False, True)
         ):
-            if _resident(m, n, k, halves, warps, stages, fp8) and _fills(m, n, warps, tma, swap):
-                yield Tile(m, n, k, warps, stages, tma, swap=swap)
+            yield Tile(m, n, k, warps, stages, tma, swap=swap)
     if per_expert > 12:
-        wide = per_expert > 64
-        blocks_m = [64, 128] if wide else [32, 64, 128]
-        blocks_n, blocks_k = ((64, 128), (64, 128)) if fp8 else ((64, 128, 256), (64,))
-        for m, n, k, warps, stages, swap in product(
-            blocks_m, blocks_n, blocks_k, (4, 8), (3, 4, 5), (False, True)
+        blocks_m = [64, 128] if per_expert > 64 else [32, 64, 128]
+        for m, n, warps, stages, swap in product(
+            blocks_m, (64, 128, 256), (4, 8), (3, 4, 5), (False, True)
         ):
-            resident = _resident(m, n, k, halves, warps, stages, fp8)
-            large = m * n * halves >= 64 * 128 and (stages >= 4 or resident == 2)
-            if resident and large and _fills(m, n, warps, True, swap):
-                yield Tile(m, n, k, warps, stages, True, FLAT, swap)
-                yield Tile(m, n, k, warps, stages, True, resident, swap)
+            yield Tile(m, n, 64, warps, stages, True, FLAT, swap)
 
 
-def _fills(m: int, n: int, warps: int, tma: bool, swap: bool) -> bool:
+def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
+    """Fewer: what is wide is left out where no measurement was good with it."""
+    if per_expert <= 24:
+        blocks_m = [16] if per_expert <= 6 else [16, 32] if per_expert <= 12 else [32]
+        blocks_n = (32, 64) if halves == 2 else (64, 128)
+        for m, n, stages, tma in product(blocks_m, blocks_n, (3, 5), (False, True)):
+            yield Tile(m, n, 128, 4, stages, tma)
+        for m, n, stages in product(blocks_m, (64, 128), (3, 5)):
+            yield Tile(m, n, 128, 4, stages, True, swap=True, regroup=True)
+    if per_expert > 12:
+        blocks_m = [64, 128] if per_expert > 48 else [32, 64]
+        for m, n, k, warps, stages in product(blocks_m, (64, 128), (64, 128), (4, 8), (3, 4)):
+            yield Tile(m, n, k, warps, stages, True, FLAT, swap=True, regroup=True)
+        for k in (64, 128):
+            yield Tile(blocks_m[0], 128, k, 4, 3, True, FLAT)
+
+
+def _fills(tile: Tile) -> bool:
     """Whether four warps have 64 rows of a swapped product, or all warps 32 pairs."""
-    return not swap or (tma and n <= 128 and (warps * 16 <= n or m >= 32))
+    full = tile.num_warps * 16 <= tile.block_n or tile.block_m >= 32
+    return not tile.swap or (tile.tma and tile.block_n <= 128 and full)
 
 
 def _resident(m: int, n: int, k: int, halves: int, warps: int, stages: int, fp8: bool) -> int:

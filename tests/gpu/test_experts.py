@@ -87,8 +87,8 @@ def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048])
-@pytest.mark.parametrize("swap", [False, True])
-def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool) -> None:
+@pytest.mark.parametrize(("swap", "regroup"), [(False, False), (True, False), (True, True)])
+def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool, regroup: bool) -> None:
     """Scales of neighbouring blocks differ by up to ten."""
     stage = Stage("ep4")
     gate_up, gate_up_scales, wide_gate_up = e4m3_like(stage.gate_up)
@@ -98,7 +98,7 @@ def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool) -> None:
     routing = stage.route(rows, layout_of(gathered, gathered // 2, gathered))
     tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate, fp8=True)
     if swap:
-        swapped = Tile(16, 64, 128, 4, 3, True, swap=True)
+        swapped = Tile(16, 64, 128, 4, 3, True, swap=True, regroup=regroup)
         tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128))
     for _ in range(3):
         out = run_experts(rows, gate_up, down, routing, tiles, scales)

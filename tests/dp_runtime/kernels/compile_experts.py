@@ -9,6 +9,7 @@ shared memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -35,7 +36,8 @@ def tiles(fp8: bool) -> Iterator[ExpertTiles]:
         Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True),
         Tile(64, 128, 64, 8, 4, True, FLAT, swap=True),
     ):
-        yield ExpertTiles(swapped, swapped)
+        regrouped = replace(swapped, regroup=fp8)
+        yield ExpertTiles(regrouped, regrouped)
 
 
 def compile_attention() -> None:

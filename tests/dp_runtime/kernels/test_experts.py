@@ -174,12 +174,13 @@ def test_experts_equal_the_torch_loop(
 
 
 @pytest.mark.parametrize(
-    ("block_n", "block_k", "tma", "per_multiprocessor", "dtype", "swap"),
+    ("block_n", "block_k", "tma", "per_multiprocessor", "dtype", "swap", "regroup"),
     [
-        (64, 128, False, None, torch.float32, True),
-        (128, 64, True, None, torch.float16, False),
-        (128, 128, True, 2, torch.float32, False),
-        (64, 64, False, 2, torch.float16, True),
+        (64, 128, False, None, torch.float32, True, True),
+        (128, 64, True, None, torch.float16, False, False),
+        (128, 128, True, 2, torch.float32, False, False),
+        (64, 64, False, 2, torch.float16, True, False),
+        (64, 64, True, 2, torch.float16, True, True),
     ],
 )
 def test_e4m3_experts_equal_widened_ones(
@@ -189,6 +190,7 @@ def test_e4m3_experts_equal_widened_ones(
     per_multiprocessor: int | None,
     dtype: torch.dtype,
     swap: bool,
+    regroup: bool,
 ) -> None:
     """Each block has a scale far from its neighbours'."""
     torch.manual_seed(2)
@@ -197,7 +199,7 @@ def test_e4m3_experts_equal_widened_ones(
     (gate_up, gate_up_scales, wide_gate_up), (down, down_scales, wide_down) = stacked
     rows = draw(9, hidden, dtype=dtype)
     routing = routed(draw(9, 5, dtype=torch.float32), row_ranges([0], [9]), 2, True, first, local)
-    tile = Tile(16, block_n, block_k, 4, 2, tma, per_multiprocessor, swap)
+    tile = Tile(16, block_n, block_k, 4, 2, tma, per_multiprocessor, swap, regroup)
     out = run_experts(
         rows,
         gate_up.view(local, 2 * intermediate, hidden),
