@@ -2,8 +2,7 @@
 
 With few rows an expert, each expert and block of columns has its own program; else programs take
 turns at tiles that the device counts. No count is read back to the host: a graph can capture the
-kernels. e4m3 weights are widened to the rows' dtype, which is exact, and the product of each block
-is scaled in float32.
+kernels.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dp_runtime.kernels.expert_products import SCALE_BLOCK, add_product, regroup, scales_of, zeros
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
-from dp_runtime.weights.fp8_blocks import BLOCK
-
-SCALE_BLOCK = tl.constexpr(BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -71,22 +68,22 @@ def _gate_up_tile(
     inside = tl.where(n < intermediate, n, 0)
     gate_at = gate_up + (expert.to(tl.int64) * 2 * intermediate + inside)[:, None] * HIDDEN
     up_at = gate_at + intermediate.to(tl.int64) * HIDDEN
-    of_gate = _scales_of(expert * 2, column * BLOCK_N, intermediate, HIDDEN)
-    of_up = _scales_of(expert * 2 + 1, column * BLOCK_N, intermediate, HIDDEN)
-    gate = _zeros(BLOCK_M, BLOCK_N, SWAP)
-    up = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    of_gate = scales_of(expert * 2, column * BLOCK_N, intermediate, HIDDEN)
+    of_up = scales_of(expert * 2 + 1, column * BLOCK_N, intermediate, HIDDEN)
+    gate = zeros(BLOCK_M, BLOCK_N, SWAP)
+    up = zeros(BLOCK_M, BLOCK_N, SWAP)
     for start in range(0, HIDDEN, BLOCK_K):
         a = _block(x_at, start + k, HIDDEN, BLOCK_K)
         if REGROUP:
-            a = _regroup(a)
+            a = regroup(a)
         if gate_up_blocks is not None:
             g = gate_up_blocks.load([gate_row, start])
             u = gate_up_blocks.load([gate_row + intermediate, start])
         else:
             g = _block(gate_at, start + k, HIDDEN, BLOCK_K)
             u = _block(up_at, start + k, HIDDEN, BLOCK_K)
-        gate = _add_product(a, g, gate, scales, of_gate + start // SCALE_BLOCK, SWAP, REGROUP)
-        up = _add_product(a, u, up, scales, of_up + start // SCALE_BLOCK, SWAP, REGROUP)
+        gate = add_product(a, g, gate, scales, of_gate + start // SCALE_BLOCK, SWAP, REGROUP)
+        up = add_product(a, u, up, scales, of_up + start // SCALE_BLOCK, SWAP, REGROUP)
     if SWAP:
         gate, up = gate.T, up.T
     # Gate and up are rounded first, as separate products would round them.
@@ -104,12 +101,15 @@ def down_kernel(
     counts, pairs, rows, num_local, hidden,
     INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr, PDL: tl.constexpr,
+    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
+    columns = tl.cdiv(hidden, BLOCK_N)
     if PDL:
+        if BY_EXPERT and FETCH:
+            _fetch_rows(down, counts, columns, hidden, INTERMEDIATE, BLOCK_N)
         gdc_wait()
         gdc_launch_dependents()
-    columns = tl.cdiv(hidden, BLOCK_N)
     if BY_EXPERT:
         expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
         count = tl.load(counts + expert)
@@ -137,6 +137,30 @@ def down_kernel(
 
 
 @triton.jit
+def _fetch_rows(
+    down, counts, columns, hidden, INTERMEDIATE: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Let one thread ask the L2 for this program's weights; counts are older than gate-up."""
+    expert, row = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_N
+    if tl.load(counts + expert) > 0:
+        at = down + (expert.to(tl.int64) * hidden + row) * INTERMEDIATE
+        size = tl.minimum(BLOCK_N, hidden - row) * INTERMEDIATE * down.dtype.element_ty.itemsize
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred first;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r", [at.to(tl.int64), size.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _down_tile(
     activated, activated_blocks, down, down_blocks, scales, weights, weighted,
     expert, column, pair, source, ours, hidden,
@@ -153,102 +177,25 @@ def _down_tile(
     inside = tl.where(n < hidden, n, 0)
     down_at = down + (expert.to(tl.int64) * hidden + inside)[:, None] * INTERMEDIATE
     weight = tl.load(weights + pair, mask=ours, other=0.0)
-    scale = _scales_of(expert, column * BLOCK_N, hidden, INTERMEDIATE)
-    total = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    scale = scales_of(expert, column * BLOCK_N, hidden, INTERMEDIATE)
+    total = zeros(BLOCK_M, BLOCK_N, SWAP)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         if activated_blocks is not None:
             a = activated_blocks.load([first, start])
         else:
             a = _block(a_at, start + k, INTERMEDIATE, BLOCK_K)
         if REGROUP:
-            a = _regroup(a)
+            a = regroup(a)
         if down_blocks is not None:
             b = down_blocks.load([down_row, start])
         else:
             b = _block(down_at, start + k, INTERMEDIATE, BLOCK_K)
-        total = _add_product(a, b, total, scales, scale + start // SCALE_BLOCK, SWAP, REGROUP)
+        total = add_product(a, b, total, scales, scale + start // SCALE_BLOCK, SWAP, REGROUP)
     if SWAP:
         total = total.T
     value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
     at = weighted + pair.to(tl.int64)[:, None] * hidden + n
     tl.store(at, value.to(weighted.dtype.element_ty), mask=ours[:, None] & (n < hidden))
-
-
-@triton.jit
-def _scales_of(matrix, row, rows, WIDTH: tl.constexpr):
-    """Find where the scales of a row's blocks begin, in stacked matrices of `rows` rows."""
-    block_row = matrix * tl.cdiv(rows, SCALE_BLOCK) + row // SCALE_BLOCK
-    return block_row * tl.cdiv(WIDTH, SCALE_BLOCK)
-
-
-@triton.jit
-def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    if SWAP:
-        return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:  # noqa: RET505 - the branch is chosen while compiling
-        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-
-
-@triton.jit
-def _add_product(a, weights, total, scales, at, SWAP: tl.constexpr, REGROUP: tl.constexpr):
-    if scales is None:
-        return _product(a, weights, total, SWAP)
-    else:  # noqa: RET505 - the branch is chosen while compiling
-        scale = tl.load(scales + at)
-        if REGROUP:
-            weights = _regroup(weights)
-        return total + _product(a, widen(weights, a.dtype), None, SWAP) * scale
-
-
-@triton.jit
-def _regroup(matrix):
-    """Order each 16 columns so that the four which a thread of a product takes lie side by side.
-
-    Of a first operand in registers it takes columns 2t, 2t + 1, 2t + 8 and 2t + 9 of 16; in this
-    order they are 4t to 4t + 3 in memory, one load of e4m3.
-    """
-    ROWS: tl.constexpr = matrix.shape[0]
-    COLUMNS: tl.constexpr = matrix.shape[1]
-    parts = matrix.reshape(ROWS, COLUMNS // 16, 4, 2, 2)
-    return parts.permute(0, 1, 3, 2, 4).reshape(ROWS, COLUMNS)
-
-
-@triton.jit
-def _product(a, weights, total, SWAP: tl.constexpr):
-    """Add a @ weights.T to total; swapped, all of it is transposed."""
-    if SWAP:
-        return tl.dot(weights, a.T, total, input_precision="ieee")
-    else:  # noqa: RET505 - the branch is chosen while compiling
-        return tl.dot(a, weights.T, total, input_precision="ieee")
-
-
-@triton.jit
-def widen(weights, DTYPE: tl.constexpr):
-    """Convert e4m3 exactly, but NaN may become 480; the GPU's own way to bf16 is too slow.
-
-    Integer operations move bits s eeee mmm to s 0000eeee mmm0000, which is 2^-120 of the value.
-    """
-    if tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 high, low, first, second, factor;
-            mov.b32 factor, 0x7b807b80;
-            shr.b32 high, $2, 4;
-            and.b32 high, high, 0x07070707;
-            lop3.b32 high, $2, 0x80808080, high, 0xea;
-            shl.b32 low, $2, 4;
-            and.b32 low, low, 0xf0f0f0f0;
-            prmt.b32 first, low, high, 0x5140;
-            prmt.b32 second, low, high, 0x7362;
-            mul.rn.bf16x2 $0, first, factor;
-            mul.rn.bf16x2 $1, second, factor;
-            }
-            """,
-            "=r,=r,r", [weights], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:  # noqa: RET505 - the branch is chosen while compiling
-        return weights.to(DTYPE)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ class Tile:
     per_multiprocessor: int | None = None  # max programs that share the tiles; None: by expert
     swap: bool = False  # weights are the product's first operand: its 64 rows at least are columns
     regroup: bool = False  # swapped e4m3: 16 columns in the order in which a thread takes them
+    fetch: bool = False  # down by expert: the L2 is asked for weights while gate-up ends
 
     @property
     def by_expert(self) -> bool:
@@ -51,10 +52,7 @@ E4M3_TILES = (  # up to so many pairs an expert
 def choose_tiles(
     rows: int, top_k: int, num_experts: int, intermediate: int, fp8: bool
 ) -> ExpertTiles:
-    """Choose tiles found by examples/benchmarks/tune_experts.py on an H200 for 128 experts.
-
-    Hidden 2048, top 8; intermediate 768, and in bf16 192. fp8: the weights are e4m3 with scales.
-    """
+    """Choose tiles that examples/benchmarks/tune_experts.py found on an H200: RESULTS.md there."""
     per_expert = rows * top_k / num_experts
     if fp8:
         return next(tiles for most, tiles in E4M3_TILES if per_expert <= most)

@@ -29,6 +29,8 @@ def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Ti
             continue
         if tile.by_expert:
             yield tile
+            if fp8 and halves == 1:
+                yield replace(tile, fetch=True)
         elif tile.block_m * tile.block_n * halves >= 64 * 128 // (2 if fp8 else 1) and (
             tile.num_stages >= 4 or resident == 2
         ):
@@ -78,7 +80,7 @@ def _resident(m: int, n: int, k: int, halves: int, warps: int, stages: int, fp8:
     """How many programs a multiprocessor holds at once: 0, 1, or 2 and more."""
     shared = stages * (2 * m + (1 if fp8 else 2) * n * halves) * k + 1024
     sums = m * n * halves // (32 * warps)  # registers of a thread
-    if shared > SHARED_MEMORY or not 2 <= sums <= (64 if fp8 else 128):
+    if shared > SHARED_MEMORY or not 2 <= sums <= 128:
         return 0
     registers = ((2 if fp8 else 1) * sums + 100) * 32 * warps
     return min(2, SHARED_MEMORY // shared, max(1, 65536 // registers))

@@ -1,6 +1,6 @@
 """Which tiles of the expert kernels are fastest on this GPU, for each shape and number of tokens.
 
-    python -m examples.benchmarks.tune_experts [--shapes ep4 ep2 ...] [--tokens 16 64 ...] [--fp8]
+    python -m examples.benchmarks.tune_experts [--shapes ep4 397b-ep4] [--tokens 16 64 ...] [--fp8]
 
 Shapes of moe_stage.py in bf16 (--fp8: weights in e4m3), uniform random routing. Candidates are
 compiled beforehand in processes, checked against plain torch, and timed in CUDA graphs with four
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -163,6 +163,11 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
         if both[0] is not None and both[1] is not None:
             tiles = ExpertTiles(both[0][1], both[1][1])
             whole(bench, rows, row_ranges, routings, tiles, "best")
+            other = replace(tiles.down, fetch=not tiles.down.fetch)
+            if Job.for_tile(bench.name, 1, other, bench.fp8) in compiled:
+                name = "best, but fetch" if other.fetch else "best, but no fetch"
+                tiles = replace(tiles, down=other)
+                whole(bench, rows, row_ranges, routings, tiles, name)
     in_use = choose_tiles(tokens, shard.top_k, shard.num_experts, shard.intermediate, bench.fp8)
     whole(bench, rows, row_ranges, routings, in_use, "in use")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dp_runtime.kernels.expert_kernels import widen
+from dp_runtime.kernels.expert_products import widen
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 from dp_runtime.weights.fp8_blocks import BLOCK
 

@@ -36,7 +36,7 @@ def tiles(fp8: bool) -> Iterator[ExpertTiles]:
         Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True),
         Tile(64, 128, 64, 8, 4, True, FLAT, swap=True),
     ):
-        regrouped = replace(swapped, regroup=fp8)
+        regrouped = replace(swapped, regroup=fp8, fetch=fp8)
         yield ExpertTiles(regrouped, regrouped)
 
 
