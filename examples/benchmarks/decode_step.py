@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(
-        parser, "dp_size", "device", "moe_sharding", "moe_backend", "collective",
+        parser, "dp_size", "device", "moe_sharding", "moe_backend", "dense_backend", "collective",
         "cuda_graphs", "overlap", "speculative_num_steps", "speculative_draft_vocab",
         "forced_tokens", "read_rate", "json", "layouts", "kernels",
     )  # fmt: skip
@@ -173,7 +173,7 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
     floor_bytes = DecodeBytes.for_step(
         model, args.dp_size, measured.requests, args.prompt + args.output / 2,
         measured.routed.active_experts if measured.routed else None, args.speculative_num_steps,
-        args.speculative_draft_vocab,
+        args.speculative_draft_vocab, args.dense_backend == "triton",
     )  # fmt: skip
     floor, (p10, p50, p99) = floor_bytes.milliseconds(rate * 1e12), measured.step_ms
     figures = {

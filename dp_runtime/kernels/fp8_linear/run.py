@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dp_runtime.kernels.fp8_linear.product import product_kernel, widen_kernel
-from dp_runtime.kernels.fp8_linear.tiles import LinearTile
+from dp_runtime.kernels.fp8_linear.tiles import LinearTile, whole_split
 from dp_runtime.kernels.triton_launch import overlaps
 from dp_runtime.weights.fp8_blocks import BLOCK
 
@@ -33,6 +33,7 @@ def multiply(
     assert weight.is_contiguous(), "a matrix is contiguous"
     assert scales.is_contiguous(), "scales are contiguous"
     assert BLOCK % tile.block_k == 0, f"{tile} crosses scales"
+    assert tile.split == whole_split(inputs, tile.split), f"{tile} has programs without inputs"
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(outputs, tile.block_n)
     assert tile.split == 1 or tiles <= len(counters), f"{tiles} tiles, {len(counters)} counters"
     sums, pdl = None, overlaps(x.device)

@@ -9,8 +9,10 @@ import torch
 from dp_runtime.core.cache_spec import PagedKv, RecurrentState
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.qwen3_5.config import HybridConfig
+from dp_runtime.weights.fp8_blocks import BLOCK
 
 BYTES = 2  # bf16; experts may be e4m3
+SCALE_BYTES = 4 / BLOCK  # of each e4m3 weight beside the experts
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class DecodeBytes:
         active_experts: float | None = None,
         num_drafts: int = 0,
         draft_vocab: int | None = None,
+        keeps_fp8: bool = False,
     ) -> DecodeBytes:
         """rows: requests of the rank; context: mean tokens in the cache of each.
 
         active_experts: of a layer, over all ranks; None: the mean for uniform routing of the rows
         of all ranks. num_drafts: of each request, by an MTP layer of the model's kind, which runs
         once for each (draft passes and draft_extend), with draft_vocab rows of the LM head, or all.
+        keeps_fp8: matrices of an e4m3 checkpoint that are not the experts' are not widened either.
         """
         if active_experts is None:
             active_experts = uniform_active(model, rows * dp_size * (1 + num_drafts))
@@ -52,7 +56,7 @@ class DecodeBytes:
         slot = sum(cache.slot_bytes for cache in caches if isinstance(cache, RecurrentState))
         return cls(
             experts=per_weight * expert * active_experts / dp_size,
-            dense_weights=BYTES * _dense_weights(model, attending, num_drafts),
+            dense_weights=_dense_bytes(model, attending, num_drafts, keeps_fp8),
             lm_head=BYTES * model.hidden_size * (model.vocab_size + num_drafts * of_draft),
             kv_cache=BYTES * attending * rows * context * 2 * model.num_kv_heads * model.head_dim,
             states=2 * rows * slot,
@@ -68,6 +72,17 @@ class DecodeBytes:
 
     def milliseconds(self, bytes_per_s: float) -> float:
         return self.total / bytes_per_s * 1e3
+
+
+def _dense_bytes(model: ModelConfig, attending: int, num_drafts: int, keeps_fp8: bool) -> float:
+    weights = _dense_weights(model, attending, num_drafts)
+    if not keeps_fp8 or model.fp8_exempt is None:
+        return BYTES * weights
+    wide = num_drafts * 2 * model.hidden_size**2
+    if isinstance(model, HybridConfig):  # b and a of delta nets
+        nets = sum(model.delta_net_layers)
+        wide += nets * 2 * model.delta_net.num_v_heads * model.hidden_size
+    return BYTES * wide + (1 + SCALE_BYTES) * (weights - wide)
 
 
 def _dense_weights(model: ModelConfig, attending: int, num_drafts: int) -> int:

@@ -30,6 +30,7 @@ from dp_runtime.weights.fp8_blocks import BLOCK
 from dp_runtime.weights.fp8_names import Fp8Names
 from dp_runtime.weights.loader import Checkpoint
 from dp_runtime.weights.source import WeightSource
+from examples.benchmarks.harness.floors import DecodeBytes
 from tests.dp_runtime.models.test_hybrid_weights import quantized
 from tests.dp_runtime.paged import CPU, backend_over
 from tests.dp_runtime.startup.test_jit_modules import Recorder
@@ -178,6 +179,22 @@ def test_a_plan_counts_what_a_gpu_would_keep(
     assert held["torch", "dummy"] == held["torch", "safetensors"]
     source = Checkpoint(str(path), CPU, BF16, fp8=Fp8Names.of_files([str(path)]))
     assert held["triton", "dummy"] == param_bytes(build(path, source, BF16))
+
+
+def test_the_floor_of_a_step_counts_what_is_read(tmp_path: Path) -> None:
+    path, _ = quantized(tmp_path, TEXT, "model")
+    names, config = Fp8Names.of_files([str(path)]), read_model_config(str(path))
+    for keeps_fp8 in (False, True):
+        source = MetaWeights(BF16, torch.device("cuda"), names if keeps_fp8 else ())
+        due = 0.0
+        for linear in projections(build(path, source, BF16)):
+            if isinstance(linear, Linear):
+                due += linear.weight.nbytes
+                continue
+            due += linear.weight.nbytes * (1 + 4 / BLOCK)
+            due += 0 if linear.rest is None else linear.rest.weight.nbytes
+        floor = DecodeBytes.for_step(config, 1, 8, 100.0, keeps_fp8=keeps_fp8)
+        assert floor.dense_weights == due
 
 
 @pytest.mark.parametrize("sizes", [(512, 256, 512), (300, 260, 340), (20480, 4096, 20608)])
