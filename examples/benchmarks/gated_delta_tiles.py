@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from torch import Tensor
 from dp_runtime.kernels.gated_delta import chunked, convolution, gated_norm, recurrent
 from dp_runtime.kernels.gated_delta.rows import DeltaRows, HeadShape
 from dp_runtime.kernels.triton_launch import launch
-from examples.benchmarks.gated_delta import CUDA, EPS, Layer, fla_call, host_us
+from examples.benchmarks.gated_delta import CUDA, EPS, Layer, call_one, fla_call, host_us
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, read_rate
 
@@ -185,7 +185,7 @@ def time_tiles(layers: list[Layer], candidates: list[Tiles], begin: float) -> No
             with tiles.used():
                 calls = [layer.calls()[CALLS[tiles.kernel]] for layer in layers]
                 results = _results(layers[0])
-                took = graph_us(partial(_call, calls), len(calls))
+                took = graph_us(partial(call_one, calls), len(calls))
             due = first.setdefault(CALLS[tiles.kernel], results)
             apart = max(_apart(*pair) for pair in zip(results, due))
             same = all(torch.equal(*pair) for pair in zip(results, due))
@@ -193,10 +193,6 @@ def time_tiles(layers: list[Layer], candidates: list[Tiles], begin: float) -> No
             print(f"  {tiles}: {took:.1f} us; {words}", flush=True)
         except Exception as error:
             print(f"  {tiles}: {type(error).__name__} {str(error)[:200]}", flush=True)
-
-
-def _call(calls: Sequence[Callable[[int], object]], index: int) -> None:
-    calls[index](0)
 
 
 def _results(layer: Layer) -> list[Tensor]:
