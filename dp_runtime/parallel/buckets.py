@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
-
+SMALLEST = 16  # gathered rows of a rank
+FACTOR = 4  # between gathered sizes: few are needed, since kernels read the real counts
 LOCAL_STEP = 16  # requests; above it, local rows are captured in multiples of it
 MIN_PIECES = 64  # rows
 FINE_PIECES = 256  # rows, from which on a null row costs more than a graph
 # Above it, the GPU is slower than the host's kernel launches: capturing stages gains nothing.
 MAX_PIECEWISE_ROWS = 2048
+
+
+def gathered_size(largest: int, max_rows: int) -> int:  # of every rank, from the largest's rows
+    size = SMALLEST
+    while size < largest:
+        size *= FACTOR
+    return min(size, max_rows)
 
 
 @dataclass(frozen=True)
@@ -27,16 +34,14 @@ class GraphBuckets:
     max_requests: int
     query_len: int = 1
     piecewise_sizes: tuple[int, ...] = ()  # gathered, of passes in which other ranks prefill
-    layout: GatherLayout = PARTS
 
     @property
     def max_rows(self) -> int:
         return self.max_requests * self.query_len
 
-    def gathered(self, real_rows: tuple[int, ...]) -> int:  # a size of the layout
-        largest = max(real_rows)
+    def gathered(self, largest: int) -> int:  # of every rank, from the largest's rows
         assert 0 < largest <= self.max_rows, f"{largest} rows, graphs go to {self.max_rows}"
-        return self.layout.size(sum(real_rows), self.local(largest), self.max_rows)
+        return gathered_size(self.local(largest), self.max_rows)
 
     def local(self, rows: int) -> int:
         assert 0 <= rows <= self.max_rows, f"{rows} rows, graphs go to {self.max_rows}"
@@ -54,9 +59,7 @@ class GraphBuckets:
 
         The others fit into the memory of the first.
         """
-        if self.layout.packed_ranks > 1:
-            return self._keys({*self.layout.sizes(self.max_rows)})
-        return self._keys({self.gathered((rows,)) for rows in self._locals if rows})
+        return self._keys({self.gathered(rows) for rows in self._locals if rows})
 
     def keys_beside_prefill(self) -> tuple[GraphKey, ...]:
         """Return what a pass may need beside, in which another rank prefills."""
@@ -68,12 +71,7 @@ class GraphBuckets:
         return {self.local(count * self.query_len) for count in range(self.max_requests + 1)}
 
     def _keys(self, sizes: set[int]) -> tuple[GraphKey, ...]:
-        keys = {
-            GraphKey(rows, size)
-            for size in sizes
-            for rows in self._locals
-            if rows <= self.layout.most_rows(size)
-        }
+        keys = {GraphKey(rows, size) for size in sizes for rows in self._locals if rows <= size}
         return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.local_rows)))
 
 
@@ -82,28 +80,22 @@ class PiecewiseBuckets:
     """Gathered sizes for which MoE stages are captured alone; none if max_rows is 0."""
 
     max_rows: int = 0  # of a rank
-    layout: GatherLayout = PARTS
 
     @classmethod
-    def for_steps(
-        cls, max_num_tokens: int, layout: GatherLayout = PARTS, most_rows: int = MAX_PIECEWISE_ROWS
-    ) -> PiecewiseBuckets:
-        return cls(min(max_num_tokens, most_rows), layout)
+    def for_steps(cls, max_num_tokens: int) -> PiecewiseBuckets:
+        return cls(min(max_num_tokens, MAX_PIECEWISE_ROWS))
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.layout.sizes(self.max_rows)  # the others fit into the memory of the first
-
-    def own_rows(self, gathered: int) -> int:  # that a stage is captured with
-        return min(self.layout.most_rows(gathered), self.max_rows)
+    def sizes(self) -> tuple[int, ...]:  # the largest first: the others fit into its memory
+        found = {gathered_size(rows, self.max_rows) for rows in range(1, self.max_rows + 1)}
+        return tuple(sorted(found, reverse=True))
 
     def cover(self, largest: int) -> bool:
         return 0 < largest <= self.max_rows
 
-    def gathered(self, real_rows: tuple[int, ...]) -> int:  # a size of the layout
-        largest = max(real_rows)
+    def gathered(self, largest: int) -> int:  # of every rank, from the largest's rows
         assert self.cover(largest), f"{largest} rows, stages go to {self.max_rows}"
-        return self.layout.size(sum(real_rows), largest, self.max_rows)
+        return gathered_size(largest, self.max_rows)
 
 
 @dataclass(frozen=True)

@@ -64,4 +64,5 @@ class ExecutionPolicy:
     def _bucketed(
         self, real_rows: tuple[int, ...], buckets: GraphBuckets | PiecewiseBuckets
     ) -> PaddingPlan:
-        return buckets.layout.plan(real_rows, buckets.gathered(real_rows), self.counted)
+        gathered_rows = (buckets.gathered(max(real_rows)),) * len(real_rows)
+        return PaddingPlan(real_rows, gathered_rows, self.counted)

@@ -62,8 +62,8 @@ class PaddingPlan:
 
     @property
     def rows_per_rank(self) -> int:
-        """Return a graph's gathered rows over the ranks: their size in a `GatherLayout`."""
-        return self.total_gathered // len(self.gathered_rows)
+        """Return the gathered rows of each rank, where a graph's bucket makes them equal."""
+        return self.gathered_rows[0]
 
     @property
     def total_real(self) -> int:

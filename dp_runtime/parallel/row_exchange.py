@@ -8,7 +8,6 @@ from typing import Protocol
 from torch import Tensor
 
 from dp_runtime.parallel.collective import DeviceCountCollective, RowCollective
-from dp_runtime.parallel.gather_layout import GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan, pad, strip
 
 
@@ -53,19 +52,17 @@ class CountedExchange:
     collective: DeviceCountCollective
     poison: bool  # fill gathered rows that are not real with NaN
     row_ranges: Tensor
-    most_rows: int  # that one rank has, whatever row_ranges say
     sums: Tensor | None = None  # what every reduce-scatter returns; None: a new tensor
 
     def gather(self, rows: Tensor) -> Tensor:
-        return self.collective.all_gather_v(
-            rows, self.row_ranges, self.plan.total_gathered, self.most_rows, self.poison
-        )
+        total, most_rows = self.plan.total_gathered, self.plan.rows_per_rank
+        return self.collective.all_gather_v(rows, self.row_ranges, total, most_rows, self.poison)
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         local_rows = self.plan.real_rows[self.collective.dp_rank]
         sums = partial.new_empty(local_rows, partial.shape[1]) if self.sums is None else self.sums
         assert len(sums) == local_rows, f"{len(sums)} rows for the sums of {local_rows}"
-        self.collective.reduce_scatter_v(partial, self.row_ranges, sums, self.most_rows)
+        self.collective.reduce_scatter_v(partial, self.row_ranges, sums, self.plan.rows_per_rank)
         return sums
 
 
@@ -77,17 +74,16 @@ def counts_real_rows(collective: RowCollective) -> bool:
 def graph_exchange(
     collective: RowCollective,
     own_rows: int,  # null rows among them
-    gathered: int,  # a size of the layout
-    layout: GatherLayout,
+    gathered: int,  # of every rank
     poison: bool,
     row_ranges: Tensor,
     sums: Tensor | None = None,
 ) -> RowExchange:
-    shapes = [0] * collective.dp_size
+    size = collective.dp_size
+    shapes = [0] * size
     shapes[collective.dp_rank] = own_rows
-    plan = layout.plan(tuple(shapes), gathered, counts_real_rows(collective))
+    plan = PaddingPlan(tuple(shapes), (gathered,) * size, counts_real_rows(collective))
     if plan.counted:
         assert isinstance(collective, DeviceCountCollective), f"{collective} can't count rows"
-        most_rows = layout.most_rows(gathered)
-        return CountedExchange(plan, collective, poison, row_ranges, most_rows, sums)
+        return CountedExchange(plan, collective, poison, row_ranges, sums)
     return PaddedExchange(plan, collective, poison, row_ranges)

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from dp_runtime.core.step_program import Pass
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import MAX_PIECEWISE_ROWS, GraphBuckets, PiecewiseBuckets
-from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
+from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.runner.graphs.cuda_graph import GraphMemory
 from dp_runtime.runner.graphs.pass_graphs import PassGraphs
@@ -19,7 +18,6 @@ from dp_runtime.runner.step_runner import CapturedGraphs, StepRunner
 from dp_runtime.startup.device_memory import uncached_free_bytes
 from dp_runtime.startup.rank_plan import RankPlan
 
-PACKED = False  # rows of captured stages: each rank's in a part of its own, until that is slower
 MakeBuckets = Callable[[int, int], GraphBuckets]  # of max_requests and query_len
 
 
@@ -28,13 +26,10 @@ def plan_capture(
     loop: StepLoop,
     on_captured: Callable[[int, int], None],  # hears how many are done, of how many
     make_buckets: MakeBuckets = GraphBuckets,
-    packed: bool = PACKED,
-    piecewise_rows: int = MAX_PIECEWISE_ROWS,
 ) -> PendingCapture:
     """Make the buffers of all graphs of a loop, which are yet to be captured."""
     before = uncached_free_bytes(plan.device)
-    layout = _layout(loop, plan) if packed else PARTS
-    stages, memory = _stage_buckets(loop, plan, layout, piecewise_rows), GraphMemory.new()
+    stages, memory = _stage_buckets(loop, plan), GraphMemory.new()
     models = dict.fromkeys(each.model for each in loop.runner.passes.values())
     graphs = CapturedGraphs(
         passes={
@@ -82,7 +77,6 @@ def _pass_graphs(
                 make_buckets(plan.limits.max_num_requests, length),
                 # No prompt has a row in a draft pass.
                 piecewise_sizes=() if pass_kind is Pass.DRAFT else stages.sizes,
-                layout=stages.layout,
             ),
             memory,
             reads_hidden=pass_kind is not Pass.TARGET,
@@ -97,22 +91,12 @@ def _pass_graphs(
     }
 
 
-def _layout(loop: StepLoop, plan: RankPlan) -> GatherLayout:
-    collective, limits = loop.runner.collective, plan.limits
-    if not counts_real_rows(collective):
-        return PARTS
-    most_rows = max(limits.max_num_tokens, limits.max_decode_rows)
-    return GatherLayout.packed(collective.dp_size, most_rows)
-
-
-def _stage_buckets(
-    loop: StepLoop, plan: RankPlan, layout: GatherLayout, most_rows: int
-) -> PiecewiseBuckets:
+def _stage_buckets(loop: StepLoop, plan: RankPlan) -> PiecewiseBuckets:
     collective = loop.runner.collective
     # If padding crosses the wire, a stage at a bucket's size costs more than an eager one.
     if collective.dp_size == 1 or counts_real_rows(collective):
-        return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens, layout, most_rows)
-    return PiecewiseBuckets(layout=layout)
+        return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens)
+    return PiecewiseBuckets()
 
 
 def _piecewise_graphs(

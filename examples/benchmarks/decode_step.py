@@ -57,7 +57,7 @@ class Measured:
     """One number of requests a rank, as rank 0 saw it."""
 
     requests: int
-    layout: str  # of the rows that graphs gather, and the tile of attention if not XQA
+    tile: SplitTile | None  # of attention, of those that --split adds
     step_ms: tuple[float, float, float]  # p10, p50, p99
     routed: Routed | None  # None if no step had the rows of all requests
     distinct_last_tokens: float
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     profiled = args.profile_steps if args.device == "cuda" else 0
     loads = [(count, Load((args.prompt,) * count, args.output)) for count in args.requests]
     tiles = [None] if args.split is None else [None, SplitTile(*args.split)]
-    results = run_ranks(config, measure, args.layouts, tiles, loads, profiled)[0]
+    results = run_ranks(config, measure, tiles, loads, profiled)[0]
     rate = args.read_rate or measured_rate(args.device)
     for measured in results:
         report(args, measured, rate)
@@ -99,7 +99,7 @@ def parse_args() -> argparse.Namespace:
     add_flags(
         parser, "dp_size", "device", "moe_sharding", "moe_backend", "dense_backend", "collective",
         "cuda_graphs", "overlap", "speculative_num_steps", "speculative_draft_vocab",
-        "forced_tokens", "read_rate", "json", "layouts", "kernels",
+        "forced_tokens", "read_rate", "json", "kernels",
     )  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model")
@@ -118,7 +118,6 @@ def parse_args() -> argparse.Namespace:
 
 def measure(
     rank: SteppedRank,
-    layouts: list[str],
     tiles: list[SplitTile | None],
     loads: list[tuple[int, Load]],
     profile_steps: int,
@@ -126,10 +125,9 @@ def measure(
     """Serve every load three times: to time it, to profile it, and to count the experts used."""
     results = []
     size = rank.config.dp_size
-    for layout, tile, (count, load) in product(layouts, tiles, loads):
-        rank.lay_out(layout)
+    for tile, (count, load) in product(tiles, loads):
         if len(tiles) > 1:
-            attend_by(rank, tile, layout)
+            attend_by(rank, tile)
         timed = rank.run(load)
         times = np.array(timed.steps_of((count,) * size)) * 1e3
         p10, p50, p99 = (float(np.quantile(times, q)) for q in (0.1, 0.5, 0.99))
@@ -144,8 +142,7 @@ def measure(
         routed = Routed.from_counts(counted, size) if counted else None
         emitted = tokens_per_verification(timed.steps)
         times_ms = (p10, p50, p99)
-        way = layout if tile is None else f"{layout}, {tile}"
-        results.append(Measured(count, way, times_ms, routed, distinct, emitted, profile))
+        results.append(Measured(count, tile, times_ms, routed, distinct, emitted, profile))
     return results
 
 
@@ -176,9 +173,8 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         args.speculative_draft_vocab, args.dense_backend == "triton",
     )  # fmt: skip
     floor, (p10, p50, p99) = floor_bytes.milliseconds(rate * 1e12), measured.step_ms
-    figures = {
+    figures: dict[str, float | str] = {
         "requests_a_rank": measured.requests,
-        "layout": measured.layout,
         "step_ms_p10": round(p10, 3),
         "step_ms_p50": round(p50, 3),
         "step_ms_p99": round(p99, 3),
@@ -187,6 +183,8 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         "read_rate_tb_s": round(rate, 2),
         "distinct_last_tokens": round(measured.distinct_last_tokens, 3),
     }
+    if measured.tile is not None:
+        figures["tile"] = str(measured.tile)
     if measured.routed:
         figures["active_experts"] = round(measured.routed.active_experts, 2)
         figures["of_uniform"] = round(measured.routed.active_experts / uniform, 4)
@@ -195,14 +193,14 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         emitted = measured.tokens_per_verification
         figures["tokens_per_verification"] = round(emitted, 3)
         figures["ms_a_token"] = round(p50 / emitted, 3)
-    print(f"\n{measured.requests} requests a rank; {floor_bytes}")
+    attention = f", {measured.tile}" if measured.tile is not None else ""
+    print(f"\n{measured.requests} requests a rank{attention}; {floor_bytes}")
     if measured.profile is not None:
         profile = measured.profile
         figures["gpu_idle"] = round(profile.idle_us / profile.span_us, 4)
         figures["small_launches"] = round(num_launches(profile))
         floors = parts_us(floor_bytes, rate * 1e12)
-        table = profile if args.kernels else group_table([profile], ["rank 0"], [floors])
-        print(f"{measured.layout}:\n{table}")
+        print(profile if args.kernels else group_table([profile], ["rank 0"], [floors]))
     write_figures(figures, args.json)
 
 

@@ -32,7 +32,7 @@ class PaddedBuckets(GraphBuckets):
     def local(self, rows: int) -> int:
         return self.max_rows
 
-    def gathered(self, real_rows: tuple[int, ...]) -> int:
+    def gathered(self, largest: int) -> int:
         return self.max_rows
 
 

@@ -1,10 +1,10 @@
 """Steps with a prompt beside decodes: time by kernel group beside its floor, and idle GPUs.
 
     python -m examples.benchmarks.mixed_step --model DIR --dp-size 4 --chunks 512 1024 2048
-    ... --speculative-num-steps 3          ... --layouts parts packed packed_all
+    ... --speculative-num-steps 3
 
 Rank 0 prefills prompts of 4096 tokens in full chunks while every other rank decodes --decoders
-requests. For each chunk and layout of gathered rows: steps timed without a profiler, then some
+requests. For each chunk: steps timed without a profiler, then some
 others profiled on all ranks; a table of rank 0's and rank 1's kernels, and a JSON line with each
 rank's idle share, its busy time without collectives (they hold the wait for slower ranks), and the
 time between tokens of the decodes over the prefilling rank's busy time. Floors are of the target's
@@ -41,12 +41,11 @@ from examples.benchmarks.interference import PREFILLING, Experiment, View
 IDS_A_RUN = 1000
 PAGE_SIZE = 64
 SKIPPED, PROFILED = 3, 6  # steps with prefill
-Key = tuple[int, str]  # chunk, layout
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One chunk and layout, as one rank saw it."""
+    """One chunk, as one rank saw it."""
 
     timed: View
     profile: Profile
@@ -66,18 +65,17 @@ def main() -> None:
         page_size=PAGE_SIZE, num_pages=pages,
     )  # fmt: skip
     print(config, flush=True)
-    ranks: list[dict[Key, Measured]] = run_ranks(config, measure, experiments, args.layouts)
+    ranks: list[dict[int, Measured]] = run_ranks(config, measure, experiments)
     rates, model = measured_rates(), read_model_config(args.model)
     for chunk in args.chunks:
-        for layout in args.layouts:
-            report(args, model, rates, (chunk, layout), [found[chunk, layout] for found in ranks])
+        report(args, model, rates, chunk, [found[chunk] for found in ranks])
 
 
 def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(
         parser, "model", "dp_size", "moe_sharding", "moe_backend", "collective", "cuda_graphs",
-        "speculative_num_steps", "layouts", "kernels",
+        "speculative_num_steps", "kernels",
     )  # fmt: skip
     parser.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--prompt", type=int, default=4096)
@@ -96,21 +94,17 @@ def experiment(args: argparse.Namespace, chunk: int) -> Experiment:
     return Experiment(args.prompt, prompts, args.decoders, args.context, per_step, at_once=prompts)
 
 
-def measure(
-    rank: SteppedRank, experiments: dict[int, Experiment], layouts: Sequence[str]
-) -> dict[Key, Measured]:
-    """Each layout with each chunk: a run to warm up, one to be timed, and one to be profiled."""
+def measure(rank: SteppedRank, experiments: dict[int, Experiment]) -> dict[int, Measured]:
+    """Each chunk: a run to warm up, one to be timed, and one to be profiled."""
     found, first_id = {}, 0
-    for layout in layouts:
-        rank.lay_out(layout)
-        for chunk, each in experiments.items():
-            profiler = StepProfiler(SKIPPED, PROFILED)
-            views = []
-            for watched in (None, None, profiler):
-                views.append(each.observe(rank, "together", chunk, first_id, watched))
-                first_id += IDS_A_RUN
-            assert profiler.profile is not None, f"fewer steps with prefill than {PROFILED}"
-            found[chunk, layout] = Measured(views[1], profiler.profile)
+    for chunk, each in experiments.items():
+        profiler = StepProfiler(SKIPPED, PROFILED)
+        views = []
+        for watched in (None, None, profiler):
+            views.append(each.observe(rank, "together", chunk, first_id, watched))
+            first_id += IDS_A_RUN
+        assert profiler.profile is not None, f"fewer steps with prefill than {PROFILED}"
+        found[chunk] = Measured(views[1], profiler.profile)
     return found
 
 
@@ -118,13 +112,12 @@ def report(
     args: argparse.Namespace,
     model: ModelConfig,
     rates: Rates,
-    key: Key,
+    chunk: int,
     ranks: Sequence[Measured],
 ) -> None:
-    chunk, layout = key
     profiles = [found.profile for found in ranks]
     floors = [floors_us(model, rows, rates) for rows in rows_of(args, chunk)]
-    print(f"\nchunks of {chunk}, {layout}:")
+    print(f"\nchunks of {chunk}:")
     print(group_table(profiles[:2], ("prefills", "decodes"), floors))
     if args.kernels:
         print(*profiles[:2], sep="\n")
@@ -134,7 +127,6 @@ def report(
     on_device = busy + collective_us(profiles[PREFILLING]) / 1e3
     figures = {
         "chunk": chunk,
-        "layout": layout,
         "speculative_num_steps": args.speculative_num_steps,
         "step_ms_p50": round(float(np.median(steps)) * 1e3, 2),
         "between_tokens_ms_p50": round(float(np.median(gaps)) * 1e3, 2),

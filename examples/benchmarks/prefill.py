@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -37,7 +36,6 @@ FULL_STEPS = 6
 class Measured:
     """Full steps of one size, as rank 0 saw them."""
 
-    layout: str  # of the rows that graphs gather
     step_s: float
     profile: Profile | None
 
@@ -55,10 +53,9 @@ def main() -> None:
         )  # fmt: skip
         window = Window((rows,) * args.dp_size, 1, 3) if args.device == "cuda" else None
         load = Load((args.prompt,) * count, 2)
-        found: list[Measured] = run_ranks(config, measure, args.layouts, load, window)[0]
+        found: Measured = run_ranks(config, measure, load, window)[0]
         floor = operations_of(model, rows) / operations
-        for measured in found:
-            report(args, model, rows, measured, floor)
+        report(args, model, rows, found, floor)
 
 
 def report(
@@ -66,7 +63,6 @@ def report(
 ) -> None:
     figures = {
         "rows_a_rank": rows,
-        "layout": measured.layout,
         "step_ms": round(measured.step_s * 1e3, 2),
         "operations_ms": round(floor * 1e3, 2),
         "times_operations": round(measured.step_s / floor, 2),
@@ -80,7 +76,7 @@ def report(
         figures["floor_ms"] = round(floor_ms, 2)
         figures["times_floor"] = round(measured.step_s * 1e3 / floor_ms, 2)
         table = profile if args.kernels else group_table([profile], ["rank 0"], [floors])
-        print(f"\n{rows} rows a rank, {measured.layout}:\n{table}")
+        print(f"\n{rows} rows a rank:\n{table}")
         figures["gpu_idle"] = round(profile.idle_us / profile.span_us, 4)
     print(json.dumps(figures), flush=True)
 
@@ -89,25 +85,19 @@ def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_flags(
         parser, "model", "dp_size", "device", "moe_sharding", "moe_backend", "collective",
-        "cuda_graphs", "layouts", "kernels",
+        "cuda_graphs", "kernels",
     )  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[8192])
     parser.add_argument("--prompt", type=int, default=1024)
     return parser.parse_args()
 
 
-def measure(
-    rank: SteppedRank, layouts: Sequence[str], load: Load, window: Window | None
-) -> list[Measured]:
+def measure(rank: SteppedRank, load: Load, window: Window | None) -> Measured:
     """Serve the load twice: to time its full steps, and to profile them."""
-    found, full = [], [rank.config.max_num_tokens] * rank.config.dp_size
-    for layout in layouts:
-        rank.lay_out(layout)
-        rank.run(load)  # warm
-        times = rank.run(load).steps_of(full)
-        profile = rank.run(load, window).profile if window else None
-        found.append(Measured(layout, median(times), profile))
-    return found
+    rank.run(load)  # warm
+    times = rank.run(load).steps_of([rank.config.max_num_tokens] * rank.config.dp_size)
+    profile = rank.run(load, window).profile if window else None
+    return Measured(median(times), profile)
 
 
 def matmul_rate(device: str) -> float:

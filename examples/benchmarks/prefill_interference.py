@@ -51,7 +51,6 @@ SMALL = QWEN3_30B_A3B | {
 WAYS = ("together", "idling", "alone")
 IDS_A_RUN = 1000
 Views = list[View]  # [rank]
-Key = tuple[str, int]  # the layout of the rows that graphs gather, the size of chunks
 
 
 def main() -> None:
@@ -65,17 +64,14 @@ def main() -> None:
         from examples.benchmarks.harness.device_timing import describe_gpu
 
         print(describe_gpu())
-    for (layout, chunk), views in runs.items():
+    for chunk, views in runs.items():
         for way in ("together", "idling"):
-            line = {"layout": layout} | figures(args, chunk, way, views)
-            print(json.dumps(line), flush=True)
+            print(json.dumps(figures(args, chunk, way, views)), flush=True)
     if args.plot is not None:
-        plot(args.plot, {chunk: views for (_, chunk), views in runs.items()})
-    silent = [key for key, views in runs.items() if min(shares(views["together"])) < 1]
+        plot(args.plot, runs)
+    silent = [chunk for chunk, views in runs.items() if min(shares(views["together"])) < 1]
     if silent:
-        sys.exit(
-            f"layouts and chunks {silent}: a rank ran steps with prefill without a token for each"
-        )
+        sys.exit(f"chunks of {silent}: a rank ran steps with prefill without a token for each")
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,7 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model")
     add_flags(
         parser, "device", "moe_sharding", "moe_backend", "collective", "cuda_graphs",
-        "speculative_num_steps", "max_step_ms", "layouts", dp_size=2, overlap=None,
+        "speculative_num_steps", "max_step_ms", dp_size=2, overlap=None,
     )  # fmt: skip
     parser.add_argument("--chunks", type=int, nargs="+", default=[512, 1024, 4096])
     parser.add_argument("--prompt", type=int, default=4096)
@@ -101,8 +97,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def measure_all(args: argparse.Namespace, model: str) -> dict[Key, dict[str, Views]]:
-    """What every rank saw of every layout, chunk size and way."""
+def measure_all(args: argparse.Namespace, model: str) -> dict[int, dict[str, Views]]:
+    """What every rank saw of every chunk size and way."""
     steps = args.speculative_num_steps
     experiment = Experiment(args.prompt, args.prompts, args.decoders, args.context, steps + 1)
     if args.max_step_ms is not None:
@@ -114,20 +110,21 @@ def measure_all(args: argparse.Namespace, model: str) -> dict[Key, dict[str, Vie
         max_model_len=max(args.prompt + 1, args.context + longest),
     )  # fmt: skip
     print(config, flush=True)
-    keys = list(product(args.layouts, args.chunks))
-    ranks = run_ranks(config, measure, experiment, keys)
-    return {key: {way: [views[key, way] for views in ranks] for way in WAYS} for key in keys}
+    ranks = run_ranks(config, measure, experiment, args.chunks)
+    return {
+        chunk: {way: [views[chunk, way] for views in ranks] for way in WAYS}
+        for chunk in args.chunks
+    }
 
 
 def measure(
-    rank: SteppedRank, experiment: Experiment, keys: Sequence[Key]
-) -> dict[tuple[Key, str], View]:
-    """Each way with each layout and size, after a short run of each that is not counted."""
+    rank: SteppedRank, experiment: Experiment, chunks: Sequence[int]
+) -> dict[tuple[int, str], View]:
+    """Each way with each size, after a short run of each that is not counted."""
     views, first_id = {}, 0
-    for (layout, chunk), way in product(keys, WAYS):
-        rank.lay_out(layout)
+    for chunk, way in product(chunks, WAYS):
         experiment.short().observe(rank, way, chunk, first_id)
-        views[(layout, chunk), way] = experiment.observe(rank, way, chunk, first_id + IDS_A_RUN)
+        views[chunk, way] = experiment.observe(rank, way, chunk, first_id + IDS_A_RUN)
         first_id += 2 * IDS_A_RUN
     return views
 

@@ -14,7 +14,6 @@ from dp_runtime.layers.moe import MoeStage, RankSharding
 from dp_runtime.layers.moe_kernels import TritonMoe
 from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.collective import Counts, DeviceCountCollective, RowCollective
-from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import (
     CountedExchange,
@@ -59,11 +58,9 @@ class Inputs:
             torch.stack([starts, torch.zeros_like(starts)]),
         )
 
-    def draw(
-        self, dp_rank: int, step: int, real: Counts, layout: GatherLayout = PARTS
-    ) -> PaddingPlan:
+    def draw(self, dp_rank: int, step: int, real: Counts) -> PaddingPlan:
         """Fill them; partial sums of rows that are not real are NaN."""
-        plan = layout.plan(real, BUCKET, counted=True)
+        plan = PaddingPlan(real, (BUCKET,) * len(real))
         generator = torch.Generator().manual_seed(100 * step + dp_rank)
         self.rows.copy_(torch.randn(self.rows.shape, generator=generator))
         partial = torch.randn(self.partial.shape, generator=generator)
@@ -101,9 +98,8 @@ def padded_case(c: RowCollective, board: StepBoard) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def replay_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) -> list[Tensor]:
+def replay_case(c: RowCollective, board: StepBoard, poison: bool) -> list[Tensor]:
     """Counts change between the replays of one graph; rows have the bits of eager calls."""
-    layout = layout_of(c, packed)
     assert isinstance(c, DeviceCountCollective)
     inputs, results = Inputs.empty(c), []
     gathered = torch.zeros(c.dp_size * BUCKET, HIDDEN, dtype=torch.bfloat16, device="cuda")
@@ -118,7 +114,7 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) 
     graph, out = captured(forward)
     for step, real in enumerate(real_rows(c.dp_size)):
         own = real[c.dp_rank]
-        plan = inputs.draw(c.dp_rank, step, real, layout)
+        plan = inputs.draw(c.dp_rank, step, real)
         graph.replay()
         c.arm_watchdog("a replay")
         found, slots = out.clone(), gathered.split(plan.gathered_rows)
@@ -138,28 +134,23 @@ def replay_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) 
 
 
 @torch.inference_mode()
-def stage_case(c: RowCollective, board: StepBoard, poison: bool, packed: bool) -> None:
+def stage_case(c: RowCollective, board: StepBoard, poison: bool) -> None:
     """A whole MoE stage in one graph has the bits of the same stage outside."""
-    rank, size, layout = c.dp_rank, c.dp_size, layout_of(c, packed)
+    rank, size = c.dp_rank, c.dp_size
     inputs, stage = Inputs.empty(c), random_stage(rank, size)
-    exchange = graph_exchange(c, OWN_ROWS, BUCKET, layout, poison, inputs.layout)
+    exchange = graph_exchange(c, OWN_ROWS, BUCKET, poison, inputs.layout)
     assert isinstance(exchange, CountedExchange) == isinstance(c, DeviceCountCollective)
     graph, out = captured(lambda: stage(inputs.rows, exchange))
     for step, real in enumerate(real_rows(size)):
-        inputs.draw(rank, step, real, layout)
+        plan = inputs.draw(rank, step, real)
         graph.replay()
         c.arm_watchdog("a replay")
         fast = out.clone()
-        plan = PaddingPlan(real, (BUCKET,) * size)
         slow = stage(inputs.rows[: real[rank]], PaddedExchange(plan, c, poison))
         assert slow.isfinite().all()
         assert torch.equal(fast[: real[rank]], slow)
         assert (fast[real[rank] :] == 0).all(), "null rows are 0"
     c.raise_if_failed()
-
-
-def layout_of(c: RowCollective, packed: bool) -> GatherLayout:
-    return GatherLayout.packed(c.dp_size, BUCKET) if packed else PARTS
 
 
 def random_stage(dp_rank: int, dp_size: int) -> MoeStage:

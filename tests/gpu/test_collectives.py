@@ -134,33 +134,27 @@ def test_counts_barrier_and_board(ranks: Ranks, place: tuple[str, int]) -> None:
     assert all(left >= max(came for came, _ in times) for _, left in times)
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("poison", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_replays_follow_the_counts_on_the_device(
-    ranks: Ranks, size: int, poison: bool, packed: bool
-) -> None:
+def test_replays_follow_the_counts_on_the_device(ranks: Ranks, size: int, poison: bool) -> None:
     if size == 2:
         need_two_gpus()
-    sums = ranks.run("peer_to_peer", size, counted_rows.replay_case, poison, packed)
-    if size == 2 and not packed:
+    sums = ranks.run("peer_to_peer", size, counted_rows.replay_case, poison)
+    if size == 2:
         for ours, theirs in zip(sums, ranks.run("nccl", size, counted_rows.padded_case)):
             for one, other in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(one, other, atol=0.06, rtol=0.02)
 
 
 @pytest.mark.parametrize("poison", [False, True])
-@pytest.mark.parametrize(
-    ("transport", "size", "packed"),
-    [("peer_to_peer", 2, False), ("peer_to_peer", 2, True), ("peer_to_peer", 3, False),
-     ("peer_to_peer", 3, True), ("nccl", 2, False)],
-)  # fmt: skip
+@pytest.mark.parametrize(("transport", "size"), [("peer_to_peer", 2), ("peer_to_peer", 3),
+                                                 ("nccl", 2)])  # fmt: skip
 def test_a_stage_in_a_graph_has_the_bits_of_an_eager_one(
-    ranks: Ranks, transport: str, size: int, packed: bool, poison: bool
+    ranks: Ranks, transport: str, size: int, poison: bool
 ) -> None:
     if size == 2:
         need_two_gpus()
-    ranks.run(transport, size, counted_rows.stage_case, poison, packed)
+    ranks.run(transport, size, counted_rows.stage_case, poison)
 
 
 NOISE = ("watchdog", "Exception", "Error", "Traceback", "TCPStore", "Warning")

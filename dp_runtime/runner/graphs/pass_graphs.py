@@ -138,15 +138,14 @@ class PassGraphs:
 
     def _capture(self, key: GraphKey) -> _Captured:
         inputs, size = self._inputs, self._collective.dp_size
-        layout = self.buckets.layout
         exchange = graph_exchange(
-            self._collective, key.local_rows, key.gathered_rows, layout, self._poison,
-            inputs.row_ranges,
-        )  # fmt: skip
+            self._collective, key.local_rows, key.gathered_rows, self._poison, inputs.row_ranges
+        )
         attention = self._model.backend.plan(self._metadata(key.local_rows))
         pass_plan = PassPlan(attention, self._sequences(key.local_rows))
         counted = counts_real_rows(self._collective)
-        inputs.write_null(key.local_rows, layout.plan((0,) * size, key.gathered_rows, counted))
+        no_rows = PaddingPlan((0,) * size, (key.gathered_rows,) * size, counted)
+        inputs.write_null(key.local_rows, no_rows)
 
         def forward() -> PassOutput:
             pass_inputs = inputs.pass_inputs(key.local_rows)

@@ -28,7 +28,6 @@ class CapturedStage(MoeStage):
 
     graphs: Mapping[int, torch.cuda.CUDAGraph]  # by gathered rows of a rank
     buffers: StageRows
-    buckets: PiecewiseBuckets
     poison: bool
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
@@ -39,7 +38,7 @@ class CapturedStage(MoeStage):
     def replay(self, rows: int, gathered: int) -> None:
         """Run on the first rows of the buffer, gathered with the other ranks'."""
         if self.poison:
-            self.buffers.rows[rows : self.buckets.own_rows(gathered)].fill_(float("nan"))
+            self.buffers.rows[rows:gathered].fill_(float("nan"))
         self.graphs[gathered].replay()
 
 
@@ -96,7 +95,6 @@ class PiecewiseGraphs:
                 kernels=stage.kernels,
                 graphs=of_stage,
                 buffers=self._buffers,
-                buckets=self.buckets,
                 poison=self._poison,
             )
             for stage, of_stage in zip(stages, graphs)
@@ -118,10 +116,11 @@ class PiecewiseGraphs:
         return hidden
 
     def _capture(self, stage: MoeStage, gathered: int) -> torch.cuda.CUDAGraph:
-        buffers, own_rows = self._buffers, self.buckets.own_rows(gathered)
-        own = self._collective, own_rows, gathered, self.buckets.layout
-        rows, sums = buffers.rows[:own_rows], buffers.sums[:own_rows]
-        exchange = graph_exchange(*own, self._poison, buffers.row_ranges, sums)
+        buffers = self._buffers
+        rows, sums = buffers.rows[:gathered], buffers.sums[:gathered]
+        exchange = graph_exchange(
+            self._collective, gathered, gathered, self._poison, buffers.row_ranges, sums
+        )
 
         def run() -> None:
             found = stage(rows, exchange)

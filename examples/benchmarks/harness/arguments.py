@@ -11,7 +11,6 @@ from typing import Any
 
 from dp_runtime import EngineConfig
 
-LAYOUTS = ("parts", "packed", "packed_all")  # of gathered rows; the last in steps of any size
 BOOL = argparse.BooleanOptionalAction
 FLAGS: dict[str, dict[str, Any]] = {
     "model": {"required": True},
@@ -28,7 +27,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "max_step_ms": {"type": float, "help": "target for steps with prefill beside decodes"},
     "forced_tokens": {"type": float, "help": "that a verification emits, forced"},
     "kernels": {"action": "store_true", "help": "list all of a profile, not its groups"},
-    "layouts": {"nargs": "+", "choices": LAYOUTS, "default": ["parts"]},
     "read_rate": {"type": float, "help": "TB/s, for the floor"},
     "json": {"type": Path},
 }

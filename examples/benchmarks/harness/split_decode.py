@@ -21,10 +21,10 @@ class Always:
         return self.tile if requests <= MAX_REQUESTS else None
 
 
-def attend_by(rank: SteppedRank, tile: SplitTile | None, layout: str) -> None:
+def attend_by(rank: SteppedRank, tile: SplitTile | None) -> None:
     """Have a rank's models attend so from now on, None: by XQA, and capture what that changes.
 
-    All ranks call it at the same time. layout: of the graphs, as `SteppedRank.lay_out` takes it.
+    All ranks call it at the same time.
     """
     changed = False
     for model in {runner.model for runner in rank.loop.runner.passes.values()}:
@@ -40,6 +40,4 @@ def attend_by(rank: SteppedRank, tile: SplitTile | None, layout: str) -> None:
             backend._calls = calls if choose is None else SplitCalls(calls, scale, choose)
             changed = True
     if changed:
-        rank.capture(layout=layout)
-    else:
-        rank.lay_out(layout)
+        rank.capture()

@@ -25,7 +25,7 @@ from dp_runtime.layers.moe_kernels import MoeKernels
 from dp_runtime.layers.moe_router import Router
 from dp_runtime.metrics.totals import Recorder
 from dp_runtime.metrics.trace import StepTrace
-from dp_runtime.parallel.buckets import MAX_PIECEWISE_ROWS, GraphBuckets, PiecewiseBuckets
+from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.runner.step_loop import Inbox, StepLoop
 from dp_runtime.startup.build_rank import (
@@ -33,11 +33,10 @@ from dp_runtime.startup.build_rank import (
     load_rank,
     new_flight,
 )
-from dp_runtime.startup.graph_capture import PACKED, MakeBuckets, capture_all, plan_capture
+from dp_runtime.startup.graph_capture import MakeBuckets, capture_all, plan_capture
 from dp_runtime.startup.jit_modules import jit_modules_of
 from dp_runtime.startup.memory_profile import profile
 from dp_runtime.startup.rank_plan import plan_rank
-from examples.benchmarks.harness.arguments import LAYOUTS
 from examples.benchmarks.harness.kernel_profile import Profile, StepProfiler
 from examples.benchmarks.harness.spawned import run_spawned
 from workers.communicators import Communicator, connect
@@ -164,24 +163,15 @@ class SteppedRank:
         if cuda:
             profile(self.loop, loaded)
         self._plan = plan
-        self._layout = LAYOUTS[PACKED]
         if plan.graphs:
             self.capture()
         self._next_id = dp_rank * IDS_A_RANK
         self._vocab_size = plan.model.vocab_size
 
-    def capture(self, buckets: MakeBuckets = GraphBuckets, layout: str = LAYOUTS[PACKED]) -> None:
+    def capture(self, buckets: MakeBuckets = GraphBuckets) -> None:
         """Capture graphs of these sizes, with all other ranks, in place of those there are."""
         told: OnCaptured = lambda done, total: None  # noqa: E731
-        rows = self.config.max_num_tokens if layout == "packed_all" else MAX_PIECEWISE_ROWS
-        own = self._plan, self.loop, told, buckets, layout != "parts", rows
-        capture_all(self.loop, plan_capture(*own))
-        self._layout = layout
-
-    def lay_out(self, layout: str) -> None:
-        """Capture graphs again if they gather rows in another of LAYOUTS."""
-        if self._plan.graphs and layout != self._layout:
-            self.capture(layout=layout)
+        capture_all(self.loop, plan_capture(self._plan, self.loop, told, buckets))
 
     def run(self, load: Load, window: Window | None = None) -> LoadResult:
         """Serve a load; all ranks call it at the same time, and end it together."""

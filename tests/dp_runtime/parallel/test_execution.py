@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +9,6 @@ from hypothesis import strategies as st
 from dp_runtime.core.step_program import Pass
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan, ExecutionPolicy
-from dp_runtime.parallel.gather_layout import GatherLayout
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan, PaddingPolicy
 
 QUERY_LEN = 4
@@ -49,21 +46,6 @@ def test_the_first_way_that_fits_is_taken(
     else:
         assert set(plan.padding.gathered_rows) == {plan.padding.rows_per_rank}
         assert plan.padding.counted
-
-
-@given(rank_rows, st.booleans())
-def test_packed_rows_are_gathered_in_what_all_ranks_have_together(
-    real_rows: tuple[int, ...], all_fit_graphs: bool
-) -> None:
-    layout = GatherLayout.packed(len(real_rows), 200)
-    graphs = {(Pass.TARGET, QUERY_LEN): GraphBuckets(MAX_REQUESTS, QUERY_LEN, layout=layout)}
-    policy = ExecutionPolicy(graphs=graphs, piecewise=PiecewiseBuckets(200, layout), counted=True)
-    padding = policy.plan(Pass.TARGET, QUERY_LEN, real_rows, all_fit_graphs).padding
-    total, size = sum(real_rows), len(real_rows)
-    if total:
-        smallest = max(total, 2 * max(real_rows) + QUERY_LEN) if all_fit_graphs else total
-        assert total <= padding.total_gathered < 2 * max(smallest + size, 16)
-        assert padding.offsets == tuple(accumulate(real_rows[:-1], initial=0))
 
 
 CASES = [

@@ -20,7 +20,6 @@ from dp_runtime.parallel.agreement import StepRecord, agree
 from dp_runtime.parallel.buckets import GraphBuckets
 from dp_runtime.parallel.collective import DeviceCountCollective
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
-from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import (
     CountedExchange,
@@ -93,30 +92,20 @@ def run_case(
 ) -> dict[tuple[str, bool], Tensor]:
     """The stage's rows by exchange and poison; rows beyond the real ones are not 0 before."""
     collective, rank, size = Counted(inner), inner.dp_rank, inner.dp_size
-    packed = GatherLayout.packed(size, BUCKET)
-    row_ranges, packed_ranges = (
-        torch.from_numpy(layout.plan(real, BUCKET, counted=True).row_ranges)
-        for layout in (PARTS, packed)
-    )
+    row_ranges = torch.from_numpy(PaddingPlan(real, (BUCKET,) * size).row_ranges)
     stage = build_stage(RankSharding("ep", rank, size), EXPERTS, INTERMEDIATE)
     stage = MoeStage(stage.router, stage.experts, LayoutMoe())
     null = torch.full((own_rows[rank] - real[rank], HIDDEN), 0.7)
     rows = torch.cat([rank_rows(real)[rank], null])
     shapes = tuple(own_rows[r] if r == rank else BUCKET for r in range(size))
-    alone = tuple(own_rows[r] if r == rank else 0 for r in range(size))
     results = {}
     for poison in (False, True):
         plan = PaddingPlan(shapes, (BUCKET,) * size)
         exchanges: dict[str, RowExchange] = {
             "padded": PaddedExchange(plan, inner, poison, row_ranges),
-            "counted": CountedExchange(plan, collective, poison, row_ranges, BUCKET),
-            "packed": CountedExchange(
-                packed.plan(alone, BUCKET, counted=True),
-                collective,
-                poison,
-                packed_ranges,
-                BUCKET,
-                sums=torch.full((own_rows[rank], HIDDEN), 5.0),
+            "counted": CountedExchange(plan, collective, poison, row_ranges),
+            "into sums": CountedExchange(
+                plan, collective, poison, row_ranges, torch.full((own_rows[rank], HIDDEN), 5.0)
             ),
         }
         with torch.inference_mode():
@@ -161,11 +150,11 @@ def test_a_graph_counts_on_the_device_where_the_collective_can() -> None:
         (Counted(plain), True, CountedExchange),
     ):
         assert isinstance(collective, DeviceCountCollective) == counted
-        exchange = graph_exchange(collective, 3, BUCKET, PARTS, True, row_ranges)
+        exchange = graph_exchange(collective, 3, BUCKET, True, row_ranges)
         assert isinstance(exchange, kind)
         assert exchange.plan == PaddingPlan((3, 0), (BUCKET, BUCKET), counted)
     alone = Counted(InProcessGroup(1, 1.0).collective(0))
-    exchange = graph_exchange(alone, 3, BUCKET, PARTS, True, row_ranges)
+    exchange = graph_exchange(alone, 3, BUCKET, True, row_ranges)
     assert isinstance(exchange, PaddedExchange), "there is no wire"
 
 

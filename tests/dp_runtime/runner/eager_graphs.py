@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 from dp_runtime.core.attention_metadata import Place
@@ -13,7 +12,6 @@ from dp_runtime.models.causal_lm import Hidden
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, GraphKey, PiecewiseBuckets
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPlan
-from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import RowExchange
 from dp_runtime.runner.future_tokens import FutureTokens
@@ -93,20 +91,15 @@ class EagerStages:
         return self._model.forward(inputs, metadata, exchange)
 
 
-def captured_of(
-    loop: StepLoop, meet: Meet = lambda: None, layout: GatherLayout = PARTS
-) -> CapturedGraphs:
+def captured_of(loop: StepLoop, meet: Meet = lambda: None) -> CapturedGraphs:
     """Graphs of up to 2 requests a rank, and stages of up to 16 rows."""
     program, passes = loop.coordinator.program, loop.runner.passes
-    of_stages = replace(STAGES, layout=layout)
     graphs: Any = {}
     for pass_kind, runner in passes.items():
         length = program.query_len(pass_kind)
         with_logits = pass_kind is not Pass.DRAFT_EXTEND
-        of_pass = EagerGraphs(
-            runner, GraphBuckets(2, length, of_stages.sizes, layout), with_logits, meet
-        )
+        of_pass = EagerGraphs(runner, GraphBuckets(2, length, STAGES.sizes), with_logits, meet)
         graphs[pass_kind] = {length: of_pass}
     models = dict.fromkeys(runner.model for runner in passes.values())
-    stages: Any = {model: EagerStages(model, of_stages, meet) for model in models}
+    stages: Any = {model: EagerStages(model, STAGES, meet) for model in models}
     return CapturedGraphs(graphs, stages)

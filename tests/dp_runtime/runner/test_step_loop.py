@@ -17,7 +17,6 @@ from dp_runtime.core.request import RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.core.step_program import Pass, Program
 from dp_runtime.parallel.agreement import StepTotals
-from dp_runtime.parallel.gather_layout import PARTS, GatherLayout
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.padding_cost import measure_padding_cost
 from dp_runtime.runner import step_loop
@@ -199,11 +198,9 @@ def test_the_padding_cost_is_the_same_on_all_ranks() -> None:
     assert len(costs) == 1
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "layout"), [(0, PARTS), (2, PARTS), (2, GatherLayout.packed(2, 16))]
-)
+@pytest.mark.parametrize("num_steps", [0, 2])
 def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
-    checkpoint: Path, num_steps: int, layout: GatherLayout, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, num_steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Threads meet on the host, so nothing is lost if their plans say that a device counts.
     monkeypatch.setattr(step_loop, "counts_real_rows", lambda collective: True)
@@ -211,7 +208,7 @@ def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
     launches: list[list[PaddingPlan]] = []
 
     def prepare(loop: StepLoop) -> None:
-        captured = captured_of(loop, layout=layout)
+        captured = captured_of(loop)
         (graphs,) = captured.passes[Pass.TARGET].values()
         replays.append(graphs.replays)  # type: ignore[attr-defined]
         launches.append(captured.piecewise[loop.runner.model].plans)  # type: ignore[attr-defined]
@@ -225,10 +222,9 @@ def test_agreed_graphs_are_replayed_and_tokens_stay_the_same(
     assert launches[0] == launches[1]
     rows = 2 * (1 + num_steps)
     assert {plan.total_gathered for plan in replays[0]} == {2 * rows}, "decodes"
-    packed = layout.packed_ranks > 1
-    assert [plan.total_gathered for plan in launches[0]] == [16 if packed else 2 * 16], "prompts"
+    assert [plan.total_gathered for plan in launches[0]] == [2 * 16], "prompts"
     for plan in (*replays[0], *launches[0]):
-        assert plan.offsets[1] == (plan.real_rows[0] if packed else plan.rows_per_rank)
+        assert plan.offsets[1] == plan.rows_per_rank
     traced = [
         each.gathered_rows
         for step in ranks[0].loop.recorder.steps
