@@ -99,6 +99,7 @@ def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) ->
 
 def _check_scales(weights: Tensor, scales: Tensor | None, tile: Tile) -> None:
     assert (scales is not None) == (weights.dtype.itemsize == 1), "e4m3 weights have scales"
+    assert scales is not None or not tile.regroup, f"only e4m3 weights are regrouped: {tile}"
     if scales is not None:
         assert BLOCK % tile.block_n == BLOCK % tile.block_k == 0, f"{tile} crosses scales"
         assert scales.is_contiguous(), "scales are contiguous"

@@ -250,6 +250,9 @@ def test_tiles_that_cross_scales_are_refused() -> None:
             gate_up_pairs(draw(4, 128), values, routing, tile, scales)
     with pytest.raises(AssertionError, match="e4m3 weights have scales"):
         gate_up_pairs(draw(4, 128), values, routing, Tile(16, 64, 64, 4, 2, False))
+    tile = Tile(16, 64, 64, 4, 2, True, swap=True, regroup=True)
+    with pytest.raises(AssertionError, match="only e4m3 weights are regrouped"):
+        gate_up_pairs(draw(4, 128), values.float(), routing, tile)
 
 
 def test_pairs_are_summed_in_the_order_of_their_experts() -> None:
