@@ -50,10 +50,8 @@ class DraftState:
     """
 
     def __init__(self, model: DraftModel, num_table_rows: int, device: torch.device) -> None:
-        def column() -> Tensor:
-            return torch.zeros(num_table_rows, dtype=torch.int64, device=device)
-
-        self.last_token, self.first_draft, self.num_rejected = column(), column(), column()
+        self._counts = torch.zeros(3, num_table_rows, dtype=torch.int64, device=device)
+        self.last_token, self.first_draft, self.num_rejected = self._counts
         self.hidden = torch.zeros(
             num_table_rows, model.hidden_size, dtype=model.dtype, device=device
         )
@@ -61,7 +59,7 @@ class DraftState:
 
     @property
     def device(self) -> torch.device:
-        return self.last_token.device
+        return self.hidden.device
 
     def add(self, req_index: int, request: RankRequest, outputs: Sequence[int]) -> None:
         assert not self._written[req_index], f"row {req_index} has the draft state of another"
@@ -77,9 +75,9 @@ class DraftState:
         """Begin chains of one draft; are_bounds: whose last verification is in flight."""
         assert self._written[req_indices].all(), "a request decodes that drafted nothing yet"
         rows, mask = all_on_device([req_indices, are_bounds.astype(np.int64)], self.device)
-        num_rejected = self.num_rejected[rows] * mask if are_bounds.any() else None
-        tokens = self.last_token[rows], self.first_draft[rows]
-        return DraftChains(tokens, self.hidden[rows], num_rejected)
+        last_token, first_draft, num_rejected = self._counts[:, rows]
+        bounds = num_rejected * mask if are_bounds.any() else None
+        return DraftChains((last_token, first_draft), self.hidden[rows], bounds)
 
     def write(
         self,
@@ -91,8 +89,7 @@ class DraftState:
     ) -> None:
         """rows: req_indices on the device; first_draft [requests], hidden [requests, hidden]."""
         self._written[req_indices] = True
-        self.last_token[rows], self.num_rejected[rows] = last.token_ids, last.num_rejected
-        self.first_draft[rows] = first_draft
+        self._counts[:, rows] = torch.stack((last.token_ids, first_draft, last.num_rejected))
         self.hidden[rows] = hidden
 
 
@@ -133,14 +130,16 @@ class Drafting:
         first_rows = batch.sample_rows
         max_accepted = np.zeros(len(first_rows), np.int64)
         max_accepted[: len(scheduled.decodes)] = scheduled.num_drafts
+        samples_host = batch.future_token_index[first_rows]
         arrays = (
-            scheduled.req_indices, first_rows, batch.future_token_index[first_rows],
-            batch.token_ids[first_rows], max_accepted,
+            scheduled.req_indices, first_rows, samples_host, batch.token_ids[first_rows],
+            max_accepted,
         )  # fmt: skip
         rows, first, samples, known, bounds = all_on_device(arrays, self.state.device)
         assert sampled.num_accepted is not None, "a step that drafts verifies"
         accepted = LastAccepted.after_verification(
-            first_rows=first, first_samples=samples, known_tokens=known, max_accepted=bounds,
+            first_rows=first, first_samples=samples, max_accepted=bounds,
+            known_tokens=known if (samples_host < 0).any() else None,
             sampled_tokens=sampled.token_ids, num_accepted=sampled.num_accepted,
         )  # fmt: skip
         last, hidden = output.hidden

@@ -126,16 +126,22 @@ class LastAccepted:
         *,
         first_rows: Tensor,  # [requests] int64, as the next three; verifications, then chunks
         first_samples: Tensor,  # index into sampled_tokens [n]; -1: take known_tokens
-        known_tokens: Tensor,
+        known_tokens: Tensor | None,  # None: no sample is -1
         max_accepted: Tensor,
         sampled_tokens: Tensor,
         num_accepted: Tensor,  # [verifications] int64
     ) -> LastAccepted:
         """Advance each request's first row by its accepted drafts; of chunks it is the last row."""
         num_chunks = len(first_rows) - len(num_accepted)
-        accepted = torch.nn.functional.pad(num_accepted, (0, num_chunks))
-        rows, samples, token_ids = first_rows + accepted, first_samples + accepted, known_tokens
-        if len(sampled_tokens):
+        accepted = num_accepted
+        if num_chunks:
+            accepted = torch.nn.functional.pad(num_accepted, (0, num_chunks))
+        samples = first_samples + accepted
+        if known_tokens is None:
+            token_ids = sampled_tokens[samples]
+        elif len(sampled_tokens):
             chosen = sampled_tokens[samples.clamp(min=0)]
             token_ids = torch.where(samples < 0, known_tokens, chosen)
-        return cls(rows, token_ids, max_accepted - accepted)
+        else:
+            token_ids = known_tokens
+        return cls(first_rows + accepted, token_ids, max_accepted - accepted)
