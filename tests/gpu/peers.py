@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from dp_runtime import RequestOutput
 
 # For checkpoints whose figures are compared. Rounding decides which experts a token takes where two
-# nearly tie, and the few tokens that it sends elsewhere differ 30 times as much as others: where 2
-# of 8 are taken, the same roundings on a CPU gave 0.2 to 2.5 times the p99 of transformers at 240
-# positions, by chance. Where all are taken it was 0.8 to 1.25 times, and the mean 0.9 to 1.1.
+# nearly tie, and the tokens that it sends elsewhere, 4 in 100, differ 20 times as much as others:
+# where 2 of 8 are taken, the same roundings on a CPU gave 0.2 to 2.5 times the p99 of transformers
+# at 240 positions, by chance. Where all are taken it was 0.8 to 1.25 times, the mean 0.9 to 1.1.
 ALL_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 8}
 FEW_POSITIONS = 1.35  # times transformers' p99 is allowed at some 240 positions
 
