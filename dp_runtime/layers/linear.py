@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.fp8_linear.tiles import NUM_COUNTERS, choose_tile, product_bytes
+from dp_runtime.kernels.fp8_linear.tiles import (
+    GROUP,
+    NUM_COUNTERS,
+    choose_tile,
+    interleave,
+    product_bytes,
+)
 from dp_runtime.weights.fp8_blocks import BLOCK, num_blocks
 from dp_runtime.weights.source import WeightSource
 
@@ -76,7 +82,7 @@ class Linear:
 class Fp8Linear:
     """The same of an e4m3 matrix; outputs beyond it are those of a matrix that is not e4m3."""
 
-    weight: Tensor  # [outputs, inputs] e4m3
+    weight: Tensor  # [outputs, inputs] e4m3, interleaved
     scales: Tensor  # [blocks of inputs, outputs] float32, so that outputs may have any order
     counters: Tensor  # [NUM_COUNTERS] int32, for the kernel
     dtype: torch.dtype
@@ -123,7 +129,8 @@ class Fp8Linear:
         start = 0
         for name, size in outputs.items():
             place = slice(start, start + size)
-            weight[place], blocks = weights.load_fp8(f"{name}.weight", (size, inputs))
+            values, blocks = weights.load_fp8(f"{name}.weight", (size, inputs))
+            weight[place] = interleave(values)
             scales[:, place] = blocks.repeat_interleave(BLOCK, 0)[:size].t()
             start += size
         wide = Linear.load(weights, rest, inputs) if rest else None
@@ -147,11 +154,12 @@ def load_projection(
 ) -> Projection:
     """Stack modules as `Linear.load`; the first ones stay e4m3 if the source keeps them so.
 
+    None does with a bias, or with inputs that are no multiple of 16.
     order: of the outputs, [outputs].
     """
     kept: dict[str, int] = {}
     for name, size in outputs.items():
-        if bias or not weights.keeps_fp8(f"{name}.weight"):
+        if bias or inputs % GROUP or not weights.keeps_fp8(f"{name}.weight"):
             break
         kept[name] = size
     if not kept:

@@ -31,6 +31,7 @@ from dp_runtime.kernels.fp8_linear.tiles import (
     NUM_COUNTERS,
     LinearTile,
     choose_tile,
+    interleave,
     whole_split,
 )
 from dp_runtime.weights.fp8_blocks import BLOCK, quantize
@@ -102,7 +103,7 @@ class Matrices:
         weight = torch.randn(outputs, inputs, device="cuda") * 0.02
         values, scales = quantize(weight)
         by_output = scales.repeat_interleave(BLOCK, 0)[:outputs].t().contiguous()
-        values = values.contiguous()
+        values = interleave(values.contiguous())
         wide, count = widened(values, by_output, torch.bfloat16), 1 + COLD_BYTES // values.nbytes
         return cls(
             [values.clone() for _ in range(count)],

@@ -1,8 +1,9 @@
 """Rows times an e4m3 matrix in Triton, in one launch, and the matrix widened.
 
 Each row of the matrix has a scale for each 128 inputs, by which the product of these is multiplied
-in float32. Programs that share a tile leave their sums in memory; the last of them to come adds
-all up, always in the same order. It sets its counter back: a graph can replay the kernel.
+in float32; its inputs are in the order of `interleave`. Programs that share a tile leave their sums
+in memory; the last of them to come adds all up, always in the same order, and sets their counter
+back: a graph can replay the kernel.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dp_runtime.kernels.expert_products import widen
+from dp_runtime.kernels.expert_products import regroup, widen
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 from dp_runtime.weights.fp8_blocks import BLOCK
 
@@ -83,7 +84,7 @@ def _part_of_tile(
             b = tl.load(weight_at + start)
         else:
             b = tl.load(weight_at + start, mask=(start + k < inputs)[None, :], other=0.0)
-        b = widen(b, a.dtype)
+        b = widen(regroup(b), a.dtype)
         if SWAP:
             total += tl.dot(b, a.T, input_precision="ieee") * scale[:, None]
         else:
@@ -122,6 +123,7 @@ def widen_kernel(
     at = n.to(tl.int64)[:, None] * inputs + k
     inside = (n < outputs)[:, None] & (k < inputs)
     scale = tl.load(scales + block.to(tl.int64) * outputs + n, mask=n < outputs, other=0.0)
-    values = widen(tl.load(weight + at, mask=inside, other=0.0), out.dtype.element_ty)
+    values = regroup(tl.load(weight + at, mask=inside, other=0.0))
+    values = widen(values, out.dtype.element_ty)
     wide = values.to(tl.float32) * scale[:, None]
     tl.store(out + at, wide.to(out.dtype.element_ty), mask=inside)

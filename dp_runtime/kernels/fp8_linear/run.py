@@ -26,8 +26,8 @@ def multiply(
     """Compute x @ (weight * scales).T, in the dtype of x.
 
     x [rows, inputs] and out [rows, outputs], their rows contiguous; weight [outputs, inputs] e4m3,
-    scales [blocks of inputs, outputs] float32, both contiguous; counters int32, `NUM_COUNTERS`:
-    zero, as they are left.
+    interleaved, scales [blocks of inputs, outputs] float32, both contiguous; counters int32,
+    `NUM_COUNTERS`: zero, as they are left.
     """
     rows, (outputs, inputs) = len(x), weight.shape
     assert weight.is_contiguous(), "a matrix is contiguous"

@@ -5,11 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from torch import Tensor
+
 from dp_runtime.weights.fp8_blocks import num_blocks
 
+GROUP = 16  # inputs that are interleaved with each other
 WIDENED_FROM = 1025  # rows: from here on a widened copy and cuBLAS are taken to be faster
 NUM_COUNTERS = 4096  # tiles that programs may share
 PROGRAMS = 264  # at least, if there are enough blocks: two for each multiprocessor of an H200
+
+
+def interleave(weight: Tensor) -> Tensor:
+    """Order each 16 inputs of [outputs, inputs] as `expert_kernels.regroup` takes them back.
+
+    So the four that a thread of a product takes lie side by side.
+    """
+    outputs, inputs = weight.shape
+    groups = weight.view(outputs, inputs // GROUP, 2, 4, 2)
+    return groups.transpose(2, 3).reshape(outputs, inputs)
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,16 @@ def build(path: Path, source: WeightSource, dtype: torch.dtype) -> Model:
     return build_model(config, source, sharding, backend, "torch", states=caches.states)
 
 
+def regrouped(weight: Tensor) -> Tensor:
+    """Undo `interleave`."""
+    return weight.view(len(weight), -1, 4, 2, 2).transpose(2, 3).reshape(weight.shape)
+
+
 def widened(linear: Projection) -> Tensor:
     if isinstance(linear, Linear):
         return linear.weight
     by_input = linear.scales.repeat_interleave(BLOCK, 0)[: linear.shape[1]].t()
-    own = (linear.weight.float() * by_input).to(linear.dtype)
+    own = (regrouped(linear.weight.float()) * by_input).to(linear.dtype)
     return own if linear.rest is None else torch.cat([own, linear.rest.weight])
 
 
@@ -93,11 +98,11 @@ def test_many_rows_meet_a_widened_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes = {"model.a": 130, "model.b": 20}
     source = DummyWeights(0, CPU, torch.float32, fp8=Fp8Names(exempt=("b",)))
-    linear = load_projection(source, sizes, 260)
+    linear = load_projection(source, sizes, 272)
     assert isinstance(linear, Fp8Linear)
     assert linear.weight.dtype == E4M3
     assert linear.rest is not None
-    x = torch.randn(WIDENED_FROM, 260)
+    x = torch.randn(WIDENED_FROM, 272)
     due = x @ widened(linear).t()
     monkeypatch.setattr(run, "product_kernel", None)
     torch.testing.assert_close(linear(x), due, atol=1e-4, rtol=1e-4)
@@ -197,7 +202,7 @@ def test_the_floor_of_a_step_counts_what_is_read(tmp_path: Path) -> None:
         assert floor.dense_weights == due
 
 
-@pytest.mark.parametrize("sizes", [(512, 256, 512), (300, 260, 340), (20480, 4096, 20608)])
+@pytest.mark.parametrize("sizes", [(512, 256, 512), (300, 272, 340), (20480, 4096, 20608)])
 def test_every_number_of_rows_finds_its_products_built(
     sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
