@@ -13,6 +13,7 @@ from dp_runtime.kernels.split_attention import split_attention
 from dp_runtime.kernels.split_tile import SplitTile
 
 SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor on capability 9.0
+PROGRAMS = {4: (4, 3, 2), 8: (2, 2, 1)}  # by warps and key values of a block: 4096, 8192, 16384
 
 
 def candidates(spec: AttentionSpec, query_len: int) -> Iterator[SplitTile]:
@@ -25,11 +26,11 @@ def candidates(spec: AttentionSpec, query_len: int) -> Iterator[SplitTile]:
 
 
 def _resident(spec: AttentionSpec, query_len: int, block: int, warps: int, stages: int) -> int:
-    """How many programs a multiprocessor holds, by shared memory and by registers as compiled."""
+    """How many programs a multiprocessor holds, by shared memory and by registers of Triton 3.6."""
     rows, size = max(16, query_len * spec.group_size), spec.dtype.itemsize
     read_ahead = (stages - 1) * 2 * block * spec.head_dim * size
     shared = read_ahead + rows * (spec.head_dim + 2 * block) * size + 1024
-    by_registers = 16 // warps if rows * spec.head_dim <= 2048 or warps == 8 else 3
+    by_registers = PROGRAMS[warps][block * spec.head_dim // 8192]
     return min(SHARED_MEMORY // shared, by_registers)
 
 
