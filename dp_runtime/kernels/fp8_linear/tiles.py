@@ -16,7 +16,7 @@ PROGRAMS = 264  # at least, if there are enough blocks: two for each multiproces
 
 
 def interleave(weight: Tensor) -> Tensor:
-    """Order each 16 inputs of [outputs, inputs] as `expert_kernels.regroup` takes them back.
+    """Order each 16 inputs of [outputs, inputs] as `expert_products.regroup` takes them back.
 
     So the four that a thread of a product takes lie side by side.
     """
