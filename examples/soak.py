@@ -177,7 +177,8 @@ def main() -> int:
         model, load_format = options.model, "safetensors"
         if options.shape is not None:
             mtp_layers = int(options.speculative_num_steps > 0)
-            model = write_shape(Path(directory), options.shape, mtp_layers=mtp_layers)
+            size = {"mtp_layers": mtp_layers, "num_layers": options.num_layers}
+            model = write_shape(Path(directory), options.shape, **size)
             load_format = "dummy"
         engine = {name: getattr(options, name) for name in ENGINE_FLAGS}
         config = EngineConfig(str(model), load_format=load_format, **engine)
@@ -205,6 +206,7 @@ def _options() -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--model", type=Path, default=TINY_MODEL, help="Hugging Face directory")
     where.add_argument("--shape", choices=sorted(SHAPES), help="dummy weights of this shape")
+    parser.add_argument("--num-layers", type=int, help="of the shape, if not all")
     for item in fields(LoadShape):
         if item.name in SHAPE_FLAGS:
             parser.add_argument(
@@ -219,6 +221,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--verify", type=int, default=16, help="requests to repeat alone")
     parser.add_argument("--timeout-s", type=float, default=3600.0)
     options = parser.parse_args()
+    if options.num_layers is not None and options.shape is None:
+        parser.error("--num-layers: of a --shape; a model has its own")
     if options.dp_size < 2:
         parser.error("--dp-size: at least 2, for one rank is to be quiet while others work")
     return options

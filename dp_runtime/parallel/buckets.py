@@ -10,8 +10,8 @@ FACTOR = 4  # between gathered sizes: few are needed, since kernels read the rea
 LOCAL_STEP = 16  # requests; above it, local rows are captured in multiples of it
 MIN_PIECES = 64  # rows
 FINE_PIECES = 256  # rows, from which on a null row costs more than a graph
-# Above it, the GPU is slower than the host's kernel launches: capturing stages gains nothing.
-MAX_PIECEWISE_ROWS = 2048
+# Stages of more rows would keep more memory, and the GPU takes longer for them than to launch them.
+MAX_PIECEWISE_ROWS = 4096
 
 
 def gathered_size(largest: int, max_rows: int) -> int:  # of every rank, from the largest's rows
