@@ -101,15 +101,12 @@ def down_kernel(
     counts, pairs, rows, num_local, hidden,
     INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
-    PDL: tl.constexpr, FETCH: tl.constexpr,
+    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(hidden, BLOCK_N)
     if PDL:
-        if BY_EXPERT and FETCH:
-            _fetch_rows(down, counts, columns, hidden, INTERMEDIATE, BLOCK_N)
         gdc_wait()
         gdc_launch_dependents()
+    columns = tl.cdiv(hidden, BLOCK_N)
     if BY_EXPERT:
         expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
         count = tl.load(counts + expert)
@@ -134,30 +131,6 @@ def down_kernel(
                 INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP,
             )  # fmt: skip
             tile += tl.num_programs(0)
-
-
-@triton.jit
-def _fetch_rows(
-    down, counts, columns, hidden, INTERMEDIATE: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """Let one thread ask the L2 for this program's weights; counts are older than gate-up."""
-    expert, row = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_N
-    if tl.load(counts + expert) > 0:
-        at = down + (expert.to(tl.int64) * hidden + row) * INTERMEDIATE
-        size = tl.minimum(BLOCK_N, hidden - row) * INTERMEDIATE * down.dtype.element_ty.itemsize
-        tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred first;
-            .reg .b32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 first, thread, 0;
-            @first cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.b32 $0, 0;
-            }
-            """,
-            "=r,l,r", [at.to(tl.int64), size.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit

@@ -21,7 +21,6 @@ class Tile:
     per_multiprocessor: int | None = None  # max programs that share the tiles; None: by expert
     swap: bool = False  # weights are the product's first operand: its 64 rows at least are columns
     regroup: bool = False  # swapped e4m3: 16 columns in the order in which a thread takes them
-    fetch: bool = False  # down by expert: the L2 is asked for weights while gate-up ends
 
     @property
     def by_expert(self) -> bool:
@@ -34,17 +33,17 @@ class ExpertTiles:
     down: Tile
 
 
+E4M3_GATE_UP = Tile(32, 64, 128, 4, 3, True, FLAT, swap=True, regroup=True)
+E4M3_DOWN = Tile(128, 64, 64, 4, 3, True, FLAT, swap=True)
 E4M3_TILES = (  # up to so many pairs an expert
-    (2, ExpertTiles(Tile(16, 64, 128, 4, 5, False), Tile(16, 128, 128, 4, 3, False))),
+    (2, ExpertTiles(Tile(16, 64, 128, 4, 5, False), Tile(16, 128, 128, 4, 3, True))),
     (11, ExpertTiles(Tile(16, 64, 128, 4, 3, False), Tile(16, 128, 128, 4, 3, True))),
-    (22, ExpertTiles(Tile(32, 64, 128, 4, 3, True, swap=True), Tile(32, 128, 128, 8, 3, False))),
-    (45, ExpertTiles(Tile(32, 128, 64, 4, 3, True, 2), Tile(64, 128, 128, 4, 3, True, FLAT))),
+    (22, ExpertTiles(E4M3_GATE_UP, Tile(32, 128, 128, 4, 3, True, 2, swap=True, regroup=True))),
+    (45, ExpertTiles(E4M3_GATE_UP, Tile(64, 128, 128, 4, 3, True, 2, swap=True, regroup=True))),
+    (90, ExpertTiles(Tile(64, 64, 128, 4, 3, True, FLAT, swap=True), E4M3_DOWN)),
     (
         math.inf,
-        ExpertTiles(
-            Tile(64, 64, 128, 4, 3, True, FLAT, swap=True),
-            Tile(128, 64, 64, 4, 3, True, FLAT, swap=True),
-        ),
+        ExpertTiles(Tile(64, 128, 64, 4, 4, True, FLAT, swap=True, regroup=True), E4M3_DOWN),
     ),
 )
 

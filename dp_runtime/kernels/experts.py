@@ -70,8 +70,7 @@ def down_pairs(
         down, _by_tma(down, num_local * hidden, intermediate, tile.block_n, tile), scales,
         routing.weights, weighted, routing.counts, routing.pairs, len(routing.local_ids),
         num_local, hidden, INTERMEDIATE=intermediate,
-        LOCAL=triton.next_power_of_2(num_local), PDL=pdl, launch_pdl=pdl, FETCH=tile.fetch,
-        **_options(tile),
+        LOCAL=triton.next_power_of_2(num_local), PDL=pdl, launch_pdl=pdl, **_options(tile),
     )  # fmt: skip
     return weighted
 

@@ -29,8 +29,6 @@ def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Ti
             continue
         if tile.by_expert:
             yield tile
-            if fp8 and halves == 1:
-                yield replace(tile, fetch=True)
         elif tile.block_m * tile.block_n * halves >= 64 * 128 // (2 if fp8 else 1) and (
             tile.num_stages >= 4 or resident == 2
         ):
@@ -66,6 +64,8 @@ def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
         blocks_m = [64, 128] if per_expert > 48 else [32, 64]
         for m, n, k, warps, stages in product(blocks_m, (64, 128), (64, 128), (4, 8), (3, 4)):
             yield Tile(m, n, k, warps, stages, True, FLAT, swap=True, regroup=True)
+            if m > 32 and warps == 4:
+                yield Tile(m, n, k, warps, stages, True, FLAT, swap=True)
         for k in (64, 128):
             yield Tile(blocks_m[0], 128, k, 4, 3, True, FLAT)
 

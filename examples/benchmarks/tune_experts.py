@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -163,11 +163,6 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
         if both[0] is not None and both[1] is not None:
             tiles = ExpertTiles(both[0][1], both[1][1])
             whole(bench, rows, row_ranges, routings, tiles, "best")
-            other = replace(tiles.down, fetch=not tiles.down.fetch)
-            if Job.for_tile(bench.name, 1, other, bench.fp8) in compiled:
-                name = "best, but fetch" if other.fetch else "best, but no fetch"
-                tiles = replace(tiles, down=other)
-                whole(bench, rows, row_ranges, routings, tiles, name)
     in_use = choose_tiles(tokens, shard.top_k, shard.num_experts, shard.intermediate, bench.fp8)
     whole(bench, rows, row_ranges, routings, in_use, "in use")
 

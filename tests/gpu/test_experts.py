@@ -99,7 +99,7 @@ def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool, regroup: boo
     tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate, fp8=True)
     if swap:
         swapped = Tile(16, 64, 128, 4, 3, True, swap=True, regroup=regroup)
-        tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128, fetch=regroup))
+        tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128))
     for _ in range(3):
         out = run_experts(rows, gate_up, down, routing, tiles, scales)
     assert torch.equal(out[~real], torch.zeros_like(out[~real]))

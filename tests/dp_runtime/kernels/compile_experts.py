@@ -25,7 +25,7 @@ from dp_runtime.weights.fp8_blocks import scale_shape
 from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
 
 HIDDEN, INTERMEDIATE, EXPERTS, LOCAL, TOP_K = 2048, 768, 128, 32, 8
-ROWS = (16, 100, 300, 700, 2000, 4000)
+ROWS = (16, 100, 300, 700, 1000, 2000, 4000)
 
 
 def tiles(fp8: bool) -> Iterator[ExpertTiles]:
@@ -36,7 +36,7 @@ def tiles(fp8: bool) -> Iterator[ExpertTiles]:
         Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True),
         Tile(64, 128, 64, 8, 4, True, FLAT, swap=True),
     ):
-        regrouped = replace(swapped, regroup=fp8, fetch=fp8)
+        regrouped = replace(swapped, regroup=fp8)
         yield ExpertTiles(regrouped, regrouped)
 
 
