@@ -17,9 +17,9 @@ from dp_runtime.core.request import RoutingShape
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.kernels.fp8_linear.tiles import (
     NUM_COUNTERS,
-    WIDENED_FROM,
     LinearTile,
     choose_tile,
+    widened_from,
 )
 from dp_runtime.kernels.jit_build import JitModule, in_one_thread
 from dp_runtime.layers.experts import ExpertShard, aligned
@@ -80,7 +80,7 @@ def dense_jit_module(
     kinds = dict[tuple[LinearTile | None, Fp8Shape], None]()
     for shape in shapes:
         small = Fp8Shape(*(BLOCK * 2 + size % BLOCK for size in vars(shape).values()))
-        for rows in range(1, min(max_rows, WIDENED_FROM) + 1):
+        for rows in range(1, min(max_rows, widened_from(shape.outputs, shape.inputs)) + 1):
             tile = choose_tile(rows, shape.outputs, shape.inputs)
             if tile is not None:
                 tile = replace(tile, split=min(tile.split, 2))

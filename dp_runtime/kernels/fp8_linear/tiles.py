@@ -1,4 +1,7 @@
-"""Tile sizes of the products with e4m3 matrices, by the number of rows."""
+"""Tile sizes of the products with e4m3 matrices, by the number of rows, measured on an H200.
+
+examples/benchmarks/dense_fp8.py prints what they come from, RESULTS.md has it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,16 @@ from torch import Tensor
 from dp_runtime.weights.fp8_blocks import num_blocks
 
 GROUP = 16  # inputs that are interleaved with each other
-WIDENED_FROM = 1025  # rows: from here on a widened copy and cuBLAS are taken to be faster
 NUM_COUNTERS = 4096  # tiles that programs may share
-PROGRAMS = 264  # at least, if there are enough blocks: two for each multiprocessor of an H200
+MULTIPROCESSORS = 132  # of an H200
+LARGE = 1 << 24  # weights of a matrix that takes long to widen
+WIDE = 96 * 128  # outputs, enough for tiles of 128 if few rows come
+TILES = (  # up to so many rows: block_m, stages, and programs that there are at least
+    (16, 16, 4, 2 * MULTIPROCESSORS),
+    (32, 32, 4, 2 * MULTIPROCESSORS),
+    (128, 64, 3, 2 * MULTIPROCESSORS),
+    (384, 128, 3, MULTIPROCESSORS),  # one fits on each
+)
 
 
 def interleave(weight: Tensor) -> Tensor:
@@ -39,23 +49,30 @@ class LinearTile:
     tma: bool = False  # the copy engine reads weights, from capability 9.0 on
 
 
-def choose_tile(rows: int, outputs: int, inputs: int) -> LinearTile | None:
-    """Choose a tile, not measured on a GPU yet; None: multiply with a widened copy.
+def widened_from(outputs: int, inputs: int) -> int:
+    """Give the number of rows from which on a widened copy and cuBLAS are taken to be faster.
 
-    examples/benchmarks/dense_fp8.py finds better ones.
+    Between the measured 128 and 512 rows by a straight line: both draw level at about 130 rows of
+    small matrices, at 270 to 600 of large ones.
     """
-    if rows >= WIDENED_FROM:
+    return 385 if outputs * inputs >= LARGE else 129
+
+
+def choose_tile(rows: int, outputs: int, inputs: int) -> LinearTile | None:
+    """Choose what was best over all matrices; None: multiply with a widened copy.
+
+    Measured at 1, 8, 32, 64, 128 and 512 rows.
+    """
+    if rows >= widened_from(outputs, inputs):
         return None
-    if rows <= 64:
-        block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-        split = fit_split(rows, outputs, inputs, block_m, 64)
-        return LinearTile(block_m, 64, 128, split, 4, 5 if block_m == 64 else 6)
-    split = fit_split(rows, outputs, inputs, 128, 128, PROGRAMS // 2)
-    return LinearTile(128, 128, 128, split, 8, 3)
+    block_m, stages, programs = next(tile for most, *tile in TILES if rows <= most)
+    block_n = 128 if block_m == 16 and outputs >= WIDE else 64
+    split = fit_split(rows, outputs, inputs, block_m, block_n, programs)
+    return LinearTile(block_m, block_n, 128, split, 4, stages, tma=True)
 
 
 def fit_split(
-    rows: int, outputs: int, inputs: int, block_m: int, block_n: int, programs: int = PROGRAMS
+    rows: int, outputs: int, inputs: int, block_m: int, block_n: int, programs: int
 ) -> int:
     """Choose the least split with so many programs that leaves none without inputs, up to 8."""
     tiles = -(-rows // block_m) * -(-outputs // block_n)
@@ -71,9 +88,9 @@ def whole_split(inputs: int, split: int) -> int:
 @cache
 def product_bytes(rows: int, outputs: int, inputs: int) -> int:
     """Count the most bytes that products of up to so many rows allocate beside their results."""
-    sums = 0
-    for count in range(1, min(rows + 1, WIDENED_FROM)):
+    sums, widened = 0, widened_from(outputs, inputs)
+    for count in range(1, min(rows + 1, widened)):
         tile = choose_tile(count, outputs, inputs)
         if tile is not None and tile.split > 1:
             sums = max(sums, tile.split * count * outputs * 4)
-    return max(sums, outputs * inputs * 2 if rows >= WIDENED_FROM else 0)
+    return max(sums, outputs * inputs * 2 if rows >= widened else 0)

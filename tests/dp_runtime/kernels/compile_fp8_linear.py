@@ -17,16 +17,16 @@ from dp_runtime.kernels.fp8_linear import run
 from dp_runtime.kernels.fp8_linear.tiles import NUM_COUNTERS, LinearTile, choose_tile
 from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
 
-OUTPUTS, INPUTS = 4096, 2048
+OUTPUTS, INPUTS = 12288, 2048
 OTHERS = (
-    LinearTile(16, 64, 128, 2, 4, 6, tma=True),
+    LinearTile(16, 64, 128, 2, 4, 4, tma=True),
     LinearTile(64, 128, 128, 1, 8, 4, tma=True),
     LinearTile(128, 128, 64, 1, 8, 4, swap=False, tma=True),
 )
 
 
 def main() -> None:
-    in_use = [choose_tile(rows, OUTPUTS, INPUTS) for rows in (1, 32, 64, 128, 512)]
+    in_use = [choose_tile(rows, OUTPUTS, INPUTS) for rows in (1, 32, 64, 128, 256)]
     instead: dict[str, Any] = {"overlaps": lambda device: True}
     for name in ("product_kernel", "widen_kernel"):
         instead[name] = Compiled(getattr(run, name))

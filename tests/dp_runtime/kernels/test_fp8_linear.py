@@ -14,12 +14,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 from dp_runtime.kernels.fp8_linear.run import multiply, widened
 from dp_runtime.kernels.fp8_linear.tiles import (
     NUM_COUNTERS,
-    WIDENED_FROM,
     LinearTile,
     choose_tile,
     interleave,
     product_bytes,
     whole_split,
+    widened_from,
 )
 from dp_runtime.weights.fp8_blocks import BLOCK, dequantize, quantize
 
@@ -37,21 +37,26 @@ def matrix(outputs: int, inputs: int) -> tuple[Tensor, Tensor, Tensor]:
     return interleave(values.contiguous()).to(DEVICE), by_output.to(DEVICE), wide.to(DEVICE)
 
 
+FLAT = LinearTile(32, 64, 64, 2, 4, 3, swap=False)
+COPIED = LinearTile(16, 64, 128, 2, 4, 3, tma=True)
+
+
 @pytest.mark.parametrize(
-    ("rows", "outputs", "inputs", "tile"),
+    ("rows", "outputs", "inputs", "tile", "dtype"),
     [
-        (1, 64, 128, NARROW),
-        (3, 70, 144, NARROW),
-        (16, 256, 384, LinearTile(16, 64, 128, 3, 4, 3)),
-        (17, 100, 304, LinearTile(16, 64, 64, 2, 4, 3)),
-        (40, 129, 528, LinearTile(32, 64, 128, 3, 4, 3)),
-        (130, 200, 256, LinearTile(128, 128, 128, 2, 8, 3)),
-        (33, 130, 272, LinearTile(32, 64, 64, 2, 4, 3, swap=False)),
-        (20, 100, 272, LinearTile(16, 64, 128, 2, 4, 3, tma=True)),
+        (1, 64, 128, NARROW, torch.float32),
+        (3, 70, 144, NARROW, torch.float16),
+        (16, 256, 384, LinearTile(16, 64, 128, 3, 4, 3), torch.float32),
+        (17, 100, 304, LinearTile(16, 64, 64, 2, 4, 3), torch.float16),
+        (40, 129, 528, LinearTile(32, 64, 128, 3, 4, 3), torch.float16),
+        (130, 200, 256, LinearTile(128, 128, 128, 2, 8, 3), torch.float32),
+        (33, 130, 272, FLAT, torch.float32),
+        (33, 130, 272, FLAT, torch.float16),
+        (20, 100, 272, COPIED, torch.float32),
+        (20, 100, 272, COPIED, torch.float16),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_a_product_is_that_of_the_widened_matrix(
     rows: int, outputs: int, inputs: int, tile: LinearTile, dtype: torch.dtype
 ) -> None:
@@ -91,18 +96,42 @@ def test_a_widened_matrix_is_what_loading_it_widened_gives(shape: tuple[int, int
         assert torch.equal(widened(values, scales, dtype), wide.to(dtype))
 
 
-def test_every_choice_fits_its_counters_and_its_memory() -> None:
-    for outputs, inputs in ((512, 2048), (20608, 4096), (4096, 8192), (1024, 3072), (64, 64)):
-        for rows in range(1, WIDENED_FROM):
-            tile = choose_tile(rows, outputs, inputs)
-            assert tile is not None
-            assert tile.split == whole_split(inputs, tile.split)
-            tiles = -(-rows // tile.block_m) * -(-outputs // tile.block_n)
-            assert tile.split == 1 or tiles <= NUM_COUNTERS
-            sums = 0 if tile.split == 1 else tile.split * rows * outputs * 4
-            assert product_bytes(WIDENED_FROM - 1, outputs, inputs) >= sums
-        assert choose_tile(WIDENED_FROM, outputs, inputs) is None
-        assert product_bytes(WIDENED_FROM, outputs, inputs) >= 2 * outputs * inputs
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(512, 2048), (20608, 4096), (4096, 8192), (1024, 3072), (64, 64)]
+)
+def test_every_choice_fits_its_counters_and_its_memory(outputs: int, inputs: int) -> None:
+    end = widened_from(outputs, inputs)
+    for rows in range(1, end):
+        tile = choose_tile(rows, outputs, inputs)
+        assert tile is not None
+        assert tile.split == whole_split(inputs, tile.split)
+        tiles = -(-rows // tile.block_m) * -(-outputs // tile.block_n)
+        assert tile.split == 1 or tiles <= NUM_COUNTERS
+        sums = 0 if tile.split == 1 else tile.split * rows * outputs * 4
+        assert product_bytes(end - 1, outputs, inputs) >= sums
+    assert choose_tile(end, outputs, inputs) is None
+    assert product_bytes(end, outputs, inputs) >= 2 * outputs * inputs
+
+
+def test_tiles_are_the_measured_ones() -> None:
+    """Of 397B's qkv+gate and output, and of the shared experts' down of 122B."""
+    found = [choose_tile(rows, 17408, 4096) for rows in (8, 32, 128, 384, 385)]
+    assert found == [
+        LinearTile(16, 128, 128, 2, 4, 4, tma=True),
+        LinearTile(32, 64, 128, 1, 4, 4, tma=True),
+        LinearTile(64, 64, 128, 1, 4, 3, tma=True),
+        LinearTile(128, 64, 128, 1, 4, 3, tma=True),
+        None,
+    ]
+    assert choose_tile(128, 4096, 8192) == LinearTile(64, 64, 128, 3, 4, 3, tma=True)
+    found = [choose_tile(rows, 3072, 1024) for rows in (1, 17, 33, 128, 129)]
+    assert found == [
+        LinearTile(16, 64, 128, 4, 4, 4, tma=True),
+        LinearTile(32, 64, 128, 4, 4, 4, tma=True),
+        LinearTile(64, 64, 128, 4, 4, 3, tma=True),
+        LinearTile(64, 64, 128, 3, 4, 3, tma=True),
+        None,
+    ]
 
 
 @pytest.mark.parametrize(("inputs", "split"), [(128, 4), (640, 4), (4096, 3), (2048, 8), (300, 2)])

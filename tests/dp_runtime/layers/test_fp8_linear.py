@@ -17,7 +17,7 @@ from dp_runtime.core.attention_metadata import PageGeometry
 from dp_runtime.core.cache_spec import LayerCaches
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.kernels.fp8_linear import run
-from dp_runtime.kernels.fp8_linear.tiles import WIDENED_FROM
+from dp_runtime.kernels.fp8_linear.tiles import widened_from
 from dp_runtime.layers.linear import Fp8Linear, Linear, Projection, load_projection
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.model import Model
@@ -60,6 +60,12 @@ def widened(linear: Projection) -> Tensor:
     return own if linear.rest is None else torch.cat([own, linear.rest.weight])
 
 
+@pytest.fixture(scope="module", params=[TEXT])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An e4m3 checkpoint, of Qwen3.5 unless a test asks for others."""
+    return quantized(tmp_path_factory.mktemp("fp8"), request.param, "model")[0]
+
+
 def projections(model: Any) -> list[Projection]:
     found: list[Projection] = []
     for layer in model.layers:
@@ -69,11 +75,10 @@ def projections(model: Any) -> list[Projection]:
     return found
 
 
-@pytest.mark.parametrize("architecture", [TEXT, NEXT])
+@pytest.mark.parametrize("path", [TEXT, NEXT], indirect=True)
 def test_kept_matrices_are_the_widened_ones_whatever_the_order_of_their_outputs(
-    architecture: str, tmp_path: Path
+    path: Path,
 ) -> None:
-    path, _ = quantized(tmp_path, architecture, "model")
     names = Fp8Names.of_files([str(path)])
     heard: list[int] = []
     source = Checkpoint(str(path), CPU, HALF, heard.append, names)
@@ -102,12 +107,13 @@ def test_many_rows_meet_a_widened_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(linear, Fp8Linear)
     assert linear.weight.dtype == E4M3
     assert linear.rest is not None
-    x = torch.randn(WIDENED_FROM, 272)
+    many = widened_from(130, 272)
+    x = torch.randn(many, 272)
     due = x @ widened(linear).t()
     monkeypatch.setattr(run, "product_kernel", None)
     torch.testing.assert_close(linear(x), due, atol=1e-4, rtol=1e-4)
     assert linear(x[:0]).shape == (0, 150)
-    assert linear.activation_bytes(WIDENED_FROM) > linear.activation_bytes(16)
+    assert linear.activation_bytes(many) > linear.activation_bytes(16)
 
 
 def test_a_source_that_keeps_nothing_or_a_bias_widens() -> None:
@@ -125,7 +131,9 @@ def test_a_source_that_keeps_nothing_or_a_bias_widens() -> None:
     assert torch.equal(widened(linear), widened(plain).flip(0))
 
 
-def test_names_follow_the_list_of_a_config_or_the_scales_of_files(tmp_path: Path) -> None:
+def test_names_follow_the_list_of_a_config_or_the_scales_of_files(
+    path: Path, tmp_path: Path
+) -> None:
     listed = Fp8Names(exempt=("model.layers.0.self_attn", "in_proj_a", "mtp.fc"))
     assert "model.layers.1.self_attn.q_proj.weight" in listed
     assert "model.language_model.layers.1.self_attn.q_proj.weight" in listed
@@ -138,15 +146,13 @@ def test_names_follow_the_list_of_a_config_or_the_scales_of_files(tmp_path: Path
     ):
         assert name not in listed
     assert "model.layers.1.self_attn.q_proj.weight" not in Fp8Names()
-    path, _ = quantized(tmp_path, TEXT, "model")
     stored = Fp8Names.of_files([str(path), str(tmp_path / "nothing")]).stored
     assert any(name.endswith("out_proj.weight") for name in stored)
     assert not any(".experts." in name for name in stored)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_on_cpu_and_by_default_all_is_widened(backend: str, tmp_path: Path) -> None:
-    path, _ = quantized(tmp_path, TEXT, "model")
+def test_on_cpu_and_by_default_all_is_widened(backend: str, path: Path) -> None:
     settings: dict[str, Any] = {"device": "cpu", "launcher": "thread", "num_pages": 20}
     config = EngineConfig(str(path), dense_backend=backend, max_model_len=64, **settings)
     plan = plan_rank(config, 0, "cpu")
@@ -157,10 +163,7 @@ def test_on_cpu_and_by_default_all_is_widened(backend: str, tmp_path: Path) -> N
         plan_rank(EngineConfig(str(path), dense_backend="triton", **settings), 0, "cpu")
 
 
-def test_a_plan_counts_what_a_gpu_would_keep(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, _ = quantized(tmp_path, TEXT, "model")
+def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(total_memory=80 << 30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -186,8 +189,7 @@ def test_a_plan_counts_what_a_gpu_would_keep(
     assert held["triton", "dummy"] == param_bytes(build(path, source, BF16))
 
 
-def test_the_floor_of_a_step_counts_what_is_read(tmp_path: Path) -> None:
-    path, _ = quantized(tmp_path, TEXT, "model")
+def test_the_floor_of_a_step_counts_what_is_read(path: Path) -> None:
     names, config = Fp8Names.of_files([str(path)]), read_model_config(str(path))
     for keeps_fp8 in (False, True):
         source = MetaWeights(BF16, torch.device("cuda"), names if keeps_fp8 else ())
@@ -218,6 +220,7 @@ def test_every_number_of_rows_finds_its_products_built(
         MetaWeights(HALF, meta, Fp8Names(exempt=("rest",))),
         {"model.a": outputs, "model.rest": all_outputs - outputs}, inputs,
     )  # fmt: skip
-    for rows in (1, 2, 16, 17, 40, 65, 300, 777, WIDENED_FROM - 1, WIDENED_FROM, 2000):
+    many = widened_from(outputs, inputs)
+    for rows in (1, 2, 16, 17, 40, 65, many // 2, many - 1, many, 2000):
         linear(torch.empty(rows, inputs, dtype=HALF, device=meta))
     assert (product.compiled, copy.compiled) == before
