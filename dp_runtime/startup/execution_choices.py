@@ -124,7 +124,7 @@ def choose_dense(
     if model.fp8_exempt is None:
         return DenseChoice("torch", "no matrix is e4m3")
     if name != "triton":
-        why = UNMEASURED if name == "auto" and device.type == "cuda" else "e4m3 is widened"
+        why = SLOW_PROMPTS if name == "auto" and device.type == "cuda" else "e4m3 is widened"
         return DenseChoice("torch", why)
     directories = [config.model, *([] if draft is None else [draft.directory])]
     dummy = config.load_format == "dummy"
@@ -132,4 +132,8 @@ def choose_dense(
     return DenseChoice(name, "chosen in the configuration", kept)
 
 
-UNMEASURED = "e4m3 is widened: the kernels of triton, which keep it, were not measured on a GPU yet"
+SLOW_PROMPTS = (
+    "e4m3 is widened: triton keeps it, in half the memory; on an H200 it took 0.76 to 0.92 of "
+    "bf16's time with up to 64 rows of Qwen3.5-122B's and 397B's layers, but 1.1 to 1.5 times from "
+    "128 rows on"
+)

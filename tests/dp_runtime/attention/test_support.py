@@ -81,7 +81,11 @@ def test_what_flashinfer_does_not_serve(changes: dict[str, object], message: str
 @pytest.mark.parametrize(
     ("changes", "chosen", "reasons"),
     [
-        ({}, "trtllm", ["not split: nowhere measured to be faster than XQA (head_dim 128, 8 q"]),
+        (
+            {"num_heads": 16},
+            "trtllm",
+            ["not split: nowhere measured to be faster than XQA (head_dim 128, 4 q"],
+        ),
         ({"page_size": 8}, "flashinfer", ["not trtllm: page_size: 8"]),
         (
             {"head_dim": 80},
@@ -134,6 +138,54 @@ def test_the_nearest_measurement_decides() -> None:
     assert tiles(1, 64) is None
     slow = replace(ROW, times=((64, 60.0, 60.0),))
     assert MeasuredTiles.of(GOOD, (slow,)).rows == ()
+
+
+LARGEST = replace(GOOD, num_kv_heads=2, head_dim=256)  # Qwen3.5-397B-A17B
+
+
+@pytest.mark.parametrize(
+    ("spec", "query_len", "xqa", "split"),
+    [
+        (GOOD, 1, (1, 16, 31), (33, 64, 128, 256)),
+        (GOOD, 4, (1, 16, 31), (33, 64, 128, 256)),
+        (LARGEST, 1, (), (1, 16, 64, 256)),
+        (LARGEST, 4, (1, 16, 64, 256), ()),
+        (replace(LARGEST, num_heads=16), 1, (1, 64, 256), ()),
+        (replace(GOOD, decode_query_lens=frozenset({1, 3})), 3, (1, 64, 256), ()),
+        (replace(GOOD, dtype=torch.float16, kv_dtype=torch.float16), 1, (64,), ()),
+        (replace(GOOD, kv_dtype=E4M3), 1, (64,), ()),
+    ],
+    ids=str,
+)
+def test_numbers_of_requests_get_the_kernel_that_was_faster_for_them(
+    spec: AttentionSpec, query_len: int, xqa: tuple[int, ...], split: tuple[int, ...]
+) -> None:
+    tiles = MeasuredTiles.of(spec)
+    assert all(tiles(query_len, requests) is None for requests in (*xqa, 257))
+    assert all(tiles(query_len, requests) is not None for requests in split)
+
+
+def test_the_measured_kernel_names_its_figures_and_counts_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("dp_runtime.attention.support.find_spec", lambda name: object())
+    device = torch.device("cuda", 0)
+    assert choose_backend("auto", GOOD, device) == (
+        "split",
+        "measured to be faster than XQA at 1 row a request: 64 requests 48.9 us for 50.1, 128 "
+        "requests 92.4 us for 96.6; 4 rows a request: 64 requests 56.3 us for 59.3, 128 requests "
+        "101.4 us for 116.4",
+    )
+    found = {
+        spec: backend_class("split").workspace_bytes(spec) - (256 << 20)
+        for spec in (GOOD, replace(GOOD, decode_query_lens=frozenset({1})), LARGEST)
+    }
+    assert list(found.values()) == [
+        (132 * 2 + 256 * 4) * 4 * 8 * 130 * 4,
+        (132 * 2 + 256 * 4) * 8 * 130 * 4,
+        (132 + 256 * 2) * 16 * 258 * 4,
+    ]
 
 
 def test_without_flashinfer_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.Mon
         "dp_runtime.startup.rank_plan.choose_backend", lambda *given: ("torch_ref", "for the test")
     )
     held = {}
-    for name in ("torch", "triton"):
+    for name in ("torch", "triton", "auto"):
         for load_format in ("safetensors", "dummy"):
             config = EngineConfig(
                 str(path), device="cuda", dense_backend=name, num_pages=20, max_model_len=64,
@@ -183,8 +183,9 @@ def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.Mon
             plan = plan_rank(config, 0, "cuda:0")
             held[name, load_format] = plan.memory.weights
             assert (plan.fp8_shapes != ()) == (name == "triton")
+            assert ("on an H200 it took" in plan.dense.reason) == (name == "auto")
     assert held["triton", "dummy"] == held["triton", "safetensors"]
-    assert held["torch", "dummy"] == held["torch", "safetensors"]
+    assert held["torch", "dummy"] == held["torch", "safetensors"] == held["auto", "dummy"]
     source = Checkpoint(str(path), CPU, BF16, fp8=Fp8Names.of_files([str(path)]))
     assert held["triton", "dummy"] == param_bytes(build(path, source, BF16))
 
