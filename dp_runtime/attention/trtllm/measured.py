@@ -37,9 +37,7 @@ class Measured:
         return f"{self.query_len} row{'s' * (self.query_len > 1)} a request: {times}"
 
 
-# An H200, about 1,152 tokens a request, the mean of even and uneven lengths; of 4 KV heads, 2 with
-# head_dim 256. Where there is no row, XQA decodes.
-MEASURED: tuple[Measured, ...] = (
+MEASURED: tuple[Measured, ...] = (  # on an H200; where there is no row, XQA decodes
     Measured(128, 8, 1, SplitTile(64, 4, 3, 2),
              ((16, 21.1, 22.8), (64, 50.1, 48.9), (128, 96.6, 92.4))),
     Measured(128, 8, 4, SplitTile(64, 4, 3, 2),

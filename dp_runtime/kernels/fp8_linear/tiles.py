@@ -1,7 +1,4 @@
-"""Tile sizes of the products with e4m3 matrices, by the number of rows, measured on an H200.
-
-examples/benchmarks/dense_fp8.py prints what they come from, RESULTS.md has it.
-"""
+"""Tile sizes of the products with e4m3 matrices: the best ones of dense_fp8.py on an H200."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ NUM_COUNTERS = 4096  # tiles that programs may share
 MULTIPROCESSORS = 132  # of an H200
 LARGE = 1 << 24  # weights of a matrix that takes long to widen
 WIDE = 96 * 128  # outputs, enough for tiles of 128 if few rows come
-TILES = (  # up to so many rows: block_m, stages, and programs that there are at least
+TILES = (  # up to so many rows (measured: 1, 8, 32, 64, 128, 512): block_m, stages, least programs
     (16, 16, 4, 2 * MULTIPROCESSORS),
     (32, 32, 4, 2 * MULTIPROCESSORS),
     (128, 64, 3, 2 * MULTIPROCESSORS),
@@ -50,19 +47,15 @@ class LinearTile:
 
 
 def widened_from(outputs: int, inputs: int) -> int:
-    """Give the number of rows from which on a widened copy and cuBLAS are taken to be faster.
+    """Give the rows from which on a widened copy and cuBLAS are taken to be faster.
 
-    Between the measured 128 and 512 rows by a straight line: both draw level at about 130 rows of
-    small matrices, at 270 to 600 of large ones.
+    Between 128 and 512 rows by a straight line: from about 130 on for small, 270 to 600 for large.
     """
     return 385 if outputs * inputs >= LARGE else 129
 
 
 def choose_tile(rows: int, outputs: int, inputs: int) -> LinearTile | None:
-    """Choose what was best over all matrices; None: multiply with a widened copy.
-
-    Measured at 1, 8, 32, 64, 128 and 512 rows.
-    """
+    """Choose what was best over all matrices; None: multiply with a widened copy."""
     if rows >= widened_from(outputs, inputs):
         return None
     block_m, stages, programs = next(tile for most, *tile in TILES if rows <= most)
