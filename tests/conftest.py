@@ -6,6 +6,7 @@ import gc
 import os
 import secrets
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -34,6 +35,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Whoever runs in the background of a shell ignores SIGINT, and so would programs started here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["RAY_AUTH_MODE"] = "token"  # read when ray is first imported
+# transformers, the reference, is to compute in torch whatever kernels of others are installed: it
+# looks for them when a model's module is first imported.
+sys.modules.update(dict.fromkeys(("fla", "causal_conv1d")))  # type: ignore[arg-type]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 

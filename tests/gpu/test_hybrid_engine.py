@@ -53,7 +53,6 @@ def serve(model: Path, ranks: list[int] | None = None, **changes: Any) -> list[R
 
 
 def check_near(model: Path, outputs: list[RequestOutput], what: str) -> None:
-    # On a GPU transformers would take fla-core's kernels, which it tunes for a minute.
     compare(model, outputs, "cpu")[1].check(what, FEW_POSITIONS)
 
 
