@@ -50,7 +50,7 @@ class AcceptedDrafts:
 
     def write(self, slots: Tensor, num_accepted: Tensor | None) -> None:
         """num_accepted: of the first of these slots; the others have drafted nothing."""
-        self._counts[slots] = 0
+        self._counts.index_fill_(0, slots, 0)  # counts[slots] = 0 would wait for a copy of the 0
         if num_accepted is not None:
             self._counts[slots[: len(num_accepted)]] = num_accepted.to(self._counts.dtype)
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +47,9 @@ def serve(model: str, graphs: bool, num_steps: int) -> None:
         torch.cuda.set_sync_debug_mode("error" if guarded["on"] else "default")
         try:
             return run(runner, *args, **fields)
+        except RuntimeError:
+            traceback.print_exc()  # a rank's error is its message alone
+            raise
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
