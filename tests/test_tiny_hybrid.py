@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from examples.tiny_hybrid.model import SHAPE, TinyHybrid, load_model, save_weights
+from examples.tiny_hybrid.model import SHAPE, Mtp, TinyHybrid, load_model, save_weights
+from examples.tiny_hybrid.train import initial_model, parse_args
 from examples.tiny_moe.evaluate import greedy_tokens, speculate
 from examples.tiny_moe.train import Phase, Recipe, Tokens, Trainer
 
@@ -70,6 +71,32 @@ def test_it_is_served_as_it_was_trained_18(trained: tuple[Path, list[float]]) ->
     due = sum(count for run in runs for count in run.accepted)
     assert due > len(prompts)
     assert 0 <= due - accepted <= DRAFTS * len(prompts), "but for drafts behind the last token"
+
+
+def test_each_draft_is_rotated_by_three_rows_of_positions() -> None:
+    """As some versions of transformers demand."""
+    mtp, seen = Mtp(TinyHybrid(SMALL).model.config), list[torch.Tensor]()
+    mtp._rotary.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    embeds = torch.randn(DRAFTS, 2, 8, SMALL["hidden_size"])
+    mtp.unroll(list(embeds), torch.randn(2, 8, SMALL["hidden_size"]))
+    expected = [torch.arange(step, step + 8).repeat(3, 1, 1) for step in range(DRAFTS)]
+    assert all(map(torch.equal, seen, expected)), [positions.shape for positions in seen]
+    assert len(seen) == DRAFTS
+
+
+def test_a_trunk_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    other = TinyHybrid(SHAPE)
+    other.init_weights()
+    save_weights(other, tmp_path)
+    flags = ["train", "--corpus", "x", "--device", "cpu", "--trunk", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", flags)
+    args = parse_args()
+    assert args.trunk_steps == 0, "only the MTP layer is trained"
+    model, saved = initial_model(args), load_model(tmp_path)
+    for part, taken in ((model.model, saved.model), (model.mtp, saved.mtp)):
+        equal = [torch.equal(*pair) for pair in zip(part.parameters(), taken.parameters())]
+        assert all(equal) == (part is model.model)
 
 
 def test_the_published_size_is_at_most_8_mb() -> None:

@@ -124,7 +124,7 @@ class Mtp(nn.Module):
         layer: Any = self.layers[0]
         length, device = hidden.shape[1], hidden.device
         if positions is None:
-            positions = torch.arange(length, device=device)[None]
+            positions = torch.arange(length, device=device).expand(3, 1, -1)
         own = torch.eye(length, dtype=torch.bool, device=device)
         masks = [torch.ones_like(own).tril()]
         seen: list[tuple[Tensor, Tensor]] = []
