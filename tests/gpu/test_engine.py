@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dp_runtime import Engine, EngineConfig, RequestOutput, SamplingParams
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.trtllm.measured import MeasuredTiles
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.gpu.peers import ALL_EXPERTS, FEW_POSITIONS, compare
 from tests.serving import check_pages_free
@@ -71,6 +73,25 @@ def test_bf16_is_as_near_to_float32_as_transformers_is(
         pytest.skip(f"{dp_size} GPUs are needed, {torch.cuda.device_count()} are here")
     outputs = serve(checkpoint, attention_backend=backend, dp_size=dp_size, **changes)
     compare(checkpoint, outputs)[1].check(f"{backend}, {dp_size} ranks", FEW_POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Groups of heads as 397B has: any number of its decodes is served by shares of keys."""
+    spec = AttentionSpec(16, 1, 256, 64, torch.bfloat16, torch.bfloat16)
+    assert all(MeasuredTiles.of(spec)(1, requests) for requests in (1, len(LENGTHS), 256))
+    model = tiny_checkpoint(
+        tmp_path_factory.mktemp("wide"), hidden_size=256, num_attention_heads=16,
+        num_key_value_heads=1, head_dim=256, moe_intermediate_size=64, **ALL_EXPERTS,
+    )  # fmt: skip
+    return add_mtp(model)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("changes", [{}, {"cuda_graphs": False}, {"speculative_num_steps": 3}])
+def test_decodes_by_shares_are_as_near_too(wide_heads: Path, changes: dict[str, Any]) -> None:
+    outputs = serve(wide_heads, attention_backend="split", **changes)
+    compare(wide_heads, outputs)[1].check(f"split, {changes}", FEW_POSITIONS)
 
 
 def mixed_params(number: int) -> SamplingParams:
