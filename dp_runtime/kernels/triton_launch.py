@@ -29,28 +29,39 @@ def launch(
     constants: Mapping[str, Hashable],
     **options: int | bool,
 ) -> None:
-    """Launch a Triton kernel, from the second of a kind on without the 30-60 us of its look-up."""
-    kind = (
-        id(kernel), *(_kind(x) for x in arguments), *constants.values(), *options.items()
-    )  # fmt: skip
-    compiled = _compiled.get(kind)
+    """Launch a Triton kernel, from the second of a kind on without the 30-60 us of its look-up.
+
+    Its first argument is a tensor of the current device. A compiled kernel takes addresses: of a
+    tensor it would ask for the address again, and ask the driver whose that is.
+    """
+    first = arguments[0]
+    assert isinstance(first, Tensor), "a kernel's first argument is a tensor"
+    kind: list[Hashable] = [id(kernel), first.get_device(), *constants.values(), *options.items()]
+    plain = list[object]()
+    for argument in arguments:
+        value = argument
+        if isinstance(argument, Tensor):
+            value = argument.data_ptr()
+            kind += (argument.dtype, value % 16 == 0)
+        elif isinstance(argument, int):
+            kind.append(_kind(argument))
+        else:
+            kind.append(type(argument))
+        plain.append(value)
+    compiled = _compiled.get(tuple(kind))
     if compiled is not None:
-        compiled[grid](*arguments, *constants.values())
+        compiled[grid](*plain, *constants.values())
         return
     found = kernel[grid](*arguments, **constants, **options)
     if isinstance(found, CompiledKernel):  # nothing was compiled for the interpreter
-        names = kernel.arg_names[len(arguments) :]
+        names = list(kernel.arg_names[len(arguments) :])
         assert names == list(constants), f"{list(constants)} in the order of {names}"
-        _compiled[kind] = found
+        _compiled[tuple(kind)] = found
 
 
-def _kind(argument: object) -> Hashable:
+def _kind(number: int) -> Hashable:
     """Name what Triton compiles a kernel for; at least as fine as its own distinctions."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.get_device(), argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument % 16 == 0, argument == 1, argument.bit_length() > 31
-    return type(argument).__name__
+    return type(number), number % 16 == 0, number == 1, number.bit_length() > 31
 
 
 @cache

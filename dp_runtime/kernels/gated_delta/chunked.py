@@ -12,6 +12,9 @@ can be left in a slot of a prefix cache on the way.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +32,7 @@ from dp_runtime.kernels.triton_launch import (
 )
 
 MIN_PROGRAMS = 128  # that take the chunks of one sequence in turn: one for each multiprocessor
+MAX_STAGE = 64 * 1024  # bytes of a chunk's operands, of which three fit in shared memory
 
 
 def run_chunks(
@@ -43,40 +47,51 @@ def run_chunks(
 
     Only a state out of a prefix cache has drafts before a chunk.
     """
-    assert all(x.is_contiguous() for x in (states, out)), "states and outputs are contiguous"
     tables, drafts, tracks = sequences.row_blocks, sequences.drafts, sequences.tracks
     if not tables.num_chunks:
         return
-    heads, k_dim, v_dim = shape.num_v_heads, shape.head_k_dim, shape.head_v_dim
-    values, reads, scores = (
-        out.new_empty(rows.num_rows, heads, size) for size in (v_dim, k_dim, CHUNK)
-    )
-    scales = torch.empty(rows.num_rows, 3, heads, dtype=torch.float32, device=out.device)
-    pdl = overlaps(out.device)
-    sizes = {
-        "K_HEADS": shape.num_k_heads, "HEADS": heads, "K_DIM": k_dim, "V_DIM": v_dim,
-        "BLOCK_K": _block(k_dim, out.dtype),
-    }  # fmt: skip
-    fixed = {"CHUNK": CHUNK, "PDL": pdl}
-    made, scalars = (values, reads, scores, scales), (k_dim**-0.5, norm_eps)
+    assert states.is_contiguous() and out.is_contiguous(), "states and outputs are contiguous"
+    heads, num_rows, pdl = shape.num_v_heads, rows.num_rows, overlaps(out.device)
+    solving, running = _constants(shape, out.dtype, rows.max_drafts, pdl)
+    made = out.new_empty(num_rows, heads, shape.head_v_dim + shape.head_k_dim + CHUNK)
+    scales = torch.empty(3, heads, num_rows, dtype=torch.float32, device=out.device)
+    inputs, scalars = (rows.qkv, rows.gates, made, scales), (shape.head_k_dim**-0.5, norm_eps)
     launch(
         _solve_kernel, (heads, tables.num_chunks, 1),
-        (rows.qkv, rows.gates, *made, tables.blocks, sequences.cu_seqlens, *scalars),
-        sizes | {"BLOCK_V": _block(v_dim, out.dtype)} | fixed, num_warps=4, launch_pdl=pdl,
+        (*inputs, tables.blocks, sequences.cu_seqlens, *scalars, num_rows), solving,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
-    block = 64 if heads * v_dim >= 64 * MIN_PROGRAMS else 32  # columns of a head's state
-    block = min(_block(v_dim, out.dtype), block)
     arguments = (
-        rows.qkv, rows.gates, *made, states, out,
-        tables.chunked, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
-        drafts and drafts.num_accepted, tracks and tracks.slots, tracks and tracks.rows,
-        *scalars, rows.num_rows,
+        *inputs, states, out, tables.chunked, sequences.cu_seqlens, sequences.slots,
+        sequences.is_fresh, drafts and drafts.num_accepted, tracks and tracks.slots,
+        tracks and tracks.rows, *scalars, num_rows,
     )  # fmt: skip
+    programs = -(-shape.head_v_dim // running["BLOCK_V"]) * heads
     launch(
-        _state_kernel, (triton.cdiv(v_dim, block) * heads, len(tables.chunked), 1), arguments,
-        {"MAX_DRAFTS": rows.max_drafts} | sizes | {"BLOCK_V": block} | fixed,
-        num_warps=4, num_stages=2, launch_pdl=pdl,
+        _state_kernel, (programs, tables.chunked.shape[0], 1), arguments, running,
+        num_warps=4, num_stages=_num_stages(running, out.dtype), launch_pdl=pdl,
     )  # fmt: skip
+
+
+@cache
+def _constants(
+    shape: HeadShape, dtype: torch.dtype, max_drafts: int, pdl: bool
+) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """Return the sizes of the two kernels."""
+    heads, k_dim, v_dim = shape.num_v_heads, shape.head_k_dim, shape.head_v_dim
+    sizes = {
+        "K_HEADS": shape.num_k_heads, "HEADS": heads, "K_DIM": k_dim, "V_DIM": v_dim,
+        "BLOCK_K": _block(k_dim, dtype),
+    }  # fmt: skip
+    widest, fixed = _block(v_dim, dtype), {"CHUNK": CHUNK, "PDL": pdl}
+    block = 64 if heads * v_dim >= 64 * MIN_PROGRAMS else 32  # columns of a head's state
+    running = {"MAX_DRAFTS": max_drafts, **sizes, "BLOCK_V": min(widest, block), **fixed}
+    return {**sizes, "BLOCK_V": widest, **fixed}, running
+
+
+def _num_stages(sizes: Mapping[str, int], dtype: torch.dtype) -> int:
+    columns = 3 * sizes["BLOCK_K"] + sizes["BLOCK_V"] + CHUNK  # of q, k, W, U and P
+    return 3 if CHUNK * columns * dtype.itemsize <= MAX_STAGE else 2
 
 
 def scratch_bytes(rows: int, shape: HeadShape, size: int) -> int:
@@ -86,16 +101,18 @@ def scratch_bytes(rows: int, shape: HeadShape, size: int) -> int:
 
 def _block(size: int, dtype: torch.dtype) -> int:
     power: int = triton.next_power_of_2(size)
-    return max(64 // dtype.itemsize, power)  # NOTE: on an H200 products of 32 bytes a row are wrong
+    # NOTE: Triton 3.6 miscompiles products of 16 columns of fp16 for SM90: with 16 of k and of v the
+    # values are wrong, with 32 of k and 16 of v addresses are. Float32 needs no more than 16.
+    return max(64 // dtype.itemsize, power)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _solve_kernel(
-    qkv, gates, values, reads, scores, scales, chunks, cu_seqlens, q_scale, eps,
+    qkv, gates, made, scales, chunks, cu_seqlens, q_scale, eps, num_rows,
     K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Compute a chunk's U, W and P, and of each row G, 1 / |k| and exp(G) / |q|."""
+    """Make a chunk's U, W and P, side by side, and of each row G, 1 / |k| and exp(G) / |q|."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -112,16 +129,16 @@ def _solve_kernel(
     q = _head_rows(qkv, row, is_row, head, 0, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
     k = _head_rows(qkv, row, is_row, head, 1, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
     q_norm, k_norm = _norm(q, eps) * q_scale, _norm(k, eps)
-    scale = scales + row * 3 * HEADS + head
+    scale, apart = scales + head.to(tl.int64) * num_rows + row, HEADS * num_rows
     tl.store(scale, total, mask=is_row)
-    tl.store(scale + HEADS, k_norm, mask=is_row)
-    tl.store(scale + 2 * HEADS, q_norm * tl.exp(total), mask=is_row)
+    tl.store(scale + apart, k_norm, mask=is_row)
+    tl.store(scale + 2 * apart, q_norm * tl.exp(total), mask=is_row)
+    into = made + (row[:, None] * HEADS + head) * (V_DIM + K_DIM + CHUNK)
     seen = at[:, None] >= at[None, :]
     decays = tl.exp(tl.where(seen, total[:, None] - total[None, :], 0.0)) * k_norm[None, :]
     decays = tl.where(seen, decays, 0.0)
     score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * decays * q_norm[:, None]
-    into = scores + (row[:, None] * HEADS + head) * CHUNK + at[None, :]
-    tl.store(into, score.to(dtype), mask=is_row[:, None])
+    tl.store(into + V_DIM + K_DIM + at[None, :], score.to(dtype), mask=is_row[:, None])
     system = tl.dot(k, tl.trans(k), input_precision="tf32x3") * decays
     system *= (beta * k_norm)[:, None]
     system = tl.where(at[:, None] > at[None, :], system, 0.0)
@@ -129,19 +146,17 @@ def _solve_kernel(
     is_k = is_row[:, None] & (k_at < K_DIM)[None, :]
     w = (k * (beta * k_norm * tl.exp(total))[:, None]).to(dtype)
     w = tl.dot(solved, w, input_precision="tf32x3")
-    into = reads + (row[:, None] * HEADS + head) * K_DIM + k_at[None, :]
-    tl.store(into, w.to(dtype), mask=is_k)
+    tl.store(into + V_DIM + k_at[None, :], w.to(dtype), mask=is_k)
     is_v = is_row[:, None] & (v_at < V_DIM)[None, :]
     v = qkv + row[:, None] * (2 * K_HEADS * K_DIM + HEADS * V_DIM) + 2 * K_HEADS * K_DIM
     v = tl.load(v + head * V_DIM + v_at[None, :], mask=is_v, other=0.0)
     u = tl.dot(solved, (v * beta[:, None]).to(dtype), input_precision="tf32x3")
-    into = values + (row[:, None] * HEADS + head) * V_DIM + v_at[None, :]
-    tl.store(into, u.to(dtype), mask=is_v)
+    tl.store(into + v_at[None, :], u.to(dtype), mask=is_v)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _state_kernel(
-    qkv, gates, values, reads, scores, scales, states, out, chunked, cu_seqlens, slots, is_fresh,
+    qkv, gates, made, scales, states, out, chunked, cu_seqlens, slots, is_fresh,
     num_accepted, track_slots, track_rows, q_scale, eps, num_rows, MAX_DRAFTS: tl.constexpr,
     K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
@@ -178,7 +193,7 @@ def _state_kernel(
             is_left = (k_at < tl.where(first == tracked, K_DIM, 0))[:, None] & is_v
             tl.store(track_own, state.to(states.dtype.element_ty), mask=is_left)
         state = _after_chunk(
-            state, qkv, values, reads, scores, scales, out, first, end, head, v_at,
+            state, qkv, made, scales, out, first, end, head, v_at, num_rows,
             K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K, CHUNK,
         )  # fmt: skip
     is_kept = (k_at < tl.where(slot != 0, K_DIM, 0))[:, None] & is_v
@@ -201,7 +216,7 @@ def _after_drafts(
 
 @triton.jit
 def _after_chunk(
-    state, qkv, values, reads, scores, scales, out, first, end, head, v_at,
+    state, qkv, made, scales, out, first, end, head, v_at, num_rows,
     K_HEADS: tl.constexpr, HEADS: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -212,24 +227,24 @@ def _after_chunk(
     row = (first + at).to(tl.int64)
     is_row = first + at < end
     rows_in = is_row[:, None]
-    scale = scales + row * 3 * HEADS + head
-    total = tl.load(scale, mask=is_row, other=0.0)
-    k_norm = tl.load(scale + HEADS, mask=is_row, other=0.0)
-    q_decay = tl.load(scale + 2 * HEADS, mask=is_row, other=0.0)
-    last_row = (tl.minimum(first + CHUNK, end) - 1).to(tl.int64)
-    last = tl.load(scales + last_row * 3 * HEADS + head)
+    of_head, apart = scales + head.to(tl.int64) * num_rows, HEADS * num_rows
+    total = tl.load(of_head + row, mask=is_row, other=0.0)
+    k_norm = tl.load(of_head + apart + row, mask=is_row, other=0.0)
+    q_decay = tl.load(of_head + 2 * apart + row, mask=is_row, other=0.0)
+    last = tl.load(of_head + tl.minimum(first + CHUNK, end) - 1)
     q = _head_rows(qkv, row, is_row, head, 0, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
     k = _head_rows(qkv, row, is_row, head, 1, K_HEADS, HEADS, K_DIM, V_DIM, BLOCK_K)
-    columns = row[:, None] * HEADS + head
-    w = reads + columns * K_DIM + k_at[None, :]
-    w = tl.load(w, mask=rows_in & (k_at < K_DIM)[None, :], other=0.0)
-    u = tl.load(values + columns * V_DIM + v_at[None, :], mask=rows_in & is_v, other=0.0)
-    score = tl.load(scores + columns * CHUNK + at[None, :], mask=rows_in, other=0.0)
+    heads = row[:, None] * HEADS + head
+    own = made + heads * (V_DIM + K_DIM + CHUNK)
+    w_in = rows_in & (k_at < K_DIM)[None, :]
+    w = tl.load(own + V_DIM + k_at[None, :], mask=w_in, other=0.0)
+    u = tl.load(own + v_at[None, :], mask=rows_in & is_v, other=0.0)
+    score = tl.load(own + V_DIM + K_DIM + at[None, :], mask=rows_in, other=0.0)
     before = state.to(dtype)
     change = u.to(tl.float32) - tl.dot(w, before, input_precision="tf32x3")
     result = tl.dot(q, before, input_precision="tf32x3") * q_decay[:, None]
     result += tl.dot(score, change.to(dtype), input_precision="tf32x3")
-    into = out + columns * V_DIM + v_at[None, :]
+    into = out + heads * V_DIM + v_at[None, :]
     tl.store(into, result.to(dtype), mask=rows_in & is_v)
     change *= (k_norm * tl.exp(tl.where(is_row, last - total, 0.0)))[:, None]
     state *= tl.exp(last)

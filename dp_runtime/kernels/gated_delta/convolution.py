@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ from dp_runtime.kernels.triton_launch import (
 )
 
 CHANNELS_AT_ONCE = 512  # with 16 bytes of each load to a thread
-ROWS_AT_ONCE = 8  # of a chunk; decodes and verifications take all of theirs at once
+CHUNK_ROWS, DRAFT_ROWS = 4, 2  # that a program takes at once: of a prompt, of a verification
 GATE_ROWS = tl.constexpr(8)
 
 
@@ -36,22 +39,22 @@ def convolve(
     A window holds the width - 1 inputs before this pass's drafts, and those of the drafts. Sums
     and SiLU are float32 and rounded once to qkv's dtype.
     """
-    (rows, channels), heads, device = qkv.shape, len(decay), qkv.device
-    width, columns = len(weight), windows.shape[1]
-    max_drafts = columns - (width - 1)
+    (rows, channels), heads, device = qkv.shape, decay.shape[0], qkv.device
+    width = weight.shape[0]
+    max_drafts = windows.shape[1] - (width - 1)
     assert qkv.stride(1) == ba.stride(1) == 1, "a row is in one piece"
     assert windows.dtype == qkv.dtype, "windows keep the rows as they came"
-    together = [x for x in (weight, windows, draft_gates) if x is not None]
-    assert all(x.is_contiguous() for x in together), "weights, windows and gates are contiguous"
+    assert weight.is_contiguous() and windows.is_contiguous(), "weights, windows are contiguous"
+    assert draft_gates is None or draft_gates.is_contiguous(), "gates of drafts are contiguous"
     drafts, tracks, tables = sequences.drafts, sequences.tracks, sequences.row_blocks
     has_room = (draft_gates is not None) == (max_drafts > 0) == (drafts is not None)
     assert has_room, "a slot has room for drafts if there may be some, and only then"
     total = rows + sequences.batch_size * max_drafts
     out = torch.empty(total, channels, dtype=qkv.dtype, device=device)
     gates = torch.empty(total, 2, heads, dtype=torch.float32, device=device)
-    at_once = ROWS_AT_ONCE if tables.num_chunks else min(ROWS_AT_ONCE, _power(1 + 2 * max_drafts))
-    pdl = overlaps(device)
-    if len(tables.blocks):
+    at_once = CHUNK_ROWS if tables.num_chunks else DRAFT_ROWS if max_drafts else 1
+    num_blocks, pdl = tables.blocks.shape[0], overlaps(device)
+    if num_blocks:
         arguments = (
             qkv, ba, weight, decay, dt_bias, windows, draft_gates, out, gates,
             tables.blocks, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
@@ -59,15 +62,22 @@ def convolve(
             tracks and tracks.slots, tracks and tracks.rows,
             qkv.stride(0), ba.stride(0), rows,
         )  # fmt: skip
-        constants = {
-            "CHANNELS": channels, "WIDTH": width, "MAX_DRAFTS": max_drafts, "HEADS": heads,
-            "BLOCK": CHUNK, "ROWS": at_once, "BLOCK_CHANNELS": CHANNELS_AT_ONCE,
-            "BLOCK_HEADS": _power(heads), "BLOCK_COLUMNS": _power(columns),
-            "BLOCK_DRAFTS": _power(max(max_drafts, 1)), "PDL": pdl,
-        }  # fmt: skip
-        grid = (triton.cdiv(channels, CHANNELS_AT_ONCE) + 1, len(tables.blocks), 1)
+        constants = _constants(channels, width, max_drafts, heads, at_once, pdl)
+        grid = (-(-channels // CHANNELS_AT_ONCE) + 1, num_blocks, 1)
         launch(_convolve_kernel, grid, arguments, constants, num_warps=2, launch_pdl=pdl)
     return DeltaRows(out, gates, rows, max_drafts)
+
+
+@cache
+def _constants(
+    channels: int, width: int, max_drafts: int, heads: int, rows: int, pdl: bool
+) -> Mapping[str, int]:
+    return {
+        "CHANNELS": channels, "WIDTH": width, "MAX_DRAFTS": max_drafts, "HEADS": heads,
+        "BLOCK": CHUNK, "ROWS": rows, "BLOCK_CHANNELS": CHANNELS_AT_ONCE,
+        "BLOCK_HEADS": _power(heads), "BLOCK_COLUMNS": _power(width - 1 + max_drafts),
+        "BLOCK_DRAFTS": _power(max(max_drafts, 1)), "PDL": pdl,
+    }  # fmt: skip
 
 
 def _power(size: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -34,16 +37,20 @@ def gated_rms_norm(
     assert out.shape == (rows, heads * dim), f"outputs of {tuple(out.shape)} for {rows} rows"
     if rows:
         pdl = overlaps(x.device)
-        constants = {
-            "NUM_HEADS": heads, "HEADS": HEADS_AT_ONCE, "DIM": dim,
-            "BLOCK": triton.next_power_of_2(dim), "PDL": pdl,
-        }  # fmt: skip
-        grid, arguments = (rows, triton.cdiv(heads, HEADS_AT_ONCE), 1), (x, z, weight, out)
         launch(
-            _gated_rms_norm_kernel, grid, (*arguments, z.stride(0), eps), constants,
+            _gated_rms_norm_kernel, (rows, -(-heads // HEADS_AT_ONCE), 1),
+            (x, z, weight, out, z.stride(0), eps), _constants(heads, dim, pdl),
             num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return out
+
+
+@cache
+def _constants(heads: int, dim: int, pdl: bool) -> Mapping[str, int]:
+    return {
+        "NUM_HEADS": heads, "HEADS": HEADS_AT_ONCE, "DIM": dim,
+        "BLOCK": triton.next_power_of_2(dim), "PDL": pdl,
+    }  # fmt: skip
 
 
 @triton.jit

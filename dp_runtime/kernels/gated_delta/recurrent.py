@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +18,7 @@ from dp_runtime.kernels.triton_launch import (
     overlaps,
 )
 
-COLUMNS_AT_ONCE = 16  # of a head's state, in a program of one warp, which waits for no other
+COLUMNS_AT_ONCE = 32  # of a head's state, in a program of one warp, which waits for no other
 
 
 def step_rows(
@@ -31,25 +34,30 @@ def step_rows(
     Each state is read once and written once, as it is before this pass's drafts. Rows give the
     same bits in whatever number they come.
     """
-    assert all(x.is_contiguous() for x in (states, out)), "states and outputs are contiguous"
     drafts, stepped = sequences.drafts, sequences.row_blocks.stepped
-    if not len(stepped):
+    if not stepped.shape[0]:
         return
-    k_dim, v_dim, pdl = shape.head_k_dim, shape.head_v_dim, overlaps(out.device)
-    block = min(COLUMNS_AT_ONCE, triton.next_power_of_2(v_dim))
+    assert states.is_contiguous() and out.is_contiguous(), "states and outputs are contiguous"
+    pdl = overlaps(out.device)
+    constants = _constants(shape, rows.max_drafts, pdl)
     arguments = (
         rows.qkv, rows.gates, states, out,
         stepped, sequences.cu_seqlens, sequences.slots, sequences.is_fresh,
         drafts and drafts.num_drafts, drafts and drafts.num_accepted,
-        k_dim**-0.5, norm_eps, rows.num_rows,
+        shape.head_k_dim**-0.5, norm_eps, rows.num_rows,
     )  # fmt: skip
-    constants = {
-        "K_HEADS": shape.num_k_heads, "HEADS": shape.num_v_heads, "K_DIM": k_dim, "V_DIM": v_dim,
-        "MAX_DRAFTS": rows.max_drafts, "BLOCK_K": triton.next_power_of_2(k_dim),
-        "BLOCK_V": block, "PDL": pdl,
-    }  # fmt: skip
-    grid = (triton.cdiv(v_dim, block), shape.num_v_heads, len(stepped))
+    grid = (-(-shape.head_v_dim // constants["BLOCK_V"]), shape.num_v_heads, stepped.shape[0])
     launch(_step_kernel, grid, arguments, constants, num_warps=1, launch_pdl=pdl)
+
+
+@cache
+def _constants(shape: HeadShape, max_drafts: int, pdl: bool) -> Mapping[str, int]:
+    k_dim, v_dim = shape.head_k_dim, shape.head_v_dim
+    return {
+        "K_HEADS": shape.num_k_heads, "HEADS": shape.num_v_heads, "K_DIM": k_dim, "V_DIM": v_dim,
+        "MAX_DRAFTS": max_drafts, "BLOCK_K": triton.next_power_of_2(k_dim),
+        "BLOCK_V": min(COLUMNS_AT_ONCE, triton.next_power_of_2(v_dim)), "PDL": pdl,
+    }  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -130,7 +130,7 @@ def test_no_pass_of_gated_delta_nets_wants_another_kernel(
             monkeypatch.setattr(f"dp_runtime.kernels.{module}.{name}", found[-1])
     delta_net_jit_module(SMALL, max_drafts, HALF, CPU).build()
     before = [set(kernel.compiled) for kernel in found]
-    assert [len(kinds) for kinds in before] == [2 if max_drafts else 4, 1, 1, 2, 1, 1]
+    assert [len(kinds) for kinds in before] == [4, 1, 1, 2, 1, 1]
     layer = replace(net(SMALL, 9, HALF, max_drafts), in_kernels=True)
     for lengths in ([700, 1, 65, 4], [3] * 8, [9], [1]):
         none = [0] * len(lengths)
