@@ -4,7 +4,6 @@
 
 Processes compile the candidates at once; fla-core's chunks, where installed, run beside them (on
 the last GPU). The first candidate of a kernel is what the others' results are compared with.
-Ends with the products of 16 columns in 16-bit types, which some compilers get wrong.
 """
 
 from __future__ import annotations
@@ -161,7 +160,6 @@ def time_all(begin: float) -> None:
         count = max(2, min(8, 256 // requests))  # data sets: the L2 holds none of them
         layers = [Layer.make(SHAPE, [1 + drafts] * requests, drafts, False) for _ in range(count)]
         time_tiles(layers, DRAFTS if drafts else DECODES, begin)
-    products_of_16_columns()
     if fla is not None:
         _wait(fla, begin + END_S)
     print(f"ended after {monotonic() - begin:.0f} s", flush=True)
@@ -212,54 +210,6 @@ def _results(layer: Layer) -> list[Tensor]:
 
 def _apart(found: Tensor, due: Tensor) -> float:
     return float((found - due).abs().max() / due.abs().max())
-
-
-def products_of_16_columns() -> None:
-    """Compare each chunk kernel's results in 16 bits with those in float32, by its block sizes."""
-    shape = HeadShape(1, 2, 16, 16)
-    for dtype in (torch.float16, torch.bfloat16):
-        for k_block, v_block in ((16, 16), (32, 16), (16, 32), (32, 32)):
-            torch.manual_seed(2)
-            try:
-                words = _compare(shape, dtype, {"BLOCK_K": k_block, "BLOCK_V": v_block})
-            except Exception as error:
-                words = f"{type(error).__name__} {str(error)[:200]}"
-            print(f"{dtype}, blocks of {k_block} and {v_block} columns: {words}", flush=True)
-
-
-def _compare(shape: HeadShape, dtype: torch.dtype, blocks: dict[str, int]) -> str:
-    layer = Layer.make(shape, [70], 0, fresh=True)
-    qkv = layer.qkv.to(dtype)
-    gates = torch.stack((-torch.rand(70, 2), torch.rand(70, 2)), 1).to(CUDA)
-    due, found = list[Tensor](), dict[str, float]()
-
-    def recording(kernel: Any, grid: Any, arguments: Any, constants: Any, **options: Any) -> None:
-        wide = {"BLOCK_K": 32, "BLOCK_V": 32} if not found_now else blocks
-        launch(kernel, (2, *grid[1:]), arguments, constants | wide, **options)
-        if kernel.__name__ == "_solve_kernel":
-            made = arguments[2:5]
-            if not found_now:
-                due.extend(made)
-                return
-            for name, mine, right in zip(("values", "reads", "scores"), made, due):
-                found[name] = _apart(mine.float().nan_to_num(9e9), right)
-                mine.copy_(right)  # so that the next kernel is judged by itself
-
-    def rows_of(x: Tensor) -> Tensor:
-        rows = DeltaRows(x, gates, 70, 0)
-        out = torch.zeros(70, 2, 16, dtype=x.dtype, device=CUDA)
-        chunked.run_chunks(rows, shape, layer.states, out, layer.sequences, EPS)
-        return out.float()
-
-    module: Any = chunked
-    module.launch, found_now = recording, False
-    try:
-        right = rows_of(qkv.float())
-        found_now = True
-        found["outputs"] = _apart(rows_of(qkv).nan_to_num(9e9), right)
-    finally:
-        module.launch = launch
-    return ", ".join(f"{name} {apart:.1e}" for name, apart in found.items())
 
 
 def _start(arguments: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

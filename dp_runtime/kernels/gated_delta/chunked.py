@@ -142,15 +142,17 @@ def _solve_kernel(
     system = tl.dot(k, tl.trans(k), input_precision="tf32x3") * decays
     system *= (beta * k_norm)[:, None]
     system = tl.where(at[:, None] > at[None, :], system, 0.0)
-    solved = inverse(system, CHUNK).to(dtype)
+    # What bf16 will round may come of tf32 products, which are a third of those of float32.
+    precision: tl.constexpr = "tf32" if dtype == tl.bfloat16 else "tf32x3"
+    solved = inverse(system, CHUNK, precision) * beta[None, :]
     is_k = is_row[:, None] & (k_at < K_DIM)[None, :]
-    w = (k * (beta * k_norm * tl.exp(total))[:, None]).to(dtype)
-    w = tl.dot(solved, w, input_precision="tf32x3")
+    of_k = (solved * (k_norm * tl.exp(total))[None, :]).to(dtype)
+    w = tl.dot(of_k, k, input_precision="tf32x3")
     tl.store(into + V_DIM + k_at[None, :], w.to(dtype), mask=is_k)
     is_v = is_row[:, None] & (v_at < V_DIM)[None, :]
     v = qkv + row[:, None] * (2 * K_HEADS * K_DIM + HEADS * V_DIM) + 2 * K_HEADS * K_DIM
     v = tl.load(v + head * V_DIM + v_at[None, :], mask=is_v, other=0.0)
-    u = tl.dot(solved, (v * beta[:, None]).to(dtype), input_precision="tf32x3")
+    u = tl.dot(solved.to(dtype), v, input_precision="tf32x3")
     tl.store(into + v_at[None, :], u.to(dtype), mask=is_v)
 
 

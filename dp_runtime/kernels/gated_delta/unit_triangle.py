@@ -9,33 +9,40 @@ BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def inverse(lower, SIZE: tl.constexpr):
+def inverse(lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """Invert 1 + lower, [SIZE, SIZE] float32 and zero but below its diagonal; SIZE is 64.
 
-    NOTE: powers of `lower` grow like binomials where keys repeat, so that a series of the whole
-    loses all digits. Blocks of 16 on the diagonal are solved row by row; the series over what is
-    left, 4 blocks wide, ends after its third power.
+    Where X inverts the blocks of one size on the diagonal, and C holds what lies between two of
+    them, X - X C X inverts blocks of twice that size: X C twice is nothing. All of these are parts
+    of the result, so that nothing grows on the way (powers of `lower` grow like binomials where
+    keys repeat). Blocks of up to BLOCK are multiplied alone, larger ones as the whole.
     """
     tl.static_assert(SIZE == 4 * BLOCK)
     at = tl.arange(0, SIZE)
     is_same = at[:, None] // BLOCK == at[None, :] // BLOCK
     blocks = tl.reshape(tl.where(is_same, lower, 0.0), [4, BLOCK, 4, BLOCK])
-    solved = _solve(tl.sum(blocks, 2))  # [block, row, column]
-    own = tl.reshape(tl.broadcast_to(solved[:, :, None, :], [4, BLOCK, 4, BLOCK]), [SIZE, SIZE])
-    own = tl.where(is_same, own, 0.0)
-    rest = tl.dot(own, tl.where(is_same, 0.0, lower), input_precision="tf32x3")
-    square = tl.dot(rest, rest, input_precision="tf32x3")
-    own += tl.dot(square, own, input_precision="tf32x3")
-    return own - tl.dot(rest, own, input_precision="tf32x3")
+    solved = _invert_blocks(tl.sum(blocks, 2), PRECISION)  # [block, row, column]
+    whole = tl.broadcast_to(solved[:, :, None, :], [4, BLOCK, 4, BLOCK])
+    whole = tl.where(is_same, tl.reshape(whole, [SIZE, SIZE]), 0.0)
+    row, column = at[:, None], at[None, :]
+    whole = _join(whole, lower, row, column, BLOCK, PRECISION)
+    return _join(whole, lower, row, column, 2 * BLOCK, PRECISION)
 
 
 @triton.jit
-def _solve(lower):
-    """Invert 1 + lower for each block [4, 16, 16] by forward substitution."""
+def _invert_blocks(lower, PRECISION: tl.constexpr):
+    """Invert 1 + lower for each block [4, 16, 16]."""
     row, column = tl.arange(0, BLOCK)[None, :, None], tl.arange(0, BLOCK)[None, None, :]
-    solved = tl.where(row == column, 1.0, 0.0) + lower * 0.0
-    for i in range(1, BLOCK):
-        factors = tl.sum(tl.where(row == i, lower, 0.0), 1)  # [4, 16], of the rows before
-        change = tl.sum(factors[:, :, None] * solved, 1)
-        solved -= tl.where(row == i, change[:, None, :], 0.0)
-    return solved
+    solved = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, lower, 0.0)
+    solved = _join(solved, lower, row, column, 2, PRECISION)
+    solved = _join(solved, lower, row, column, 4, PRECISION)
+    return _join(solved, lower, row, column, 8, PRECISION)
+
+
+@triton.jit
+def _join(solved, lower, row, column, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """Take inverses of the blocks of SIZE on the diagonal to those of twice that size."""
+    is_between = (row // (2 * SIZE) == column // (2 * SIZE)) & (row // SIZE != column // SIZE)
+    between = tl.where(is_between, lower, 0.0)
+    read = tl.dot(solved, between, input_precision=PRECISION)
+    return solved - tl.dot(read, solved, input_precision=PRECISION)
