@@ -46,7 +46,7 @@ def launch(
         elif isinstance(argument, int):
             kind.append(_kind(argument))
         else:
-            kind.append(type(argument))
+            kind.append(type(argument).__name__)
         plain.append(value)
     compiled = _compiled.get(tuple(kind))
     if compiled is not None:

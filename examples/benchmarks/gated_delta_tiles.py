@@ -1,36 +1,37 @@
 """Candidate tiles of the gated delta kernels: each one's time and how its results differ.
 
-    python -m examples.benchmarks.gated_delta_tiles            # about 90 s on one GPU
+    python -m examples.benchmarks.gated_delta_tiles            # about 60 s on one GPU
+    python -m examples.benchmarks.gated_delta_tiles --fla      # fla-core's chunks alone, on another
 
-Processes compile the candidates at once; fla-core's chunks, where installed, run beside them (on
-the last GPU). The first candidate of a kernel is what the others' results are compared with.
+Processes compile the candidates at once, or one configuration of each of fla-core's kernels. The
+first candidate of a kernel is in use, and what the others' results are compared with.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from dp_runtime.kernels.gated_delta import chunked, convolution, gated_norm, recurrent
-from dp_runtime.kernels.gated_delta.rows import DeltaRows, HeadShape
+from dp_runtime.kernels.gated_delta.rows import HeadShape
 from dp_runtime.kernels.triton_launch import launch
-from examples.benchmarks.gated_delta import CUDA, EPS, Layer, call_one, fla_call, host_us
+from examples.benchmarks.gated_delta import Layer, call_one, fla_call, host_us
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, read_rate
+from examples.benchmarks.harness.kernel_profile import Profile
 
 SHAPE = HeadShape(16, 64, 128, 128)
-WORKERS, FLA_DEADLINE_S, END_S = 14, 55, 88
+WORKERS, FLA_CONFIGS, END_S, PROFILED = 14, 24, 58, 5
 MODULES = {"_step_kernel": recurrent, "_convolve_kernel": convolution, "_solve_kernel": chunked}
 MODULES |= {"_state_kernel": chunked, "_gated_rms_norm_kernel": gated_norm}
 CALLS = {"_step_kernel": "delta rule", "_convolve_kernel": "convolution"}
@@ -80,11 +81,15 @@ class Tiles:
 
 
 def _steps() -> list[Tiles]:
-    sizes = ((16, 1, 0), (16, 1, 128), (32, 1, 0), (32, 2, 0), (32, 2, 128), (8, 1, 0), (64, 4, 0))
+    sizes = ((32, 1, 0), (32, 1, 168), (16, 1, 0), (32, 2, 0))
     return [
-        Tiles("_step_kernel", {"BLOCK_V": v}, {"num_warps": n} | ({"maxnreg": r} if r else {}))
-        for v, n, r in sizes
+        Tiles("_step_kernel", {"BLOCK_V": v}, _options(num_warps, registers))
+        for v, num_warps, registers in sizes
     ]
+
+
+def _options(num_warps: int, registers: int) -> dict[str, int]:
+    return {"num_warps": num_warps} | ({"maxnreg": registers} if registers else {})
 
 
 def _convolutions(*sizes: tuple[int, int, int]) -> list[Tiles]:
@@ -95,17 +100,18 @@ def _convolutions(*sizes: tuple[int, int, int]) -> list[Tiles]:
 
 
 def _chunks() -> list[Tiles]:
-    states = ((64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 4, 1), (32, 4, 2), (32, 4, 1))
-    solves = [Tiles("_solve_kernel", {}, {"num_warps": n}) for n in (4, 8)]
+    states = ((64, 4, 3), (64, 4, 2), (32, 4, 3))
+    limits = (4, 0), (4, 168), (4, 128), (8, 128)
+    solves = [Tiles("_solve_kernel", {}, _options(*limit)) for limit in limits]
     return solves + [
         Tiles("_state_kernel", {"BLOCK_V": v}, {"num_warps": n, "num_stages": s})
         for v, n, s in states
     ]
 
 
-DECODES = _steps() + _convolutions((1, 512, 2), (1, 256, 1), (1, 1024, 4), (2, 512, 2))
-DRAFTS = _steps() + _convolutions((8, 512, 2), (4, 512, 2), (8, 256, 2), (4, 1024, 4), (2, 512, 2))
-LONG = (8, 512, 2), (4, 512, 2), (4, 1024, 4), (4, 256, 1), (16, 256, 2), (8, 1024, 8)
+DECODES = _steps() + _convolutions((1, 512, 2), (1, 512, 1))
+DRAFTS = _steps() + _convolutions((2, 512, 2), (8, 256, 2), (2, 256, 1))
+LONG = (4, 512, 2), (4, 1024, 4), (4, 512, 4), (2, 512, 2)
 PROMPTS = _convolutions(*LONG) + _chunks()
 EACH = [(of, 0, False) for of in DECODES] + [(of, 3, False) for of in DRAFTS]
 EACH += [(of, 0, True) for of in PROMPTS]
@@ -115,11 +121,14 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--compile", type=int, help="of the processes, the number of this one")
     parser.add_argument("--fla", action="store_true", help="time fla-core alone")
+    parser.add_argument("--compile-fla", type=int, help="the number of a configuration")
     args = parser.parse_args()
     if args.compile is not None:
         compile_some(args.compile)
+    elif args.compile_fla is not None:
+        compile_fla(args.compile_fla)
     elif args.fla:
-        time_fla()
+        time_fla(monotonic())
     else:
         time_all(monotonic())
 
@@ -135,23 +144,36 @@ def compile_some(number: int) -> None:
             print(f"{tiles}: {type(error).__name__} {str(error)[:200]}", flush=True)
 
 
-def time_fla() -> None:
-    layer = Layer.make(SHAPE, [8192], 0, fresh=True)
-    call = fla_call(layer)
-    print(f"fla-core, a prompt of 8192 rows: {graph_us(call, 2):.1f} us; ", end="")
-    print(f"host {host_us(call):.0f} us", flush=True)
+def compile_fla(number: int) -> None:
+    """Run fla-core's chunks with one configuration of each kernel, which it tunes by itself."""
+    from triton.runtime.autotuner import Autotuner
+
+    tuner: Any = Autotuner
+    prune = tuner.prune_configs
+
+    def prune_to_one(self: Any, *arguments: Any, **named: Any) -> list[Any]:
+        configs = list(prune(self, *arguments, **named))
+        return [configs[number % len(configs)]]
+
+    tuner.prune_configs = prune_to_one
+    fla_call(Layer.make(SHAPE, [100], 0, fresh=True))
+
+
+def time_fla(begin: float) -> None:
+    processes = [_start("--compile-fla", i) for i in range(FLA_CONFIGS)]
+    for process in processes:
+        process.wait()
+    print(f"fla-core is compiled after {monotonic() - begin:.0f} s", flush=True)
+    call = fla_call(Layer.make(SHAPE, [8192], 0, fresh=True))
+    print(f"and tuned after {monotonic() - begin:.0f} s", flush=True)
+    print(f"a prompt of 8192 rows: {graph_us(call, 2):.1f} us, host {host_us(call):.0f} us")
 
 
 def time_all(begin: float) -> None:
-    processes = [_start(["--compile", str(i)]) for i in range(WORKERS)]
-    fla = None
-    if find_spec("fla") is not None:
-        fla = _start(["--fla"], {"CUDA_VISIBLE_DEVICES": str(torch.cuda.device_count() - 1)})
+    processes = [_start("--compile", i) for i in range(WORKERS)]
     for process in processes:
         process.wait()
     print(f"compiled after {monotonic() - begin:.0f} s;", describe_gpu(), flush=True)
-    if fla is not None and torch.cuda.device_count() == 1:
-        _wait(fla, begin + FLA_DEADLINE_S)
     rate = read_rate()
     time_prompt(begin)
     for requests, drafts in ((32, 0), (32, 3), (128, 0), (128, 3), (8, 0), (8, 3)):
@@ -160,8 +182,6 @@ def time_all(begin: float) -> None:
         count = max(2, min(8, 256 // requests))  # data sets: the L2 holds none of them
         layers = [Layer.make(SHAPE, [1 + drafts] * requests, drafts, False) for _ in range(count)]
         time_tiles(layers, DRAFTS if drafts else DECODES, begin)
-    if fla is not None:
-        _wait(fla, begin + END_S)
     print(f"ended after {monotonic() - begin:.0f} s", flush=True)
 
 
@@ -171,6 +191,11 @@ def time_prompt(begin: float) -> None:
     calls = layer.calls()
     for name, call in calls.items():
         print(f"  {name}: {graph_us(call, 2):.1f} us, host {host_us(call):.0f} us", flush=True)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED):
+            calls["all"](0)
+        torch.cuda.synchronize()
+    print(Profile.from_profiler(profiler, PROFILED), flush=True)
     time_tiles([layer], PROMPTS, begin)
 
 
@@ -212,17 +237,9 @@ def _apart(found: Tensor, due: Tensor) -> float:
     return float((found - due).abs().max() / due.abs().max())
 
 
-def _start(arguments: list[str], more: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "examples.benchmarks.gated_delta_tiles", *arguments]
-    return subprocess.Popen(command, env=os.environ | (more or {}))
-
-
-def _wait(process: subprocess.Popen[bytes], until: float) -> None:
-    try:
-        process.wait(max(0.0, until - monotonic()))
-    except subprocess.TimeoutExpired:
-        print("fla-core was not ready in time", flush=True)
-        process.kill()
+def _start(option: str, number: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "examples.benchmarks.gated_delta_tiles", option, str(number)]
+    return subprocess.Popen(command)
 
 
 if __name__ == "__main__":
