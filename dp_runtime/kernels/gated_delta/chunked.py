@@ -50,7 +50,8 @@ def run_chunks(
     tables, drafts, tracks = sequences.row_blocks, sequences.drafts, sequences.tracks
     if not tables.num_chunks:
         return
-    assert states.is_contiguous() and out.is_contiguous(), "states and outputs are contiguous"
+    assert states.is_contiguous(), "states are contiguous"
+    assert out.is_contiguous(), "outputs are contiguous"
     heads, num_rows, pdl = shape.num_v_heads, rows.num_rows, overlaps(out.device)
     solving, running = _constants(shape, out.dtype, rows.max_drafts, pdl)
     made = out.new_empty(num_rows, heads, shape.head_v_dim + shape.head_k_dim + CHUNK)

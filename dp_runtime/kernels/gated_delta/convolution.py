@@ -44,7 +44,8 @@ def convolve(
     max_drafts = windows.shape[1] - (width - 1)
     assert qkv.stride(1) == ba.stride(1) == 1, "a row is in one piece"
     assert windows.dtype == qkv.dtype, "windows keep the rows as they came"
-    assert weight.is_contiguous() and windows.is_contiguous(), "weights, windows are contiguous"
+    assert weight.is_contiguous(), "weights are contiguous"
+    assert windows.is_contiguous(), "windows are contiguous"
     assert draft_gates is None or draft_gates.is_contiguous(), "gates of drafts are contiguous"
     drafts, tracks, tables = sequences.drafts, sequences.tracks, sequences.row_blocks
     has_room = (draft_gates is not None) == (max_drafts > 0) == (drafts is not None)

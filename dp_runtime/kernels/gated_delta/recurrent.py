@@ -37,7 +37,8 @@ def step_rows(
     drafts, stepped = sequences.drafts, sequences.row_blocks.stepped
     if not stepped.shape[0]:
         return
-    assert states.is_contiguous() and out.is_contiguous(), "states and outputs are contiguous"
+    assert states.is_contiguous(), "states are contiguous"
+    assert out.is_contiguous(), "outputs are contiguous"
     pdl = overlaps(out.device)
     constants = _constants(shape, rows.max_drafts, pdl)
     arguments = (
