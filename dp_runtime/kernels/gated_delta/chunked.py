@@ -102,8 +102,8 @@ def scratch_bytes(rows: int, shape: HeadShape, size: int) -> int:
 
 def _block(size: int, dtype: torch.dtype) -> int:
     power: int = triton.next_power_of_2(size)
-    # NOTE: Triton 3.6 miscompiles products of 16 columns of fp16 for SM90: with 16 of k and of v the
-    # values are wrong, with 32 of k and 16 of v addresses are. Float32 needs no more than 16.
+    # NOTE: Triton 3.6 miscompiles products of 16 columns of fp16 for SM90: with 16 of k and of v
+    # the values are wrong, with 32 of k and 16 of v addresses are. Float32 needs no more than 16.
     return max(64 // dtype.itemsize, power)
 
 
