@@ -31,8 +31,7 @@ def launch(
 ) -> None:
     """Launch a Triton kernel, from the second of a kind on without the 30-60 us of its look-up.
 
-    Its first argument is a tensor of the current device. A compiled kernel takes addresses: of a
-    tensor it would ask for the address again, and ask the driver whose that is.
+    A compiled kernel takes addresses: of each tensor it would ask the driver whose it is.
     """
     first = arguments[0]
     assert isinstance(first, Tensor), "a kernel's first argument is a tensor"

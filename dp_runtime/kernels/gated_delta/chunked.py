@@ -78,7 +78,6 @@ def run_chunks(
 def _constants(
     shape: HeadShape, dtype: torch.dtype, max_drafts: int, pdl: bool
 ) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """Return the sizes of the two kernels."""
     heads, k_dim, v_dim = shape.num_v_heads, shape.head_k_dim, shape.head_v_dim
     sizes = {
         "K_HEADS": shape.num_k_heads, "HEADS": heads, "K_DIM": k_dim, "V_DIM": v_dim,

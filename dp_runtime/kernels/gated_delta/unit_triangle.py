@@ -12,10 +12,8 @@ BLOCK = tl.constexpr(16)
 def inverse(lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """Invert 1 + lower, [SIZE, SIZE] float32 and zero but below its diagonal; SIZE is 64.
 
-    Where X inverts the blocks of one size on the diagonal, and C holds what lies between two of
-    them, X - X C X inverts blocks of twice that size: X C twice is nothing. All of these are parts
-    of the result, so that nothing grows on the way (powers of `lower` grow like binomials where
-    keys repeat). Blocks of up to BLOCK are multiplied alone, larger ones as the whole.
+    Where X inverts blocks on the diagonal and C lies between two of them, X - X C X inverts blocks
+    of twice the size. These are parts of the result: nothing grows, as powers of `lower` would.
     """
     tl.static_assert(SIZE == 4 * BLOCK)
     at = tl.arange(0, SIZE)
@@ -31,7 +29,6 @@ def inverse(lower, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _invert_blocks(lower, PRECISION: tl.constexpr):
-    """Invert 1 + lower for each block [4, 16, 16]."""
     row, column = tl.arange(0, BLOCK)[None, :, None], tl.arange(0, BLOCK)[None, None, :]
     solved = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, lower, 0.0)
     solved = _join(solved, lower, row, column, 2, PRECISION)
