@@ -126,11 +126,12 @@ class TritonMoe:
         return routing + max(self._logits_bytes(gathered_rows, router), products)
 
     def _logits_bytes(self, rows: int, router: Router) -> int:
-        from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, parts_shape
+        from dp_runtime.kernels.moe_router import choose_router_tile, parts_shape
 
         num_experts, hidden = router.gate.weight.shape
-        size = 4 if rows <= MAX_SPLIT_ROWS else router.dtype.itemsize
-        return math.prod(parts_shape(rows, hidden, num_experts)) * size
+        tile = choose_router_tile(rows, hidden, num_experts)
+        size = router.dtype.itemsize if tile is None else 4
+        return math.prod(parts_shape(rows, hidden, num_experts, tile)) * size
 
 
 def choose_moe_backend(

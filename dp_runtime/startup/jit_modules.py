@@ -144,7 +144,7 @@ def _build(
 ) -> None:
     """Run the kernels over padding only: they are compiled, and read no expert's weight."""
     from dp_runtime.kernels.experts import run_experts
-    from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, route
+    from dp_runtime.kernels.moe_router import MAX_SPLIT_ROWS, choose_router_tile, route
 
     num_local, inner = shard
     rows = torch.zeros(MAX_SPLIT_ROWS + 1, model.hidden_size, dtype=dtype, device=device)
@@ -152,8 +152,9 @@ def _build(
     row_ranges = torch.zeros(2, dp_size, dtype=torch.int32, device=device)
     top_k, renormalize = model.num_experts_per_tok, model.norm_topk_prob
     kept = None if routing_shape is None else RoutingBuffer(routing_shape, 1, 0, device).layer(0)
-    route(rows, router, row_ranges, top_k, renormalize, 0, num_local, kept)
-    routing = route(rows[:1], router, row_ranges, top_k, renormalize, 0, num_local, kept)
+    sizes = {choose_router_tile(n, *router.shape[::-1]): n for n in range(len(rows), 0, -1)}
+    for n in sizes.values():  # the last: 1 row
+        routing = route(rows[:n], router, row_ranges, top_k, renormalize, 0, num_local, kept)
     for fp8, tiles in tilings:
         weight = rows.new_empty(1, dtype=E4M3 if fp8 else dtype)
         gate_up = weight.expand(num_local, 2 * inner, model.hidden_size)

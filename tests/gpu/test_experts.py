@@ -109,13 +109,16 @@ def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool, regroup: boo
     assert error <= 1e-2 * due.norm()
 
 
-@pytest.mark.parametrize("gathered", [4, 128, 512, 3000])
-def test_the_best_experts_are_chosen(gathered: int) -> None:
-    stage = Stage("tp4")
+@pytest.mark.parametrize("num_experts", [128, 256, 512])
+@pytest.mark.parametrize("gathered", [4, 16, 30, 128, 250, 512, 3000])
+def test_the_best_experts_are_chosen(gathered: int, num_experts: int) -> None:
+    torch.manual_seed(0)
     rows, real = poisoned(gathered, gathered, gathered)
     assert real.all()
-    routing = stage.route(rows, layout_of(gathered, gathered, gathered))
-    logits = rows.float() @ stage.router.float().T
+    router = torch.randn(num_experts, HIDDEN, device="cuda").bfloat16() * 0.05
+    row_ranges = layout_of(gathered, gathered, gathered)
+    routing = route(rows, router, row_ranges, TOP_K, True, 0, num_experts)
+    logits = rows.float() @ router.float().T
     ids = routing.local_ids.long()
     chosen = logits.gather(1, ids)
     left = logits.scatter(1, ids, float("-inf")).max(1).values

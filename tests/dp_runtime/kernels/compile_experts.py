@@ -1,4 +1,4 @@
-"""Compiles kernels for an SM90, which takes no GPU: of experts, and of attention by shares.
+"""Compiles kernels for an SM90, which takes no GPU: of experts, routing, attention by shares.
 
     TRITON_INTERPRET=0 python -m tests.dp_runtime.kernels.compile_experts
 
@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels import experts, split_attention
+from dp_runtime.kernels import experts, moe_router, split_attention
 from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
@@ -54,8 +54,22 @@ def compile_attention() -> None:
                 split_attention.split_attention(*own, torch.empty_like(q), tile)
 
 
+def compile_routing() -> None:
+    instead: dict[str, Any] = {"overlaps": lambda device: True}
+    for name in ("_product_kernel", "_route_kernel"):
+        instead[name] = Compiled(getattr(moe_router, name))
+    ranges = torch.zeros(2, 4, dtype=torch.int32)
+    with patch.multiple(moe_router, **instead):
+        for hidden, num_experts, top_k in ((2048, 128, 8), (4096, 512, 10)):
+            router = torch.zeros(num_experts, hidden, dtype=torch.bfloat16)
+            for n in (16, 64, 256, 512):
+                rows = torch.zeros(n, hidden, dtype=torch.bfloat16)
+                moe_router.route(rows, router, ranges, top_k, True, 0, num_experts // 4)
+
+
 def main() -> None:
     compile_attention()
+    compile_routing()
     rows = torch.zeros(4, HIDDEN, dtype=torch.bfloat16)
     routing = Routing(
         weights=torch.zeros(4, TOP_K),

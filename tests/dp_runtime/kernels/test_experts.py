@@ -17,7 +17,7 @@ from dp_runtime.core.request import RoutingShape
 from dp_runtime.kernels import moe_router as triton_router
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts, sum_pairs
-from dp_runtime.kernels.moe_router import Routing, route
+from dp_runtime.kernels.moe_router import RouterTile, Routing, logits_in_parts, route
 from dp_runtime.layers.experts import fused_experts
 from dp_runtime.layers.routing_buffer import RoutingBuffer
 from dp_runtime.weights.fp8_blocks import ExpertScales, dequantize
@@ -124,6 +124,30 @@ def test_the_product_is_the_routers(
     assert torch.equal(routing.local_ids[~near], due[~near])
     weight = torch.where(ours, weights, 0.0)[~near]
     torch.testing.assert_close(routing.weights[~near], weight, atol=5e-3, rtol=5e-3)
+    check_pairs(routing)
+
+
+@pytest.mark.parametrize("tile", [RouterTile(16, 128), RouterTile(64, 256), RouterTile(16, 512)])
+def test_parts_of_the_product_sum_up(tile: RouterTile) -> None:
+    """More experts than a program has, and columns that end within a part."""
+    torch.manual_seed(7)
+    router, x, counts = draw(200, 456), draw(70, 456), torch.ones(5, device=DEVICE).int()
+    parts = logits_in_parts(x, router, counts, tile)
+    assert len(parts) == -(-456 // tile.split)
+    due = x.double() @ router.double().T
+    torch.testing.assert_close(parts.double().sum(0), due, atol=1e-4, rtol=0.0)
+    assert not counts.any()
+
+
+def test_equal_probabilities_are_taken_in_the_order_of_experts() -> None:
+    """Equal logits, logits so low that their probability is 0, and none that is a number."""
+    logits = torch.arange(200.0, device=DEVICE).repeat(4, 1) / 100
+    logits[0, [70, 150, 9]] = 5.0
+    logits[1, 120] = 400.0
+    logits[2, 3] = float("nan")
+    routing = routed(logits, row_ranges([0], [4]), 4, False, 0, 200)
+    due = [[9, 70, 150, 199], [120, 0, 1, 2], [0, 1, 2, 3], [199, 198, 197, 196]]
+    assert routing.local_ids.tolist() == due
     check_pairs(routing)
 
 
