@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class GatedDeltaNetShape:
     norm_eps: float
     state_dtype: torch.dtype
 
-    @property
+    @cached_property
     def heads(self) -> HeadShape:
         return HeadShape(self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim)
 
@@ -43,11 +44,11 @@ class GatedDeltaNetShape:
     def k_size(self) -> int:
         return self.num_k_heads * self.head_k_dim
 
-    @property
+    @cached_property
     def v_size(self) -> int:
         return self.num_v_heads * self.head_v_dim
 
-    @property
+    @cached_property
     def channels(self) -> int:  # of q, k and v, which the convolution mixes in time
         return self.heads.channels
 
