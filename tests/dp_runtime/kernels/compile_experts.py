@@ -62,7 +62,7 @@ def compile_routing() -> None:
     with patch.multiple(moe_router, **instead):
         for hidden, num_experts, top_k in ((2048, 128, 8), (4096, 512, 10)):
             router = torch.zeros(num_experts, hidden, dtype=torch.bfloat16)
-            for n in (16, 64, 256, 512):
+            for n in (16, 64, 256, 512, 600):
                 rows = torch.zeros(n, hidden, dtype=torch.bfloat16)
                 moe_router.route(rows, router, ranges, top_k, True, 0, num_experts // 4)
 
