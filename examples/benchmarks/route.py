@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,10 +118,16 @@ def compare(count: int, routers: Sequence[Tensor], compiled: Sequence[Way]) -> N
     num_experts, hidden = routers[0].shape
     rows = torch.randn(count, hidden, device="cuda").bfloat16()
     row_ranges = torch.tensor([[0], [count]], dtype=torch.int32, device="cuda")
-    product = graph_us(lambda i: F.linear(rows, routers[i]), SETS, 3)
-    print(f"{num_experts} experts, {count} tokens; the product alone by cuBLAS {product:.1f} us")
     ways = [Way(num_experts, tile) for tile in dict.fromkeys(tiles(count, num_experts))]
     in_use, due = ways[0], ways[0].route(rows, routers[0], row_ranges)
+    parts = logits_in_parts(rows, routers[0], due.counts, in_use.tile)
+    alone: dict[str, Callable[[int], object]] = {
+        "product by cuBLAS": lambda i: F.linear(rows, routers[i]),
+        "product in use": lambda i: logits_in_parts(rows, routers[i], due.counts, in_use.tile),
+        "choice": lambda i: choose_experts(parts, routers[0], row_ranges, True, 0, due),
+    }
+    times_alone = (f"{name} {graph_us(run, SETS, 3):.1f}" for name, run in alone.items())
+    print(f"{num_experts} experts, {count} tokens; alone, us:", "; ".join(times_alone))
 
     def timed(way: Way) -> float:
         try:
