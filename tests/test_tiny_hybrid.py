@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from examples.tiny_hybrid.model import SHAPE, Mtp, TinyHybrid, load_model, save_weights
 from examples.tiny_hybrid.train import initial_model, parse_args
-from examples.tiny_moe.evaluate import greedy_tokens, speculate
+from examples.tiny_moe.evaluate import encode_documents, greedy_tokens, speculate
 from examples.tiny_moe.train import Phase, Recipe, Tokens, Trainer
 
 SMALL: dict[str, Any] = SHAPE | {
@@ -22,6 +23,8 @@ SMALL: dict[str, Any] = SHAPE | {
 TEXT = torch.randint(1, 64, (97,), generator=torch.Generator().manual_seed(0)).repeat(60)
 PHASE: dict[str, Any] = {"max_minutes": 5.0, "batch_tokens": 512, "warmup_steps": 3}
 DRAFTS = 3
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHECKPOINT = EXAMPLES / "tiny_hybrid" / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,27 @@ def test_a_trunk_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for part, taken in ((model.model, saved.model), (model.mtp, saved.mtp)):
         equal = [torch.equal(*pair) for pair in zip(part.parameters(), taken.parameters())]
         assert all(equal) == (part is model.model)
+
+
+def test_the_checkpoint_continues_held_out_text_with_its_own_tokens() -> None:
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    documents = encode_documents(tokenizer, EXAMPLES / "tiny_moe" / "held_out.txt")
+    prompts = [document[:64] for document in documents if len(document) > 64][:6]
+    config = EngineConfig(
+        str(CHECKPOINT), device="cpu", launcher="thread", dtype="float32", max_model_len=128,
+        dp_size=2, speculative_num_steps=DRAFTS,
+    )  # fmt: skip
+    with Engine(config) as engine:
+        params = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+        outputs = engine.generate(prompts, params)
+        per_verification = engine.report().tokens_per_verification
+    model = load_model(CHECKPOINT)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = torch.tensor([[*prompt, *output.token_ids]])
+        best = model.logits(model(tokens)[0])[0, len(prompt) - 1 : -1].argmax(-1)
+        assert best.tolist() == list(output.token_ids)
+    print(f"{per_verification:.2f} tokens a verification")
+    assert per_verification > 1.7
 
 
 def test_the_published_size_is_at_most_8_mb() -> None:

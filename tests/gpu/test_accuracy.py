@@ -1,4 +1,4 @@
-"""The tiny trained model on GPU ranks, forced to held-out text, against transformers in float32.
+"""The tiny trained models on GPU ranks, forced to held-out text, against transformers in float32.
 
 Every position of the text counts: the log probability of its true next token. Whole prompts and
 chunks of them go through the prefill kernel; with a budget of one token a step every prompt token
@@ -19,8 +19,7 @@ from dp_runtime.text.tokenizer import Tokenizer
 from tests.gpu.peers import compare
 from tests.serving import check_pages_free
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny_moe"
-CHECKPOINT = TINY / "checkpoint"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LENGTHS = (3, 17, 63, 64, 65, 129, 250, 511, 512, 513, 640, 777, 1000, 1200)  # 5,744 in all
 PATHS = {  # prompts, output tokens of each, limits of a step
     "whole prompts": (4 * LENGTHS, 128, {"max_num_tokens": 2048}),
@@ -34,7 +33,7 @@ RANKS: dict[str, dict[str, Any]] = {
     "4 ranks, 2 on a GPU": {"dp_size": 4, "ranks_per_gpu": 2, "poison_padding": True},
 }
 
-CASES = [
+CASES = [  # of tiny_moe
     ("whole prompts", "1 rank"),
     ("chunks of 96", "1 rank"),
     ("one token a step", "1 rank"),
@@ -43,21 +42,27 @@ CASES = [
     ("chunks of 96", "4 ranks"),
     ("chunks of 96", "4 ranks, 2 on a GPU"),
 ]
+HYBRID_CASES = [(path, "1 rank") for path in PATHS] + [("chunks of 96", "2 ranks")]
+OF_MODELS = [("tiny_moe", *case) for case in CASES] + [
+    ("tiny_hybrid", *case) for case in HYBRID_CASES
+]
 
 
-def held_out(lengths: tuple[int, ...]) -> list[list[int]]:
+def held_out(checkpoint: Path, lengths: tuple[int, ...]) -> list[list[int]]:
     """Prompts of these lengths: consecutive, disjoint pieces of the held-out text."""
-    tokenizer = Tokenizer((CHECKPOINT / "tokenizer.json").read_text())
-    tokens = iter(tokenizer.encode((TINY / "held_out.txt").read_text()))
+    tokenizer = Tokenizer((checkpoint / "tokenizer.json").read_text())
+    tokens = iter(tokenizer.encode((EXAMPLES / "tiny_moe" / "held_out.txt").read_text()))
     prompts = [list(islice(tokens, length)) for length in lengths]
     assert [len(prompt) for prompt in prompts] == list(lengths), "there is enough text"
     return prompts
 
 
-def serve(lengths: tuple[int, ...], num_outputs: int, **fields: Any) -> list[RequestOutput]:
+def serve(
+    checkpoint: Path, lengths: tuple[int, ...], num_outputs: int, **fields: Any
+) -> list[RequestOutput]:
     """Force the text, and go on greedily behind it."""
     config = EngineConfig(
-        str(CHECKPOINT), launcher="local", num_pages=600, max_model_len=1400,
+        str(checkpoint), launcher="local", num_pages=600, max_model_len=1400,
         start_timeout_s=600.0, **dict[str, Any](device="cuda") | fields,
     )  # fmt: skip
     params = SamplingParams(
@@ -65,22 +70,25 @@ def serve(lengths: tuple[int, ...], num_outputs: int, **fields: Any) -> list[Req
     )
     with Engine(config) as engine:
         ranks = [index % config.dp_size for index in range(len(lengths))]
-        outputs = engine.generate(held_out(lengths), params, ranks)
+        outputs = engine.generate(held_out(checkpoint, lengths), params, ranks)
         check_pages_free(engine)
     return outputs
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("path", "ranks"), CASES)
-def test_forced_text_is_as_near_to_float32_as_transformers_in_bf16(path: str, ranks: str) -> None:
+@pytest.mark.parametrize(("model", "path", "ranks"), OF_MODELS)
+def test_forced_text_is_as_near_to_float32_as_transformers_in_bf16(
+    model: str, path: str, ranks: str
+) -> None:
     gpus = RANKS[ranks]["dp_size"] // RANKS[ranks].get("ranks_per_gpu", 1)
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"{gpus} GPUs are needed, {torch.cuda.device_count()} are here")
     lengths, num_outputs, limits = PATHS[path]
-    outputs = serve(lengths, num_outputs, **{**RANKS[ranks], **limits})
-    at_prompt, at_output = compare(CHECKPOINT, outputs)
+    checkpoint = EXAMPLES / model / "checkpoint"
+    outputs = serve(checkpoint, lengths, num_outputs, **{**RANKS[ranks], **limits})
+    at_prompt, at_output = compare(checkpoint, outputs)
     assert len(at_prompt.ours) == sum(lengths) - len(lengths)
     assert len(at_output.ours) == num_outputs * len(lengths)
-    at_prompt.check(f"{path}, {ranks}, forced")
+    at_prompt.check(f"{model}, {path}, {ranks}, forced")
     if num_outputs > 1:
-        at_output.check(f"{path}, {ranks}, generated in batches")
+        at_output.check(f"{model}, {path}, {ranks}, generated in batches")
