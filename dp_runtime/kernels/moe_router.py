@@ -82,9 +82,10 @@ def choose_router_tile(rows: int, hidden: int, num_experts: int) -> RouterTile |
     """Choose so many parts that most multiprocessors have a program; None: by cuBLAS."""
     if rows > MAX_SPLIT_ROWS:
         return None
-    block_m = 16 if rows <= 32 else 64
+    block_m = 16 if rows <= 64 else 64
     blocks = triton.cdiv(rows, block_m) * triton.cdiv(num_experts, BLOCK_N)
-    split = BLOCK_K
+    few = block_m == 16 or num_experts <= BLOCK_N  # parts of more take longer to add than a loop
+    split = BLOCK_K if few else 2 * BLOCK_K
     while split < hidden and blocks * triton.cdiv(hidden, split) > MAX_PROGRAMS:
         split *= 2
     return RouterTile(block_m, split)

@@ -60,7 +60,7 @@ def compile_routing() -> None:
         instead[name] = Compiled(getattr(moe_router, name))
     ranges = torch.zeros(2, 4, dtype=torch.int32)
     with patch.multiple(moe_router, **instead):
-        for hidden, num_experts, top_k in ((2048, 128, 8), (4096, 512, 10)):
+        for hidden, num_experts, top_k in ((2048, 128, 8), (2048, 256, 8), (4096, 512, 10)):
             router = torch.zeros(num_experts, hidden, dtype=torch.bfloat16)
             for n in (16, 64, 256, 512, 600):
                 rows = torch.zeros(n, hidden, dtype=torch.bfloat16)
