@@ -48,7 +48,9 @@ def test_every_kernel_is_in_one_group_and_waits_are_not_busy() -> None:
     assert busy_us(PROFILE) == sum(found.values()) - 1000.0
     assert num_launches(PROFILE) == 51.0
     assert group_of("fmha_v2_flash_attention_bf16") == group_of("kernel_mha") == ATTENTION
-    assert group_of("_add_rms_norm_kernel") == "norms"
+    assert group_of("_add_rms_norm_kernel") == group_of("_gated_rms_norm_kernel") == "norms"
+    assert group_of("_multiply_gate_kernel") == group_of("_add_gated_kernel") == "gates"
+    assert (group_of("_product_kernel"), group_of("product_kernel")) == ("routing", DENSE)
     assert group_of("_rotate_and_append_kernel") == "rotation and append"
 
 

@@ -55,7 +55,7 @@ class GatedAttention:
         qkv, gate = self.qkv_gate(x).tensor_split([shape.q_size + 2 * shape.kv_size], 1)
         heads = qkv.view(x.shape[0], shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
         q = self.kv_writer.write(heads, QkNormRope(norm.weight, norm.eps, *cos_sin), plan)
-        return self.output(self.paged.run(q, plan).flatten(1) * gate.sigmoid())
+        return self.output(_gated(self.paged.run(q, plan).flatten(1), gate))
 
     def activation_bytes(self, rows: int) -> int:
         """Count the most bytes a call allocates; a backend is taken to copy q, k and v once."""
@@ -79,6 +79,14 @@ class GatedAttention:
             paged=paged,
             shape=shape,
         )
+
+
+def _gated(attended: Tensor, gate: Tensor) -> Tensor:
+    if not gate.is_cuda:
+        return attended * gate.sigmoid()
+    from dp_runtime.kernels.gates import multiply_gate
+
+    return multiply_gate(attended, gate, silu=False)
 
 
 def _load_qkv_gate(shape: GatedAttentionShape, weights: WeightSource, prefix: str) -> Projection:

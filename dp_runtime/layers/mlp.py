@@ -20,7 +20,7 @@ class DenseMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(_activated(gate, up))
 
     def activation_bytes(self, rows: int) -> int:
         inner = self.down.shape[1]
@@ -35,3 +35,11 @@ class DenseMLP:
             gate_up=load_projection(weights, parts, hidden),
             down=load_projection(weights, {f"{prefix}.down_proj": hidden}, intermediate),
         )
+
+
+def _activated(gate: Tensor, up: Tensor) -> Tensor:
+    if not gate.is_cuda:
+        return F.silu(gate) * up
+    from dp_runtime.kernels.gates import multiply_gate
+
+    return multiply_gate(up, gate, silu=True)

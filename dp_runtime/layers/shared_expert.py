@@ -15,16 +15,18 @@ from dp_runtime.weights.source import WeightSource
 
 @dataclass(frozen=True, eq=False)
 class SharedExpert:
-    """sigmoid(gate(x)) * mlp(x) of the rank's own rows, replicated on every rank."""
+    """mlp(x) of the rank's own rows, and how much it counts; replicated on every rank."""
 
     mlp: DenseMLP
     gate: Linear  # [1, hidden]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.mlp(x).mul_(self.gate(x).sigmoid())
+    def add(self, out: Tensor, routed: Tensor, x: Tensor) -> Tensor:
+        """Compute routed + sigmoid(gate(x)) * out, an own result of the mlp, in its place."""
+        if not x.is_cuda:
+            return out.mul_(self.gate(x).sigmoid()).add_(routed)
+        from dp_runtime.kernels.gates import add_gated
 
-    def activation_bytes(self, rows: int) -> int:
-        return self.mlp.activation_bytes(rows) + 2 * self.gate.activation_bytes(rows)
+        return add_gated(out, routed, x, self.gate.weight)
 
     @classmethod
     def load(
@@ -38,16 +40,17 @@ class SharedExpert:
 
 @dataclass(frozen=True, eq=False)
 class SharedExpertMoe:
-    """routed(x) + shared(x), [rows, hidden]; only the routed part sees the rows of other ranks."""
+    """routed(x) + sigmoid(gate(x)) * mlp(x), [rows, hidden]; routed sees rows of other ranks."""
 
     routed: MoeStage
     shared: SharedExpert
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
-        return self.shared(x).add_(self.routed(x, exchange))
+        own = self.shared.mlp(x)
+        return self.shared.add(own, self.routed(x, exchange), x)
 
     def activation_bytes(self, own_rows: int, gathered_rows: int, padded: bool) -> int:
         shared = own_rows * self.shared.mlp.down.shape[0]
         kept = shared * self.shared.mlp.down.dtype.itemsize
         routed = self.routed.activation_bytes(own_rows, gathered_rows, padded)
-        return max(self.shared.activation_bytes(own_rows), kept + routed)
+        return max(self.shared.mlp.activation_bytes(own_rows), kept + routed)

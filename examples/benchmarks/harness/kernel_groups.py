@@ -33,8 +33,9 @@ GROUPS = {  # by parts of kernels' names, the first that fits
     "routing": ("_route_kernel", "_product_kernel"),
     "rotation and append": ("append_kernel",),
     "norms": ("rms_norm",),
+    "gates": ("_multiply_gate_kernel", "_add_gated_kernel"),
     "maxima and draws": ("_part_maxima", "_row_maxima", "_part_races"),
-    DENSE: ("nvjet", "gemm", "cublas", "cutlass", "splitK"),
+    DENSE: ("nvjet", "gemm", "cublas", "cutlass", "splitK", "product_kernel", "widen_kernel"),
     "copies": ("Memcpy", "Memset", "direct_copy", "CatArray"),
 }
 

@@ -1,4 +1,4 @@
-"""Compiles kernels for an SM90, which takes no GPU: of experts, routing, attention by shares.
+"""Compiles kernels for an SM90, which takes no GPU: of experts, routing, attention, gates.
 
     TRITON_INTERPRET=0 python -m tests.dp_runtime.kernels.compile_experts
 
@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels import experts, moe_router, split_attention
+from dp_runtime.kernels import experts, gates, moe_router, split_attention
 from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
@@ -67,9 +67,22 @@ def compile_routing() -> None:
                 moe_router.route(rows, router, ranges, top_k, True, 0, num_experts // 4)
 
 
+def compile_gates() -> None:
+    instead: dict[str, Any] = {"overlaps": lambda device: True}
+    for name in ("_multiply_gate_kernel", "_add_gated_kernel"):
+        instead[name] = Compiled(getattr(gates, name))
+    with patch.multiple(gates, **instead):
+        for hidden, inner in ((2048, 512), (4096, 8192)):
+            rows, both = (torch.zeros(4, n, dtype=torch.bfloat16) for n in (hidden, 2 * inner))
+            for silu in (False, True):
+                gates.multiply_gate(both[:, :inner], both[:, inner:], silu)
+            gates.add_gated(rows, rows, rows, rows[:1])
+
+
 def main() -> None:
     compile_attention()
     compile_routing()
+    compile_gates()
     rows = torch.zeros(4, HIDDEN, dtype=torch.bfloat16)
     routing = Routing(
         weights=torch.zeros(4, TOP_K),

@@ -1,4 +1,4 @@
-"""Kernels of experts, routing and attention by shares compile for a GPU where there is none."""
+"""Kernels of experts, routing, attention and gates compile for a GPU where there is none."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def test_the_kernels_compile_for_sm90() -> None:
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == count
     for kernel in ("split_kernel", "combine_kernel"):
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == 4
+    for kernel, count in (("_multiply_gate_kernel", 4), ("_add_gated_kernel", 2)):
+        assert sum(line.startswith(f"{kernel}: ") for line in lines) == count
 
 
 @pytest.mark.slow
