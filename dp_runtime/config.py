@@ -109,8 +109,8 @@ class EngineConfig:
         shown_default="for max_num_requests of max_model_len, within kv_memory_fraction",
     )  # fmt: skip
     kv_memory_fraction: float | None = setting(
-        None, "share that KV pages may take of the device's memory beside weights, workspaces, "
-        "activations and a reserve; num_pages overrides it",
+        None, "share that KV pages may take of the device's memory beside weights, recurrent "
+        "states, workspaces, activations and a reserve; num_pages overrides it",
         above=0, at_most=1, shown_default="0.5 on CPU, 0.9 on GPU",
     )  # fmt: skip
     kv_events: bool = setting(False, "keep events of prefix caches, for engine.kv_events()")
