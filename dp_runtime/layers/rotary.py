@@ -32,28 +32,32 @@ class RopeConfig:
 class Rotary:
     """Cosines and sines of positions, computed once per forward and handed to all layers."""
 
-    inv_freq: Tensor  # [rotated / 2] float32
+    inv_freq: Tensor  # [head_dim / 2] float32, by pair in `dim_order`; 0 where nothing is rotated
     attention_factor: float
-    axes: Tensor  # [rotated / 2] int64, which of a row's positions turns each pair of dimensions
-    num_still: int = 0  # pairs of dimensions that are not rotated, the last ones of `dim_order`
+    axes: Tensor  # [head_dim / 2] int64, which of a row's positions turns each pair of dimensions
+    num_pairs: int  # of dimensions that are rotated, the first ones
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> CosSin:
         """Compute cos and sin of positions in float32, and round them to dtype.
 
         positions [rows] int64, or [3, rows] of time, height and width where these differ.
         """
-        of_pairs = positions[:, None] if positions.dim() == 1 else positions[self.axes].t()
+        one = positions.dim() == 1
+        of_pairs = positions[:, None] if one else positions.t().index_select(1, self.axes)
         angles = (of_pairs.float() * self.inv_freq)[:, None, :]
-        factor, still = self.attention_factor, (0, self.num_still)
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        return F.pad(cos, still, value=1.0).to(dtype), F.pad(sin, still).to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1.0:
+            for each in (cos, sin):
+                each[..., : self.num_pairs] *= self.attention_factor
+        return cos.to(dtype), sin.to(dtype)
 
     @classmethod
     def from_config(cls, rope: RopeConfig, head_dim: int, device: torch.device) -> Rotary:
         rotated = rotated_dims(rope, head_dim)
-        frequencies = inverse_frequencies(rope, rotated).to(device)
-        axes = mrope_axes(rope.mrope_section, rotated // 2).to(device)
-        return cls(frequencies, rope.attention_factor, axes, (head_dim - rotated) // 2)
+        still = (0, (head_dim - rotated) // 2)
+        frequencies = F.pad(inverse_frequencies(rope, rotated), still).to(device)
+        axes = F.pad(mrope_axes(rope.mrope_section, rotated // 2), still).to(device)
+        return cls(frequencies, rope.attention_factor, axes, rotated // 2)
 
 
 def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
