@@ -248,13 +248,12 @@ class EngineConfig:
         require(ok, "prefill_budget", self.prefill_budget, "None with max_step_ms")
         ok = not self.standby_ranks or self.launcher != "thread"
         require(ok, "standby_ranks", self.standby_ranks, "0 with launcher thread")
-        feeds = 1 + self.speculative_num_steps
-        require(
-            self.max_num_requests * feeds <= self.max_num_tokens,
-            "max_num_requests", self.max_num_requests,
-            f"at most {self.max_num_tokens // feeds}: a decoding request feeds {feeds} of the "
-            f"max_num_tokens {self.max_num_tokens} of a step",
-        )  # fmt: skip
+        feeds, limit = 1 + self.speculative_num_steps, self.max_num_tokens
+        why = f"a decoding request feeds {feeds} to a step"
+        require(feeds <= limit, "max_num_tokens", limit, f"at least {feeds}: {why}")
+        most = f"at most {limit // feeds}: {why}, of max_num_tokens {limit}"
+        ok = self.max_num_requests <= limit // feeds
+        require(ok, "max_num_requests", self.max_num_requests, most)
 
     def copied(self) -> EngineConfig:
         """The configuration as it is now, checked again; a subclass is left behind."""

@@ -249,6 +249,10 @@ CASES: dict[str, tuple[Act, str]] = {
         config(speculative_num_steps=3, max_num_requests=17, max_num_tokens=64),
         "max_num_requests: 17 is not allowed; at most 16",
     ),
+    "no verification in the budget": (
+        config(speculative_num_steps=3, max_num_tokens=3),
+        "max_num_tokens: 3 is not allowed; at least 4: a decoding request feeds 4 to a step",
+    ),
     # What only the machine or the model tells.
     "device": (start(device="cuda"), "device: 'cuda'"),
     "backend for the device": (
