@@ -241,7 +241,7 @@ class EngineConfig:
         ok = self.prefix_caching or not self.kv_events
         require(ok, "kv_events", self.kv_events, "False without prefix_caching")
         if (transport := TRANSPORTS.get(self.collective)) is not None:  # else auto
-            check_transport(transport, self.device, self.launcher == "thread", self.ranks_per_gpu)
+            check_transport(transport, self.device, self.launcher, self.ranks_per_gpu)
         ok = (self.min_dp_size or 1) <= self.dp_size
         require(ok, "min_dp_size", self.min_dp_size, f"at most dp_size {self.dp_size}")
         ok = self.prefill_budget is None or self.max_step_ms is None
@@ -284,7 +284,7 @@ class EngineConfig:
     def _check_faults(self) -> None:
         for fault in self.faults:
             ok = self.launcher != "thread" or fault.kind not in ENDS_PROCESS
-            allowed = "with launcher thread it would end this process"
+            allowed = "launcher ray or local: with launcher thread it would end this process"
             require(ok, f"{FIELD}: kind", fault.kind.value, allowed)
 
     def _check_speculation(self) -> None:

@@ -193,11 +193,26 @@ CASES: dict[str, tuple[Act, str]] = {
     "dtype": (config(dtype="int8"), "dtype: 'int8' is not allowed; one of auto, float32"),
     "load_format": (config(load_format="gguf"), "load_format: 'gguf'"),
     "attention_backend": (config(attention_backend="fa9"), "attention_backend: 'fa9'"),
-    "collective": (config(collective="in_process"), "collective: 'in_process'"),
+    "collective of threads": (
+        config(collective="in_process", launcher="local"),
+        "collective: 'in_process' is not allowed; auto or shared_memory or peer_to_peer or "
+        "torch_distributed with launcher local; or launcher thread with in_process",
+    ),
+    "collective of processes": (
+        config(collective="torch_distributed", launcher="thread"),
+        "collective: 'torch_distributed' is not allowed; auto or in_process with launcher thread; "
+        "or launcher ray or local with torch_distributed",
+    ),
+    "collective of GPUs": (
+        config(collective="peer_to_peer", device="cpu"),
+        "collective: 'peer_to_peer' is not allowed; auto or shared_memory or torch_distributed on "
+        "device cpu; peer_to_peer is for GPUs",
+    ),
     "ranks_per_gpu": (config(ranks_per_gpu=0), "ranks_per_gpu: 0"),
     "two ranks on a GPU over NCCL": (
         config(device="cuda", collective="torch_distributed", ranks_per_gpu=2),
-        "collective: 'torch_distributed' is not allowed; with ranks_per_gpu 2",
+        "collective: 'torch_distributed' is not allowed; auto or shared_memory or peer_to_peer "
+        "with ranks_per_gpu 2; NCCL refuses two ranks on one GPU",
     ),
     "page_size": (config(page_size=0), "page_size: 0"),
     "num_pages": (config(num_pages=1), "num_pages: 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dp_runtime.errors import require
@@ -44,16 +45,21 @@ def choose_transport(
     return PEER_TO_PEER if device_type == "cuda" else SHARED_MEMORY
 
 
-def check_transport(transport: Transport, device: str, threads: bool, ranks_per_gpu: int) -> None:
+def check_transport(transport: Transport, device: str, launcher: str, ranks_per_gpu: int) -> None:
     """ValueError if it does not go with the device, the launcher or ranks that share GPUs."""
-    field, name = "collective", transport.name
-    fits = device in ("auto", *transport.device_types)
-    require(fits, field, name, f"{name} is for GPUs, not for device cpu")
-    fits = transport.in_process == threads
-    require(fits, field, name, "in_process goes with launcher 'thread', and with no other")
-    shares = device == "cuda" and ranks_per_gpu > 1
-    require(
-        transport.shares_gpus or not shares, field, name,
-        f"with ranks_per_gpu {ranks_per_gpu} use auto, shared_memory or peer_to_peer: NCCL "
-        "refuses two ranks on one GPU",
-    )  # fmt: skip
+    threads, one_each = launcher == "thread", device != "cuda" or ranks_per_gpu == 1
+    name, launchers = transport.name, "thread" if transport.in_process else "ray or local"
+    fitting = [each for each in TRANSPORTS.values() if each.in_process == threads]
+    _require_one_of(
+        fitting, transport, f"with launcher {launcher}; or launcher {launchers} with {name}"
+    )
+    fitting = [each for each in fitting if device in ("auto", *each.device_types)]
+    _require_one_of(fitting, transport, f"on device {device}; {name} is for GPUs")
+    fitting = [each for each in fitting if one_each or each.shares_gpus]
+    why = "NCCL refuses two ranks on one GPU"
+    _require_one_of(fitting, transport, f"with ranks_per_gpu {ranks_per_gpu}; {why}")
+
+
+def _require_one_of(fitting: Sequence[Transport], transport: Transport, condition: str) -> None:
+    names = " or ".join(["auto", *(each.name for each in fitting)])
+    require(transport in fitting, "collective", transport.name, f"{names} {condition}")

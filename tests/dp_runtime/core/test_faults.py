@@ -61,7 +61,7 @@ def test_a_mistake_names_what_is_allowed(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("kind", ["kill", "stop"])
 def test_no_fault_of_a_rank_ends_the_process_of_its_user(kind: str) -> None:
-    with pytest.raises(ValueError, match=f"inject: kind: '{kind}' is not allowed; with launcher"):
+    with pytest.raises(ValueError, match=f"inject: kind: '{kind}' is not allowed; launcher ray"):
         EngineConfig("x", launcher="thread", inject=f"rank=0,step=1,kind={kind}")
 
 
