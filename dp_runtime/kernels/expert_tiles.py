@@ -51,7 +51,7 @@ E4M3_TILES = (  # up to so many pairs an expert
 def choose_tiles(
     rows: int, top_k: int, num_experts: int, intermediate: int, fp8: bool
 ) -> ExpertTiles:
-    """Choose tiles that examples/benchmarks/tune_experts.py found on an H200: RESULTS.md there."""
+    """Choose tiles that examples/benchmarks/kernels/tune_experts.py found on an H200."""
     per_expert = rows * top_k / num_experts
     if fp8:
         return next(tiles for most, tiles in E4M3_TILES if per_expert <= most)

@@ -1,6 +1,6 @@
 """Times of the decode kernels, by which each shape gets the faster one.
 
-Rows are printed by examples/benchmarks/attention_decode.py. Bf16 over bf16, pages of 64 tokens.
+Rows are printed by examples/benchmarks/kernels/attention_decode.py. Bf16 over bf16, pages of 64.
 """
 
 from __future__ import annotations

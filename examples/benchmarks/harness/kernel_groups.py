@@ -83,8 +83,8 @@ class Rates:
 @cache
 def measured_rates() -> Rates:
     """Those of this machine's GPUs; nothing has to cross where there is one."""
-    from examples.benchmarks.collectives_gpu import peer_rate
     from examples.benchmarks.harness.device_timing import matmul_rate, read_rate
+    from examples.benchmarks.kernels.collectives_gpu import peer_rate
 
     wire = peer_rate() if torch.cuda.device_count() > 1 else math.inf
     return Rates(read_rate(), matmul_rate(), wire)

@@ -1,6 +1,6 @@
 """Which tiles of the expert kernels are fastest on this GPU, for each shape and number of tokens.
 
-    python -m examples.benchmarks.tune_experts [--shapes ep4 397b-ep4] [--tokens 16 64 ...] [--fp8]
+    python -m examples.benchmarks.kernels.tune_experts [--shapes ep4 ...] [--tokens 16 ...] [--fp8]
 
 Shapes of moe_stage.py in bf16 (--fp8: weights in e4m3), uniform random routing. Candidates are
 compiled beforehand in processes, checked against plain torch, and timed in CUDA graphs with four
@@ -26,11 +26,11 @@ from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts
 from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import Experts
 from dp_runtime.weights.fp8_blocks import BLOCK, dequantize
-from examples.benchmarks.expert_candidates import Job, candidates, compile_all
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
-from examples.benchmarks.moe_stage import SETS, SHAPES, Shard, to_fp8
+from examples.benchmarks.kernels.expert_candidates import Job, candidates, compile_all
+from examples.benchmarks.kernels.moe_stage import SETS, SHAPES, Shard, to_fp8
 
 TOKENS = (16, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768)
 ALLOWED_ERROR = 1e-2

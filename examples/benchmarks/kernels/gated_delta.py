@@ -1,7 +1,7 @@
 """Kernels of a gated delta net: decodes, verifications and prefill of one layer, and their floors.
 
-    python -m examples.benchmarks.gated_delta                  # 64 v heads, as Qwen3.5-397B
-    python -m examples.benchmarks.gated_delta --v-heads 32     # as Qwen3.5-35B
+    python -m examples.benchmarks.kernels.gated_delta                  # 64 v heads, as Qwen3.5-397B
+    python -m examples.benchmarks.kernels.gated_delta --v-heads 32     # as Qwen3.5-35B
 
 bf16 rows, float32 states of random requests, in a CUDA graph. Floor of decodes and verifications:
 each state read and written once, at the measured rate of a copy. With fla-core installed its

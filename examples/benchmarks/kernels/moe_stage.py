@@ -1,6 +1,6 @@
 """One layer's experts on one GPU: Triton kernels against grouped products, and the floor.
 
-    python -m examples.benchmarks.moe_stage [--tokens 4 16 64 ...] [--shapes ep4 397b-ep4] [--fp8]
+    python -m examples.benchmarks.kernels.moe_stage [--tokens 4 16 ...] [--shapes ep4 ...] [--fp8]
 
 Qwen3-30B-A3B split over ranks, or a Qwen3.5 that is named, bf16 (--fp8: Triton's weights are e4m3
 in blocks of 128 x 128), uniform random routing, four weight sets in turn, inside a CUDA graph,

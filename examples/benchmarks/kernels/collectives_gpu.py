@@ -1,6 +1,6 @@
 """Peer-to-peer kernels against NCCL: all-gather and reduce-scatter between the GPUs of a host.
 
-    python -m examples.benchmarks.collectives_gpu [--rows 8 64 256 ...] [--hidden 2048]
+    python -m examples.benchmarks.kernels.collectives_gpu [--rows 8 64 256 ...] [--hidden 2048]
 
 A rank per GPU, each seeing only its own, bf16, inside CUDA graphs of 50 pairs (the kernels need
 that a gather and a reduce-scatter alternate). A pair is timed as eager steps move rows, over both

@@ -1,7 +1,7 @@
 """Candidate tiles of the gated delta kernels: each one's time and how its results differ.
 
-    python -m examples.benchmarks.gated_delta_tiles            # about 60 s on one GPU
-    python -m examples.benchmarks.gated_delta_tiles --fla      # fla-core's chunks alone, on another
+    python -m examples.benchmarks.kernels.gated_delta_tiles          # about 60 s on one GPU
+    python -m examples.benchmarks.kernels.gated_delta_tiles --fla    # fla-core's chunks, on another
 
 Processes compile the candidates at once, or one configuration of each of fla-core's kernels. The
 first candidate of a kernel is in use, and what the others' results are compared with.
@@ -25,10 +25,10 @@ from torch.profiler import ProfilerActivity, profile
 from dp_runtime.kernels.gated_delta import chunked, convolution, gated_norm, recurrent
 from dp_runtime.kernels.gated_delta.rows import HeadShape
 from dp_runtime.kernels.triton_launch import launch
-from examples.benchmarks.gated_delta import Layer, call_one, fla_call, host_us
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, read_rate
 from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.kernels.gated_delta import Layer, call_one, fla_call, host_us
 
 SHAPE = HeadShape(16, 64, 128, 128)
 WORKERS, FLA_CONFIGS, END_S, PROFILED = 14, 24, 58, 5
@@ -238,8 +238,8 @@ def _apart(found: Tensor, due: Tensor) -> float:
 
 
 def _start(option: str, number: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "examples.benchmarks.gated_delta_tiles", option, str(number)]
-    return subprocess.Popen(command)
+    command = [sys.executable, "-m", "examples.benchmarks.kernels.gated_delta_tiles"]
+    return subprocess.Popen([*command, option, str(number)])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Verification of drafts of different lengths: by length, by the ragged XQA entry, or by FMHAv2.
 
-    python -m examples.benchmarks.attention_ragged
+    python -m examples.benchmarks.kernels.attention_ragged
 
 64 requests with up to 2048 tokens in the cache, each with 2..8 query rows; one layer of the
 Qwen3-30B-A3B shape, bf16, page 64. Eager, as the runtime calls it, and replayed in a CUDA graph.

@@ -1,6 +1,6 @@
 """How long routing takes on this GPU: the router's product, the choice, and the lists of pairs.
 
-    python -m examples.benchmarks.route [--experts 128 256 512] [--tokens 8 64 ...]
+    python -m examples.benchmarks.kernels.route [--experts 128 256 512] [--tokens 8 64 ...]
 
 Routers of Qwen3-30B-A3B (128 experts), Qwen3.5-35B-A3B (256) and 397B-A17B (512) in bf16; a quarter
 of the experts is local. In CUDA graphs with 24 routers in turn: those of 397B don't stay in the L2,

@@ -1,6 +1,6 @@
 """Attention of decodes and of verifications: which kernel reads the cache fastest, shape by shape.
 
-    python -m examples.benchmarks.attention_decode [--shape qwen3-30b-a3b] [--query-lens 1 4]
+    python -m examples.benchmarks.kernels.attention_decode [--shape qwen3-30b-a3b] [--query-lens 1]
 
 One layer, bf16, page 64, --context tokens of every request in the cache (uneven: log-uniform
 128..4096), several layers' pools in turn in a CUDA graph. Candidates: XQA as the runtime calls it,
@@ -36,12 +36,12 @@ from dp_runtime.attention.trtllm.kernel_groups import build_groups
 from dp_runtime.kernels.jit_build import KernelBuilds
 from dp_runtime.kernels.split_attention import split_attention
 from dp_runtime.kernels.split_tile import SplitTile
-from examples.benchmarks.attention_ragged import BF16, Load, load_of
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import graph_us, read_rate
 from examples.benchmarks.harness.parallel_builds import compile_all
-from examples.benchmarks.split_candidates import Job, candidates, compile_one
+from examples.benchmarks.kernels.attention_ragged import BF16, Load, load_of
+from examples.benchmarks.kernels.split_candidates import Job, candidates, compile_one
 
 SHAPES = {  # query heads, KV heads, head_dim
     "qwen3-30b-a3b": (32, 4, 128),

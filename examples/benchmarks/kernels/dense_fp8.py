@@ -1,6 +1,6 @@
 """Products with e4m3 matrices that stay so, on one GPU: cuBLAS in bf16, the floor, and tiles.
 
-    python -m examples.benchmarks.dense_fp8 [--models 397b ...] [--rows 1 64 ...] [--seconds 90]
+    python -m examples.benchmarks.kernels.dense_fp8 [--models 397b ...] [--rows 1 64 ...]
 
 The matrices of attention, delta nets and shared experts of Qwen3.5 (35B, 122B, 397B) and
 Qwen3-30B-A3B. Candidates are compiled beforehand in processes, checked against the widened matrix,
