@@ -80,7 +80,7 @@ class AnswerParser(Protocol):
 
     def push(self, text: str) -> AnswerDelta: ...
 
-    def finish(self) -> AnswerDelta: ...
+    def finish(self, is_cut: bool = False) -> AnswerDelta: ...  # by max_tokens, say
 
 
 class PlainAnswer:
@@ -89,5 +89,5 @@ class PlainAnswer:
     def push(self, text: str) -> AnswerDelta:
         return AnswerDelta(content=text)
 
-    def finish(self) -> AnswerDelta:
+    def finish(self, is_cut: bool = False) -> AnswerDelta:
         return AnswerDelta()

@@ -48,7 +48,7 @@ class Parsers:
         """A parser for one answer; forced calls are written as Hermes', whatever the model's."""
         answer: AnswerParser = PlainAnswer()
         if use.forced or (use.offered and self.tools is ToolParser.HERMES):
-            answer = ToolCalls(HermesCall, use.max_calls)
+            answer = ToolCalls(HermesCall, use.max_calls, forced=bool(use.forced))
         elif use.offered and self.tools is ToolParser.QWEN_XML:
             tools = {tool.name: tool for tool in use.offered}
             answer = ToolCalls(lambda: QwenXmlCall(tools), use.max_calls)

@@ -64,16 +64,16 @@ class ReasoningSplitter:
             pieces.append(piece)
         return AnswerDelta.joined(pieces)
 
-    def finish(self) -> AnswerDelta:
+    def finish(self, is_cut: bool = False) -> AnswerDelta:
         left = "".join(self._spaces) + self._tag
         match self._stage:
             case _Stage.THINKING if self._tag:
                 return AnswerDelta(reasoning=left)
             case _Stage.BEFORE if not self._is_open:
-                return AnswerDelta.joined([self._answer.push(left), self._answer.finish()])
+                return AnswerDelta.joined([self._answer.push(left), self._answer.finish(is_cut)])
             case _Stage.BEFORE:
                 return AnswerDelta(reasoning=left.strip("\n"))
-        return self._answer.finish()
+        return self._answer.finish(is_cut)
 
     def _step(self, text: str) -> tuple[AnswerDelta, str]:
         match self._stage:

@@ -32,8 +32,14 @@ class CallReader(Protocol):
 class ToolCalls:
     """Content and calls; what is not a call stays content, and white space at calls is dropped."""
 
-    def __init__(self, new_reader: Callable[[], CallReader], max_calls: int | None = None) -> None:
-        self._new_reader, self._max_calls = new_reader, max_calls
+    def __init__(
+        self,
+        new_reader: Callable[[], CallReader],
+        max_calls: int | None,
+        *,
+        forced: bool = False,  # all that is written are calls: what is none was cut before it was
+    ) -> None:
+        self._new_reader, self._max_calls, self._forced = new_reader, max_calls, forced
         self._reader: CallReader | None = None
         self._num_calls = 0
         self._spaces: list[str] = []  # dropped if a call comes next
@@ -47,14 +53,16 @@ class ToolCalls:
             pieces.append(piece)
         return AnswerDelta.joined(pieces)
 
-    def finish(self) -> AnswerDelta:
+    def finish(self, is_cut: bool = False) -> AnswerDelta:
+        if self._reader is not None and self._reader.name is None and is_cut:
+            return AnswerDelta()  # the beginning of a call is neither a call nor content
         pieces = []
         while self._reader is not None:
             piece, rest = self._call(None)
             pieces += [piece, self.push(rest)]
-        left = "".join(self._spaces) + self._tag
-        if left.strip() or not self._after_call:
-            pieces.append(AnswerDelta(content=left))
+        told = not is_cut and ("".join(self._spaces) + self._tag).strip()
+        if told or not self._after_call:
+            pieces.append(self._as_content(self._tag))
         return AnswerDelta.joined(pieces)
 
     def _content(self, text: str) -> tuple[AnswerDelta, str]:
@@ -74,7 +82,7 @@ class ToolCalls:
     def _as_content(self, text: str) -> AnswerDelta:
         delta = AnswerDelta(content="".join(self._spaces) + text)
         self._spaces, self._after_call = [], False
-        return delta
+        return AnswerDelta() if self._forced else delta
 
     def _call(self, text: str | None) -> tuple[AnswerDelta, str]:
         """Give text to the reader, or its end; what is left comes behind the call."""

@@ -44,7 +44,9 @@ class ChatChoice:
 
     def whole(self, output: RequestOutput) -> Content:
         self._count(output.token_ids)
-        answer = Answer.joined([self._parser.push(output.text), self._parser.finish()])
+        answer = Answer.joined(
+            [self._parser.push(output.text), self._parser.finish(_is_cut(output.finish_reason))]
+        )
         self._calls = bool(answer.tool_calls)
         choice = {"index": self._index, "message": self._message(answer)}
         choice |= self._of_tokens(output.token_ids, output.logprobs)
@@ -59,7 +61,8 @@ class ChatChoice:
         self._count(delta.token_ids)
         piece = self._parser.push(delta.text)
         if delta.finish_reason is not None:
-            piece = AnswerDelta.joined([piece, self._parser.finish()])
+            end = self._parser.finish(_is_cut(delta.finish_reason))
+            piece = AnswerDelta.joined([piece, end])
         self._calls = self._calls or bool(piece.tool_calls)
         of_tokens = self._of_tokens(delta.token_ids, delta.logprobs)
         told = of_tokens.get("logprobs") or "token_ids" in of_tokens
@@ -110,6 +113,10 @@ class ChatChoice:
         if self._body.return_routed_experts:
             content["routed_experts"] = encoded_experts(self._handle)
         return content
+
+
+def _is_cut(reason: FinishReason) -> bool:
+    return reason is not FinishReason.STOP
 
 
 def _counter(chats: Chats, prompt: ChatPrompt, handle: AsyncRequestHandle) -> ReasoningTokens:

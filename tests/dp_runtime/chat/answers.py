@@ -9,13 +9,15 @@ from itertools import pairwise
 from dp_runtime.chat.answer import Answer, AnswerDelta, AnswerParser
 
 
-def deltas_of(parser: AnswerParser, pieces: Sequence[str]) -> list[AnswerDelta]:
-    return [*(parser.push(piece) for piece in pieces), parser.finish()]
+def deltas_of(
+    parser: AnswerParser, pieces: Sequence[str], is_cut: bool = False
+) -> list[AnswerDelta]:
+    return [*(parser.push(piece) for piece in pieces), parser.finish(is_cut)]
 
 
-def parsed(new: Callable[[], AnswerParser], pieces: Sequence[str]) -> Answer:
+def parsed(new: Callable[[], AnswerParser], pieces: Sequence[str], is_cut: bool = False) -> Answer:
     """The whole answer, without the ids of its calls, which are random."""
-    answer = Answer.joined(deltas_of(new(), pieces))
+    answer = Answer.joined(deltas_of(new(), pieces, is_cut))
     ids = [call.id for call in answer.tool_calls]
     assert len(set(ids)) == len(ids)
     return replace(answer, tool_calls=tuple(replace(call, id="") for call in answer.tool_calls))

@@ -72,6 +72,20 @@ def test_calls_of_the_chosen_tools_are_all_that_is_allowed(case: str) -> None:
     assert [text for text in others if allows(grammar, text)] == []
 
 
+def test_forced_calls_have_no_content_wherever_they_are_cut() -> None:
+    new = partial(
+        Parsers(ToolParser.NONE, ReasoningParser.NONE).new, ToolUse.read(TOOLS, "required"), False
+    )
+    text, seen = f"{F}\n{G}", set()
+    for size in range(len(text)):
+        short = parsed(new, [text[:size]], is_cut=True)
+        assert short == parsed(new, list(text[:size]), is_cut=True)
+        assert short.content is None
+        seen.add(len(short.tool_calls))
+        assert [call.name for call in short.tool_calls] == ["f", "g.h"][: len(short.tool_calls)]
+    assert seen == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("thought", "allowed"),
     [

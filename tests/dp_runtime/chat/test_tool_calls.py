@@ -104,6 +104,27 @@ def test_only_the_first_call_where_calls_are_not_parallel() -> None:
         assert len(both.tool_calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("new", "call", "name"), [(hermes, A_CALL, '"f",'), (qwen_xml, xml(count="1"), "=f>")]
+)
+def test_a_call_that_is_cut_before_its_name_is_neither_content_nor_a_call(
+    new: Any, call: str, name: str
+) -> None:
+    known = call.index(name) + len(name)
+    for size in range(len("<tool_call>"), known):
+        text = f"{call}\nSo:\n{call[:size]}"
+        first = parsed(new, [call]).tool_calls
+        for pieces in ([text], list(text)):
+            cut_short = parsed(new, pieces, is_cut=True)
+            assert (cut_short.content, cut_short.tool_calls) == ("\nSo:", first)
+    assert len(parsed(new, [f"{call}\n{call[:-20]}"], is_cut=True).tool_calls) == 2
+    for size in range(len("<tool_call>")):
+        behind = parsed(new, [f"{call}\n{call[:size]}"], is_cut=True)
+        assert (behind.content, behind.tool_calls) == (None, first)
+    prose = "<tool_call> is how a call beg"
+    assert parsed(new, [prose], is_cut=True) == answer(prose)
+
+
 LONG = 100_000
 DEGENERATE = {
     "line breaks": "\n" * LONG,

@@ -177,6 +177,19 @@ def test_an_answer_that_is_cut_has_what_was_written(create: Any) -> None:
         assert joined(list(chunks)) == (*parts(whole.choices[0].message), "length")
 
 
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_the_beginning_of_a_call_that_is_cut_is_no_content(create: Any, choice: str) -> None:
+    for tokens in range(3, 60, 11):
+        body = written(f"{HERMES}\n{HERMES}", max_tokens=tokens)
+        if choice == "required":
+            body = BODY | {"tool_choice": choice, "max_tokens": tokens, "seed": 3}
+        whole, chunks = create(**body).choices[0], list(create(**body, stream=True))
+        thought, content, calls = parts(whole.message)
+        assert (thought, whole.finish_reason) == (None, "length")
+        assert content is None or (choice == "auto" and content in "<tool_call" and not calls)
+        assert joined(chunks) == (thought, content, calls, "length")
+
+
 def test_calls_that_are_not_wanted(create: Any) -> None:
     silent = create(**written(HERMES, tool_choice="none")).choices[0]
     assert (silent.message.content, silent.finish_reason) == (HERMES, "stop")
