@@ -42,6 +42,7 @@ from examples.benchmarks.harness.device_timing import graph_us, read_rate
 from examples.benchmarks.harness.parallel_builds import compile_all
 from examples.benchmarks.kernels.attention_ragged import BF16, Load, load_of
 from examples.benchmarks.kernels.split_candidates import Job, candidates, compile_one
+from examples.benchmarks.kernels.trials import ALLOWED_ERROR, relative_error
 
 SHAPES = {  # query heads, KV heads, head_dim
     "qwen3-30b-a3b": (32, 4, 128),
@@ -49,7 +50,6 @@ SHAPES = {  # query heads, KV heads, head_dim
     "qwen3.5-397b-a17b": (32, 2, 256),
 }
 LAYERS = 4
-ALLOWED_ERROR = 1e-2
 WORKSPACE_BYTES = 256 << 20
 COMPILE_SECONDS = 30.0
 Call = Callable[[int], Tensor]  # of a layer
@@ -157,9 +157,9 @@ def measure(
             return False
         try:
             call = make()
-            rows = call(0).float()
+            rows = call(0)
             due = rows.clone() if due is None else due
-            error = float((rows - due).norm() / due.norm())
+            error = relative_error(rows, due)
             assert error < ALLOWED_ERROR, f"differs from the first by {error:.3g}"
             us = graph_us(call, LAYERS)
         except Exception as error:

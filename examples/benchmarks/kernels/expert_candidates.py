@@ -15,8 +15,7 @@ from dp_runtime.kernels.moe_router import Routing
 from dp_runtime.weights.fp8_blocks import scale_shape
 from examples.benchmarks.harness.parallel_builds import compile_all as compile_in_processes
 from examples.benchmarks.kernels.moe_stage import SHAPES, Shard
-
-SHARED_MEMORY = 227 << 10  # bytes that a program may have on capability 9.0
+from examples.benchmarks.kernels.trials import SHARED_MEMORY
 
 
 def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Tile]:

@@ -11,8 +11,8 @@ import torch
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.kernels.split_attention import split_attention
 from dp_runtime.kernels.split_tile import SplitTile
+from examples.benchmarks.kernels.trials import SHARED_MEMORY
 
-SHARED_MEMORY = 227 << 10  # bytes of a multiprocessor on capability 9.0
 PROGRAMS = {4: (4, 3, 2), 8: (2, 2, 1)}  # by warps and key values of a block: 4096, 8192, 16384
 
 

@@ -31,9 +31,9 @@ from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
 from examples.benchmarks.kernels.expert_candidates import Job, candidates, compile_all
 from examples.benchmarks.kernels.moe_stage import SETS, SHAPES, Shard, to_fp8
+from examples.benchmarks.kernels.trials import relative_error, try_all
 
 TOKENS = (16, 64, 128, 256, 512, 1024, 4096, 8192, 16384, 32768)
-ALLOWED_ERROR = 1e-2
 
 
 def main() -> None:
@@ -133,8 +133,10 @@ class Product:
     floor_us: float
 
     def error(self, tile: Tile) -> float:
-        found = self.run(0, tile)[self.index(tile)]
-        return float((found - self.due).float().norm() / self.due.float().norm())
+        return relative_error(self.run(0, tile)[self.index(tile)], self.due)
+
+    def us(self, tile: Tile) -> float:
+        return graph_us(lambda i: self.run(i, tile), SETS, 3)
 
     def describe(self, tile: Tile, us: float) -> str:
         rates = f"{self.flops / us / 1e6:6.0f} TFLOP/s {self.bytes / us / 1e6:5.2f} TB/s"
@@ -171,33 +173,14 @@ def rank(
     part: Product, bench: Bench, tokens: int, compiled: set[Job], deadline: float
 ) -> list[tuple[float, Tile]]:
     """Candidates by their time; those that are wrong or fail are named and left out."""
-    found: list[tuple[float, Tile]] = []
     tiles = [
         tile
         for tile in candidates(bench.shard, tokens, part.halves, bench.fp8)
         if Job.for_tile(bench.name, part.halves, tile, bench.fp8) in compiled
     ]
     torch.manual_seed(tokens)
-    for done, at in enumerate(torch.randperm(len(tiles)).tolist()):  # a fair part if time runs out
-        if found and time.monotonic() > deadline:
-            say(f"  out of time: {done} of {len(tiles)} tried")
-            break
-        tile = tiles[at]
-        try:
-            error = part.error(tile)
-            if not error < ALLOWED_ERROR:
-                say(f"  WRONG by {error:.3g}: {tile}")
-                continue
-            found.append((time_of(part, tile), tile))
-        except Exception as error:
-            say(f"  failed: {tile}: {type(error).__name__}: {str(error)[:160]}")
-            torch.cuda.synchronize()  # a device that is lost says so here, and ends the run
-    return sorted(found, key=lambda x: x[0])
-
-
-def time_of(part: Product, tile: Tile) -> float:
-    """Microseconds of a product with a tile."""
-    return graph_us(lambda i: part.run(i, tile), SETS, 3)
+    found = try_all(tiles, part.error, part.us, deadline)
+    return [(us, tile) for tile, us in found.items()]
 
 
 def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Product]:
