@@ -4,7 +4,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 files=(test_experts test_collectives test_capture test_step_times test_no_waits test_verification
-       test_engine test_structured test_memory test_attention)
+       test_engine test_structured test_memory test_attention test_fp8_linear test_gated_delta
+       test_hybrid_engine test_hybrid_graphs)
 if [ $# -gt 0 ]; then files=("$@"); fi
 ended=0
 for file in "${files[@]}"; do
