@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from dp_runtime.attention.plan import LayerCache
@@ -13,6 +14,7 @@ from dp_runtime.core.cache_spec import LayerState
 from dp_runtime.layers.linear import Fp8Linear
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
+from dp_runtime.runner.graphs.forward_pieces import PieceInputs
 from dp_runtime.sampling.logprobs import ROWS_AT_ONCE, logprobs_bytes
 from dp_runtime.sampling.sampler import sampling_bytes
 from dp_runtime.scheduler.limits import Limits
@@ -116,8 +118,11 @@ def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
     kinds: list[tuple[PassModel, int, bool]] = [(models.target, rows, True)]
     if models.draft is not None:
         kinds += [(models.draft, requests, True), (models.draft, rows, False)]
-    stages = sum(_captured_stages(model, limits, dp_size) for model in models.all)
-    return stages + sum(
+    pieces = sum(
+        _captured_pieces(model, limits, dp_size, reads_hidden=model is not models.target)
+        for model in models.all
+    )
+    return pieces + sum(
         model.forward_bytes(max_rows, dp_size * max_rows, dp_size > 1)
         + _replay_bytes(model, limits)
         + (model.logits_bytes(max_rows) if with_logits else 0)
@@ -125,10 +130,10 @@ def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
     )
 
 
-def _captured_stages(model: PassModel, limits: Limits, dp_size: int) -> int:
-    """Count what the graphs of a model's MoE stages keep."""
-    if not model.num_moe_layers:
-        return 0
+def _captured_pieces(model: PassModel, limits: Limits, dp_size: int, reads_hidden: bool) -> int:
+    """Count what graphs of a model's MoE stages and of what is between keep, and their inputs."""
     rows = PiecewiseBuckets.for_steps(limits.max_num_tokens).max_rows
-    buffers = 2 * rows * model.hidden_size * model.dtype.itemsize
-    return buffers + model.forward_bytes(rows, dp_size * rows, True)
+    width, spec, meta = model.hidden_size, model.backend.spec, torch.device("meta")
+    inputs = PieceInputs.zeros(rows, width if reads_hidden else 0, spec, model.delta_nets, meta)
+    of_stages = 2 * rows * width * model.dtype.itemsize
+    return param_bytes(inputs) + of_stages + model.forward_bytes(rows, dp_size * rows, True)
