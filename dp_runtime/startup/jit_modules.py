@@ -79,13 +79,18 @@ def dense_jit_module(
     """Make a module of the products of up to so many rows with matrices that stay e4m3."""
     kinds = dict[tuple[LinearTile | None, Fp8Shape], None]()
     for shape in shapes:
-        small = Fp8Shape(*(BLOCK * 2 + size % BLOCK for size in vars(shape).values()))
+        small = _with_tails_of(shape)
         for rows in range(1, min(max_rows, widened_from(shape.outputs, shape.inputs)) + 1):
             tile = choose_tile(rows, shape.outputs, shape.inputs)
             if tile is not None:
                 tile = replace(tile, split=min(tile.split, 2))
             kinds[tile, small] = None
     return JitModule("Triton e4m3 matrices", partial(_multiply, tuple(kinds), dtype, device))
+
+
+def _with_tails_of(shape: Fp8Shape) -> Fp8Shape:
+    outputs, inputs = 2 * BLOCK + shape.outputs % BLOCK, 2 * BLOCK + shape.inputs % BLOCK
+    return Fp8Shape(outputs, inputs, outputs + (shape.all_outputs - shape.outputs) % BLOCK)
 
 
 def _multiply(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dp_runtime.kernels.expert_products import regroup, widen
+from dp_runtime.kernels.expert_products import regroup, widen, zeros
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 from dp_runtime.weights.fp8_blocks import BLOCK
 
@@ -68,7 +68,7 @@ def _part_of_tile(
     x_at = x + tl.where(m < rows, m, 0).to(tl.int64)[:, None] * x_stride + k
     weight_at = weight + tl.where(n < outputs, n, 0).to(tl.int64)[:, None] * inputs + k
     scale_at = scales + tl.where(n < outputs, n, 0)
-    total = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    total = zeros(BLOCK_M, BLOCK_N, SWAP)
     scale = tl.load(scale_at + begin // SCALE_BLOCK * outputs)
     for start in range(begin, end, BLOCK_K):
         # The next scales are asked for before the product, which does not have to wait for them.
@@ -93,14 +93,6 @@ def _part_of_tile(
     if SWAP:
         total = total.T
     return total
-
-
-@triton.jit
-def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    if SWAP:
-        return tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:  # noqa: RET505 - the branch is chosen while compiling
-        return tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
 @triton.jit

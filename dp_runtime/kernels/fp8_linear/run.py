@@ -30,6 +30,7 @@ def multiply(
     `NUM_COUNTERS`: zero, as they are left.
     """
     rows, (outputs, inputs) = len(x), weight.shape
+    assert out.shape == (rows, outputs), f"{tuple(out.shape)} for {rows} rows of {outputs}"
     assert weight.is_contiguous(), "a matrix is contiguous"
     assert scales.is_contiguous(), "scales are contiguous"
     assert BLOCK % tile.block_k == 0, f"{tile} crosses scales"
