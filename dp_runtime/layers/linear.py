@@ -122,7 +122,7 @@ class Fp8Linear:
         inputs: int,
         order: Tensor | None,
     ) -> Fp8Linear:
-        """Stack modules that are e4m3, and the rest; order: of all outputs, none to the others."""
+        """Stack e4m3 modules, and the rest; order: of all outputs, the rest's last."""
         total, device = sum(outputs.values()), weights.device
         weight = torch.empty(total, inputs, dtype=E4M3, device=device)
         scales = torch.empty(num_blocks(inputs), total, device=device)
@@ -154,7 +154,7 @@ def load_projection(
 ) -> Projection:
     """Stack modules as `Linear.load`; the first ones stay e4m3 if the source keeps them so.
 
-    None does with a bias, or with inputs that are no multiple of 16.
+    None does with a bias, with inputs that are no multiple of 16, or if the order mixes both kinds.
     order: of the outputs, [outputs].
     """
     kept: dict[str, int] = {}
@@ -162,7 +162,8 @@ def load_projection(
         if bias or inputs % GROUP or not weights.keeps_fp8(f"{name}.weight"):
             break
         kept[name] = size
-    if not kept:
+    total = sum(kept.values())
+    if not kept or (order is not None and bool((order[:total] >= total).any())):
         return Linear.load(weights, outputs, inputs, bias).ordered(order)
     rest = {name: size for name, size in outputs.items() if name not in kept}
     return Fp8Linear.load(weights, kept, rest, inputs, order)

@@ -114,15 +114,12 @@ def choose_dense(
     dtype: torch.dtype,
     device: torch.device,
 ) -> DenseChoice:
-    """Resolve dense_backend, and say why; ValueError if it does not serve device or dtype."""
+    """Resolve dense_backend, and say why; ValueError if it can't serve device, dtype or model."""
     name = config.dense_backend
     if name == "triton":
-        require(device.type == "cuda", "dense_backend", name, f"auto or torch on device {device}")
-        ok = dtype.itemsize == 2 and torch.cuda.get_device_capability(device)[0] == 9
-        allowed = f"auto or torch: its tiles are for capability 9 and 2-byte types, not {dtype}"
-        require(ok, "dense_backend", name, allowed)
+        _check_triton_dense(model, dtype, device)
     if model.fp8_exempt is None:
-        return DenseChoice("torch", "no matrix is e4m3")
+        return DenseChoice("torch", NO_E4M3)
     if name != "triton":
         why = SLOW_PROMPTS if name == "auto" and device.type == "cuda" else "e4m3 is widened"
         return DenseChoice("torch", why)
@@ -132,6 +129,18 @@ def choose_dense(
     return DenseChoice(name, "chosen in the configuration", kept)
 
 
+def _check_triton_dense(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def check(ok: bool, why: str) -> None:
+        require(ok, "dense_backend", "triton", f"auto or torch{why}")
+
+    check(device.type == "cuda", f" on device {device}")
+    check(dtype.itemsize == 2, f" with dtype {dtype}")
+    major = torch.cuda.get_device_capability(device)[0]
+    check(major == 9, f": its tiles are for compute capability 9 (this device has {major})")
+    check(model.fp8_exempt is not None, f": {NO_E4M3}")
+
+
+NO_E4M3 = "no matrix is e4m3"
 SLOW_PROMPTS = (
     "e4m3 is widened: triton keeps it, in half the memory; on an H200 it took 0.76 to 0.92 of "
     "bf16's time with up to 64 rows of Qwen3.5-122B's and 397B's layers, but 1.1 to 1.5 times from "

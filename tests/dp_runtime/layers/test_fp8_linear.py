@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from dp_runtime.layers.linear import Fp8Linear, Linear, Projection, load_project
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.model import Model
 from dp_runtime.models.registry import build_model, read_model_config
+from dp_runtime.startup.execution_choices import choose_dense
 from dp_runtime.startup.jit_modules import dense_jit_module
 from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, param_bytes
 from dp_runtime.startup.rank_plan import plan_rank
@@ -124,8 +126,12 @@ def test_a_source_that_keeps_nothing_or_a_bias_widens() -> None:
         (DummyWeights(0, CPU, BF16, fp8=Fp8Names(exempt=("model.a",))), False),
     ):
         assert isinstance(load_projection(source, sizes, 128, bias), Linear)
+    first_only = DummyWeights(0, CPU, BF16, fp8=Fp8Names(exempt=("model.b",)))
+    backwards = torch.arange(95, -1, -1)
+    assert isinstance(load_projection(first_only, sizes, 128), Fp8Linear)
+    assert isinstance(load_projection(first_only, sizes, 128, order=backwards), Linear)
     source = DummyWeights(0, CPU, BF16, fp8=all_of_them)
-    linear = load_projection(source, sizes, 128, order=torch.arange(95, -1, -1))
+    linear = load_projection(source, sizes, 128, order=backwards)
     assert isinstance(linear, Fp8Linear)
     plain = load_projection(source, sizes, 128)
     assert torch.equal(widened(linear), widened(plain).flip(0))
@@ -161,6 +167,25 @@ def test_on_cpu_and_by_default_all_is_widened(backend: str, path: Path) -> None:
     assert plan.fp8_shapes == ()
     with pytest.raises(ValueError, match="dense_backend: 'triton' is not allowed; auto or torch"):
         plan_rank(EngineConfig(str(path), dense_backend="triton", **settings), 0, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("major", "dtype", "has_e4m3", "why"),
+    [
+        (9, BF16, False, "auto or torch: no matrix is e4m3"),
+        (10, BF16, True, r"auto or torch: its tiles .* 9 \(this device has 10\)"),
+        (9, torch.float32, True, "auto or torch with dtype torch.float32"),
+    ],
+)
+def test_a_gpu_that_could_not_use_it_says_why(
+    path: Path, major: int, dtype: torch.dtype, has_e4m3: bool, why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    config, model = EngineConfig(str(path), dense_backend="triton"), read_model_config(str(path))
+    model = model if has_e4m3 else replace(model, fp8_exempt=None)
+    with pytest.raises(ValueError, match=f"dense_backend: 'triton' is not allowed; {why}"):
+        choose_dense(config, model, None, dtype, torch.device("cuda"))
 
 
 def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +230,9 @@ def test_the_floor_of_a_step_counts_what_is_read(path: Path) -> None:
         assert floor.dense_weights == due
 
 
-@pytest.mark.parametrize("sizes", [(512, 256, 512), (300, 272, 340), (20480, 4096, 20608)])
+@pytest.mark.parametrize(
+    "sizes", [(512, 256, 512), (300, 272, 340), (383, 256, 384), (20480, 4096, 20608)]
+)
 def test_every_number_of_rows_finds_its_products_built(
     sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
