@@ -35,7 +35,7 @@ def choose_backend(name: str, spec: AttentionSpec, device: torch.device) -> tupl
         return "torch_ref", "the only backend for device cpu"
     if name != "auto":
         backend_class(name).check(spec, device)
-        return name, CHOSEN
+        return name, _why_chosen(name, spec)
     if not has_flashinfer():
         return "torch_ref", NOT_INSTALLED
     refused = []
@@ -48,3 +48,12 @@ def choose_backend(name: str, spec: AttentionSpec, device: torch.device) -> tupl
             continue
         return candidate, "; ".join([reason, *refused])
     raise AssertionError("torch_ref serves every spec")
+
+
+def _why_chosen(name: str, spec: AttentionSpec) -> str:
+    """Say so, and what speaks against it: split may do no more than trtllm."""
+    try:
+        backend_class(name).reason(spec)
+    except ValueError as error:
+        return f"{CHOSEN}; {error}"
+    return CHOSEN

@@ -106,6 +106,16 @@ def test_auto_says_why(
     assert choose_backend(chosen, spec, torch.device("cuda", 0))[1] == "chosen in the configuration"
 
 
+def test_split_says_where_it_does_no_more_than_trtllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("dp_runtime.attention.support.find_spec", lambda name: object())
+    why = choose_backend("split", replace(GOOD, num_heads=16), torch.device("cuda", 0))[1]
+    assert why.startswith("chosen in the configuration; nowhere measured to be faster than XQA")
+    assert (
+        choose_backend("split", GOOD, torch.device("cuda", 0))[1] == "chosen in the configuration"
+    )
+
+
 ROW = Measured(128, 8, 4, SplitTile(32), ((16, 20.0, 21.5), (64, 60.0, 45.5), (256, 200.0, 160.0)))
 
 
