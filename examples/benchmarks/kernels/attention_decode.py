@@ -39,8 +39,8 @@ from dp_runtime.kernels.split_tile import SplitTile
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import graph_us, read_rate
-from examples.benchmarks.harness.parallel_builds import compile_all
 from examples.benchmarks.kernels.attention_ragged import BF16, Load, load_of
+from examples.benchmarks.kernels.parallel_builds import compile_all
 from examples.benchmarks.kernels.split_candidates import Job, candidates, compile_one
 from examples.benchmarks.kernels.trials import ALLOWED_ERROR, relative_error
 

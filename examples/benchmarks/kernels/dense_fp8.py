@@ -38,7 +38,7 @@ from dp_runtime.weights.fp8_blocks import BLOCK, quantize
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
-from examples.benchmarks.harness.parallel_builds import compile_all
+from examples.benchmarks.kernels.parallel_builds import compile_all
 from examples.benchmarks.kernels.trials import relative_error, try_all
 
 ROWS = (1, 8, 32, 64, 128, 512, 2048)

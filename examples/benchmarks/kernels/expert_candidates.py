@@ -13,8 +13,8 @@ from dp_runtime.kernels.expert_tiles import FLAT, Tile
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
 from dp_runtime.weights.fp8_blocks import scale_shape
-from examples.benchmarks.harness.parallel_builds import compile_all as compile_in_processes
 from examples.benchmarks.kernels.moe_stage import SHAPES, Shard
+from examples.benchmarks.kernels.parallel_builds import compile_all as compile_in_processes
 from examples.benchmarks.kernels.trials import SHARED_MEMORY
 
 

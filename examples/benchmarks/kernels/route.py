@@ -30,7 +30,7 @@ from dp_runtime.kernels.moe_router import (
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import graph_us
-from examples.benchmarks.harness.parallel_builds import compile_all
+from examples.benchmarks.kernels.parallel_builds import compile_all
 from examples.benchmarks.kernels.trials import try_all
 
 SHAPES = {128: (2048, 8), 256: (2048, 8), 512: (4096, 10)}  # experts: hidden, top k
