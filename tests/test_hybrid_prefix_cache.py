@@ -51,7 +51,7 @@ def poisoned(engine: Engine) -> Iterator[Engine]:
 
 
 EVERY = {"page_size": 4, "state_track_interval": 4, "num_state_checkpoints": 8}
-FEW = EVERY | {"num_pages": 40, "dp_size": 1, "num_state_checkpoints": 4}
+FEW = EVERY | {"num_pages": 36, "dp_size": 1, "num_state_checkpoints": 4}
 NO_BUFFER = {"prefix_state_strategy": "no_buffer", "num_state_checkpoints": 8}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "plain": ("hybrid", 0, EVERY | {"dp_size": 1}),
@@ -97,7 +97,10 @@ def test_tokens_are_those_without_the_cache(
     with poisoned(engine_of(drafted_of(checkpoint), num_steps, **fields)) as engine:
         outputs = converse(engine)
         report = engine.report()
+        states = [rank.health.states for rank in engine.metrics()]
     check_alike(outputs, expected_of(checkpoint))
+    assert {one.num_checkpoints for one in states} == {fields["num_state_checkpoints"]}
+    assert all(one.free_checkpoints < one.num_checkpoints and one.num_slots for one in states)
     assert sum(one.hits for one in report.prefixes) > 20
     if "num_pages" in fields:
         assert report.preemptions > 0

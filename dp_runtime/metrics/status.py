@@ -65,6 +65,17 @@ class GraphUse:
 
 
 @dataclass(frozen=True)
+class StateUse:
+    """Slots of recurrent states, without the null slot; all 0 where no layer has one."""
+
+    num_slots: int = 0  # of requests
+    free_slots: int = 0
+    num_checkpoints: int = 0  # of the prefix cache
+    free_checkpoints: int = 0
+    evictions: int = 0  # of states behind cached pages, as a slot was needed
+
+
+@dataclass(frozen=True)
 class RankHealth:
     """Progress of one rank; being alive is not progress, so the last finished step counts."""
 
@@ -79,6 +90,7 @@ class RankHealth:
     last_step_age_s: float = 0.0
     free_pages: int = 0
     num_pages: int = 0
+    states: StateUse = StateUse()
     num_running: int = 0
     num_queued: int = 0
     bytes_read: int = 0  # from disk, known once the rank has loaded

@@ -34,6 +34,10 @@ class StateCheckpoints:
         return page in self._by_page
 
     @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
     def pages(self) -> list[int]:
         return [*self._by_page]
 

@@ -42,6 +42,14 @@ class RequestTable:
         return [index for index, request in enumerate(self._requests) if request is not None]
 
     @property
+    def num_rows(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_free_rows(self) -> int:
+        return len(self._free)
+
+    @property
     def has_free_row(self) -> bool:
         return bool(self._free)
 

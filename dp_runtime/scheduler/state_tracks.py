@@ -11,6 +11,7 @@ import numpy as np
 from dp_runtime.core.batch import Int64, StateSlots
 from dp_runtime.core.recurrent_metadata import CHUNK
 from dp_runtime.core.request import RankRequest
+from dp_runtime.metrics.status import StateUse
 from dp_runtime.prefix_cache.state_checkpoints import Checkpoint
 from dp_runtime.scheduler.limits import Limits
 from dp_runtime.scheduler.page_table import PageTable
@@ -73,6 +74,15 @@ class StateTracks:
         """Slots that steps in flight write, or that wait for their page to be cached."""
         slots = [each.slot for of_row in self._written.values() for each in of_row.values()]
         return slots + [track.copy.target for moves in self._in_flight for track in moves.tracks]
+
+    @property
+    def use(self) -> StateUse:
+        """Tell how many slots there are and are free, for any thread."""
+        if not self.are_kept:
+            return StateUse()
+        table, kept = self._table, self.checkpoints
+        own = table.num_rows, table.num_free_rows
+        return StateUse(*own, len(kept.slots), kept.num_free, kept.num_evictions)
 
     def check(self, req_indices: Sequence[int]) -> None:
         self.checkpoints.check(self.taken)

@@ -135,6 +135,7 @@ class Loaded:
             bytes_read=self.rank.info.bytes_read,
             load_s=self.rank.load_s,
             free_pages=load.free_pages,
+            states=self.requests.scheduler.states.use,
             num_running=load.num_running,
             num_queued=load.num_waiting,
             error=self.mailbox.error or "",

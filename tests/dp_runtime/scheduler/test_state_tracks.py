@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dp_runtime.metrics.status import StateUse
 from dp_runtime.scheduler.limits import Limits
 from tests.dp_runtime.scheduler.state_device import StateDevice
 
@@ -171,6 +172,21 @@ def test_with_no_slot_free_requests_go_on_and_leave_nothing() -> None:
     states = device.scheduler.page_table.allocator.cache.states
     assert len(states) == 1
     assert states.num_evictions > 0
+
+
+def test_slots_in_use_are_those_of_requests_and_of_cached_pages() -> None:
+    device = StateDevice(60, limits(2, requests=3), PAGE)
+    states = device.scheduler.states
+    assert states.use == StateUse(3, 3, 2, 2, 0)
+    device.add(prompt_of(0, 70), 2)
+    device.step()
+    assert states.use == StateUse(3, 2, 2, 1, 0)
+    device.drain()
+    assert states.use == StateUse(3, 3, 2, 1, 0)
+    for family in (1, 2, 3):
+        alone(device, [1000 + family] * 70, 1)
+    assert states.use == StateUse(3, 3, 2, 0, 2)
+    assert len(states.checkpoints) == 2
 
 
 def test_of_an_output_s_states_the_last_is_given_up_last() -> None:

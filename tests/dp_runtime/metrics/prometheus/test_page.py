@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from dp_runtime import Engine, EngineConfig, SamplingParams
 from dp_runtime.metrics.prometheus.page import metrics_page
 from dp_runtime.metrics.snapshot import RankSnapshot
+from dp_runtime.metrics.status import StateUse
 from tests.checkpoints import add_mtp, tiny_checkpoint
 
 DP_SIZE = 2
@@ -142,6 +143,18 @@ def test_an_idle_engine_holds_no_pages(engine: Engine) -> None:
     assert by_rank(page, "vllm:kv_cache_usage_perc") == [0.0] * DP_SIZE
     assert by_rank(page, "dp_runtime_kv_pages_free") == [39.0] * DP_SIZE
     assert by_rank(page, "dp_runtime_rank_answers") == [1.0] * DP_SIZE
+
+
+def test_slots_of_states_are_those_that_ranks_tell(engine: Engine) -> None:
+    use = StateUse(4, 3, 8, 6, 5)
+    told = [replace(rank, health=replace(rank.health, states=use)) for rank in engine.metrics()]
+    names = (
+        "slots", "slots_free", "checkpoints", "checkpoints_free", "checkpoint_evictions_total",
+    )  # fmt: skip
+    for ranks, numbers in ((told, astuple(use)), (engine.metrics(), (0, 0, 0, 0, 0))):
+        page = families(tuple(ranks))
+        for name, number in zip(names, numbers, strict=True):
+            assert by_rank(page, f"dp_runtime_state_{name}") == [number] * DP_SIZE
 
 
 def test_counters_never_fall(engine: Engine) -> None:
