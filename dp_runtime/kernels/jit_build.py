@@ -22,11 +22,11 @@ class JitModule:
 
     name: str  # unique
     build: Callable[[], object]
-    by_triton: bool = False
+    by_triton: bool = False  # whose compiler is for one thread
 
 
 def in_one_thread(modules: Sequence[JitModule]) -> tuple[JitModule, ...]:
-    """Make one module of those that Triton compiles: its compiler is for one thread."""
+    """Make one module of those that Triton compiles."""
     triton = [module for module in modules if module.by_triton]
     others = tuple(module for module in modules if not module.by_triton)
     if not triton:

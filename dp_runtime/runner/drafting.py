@@ -50,8 +50,8 @@ class DraftState:
     """
 
     def __init__(self, model: DraftModel, num_table_rows: int, device: torch.device) -> None:
-        self._counts = torch.zeros(3, num_table_rows, dtype=torch.int64, device=device)
-        self.last_token, self.first_draft, self.num_rejected = self._counts
+        self._numbers = torch.zeros(3, num_table_rows, dtype=torch.int64, device=device)
+        self.last_token, self.first_draft, self.num_rejected = self._numbers
         self.hidden = torch.zeros(
             num_table_rows, model.hidden_size, dtype=model.dtype, device=device
         )
@@ -75,7 +75,7 @@ class DraftState:
         """Begin chains of one draft; are_bounds: whose last verification is in flight."""
         assert self._written[req_indices].all(), "a request decodes that drafted nothing yet"
         rows, mask = all_on_device([req_indices, are_bounds.astype(np.int64)], self.device)
-        last_token, first_draft, num_rejected = self._counts[:, rows]
+        last_token, first_draft, num_rejected = self._numbers[:, rows]
         bounds = num_rejected * mask if are_bounds.any() else None
         return DraftChains((last_token, first_draft), self.hidden[rows], bounds)
 
@@ -89,7 +89,7 @@ class DraftState:
     ) -> None:
         """rows: req_indices on the device; first_draft [requests], hidden [requests, hidden]."""
         self._written[req_indices] = True
-        self._counts[:, rows] = torch.stack((last.token_ids, first_draft, last.num_rejected))
+        self._numbers[:, rows] = torch.stack((last.token_ids, first_draft, last.num_rejected))
         self.hidden[rows] = hidden
 
 
