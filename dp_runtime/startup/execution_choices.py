@@ -14,6 +14,7 @@ from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.transports import choose_transport
 from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.speculative.draft import DraftConfig
+from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes
 from dp_runtime.weights.fp8_names import Fp8Names
 
 
@@ -105,6 +106,13 @@ class DenseChoice:
     backend: str
     reason: str
     kept: Fp8Names = field(default_factory=Fp8Names, repr=False)
+
+    def shapes(self, models: object) -> tuple[Fp8Shape, ...]:
+        """List shapes that stay e4m3; ValueError if kernels for them were chosen and none does."""
+        found = fp8_shapes(models)
+        allowed = "auto or torch: no matrix beside the experts can stay e4m3"
+        require(bool(found) or self.backend != "triton", "dense_backend", self.backend, allowed)
+        return found
 
 
 def choose_dense(

@@ -34,7 +34,7 @@ from dp_runtime.startup.execution_choices import (
     choose_prefix_cache,
     resolve_dtype,
 )
-from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, param_bytes
+from dp_runtime.startup.memory_estimate import Fp8Shape, param_bytes
 from dp_runtime.startup.memory_plan import MemoryNeeds, plan_memory
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.weights.dummy import MetaWeights
@@ -154,10 +154,10 @@ def sketch_rank(
     return RankPlan(
         dp_rank=dp_rank, members=members, model=model, draft=draft, layers=layers,
         device=device, dtype=dtype, limits=limits, backend=backend, backend_reason=reason,
-        moe_backend=moe_backend, moe_reason=moe_reason, dense=dense, fp8_shapes=fp8_shapes(models),
-        graphs=graphs, graphs_reason=graphs_reason, sharding=sharding,
-        depth=choose_depth(config, device, backend), routing=routing, images=images,
-        prefix_cache=choose_prefix_cache(config, keeps_state), pages=memory.pages,
+        moe_backend=moe_backend, moe_reason=moe_reason, dense=dense,
+        fp8_shapes=dense.shapes(models), depth=choose_depth(config, device, backend),
+        graphs=graphs, graphs_reason=graphs_reason, sharding=sharding, routing=routing,
+        prefix_cache=choose_prefix_cache(config, keeps_state), images=images, pages=memory.pages,
         load_bytes=weights.bytes_read, memory=memory.use, shortage=memory.shortage,
     )  # fmt: skip
 

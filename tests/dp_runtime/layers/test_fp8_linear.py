@@ -23,7 +23,7 @@ from dp_runtime.layers.linear import Fp8Linear, Linear, Projection, load_project
 from dp_runtime.layers.moe import RankSharding
 from dp_runtime.models.model import Model
 from dp_runtime.models.registry import build_model, read_model_config
-from dp_runtime.startup.execution_choices import choose_dense
+from dp_runtime.startup.execution_choices import DenseChoice, choose_dense
 from dp_runtime.startup.jit_modules import dense_jit_module
 from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, param_bytes
 from dp_runtime.startup.rank_plan import plan_rank
@@ -186,6 +186,15 @@ def test_a_gpu_that_could_not_use_it_says_why(
     model = model if has_e4m3 else replace(model, fp8_exempt=None)
     with pytest.raises(ValueError, match=f"dense_backend: 'triton' is not allowed; {why}"):
         choose_dense(config, model, None, dtype, torch.device("cuda"))
+
+
+def test_kernels_without_a_matrix_are_refused(path: Path) -> None:
+    wide = build(path, MetaWeights(BF16, torch.device("cuda")), BF16)
+    assert DenseChoice("torch", "for the test").shapes(wide) == ()
+    with pytest.raises(
+        ValueError, match="'triton' is not allowed; auto or torch: no matrix beside"
+    ):
+        DenseChoice("triton", "for the test").shapes(wide)
 
 
 def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
