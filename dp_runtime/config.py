@@ -119,10 +119,11 @@ class EngineConfig:
     )
     prefix_state_strategy: str = setting(
         "extra_buffer", "recurrent states kept for them: copies, near prompts' ends and in texts; "
-        "or those that requests end with, at a page's end", choices=("extra_buffer", "no_buffer"),
+        "no_buffer: only what a request ends with, if at a page's end, as 1 in page_size does: "
+        "a prompt sent again is rarely found", choices=("extra_buffer", "no_buffer"),
     )  # fmt: skip
     num_state_checkpoints: int | None = setting(
-        None, "recurrent states that a rank keeps", at_least=1, shown_default="max_num_requests / 4"
+        None, "states that a rank keeps", at_least=1, shown_default="max(8, max_num_requests / 4)"
     )
     state_track_interval: int = setting(
         256, "tokens of an output from one copied state to the next, in full pages", at_least=1

@@ -174,7 +174,7 @@ def test_the_null_slot_and_other_slots_are_left_alone(model: Path) -> None:
         engine.generate([[5, 6, 7]], SamplingParams(max_tokens=5, temperature=0.0))
         for tensor, old in zip(states, before, strict=True):
             same = [torch.equal(now, then) for now, then in zip(bits(tensor), bits(old))]
-            assert same == [True, False, True, True, True, True], (
+            assert same == [True, False, *[True] * (len(same) - 2)], (
                 "no state is left of so few tokens"
             )
 

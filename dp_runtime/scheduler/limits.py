@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MIN_CHECKPOINTS = 8  # by default; few requests, too, have prompts and texts to come back to
+
+
+def default_checkpoints(max_num_requests: int) -> int:
+    return max(MIN_CHECKPOINTS, -(-max_num_requests // 4))
+
+
+def most_requests(num_slots: int) -> int:
+    """Count the requests that have a slot each beside their default checkpoints."""
+    return min(num_slots - MIN_CHECKPOINTS, num_slots * 4 // 5)
+
 
 @dataclass(frozen=True)
 class Limits:

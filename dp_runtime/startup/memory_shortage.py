@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dp_runtime.config import EngineConfig
 from dp_runtime.host.limits import usable_memory
 from dp_runtime.metrics.memory import MemoryUse
+from dp_runtime.scheduler.limits import most_requests
 
 GIB = 2**30
 
@@ -39,16 +40,13 @@ class MemoryBudget:
         return max(int(self.left * fraction // self.page_bytes), 0)
 
     def max_requests_beside(self, config: EngineConfig, num_bytes: float) -> int:
-        """Count the requests whose recurrent state fits beside so many bytes.
-
-        By default the prefix cache keeps a quarter as many states again.
-        """
+        """Count the requests whose recurrent state fits beside so many bytes."""
         if not self.slot_bytes:
             return 0
         fit = int((self.left + self.use.recurrent_state - num_bytes) // self.slot_bytes) - 1
         if config.prefix_caching:
             checkpoints = config.num_state_checkpoints
-            fit = fit * 4 // 5 if checkpoints is None else fit - checkpoints
+            fit = most_requests(fit) if checkpoints is None else fit - checkpoints
         return max(fit, 0)
 
     def shortage(self, config: EngineConfig, fraction: float) -> str:

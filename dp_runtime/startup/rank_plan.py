@@ -23,7 +23,7 @@ from dp_runtime.metrics.memory import MemoryUse
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.models.image_format import read_image_format
 from dp_runtime.models.registry import read_model_config
-from dp_runtime.scheduler.limits import Limits
+from dp_runtime.scheduler.limits import Limits, default_checkpoints
 from dp_runtime.speculative.draft import DraftConfig, read_draft_config
 from dp_runtime.startup.execution_choices import (
     DenseChoice,
@@ -189,7 +189,7 @@ def _limits(
     config: EngineConfig, model: ModelConfig, images: ImageFormat | None, keeps_state: bool
 ) -> Limits:
     caches_states = keeps_state and config.prefix_caching
-    checkpoints = config.num_state_checkpoints or -(-config.max_num_requests // 4)
+    checkpoints = config.num_state_checkpoints or default_checkpoints(config.max_num_requests)
     pages = -(-config.state_track_interval // config.page_size)
     limits = Limits(
         config.max_num_requests,

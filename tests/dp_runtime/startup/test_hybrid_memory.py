@@ -12,6 +12,7 @@ import torch
 from dp_runtime import EngineConfig
 from dp_runtime.metrics.memory import RankMemory, memory_table
 from dp_runtime.runner.graphs.forward_pieces import PieceInputs
+from dp_runtime.scheduler.limits import default_checkpoints, most_requests
 from dp_runtime.startup import memory_plan, rank_plan
 from dp_runtime.startup.build_rank import load_rank, reload_rank
 from dp_runtime.startup.inspection import describe
@@ -45,7 +46,7 @@ def test_pages_are_of_the_layers_that_attend_and_states_of_the_others(config: En
     assert (plan.page_bytes, plan.slot_bytes) == (PAGE, SLOT)
     assert plan.limits.keeps_state
     assert plan.memory.kv_cache == plan.pages.num_pages * PAGE
-    assert plan.memory.recurrent_state == (REQUESTS + 2 + 1) * SLOT, "2 for the prefix cache"
+    assert plan.memory.recurrent_state == (REQUESTS + 8 + 1) * SLOT, "8 for the prefix cache"
     rank = load_rank(config, plan, lambda count: None)
     assert sum(pool.nbytes for pool in rank.pools) == plan.memory.kv_cache
     assert [len(state) for state in rank.states] == [2 * is_recurrent(layer) for layer in range(4)]
@@ -53,6 +54,13 @@ def test_pages_are_of_the_layers_that_attend_and_states_of_the_others(config: En
     assert sum(tensor.nbytes for tensor in tensors) == plan.memory.recurrent_state
     assert not any(tensor.any() for tensor in (*rank.pools, *tensors))
     assert param_bytes(rank.models) == plan.memory.weights, "caches are no weights"
+
+
+def test_few_requests_have_eight_checkpoints_and_many_a_quarter() -> None:
+    assert [default_checkpoints(count) for count in (1, 32, 33, 64)] == [8, 8, 9, 16]
+    for slots in range(9, 200):
+        most = most_requests(slots)
+        assert most + default_checkpoints(most) <= slots < most + 1 + default_checkpoints(most + 1)
 
 
 def test_states_are_kept_while_weights_are_exchanged(config: EngineConfig) -> None:
@@ -97,7 +105,7 @@ def test_states_that_leave_no_room_for_pages_are_named_with_what_fits(
     room = use.total - use.kv_cache + sequence - states
     whole = replace(config, kv_memory_fraction=1.0)
     for fit in (3, 1):
-        memory = room + (fit + -(-fit // 4) + 1) * SLOT
+        memory = room + (fit + default_checkpoints(fit) + 1) * SLOT
         monkeypatch.setattr(memory_plan, "rank_memory", lambda *arguments, of=memory: of)
         with pytest.raises(ValueError, match="is not allowed; ") as error:
             plan_rank(whole, 0, "cpu")
@@ -137,7 +145,7 @@ def test_room_for_drafts_is_part_of_a_slot(tmp_path: Path, steps: int) -> None:
     channels, heads, state = 2 * 2 * 16 + 4 * 24, 4, 4 * 16 * 24
     window, gates = channels * (3 + steps), steps * 2 * heads
     assert plan.slot_bytes == 3 * 4 * (window + gates + state), "of three layers"
-    assert plan.memory.recurrent_state == (REQUESTS + 2 + 1) * plan.slot_bytes
+    assert plan.memory.recurrent_state == (REQUESTS + 8 + 1) * plan.slot_bytes
     assert plan.page_bytes == (1 + (steps > 0)) * 2 * 2 * 16 * 32 * 4
     states = load_rank(config, plan, lambda count: None).states
     allocated = sum(tensor.nbytes for state in states for tensor in state)
