@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 
 from dp_runtime.cli.flags import add_flags, given_fields
-from dp_runtime.cli.model_choice import config_from
+from dp_runtime.cli.model_choice import config_from, example_models
 from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.server.config import ServerConfig
@@ -30,7 +30,9 @@ def serve(options: argparse.Namespace) -> None:
 
     # The ranks and whatever else inherits the environment are none of the keys' business.
     keys = {name: os.environ.pop(variable, None) for name, variable in KEY_VARIABLES.items()}
-    given = keys | given_fields(options, ServerConfig)
+    model = getattr(options, "model", None)
+    named = {"served_model_name": model} if model in example_models() else {}
+    given = keys | named | given_fields(options, ServerConfig)
     with ExitStack() as stack:
         trace = TraceFile.opened(stack, options.trace)
 

@@ -9,6 +9,7 @@ import pytest
 from dp_runtime.cli.main import main
 from dp_runtime.cli.serve import KEY_VARIABLES
 from dp_runtime.errors import RankFailed
+from dp_runtime.server.config import ServerConfig
 
 
 @pytest.mark.parametrize("key", ["api_key", "admin_key"])
@@ -32,3 +33,25 @@ def test_a_server_without_a_trace_ends_well_as_a_rank_is_lost(
 
     monkeypatch.setattr("dp_runtime.server.run.serve", drained)
     assert main(["serve"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--model tiny_hybrid", "tiny_hybrid"),
+        ("--model tiny_hybrid --served-model-name mine", "mine"),
+        ("--model ./tiny_hybrid", None),
+        ("", None),
+    ],
+)
+def test_the_model_of_an_example_is_served_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, flags: str, name: str | None
+) -> None:
+    served = list[str | None]()
+
+    def run(config: Any, server: ServerConfig, on_drained: Any) -> None:
+        served.append(server.served_model_name)
+
+    monkeypatch.setattr("dp_runtime.server.run.serve", run)
+    assert main(["serve", *flags.split()]) == 0
+    assert served == [name]

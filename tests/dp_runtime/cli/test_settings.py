@@ -88,6 +88,22 @@ def test_a_mistake_names_what_is_allowed(name: str, value: object, message: str)
         EngineConfig("x", **dict[str, Any]({name: value}))
 
 
+def test_the_model_of_an_example_has_a_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny_moe", "tiny_hybrid", "tiny_vl"):
+        config = config_from(argparse.Namespace(model=name))
+        assert Path(config.model) == ROOT / "examples" / name / "checkpoint"
+        assert config.dp_size == 1
+    with pytest.raises(ValueError, match="'tiny' is not allowed; a directory, or one of tiny_hyb"):
+        config_from(argparse.Namespace(model="tiny"))
+    for path in ("./tiny", "/models/tiny"):  # which the ranks may see, if this process does not
+        assert config_from(argparse.Namespace(model=path)).model == path
+    (tmp_path / "tiny_moe").mkdir()
+    assert config_from(argparse.Namespace(model="tiny_moe")).model == "tiny_moe"
+
+
 def test_without_a_model_the_packaged_tiny_one_is_served() -> None:
     config = config_from(argparse.Namespace(device="cpu"))
     assert (config.dp_size, config.device) == (4, "cpu")
