@@ -273,6 +273,10 @@ CASES: dict[str, tuple[Act, str]] = {
     "backend for the device": (
         start(attention_backend="trtllm", device="cpu"), "attention_backend: 'trtllm'",
     ),
+    "graphs on CPU": (
+        start(cuda_graphs=True, device="cpu"),
+        "cuda_graphs: True is not allowed; None or False, as device cpu has none",
+    ),
     "num_pages for the length": (
         start(num_pages=4, max_model_len=1000), "num_pages: 4 is not allowed; at least 17",
     ),

@@ -13,6 +13,7 @@ import torch
 from collectives.shared_memory.group import new_rendezvous_path
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
+from dp_runtime.errors import not_allowed
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.step_board import StepBoard
 from dp_runtime.parallel.transports import TRANSPORTS, Transport, choose_transport
@@ -125,7 +126,10 @@ def transport_of(config: EngineConfig, hosts: Sequence[HostInfo]) -> Transport:
         one_host=len(names) == 1,
     )
     if len(names) > 1 and not transport.spans_hosts:
-        raise ValueError(f"collective: {transport.name!r} is not allowed; ranks are on {names}")
+        several = f"where ranks are on several hosts: {', '.join(names)}"
+        if config.collective == "auto":  # ranks that share GPUs meet in memory
+            raise not_allowed("ranks_per_gpu", config.ranks_per_gpu, f"1 {several}")
+        raise not_allowed("collective", transport.name, f"auto or torch_distributed {several}")
     return transport
 
 

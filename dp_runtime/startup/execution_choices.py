@@ -8,7 +8,7 @@ import torch
 
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.config import EngineConfig
-from dp_runtime.errors import require
+from dp_runtime.errors import not_allowed, require
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.transports import choose_transport
@@ -51,7 +51,7 @@ def choose_graphs(
     if config.cuda_graphs is False:
         return False, "turned off in the configuration"
     if config.cuda_graphs and reasons:
-        raise ValueError(f"cuda_graphs: True is not allowed; {'; '.join(reasons)}")
+        raise not_allowed("cuda_graphs", True, f"None or False, as {'; '.join(reasons)}")
     return not reasons, "; ".join(reasons) or "all kernels in use can be captured"
 
 
@@ -65,7 +65,8 @@ def choose_depth(config: EngineConfig, device: str, backend: str) -> int:
     if not reasons or device == "cpu" or not config.speculative_num_steps:
         return config.depth
     if config.overlap:
-        raise ValueError(f"overlap: True is not allowed with speculation; {'; '.join(reasons)}")
+        why = "; ".join(reasons)
+        raise not_allowed("overlap", True, f"None or False with speculation, as {why}")
     return 0
 
 

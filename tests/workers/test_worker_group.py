@@ -235,8 +235,15 @@ def test_gpu_ranks_of_one_host_meet_there_too() -> None:
 
 def test_shared_memory_of_several_hosts_is_refused() -> None:
     config = EngineConfig("x", dp_size=2, collective="shared_memory")
-    with pytest.raises(ValueError, match=r"collective: 'shared_memory' .* on \['a', 'b'\]"):
+    allowed = "auto or torch_distributed where ranks are on several hosts: a, b"
+    with pytest.raises(ValueError, match=f"^collective: 'shared_memory' is not allowed; {allowed}"):
         transport_of(config, hosts_of("ab"))
+
+
+def test_ranks_that_share_gpus_of_several_hosts_are_refused_by_what_was_set() -> None:
+    config = EngineConfig("x", dp_size=4, device="cuda", ranks_per_gpu=2)
+    with pytest.raises(ValueError, match=r"^ranks_per_gpu: 2 is not allowed; 1 where .*: a, b$"):
+        transport_of(config, hosts_of("aabb"))
 
 
 @pytest.mark.parametrize(
