@@ -148,7 +148,9 @@ def test_after_a_recovery_states_are_those_of_the_committed_tokens(
     inject = ";".join(f"rank=1,step={step},kind={kind},epoch={e}" for e, step in enumerate((6, 4)))
     fields = {"dp_size": 2, "overlap": overlap, "inject": inject}
     with dirty_engine(model, **fields) as engine:
-        items = [*load(3, 12), ([7, 8, 9], 40)]  # the last is alone on its rank at its end
+        # The last is alone on its rank at its end. So many are there that rank 1 still has prompts
+        # to run, one at a time, when its second fault is due.
+        items = [*load(3, 20), ([7, 8, 9], 40)]
         handles = []
         for index, (prompt, count) in enumerate(items):
             own = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count)

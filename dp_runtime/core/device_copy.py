@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if array.size:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+    else:  # numpy gives it strides of 0, with which torch views no other dtype
+        tensor = torch.empty(array.shape, dtype=_torch_dtype(array.dtype))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dp_runtime.core.device_copy import ALIGNMENT, all_on_device
+from dp_runtime.core.device_copy import ALIGNMENT, all_on_device, on_device
 
 
 def test_arrays_arrive_as_they_are_in_one_piece_of_memory() -> None:
@@ -33,3 +33,8 @@ def test_arrays_arrive_as_they_are_in_one_piece_of_memory() -> None:
 
 def test_no_array_is_no_tensor() -> None:
     assert all_on_device([], torch.device("cpu")) == ()
+
+
+def test_an_array_without_elements_can_be_viewed_in_another_dtype() -> None:
+    rows = on_device(np.full((0, 8), -1, np.int16), torch.device("cpu"))
+    assert rows.view(torch.float32).shape == (0, 4)
