@@ -41,7 +41,13 @@ def run_experiment(
     resume: go on with what the directory has. Ctrl-C leaves a directory that can be resumed.
     """
     results = RunDirectory(directory, experiment)
-    results.open(resume)
+    with results.open(resume):
+        _run_all(experiment, results, show_progress)
+        rows = results.rows()
+    return Outcome(directory, len(rows), sum(bool(row["error"]) for row in rows))
+
+
+def _run_all(experiment: Experiment, results: RunDirectory, show_progress: bool) -> None:
     runs = [run for run in experiment.runs() if not results.is_done(run)]
     begun = monotonic()
     with ProgressBar(experiment.plan.name, len(runs), "run", show_progress) as progress:
@@ -49,8 +55,6 @@ def run_experiment(
             progress.update(number, note=_note(run, number, len(runs), monotonic() - begun))
             _measure(experiment, results, run)
         progress.update(len(runs))
-    rows = results.rows()
-    return Outcome(directory, len(rows), sum(bool(row["error"]) for row in rows))
 
 
 def _measure(experiment: Experiment, results: RunDirectory, run: Run) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dp_runtime.experiments.machine import describe_machine
 from dp_runtime.experiments.measurement.columns import COLUMNS, RANK_COLUMNS
 from dp_runtime.experiments.measurement.request_record import RequestRecord
 from dp_runtime.experiments.point import Run
+from dp_runtime.experiments.results.directory_lock import LOCK, locked
 from dp_runtime.experiments.results.run_files import ROW, read_json, write_json, write_run
 from dp_runtime.experiments.results.tables import Row, noise, write_tables
 from dp_runtime.experiments.tables import flattened
@@ -34,23 +36,38 @@ class RunDirectory:
         """List the columns that tell points apart."""
         return list(dict.fromkeys(n for point in self._experiment.points for n in point.varied))
 
-    def open(self, resume: bool) -> None:
-        """Begin a new directory or, to resume, one of the same experiment (ValueError)."""
-        begun = (self.path / RUN).exists()
-        if resume and begun:
+    @contextmanager
+    def open(self, resume: bool) -> Iterator[None]:
+        """Begin a new directory or, to resume, one of the same experiment (ValueError).
+
+        Until it is left no other can be opened here.
+        """
+        self._check_begun(resume)  # nothing is left in a directory that is something else
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_allowed("out", str(self.path), f"a directory ({error.strerror})") from None
+        with locked(self.path):
+            self._begin(resume)
+            yield
+
+    def _begin(self, resume: bool) -> None:
+        if self._check_begun(resume):  # by another, since the first look
             described = self._described()
             self._check_same(described)
             self._machines = described["machines"]
-        elif begun or (self.path.is_dir() and any(self.path.iterdir())):
-            allowed = "a new directory, or --resume to go on with what is there"
-            raise not_allowed("out", str(self.path), allowed)
-        try:
-            (self.path / RUNS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise not_allowed("out", str(self.path), f"a directory ({error.strerror})") from None
+        (self.path / RUNS).mkdir(exist_ok=True)
         if (machine := describe_machine()) not in self._machines:
             self._machines.append(machine)
         self.write()
+
+    def _check_begun(self, resume: bool) -> bool:
+        """Tell whether the directory has results; ValueError if these are not to be resumed."""
+        begun = (self.path / RUN).exists()
+        holds = begun or (self.path.is_dir() and any(f.name != LOCK for f in self.path.iterdir()))
+        allowed = "a new directory, or --resume to go on with what is there"
+        require((resume and begun) or not holds, "out", str(self.path), allowed)
+        return begun
 
     def _described(self) -> dict[str, Any]:
         """Read run.json; ValueError if it does not have what a resumed experiment needs."""

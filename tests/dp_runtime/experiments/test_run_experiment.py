@@ -142,9 +142,10 @@ def test_what_is_done_is_not_run_again_and_more_repeats_are(
 def test_changed_settings_and_files_are_noticed(lab: Path) -> None:
     changed = TOML.replace("rate = 200", "rate = 100")
     (lab / "changed.toml").write_text(changed)
-    experiment = Experiment.from_file(lab / "changed.toml")
-    with pytest.raises(ValueError, match=r"workload.arrivals.rate: 100 is not allowed; 200, as in"):
-        RunDirectory(lab / "out", experiment).open(resume=True)
+    changed_lab = RunDirectory(lab / "out", Experiment.from_file(lab / "changed.toml"))
+    message = r"workload.arrivals.rate: 100 is not allowed; 200, as in"
+    with pytest.raises(ValueError, match=message), changed_lab.open(resume=True):
+        pass
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]"])
@@ -152,8 +153,32 @@ def test_a_directory_with_broken_settings_is_not_resumed(
     lab: Path, tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"out: .* is not allowed; results with a whole run.json"):
-        RunDirectory(tmp_path, Experiment.from_file(lab / "padding.toml")).open(resume=True)
+    results = RunDirectory(tmp_path, Experiment.from_file(lab / "padding.toml"))
+    message = r"out: .* is not allowed; results with a whole run.json"
+    with pytest.raises(ValueError, match=message), results.open(resume=True):
+        pass
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_directory_is_of_one_experiment_at_a_time(
+    lab: Path, tmp_path: Path, resume: bool
+) -> None:
+    """The second can do nothing, and the first is not harmed; who is gone holds nothing."""
+    experiment = Experiment.from_file(lab / "padding.toml")
+    with RunDirectory(tmp_path, experiment).open(resume):
+        before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+        with pytest.raises(ValueError, match="a directory that no experiment is writing into now"):
+            run_experiment(experiment, tmp_path, resume=True)
+        assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+    with RunDirectory(tmp_path, experiment).open(resume=True):
+        assert (tmp_path / "run.json").exists()
+
+
+def test_a_directory_of_something_else_is_left_as_it_is(lab: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="a new directory, or --resume"):
+        run_experiment(Experiment.from_file(lab / "padding.toml"), tmp_path, resume=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_point_that_fails_is_a_row_and_ends_nothing(lab: Path, tmp_path: Path) -> None:
