@@ -14,7 +14,7 @@ from dp_runtime.experiments.measurement.figures import Figures, end_s, figures_o
 from dp_runtime.experiments.measurement.intervals import Interval
 from dp_runtime.experiments.measurement.request_record import RequestRecord
 from dp_runtime.experiments.results.run_directory import RUN, RUNS
-from dp_runtime.experiments.results.run_files import ROW, read_json, read_requests, read_steps
+from dp_runtime.experiments.results.run_files import read_json, read_requests, read_row, read_steps
 from dp_runtime.experiments.results.tables import KEYS, Row, figure_names
 from dp_runtime.experiments.slo import Slo
 from dp_runtime.experiments.tables import flattened
@@ -55,8 +55,8 @@ class Source:
         try:
             if (path / RUN).is_file():
                 return _experiment(path)
-            if (path / ROW).is_file():
-                return _single(path)
+            if (row := read_row(path)) is not None:
+                return _single(path, row)
         except (
             OSError,
             EOFError,
@@ -78,9 +78,8 @@ class Source:
 def _experiment(path: Path) -> Source:
     described = read_json(path / RUN)
     varied = described["points"]
-    rows = [
-        read_json(file) for key in varied for file in sorted((path / RUNS).glob(f"{key}-*/{ROW}"))
-    ]
+    runs = [run for key in varied for run in sorted((path / RUNS).glob(f"{key}-*"))]
+    rows = [row for run in runs if (row := read_row(run)) is not None]
     good = [row for row in rows if not row["error"]]
     require(bool(good), "report", str(path), "results with a run that has ended well")
     labels = labels_of(varied)
@@ -101,9 +100,9 @@ def _experiment(path: Path) -> Source:
     )
 
 
-def _single(path: Path) -> Source:
+def _single(path: Path, row: Row) -> Source:
     """Read one run; the experiment that it is of, if it lies there, has its SLO and its point."""
-    row, above = read_json(path / ROW), path.resolve().parent.parent / RUN
+    above = path.resolve().parent.parent / RUN
     require(not row["error"], "report", str(path), f"a run without an error: {row['error']}")
     described = read_json(above) if above.is_file() else None
     slo = Slo(**described["slo"]) if described else Slo()

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dp_runtime.errors import not_allowed, require
+from dp_runtime.errors import not_allowed, require, shown
 from dp_runtime.experiments.experiment import Experiment
 from dp_runtime.experiments.input_paths import digests
 from dp_runtime.experiments.machine import describe_machine
@@ -16,13 +16,14 @@ from dp_runtime.experiments.measurement.columns import COLUMNS, RANK_COLUMNS
 from dp_runtime.experiments.measurement.request_record import RequestRecord
 from dp_runtime.experiments.point import Run
 from dp_runtime.experiments.results.directory_lock import LOCK, locked
-from dp_runtime.experiments.results.run_files import ROW, read_json, write_json, write_run
+from dp_runtime.experiments.results.run_files import read_json, read_row, write_json, write_run
 from dp_runtime.experiments.results.tables import Row, noise, write_tables
 from dp_runtime.experiments.tables import flattened
 from dp_runtime.metrics.recording import Recording
 
 RUN, RUNS = "run.json", "runs"
 FORMAT = 1
+RESUMED = {"settings": dict, "inputs": dict, "machines": list}  # what is read again
 MAY_GROW = ("repeats", "grid", "cases", "order", "time_limit_s")  # of a run that is resumed
 
 
@@ -73,8 +74,11 @@ class RunDirectory:
         """Read run.json; ValueError if it does not have what a resumed experiment needs."""
         try:
             described = read_json(self.path / RUN)
-            return {name: described[name] for name in ("settings", "inputs", "machines")}
-        except (ValueError, KeyError, TypeError) as error:
+            for name, kind in RESUMED.items():
+                if not isinstance(described[name], kind):
+                    raise TypeError(f"{name} is {shown(described[name])}")
+            return {name: described[name] for name in RESUMED}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error}"
             raise not_allowed(
                 "out", str(self.path), f"results with a whole {RUN} ({why})"
@@ -107,11 +111,9 @@ class RunDirectory:
         write_json(self.path / RUN, self._description(rows))
 
     def _row(self, run: Run) -> Row | None:
-        path = self.path / RUNS / run.name / ROW
-        if not path.exists():
-            return None
+        row = read_row(self.path / RUNS / run.name)
         varied = {name: run.point.varied.get(name) for name in self.varied}
-        return {**varied, **read_json(path)}
+        return None if row is None else {**varied, **row}
 
     def _description(self, rows: Sequence[Row]) -> dict[str, Any]:
         experiment = self._experiment

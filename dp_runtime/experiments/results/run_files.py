@@ -11,8 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dp_runtime.errors import require
+from dp_runtime.errors import not_allowed, require
 from dp_runtime.experiments.measurement.request_record import RequestRecord
+from dp_runtime.experiments.results.tables import KEYS
 from dp_runtime.metrics.recording import Recording, readable, steps_of
 from dp_runtime.metrics.trace import StepTrace
 
@@ -45,6 +46,27 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_row(directory: Path) -> dict[str, Any] | None:
+    """Read the row of a run, None if it has not ended; ValueError if the file is broken."""
+    path = directory / ROW
+    if not path.exists():
+        return None
+    written = path.read_bytes()
+    try:
+        row = json.loads(written)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not _is_row(row):
+        allowed = "the whole row of a run; remove the file, and --resume runs this run again"
+        raise not_allowed(str(path), written, allowed)
+    return row
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    figures = [value for name, value in row.items() if name not in KEYS]
+    return set(KEYS) <= row.keys() and all(isinstance(v, int | float | None) for v in figures)
 
 
 def read_steps(directory: Path) -> list[StepTrace]:

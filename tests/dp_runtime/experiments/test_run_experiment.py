@@ -148,7 +148,10 @@ def test_changed_settings_and_files_are_noticed(lab: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]"])
+BROKEN = ["", "{}", "[]", '{"settings": [], "inputs": {}, "machines": []}']
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_directory_with_broken_settings_is_not_resumed(
     lab: Path, tmp_path: Path, text: str
 ) -> None:
@@ -157,6 +160,24 @@ def test_a_directory_with_broken_settings_is_not_resumed(
     message = r"out: .* is not allowed; results with a whole run.json"
     with pytest.raises(ValueError, match=message), results.open(resume=True):
         pass
+
+
+@pytest.mark.parametrize("text", ['{"point": "9', "", "[]", "{}", "[" * 10**5])
+def test_a_broken_row_is_named_and_removing_it_runs_its_run_again(
+    lab: Path, tmp_path: Path, served: list[Run], text: str
+) -> None:
+    experiment = Experiment.from_file(lab / "padding.toml")
+    run_experiment(experiment, tmp_path / "out")
+    row = tmp_path / "out" / "runs" / served.pop().name / "row.json"
+    row.write_text(text)
+    message = r"row.json: .* the whole row of a run; remove the file, and --resume runs this run"
+    with pytest.raises(ValueError, match=message):
+        run_experiment(experiment, tmp_path / "out", resume=True)
+    assert row.read_text() == text
+    row.unlink()
+    served.clear()
+    assert run_experiment(experiment, tmp_path / "out", resume=True).runs == 2
+    assert [run.name for run in served] == [row.parent.name]
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -110,6 +110,12 @@ def missing_requests(path: Path) -> Path:
     return run
 
 
+def broken_row(path: Path) -> Path:
+    grid = write_results(path / "grid", [{}], repeats=2)
+    (grid / "runs" / "key0-1" / "row.json").write_text('{"point": "key0", "re')
+    return grid
+
+
 def failed_runs(path: Path) -> Path:
     grid = write_results(path / "grid", [{}], repeats=1)
     row = grid / "runs" / "key0-0" / "row.json"
@@ -136,6 +142,7 @@ def failed_run(path: Path) -> Path:
         (truncated_steps, "a run that can not be read"),
         (other_steps, "a run that can not be read"),
         (missing_requests, "a run that can not be read"),
+        (broken_row, "key0-1/row.json: .* the whole row of a run; remove the file"),
         (failed_runs, "results with a run that has ended well"),
         (failed_run, "a run without an error: it failed"),
     ],
