@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dp_runtime.models.registry import read_model_config
+from examples.benchmarks.harness.floors import DecodeBytes, DecodeOperations, longer_parts_s
 from examples.benchmarks.harness.kernel_groups import (
     ATTENTION,
     DENSE,
@@ -17,6 +18,7 @@ from examples.benchmarks.harness.kernel_groups import (
     RankRows,
     Rates,
     busy_us,
+    busy_us_of_steps,
     collective_us,
     floors_us,
     group_of,
@@ -24,7 +26,7 @@ from examples.benchmarks.harness.kernel_groups import (
     group_us,
     num_launches,
 )
-from examples.benchmarks.harness.kernel_profile import Profile
+from examples.benchmarks.harness.kernel_profile import Profile, Span
 from examples.nvl4.shape import write_shape
 
 PROFILE = Profile(
@@ -52,6 +54,20 @@ def test_every_kernel_is_in_one_group_and_waits_are_not_busy() -> None:
     assert group_of("_multiply_gate_kernel") == group_of("_add_gated_kernel") == "gates"
     assert (group_of("_product_kernel"), group_of("product_kernel")) == ("routing", DENSE)
     assert group_of("_rotate_and_append_kernel") == "rotation and append"
+
+
+def test_a_step_begins_with_its_first_stage_and_ends_before_the_next_ones() -> None:
+    """Two steps of two stages; the kernels take 1, 2, 3 ... 12 us."""
+    names = ("fmha", "gather_kernel", "down_kernel") * 4
+    spans = [Span(100.0 * i, 100.0 * i + i + 1, name) for i, name in enumerate(names)]
+    profile = Profile.from_spans(spans, 2)
+    assert profile.by_step == (
+        {"fmha": 1.0 + 4 + 7, "gather_kernel": 2.0 + 5, "down_kernel": 3.0 + 6},
+        {"fmha": 10.0, "gather_kernel": 8.0 + 11, "down_kernel": 9.0 + 12},
+    )
+    assert busy_us_of_steps(profile, with_collectives=False) == (21.0, 31.0)
+    assert busy_us_of_steps(profile, with_collectives=True) == (28.0, 50.0)
+    assert Profile.from_spans(spans[:1], 1).by_step == (), "one rank exchanges nothing"
 
 
 def test_the_table_has_a_line_for_every_group_with_time() -> None:
@@ -86,3 +102,24 @@ def test_a_rank_receives_the_rows_of_others_and_their_sums_of_its_own(tmp_path: 
     for own in (512, 32):  # of 544 rows of two ranks
         floors = floors_us(model, RankRows(own, 256.0, 0, 1, 0.0, 544, 2), rates)
         assert floors[WIRE] == pytest.approx(48 * 544 * 2048 * 2 / 4e5)
+
+
+def test_few_rows_are_read_and_verifications_of_many_computed(tmp_path: Path) -> None:
+    model = read_model_config(str(write_shape(tmp_path, "qwen3-30b-a3b", mtp_layers=1)))
+    dense, head = 48 * 72 * 128 * 2048, 151936 * 2048
+    moved = DecodeBytes.for_step(model, 2, 128, 1152.0, 128.0)
+    computed = DecodeOperations.for_step(model, 128, 1152.0)
+    assert computed.dense_weights == pytest.approx(2 * 128 * dense)
+    assert computed.lm_head == pytest.approx(2 * 128 * head)
+    assert computed.experts == pytest.approx(2 * 128 * 48 * 8 * 3 * 768 * 2048)
+    assert computed.kv_cache == pytest.approx(4 * 128 * 48 * 1152 * 32 * 128)
+    decodes = longer_parts_s(moved, computed, 4e12, 8e14)
+    assert decodes == {part: count / 4e12 for part, count in vars(moved).items()}
+    moved = DecodeBytes.for_step(model, 2, 128, 1152.0, 128.0, num_drafts=3)
+    computed = DecodeOperations.for_step(model, 128, 1152.0, num_drafts=3)
+    draft = 72 * 128 * 2048 + 2 * 2048**2
+    assert computed.dense_weights == pytest.approx(2 * 128 * (4 * dense + 3 * draft))
+    assert computed.lm_head == pytest.approx(2 * 128 * (4 + 3) * head)
+    verified = longer_parts_s(moved, computed, 4e12, 8e14)
+    assert verified["dense_weights"] == pytest.approx(computed.dense_weights / 8e14)
+    assert verified["experts"] == pytest.approx(moved.experts / 4e12)

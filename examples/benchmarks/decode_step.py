@@ -7,16 +7,19 @@ DIR may hold a config.json only, and weights are dummies; --shape takes one of
 examples/nvl4/shape.py, --num-layers of it if not all. Every rank decodes
 so many requests, prompts of 1024 and outputs of 256 tokens, in the runtime's own step loop. A step
 is timed where every rank has all its requests decoding; the table is rank 0's, by kernel group
-(--kernels: every kernel), from a profile of other steps than the timed ones. The floor is what a
-rank must read, with the experts that the routing of these steps really used (`active`), at
---read-rate or at the measured rate; recurrent states it reads and writes.
+(--kernels: every kernel), from a profile of other steps than the timed ones. The floor is, part by
+part, what a rank must read, with the experts that the routing of these steps really used
+(`active`), at --read-rate or at the measured rate; or what it must compute, where that takes longer
+(verifications of many rows). Recurrent states it reads and writes. `times_reading` is the step over
+all that it must read.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,12 +31,18 @@ from dp_runtime.metrics.trace import StepTrace
 from dp_runtime.models.registry import read_model_config
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import add_flags, config_from, new_parser, write_figures
-from examples.benchmarks.harness.floors import DecodeBytes, uniform_active
+from examples.benchmarks.harness.floors import (
+    DecodeBytes,
+    DecodeOperations,
+    longer_parts_s,
+    uniform_active,
+)
 from examples.benchmarks.harness.kernel_groups import (
     ATTENTION,
     DENSE,
     EXPERTS,
     STATES,
+    Rates,
     group_table,
     num_launches,
 )
@@ -89,9 +98,11 @@ def run(args: argparse.Namespace) -> None:
     loads = [(count, Load((args.prompt,) * count, args.output)) for count in args.requests]
     tiles = [None] if args.split is None else [None, SplitTile(*args.split)]
     results = run_ranks(config, measure, tiles, loads, profiled)[0]
-    rate = args.read_rate or measured_rate(args.device)
+    rates = measured_rates(args.device)
+    if args.read_rate is not None:
+        rates = replace(rates, read=args.read_rate * 1e12)
     for measured in results:
-        report(args, measured, rate)
+        report(args, measured, rates)
 
 
 def parse_args() -> argparse.Namespace:
@@ -153,26 +164,31 @@ def tokens_per_verification(steps: Sequence[StepTrace]) -> float:
     return 1 + sum(n * count for n, count in accepted) / max(verifications, 1)
 
 
-def measured_rate(device: str) -> float:
-    """TB/s that a large copy reads and writes."""
+def measured_rates(device: str) -> Rates:
+    """What a large copy reads and writes, and a large product computes; no wire is counted."""
     if device == "cpu":
-        return 0.02
-    from examples.benchmarks.harness.device_timing import describe_gpu, read_rate
+        return Rates(2e10, 5e10, math.inf)
+    from examples.benchmarks.harness.device_timing import describe_gpu, matmul_rate, read_rate
 
     print(describe_gpu())
-    return read_rate() / 1e12
+    return Rates(read_rate(), matmul_rate(), math.inf)
 
 
-def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
+def report(args: argparse.Namespace, measured: Measured, rates: Rates) -> None:
     model = read_model_config(args.model)
     rows = measured.requests * (1 + args.speculative_num_steps) * args.dp_size
     uniform = uniform_active(model, rows)
+    context, drafts = args.prompt + args.output / 2, args.speculative_num_steps
     floor_bytes = DecodeBytes.for_step(
-        model, args.dp_size, measured.requests, args.prompt + args.output / 2,
-        measured.routed.active_experts if measured.routed else None, args.speculative_num_steps,
+        model, args.dp_size, measured.requests, context,
+        measured.routed.active_experts if measured.routed else None, drafts,
         args.speculative_draft_vocab, args.dense_backend == "triton",
     )  # fmt: skip
-    floor, (p10, p50, p99) = floor_bytes.milliseconds(rate * 1e12), measured.step_ms
+    operations = DecodeOperations.for_step(
+        model, measured.requests, context, drafts, args.speculative_draft_vocab
+    )
+    parts = longer_parts_s(floor_bytes, operations, rates.read, rates.matmul)
+    floor, (p10, p50, p99) = sum(parts.values()) * 1e3, measured.step_ms
     figures: dict[str, float | str] = {
         "requests_a_rank": measured.requests,
         "step_ms_p10": round(p10, 3),
@@ -180,7 +196,8 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         "step_ms_p99": round(p99, 3),
         "floor_ms": round(floor, 3),
         "times_floor": round(p50 / floor, 3),
-        "read_rate_tb_s": round(rate, 2),
+        "times_reading": round(p50 / floor_bytes.milliseconds(rates.read), 3),
+        "read_rate_tb_s": round(rates.read / 1e12, 2),
         "distinct_last_tokens": round(measured.distinct_last_tokens, 3),
     }
     if measured.tile is not None:
@@ -199,20 +216,21 @@ def report(args: argparse.Namespace, measured: Measured, rate: float) -> None:
         profile = measured.profile
         figures["gpu_idle"] = round(profile.idle_us / profile.span_us, 4)
         figures["small_launches"] = round(num_launches(profile))
-        floors = parts_us(floor_bytes, rate * 1e12)
+        floors = by_group_us(parts)
         print(profile if args.kernels else group_table([profile], ["rank 0"], [floors]))
     write_figures(figures, args.json)
 
 
-def parts_us(floor: DecodeBytes, bytes_per_s: float) -> dict[str, float]:
-    """The floor by kernel group."""
-    parts = {
-        ATTENTION: floor.kv_cache,
-        EXPERTS: floor.experts,
-        DENSE: floor.dense_weights + floor.lm_head,
-        STATES: floor.states,
+def by_group_us(parts: Mapping[str, float]) -> dict[str, float]:
+    """The floor's parts, in seconds, by kernel group."""
+    dense = parts["dense_weights"] + parts["lm_head"]
+    seconds = {
+        ATTENTION: parts["kv_cache"],
+        EXPERTS: parts["experts"],
+        DENSE: dense,
+        STATES: parts["states"],
     }
-    return {group: count / bytes_per_s * 1e6 for group, count in parts.items()}
+    return {group: value * 1e6 for group, value in seconds.items()}
 
 
 if __name__ == "__main__":

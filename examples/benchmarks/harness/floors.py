@@ -1,4 +1,4 @@
-"""The least a rank must read in a decode step, part by part; recurrent states it writes too."""
+"""The least a rank must read or compute in a decode step, part by part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ SCALE_BYTES = 4 / BLOCK  # of each e4m3 weight beside the experts
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """Bytes that one rank moves in its own memory in a decode step, or in a speculative one."""
+    """Bytes that one rank moves in its own memory in a decode step, or in a speculative one.
+
+    Recurrent states are written, too.
+    """
 
     experts: float
     dense_weights: float  # of attention, recurrent layers and shared experts
@@ -52,7 +55,7 @@ class DecodeBytes:
         per_weight += BYTES * num_drafts
         of_draft = draft_vocab or model.vocab_size
         caches = model.cache_specs(1, torch.bfloat16, torch.bfloat16, num_drafts)
-        attending = sum(isinstance(cache, PagedKv) for cache in caches) + num_drafts
+        attending = _attending(model) + num_drafts
         slot = sum(cache.slot_bytes for cache in caches if isinstance(cache, RecurrentState))
         return cls(
             experts=per_weight * expert * active_experts / dp_size,
@@ -72,6 +75,55 @@ class DecodeBytes:
 
     def milliseconds(self, bytes_per_s: float) -> float:
         return self.total / bytes_per_s * 1e3
+
+
+@dataclass(frozen=True)
+class DecodeOperations:
+    """Operations of one rank's matrix products in such a step; each part as in DecodeBytes."""
+
+    experts: float
+    dense_weights: float
+    lm_head: float
+    kv_cache: float  # queries with keys, and their weights with values
+    states: float = 0.0  # not counted: moving the states takes longer
+
+    @classmethod
+    def for_step(
+        cls, model: ModelConfig, rows: float, context: float, num_drafts: int = 0,
+        draft_vocab: int | None = None,
+    ) -> DecodeOperations:  # fmt: skip
+        """Count what must be computed: a draft layer at least for one row of every request.
+
+        The experts' share of a rank is on average that of its own rows.
+        """
+        verified, drafted = rows * (1 + num_drafts), rows * num_drafts
+        target = _dense_weights(model, _attending(model), 0)
+        draft = _dense_weights(model, _attending(model) + 1, 1) - target
+        expert = 3 * model.moe_intermediate_size * model.hidden_size * model.num_experts_per_tok
+        head = model.vocab_size * verified + (draft_vocab or model.vocab_size) * drafted
+        scores = 2 * model.num_heads * model.head_dim * context
+        return cls(
+            experts=2 * expert * (model.num_moe_layers * verified + drafted),
+            dense_weights=2 * (target * verified + draft * drafted),
+            lm_head=2 * head * model.hidden_size,
+            kv_cache=2 * scores * (_attending(model) * verified + drafted),
+        )
+
+
+def longer_parts_s(
+    moved: DecodeBytes, computed: DecodeOperations, bytes_per_s: float, operations_per_s: float
+) -> dict[str, float]:
+    """Seconds of every part: what must be moved or computed, whichever takes longer."""
+    return {
+        part: max(count / bytes_per_s, getattr(computed, part) / operations_per_s)
+        for part, count in vars(moved).items()
+    }
+
+
+def _attending(model: ModelConfig) -> int:
+    """Count layers that read a KV cache."""
+    caches = model.cache_specs(1, torch.bfloat16, torch.bfloat16, 0)
+    return sum(isinstance(cache, PagedKv) for cache in caches)
 
 
 def _dense_bytes(model: ModelConfig, attending: int, num_drafts: int, keeps_fp8: bool) -> float:

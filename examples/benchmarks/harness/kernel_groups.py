@@ -65,6 +65,14 @@ def collective_us(profile: Profile) -> float:
     return group_us(profile).get(WIRE, 0.0)
 
 
+def busy_us_of_steps(profile: Profile, with_collectives: bool) -> tuple[float, ...]:
+    """The same of each profiled step: steps of later chunks of a prompt take longer."""
+    return tuple(
+        sum(us for name, us in step.items() if with_collectives or group_of(name) != WIRE)
+        for step in profile.by_step
+    )
+
+
 def num_launches(profile: Profile) -> float:
     """Kernels of a step that are none of the large ones."""
     large = (ATTENTION, EXPERTS, DENSE, WIRE)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 SHORT_US = 10.0
+STAGE_BEGINS = ("gather_kernel", "AllGather")  # in the name of a MoE stage's first kernel
+
+
+class Span(NamedTuple):
+    """When a kernel ran, in microseconds."""
+
+    start: float
+    end: float
+    name: str
+
+    @property
+    def begins_stage(self) -> bool:
+        return any(part in self.name for part in STAGE_BEGINS)
 
 
 @dataclass(frozen=True)
@@ -17,34 +31,50 @@ class Profile:
     """Kernels of some steps of one rank, in microseconds a step.
 
     A kernel that starts while the one before it still runs counts from that one's end on, so that
-    all of them and the idle time add up to the span.
+    all of them and the idle time add up to the span. All steps have as many MoE stages: a step
+    here is those and what follows each, so it begins at the gather of its first layer.
     """
 
     kernels: tuple[tuple[str, float, float], ...]  # name, calls, microseconds; longest first
     span_us: float
     idle_us: float  # nothing ran on the device
     short_us: float  # of that, in gaps shorter than SHORT_US: between kernels of one graph
+    by_step: tuple[
+        Mapping[str, float], ...
+    ] = ()  # kernel: microseconds, where stages are exchanged
 
     @classmethod
     def from_profiler(cls, profiler: Any, steps: int) -> Profile:
         spans = sorted(
-            (event.time_range.start, event.time_range.end, event.name)
+            Span(event.time_range.start, event.time_range.end, event.name)
             for event in profiler.events()
             if event.device_type == DeviceType.CUDA
         )
+        return cls.from_spans(spans, steps)
+
+    @classmethod
+    def from_spans(cls, spans: Sequence[Span], steps: int) -> Profile:
+        """spans: in the order of their starts."""
         calls, time = Counter[str](), defaultdict[str, float](float)
-        idle, short, reached = 0.0, 0.0, spans[0][0]
-        for start, end, name in spans:
-            calls[name] += 1
-            time[name] += max(0.0, end - max(start, reached))
-            gap = max(0.0, start - reached)
+        stages = sum(span.begins_stage for span in spans)
+        by_step = [defaultdict[str, float](float) for _ in range(steps if stages else 0)]
+        idle, short, reached, stage = 0.0, 0.0, spans[0].start, -1
+        for span in spans:
+            busy = max(0.0, span.end - max(span.start, reached))
+            calls[span.name] += 1
+            time[span.name] += busy
+            if stages:
+                stage += span.begins_stage
+                by_step[max(stage, 0) * steps // stages][span.name] += busy
+            gap = max(0.0, span.start - reached)
             idle += gap
             short += gap if gap < SHORT_US else 0.0
-            reached = max(reached, end)
-        span = reached - spans[0][0]
+            reached = max(reached, span.end)
+        length = reached - spans[0].start
         order = sorted(time, key=lambda name: -time[name])
         rows = tuple((name, calls[name] / steps, time[name] / steps) for name in order)
-        return cls(rows, span / steps, idle / steps, short / steps)
+        of_steps = tuple(dict(step) for step in by_step)
+        return cls(rows, length / steps, idle / steps, short / steps, of_steps)
 
     def __str__(self) -> str:
         lines = [f"{'us a step':>10} {'calls':>7} {'us each':>8}  kernel"]
