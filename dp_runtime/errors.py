@@ -101,6 +101,10 @@ class RankFailed(OneLineError):
     """A rank died or stopped while it served."""
 
 
+class PolicyFailed(RankFailed):
+    """A policy of the user's own raised, or said what can not be; no other rank has another one."""
+
+
 class RankMissing(OneLineError):
     """A request is pinned to a rank that was lost, and others serve without it until it is back."""
 

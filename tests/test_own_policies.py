@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dp_runtime import Engine, EngineConfig, SamplingParams
-from dp_runtime.errors import RankFailed
+from dp_runtime.errors import PolicyFailed
 from tests.checkpoints import add_mtp, tiny_checkpoint
 
 OWN = "examples/experiments/my_policy.py"
@@ -68,11 +68,27 @@ def test_ranks_that_are_processes_have_the_same_text(model: str, tmp_path: Path)
     assert all(each.gathered_rows[1] % 8 == 0 for each in rows)
 
 
+@pytest.mark.parametrize("launcher", ["thread", pytest.param("local", marks=pytest.mark.slow)])
+def test_a_policy_that_fails_ends_the_engine_with_its_own_error(
+    model: str, tmp_path: Path, launcher: str
+) -> None:
+    """No rank is replaced for it: another one would have the same policy."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import sys\nclass Own:\n def prefill_budget(self, load):\n"
+        "  if load.num_sampling:\n   sys.exit()"
+    )
+    with Engine(config(model, launcher, prefill_budget=f"{file}:Own")) as engine:
+        with pytest.raises(PolicyFailed, match=r"^rank \d: prefill_budget: Own: SystemExit:  \(/"):
+            engine.generate(PROMPTS, GREEDY)
+        assert {rank.epoch for rank in engine.health()} == {0}
+
+
 def test_a_policy_that_says_nonsense_is_named(model: str, tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text("class Own:\n def gathered_rows(self, real_rows):\n  return real_rows[:1]")
     with (
-        Engine(config(model, padding=f"{file}:Own", max_recoveries=0)) as engine,
-        pytest.raises(RankFailed, match=r"padding: gathered_rows: .*a number for each rank"),
+        Engine(config(model, padding=f"{file}:Own", max_recoveries=9)) as engine,
+        pytest.raises(PolicyFailed, match=r"padding: gathered_rows: .*a number for each rank"),
     ):
         engine.generate(PROMPTS, GREEDY)

@@ -73,6 +73,7 @@ class Blame(Enum):
 
     RANK = "rank"  # its own
     REQUEST = "request"  # one of its requests, which has ended
+    POLICY = "policy"  # a policy of the user's own, which all ranks have
     NOBODY = "nobody"  # others ended the step, or nobody knows
 
 

@@ -13,6 +13,7 @@ from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
 from dp_runtime.errors import (
     CollectiveAborted,
+    PolicyFailed,
     RankFailed,
 )
 from dp_runtime.flight.recorder import FlightRecorder
@@ -227,11 +228,16 @@ class Joined:
         return Loaded.without_requests(loaded.prepared, loaded.rank)
 
     def suspend(self, reason: str) -> Loaded:
-        """Leave the step where it is; RankFailed if it does not end, or a fault here ended it."""
+        """Leave the step where it is; RankFailed if it does not end, or a fault here ended it.
+
+        PolicyFailed if one of the policies did.
+        """
         self.connected.abandon(reason)
         self._thread.join(LEAVE_S)
         if self._thread.is_alive():
             raise RankFailed(f"rank {self._dp_rank} did not leave its step within {LEAVE_S:g} s")
+        if self.mailbox.blame is Blame.POLICY:
+            raise PolicyFailed(self.mailbox.error or "")
         if self.mailbox.blame is Blame.RANK:
             raise RankFailed(self.mailbox.error or "")
         loaded = self._disconnected()
@@ -272,6 +278,8 @@ class Joined:
             self.loop.run(self.mailbox.take, self.mailbox.deliver)
         except CollectiveAborted as error:  # it says which rank ended the step, and why
             self.mailbox.fail(str(error), Blame.NOBODY)
+        except PolicyFailed as error:
+            self.mailbox.fail(f"rank {self._dp_rank}: {error}", Blame.POLICY)
         except BaseException as error:  # a panic of a library is no Exception
             text = f"rank {self._dp_rank}: {type(error).__name__}: {error}"
             self.mailbox.fail(text, blame_of(error))

@@ -14,7 +14,7 @@ from typing import Protocol
 from collectives.awake_clock import Deadline
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.membership import Membership
-from dp_runtime.errors import EngineClosed, RankFailed, StartError
+from dp_runtime.errors import EngineClosed, PolicyFailed, RankFailed, StartError
 from dp_runtime.metrics.status import RankHealth
 from workers.messages import Abandon, ReadHealth, Suspend
 from workers.ranks import Ranks, Seat
@@ -215,6 +215,7 @@ class Recovery:
         """Have all ranks leave the step; those that can not, and if a request that ended was why.
 
         Such a fault does not count: it takes a request along, so that no input ends an engine.
+        Raises PolicyFailed if a policy was why: it would do the same on any other rank.
         """
         evidence = self._forget_evidence()
         reason = evidence[0].text if evidence else why
@@ -224,6 +225,7 @@ class Recovery:
         others = [seat for seat in self._ranks.seats if seat.dp_rank not in lost]
         asked = {seat.call(Suspend(reason)): seat for seat in others}
         self._await(asked)
+        _check_policies(asked)
         noticed = self._forget_evidence()  # meanwhile
         lost |= {one.dp_rank for one in noticed if one.dp_rank is not None}
         failed = [seat for future, seat in asked.items() if not future.done() or future.exception()]
@@ -255,6 +257,12 @@ class Recovery:
         config = self._config
         degrades = (config.min_dp_size or config.dp_size) < self._ranks.members.size
         return Deadline(min(COME_UP_S, config.start_timeout_s)) if degrades else deadline
+
+
+def _check_policies(asked: Collection[Future[bool]]) -> None:
+    for future in asked:
+        if future.done() and isinstance(error := future.exception(), PolicyFailed):
+            raise error
 
 
 def _loads(answer: Future[RankHealth]) -> bool:

@@ -17,7 +17,7 @@ from dp_runtime.engine.routing.load_balancer import Demand, LoadBalancer
 from dp_runtime.engine.routing.queue_moves import Move, QueueMoves, RankLimits
 from dp_runtime.engine.routing.rank_caches import RankCaches
 from dp_runtime.engine.routing.rank_loads import RankLoads
-from dp_runtime.errors import EngineOverloaded, fresh
+from dp_runtime.errors import EngineOverloaded, PolicyFailed, fresh
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class Admission:
         with self._lock:
             if place in self._waiting:
                 self._waiting.remove(place)
-                place.rank.set_result(self._loads.take(place.demand))
+                self._settle(place)
         return place.rank.result()
 
     def give_back(self, place: Place) -> None:
@@ -172,5 +172,10 @@ class Admission:
 
     def _hand_out(self) -> None:
         while self._waiting and not self._full:
-            place = self._waiting.pop(0)
+            self._settle(self._waiting.pop(0))
+
+    def _settle(self, place: Place) -> None:
+        try:
             place.rank.set_result(self._loads.take(place.demand))
+        except PolicyFailed as error:  # who waits hears of it, not who has made room
+            place.rank.set_exception(error)

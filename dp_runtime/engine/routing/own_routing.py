@@ -8,6 +8,7 @@ from typing import Protocol
 from dp_runtime.core.plain_values import plain_int
 from dp_runtime.engine.routing.load_balancer import LOAD_BALANCERS, Demand, LoadBalancer, RankView
 from dp_runtime.errors import require
+from dp_runtime.parallel.policies.policy_errors import policy_errors
 from dp_runtime.parallel.policies.policy_name import PolicyName
 
 
@@ -22,9 +23,10 @@ class OwnRouting:
         self.reads_caches = bool(getattr(policy, "reads_caches", False))
 
     def choose(self, ranks: Mapping[int, RankView], demand: Demand) -> int:
-        said = self._policy.choose(ranks, demand)
-        rank, allowed = plain_int(said), f"one of the ranks {', '.join(map(str, ranks))}"
-        require(rank in ranks, "routing: choose", said, allowed)
+        with policy_errors("routing", self._policy):
+            said = self._policy.choose(ranks, demand)
+            rank, allowed = plain_int(said), f"one of the ranks {', '.join(map(str, ranks))}"
+            require(rank in ranks, "routing: choose", said, allowed)
         assert rank is not None, "it is among the ranks"
         return rank
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dp_runtime.core.membership import Membership
 from dp_runtime.engine.routing.load_balancer import Demand, LoadBalancer, RankView
 from dp_runtime.engine.routing.rank_caches import RankCaches
+from dp_runtime.errors import PolicyFailed
 
 
 @dataclass
@@ -102,10 +103,15 @@ class RankLoads:
         return dp_rank if dp_rank in self._members else self.again(demand)
 
     def again(self, demand: Demand) -> int:
-        num_moves = self._shares[demand].num_moves
+        before = self._shares[demand]
         self.give_back(demand)
-        dp_rank = self.take(demand)
-        self._shares[demand].num_moves = num_moves
+        try:
+            dp_rank = self.take(demand)
+        except PolicyFailed:  # it has entered as before, and can still leave
+            self._shares[demand] = before
+            self._count_in(demand, before)
+            raise
+        self._shares[demand].num_moves = before.num_moves
         return dp_rank
 
     def redirect(self, demand: Demand, dp_rank: int) -> None:

@@ -13,6 +13,7 @@ from dp_runtime.core.plain_values import plain_int
 from dp_runtime.errors import require, shown
 from dp_runtime.parallel.agreement import StepTotals
 from dp_runtime.parallel.padding import PaddingPlan
+from dp_runtime.parallel.policies.policy_errors import policy_errors
 from dp_runtime.parallel.prefill_budget import StepLoad
 
 
@@ -48,12 +49,13 @@ class OwnPadding:
     def plan(self, real_rows: tuple[int, ...]) -> PaddingPlan:
         if not any(real_rows):
             return PaddingPlan(real_rows, real_rows)
-        said = self.policy.gathered_rows(real_rows)
-        rows = tuple(row for each in said if (row := plain_int(each)) is not None)
-        ok = len(rows) == len(said) == len(real_rows)
-        ok = ok and all(r <= g <= self.max_rows for r, g in zip(real_rows, rows))
-        allowed = f"for real_rows {real_rows} a number for each rank, from its own to"
-        require(ok, "padding: gathered_rows", shown(said), f"{allowed} {self.max_rows}")
+        with policy_errors("padding", self.policy):
+            said = self.policy.gathered_rows(real_rows)
+            rows = tuple(row for each in said if (row := plain_int(each)) is not None)
+            ok = len(rows) == len(said) == len(real_rows)
+            ok = ok and all(r <= g <= self.max_rows for r, g in zip(real_rows, rows))
+            allowed = f"for real_rows {real_rows} a number for each rank, from its own to"
+            require(ok, "padding: gathered_rows", shown(said), f"{allowed} {self.max_rows}")
         return PaddingPlan(real_rows, rows)
 
 
@@ -63,11 +65,12 @@ class OwnBudget:
     max_rows: int  # max_num_tokens
 
     def __call__(self, load: StepLoad) -> int | None:
-        said = self.policy.prefill_budget(load)
-        rows = plain_int(said)
-        ok = said is None or (rows is not None and 1 <= rows <= self.max_rows)
-        allowed = f"None or prompt tokens, 1..{self.max_rows}"
-        require(ok, "prefill_budget: prefill_budget", said, allowed)
+        with policy_errors("prefill_budget", self.policy):
+            said = self.policy.prefill_budget(load)
+            rows = plain_int(said)
+            ok = said is None or (rows is not None and 1 <= rows <= self.max_rows)
+            allowed = f"None or prompt tokens, 1..{self.max_rows}"
+            require(ok, "prefill_budget: prefill_budget", said, allowed)
         return rows
 
 
@@ -81,9 +84,10 @@ class OwnDraftLength:
         known = DraftTotals(
             current, self.max_drafts, totals.drafts_proposed, totals.drafts_accepted
         )
-        said = self.policy.draft_length(known)
-        length = plain_int(said)
-        ok = length is not None and 1 <= length <= self.max_drafts
-        require(ok, "speculative_draft_length: draft_length", said, f"1..{self.max_drafts}")
+        with policy_errors("speculative_draft_length", self.policy):
+            said = self.policy.draft_length(known)
+            length = plain_int(said)
+            ok = length is not None and 1 <= length <= self.max_drafts
+            require(ok, "speculative_draft_length: draft_length", said, f"1..{self.max_drafts}")
         assert length is not None, "checked above"
         return length - 1

@@ -51,7 +51,7 @@ class PolicyName(str):
         """Return a new object of the class, which is made without arguments."""
         try:
             return self._class_in(field)()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = one_line(f"{type(error).__name__}: {error}")
             raise not_allowed(
                 field, str(self), f"a class made without arguments; {what}"
@@ -75,7 +75,7 @@ class PolicyName(str):
         module.__file__ = self.file
         try:
             exec(compile(self.text, self.file, "exec"), vars(module))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             what = one_line(f"{type(error).__name__}: {error}")
             raise not_allowed(field, str(self), f"a file that runs; {what}") from error

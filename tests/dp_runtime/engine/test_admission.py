@@ -1,5 +1,7 @@
 """Routing and admission."""
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from dp_runtime.engine.routing.load_balancer import (
     RoundRobin,
 )
 from dp_runtime.engine.routing.queue_moves import RankLimits
-from dp_runtime.errors import EngineClosed, EngineOverloaded
+from dp_runtime.errors import EngineClosed, EngineOverloaded, PolicyFailed
 
 TEN = Demand(10)
 LIMITS = RankLimits(max_num_requests=4, page_size=4, max_moves=2)
@@ -101,6 +103,39 @@ def test_who_waits_hears_of_the_end() -> None:
         with pytest.raises(EngineClosed):
             refused()
     assert admission.num_unfinished == 1
+
+
+class Fails(LeastTokens):
+    """A policy that has no rank for a request of 13 tokens."""
+
+    def choose(self, ranks: Mapping[int, RankView], demand: Demand) -> int:
+        if demand.tokens == 13:
+            raise PolicyFailed("thirteen")
+        return super().choose(ranks, demand)
+
+
+def test_a_policy_that_fails_is_told_to_who_waits_and_not_to_who_makes_room() -> None:
+    admission = Admission(Fails(), Membership.first(2), 1, LIMITS)
+    inside = Demand(1)
+    admission.enter(inside)
+    bad, good = admission.wait(Demand(13)), admission.wait(Demand(1))
+    admission.leave(inside)
+    with pytest.raises(PolicyFailed, match="thirteen"):
+        bad.rank.result(0)
+    admission.give_back(bad)
+    assert good.rank.result(0) == 0
+    assert admission.num_unfinished == 1
+
+
+def test_who_finds_no_other_rank_can_still_leave() -> None:
+    admission = Admission(Fails(), Membership.first(2), 1, LIMITS)
+    pinned = Demand(13, dp_rank=1)
+    assert admission.enter(pinned) == 1
+    admission.serve(Membership.first(1), gone=(1,))
+    with pytest.raises(PolicyFailed):
+        admission.again(pinned)
+    admission.leave(pinned)
+    assert admission.num_unfinished == 0
 
 
 @given(st.lists(st.tuples(st.sampled_from(["enter", "wait", "leave", "back"]), st.integers(0, 9))))

@@ -214,10 +214,32 @@ def test_a_point_that_fails_is_a_row_and_ends_nothing(lab: Path, tmp_path: Path)
     assert bad["output_tokens"] == ""
 
 
+@pytest.mark.parametrize(
+    ("setting", "built_in", "method"),
+    [
+        ("padding", "max_len", "gathered_rows(self, real_rows)"),
+        ("routing", "least_tokens", "choose(self, ranks, demand)"),
+    ],
+)
+def test_a_policy_that_raises_is_the_run_s_error(
+    lab: Path, tmp_path: Path, setting: str, built_in: str, method: str
+) -> None:
+    """Even one that would leave the program; the other points are run."""
+    (lab / "own.py").write_text(f"import sys\nclass Own:\n def {method}:\n  sys.exit('no')")
+    text, grid = TOML.partition("skew")[0], f"engine.{setting} = ['own.py:Own', '{built_in}']"
+    (lab / "own.toml").write_text(f"{text}[grid]\n{grid}\n")
+    assert main(["experiment", str(lab / "own.toml"), "--out", str(tmp_path / "out")]) == 1
+    bad, good = rows_of(tmp_path / "out")
+    assert good["error"] == ""
+    place = f"{setting}: Own: SystemExit: no ({lab}/own.py, line 4 in {method.partition('(')[0]})"
+    assert bad["error"].startswith("PolicyFailed: ")
+    assert bad["error"].endswith(place)
+
+
 def test_a_run_of_which_no_step_is_left_says_why(
     lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a policy that raises in the first step of every epoch."""
+    """As where all ranks are lost in the first step of every epoch."""
     directory = next((lab / "out" / "runs").iterdir())
     records = [
         replace(record, arrivals=(), error="RankFailed: rank 0: KeyError: 'boom'")

@@ -25,6 +25,10 @@ class Needs:
     def __init__(self, number): ...
     def choose(self, ranks, demand): ...
 
+class Exits:
+    def __init__(self): raise SystemExit(5)
+    def choose(self, ranks, demand): ...
+
 class Empty: ...
 """
 
@@ -53,18 +57,21 @@ def test_a_config_brings_the_text_of_a_policy_wherever_it_goes(file: Path) -> No
     ("name", "message"),
     [
         ("{}/no.py:Own", r"^routing: '/.*no.py:Own' is not allowed; a file that exists \(No such"),
-        ("{}/own.py:Other", "; a class of the file, which has Own, Needs, Empty$"),
+        ("{}/own.py:Other", "; a class of the file, which has Own, Needs, Exits, Empty$"),
         ("{}/own.py:dataclass", "; a class of the file, which has"),
         ("{}/own.py:Empty", "; a class with a method choose$"),
         ("{}/own.py:Needs", "; a class made without arguments; TypeError: .*'number'"),
         ("{}/bad.py:Own", r"; a file that runs; SyntaxError: .*\(bad.py, line 1\)"),
         ("{}/raises.py:Own", "; a file that runs; ZeroDivisionError"),
+        ("{}/exits.py:Own", "; a file that runs; SystemExit: 4$"),
+        ("{}/own.py:Exits", "; a class made without arguments; SystemExit: 5$"),
         ("{}/own.txt:Own", "; one of round_robin, least_tokens, least_padded_cost, .*FILE.py:CLA"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_at_once(file: Path, name: str, message: str) -> None:
     (file.parent / "bad.py").write_text("class Own(:")
     (file.parent / "raises.py").write_text("1 / 0")
+    (file.parent / "exits.py").write_text("raise SystemExit(4)")
     with pytest.raises(ValueError, match=message):
         EngineConfig("m", routing=name.format(file.parent))
 
