@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 
 from dp_runtime.cli.flags import add_flags, given_fields
-from dp_runtime.cli.model_choice import config_from, example_models
+from dp_runtime.cli.model_choice import config_from
 from dp_runtime.cli.trace_file import TraceFile, add_trace_flag
 from dp_runtime.engine.async_engine import AsyncEngine
+from dp_runtime.models.example_models import example_models
 from dp_runtime.server.config import ServerConfig
 
 KEY_VARIABLES = {"api_key": "DP_RUNTIME_API_KEY", "admin_key": "DP_RUNTIME_ADMIN_KEY"}

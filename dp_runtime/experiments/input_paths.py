@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dp_runtime.experiments.tables import within
+from dp_runtime.models.example_models import model_directory
 from dp_runtime.parallel.policies.policy_name import SUFFIX, PolicyName
 
 PATHS = ("path", "model", "speculative_draft_model")  # fields that name a file or a directory
@@ -14,15 +16,18 @@ POLICIES = ("padding", "routing", "prefill_budget", "speculative_draft_length") 
 
 
 def with_paths(value: Any, home: Path) -> Any:
-    """Return nested tables whose paths are absolute."""
+    """Return nested tables whose paths are absolute; ValueError for a model that nobody knows."""
     if isinstance(value, Mapping):
-        return {
-            name: str((home / inner).resolve())
-            if isinstance(inner, str) and _names_file(name, inner)
-            else with_paths(inner, home)
-            for name, inner in value.items()
-        }
+        return {name: _with_path(name, inner, home) for name, inner in value.items()}
     return value
+
+
+def _with_path(name: str, value: Any, home: Path) -> Any:
+    if isinstance(value, str) and _names_file(name, value):
+        path = model_directory(value, home) if name == "model" else value
+        return str((home / path).resolve())
+    with within(name):
+        return with_paths(value, home)
 
 
 def digests(value: Any) -> dict[str, str]:

@@ -15,6 +15,7 @@ from dp_runtime.experiments.replay.device.on_device import replay_on_device
 from dp_runtime.experiments.replay.settings import CHANGES, ON_DEVICE, PLACES
 from dp_runtime.experiments.replay.what_if import what_if
 from dp_runtime.experiments.results.run_files import read_recording
+from dp_runtime.models.example_models import model_directory
 
 FLAGS = (*CHANGES, *PLACES, *ON_DEVICE)
 
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def replay(options: argparse.Namespace) -> None:
     """Predict the steps of a recorded run under other settings; with --device, run them too."""
     given = given_fields(options, EngineConfig)
+    if "model" in given:
+        given["model"] = model_directory(given["model"])
     told = {name: value for name, value in given.items() if name in CHANGES}
     others = sorted(given.keys() - told.keys())
     ok, allowed = "device" in given or not others, "none without --device"

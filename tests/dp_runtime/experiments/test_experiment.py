@@ -11,7 +11,7 @@ import pytest
 from dp_runtime.experiments import Experiment
 from dp_runtime.experiments.input_paths import digests
 
-ENGINE = {"model": "m", "dp_size": 2, "device": "cpu", "launcher": "thread"}
+ENGINE = {"model": "./m", "dp_size": 2, "device": "cpu", "launcher": "thread"}
 
 
 def made(**tables: Any) -> Experiment:
@@ -61,7 +61,8 @@ def test_all_points_have_the_same_load_where_the_grid_leaves_it_alone() -> None:
     [
         ({"engin": {}}, "^engin: {} is not allowed; known here: name, repeats"),
         ({"repeats": 0}, "^repeats: 0 is not allowed; an integer >= 1"),
-        ({"engine": {"model": "m", "paddin": 1}}, "^engine.paddin: 1 is not allowed; known here"),
+        ({"engine": {"model": "tiny_moon"}}, "^engine.model: 'tiny_moon' .* or one of tiny_hybrid"),
+        ({"engine": {"model": "./m", "paddin": 1}}, "^engine.paddin: 1 is not allowed; known here"),
         ({"engine": {"dp_size": 2}}, "^engine.model: None is not allowed; it is needed"),
         ({"engine": ENGINE | {"padding": "most"}}, "^engine.padding: 'most' is not allowed"),
         ({"grid": {"engine.dp_size": 2}}, "^grid.engine.dp_size: 2 is not allowed; a list"),
@@ -105,6 +106,22 @@ def test_paths_are_seen_from_the_file_and_their_contents_are_known(tmp_path: Pat
     }
     assert own.config.routing == f"{tmp_path}/own.py:Own"
     assert own.varied == {"engine.routing": "own.py:Own"}
+
+
+def test_a_model_has_the_names_of_the_command_line(tmp_path: Path) -> None:
+    """Seen from the file, a directory goes before the model of an example."""
+    grid = {"engine.model": ["tiny_moe", "../tiny_moe", "/models/other"]}
+    tables = {"engine": ENGINE, "grid": grid}
+    checkpoint = Path(__file__).parents[3] / "examples" / "tiny_moe" / "checkpoint"
+    others = [str(tmp_path.parent / "tiny_moe"), "/models/other"]
+
+    def models() -> list[str]:
+        points = Experiment.from_document(tables, tmp_path).points
+        return [point.config.model for point in points]
+
+    assert models() == [str(checkpoint), *others]
+    (tmp_path / "tiny_moe").mkdir()
+    assert models() == [str(tmp_path / "tiny_moe"), *others]
 
 
 def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:

@@ -133,3 +133,8 @@ def test_settings_of_ranks_need_a_device(
 ) -> None:
     assert main(["replay", str(tmp_path), "--overlap"]) == 2
     assert "replay: 'overlap' is not allowed; none without --device" in capsys.readouterr().err
+
+
+def test_a_model_is_named_as_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "run.rec", "--device", "cpu", "--model", "tiny_moon"]) == 2
+    assert "model: 'tiny_moon' is not allowed; a directory, or one of" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from dp_runtime.experiments.slo import Slo
 from tests.checkpoints import tiny_checkpoint
 
 ENGINE: dict[str, Any] = {
-    "model": "model", "dp_size": 3, "device": "cpu", "launcher": "thread", "max_model_len": 64,
+    "model": "./model", "dp_size": 3, "device": "cpu", "launcher": "thread", "max_model_len": 64,
     "page_size": 16,
 }  # fmt: skip
 WORKLOAD = {
