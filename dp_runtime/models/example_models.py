@@ -14,10 +14,7 @@ def example_models() -> dict[str, Path]:
 
 
 def model_directory(model: str, home: Path = Path()) -> str:
-    """Find the model of an example that is named; a directory of this name goes before it.
-
-    home: where relative paths are seen from.
-    """
+    """Find the model of an example that is named; a directory of this name at home comes first."""
     examples = example_models()
     if Path(model).name != model or (home / model).exists() or not examples:
         return model

@@ -39,10 +39,7 @@ class RunDirectory:
 
     @contextmanager
     def open(self, resume: bool) -> Iterator[None]:
-        """Begin a new directory or, to resume, one of the same experiment (ValueError).
-
-        Until it is left no other can be opened here.
-        """
+        """Begin a new directory or, to resume, one of the same experiment (ValueError), alone."""
         self._check_begun(resume)  # nothing is left in a directory that is something else
         try:
             self.path.mkdir(parents=True, exist_ok=True)

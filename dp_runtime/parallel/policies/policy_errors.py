@@ -12,10 +12,7 @@ from dp_runtime.errors import PolicyFailed
 
 @contextmanager
 def policy_errors(field: str, policy: object) -> Iterator[None]:
-    """Raise PolicyFailed for whatever is raised within, sys.exit() included.
-
-    field: the setting that names the policy.
-    """
+    """Raise PolicyFailed, which names a setting, for what is raised within, even sys.exit()."""
     try:
         yield
     except (Exception, SystemExit) as error:
