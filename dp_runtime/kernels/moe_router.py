@@ -128,8 +128,12 @@ def choose_experts(
     routing: Routing,
     kept: KeptChoices | None = None,
     num_warps: int = 1,
+    unrolled: bool = True,
 ) -> None:
-    """Fill routing, whose counts are 0, from logits in parts, whose sum is rounded as router is."""
+    """Fill routing, whose counts are 0, from logits in parts, whose sum is rounded as router is.
+
+    unrolled: choose in straight code, which is longer, and so takes longer when it is read first.
+    """
     num_parts, n, num_experts = parts.shape
     top_k, num_local = routing.local_ids.shape[1], len(routing.counts)
     experts = triton.next_power_of_2(num_experts)
@@ -139,7 +143,7 @@ def choose_experts(
     _route_kernel[(n,)](
         parts, router, row_ranges, routing.weights, routing.local_ids, routing.counts,
         routing.pairs, choices, n, row_ranges.shape[1], first_expert, num_local,
-        choices.stride(0), position, KEEPS=kept is not None,
+        choices.stride(0), position, top_k, KEEPS=kept is not None, UNROLLED=unrolled,
         PARTS=num_parts, AT_ONCE=min(triton.next_power_of_2(num_parts), max(1, at_once)),
         NUM_EXPERTS=num_experts, EXPERTS=experts, TOP_K=top_k, K=triton.next_power_of_2(top_k),
         RANKS=triton.next_power_of_2(row_ranges.shape[1]), RENORMALIZE=renormalize,
@@ -187,10 +191,13 @@ def _product(a, weight):
     return tl.dot(a, weight.T, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["choices", "rows", "first_expert", "choices_stride", "position"])
+@triton.jit(
+    do_not_specialize=["choices", "rows", "first_expert", "choices_stride", "position", "top_k"]
+)
 def _route_kernel(
     parts, router, row_ranges, weights, local_ids, counts, pairs, choices,
-    rows, dp_size, first_expert, num_local, choices_stride, position, KEEPS: tl.constexpr,
+    rows, dp_size, first_expert, num_local, choices_stride, position, top_k,
+    KEEPS: tl.constexpr, UNROLLED: tl.constexpr,
     PARTS: tl.constexpr, AT_ONCE: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
@@ -212,7 +219,7 @@ def _route_kernel(
         some = tl.load(at, mask=inside & (part < PARTS), other=0.0)
         score += tl.sum(some.to(tl.float32), 0)
     score = score.to(router.dtype.element_ty).to(tl.float32)
-    chosen, weight = _top_k(score, NUM_EXPERTS, EXPERTS, TOP_K, K, RENORMALIZE)
+    chosen, weight = _top_k(score, top_k, NUM_EXPERTS, EXPERTS, TOP_K, K, RENORMALIZE, UNROLLED)
     choice = tl.arange(0, K)
     local = chosen - first_expert
     local = tl.where(is_real, local, -1)
@@ -231,26 +238,35 @@ def _route_kernel(
 
 @triton.jit
 def _top_k(
-    score, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    score, top_k, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    K: tl.constexpr, RENORMALIZE: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, EXPERTS)
     score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
     score = tl.exp(score - tl.max(score, 0))
     score = score / tl.sum(score, 0)
     score = tl.where(score == score, score, 0.0)  # a NaN row still chooses each expert once
-    choice = tl.arange(0, K)
     chosen = tl.zeros((K,), tl.int32)
     bits = tl.zeros((K,), tl.int32)
     # NOTE: as bits, for a warp finds the maximum of integers in one instruction.
     left = tl.where(expert < NUM_EXPERTS, score.to(tl.int32, bitcast=True), -1)
-    for j in tl.static_range(TOP_K):
-        best = tl.max(left, 0)
-        at = tl.min(tl.where(left == best, expert, EXPERTS), 0)
-        chosen = tl.where(choice == j, at, chosen)
-        bits = tl.where(choice == j, best, bits)
-        left = tl.where(expert == at, -1, left)
+    if UNROLLED:
+        for j in tl.static_range(TOP_K):
+            chosen, bits, left = _choose(chosen, bits, left, j, EXPERTS, K)
+    else:
+        for j in range(top_k):
+            chosen, bits, left = _choose(chosen, bits, left, j, EXPERTS, K)
     weight = bits.to(tl.float32, bitcast=True)
     if RENORMALIZE:
         weight = weight / tl.sum(weight, 0)
     return chosen, weight  # both [K]
+
+
+@triton.jit
+def _choose(chosen, bits, left, j, EXPERTS: tl.constexpr, K: tl.constexpr):
+    choice, expert = tl.arange(0, K), tl.arange(0, EXPERTS)
+    best = tl.max(left, 0)
+    at = tl.min(tl.where(left == best, expert, EXPERTS), 0)
+    chosen = tl.where(choice == j, at, chosen)
+    bits = tl.where(choice == j, best, bits)
+    return chosen, bits, tl.where(expert == at, -1, left)

@@ -4,6 +4,8 @@ So all multiprocessors read at once and equally much, however few or uneven the 
 program attends over one stretch of blocks, through as many heads and requests as it reaches; what
 it finds about each is a part, and a second kernel sums up parts. Which they are, programs find on
 the device: a graph can capture both kernels. (The dealing is that of Stream-K, arXiv 2301.03598.)
+Lengths and page tables are written long before the kernel that precedes these two, and so are read
+while that one still runs; `tile.ahead` blocks are brought into the L2 then, too.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from dp_runtime.kernels.triton_launch import (
 )
 
 LOG2_E = 1.4426950408889634
+PARTS = 8  # that are summed up at once: as many as a head of 1,000 keys has among few requests
+VALUES = 1024  # of a part, that a program sums up
+SECTOR = tl.constexpr(32)  # bytes that the L2 fetches
 
 
 def split_attention(
@@ -52,33 +57,33 @@ def split_attention(
     pdl = overlaps(q.device)
     sizes = {
         "HEADS": num_heads, "KV_HEADS": num_kv_heads, "DIM": head_dim, "QUERY_LEN": query_len,
-        "ROWS": max(16, triton.next_power_of_2(query_len * group)), "REQUESTS": MAX_REQUESTS,
-        "BLOCK": min(page_size, tile.block), "PDL": pdl, "launch_pdl": pdl,
+        "REQUESTS": MAX_REQUESTS, "BLOCK": min(page_size, tile.block),
+        "PDL": pdl, "launch_pdl": pdl,
     }  # fmt: skip
+    all_rows = triton.next_power_of_2(query_len * group)
     split_kernel[(programs,)](
         q, pool, page_table, seq_lens, sums, weights, weights[1], requests, page_table.stride(0),
-        scale * LOG2_E, PAGE=page_size, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        **sizes,
+        scale * LOG2_E, tile.ahead, ROWS=max(16, all_rows), PAGE=page_size,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **sizes,
     )  # fmt: skip
-    combine_kernel[(requests, num_kv_heads)](
-        sums, weights, weights[1], seq_lens, out, requests, programs, num_warps=4, **sizes
-    )
+    some_rows = min(all_rows, max(1, VALUES // head_dim))
+    combine_kernel[(requests, num_kv_heads, triton.cdiv(query_len * group, some_rows))](
+        sums, weights, weights[1], seq_lens, out, requests, programs, ROWS=some_rows,
+        PARTS=PARTS, num_warps=4, **sizes,
+    )  # fmt: skip
 
 
 # NOTE: no kernel may be compiled while serving: none is for a divisor of what differs by batch.
 @triton.jit(
-    do_not_specialize=["requests", "table_stride"],
+    do_not_specialize=["requests", "table_stride", "ahead"],
     do_not_specialize_on_alignment=["page_table", "seq_lens", "maxima", "totals"],
 )
 def split_kernel(
     q, pool, page_table, seq_lens, sums, maxima, totals, requests, table_stride, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, QUERY_LEN: tl.constexpr,
+    ahead, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, QUERY_LEN: tl.constexpr,
     ROWS: tl.constexpr, REQUESTS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     group: tl.constexpr = HEADS // KV_HEADS
     ends = _block_ends(seq_lens, requests, REQUESTS, BLOCK)
     num_blocks = tl.max(ends, 0)
@@ -88,14 +93,19 @@ def split_kernel(
     stop = _share_begin(program + 1, num_blocks * KV_HEADS, shares)
     if program >= shares:
         stop = at
+    if PDL:
+        if at < stop:
+            head, request, block, after = _stretch(ends, num_blocks, at, stop)
+            _bring_ahead(
+                pool + head * PAGE * DIM, page_table + request.to(tl.int64) * table_stride,
+                block, tl.minimum(after, block + ahead), KV_HEADS, DIM, PAGE, BLOCK,
+            )  # fmt: skip
+        gdc_wait()
+        gdc_launch_dependents()
     row, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     inside = row < QUERY_LEN * group
     while at < stop:
-        head, block = at // num_blocks, at % num_blocks
-        request = tl.sum((ends <= block).to(tl.int32), 0)
-        first = tl.max(tl.where(ends <= block, ends, 0), 0)
-        after = tl.min(tl.where(ends <= block, num_blocks, ends), 0)
-        after = tl.minimum(after, stop - head * num_blocks)
+        head, request, block, after = _stretch(ends, num_blocks, at, stop)
         length = tl.load(seq_lens + request)
         of_q = (request * QUERY_LEN + row // group) * HEADS + head * group + row % group
         at_q = q + of_q.to(tl.int64)[:, None] * DIM + d
@@ -103,15 +113,50 @@ def split_kernel(
         last = length - QUERY_LEN + row // group  # key that a row may see
         pages = page_table + request.to(tl.int64) * table_stride
         peak, total, summed = _attend(
-            query, last, pool + head * PAGE * DIM, pages, (block - first) * BLOCK,
-            (after - first) * BLOCK, scale, KV_HEADS, PAGE, BLOCK,
+            query, last, pool + head * PAGE * DIM, pages, block * BLOCK, after * BLOCK, scale,
+            KV_HEADS, PAGE, BLOCK,
         )  # fmt: skip
         part = program + head * requests + request  # one of them is larger than the part's before
         of_part = part.to(tl.int64) * QUERY_LEN * group + row
         tl.store(sums + of_part[:, None] * DIM + d, summed, mask=inside[:, None])
         tl.store(maxima + of_part, peak, mask=inside)
         tl.store(totals + of_part, total, mask=inside)
-        at = head * num_blocks + after
+        at += after - block
+
+
+@triton.jit
+def _stretch(ends, num_blocks, at, stop):
+    """Find a head and a request, and which of its blocks come next: from one up to another."""
+    head, block = at // num_blocks, at % num_blocks
+    request = tl.sum((ends <= block).to(tl.int32), 0)
+    first = tl.max(tl.where(ends <= block, ends, 0), 0)
+    after = tl.min(tl.where(ends <= block, num_blocks, ends), 0)
+    after = tl.minimum(after, stop - head * num_blocks)
+    return head, request, block - first, after - first
+
+
+@triton.jit
+def _bring_ahead(
+    pool, pages, begin, end,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Have the L2 fetch blocks of one head; what is still written there, it sees written."""
+    size: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
+    sector = tl.arange(0, BLOCK * DIM * size // SECTOR) * (SECTOR // size)
+    for block in range(begin, end):
+        start = block * BLOCK
+        page = tl.load(pages + start // PAGE).to(tl.int64)
+        at_k = pool + page * 2 * KV_HEADS * PAGE * DIM + start % PAGE * DIM + sector
+        _prefetch(at_k)
+        _prefetch(at_k + KV_HEADS * PAGE * DIM)
+
+
+@triton.jit
+def _prefetch(at):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -153,11 +198,9 @@ def _attend(
 def combine_kernel(
     sums, maxima, totals, seq_lens, out, requests, programs,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, QUERY_LEN: tl.constexpr,
-    ROWS: tl.constexpr, REQUESTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     group: tl.constexpr = HEADS // KV_HEADS
     request, head = tl.program_id(0), tl.program_id(1)
     ends = _block_ends(seq_lens, requests, REQUESTS, BLOCK)
@@ -165,22 +208,33 @@ def combine_kernel(
     begin = tl.max(tl.where(tl.arange(0, REQUESTS) < request, ends, 0), 0) + head * num_blocks
     end = begin + tl.cdiv(tl.load(seq_lens + request), BLOCK)
     shares = tl.minimum(programs, num_blocks * KV_HEADS)
-    row, d = tl.arange(0, ROWS), tl.arange(0, DIM)
+    first = _share_of(begin, num_blocks * KV_HEADS, shares)
+    last = _share_of(end - 1, num_blocks * KV_HEADS, shares)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row, d = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
     inside = row < QUERY_LEN * group
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     summed = tl.zeros((ROWS, DIM), tl.float32)
-    first = _share_of(begin, num_blocks * KV_HEADS, shares)
-    for program in range(first, _share_of(end - 1, num_blocks * KV_HEADS, shares) + 1):
-        of_part = (program + head * requests + request).to(tl.int64) * QUERY_LEN * group + row
-        more = tl.load(maxima + of_part, mask=inside, other=0.0)
-        higher = tl.maximum(peak, more)
+    # NOTE: parts are asked for together: one after the other, each would wait for the L2.
+    for program in range(first, last + 1, PARTS):
+        index = tl.arange(0, PARTS)
+        found = (program + index <= last)[:, None] & inside
+        before = (program + head * requests + request).to(tl.int64) * QUERY_LEN * group
+        of_part = index[:, None] * QUERY_LEN * group + row
+        at_part = sums + before * DIM + of_part[:, :, None] * DIM + d
+        part = tl.load(at_part, mask=found[:, :, None], other=0.0)
+        more = tl.load(maxima + before + of_part, mask=found, other=float("-inf"))
+        totalled = tl.load(totals + before + of_part, mask=found, other=0.0)
+        higher = tl.maximum(peak, tl.max(more, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         kept, share = tl.exp2(peak - base), tl.exp2(more - base)
-        total = total * kept + tl.load(totals + of_part, mask=inside, other=1.0) * share
-        part = tl.load(sums + of_part[:, None] * DIM + d, mask=inside[:, None], other=0.0)
-        summed = summed * kept[:, None] + part * share[:, None]
+        total = total * kept + tl.sum(totalled * share, 0)
+        summed = summed * kept[:, None] + tl.sum(part * share[:, :, None], 0)
         peak = higher
+    total = tl.where(inside, total, 1.0)
     of_out = (request * QUERY_LEN + row // group) * HEADS + head * group + row % group
     at_out = out + of_out.to(tl.int64)[:, None] * DIM + d
     tl.store(at_out, (summed / total[:, None]).to(out.dtype.element_ty), mask=inside[:, None])

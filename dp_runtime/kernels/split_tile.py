@@ -14,6 +14,7 @@ class SplitTile:
     num_warps: int = 4
     num_stages: int = 3
     per_multiprocessor: int = 3  # programs
+    ahead: int = 0  # blocks that a program brings into the L2 while the kernel before still runs
 
     def max_part_bytes(self, rows: int, num_kv_heads: int, head_dim: int) -> int:
         """Count what programs find at most; rows: query rows of a KV head."""

@@ -69,7 +69,7 @@ class SplitBackend(TrtllmBackend):
     @classmethod
     def reason(cls, spec: AttentionSpec) -> str:
         tiles = MeasuredTiles.of(spec)
-        if not tiles.rows:
+        if not tiles.used:
             shape = f"head_dim {spec.head_dim}, {spec.group_size} query heads a KV head"
             raise ValueError(f"nowhere measured to be faster than XQA ({shape}, {spec.dtypes})")
         return f"measured to be faster than XQA at {tiles}"
@@ -81,16 +81,16 @@ class SplitBackend(TrtllmBackend):
             row.tile.max_part_bytes(
                 row.query_len * spec.group_size, spec.num_kv_heads, spec.head_dim
             )
-            for row in MeasuredTiles.of(spec).rows
+            for row in MeasuredTiles.of(spec).used
         )
         return super().workspace_bytes(spec) + max(parts, default=0)
 
     @classmethod
     def jit_modules(cls, spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
         return super().jit_modules(spec, device) + tuple(
-            JitModule(f"Triton attention ({spec.head_dim}, {row.query_len} rows a request)",
+            JitModule(f"Triton attention ({spec.head_dim}, {row.query_len} rows, {row.tile})",
                       partial(build, spec, row.query_len, row.tile, device), by_triton=True)
-            for row in MeasuredTiles.of(spec).rows
+            for row in MeasuredTiles.of(spec).used
         )  # fmt: skip
 
 

@@ -1,21 +1,19 @@
 """Attention of decodes and of verifications: which kernel reads the cache fastest, shape by shape.
 
-    python -m examples.benchmarks.kernels.attention_decode [--shape qwen3-30b-a3b] [--query-lens 1]
+    python -m examples.benchmarks.kernels.attention_decode [--shapes qwen3-30b-a3b] [--query-lens 1]
 
 One layer, bf16, page 64, --context tokens of every request in the cache (uneven: log-uniform
-128..4096), several layers' pools in turn in a CUDA graph. Candidates: XQA as the runtime calls it,
-FMHAv2, our own kernel over shares of keys with the tiles that may be good, which processes compile
-beforehand, and with --native flashinfer's FA2 and FA3 by its prefill wrapper. Each is compared with
-XQA, and printed when it is measured; what does not build or run is named and left out. Floor: the
-bytes of keys and values at the measured rate. At the end, or when --seconds are over: for each
-query length the tile that is best over all loads, as a row of the table by which the runtime
-chooses (dp_runtime/attention/trtllm/measured.py).
+128..4096), as a step finds it (harness/cold_timing.py), with a pool for each call. Candidates: XQA
+as the runtime calls it, and our own kernel over shares of keys with the tiles that may be good,
+which processes compile beforehand. Each is compared with XQA; what does not build or run is named
+and left out. Floor: the bytes of keys and values at the measured rate. At the end of a shape, or
+when --seconds are over: for each query length the tiles that are best over few and over many
+requests, as rows of the table by which the runtime chooses (attention/trtllm/measured.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,16 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dp_runtime.attention.contract import offsets
 from dp_runtime.attention.spec import AttentionSpec, KvScales
-from dp_runtime.attention.trtllm.backend import TrtllmBackend
 from dp_runtime.attention.trtllm.kernel_groups import build_groups
-from dp_runtime.kernels.jit_build import KernelBuilds
+from dp_runtime.kernels.jit_build import JitModule, KernelBuilds
 from dp_runtime.kernels.split_attention import split_attention
 from dp_runtime.kernels.split_tile import SplitTile
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
-from examples.benchmarks.harness.device_timing import graph_us, read_rate
+from examples.benchmarks.harness.cold_timing import CALLS, ColdTimer
+from examples.benchmarks.harness.device_timing import read_rate
 from examples.benchmarks.kernels.attention_ragged import BF16, Load, load_of
 from examples.benchmarks.kernels.parallel_builds import compile_all
 from examples.benchmarks.kernels.split_candidates import Job, candidates, compile_one
@@ -49,8 +46,7 @@ SHAPES = {  # query heads, KV heads, head_dim
     "qwen3.5-35b-a3b": (16, 2, 256),
     "qwen3.5-397b-a17b": (32, 2, 256),
 }
-LAYERS = 4
-WORKSPACE_BYTES = 256 << 20
+FEW = 24  # requests: up to so many have a row of their own
 COMPILE_SECONDS = 30.0
 Call = Callable[[int], Tensor]  # of a layer
 
@@ -73,13 +69,25 @@ class Results:
     xqa: dict[Point, float] = field(default_factory=dict)  # microseconds
     split: dict[Point, dict[SplitTile, float]] = field(default_factory=lambda: defaultdict(dict))
 
+    def add(self, point: Point, times: dict[str | SplitTile, float]) -> None:
+        for name, us in times.items():
+            if isinstance(name, SplitTile):
+                self.split[point][name] = us
+            else:
+                self.xqa[point] = us
+
     def rows(self, spec: AttentionSpec) -> Iterator[str]:
-        """For each query length the tile with the least times beside each load's best."""
-        for query_len in sorted({point.query_len for point in self.split}):
-            points = [p for p in self.xqa if p.query_len == query_len and self.split[p]]
-            tiles = set.intersection(*(set(self.split[point]) for point in points))
-            if tiles:
-                tile = min(tiles, key=partial(self._loss, points))
+        """For each query length the tiles with the least times beside each load's best."""
+        for query_len in sorted({point.query_len for point in self.xqa}):
+            points_of = dict[SplitTile, list[Point]]()
+            of_length = [p for p in self.xqa if p.query_len == query_len and self.split[p]]
+            for few in (True, False):
+                points = [point for point in of_length if (point.requests <= FEW) == few]
+                tiles = [set(self.split[point]) for point in points]
+                if tiles and set.intersection(*tiles):
+                    tile = min(set.intersection(*tiles), key=partial(self._loss, points))
+                    points_of.setdefault(tile, []).extend(points)
+            for tile, points in points_of.items():
                 times = ", ".join(self._times(points, tile))
                 shape = f"{spec.head_dim}, {spec.group_size}, {query_len}"
                 yield f"Measured({shape}, {tile}, ({times},)),"
@@ -97,41 +105,54 @@ class Results:
 def main() -> None:
     args = parse_args()
     end, device = time.monotonic() + args.seconds, torch.device("cuda", 0)
-    heads, kv_heads, head_dim = SHAPES[args.shape]
-    spec = AttentionSpec(heads, kv_heads, head_dim, 64, BF16, BF16, frozenset(args.query_lens))
-    own = [Job.of(spec, length, t) for length in args.query_lens for t in candidates(spec, length)]
-    with KernelBuilds(TrtllmBackend.jit_modules(spec, device), device) as builds:
-        compiled = compile_all(own, compile_one, os.cpu_count() or 1, COMPILE_SECONDS)
-        builds.wait()
-    rate = read_rate()
+    specs = {name: spec_of(name, args.query_lens) for name in args.shapes}
+    compiled = build(list(specs.values()), device)
+    rate, timer = read_rate(), ColdTimer.on(device)
     print(machine.describe("torch", "triton", "flashinfer-python"))
-    print(f"{torch.cuda.get_device_name()}, reads and writes {rate / 1e12:.2f} TB/s; {args.shape}")
-    results = Results()
-    for point in map(Point, *zip(*product(args.query_lens, args.requests, args.lengths))):
-        load = make_load(point, spec, args.context, device)
-        floor_us = load.kv_bytes / rate * 1e6
-        print(f"{point}; floor {floor_us:.1f} us", flush=True)
-        calls = candidates_of(load, spec, point.query_len, compiled, args.native)
-        if not measure(calls, point, floor_us, results, end):
-            print(f"{args.seconds:.0f} s are over: the rest is not measured")
-            break
-    print(*results.rows(spec), sep="\n")
+    print(f"{torch.cuda.get_device_name()}, reads and writes {rate / 1e12:.2f} TB/s")
+    for shape, spec in specs.items():
+        print(f"{shape}: {end - time.monotonic():.0f} s are left")
+        results = Results()
+        for point in map(Point, *zip(*product(args.query_lens, args.requests, args.lengths))):
+            if time.monotonic() > end:
+                print(f"{args.seconds:.0f} s are over: {point} and what follows is not measured")
+                break
+            load = make_load(point, spec, args.context, device)
+            results.add(point, measure(load, spec, point, compiled, timer, rate))
+        print(*results.rows(spec), sep="\n", flush=True)
 
 
 def parse_args() -> argparse.Namespace:
     parser = new_parser(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-30b-a3b"])
     parser.add_argument("--query-lens", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--requests", type=int, nargs="+", default=[64, 16, 128])
+    parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 4, 128, 8, 32])
     parser.add_argument("--context", type=int, default=1152)
     parser.add_argument(
         "--lengths", nargs="+", choices=("even", "uneven"), default=["even", "uneven"]
     )
-    parser.add_argument("--seconds", type=float, default=58.0, help="from the start of main on")
-    parser.add_argument("--native", action="store_true", help="FA2 and FA3 too, which are compiled")
+    parser.add_argument("--seconds", type=float, default=90.0, help="from the start of main on")
     args = parser.parse_args()
     args.lengths = [name == "even" for name in args.lengths]
     return args
+
+
+def spec_of(shape: str, query_lens: list[int]) -> AttentionSpec:
+    heads, kv_heads, head_dim = SHAPES[shape]
+    return AttentionSpec(heads, kv_heads, head_dim, 64, BF16, BF16, frozenset(query_lens))
+
+
+def build(specs: list[AttentionSpec], device: torch.device) -> set[Job]:
+    """XQA for every shape and query length, while processes compile our own candidates."""
+    from dp_runtime.attention.trtllm.sm90 import load_xqa
+
+    shapes = [(spec, length) for spec in specs for length in sorted(spec.decode_query_lens)]
+    xqa = [JitModule(f"XQA {shape}", partial(load_xqa, *shape)) for shape in shapes]
+    jobs = {Job.of(*shape, tile): None for shape in shapes for tile in candidates(*shape)}
+    with KernelBuilds(xqa, device) as builds:
+        compiled = compile_all(jobs, compile_one, min(16, len(jobs)), COMPILE_SECONDS)
+        builds.wait()
+    return compiled
 
 
 def make_load(point: Point, spec: AttentionSpec, context: int, device: torch.device) -> Load:
@@ -144,100 +165,59 @@ def make_load(point: Point, spec: AttentionSpec, context: int, device: torch.dev
 
 
 def measure(
-    calls: Iterator[tuple[str | SplitTile, Callable[[], Call]]],
+    load: Load,
+    spec: AttentionSpec,
     point: Point,
-    floor_us: float,
-    results: Results,
-    end: float,
-) -> bool:
-    """Compare and time one after the other; says whether all of them were before the end."""
-    due = None
-    for name, make in calls:
-        if time.monotonic() > end:
-            return False
-        try:
-            call = make()
-            rows = call(0)
-            due = rows.clone() if due is None else due
-            error = relative_error(rows, due)
-            assert error < ALLOWED_ERROR, f"differs from the first by {error:.3g}"
-            us = graph_us(call, LAYERS)
-        except Exception as error:
-            print(f"  {name} is out: {type(error).__name__}: {str(error)[:120]}", flush=True)
-            torch.cuda.synchronize()
-            continue
+    compiled: set[Job],
+    timer: ColdTimer,
+    rate: float,
+) -> dict[str | SplitTile, float]:
+    """Compare all candidates with the first, and time them together; in microseconds."""
+    found = list[Tensor]()  # by the first
+
+    def compared(make: Callable[[], Call]) -> Call:
+        call = make()
+        rows = call(0)
+        found[:] = found or [rows.clone()]
+        error = relative_error(rows, found[0])
+        assert error < ALLOWED_ERROR, f"differs from the first by {error:.3g}"
+        return call
+
+    makes = candidates_of(load, spec, point.query_len, compiled)
+    times = timer.times(((name, partial(compared, make)) for name, make in makes), load.q)
+    floor_us = load.kv_bytes / rate * 1e6
+    print(f"{point}; floor {floor_us:.1f} us")
+    for name, us in sorted(times.items(), key=lambda item: item[1]):
         print(f"  {us:7.1f} us  {us / floor_us:5.2f} x floor  {name}", flush=True)
-        match name:
-            case SplitTile():
-                results.split[point][name] = us
-            case "XQA":
-                results.xqa[point] = us
-    return True
+    return times
 
 
 def candidates_of(
-    load: Load, spec: AttentionSpec, query_len: int, compiled: set[Job], native: bool
+    load: Load, spec: AttentionSpec, query_len: int, compiled: set[Job]
 ) -> Iterator[tuple[str | SplitTile, Callable[[], Call]]]:
-    pools, out = [load.pool] + [load.pool.clone() for _ in range(LAYERS - 1)], load.q.clone()
-    own = load, spec, pools, out
-    yield "XQA", partial(by_trtllm, *own, decode=True)
-    yield "FMHAv2", partial(by_trtllm, *own, decode=False)
-    for name in ("fa2", "fa3") if native else ():
-        yield f"flashinfer {name}", partial(by_flashinfer, *own, name)
+    pools = torch.randn((CALLS, *load.pool.shape), dtype=BF16, device=load.q.device).unbind()
+    own = load, spec, pools, load.q.clone()
+    yield "XQA", partial(by_xqa, *own)
     for tile in candidates(spec, query_len):
         if Job.of(spec, query_len, tile) in compiled:
             yield tile, partial(by_split, *own, tile)
 
 
-def by_trtllm(
-    load: Load, spec: AttentionSpec, pools: list[Tensor], out: Tensor, decode: bool
-) -> Call:
+def by_xqa(load: Load, spec: AttentionSpec, pools: tuple[Tensor, ...], out: Tensor) -> Call:
     from dp_runtime.attention.trtllm.sm90 import make_calls
 
     calls, scales = make_calls(spec, load.q.device), KvScales()
-    lengths = spec.decode_query_lens if decode else frozenset[int]()
-    (group,) = build_groups(load.metadata, lengths)
+    (group,) = build_groups(load.metadata, spec.decode_query_lens)
 
     def call(layer: int) -> Tensor:
-        (calls.decode if decode else calls.prefill)(load.q, pools[layer], scales, group, out)
-        return out
-
-    return call
-
-
-def by_flashinfer(
-    load: Load, spec: AttentionSpec, pools: list[Tensor], out: Tensor, backend: str
-) -> Call:
-    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-    metadata, size = load.metadata, spec.page_size
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=load.q.device)
-    wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND", backend=backend)
-    counts = -(-metadata.seq_lens_host // size)
-    used = np.arange(metadata.page_table_host.shape[1]) < counts[:, None]
-    last = (metadata.seq_lens_host - (counts - 1) * size).astype(np.int32)
-    arrays = (offsets(counts.astype(np.int32)), metadata.page_table_host[used], last)
-    wrapper.plan(
-        metadata.cu_seqlens_q,
-        *(torch.from_numpy(array).to(load.q.device) for array in arrays),
-        spec.num_heads,
-        spec.num_kv_heads,
-        spec.head_dim,
-        size,
-        causal=True,
-        q_data_type=spec.dtype,
-        kv_data_type=spec.kv_dtype,
-    )
-
-    def call(layer: int) -> Tensor:
-        wrapper.run(load.q, pools[layer], out=out)
+        calls.decode(load.q, pools[layer], scales, group, out)
         return out
 
     return call
 
 
 def by_split(
-    load: Load, spec: AttentionSpec, pools: list[Tensor], out: Tensor, tile: SplitTile
+    load: Load, spec: AttentionSpec, pools: tuple[Tensor, ...], out: Tensor, tile: SplitTile
 ) -> Call:
     metadata, scale = load.metadata, spec.head_dim**-0.5
 

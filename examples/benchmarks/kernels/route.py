@@ -3,21 +3,22 @@
     python -m examples.benchmarks.kernels.route [--experts 128 256 512] [--tokens 8 64 ...]
 
 Routers of Qwen3-30B-A3B (128 experts), Qwen3.5-35B-A3B (256) and 397B-A17B (512) in bf16; a quarter
-of the experts is local. In CUDA graphs with 24 routers in turn: those of 397B don't stay in the L2,
-the others do. Cuts of the product are compiled beforehand in processes, and each must choose what
-the one in use chooses but for roundings; then the fastest is timed with four warps a row. The best
-five are printed, and the one in use.
+of the experts is local. As a step finds them (harness/cold_timing.py), with a router for each call.
+Cuts of the product are compiled beforehand in processes, and each must choose what the one in use
+chooses but for roundings; the one in use also chooses by four warps a row, and in a loop. The best
+six are printed, and the one in use.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dp_runtime.kernels.moe_router import (
@@ -29,12 +30,11 @@ from dp_runtime.kernels.moe_router import (
 )
 from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
-from examples.benchmarks.harness.device_timing import graph_us
+from examples.benchmarks.harness.cold_timing import CALLS, Call, ColdTimer
 from examples.benchmarks.kernels.parallel_builds import compile_all
-from examples.benchmarks.kernels.trials import try_all
 
 SHAPES = {128: (2048, 8), 256: (2048, 8), 512: (4096, 10)}  # experts: hidden, top k
-SETS = 24
+BEST = 6
 MOST_OTHERS = 0.03  # of the choices; sums in another order round some logits to another bf16
 
 
@@ -45,6 +45,7 @@ class Way:
     num_experts: int
     tile: RouterTile | None
     num_warps: int = 1
+    unrolled: bool = True
 
     def route(self, rows: Tensor, router: Tensor, row_ranges: Tensor) -> Routing:
         top_k, num_local = SHAPES[self.num_experts][1], self.num_experts // 4
@@ -56,12 +57,15 @@ class Way:
             pairs=torch.empty(num_local, len(rows), dtype=torch.int32, device=device),
         )
         parts = logits_in_parts(rows, router, routing.counts, self.tile)
-        choose_experts(parts, router, row_ranges, True, 0, routing, num_warps=self.num_warps)
+        choose_experts(
+            parts, router, row_ranges, True, 0, routing,
+            num_warps=self.num_warps, unrolled=self.unrolled,
+        )  # fmt: skip
         return routing
 
     def __str__(self) -> str:
         cut = "cuBLAS" if self.tile is None else str(self.tile)
-        return f"{cut}, {self.num_warps} warps a row"
+        return f"{cut}, {self.num_warps} warps a row{'' if self.unrolled else ', in a loop'}"
 
 
 def tiles(rows: int, num_experts: int) -> Iterator[RouterTile | None]:
@@ -77,33 +81,35 @@ def tiles(rows: int, num_experts: int) -> Iterator[RouterTile | None]:
                 yield RouterTile(block_m, split)
 
 
+def ways(rows: int, num_experts: int) -> list[Way]:
+    """First the one in use."""
+    cuts = dict.fromkeys(tiles(rows, num_experts))
+    in_use = choose_router_tile(rows, SHAPES[num_experts][0], num_experts)
+    choices = [(1, False), (4, True), (4, False)]
+    return [Way(num_experts, cut) for cut in cuts] + [
+        Way(num_experts, in_use, *choice) for choice in choices
+    ]
+
+
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("--experts", type=int, nargs="+", choices=list(SHAPES),
                         default=list(SHAPES))  # fmt: skip
-    parser.add_argument("--tokens", type=int, nargs="+",
-                        default=[8, 64, 256, 512, 1024, 2048])  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=25.0, help="for all of it")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512, 16, 64])
+    parser.add_argument("--seconds", type=float, default=40.0, help="for all of it")
     parser.add_argument("--workers", type=int, default=min(24, os.cpu_count() or 1))
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     print(machine.describe("torch", "triton"), torch.cuda.get_device_name(), sep="\n", flush=True)
-    jobs = [
-        Way(num_experts, tile, num_warps)
-        for num_experts in args.experts
-        for rows in args.tokens
-        for tile in tiles(rows, num_experts)
-        for num_warps in (1, 4)
-    ]
+    points = list(product(args.experts, args.tokens))
+    jobs = [way for num_experts, rows in points for way in ways(rows, num_experts)]
     compiled = compile_all(jobs, compile_one, args.workers, 0.6 * args.seconds)
-    for num_experts in args.experts:
-        hidden = SHAPES[num_experts][0]
-        shape = SETS, num_experts, hidden
-        routers = (torch.randn(shape, device="cuda") * 0.02).bfloat16().unbind()
-        for count in args.tokens:
-            if time.monotonic() > deadline:
-                return
-            compare(count, routers, compiled, deadline)
+    timer = ColdTimer.on(torch.device("cuda", 0))
+    for num_experts, count in points:
+        if time.monotonic() > deadline:
+            print(f"{args.seconds:.0f} s are over: {num_experts} experts, {count} tokens are left")
+            return
+        compare(count, num_experts, compiled, timer)
 
 
 def compile_one(way: Way) -> None:
@@ -115,40 +121,25 @@ def compile_one(way: Way) -> None:
     torch.cuda.synchronize()
 
 
-def compare(count: int, routers: Sequence[Tensor], compiled: set[Way], deadline: float) -> None:
-    num_experts, hidden = routers[0].shape
+def compare(count: int, num_experts: int, compiled: set[Way], timer: ColdTimer) -> None:
+    hidden = SHAPES[num_experts][0]
+    routers = (torch.randn(CALLS, num_experts, hidden, device="cuda") * 0.02).bfloat16().unbind()
     rows = torch.randn(count, hidden, device="cuda").bfloat16()
     row_ranges = torch.tensor([[0], [count]], dtype=torch.int32, device="cuda")
-    ways = [Way(num_experts, tile) for tile in dict.fromkeys(tiles(count, num_experts))]
-    in_use, due = ways[0], ways[0].route(rows, routers[0], row_ranges)
-    parts = logits_in_parts(rows, routers[0], due.counts, in_use.tile)
-    alone: dict[str, Callable[[int], object]] = {
-        "product by cuBLAS": lambda i: F.linear(rows, routers[i]),
-        "product in use": lambda i: logits_in_parts(rows, routers[i], due.counts, in_use.tile),
-        "choice": lambda i: choose_experts(parts, routers[0], row_ranges, True, 0, due),
-    }
-    times_alone = (f"{name} {graph_us(run, SETS, 3):.1f}" for name, run in alone.items())
-    print(f"{num_experts} experts, {count} tokens; alone, us:", "; ".join(times_alone))
+    in_use, *others = ways(count, num_experts)
+    due = in_use.route(rows, routers[0], row_ranges).local_ids
 
-    def others(way: Way) -> float:
-        found = way.route(rows, routers[0], row_ranges)
-        return float((found.local_ids != due.local_ids).float().mean())
+    def compared(way: Way) -> Call:
+        found = way.route(rows, routers[0], row_ranges).local_ids
+        wrong = float((found != due).float().mean())
+        assert wrong < MOST_OTHERS, f"{wrong:.3g} of the choices are others"
+        return lambda i: way.route(rows, routers[i], row_ranges)
 
-    def timed(ways: Iterable[Way]) -> dict[Way, float]:
-        some = [way for way in ways if way in compiled]
-        return try_all(
-            some,
-            others,
-            lambda way: graph_us(lambda i: way.route(rows, routers[i], row_ranges), SETS, 3),
-            deadline,
-            MOST_OTHERS,
-        )
-
-    times = timed(ways)
-    best = min(times, key=times.__getitem__, default=in_use)
-    times |= timed({replace(way, num_warps=4) for way in (best, in_use)})
+    makes = ((way, partial(compared, way)) for way in (in_use, *others) if way in compiled)
+    times = timer.times(makes, rows)
+    print(f"{num_experts} experts, {count} tokens")
     ranked = sorted(times, key=times.__getitem__)
-    for way in dict.fromkeys([*ranked[:5], *(way for way in ranked if way == in_use)]):
+    for way in dict.fromkeys([*ranked[:BEST], *(way for way in ranked if way == in_use)]):
         mark = " (in use)" if way == in_use else ""
         print(f"  {times[way]:7.1f} us  {way}{mark}", flush=True)
 

@@ -14,15 +14,16 @@ from dp_runtime.kernels.split_tile import SplitTile
 from examples.benchmarks.kernels.trials import SHARED_MEMORY
 
 PROGRAMS = {4: (4, 3, 2), 8: (2, 2, 1)}  # by warps and key values of a block: 4096, 8192, 16384
+CUTS = (64, 4, 3), (64, 8, 3), (64, 4, 2), (32, 4, 4)  # block, warps, stages
+AHEAD = (0, 4)
 
 
 def candidates(spec: AttentionSpec, query_len: int) -> Iterator[SplitTile]:
     """As many programs as fit a multiprocessor at once, and one less."""
-    for block, warps, stages in product((32, 64), (4, 8), (2, 3, 4, 5)):
-        most = _resident(spec, query_len, block, warps, stages)
-        for programs in sorted({most, most - 1} - {0}, reverse=True):
-            if programs * (stages - 1) * block * spec.head_dim >= 1 << 14:  # read ahead
-                yield SplitTile(block, warps, stages, programs)
+    for cut in CUTS:
+        most = _resident(spec, query_len, *cut)
+        for programs, ahead in product(sorted({most, most - 1} - {0}), AHEAD):
+            yield SplitTile(*cut, programs, ahead)
 
 
 def _resident(spec: AttentionSpec, query_len: int, block: int, warps: int, stages: int) -> int:
@@ -36,7 +37,7 @@ def _resident(spec: AttentionSpec, query_len: int, block: int, warps: int, stage
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel with one tile; how many programs are started is not compiled in."""
+    """A kernel with one tile; what is read ahead, and by how many programs, is not compiled in."""
 
     spec: AttentionSpec
     query_len: int
@@ -44,7 +45,7 @@ class Job:
 
     @classmethod
     def of(cls, spec: AttentionSpec, query_len: int, tile: SplitTile) -> Job:
-        return cls(spec, query_len, replace(tile, per_multiprocessor=1))
+        return cls(spec, query_len, replace(tile, per_multiprocessor=1, ahead=0))
 
 
 def compile_one(job: Job) -> None:

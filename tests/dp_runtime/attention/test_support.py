@@ -147,7 +147,19 @@ def test_the_nearest_measurement_decides() -> None:
     assert found == slower | dict.fromkeys((33, 200, 256), SplitTile(32))
     assert tiles(1, 64) is None
     slow = replace(ROW, times=((64, 60.0, 60.0),))
-    assert MeasuredTiles.of(GOOD, (slow,)).rows == ()
+    assert MeasuredTiles.of(GOOD, (slow,)).used == ()
+
+
+def test_few_requests_can_have_a_row_and_a_tile_of_their_own() -> None:
+    few = replace(ROW, tile=SplitTile(64), times=((4, 9.0, 8.0), (16, 20.0, 21.0)))
+    many = replace(ROW, times=((32, 30.0, 31.0), (64, 60.0, 45.0)))
+    tiles = MeasuredTiles.of(GOOD, (few, many))
+    found = [tiles(4, requests) for requests in (1, 2, 4, 8, 16, 32, 64, 256)]
+    assert found == [SplitTile(64)] * 4 + [None] * 2 + [SplitTile(32)] * 2
+    never = replace(few, times=((4, 9.0, 10.0), (16, 20.0, 21.0)))
+    only = MeasuredTiles.of(GOOD, (never, replace(many, times=((64, 60.0, 45.0),))))
+    assert [only(4, requests) for requests in (1, 8, 64)] == [None, None, SplitTile(32)]
+    assert [row.tile for row in only.used] == [SplitTile(32)]
 
 
 LARGEST = replace(GOOD, num_kv_heads=2, head_dim=256)  # Qwen3.5-397B-A17B
