@@ -1,4 +1,4 @@
-"""How calls are timed cold, from spans that a profiler could have seen, and which rows are printed."""
+"""How calls are timed cold, from spans as of a profiler, and which rows are printed."""
 
 from __future__ import annotations
 

@@ -128,12 +128,9 @@ def choose_experts(
     routing: Routing,
     kept: KeptChoices | None = None,
     num_warps: int = 1,
-    unrolled: bool = True,
+    unrolled: bool = True,  # longer code, without a loop over choices
 ) -> None:
-    """Fill routing, whose counts are 0, from logits in parts, whose sum is rounded as router is.
-
-    unrolled: choose in straight code, which is longer, and so takes longer when it is read first.
-    """
+    """Fill routing, whose counts are 0, from logits in parts, whose sum is rounded as router is."""
     num_parts, n, num_experts = parts.shape
     top_k, num_local = routing.local_ids.shape[1], len(routing.counts)
     experts = triton.next_power_of_2(num_experts)

@@ -4,8 +4,7 @@ So all multiprocessors read at once and equally much, however few or uneven the 
 program attends over one stretch of blocks, through as many heads and requests as it reaches; what
 it finds about each is a part, and a second kernel sums up parts. Which they are, programs find on
 the device: a graph can capture both kernels. (The dealing is that of Stream-K, arXiv 2301.03598.)
-Lengths and page tables are written long before the kernel that precedes these two, and so are read
-while that one still runs; `tile.ahead` blocks are brought into the L2 then, too.
+While the kernel before still runs, what was written long before is read: lengths and page tables.
 """
 
 from __future__ import annotations
@@ -126,13 +125,12 @@ def split_kernel(
 
 @triton.jit
 def _stretch(ends, num_blocks, at, stop):
-    """Find a head and a request, and which of its blocks come next: from one up to another."""
     head, block = at // num_blocks, at % num_blocks
     request = tl.sum((ends <= block).to(tl.int32), 0)
     first = tl.max(tl.where(ends <= block, ends, 0), 0)
     after = tl.min(tl.where(ends <= block, num_blocks, ends), 0)
     after = tl.minimum(after, stop - head * num_blocks)
-    return head, request, block - first, after - first
+    return head, request, block - first, after - first  # blocks of that request: begin, end
 
 
 @triton.jit

@@ -26,7 +26,6 @@ class Measured:
     times: tuple[tuple[int, float, float], ...]  # requests, microseconds of XQA and of the kernel
 
     def distance(self, requests: int) -> float:
-        """How far the nearest measured number is, in proportion."""
         return min(_proportion(measured, requests) for measured, _, _ in self.times)
 
     def split_is_faster(self, requests: int) -> bool:
@@ -70,7 +69,6 @@ class MeasuredTiles:
 
     @classmethod
     def of(cls, spec: AttentionSpec, measured: Sequence[Measured] | None = None) -> MeasuredTiles:
-        """Keep the rows for a spec."""
         found = spec.dtype, spec.kv_dtype, spec.page_size
         if found != (torch.bfloat16, torch.bfloat16, 64):
             return cls(())
