@@ -17,7 +17,10 @@ class KvWriter:
     cache: LayerCache
 
     def write(self, qkv: Tensor, rotation: QkNormRope, plan: AttentionPlan) -> Tensor:
-        """Norm, rotate and append qkv [rows, num_heads + 2 * num_kv_heads, head_dim]; return q."""
+        """Norm, rotate and append qkv [rows, num_heads + 2 * num_kv_heads, head_dim]; return q.
+
+        q lies where the plan has queries, if it says so.
+        """
         self._check(qkv, rotation, plan)
         num_heads, num_kv_heads = plan.spec.num_heads, plan.spec.num_kv_heads
         if plan.num_tokens == 0:
@@ -27,7 +30,7 @@ class KvWriter:
         qk, v = qkv.tensor_split([num_heads + num_kv_heads], 1)
         q, k = rotation(qk).tensor_split([num_heads], 1)
         self._store(k, v, plan)
-        return q
+        return q if plan.queries is None else plan.queries.copy_(q)
 
     def write_fused(self, qkv: Tensor, rotation: QkNormRope, plan: AttentionPlan) -> Tensor:
         """Do all of `write` in one Triton kernel, for at least one row."""
@@ -35,7 +38,7 @@ class KvWriter:
 
         scales = self.cache.scales
         return rotate_and_append(
-            self._storage(), plan.slots.mapping, qkv, rotation, scales.k, scales.v
+            self._storage(), plan.slots.mapping, qkv, rotation, scales.k, scales.v, plan.queries
         )
 
     def append(self, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:

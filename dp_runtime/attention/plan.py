@@ -61,6 +61,11 @@ class AttentionPlan(ABC):
         Returns `out`, of the same shape; by default a new tensor.
         """
 
+    @property
+    def queries(self) -> Tensor | None:
+        """Return where layers write their queries [rows, num_heads, head_dim]; None: anywhere."""
+        return None
+
     def comparisons(self, device: torch.device) -> Iterable[Comparison]:
         mapping, size = self.slots.mapping, self.spec.page_size
         yield "slots.page_size", self.slots.page_size, size

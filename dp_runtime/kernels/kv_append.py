@@ -31,11 +31,12 @@ def rotate_and_append(
     rotation: QkNormRope,
     k_scale: float,
     v_scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotate query and key heads, write keys and values, and return the queries.
 
-    qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> q [rows, num_heads, head_dim]. What has a
-    negative slot is written nowhere. Norm and
+    qkv [rows, num_heads + 2 * num_kv_heads, head_dim] -> q [rows, num_heads, head_dim], `out` or a
+    new tensor. What has a negative slot is written nowhere. Norm and
     rotation are float32, each rounded to qkv's dtype, as the models were trained. An e4m3 pool
     comes as bytes (uint8); a value is divided by its scale and clamped to +-448.
     """
@@ -46,7 +47,10 @@ def rotate_and_append(
     assert qkv.stride()[1:] == (head_dim, 1), "a row's heads are in one piece"
     together = [x for x in (pool, weight, cos, sin) if x is not None]
     assert all(x.is_contiguous() for x in together), "the pool, weights and angles are contiguous"
-    q = torch.empty(rows, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    shape = (rows, num_heads, head_dim)
+    q = qkv.new_empty(shape) if out is None else out
+    assert (q.shape, q.dtype) == (shape, qkv.dtype), f"{q.shape}, {q.dtype} for {shape} queries"
+    assert q.is_contiguous(), "queries are written in one piece"
     pdl = overlaps(qkv.device)
     _rotate_and_append_kernel[(rows, triton.cdiv(all_heads, HEADS_AT_ONCE))](
         qkv, q, pool, slot_mapping, weight, cos, sin, rotation.eps, k_scale, v_scale,

@@ -72,12 +72,16 @@ class GraphBuckets:
 
     def _keys(self, sizes: set[int]) -> tuple[GraphKey, ...]:
         keys = {GraphKey(rows, size) for size in sizes for rows in self._locals if rows <= size}
-        return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.local_rows)))
+        return _largest_first(keys)
+
+
+def _largest_first(keys: set[GraphKey]) -> tuple[GraphKey, ...]:
+    return tuple(sorted(keys, key=lambda key: (-key.gathered_rows, -key.local_rows)))
 
 
 @dataclass(frozen=True)
 class PiecewiseBuckets:
-    """Gathered sizes for which MoE stages are captured alone; none if max_rows is 0."""
+    """Gathered sizes of passes in which some rank prefills; none are captured if max_rows is 0."""
 
     max_rows: int = 0  # of a rank
 
@@ -100,13 +104,30 @@ class PiecewiseBuckets:
 
 @dataclass(frozen=True)
 class PieceBuckets:
-    """A rank's own rows at which a forward is captured in pieces; none if max_rows is 0."""
+    """Sizes at which a forward is captured in pieces; none if max_rows is 0."""
 
-    max_rows: int = 0
+    max_rows: int = 0  # of a rank
+    exchanges: bool = False  # rows with other ranks, which may have more
+
+    @cached_property
+    def keys(self) -> tuple[GraphKey, ...]:  # the largest first: the others fit into its memory
+        return _largest_first(
+            {
+                self.key(min(rows, gathered), gathered)
+                for gathered in PiecewiseBuckets(self.max_rows).sizes
+                for rows in self.sizes
+            }
+        )
+
+    def key(self, rows: int, gathered: int) -> GraphKey:
+        """Return what serves own rows where so many are gathered of every rank."""
+        assert rows <= gathered, f"{rows} own rows, {gathered} are gathered"
+        own = min(self.of(rows), gathered)
+        return GraphKey(own, gathered if self.exchanges else own)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Return powers of two, from 256 on with one size between; the largest comes first."""
+        """Return own rows: powers of two, from 256 on with one between; the largest first."""
         powers = [MIN_PIECES << n for n in range(self.max_rows.bit_length())]
         between = [3 * size // 2 for size in powers if size >= FINE_PIECES]
         smaller = {size for size in (*powers, *between) if size < self.max_rows}

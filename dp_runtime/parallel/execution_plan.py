@@ -14,7 +14,7 @@ from dp_runtime.parallel.padding import PaddingPlan, PaddingPolicy
 
 class ExecutionMode(StrEnum):
     GRAPH = auto()  # the whole forward is replayed
-    PIECEWISE = auto()  # MoE stages are replayed, and of all else what a rank has graphs for
+    PIECEWISE = auto()  # a rank replays what it has graphs for; all gather as many rows
     EAGER = auto()
     EMPTY = auto()  # no rank has a row: no forward runs
 

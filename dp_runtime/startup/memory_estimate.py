@@ -131,7 +131,7 @@ def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
 
 
 def _captured_pieces(model: PassModel, limits: Limits, dp_size: int, reads_hidden: bool) -> int:
-    """Count what graphs of a model's MoE stages and of what is between keep, and their inputs."""
+    """Count what a model's pieces, MoE stages among them, keep, and their inputs and a stage's."""
     rows = PiecewiseBuckets.for_steps(limits.max_num_tokens).max_rows
     width, spec, meta = model.hidden_size, model.backend.spec, torch.device("meta")
     inputs = PieceInputs.zeros(rows, width if reads_hidden else 0, spec, model.delta_nets, meta)

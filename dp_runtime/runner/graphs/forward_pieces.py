@@ -1,16 +1,14 @@
-"""A forward as CUDA graphs of its pieces, cut where rows of a sequence meet and at MoE stages.
+"""A forward as CUDA graphs of its pieces, cut where rows of a sequence meet.
 
-What lies between depends on the number of rows alone, padded to a bucket; kernels of attention and
-of recurrent layers need sizes that only the host knows, and MoE stages are graphs of their own, by
-gathered rows. A step with prefill then costs the host two launches a layer beside theirs, not some
-twenty.
+What lies between, a MoE stage among it, depends on numbers of rows alone: the own ones and the
+gathered, both padded to buckets. Kernels of attention and of recurrent layers need sizes that only
+the host knows. A step with prefill then costs it one launch a layer beside theirs, not some thirty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,36 +20,27 @@ from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.attention_metadata import AttentionMetadata, Place
 from dp_runtime.core.recurrent_metadata import RecurrentLayer, RecurrentMetadata, RecurrentPlan
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet
-from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import PieceBuckets
-from dp_runtime.parallel.row_exchange import RowExchange
+from dp_runtime.parallel.buckets import GraphKey, PieceBuckets
+from dp_runtime.parallel.collective import RowCollective
+from dp_runtime.parallel.row_exchange import graph_exchange
 from dp_runtime.runner.graphs.cuda_graph import GraphMemory, capturing_pieces
 
 NOWHERE = -1  # the slot of a null row: its key and value are stored nowhere
 
 
 @dataclass(frozen=True, eq=False)
-class StageRows:
-    """All captured stages read and write these."""
-
-    rows: Tensor  # [max_rows, hidden], a stage's input
-    sums: Tensor  # [max_rows, hidden], its result
-    row_ranges: Tensor  # [2, dp_size] int32: where each rank's rows begin, and how many are real
-
-
-@dataclass(frozen=True, eq=False)
 class PieceInputs:
-    """What pieces read beside what the one before left; rows beyond a batch's are null rows."""
+    """What pieces share with what is launched between them; rows beyond a batch's are null rows."""
 
     token_ids: Tensor  # [max_rows] int64
     positions: Tensor  # [max_rows] int64
     hidden: Tensor  # [max_rows, n], read by draft models; n is 0 for others
     slot_mapping: Tensor  # [max_rows] int32
-    q: Tensor  # [max_rows, num_heads, head_dim], what the next attention reads
+    q: Tensor  # [max_rows, num_heads, head_dim], left for the next attention
     attended: Tensor  # [max_rows, num_heads, head_dim], and what it writes
-    projected: Tensor  # [max_rows, n], what the next recurrent layer reads
+    projected: Tensor  # [max_rows, n], left for the next recurrent layer
     mixed: Tensor  # [max_rows, m], and what it writes; both 0 for a model without any
 
     @classmethod
@@ -108,14 +97,7 @@ class Mix:
     layer: RecurrentLayer
 
 
-@dataclass(frozen=True)
-class RunStage:
-    """A cut at which one of the model's MoE stages runs."""
-
-    index: int
-
-
-Cut = Attend | Mix | RunStage
+Cut = Attend | Mix
 OnCut = Callable[[Cut], None]
 
 
@@ -126,8 +108,12 @@ class CutPlan(AttentionPlan):
     inputs: PieceInputs
     on_cut: OnCut
 
+    @property
+    def queries(self) -> Tensor:
+        return self.inputs.q[: self.num_tokens]
+
     def attend(self, q: Tensor, cache: LayerCache, out: Tensor | None = None) -> Tensor:
-        self.inputs.q[: len(q)].copy_(q)
+        assert q.data_ptr() == self.inputs.q.data_ptr(), "a pass attends from the pieces' queries"
         self.on_cut(Attend(PagedAttention(cache)))
         return self.inputs.attended[: len(q)]
 
@@ -163,79 +149,63 @@ class CutRecurrence(RecurrentPlan):
 
 
 @dataclass(frozen=True, eq=False)
-class CutStage(MoeStage):
-    """Makes a cut in place of a stage."""
-
-    index: int
-    stage_rows: StageRows
-    on_cut: OnCut
-
-    def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
-        self.stage_rows.rows[: len(x)].copy_(x)
-        self.on_cut(RunStage(self.index))
-        return self.stage_rows.sums[: len(x)]
-
-
-class StageReplay(Protocol):
-    def replay(self, rows: int, gathered: int) -> None:
-        """Run a stage on the first rows of StageRows, gathered with the other ranks'."""
-
-
-@dataclass(frozen=True, eq=False)
 class _Captured:
     pieces: Sequence[torch.cuda.CUDAGraph]  # one before each cut, and one after the last
     cuts: Sequence[Cut]
-    hidden: Hidden  # of the bucket's rows
+    hidden: Hidden  # of the key's local rows
 
 
 class ForwardPieces:
-    """Captures one model's forward in pieces, and runs a pass with them."""
+    """Captures one model's forward in pieces, and runs a pass with them.
+
+    reads_hidden: the model takes hidden states beside tokens; poison: gathered padding is NaN.
+    """
 
     def __init__(
         self,
         model: PassModel,
-        buckets: PieceBuckets,
-        stage_rows: StageRows,
+        collective: RowCollective,
+        row_ranges: Tensor,  # [2, dp_size] int32, which MoE stages read: as PaddingPlan has them
+        max_rows: int,
         memory: GraphMemory,
         *,
-        reads_hidden: bool,  # the model takes hidden states beside tokens
+        reads_hidden: bool,
+        poison: bool,
     ) -> None:
-        self.buckets = buckets
-        self._model, self._stage_rows, self._memory = model, stage_rows, memory
+        exchanges = collective.dp_size > 1 and model.num_moe_layers > 0
+        self.buckets = PieceBuckets(max_rows, exchanges)
+        self._model, self._collective, self._memory = model, collective, memory
+        self._row_ranges, self._poison = row_ranges, poison
         width = model.hidden_size if reads_hidden else 0
-        device = stage_rows.rows.device
         self._inputs = PieceInputs.zeros(
-            buckets.max_rows, width, model.backend.spec, model.delta_nets, device
+            max_rows, width, model.backend.spec, model.delta_nets, row_ranges.device
         )
-        self._captured: dict[int, _Captured] = {}  # by bucket
+        self._captured: dict[GraphKey, _Captured] = {}
 
     @property
     def count(self) -> int:
-        return len(self.buckets.sizes)
+        return len(self.buckets.keys)
 
     def covers(self, inputs: PassInputs) -> bool:
         rows, is_text = len(inputs.token_ids), inputs.positions.dim() == 1
         return 0 < rows <= self.buckets.max_rows and is_text and inputs.embeds is None
 
     def capture(self) -> Iterator[None]:
-        """Capture every bucket, and yield after each; no other rank takes part."""
-        for rows in self.buckets.sizes:
-            self._captured[rows] = self._capture(rows)
+        """Capture every key's forward, and yield after each."""
+        for key in self.buckets.keys:
+            self._captured[key] = self._capture(key)
             yield
 
-    def forward(
-        self,
-        inputs: PassInputs,
-        plan: PassPlan,
-        stages: Sequence[StageReplay],
-        gathered: int,
-    ) -> Hidden:
-        """Run a pass that `covers` allows; valid until the next one."""
+    def forward(self, inputs: PassInputs, plan: PassPlan, gathered: int) -> Hidden:
+        """Run a pass that `covers` allows; valid until the next one.
+
+        gathered: rows of every rank. The row_ranges are the pass's.
+        """
         rows = len(inputs.token_ids)
-        bucket = self.buckets.of(rows)
-        captured = self._captured[bucket]
+        key = self.buckets.key(rows, gathered)
+        captured = self._captured[key]
         attention, sequences, own = plan.attention, plan.recurrent, self._inputs
-        own.write(inputs, attention.slots, bucket)
+        own.write(inputs, attention.slots, key.local_rows)
         q, attended = own.q[:rows], own.attended[:rows]
         projected, mixed = own.projected[:rows], own.mixed[:rows]
         for piece, cut in zip(captured.pieces, captured.cuts):
@@ -246,34 +216,29 @@ class ForwardPieces:
                 case Mix(layer):
                     assert isinstance(sequences, RecurrentMetadata), "a layer needs its sequences"
                     layer.mix(projected, sequences, mixed)
-                case RunStage(index):
-                    stages[index].replay(rows, gathered)
         captured.pieces[-1].replay()
         return captured.hidden.first(rows)
 
-    def cut_forward(self, rows: int, on_cut: OnCut) -> Hidden:
-        """Run the forward of so many rows; on_cut is called in place of what a cut runs."""
-        places = {id(stage): index for index, stage in enumerate(self._model.moe_stages)}
-        model = self._model.with_stages(
-            lambda stage: CutStage(
-                stage.router, stage.experts, stage.kernels,
-                places[id(stage)], self._stage_rows, on_cut,
-            )
-        )  # fmt: skip
-        attention = CutPlan.of_rows(rows, model.backend.spec, self._inputs, on_cut)
+    def cut_forward(self, key: GraphKey, on_cut: OnCut) -> Hidden:
+        """Run the forward of a key's rows; on_cut is called in place of what a cut runs."""
+        rows = key.local_rows
+        exchange = graph_exchange(
+            self._collective, rows, key.gathered_rows, self._poison, self._row_ranges
+        )
+        attention = CutPlan.of_rows(rows, self._model.backend.spec, self._inputs, on_cut)
         plan = PassPlan(attention, CutRecurrence(self._inputs, on_cut))
-        no_exchange: Any = None  # all that would exchange rows is cut out
-        return model.forward(self._inputs.pass_inputs(rows), plan, no_exchange)
+        return self._model.forward(self._inputs.pass_inputs(rows), plan, exchange)
 
-    def _capture(self, rows: int) -> _Captured:
+    def _capture(self, key: GraphKey) -> _Captured:
         cuts = list[Cut]()
         self._inputs.slot_mapping.fill_(NOWHERE)
-        self.cut_forward(rows, lambda cut: None)  # compiles: that may not happen while capturing
+        # Compiles, and connects to the other ranks: neither may happen while capturing.
+        self.cut_forward(key, lambda cut: None)
         with capturing_pieces(self._memory) as capture:
 
             def on_cut(cut: Cut) -> None:
                 cuts.append(cut)
                 capture.cut()
 
-            hidden = self.cut_forward(rows, on_cut)
+            hidden = self.cut_forward(key, on_cut)
         return _Captured(capture.graphs, cuts, hidden)

@@ -1,6 +1,7 @@
-"""CUDA graphs for passes in which some rank prefills: of the MoE stages, and of what is between.
+"""CUDA graphs for passes in which some rank prefills: forwards in pieces, and single MoE stages.
 
-Launching them kernel by kernel can take the host longer than the GPU runs them.
+Launching them kernel by kernel can take the host longer than the GPU runs them. What pieces don't
+cover, as a prompt's images, is launched, but for its stages.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ from dp_runtime.core.device_copy import on_device
 from dp_runtime.layers.moe import MoeStage
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import PieceBuckets, PiecewiseBuckets
+from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.row_exchange import RowExchange, graph_exchange
 from dp_runtime.runner.graphs.cuda_graph import GraphMemory, capture_graph
-from dp_runtime.runner.graphs.forward_pieces import ForwardPieces, StageRows
+from dp_runtime.runner.graphs.forward_pieces import ForwardPieces
+
+
+@dataclass(frozen=True, eq=False)
+class StageRows:
+    """All captured stages read and write these."""
+
+    rows: Tensor  # [max_rows, hidden], a stage's input
+    sums: Tensor  # [max_rows, hidden], its result
+    row_ranges: Tensor  # [2, dp_size] int32: where each rank's rows begin, and how many are real
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,19 +41,16 @@ class CapturedStage(MoeStage):
     poison: bool
 
     def __call__(self, x: Tensor, exchange: RowExchange) -> Tensor:
-        self.buffers.rows[: len(x)].copy_(x)
-        self.replay(len(x), exchange.plan.rows_per_rank)
-        return self.buffers.sums[: len(x)]
-
-    def replay(self, rows: int, gathered: int) -> None:
-        """Run on the first rows of the buffer, gathered with the other ranks'."""
+        rows, gathered = len(x), exchange.plan.rows_per_rank
+        self.buffers.rows[:rows].copy_(x)
         if self.poison:
             self.buffers.rows[rows:gathered].fill_(float("nan"))
         self.graphs[gathered].replay()
+        return self.buffers.sums[:rows]
 
 
 class PiecewiseGraphs:
-    """Captures a model's MoE stages and the pieces between, and runs its forward with them.
+    """Captures a model's MoE stages and its forward in pieces, and runs its forward with them.
 
     reads_hidden: the model takes hidden states beside tokens; poison: padding is NaN.
     """
@@ -62,8 +69,7 @@ class PiecewiseGraphs:
         self.buckets = buckets
         self._collective = collective
         self._poison = poison
-        # NOTE: stages run between pieces, which keep values for each other in theirs.
-        self._stage_memory = GraphMemory.new()
+        self._memory = memory
         size = (buckets.max_rows, model.hidden_size)
         rows = torch.zeros(size, dtype=model.dtype, device=device)
         row_ranges = torch.zeros(2, collective.dp_size, dtype=torch.int32, device=device)
@@ -72,8 +78,9 @@ class PiecewiseGraphs:
         self._stages: list[CapturedStage] = []
         self._model: PassModel = model
         self._pieces = ForwardPieces(
-            model, PieceBuckets(buckets.max_rows), self._buffers, memory, reads_hidden=reads_hidden
-        )
+            model, collective, row_ranges, buckets.max_rows, memory,
+            reads_hidden=reads_hidden, poison=poison,
+        )  # fmt: skip
 
     @property
     def count(self) -> int:
@@ -109,10 +116,10 @@ class PiecewiseGraphs:
             on_device(padding.row_ranges, self._buffers.row_ranges.device)
         )
         if self._pieces.covers(inputs):
-            hidden = self._pieces.forward(inputs, plan, self._stages, padding.rows_per_rank)
+            hidden = self._pieces.forward(inputs, plan, padding.rows_per_rank)
         else:
             hidden = self._model.forward(inputs, plan, exchange)
-        self._collective.arm_watchdog(f"stages of {padding.rows_per_rank} gathered rows")
+        self._collective.arm_watchdog(f"a pass of {padding.rows_per_rank} gathered rows")
         return hidden
 
     def _capture(self, stage: MoeStage, gathered: int) -> torch.cuda.CUDAGraph:
@@ -127,4 +134,4 @@ class PiecewiseGraphs:
             if found is not sums:  # without a wire nobody has written there
                 sums.copy_(found)
 
-        return capture_graph(run, self._stage_memory)[0]
+        return capture_graph(run, self._memory)[0]

@@ -98,6 +98,19 @@ def test_queries_come_back_rotated_and_keys_and_values_go_to_the_pool(
     assert torch.equal(pool, due), "no other slot was written"
 
 
+def test_queries_are_written_where_the_caller_says() -> None:
+    rows = Heads.draw(3, 6, 2, 24, torch.float32, torch.float32)
+    slots = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    pools = [draw(1, 2, 2, 8, 24, dtype=torch.float32) for _ in range(2)]
+    arguments = slots, rows.qkv, rows.rotation, 1.0, 1.0
+    due = rotate_and_append(pools[0], *arguments)
+    buffer = torch.full((5, *due.shape[1:]), torch.nan, device=DEVICE)
+    out = buffer[:3]
+    assert rotate_and_append(pools[1], *arguments, out) is out
+    assert torch.equal(out, due)
+    assert buffer[3:].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_a_quantised_pool_gets_the_bits_of_quantize(dtype: torch.dtype) -> None:
     """Turned by nothing (cos 1, sin 0), keys round only where they are stored."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dp_runtime.parallel.buckets import FACTOR, SMALLEST, GraphBuckets, GraphKey, PiecewiseBuckets
+from dp_runtime.parallel.buckets import (
+    FACTOR,
+    SMALLEST,
+    GraphBuckets,
+    GraphKey,
+    PieceBuckets,
+    PiecewiseBuckets,
+)
 
 MAX_REQUESTS = st.integers(1, 512)
 LENGTHS = st.integers(1, 8)
@@ -69,3 +76,47 @@ def test_a_captured_stage_holds_the_largest_rank(max_num_tokens: int, largest: i
         assert largest <= gathered < FACTOR * max(largest, SMALLEST)
     assert list(buckets.sizes) == sorted(set(buckets.sizes), reverse=True)
     assert buckets.sizes[0] == buckets.max_rows <= max_num_tokens
+
+
+def test_a_bucket_of_pieces_holds_the_rows_without_much_waste() -> None:
+    buckets = PieceBuckets(2048)
+    assert buckets.sizes[0] == 2048
+    for rows in range(1, 2049):
+        bucket = buckets.of(rows)
+        assert rows <= bucket
+        assert bucket < max(2 * rows, 65)
+        assert rows <= 256 or bucket <= 1.5 * rows
+    assert (PieceBuckets(0).sizes, PieceBuckets(0).keys) == ((), ())
+    assert PieceBuckets(1).sizes == (1,)
+    assert PieceBuckets(300).sizes == (300, 256, 128, 64)
+
+
+@given(st.integers(1, 8192), st.booleans(), st.lists(st.integers(0, 4096), min_size=1, max_size=8))
+def test_pieces_serve_any_rows_beside_any_others(
+    max_num_tokens: int, exchanges: bool, counts: list[int]
+) -> None:
+    """All ranks' pieces gather alike: each finds its own rows' key by the one gathered size."""
+    stages = PiecewiseBuckets.for_steps(max_num_tokens)
+    pieces = PieceBuckets(stages.max_rows, exchanges)
+    assert pieces.keys[0] == GraphKey(pieces.max_rows, pieces.max_rows), "the largest comes first"
+    assert len({*pieces.keys}) == len(pieces.keys)
+    real = [min(count, stages.max_rows) for count in counts]
+    if not any(real):
+        return
+    gathered = stages.gathered(max(real))
+    for rows in filter(None, real):
+        key = pieces.key(rows, gathered)
+        assert key in pieces.keys
+        assert rows <= key.local_rows <= min(pieces.of(rows), key.gathered_rows)
+        assert key.gathered_rows == (gathered if exchanges else key.local_rows)
+
+
+def test_there_are_few_keys() -> None:
+    assert len(PieceBuckets(4096, exchanges=True).keys) == 23
+    assert len(PieceBuckets(4096).keys) == 12
+    assert PieceBuckets(300, exchanges=True).keys == tuple(
+        GraphKey(own, gathered)
+        for gathered, owns in ((300, (300, 256, 128, 64)), (256, (256, 128, 64)), (64, (64,)),
+                               (16, (16,)))
+        for own in owns
+    )  # fmt: skip

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from dp_runtime.models.causal_lm import Hidden
+from dp_runtime.parallel.buckets import GraphKey
 from dp_runtime.runner.graphs.forward_pieces import Cut, ForwardPieces
 
 
 class PausedForward:
-    """Stands for a bucket's pieces: each replay runs a forward on to its next cut."""
+    """Stands for a key's pieces: each replay runs a forward on to its next cut."""
 
-    def __init__(self, pieces: ForwardPieces, rows: int, cuts: Sequence[Cut]) -> None:
+    def __init__(self, pieces: ForwardPieces, key: GraphKey, cuts: Sequence[Cut]) -> None:
         self.pieces, self.cuts = [self] * (len(cuts) + 1), cuts
-        self._forward, self._rows = pieces, rows
+        self._forward, self._key = pieces, key
         self._goes_on: SimpleQueue[None] = SimpleQueue()
         self._paused: SimpleQueue[Any] = SimpleQueue()
         self._thread: Thread | None = None
@@ -46,7 +47,7 @@ class PausedForward:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                self._hidden = self._forward.cut_forward(self._rows, self._pause)
+                self._hidden = self._forward.cut_forward(self._key, self._pause)
         except BaseException as error:
             self._paused.put((error, True))
             raise

@@ -24,10 +24,11 @@ from dp_runtime.core.recurrent_metadata import Drafts, RecurrentMetadata
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet
 from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.layers.moe_router import Router
+from dp_runtime.parallel.buckets import GraphKey
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
 from dp_runtime.runner.graphs import graph_inputs, pass_graphs, piecewise_graphs
 from dp_runtime.runner.graphs.cuda_graph import GraphMemory
-from dp_runtime.runner.graphs.forward_pieces import Cut, ForwardPieces
+from dp_runtime.runner.graphs.forward_pieces import NOWHERE, Cut, ForwardPieces
 from dp_runtime.startup import graph_capture
 from tests.dp_runtime.fake_kernels import FakeKernels
 from tests.dp_runtime.runner.paused_forward import PausedForward
@@ -104,11 +105,11 @@ def host_buffer(words: int, shapes: dict[str, tuple[int, ...]]) -> Any:
     return graph_inputs._HostBuffer(memory, parts, NoEvent())  # type: ignore[arg-type]
 
 
-def capture_pieces(pieces: ForwardPieces, rows: int) -> PausedForward:
+def capture_pieces(pieces: ForwardPieces, key: GraphKey) -> PausedForward:
     cuts = list[Cut]()
-    pieces._inputs.slot_mapping.fill_(-1)
-    pieces.cut_forward(rows, cuts.append)
-    return PausedForward(pieces, rows, cuts)
+    pieces._inputs.slot_mapping.fill_(NOWHERE)
+    pieces.cut_forward(key, cuts.append)
+    return PausedForward(pieces, key, cuts)
 
 
 RUN_PLAIN = GatedDeltaNet.run_plain

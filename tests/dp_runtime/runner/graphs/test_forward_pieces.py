@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -14,51 +14,97 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from collectives.in_process import InProcessGroup
+from collectives.in_process import InProcessCollective, InProcessGroup
 from dp_runtime.attention.kv_writer import KvWriter
+from dp_runtime.attention.plan import AttentionPlan
+from dp_runtime.core.qk_norm_rope import QkNormRope
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan, RowEmbeds
 from dp_runtime.models.model import PassModel
-from dp_runtime.parallel.buckets import PieceBuckets
+from dp_runtime.parallel import buckets
+from dp_runtime.parallel.buckets import GraphKey, PiecewiseBuckets
+from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.parallel.row_exchange import PaddedExchange
-from dp_runtime.runner.graphs import forward_pieces
-from dp_runtime.runner.graphs.forward_pieces import Attend, Cut, ForwardPieces, RunStage, StageRows
+from dp_runtime.parallel.row_exchange import PaddedExchange, graph_exchange
+from dp_runtime.runner.graphs.forward_pieces import Attend, ForwardPieces
 from tests.checkpoints import add_mtp, tiny_checkpoint
-from tests.dp_runtime.drafts import DraftRank
+from tests.dp_runtime.drafts import DraftRank, on_ranks
 from tests.dp_runtime.paged import metadata_of, paged_batch
-from tests.dp_runtime.runner.paused_forward import PausedForward
+from tests.dp_runtime.parallel.test_row_exchange import Counted
+from tests.dp_runtime.runner.stand_ins import CountingMoe, capture_pieces
 
-MAX_ROWS = 40
+MAX_ROWS = 20
 NO_MEMORY: Any = None  # nothing is captured
-LENGTHS = [(5, 9), (1, 30), (12, 12)]  # query_len and seq_len of each sequence
-ROWS = sum(query_len for query_len, _ in LENGTHS)
+Lengths = Sequence[tuple[int, int]]  # query_len and seq_len of each sequence
+MIXED: Lengths = [(5, 9), (1, 30), (6, 6)]
+INTERPRETER = Lock()  # it runs one kernel at a time
 
 
-@dataclass
-class Stage:
-    """Runs a stage on the first rows; what lies beyond them must not matter."""
-
-    stage: Any
-    rows: StageRows
-    exchange: PaddedExchange
-
-    def replay(self, rows: int, gathered: int) -> None:
-        self.rows.rows[rows:] = torch.nan
-        self.rows.sums.fill_(torch.nan)
-        self.rows.sums[:rows] = self.stage(self.rows.rows[:rows], self.exchange)
+def write(own: KvWriter, qkv: Tensor, rotation: QkNormRope, plan: AttentionPlan) -> Tensor:
+    if not len(qkv):
+        return qkv[:, : plan.spec.num_heads]
+    with INTERPRETER:
+        return own.write_fused(qkv, rotation, plan)
 
 
 @pytest.fixture(autouse=True)
-def fused_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Append by the kernel that a GPU runs, which leaves rows without a slot out."""
-    monkeypatch.setattr(KvWriter, "write", KvWriter.write_fused)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Append by the kernel that leaves rows without a slot out; stages count rows on the device."""
+    monkeypatch.setattr(KvWriter, "write", write)
+    monkeypatch.setattr("dp_runtime.layers.moe_kernels.MOE_KERNELS", {"torch": CountingMoe})
 
 
-@pytest.fixture
-def rank(tmp_path: Path) -> Iterator[DraftRank]:
-    with torch.inference_mode():
-        path = add_mtp(tiny_checkpoint(tmp_path))
-        yield DraftRank(path, None, InProcessGroup(1, 30.0).collective(0), len(LENGTHS))
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4, 16 and 20 gathered rows; pieces of 8, 16 and 20."""
+    monkeypatch.setattr(buckets, "SMALLEST", 4)
+    monkeypatch.setattr(buckets, "MIN_PIECES", 8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_mtp(tiny_checkpoint(tmp_path_factory.mktemp("pieces")))
+
+
+class Rank:
+    """One rank's rows of a pass, and the two ways to run them."""
+
+    def __init__(
+        self, checkpoint: Path, collective: RowCollective, drafts: bool, lengths: Lengths
+    ) -> None:
+        rank = DraftRank(checkpoint, None, collective, len(lengths))
+        self.model: Any = rank.draft if drafts else rank.target
+        self.collective, self.drafts = collective, drafts
+        self.rows = sum(query_len for query_len, _ in lengths)
+        tokens = torch.randint(3, 90, (self.rows,)).tolist()
+        batch = paged_batch(lengths, rank.table, 8, tokens)
+        hidden = torch.randn(self.rows, self.model.hidden_size if drafts else 0)
+        positions = torch.from_numpy(batch.positions.copy())
+        self.inputs = PassInputs(torch.tensor(tokens, dtype=torch.int64), positions, hidden)
+        self._metadata = metadata_of(batch, rank.num_pages, 8)
+
+    @property
+    def plan(self) -> PassPlan:
+        return PassPlan(self.model.backend.plan(self._metadata))
+
+    def eager(self, real: tuple[int, ...]) -> tuple[Hidden, list[Tensor]]:
+        """Run the whole forward; its result, and the pools after it."""
+        padding = PaddingPlan.for_mode(PaddingMode.MAX_LEN, real)
+        exchange = PaddedExchange(padding, self.collective, False)
+        with zeroed(self.model) as pools:
+            due = self.model.forward(self.inputs, self.plan, exchange)
+            return due, [pool.clone() for pool in pools]
+
+    def pieces(self, row_ranges: Tensor) -> ForwardPieces:
+        return ForwardPieces(
+            self.model, self.collective, row_ranges, MAX_ROWS, NO_MEMORY,
+            reads_hidden=self.drafts, poison=True,
+        )  # fmt: skip
+
+    def check(self, found: Hidden, pools: list[Tensor], due: tuple[Hidden, list[Tensor]]) -> None:
+        for one, other in zip((*found, *pools), (*due[0], *due[1]), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        for pool in pools:
+            assert not pool[0].any(), "null rows write nothing, not even to the null page"
 
 
 @contextmanager
@@ -69,80 +115,94 @@ def zeroed(model: PassModel) -> Iterator[list[Tensor]]:
     yield pools
 
 
-def inputs_of(rank: DraftRank, hidden_size: int) -> tuple[PassInputs, Any]:
-    tokens = torch.randint(3, 90, (ROWS,)).tolist()
-    batch = paged_batch(LENGTHS, rank.table, 8, tokens)
-    hidden = torch.randn(ROWS, hidden_size)
-    positions = torch.from_numpy(batch.positions.copy())
-    inputs = PassInputs(torch.tensor(tokens), positions, hidden)
-    return inputs, metadata_of(batch, rank.num_pages, 8)
+def warm_up(pieces: ForwardPieces, key: GraphKey) -> None:
+    """Keep what `capture` would have recorded; every rank enters the stages of the key."""
+    assert key in pieces.buckets.keys
+    paused = capture_pieces(pieces, key)
+    assert [type(cut) for cut in paused.cuts] == [Attend] * pieces._model.num_moe_layers
+    pieces._captured[key] = paused  # type: ignore[assignment]
+    pieces._inputs.q.fill_(torch.nan)
+    pieces._inputs.attended.fill_(torch.nan)  # what lies beyond the real rows must not matter
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_pieces_give_what_the_whole_forward_gives(rank: DraftRank, drafts: bool) -> None:
-    model: Any = rank.draft if drafts else rank.target
-    inputs, metadata = inputs_of(rank, model.hidden_size if drafts else 0)
-    padding = PaddingPlan.for_mode(PaddingMode.MAX_LEN, (ROWS,))
-    exchange = PaddedExchange(padding, rank.collective, False)
+def test_pieces_give_what_the_whole_forward_gives(checkpoint: Path, drafts: bool) -> None:
     with torch.inference_mode():
-        with zeroed(model) as pools:
-            due = model.forward(inputs, PassPlan(model.backend.plan(metadata)), exchange)
-            kept = [pool.clone() for pool in pools]
-        with zeroed(model) as pools:
-            rows = StageRows(
-                torch.zeros(MAX_ROWS, model.hidden_size),
-                torch.zeros(MAX_ROWS, model.hidden_size),
-                torch.zeros(2, 1, dtype=torch.int32),
-            )
-            buckets = PieceBuckets(MAX_ROWS)
-            pieces = ForwardPieces(model, buckets, rows, NO_MEMORY, reads_hidden=drafts)
-            stages = [Stage(stage, rows, exchange) for stage in model.moe_stages]
-            plan = PassPlan(model.backend.plan(metadata))
-            found = forward_by(pieces, inputs, plan, stages)
-        torch.testing.assert_close(found.last, due.last, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            found.aux_hidden_states, due.aux_hidden_states, atol=1e-5, rtol=1e-5
-        )
-        for pool, expected in zip(pools, kept):
-            torch.testing.assert_close(pool, expected, atol=1e-5, rtol=1e-5)
-            assert not pool[0].any(), "null rows write nothing, not even to the null page"
+        rank = Rank(checkpoint, InProcessGroup(1, 30.0).collective(0), drafts, MIXED)
+        due = rank.eager((rank.rows,))
+        row_ranges = torch.zeros(2, 1, dtype=torch.int32)
+        pieces = rank.pieces(row_ranges)
+        assert pieces.covers(rank.inputs)
+        gathered = PiecewiseBuckets(MAX_ROWS).gathered(rank.rows)
+        key = pieces.buckets.key(rank.rows, gathered)
+        assert key.local_rows == key.gathered_rows > rank.rows, "alone; there are null rows"
+        warm_up(pieces, key)
+        row_ranges[1] = rank.rows
+        with zeroed(rank.model) as pools:
+            found = pieces.forward(rank.inputs, rank.plan, gathered)
+        rank.check(found, pools, due)
 
 
-def forward_by(pieces: ForwardPieces, inputs: PassInputs, plan: PassPlan, stages: Any) -> Hidden:
-    """Run what `capture` would have recorded of each bucket."""
-    assert pieces.covers(inputs)
-    bucket = pieces.buckets.of(ROWS)
-    assert bucket > ROWS, "there are null rows"
-    cuts = list[Cut]()
-    pieces._inputs.slot_mapping.fill_(forward_pieces.NOWHERE)
-    pieces.cut_forward(bucket, cuts.append)
-    kinds = [type(cut) for cut in cuts]
-    assert kinds == [Attend, RunStage] * pieces._model.num_moe_layers
-    pieces._captured[bucket] = PausedForward(pieces, bucket, cuts)  # type: ignore[assignment]
-    return pieces.forward(inputs, plan, stages, 64)
+PREFILL: Lengths = [(18, 40), (1, 5)]
+DECODES: Lengths = [(1, 9), (1, 30), (1, 1)]
+# Each rank's rows, whether it replays pieces, and the sizes that serve it.
+BESIDE: dict[str, tuple[list[Lengths], list[GraphKey | None]]] = {
+    "the largest, beside decodes": ([PREFILL, DECODES], [GraphKey(20, 20), None]),
+    "not the largest": ([[(5, 9)], PREFILL], [GraphKey(8, 20), GraphKey(20, 20)]),
+    "beside more decodes": ([DECODES, MIXED], [GraphKey(8, 16), None]),
+    "both prefill": ([MIXED, [(7, 41)]], [GraphKey(16, 16), GraphKey(8, 16)]),
+    "beside idle ranks": ([[], [(3, 9)], []], [None, GraphKey(4, 4), None]),
+}
 
 
-def test_a_bucket_holds_the_rows_without_much_waste() -> None:
-    buckets = PieceBuckets(2048)
-    assert buckets.sizes[0] == 2048
-    for rows in range(1, 2049):
-        bucket = buckets.of(rows)
-        assert rows <= bucket
-        assert bucket < max(2 * rows, 65)
-        assert rows <= 256 or bucket <= 1.5 * rows
-    assert PieceBuckets(0).sizes == ()
-    assert PieceBuckets(1).sizes == (1,)
-    assert PieceBuckets(300).sizes == (300, 256, 128, 64)
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("drafts", [False, True])
+def test_pieces_of_a_rank_meet_whatever_the_others_run(
+    checkpoint: Path, name: str, drafts: bool
+) -> None:
+    """Others replay a graph of the whole pass, or pieces of another size."""
+    all_lengths, keys = BESIDE[name]
+    real = tuple(sum(query_len for query_len, _ in lengths) for lengths in all_lengths)
+    gathered = PiecewiseBuckets(MAX_ROWS).gathered(max(real))
+
+    def run(inner: RowCollective) -> list[int]:
+        assert isinstance(inner, InProcessCollective)
+        torch.manual_seed(inner.dp_rank)
+        collective = Counted(inner)
+        key = keys[inner.dp_rank]
+        rank = Rank(checkpoint, collective, drafts, all_lengths[inner.dp_rank])
+        due = rank.eager(real)
+        row_ranges = torch.zeros(2, len(real), dtype=torch.int32)
+        pieces = rank.pieces(row_ranges)
+        exchange = graph_exchange(collective, rank.rows, gathered, True, row_ranges)
+        if key is None:
+            rank.model.forward(rank.inputs, rank.plan, exchange)
+        else:
+            assert pieces.buckets.key(rank.rows, gathered) == key
+            warm_up(pieces, key)
+        row_ranges.copy_(torch.from_numpy(PaddingPlan(real, (gathered,) * len(real)).row_ranges))
+        with zeroed(rank.model) as pools:
+            if key is None:
+                found = rank.model.forward(rank.inputs, rank.plan, exchange)
+            else:
+                found = pieces.forward(rank.inputs, rank.plan, gathered)
+        rank.check(found, pools, due)
+        assert all(collective.poisoned)
+        return collective.crossed
+
+    stages = 1 if drafts else 2
+    for dp_rank, crossed in enumerate(on_ranks(len(real), run)):
+        of_warming_up, of_pass = [0, 0] * stages, [real[dp_rank], sum(real)] * stages
+        assert crossed == of_warming_up + of_pass, "only real rows meet"
 
 
-def test_embeddings_and_no_rows_are_not_for_pieces(rank: DraftRank) -> None:
-    model = rank.target
-    size = (MAX_ROWS, model.hidden_size)
-    rows = StageRows(torch.zeros(size), torch.zeros(size), torch.zeros(2, 1))
-    pieces = ForwardPieces(model, PieceBuckets(MAX_ROWS), rows, NO_MEMORY, reads_hidden=False)
+def test_embeddings_and_no_rows_are_not_for_pieces(checkpoint: Path) -> None:
+    with torch.inference_mode():
+        rank = Rank(checkpoint, InProcessGroup(1, 30.0).collective(0), False, MIXED)
+        pieces = rank.pieces(torch.zeros(2, 1, dtype=torch.int32))
     none, some = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     assert pieces.covers(PassInputs(some, some))
-    embeds = RowEmbeds(some[:1], torch.zeros(1, model.hidden_size))
+    embeds = RowEmbeds(some[:1], torch.zeros(1, rank.model.hidden_size))
     assert not pieces.covers(PassInputs(some, some, embeds=embeds))
     assert not pieces.covers(PassInputs(none, none))
     many = torch.zeros(MAX_ROWS + 1, dtype=torch.int64)
