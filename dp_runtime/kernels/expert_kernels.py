@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dp_runtime.kernels.expert_products import SCALE_BLOCK, add_product, regroup, scales_of, zeros
+from dp_runtime.kernels.expert_products import SCALE_BLOCK, add_product, operand, scales_of, zeros
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 
 
@@ -20,7 +20,8 @@ def gate_up_kernel(
     x_stride, intermediate,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr, PDL: tl.constexpr,
+    BY_EXPERT: tl.constexpr, REST: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
+    WIDENING: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -29,38 +30,46 @@ def gate_up_kernel(
     if BY_EXPERT:
         expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
         count = tl.load(counts + expert)
-        index = tl.arange(0, BLOCK_M)
-        while tl.min(index, 0) < count:
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=index < count, other=0)
+        first = 0
+        while first < count:
             _gate_up_tile(
-                x, gate_up, gate_up_blocks, scales, activated, expert, column, pair, pair,
-                index < count, x_stride, intermediate,
-                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP,
+                x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+                expert, column, first, count, None, x_stride, intermediate,
+                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING, JOINT,
             )  # fmt: skip
-            index += BLOCK_M
+            first += BLOCK_M
     else:
-        count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
+        all_counts, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
         tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
         while tile < num_tiles:
-            expert, begin, index, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=ours, other=0)
-            _gate_up_tile(
-                x, gate_up, gate_up_blocks, scales, activated, expert, tile % columns, pair,
-                begin + index, ours, x_stride, intermediate,
-                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP,
-            )  # fmt: skip
+            expert, begin, first, count = _place(tile // columns, all_counts, ends, LOCAL, BLOCK_M)
+            if count - first > REST:
+                _gate_up_tile(
+                    x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+                    expert, tile % columns, first, count, begin, x_stride, intermediate,
+                    HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING, JOINT,
+                )  # fmt: skip
+            elif REST > 0:
+                _gate_up_tile(
+                    x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+                    expert, tile % columns, first, count, begin, x_stride, intermediate,
+                    HIDDEN, TOP_K, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING, JOINT,
+                )  # fmt: skip
             tile += tl.num_programs(0)
 
 
 @triton.jit
 def _gate_up_tile(
-    x, gate_up, gate_up_blocks, scales, activated, expert, column, pair, target, ours,
-    x_stride, intermediate,
+    x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+    expert, column, first, count, begin, x_stride, intermediate,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, REGROUP: tl.constexpr,
+    SWAP: tl.constexpr, REGROUP: tl.constexpr, WIDENING: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
-    """Compute a block of one expert's pairs and of columns, into rows `target` of activated."""
+    """Compute a block of one expert's pairs and of columns: by pair, or from row `begin` on."""
+    index = first + tl.arange(0, BLOCK_M)
+    ours = index < count
+    pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=ours, other=0)
     k = tl.arange(0, BLOCK_K)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_row = expert * 2 * intermediate + column * BLOCK_N
@@ -70,29 +79,51 @@ def _gate_up_tile(
     up_at = gate_at + intermediate.to(tl.int64) * HIDDEN
     of_gate = scales_of(expert * 2, column * BLOCK_N, intermediate, HIDDEN)
     of_up = scales_of(expert * 2 + 1, column * BLOCK_N, intermediate, HIDDEN)
-    gate = zeros(BLOCK_M, BLOCK_N, SWAP)
-    up = zeros(BLOCK_M, BLOCK_N, SWAP)
-    for start in range(0, HIDDEN, BLOCK_K):
-        a = _block(x_at, start + k, HIDDEN, BLOCK_K)
-        if REGROUP:
-            a = regroup(a)
-        if gate_up_blocks is not None:
-            g = gate_up_blocks.load([gate_row, start])
-            u = gate_up_blocks.load([gate_row + intermediate, start])
-        else:
-            g = _block(gate_at, start + k, HIDDEN, BLOCK_K)
-            u = _block(up_at, start + k, HIDDEN, BLOCK_K)
-        gate = add_product(a, g, gate, scales, of_gate + start // SCALE_BLOCK, SWAP, REGROUP)
-        up = add_product(a, u, up, scales, of_up + start // SCALE_BLOCK, SWAP, REGROUP)
-    if SWAP:
-        gate, up = gate.T, up.T
+    if JOINT:
+        both_at = gate_up_blocks, expert * 2, column * BLOCK_N
+        gate, up = _joint(x_at, both_at, HIDDEN, BLOCK_M, BLOCK_N, BLOCK_K, SWAP)
+    else:
+        gate = zeros(BLOCK_M, BLOCK_N, SWAP)
+        up = zeros(BLOCK_M, BLOCK_N, SWAP)
+        for start in range(0, HIDDEN, BLOCK_K):
+            a = operand(_block(x_at, start + k, HIDDEN, BLOCK_K), REGROUP, WIDENING)
+            if gate_up_blocks is not None:
+                g = gate_up_blocks.load([gate_row, start])
+                u = gate_up_blocks.load([gate_row + intermediate, start])
+            else:
+                g = _block(gate_at, start + k, HIDDEN, BLOCK_K)
+                u = _block(up_at, start + k, HIDDEN, BLOCK_K)
+            at = start // SCALE_BLOCK
+            gate = add_product(a, g, gate, scales, of_gate + at, SWAP, REGROUP, WIDENING)
+            up = add_product(a, u, up, scales, of_up + at, SWAP, REGROUP, WIDENING)
+        if SWAP:
+            gate, up = gate.T, up.T
     # Gate and up are rounded first, as separate products would round them.
     dtype = activated.dtype.element_ty
     gate = gate.to(dtype).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     value = silu * up.to(dtype).to(tl.float32)
+    target = pair if begin is None else begin + index
     at = activated + target.to(tl.int64)[:, None] * intermediate + n
     tl.store(at, value.to(dtype), mask=ours[:, None] & (n < intermediate))
+
+
+@triton.jit
+def _joint(
+    x_at, both_at,
+    HIDDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr,
+):  # fmt: skip
+    """Compute gate and up as one product, over a block [2, BLOCK_N, BLOCK_K] of both at a time."""
+    blocks, matrix, row = both_at
+    both = zeros(BLOCK_M, 2 * BLOCK_N, SWAP)
+    for start in range(0, HIDDEN, BLOCK_K):
+        a = _block(x_at, start + tl.arange(0, BLOCK_K), HIDDEN, BLOCK_K)
+        weights = blocks.load([matrix, row, start]).reshape(2 * BLOCK_N, BLOCK_K)
+        both = add_product(a, weights, both, None, 0, SWAP, False, "scaled")
+    if SWAP:
+        both = both.T
+    return both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -101,7 +132,8 @@ def down_kernel(
     counts, pairs, rows, num_local, hidden,
     INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BY_EXPERT: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr, PDL: tl.constexpr,
+    BY_EXPERT: tl.constexpr, REST: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
+    WIDENING: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -110,41 +142,49 @@ def down_kernel(
     if BY_EXPERT:
         expert, column = tl.program_id(0) // columns, tl.program_id(0) % columns
         count = tl.load(counts + expert)
-        index = tl.arange(0, BLOCK_M)
-        while tl.min(index, 0) < count:
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=index < count, other=0)
+        first = 0
+        while first < count:
             _down_tile(
-                activated, activated_blocks, down, down_blocks, scales, weights, weighted,
-                expert, column, pair, pair, index < count, hidden,
-                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP,
+                activated, None, down, down_blocks, scales, weights, weighted, pairs, rows,
+                expert, column, first, count, None, hidden,
+                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING,
             )  # fmt: skip
-            index += BLOCK_M
+            first += BLOCK_M
     else:
-        count, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
+        all_counts, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
         tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
         while tile < num_tiles:
-            expert, begin, index, ours = _place(tile // columns, count, ends, LOCAL, BLOCK_M)
-            pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=ours, other=0)
-            _down_tile(
-                activated, activated_blocks, down, down_blocks, scales, weights, weighted,
-                expert, tile % columns, pair, begin + index, ours, hidden,
-                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP,
-            )  # fmt: skip
+            expert, begin, first, count = _place(tile // columns, all_counts, ends, LOCAL, BLOCK_M)
+            if count - first > REST:
+                _down_tile(
+                    activated, activated_blocks, down, down_blocks, scales, weights, weighted,
+                    pairs, rows, expert, tile % columns, first, count, begin, hidden,
+                    INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING,
+                )  # fmt: skip
+            elif REST > 0:  # the copy engine reads blocks of BLOCK_M rows
+                _down_tile(
+                    activated, None, down, down_blocks, scales, weights, weighted,
+                    pairs, rows, expert, tile % columns, first, count, begin, hidden,
+                    INTERMEDIATE, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING,
+                )  # fmt: skip
             tile += tl.num_programs(0)
 
 
 @triton.jit
 def _down_tile(
-    activated, activated_blocks, down, down_blocks, scales, weights, weighted,
-    expert, column, pair, source, ours, hidden,
+    activated, activated_blocks, down, down_blocks, scales, weights, weighted, pairs, rows,
+    expert, column, first, count, begin, hidden,
     INTERMEDIATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, REGROUP: tl.constexpr,
+    SWAP: tl.constexpr, REGROUP: tl.constexpr, WIDENING: tl.constexpr,
 ):  # fmt: skip
-    """Compute a block of columns of rows `source` of activated, into rows `pair` of weighted."""
+    """Compute a block of columns of pairs' rows of activated, as `_gate_up_tile` wrote them."""
+    index = first + tl.arange(0, BLOCK_M)
+    ours = index < count
+    pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=ours, other=0)
+    source = pair if begin is None else begin + index
     k = tl.arange(0, BLOCK_K)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.min(source, 0)
     down_row = expert * hidden + column * BLOCK_N
     a_at = activated + tl.where(ours, source, 0).to(tl.int64)[:, None] * INTERMEDIATE
     inside = tl.where(n < hidden, n, 0)
@@ -154,16 +194,16 @@ def _down_tile(
     total = zeros(BLOCK_M, BLOCK_N, SWAP)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         if activated_blocks is not None:
-            a = activated_blocks.load([first, start])
+            a = activated_blocks.load([begin + first, start])
         else:
             a = _block(a_at, start + k, INTERMEDIATE, BLOCK_K)
-        if REGROUP:
-            a = regroup(a)
+        a = operand(a, REGROUP, WIDENING)
         if down_blocks is not None:
             b = down_blocks.load([down_row, start])
         else:
             b = _block(down_at, start + k, INTERMEDIATE, BLOCK_K)
-        total = add_product(a, b, total, scales, scale + start // SCALE_BLOCK, SWAP, REGROUP)
+        at = scale + start // SCALE_BLOCK
+        total = add_product(a, b, total, scales, at, SWAP, REGROUP, WIDENING)
     if SWAP:
         total = total.T
     value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
@@ -180,14 +220,14 @@ def _row_blocks(counts, num_local, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _place(block, count, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Find a block's expert, its first pair in expert order, its indices, and which hold pairs."""
+def _place(block, counts, ends, LOCAL: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Find a block's expert, where it begins in expert order, the block's first pair, the count."""
     before = ends <= block
     expert = tl.sum(before.to(tl.int32), 0)
-    begin = tl.sum(tl.where(before, count, 0), 0)
-    index = (block - tl.max(tl.where(before, ends, 0), 0)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    own = tl.sum(tl.where(tl.arange(0, LOCAL) == expert, count, 0), 0)
-    return expert, begin, index, index < own
+    begin = tl.sum(tl.where(before, counts, 0), 0)
+    first = (block - tl.max(tl.where(before, ends, 0), 0)) * BLOCK_M
+    count = tl.sum(tl.where(tl.arange(0, LOCAL) == expert, counts, 0), 0)
+    return expert, begin, first, count
 
 
 @triton.jit

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+Widening = Literal["scaled", "raw", "f16"]
 FLAT = 16  # programs of a multiprocessor, more than fit it at once: each takes one tile
 
 
@@ -21,6 +23,9 @@ class Tile:
     per_multiprocessor: int | None = None  # max programs that share the tiles; None: by expert
     swap: bool = False  # weights are the product's first operand: its 64 rows at least are columns
     regroup: bool = False  # swapped e4m3: 16 columns in the order in which a thread takes them
+    widening: Widening = "scaled"  # of e4m3; "raw": exponents are left to scales
+    rest: int = 0  # rows of an expert's last tile if it has no more; of counted tiles
+    joint: bool = False  # bf16: gate's and up's columns are read as one block, by the copy engine
 
     @property
     def by_expert(self) -> bool:

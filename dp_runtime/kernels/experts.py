@@ -47,7 +47,7 @@ def gate_up_pairs(
     pdl = overlaps(rows.device)
     _check_scales(gate_up, scales, tile)
     gate_up_kernel[_grid(rows, num_local, pairs, intermediate, tile)](
-        rows, gate_up, _by_tma(gate_up, num_local * both, hidden, tile.block_n, tile), scales,
+        rows, gate_up, _gate_up_by_tma(gate_up, tile), scales,
         activated, routing.counts, routing.pairs, n, num_local, rows.stride(0), intermediate,
         HIDDEN=hidden, TOP_K=top_k, LOCAL=triton.next_power_of_2(num_local),
         PDL=pdl, launch_pdl=pdl, **_options(tile),
@@ -99,6 +99,7 @@ def _grid(rows: Tensor, num_local: int, pairs: int, columns: int, tile: Tile) ->
 def _check_scales(weights: Tensor, scales: Tensor | None, tile: Tile) -> None:
     assert (scales is not None) == (weights.dtype.itemsize == 1), "e4m3 weights have scales"
     assert scales is not None or not tile.regroup, f"only e4m3 weights are regrouped: {tile}"
+    assert scales is None or not tile.joint, f"gate and up have scales of their own: {tile}"
     if scales is not None:
         assert BLOCK % tile.block_n == BLOCK % tile.block_k == 0, f"{tile} crosses scales"
         assert scales.is_contiguous(), "scales are contiguous"
@@ -112,7 +113,16 @@ def _by_tma(
     return TensorDescriptor(matrix, [rows, columns], [columns, 1], [block, tile.block_k])
 
 
-def _options(tile: Tile) -> dict[str, int]:
+def _gate_up_by_tma(gate_up: Tensor, tile: Tile) -> TensorDescriptor | None:
+    num_local, both, hidden = gate_up.shape
+    if not tile.joint:
+        return _by_tma(gate_up, num_local * both, hidden, tile.block_n, tile)
+    assert tile.tma, f"only the copy engine reads both: {tile}"
+    shape, strides = [num_local * 2, both // 2, hidden], [both // 2 * hidden, hidden, 1]
+    return TensorDescriptor(gate_up, shape, strides, [2, tile.block_n, tile.block_k])
+
+
+def _options(tile: Tile) -> dict[str, int | str]:
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -120,6 +130,9 @@ def _options(tile: Tile) -> dict[str, int]:
         "BY_EXPERT": tile.by_expert,
         "SWAP": tile.swap,
         "REGROUP": tile.regroup,
+        "WIDENING": tile.widening,
+        "REST": tile.rest,
+        "JOINT": tile.joint,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

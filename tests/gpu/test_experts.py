@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
+from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, Widening, choose_tiles
 from dp_runtime.kernels.experts import run_experts
 from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import fused_experts
@@ -37,9 +38,12 @@ class Stage:
     def route(self, rows: Tensor, row_ranges: Tensor) -> Routing:
         return route(rows, self.router, row_ranges, TOP_K, True, 0, self.num_local)
 
-    def run(self, rows: Tensor, row_ranges: Tensor) -> tuple[Routing, Tensor]:
+    def run(
+        self, rows: Tensor, row_ranges: Tensor, tiles: ExpertTiles | None = None
+    ) -> tuple[Routing, Tensor]:
         routing = self.route(rows, row_ranges)
-        tiles = choose_tiles(len(rows), TOP_K, EXPERTS, self.intermediate, fp8=False)
+        if tiles is None:
+            tiles = choose_tiles(len(rows), TOP_K, EXPERTS, self.intermediate, fp8=False)
         return routing, run_experts(rows, self.gate_up, self.down, routing, tiles)
 
     def due(self, rows: Tensor, routing: Routing) -> Tensor:
@@ -64,11 +68,24 @@ def poisoned(gathered: int, first: int, second: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shard", list(SHARDS))
 @pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048, 8192])
 def test_all_sizes_equal_grouped_products(shard: str, gathered: int) -> None:
-    stage = Stage(shard)
+    check(Stage(shard), gathered)
+
+
+@pytest.mark.parametrize("shard", list(SHARDS))
+@pytest.mark.parametrize("gathered", [1, 64, 700, 2048])
+@pytest.mark.parametrize("rest", [0, 32, 64])
+def test_rests_and_joint_blocks_equal_grouped_products(
+    shard: str, gathered: int, rest: int
+) -> None:
+    tile = Tile(128, 64, 64, 4, 3, True, FLAT, rest=rest)
+    check(Stage(shard), gathered, ExpertTiles(replace(tile, joint=True), tile))
+
+
+def check(stage: Stage, gathered: int, tiles: ExpertTiles | None = None) -> None:
     first, second = gathered, gathered * 2 // 3
     rows, real = poisoned(gathered, first, second)
     for _ in range(3):  # what one call leaves behind would show in the next
-        routing, out = stage.run(rows, layout_of(first, second, gathered))
+        routing, out = stage.run(rows, layout_of(first, second, gathered), tiles)
     assert torch.equal(out[~real], torch.zeros_like(out[~real]))
     due = stage.due(rows[real], Routing(
         routing.weights[real], routing.local_ids[real], routing.counts, routing.pairs
@@ -87,8 +104,11 @@ def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048])
+@pytest.mark.parametrize("widening", get_args(Widening))
 @pytest.mark.parametrize(("swap", "regroup"), [(False, False), (True, False), (True, True)])
-def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool, regroup: bool) -> None:
+def test_e4m3_experts_equal_widened_ones(
+    gathered: int, swap: bool, regroup: bool, widening: Widening
+) -> None:
     """Scales of neighbouring blocks differ by up to ten."""
     stage = Stage("ep4")
     gate_up, gate_up_scales, wide_gate_up = e4m3_like(stage.gate_up)
@@ -100,6 +120,9 @@ def test_e4m3_experts_equal_widened_ones(gathered: int, swap: bool, regroup: boo
     if swap:
         swapped = Tile(16, 64, 128, 4, 3, True, swap=True, regroup=regroup)
         tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128))
+    tiles = ExpertTiles(
+        replace(tiles.gate_up, widening=widening), replace(tiles.down, widening=widening)
+    )
     for _ in range(3):
         out = run_experts(rows, gate_up, down, routing, tiles, scales)
     assert torch.equal(out[~real], torch.zeros_like(out[~real]))

@@ -21,52 +21,71 @@ from examples.benchmarks.kernels.trials import SHARED_MEMORY
 def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Tile]:
     """Tiles that may be good and fit into shared memory and registers; halves: 2 for gate-up."""
     per_expert = tokens * shard.top_k / shard.num_experts
-    for tile in (_for_e4m3 if fp8 else _for_bf16)(per_expert, halves):
+    for tile in dict.fromkeys((_for_e4m3 if fp8 else _for_bf16)(per_expert, halves)):
         sizes = tile.block_m, tile.block_n, tile.block_k
         resident = _resident(*sizes, halves, tile.num_warps, tile.num_stages, fp8)
         if resident == 0 or not _fills(tile):
             continue
         if tile.by_expert:
             yield tile
-        elif tile.block_m * tile.block_n * halves >= 64 * 128 // (2 if fp8 else 1) and (
-            tile.num_stages >= 4 or resident == 2
+        elif fp8 or (
+            tile.block_m * tile.block_n * halves >= 64 * 128
+            and (tile.num_stages >= 4 or resident >= 2)
         ):
             yield tile
             yield replace(tile, per_multiprocessor=resident)
 
 
 def _for_bf16(per_expert: float, halves: int) -> Iterator[Tile]:
-    if per_expert <= 64:
+    if per_expert <= 48:
         blocks_m = [m for m in (16, 32, 64) if per_expert / 2 <= m <= max(16, 2 * per_expert)]
         for m, n, k, warps, stages, tma, swap in product(
             blocks_m, (64, 128), (64, 128), (4, 8), (3, 5), (False, True), (False, True)
         ):
             yield Tile(m, n, k, warps, stages, tma, swap=swap)
     if per_expert > 12:
-        blocks_m = [64, 128] if per_expert > 64 else [32, 64, 128]
-        for m, n, warps, stages, swap in product(
-            blocks_m, (64, 128, 256), (4, 8), (3, 4, 5), (False, True)
-        ):
-            yield Tile(m, n, 64, warps, stages, True, FLAT, swap)
+        blocks_m = [32, 64, 128] if per_expert <= 48 else [64, 128]
+        for m, n, warps, stages in product(blocks_m, (64, 128, 256), (4, 8), (3, 4, 5)):
+            plain = Tile(m, n, 64, warps, stages, True, FLAT)
+            for tile in [plain, replace(plain, joint=True)][:halves]:
+                yield tile
+                if m == 128 and n <= 128:  # 32 rows take instructions of a smaller kind
+                    yield replace(tile, rest=64)
+                    if tile.joint or halves == 1:
+                        yield replace(tile, rest=32)
+    if per_expert > 128:
+        for rest, stages in product((0, 64, 128), (3, 4)):
+            tall = Tile(256, 128 // halves, 64, 8, stages, True, FLAT, rest=rest)
+            yield replace(tall, joint=halves == 2)
 
 
 def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
     """Fewer: what is wide is left out where no measurement was good with it."""
     if per_expert <= 24:
-        blocks_m = [16] if per_expert <= 6 else [16, 32] if per_expert <= 12 else [32]
-        blocks_n = (32, 64) if halves == 2 else (64, 128)
-        for m, n, stages, tma in product(blocks_m, blocks_n, (3, 5), (False, True)):
-            yield Tile(m, n, 128, 4, stages, tma)
-        for m, n, stages in product(blocks_m, (64, 128), (3, 5)):
-            yield Tile(m, n, 128, 4, stages, True, swap=True, regroup=True)
+        yield from _for_few_in_e4m3(per_expert, halves)
     if per_expert > 12:
         blocks_m = [64, 128] if per_expert > 48 else [32, 64]
         for m, n, k, warps, stages in product(blocks_m, (64, 128), (64, 128), (4, 8), (3, 4)):
-            yield Tile(m, n, k, warps, stages, True, FLAT, swap=True, regroup=True)
-            if m > 32 and warps == 4:
-                yield Tile(m, n, k, warps, stages, True, FLAT, swap=True)
-        for k in (64, 128):
-            yield Tile(blocks_m[0], 128, k, 4, 3, True, FLAT)
+            yield Tile(m, n, k, warps, stages, True, FLAT, True, True, "f16")
+            if warps == 4 and stages == 3:
+                yield Tile(m, n, k, warps, stages, True, FLAT, True, True)
+                if m > 32:
+                    yield Tile(m, n, k, warps, stages, True, FLAT, swap=True, widening="f16")
+
+
+def _for_few_in_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
+    m = 16 if per_expert <= 12 else 32
+    for n, stages in product((64, 128), (3, 4, 5)):
+        swapped = Tile(m, n, 128, 4, stages, True, swap=True, regroup=True)
+        halved = replace(swapped, widening="f16")
+        yield from (swapped, halved, replace(halved, block_k=64), replace(halved, num_warps=8))
+        yield replace(halved, per_multiprocessor=FLAT)
+        if stages < 5:
+            yield replace(swapped, widening="raw")
+    for n, stages, tma in product((64, 64 * (3 - halves)), (3, 4, 5), (False, True)):
+        yield Tile(m, n, 128, 4, stages, tma)
+        if stages == 4:
+            yield Tile(m, n, 128, 4, stages, tma, widening="f16")
 
 
 def _fills(tile: Tile) -> bool:
@@ -76,13 +95,13 @@ def _fills(tile: Tile) -> bool:
 
 
 def _resident(m: int, n: int, k: int, halves: int, warps: int, stages: int, fp8: bool) -> int:
-    """How many programs a multiprocessor holds at once: 0, 1, or 2 and more."""
+    """How many programs a multiprocessor holds at once, up to 4; 0: it holds none."""
     shared = stages * (2 * m + (1 if fp8 else 2) * n * halves) * k + 1024
     sums = m * n * halves // (32 * warps)  # registers of a thread
     if shared > SHARED_MEMORY or not 2 <= sums <= 128:
         return 0
     registers = ((2 if fp8 else 1) * sums + 100) * 32 * warps
-    return min(2, SHARED_MEMORY // shared, max(1, 65536 // registers))
+    return min(4, SHARED_MEMORY // shared, max(1, 65536 // registers))
 
 
 @dataclass(frozen=True)

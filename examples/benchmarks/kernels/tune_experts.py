@@ -4,7 +4,7 @@
 
 Shapes of moe_stage.py in bf16 (--fp8: weights in e4m3), uniform random routing. Candidates are
 compiled beforehand in processes, checked against plain torch, and timed in CUDA graphs with four
-weight sets in turn. For each product the best two of each kind are printed as
+weight sets in turn. For each product the best three of each kind are printed as
 `expert_tiles.Tile`s, with their rate and how far they are from the floor; then the parts of the
 stage with the best of both, beside those of the tiles in use. What does not compile or fit is named
 and skipped; a shape ends after --seconds, with what it has found.
@@ -156,7 +156,7 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
         ranked = rank(part, bench, tokens, compiled, middle)
         for by_expert in (True, False):
             some = [(us, tile) for us, tile in ranked if tile.by_expert == by_expert]
-            for us, tile in some[:2]:
+            for us, tile in some[:3]:
                 say(f"  {('down', 'gate_up')[part.halves - 1]:<8}{part.describe(tile, us)}")
             if some:
                 best[by_expert, part.halves] = some[0]

@@ -33,11 +33,13 @@ def tiles(fp8: bool) -> Iterator[ExpertTiles]:
         yield choose_tiles(rows, TOP_K, EXPERTS, INTERMEDIATE, fp8)
     for swapped in (
         Tile(16, 64, 128, 4, 5 if fp8 else 3, True, swap=True),
-        Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True),
-        Tile(64, 128, 64, 8, 4, True, FLAT, swap=True),
+        Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True, widening="raw"),
+        Tile(64, 128, 64, 8, 4, True, FLAT, swap=True, widening="f16" if fp8 else "scaled"),
     ):
         regrouped = replace(swapped, regroup=fp8)
         yield ExpertTiles(regrouped, regrouped)
+    tall = Tile(128, 64, 64, 4, 3, True, FLAT, rest=64)
+    yield ExpertTiles(replace(tall, joint=not fp8), replace(tall, rest=32))
 
 
 def compile_attention() -> None:
