@@ -10,8 +10,10 @@ from pathlib import Path
 from dp_runtime.cli.model_choice import DEMO_RANKS, TINY_MODEL
 from dp_runtime.cli.output import print_line
 from dp_runtime.experiments import Experiment, run_experiment, write_report
+from dp_runtime.experiments.dry_run import check_points
 from dp_runtime.experiments.point import Point
 from dp_runtime.experiments.results.report import results_table
+from dp_runtime.experiments.results.run_directory import RunDirectory
 
 SUFFIX = ".results"
 
@@ -27,10 +29,12 @@ def experiment(options: argparse.Namespace) -> int:
     """Run a workload over a grid of settings and policies; write tables, requests and steps."""
     defaults = {"model": str(TINY_MODEL), "dp_size": DEMO_RANKS}
     plan = Experiment.from_file(options.file, defaults)
-    if options.dry_run:
-        print_line(described(plan))
-        return 0
     directory = options.out or Path(f"{plan.plan.name}{SUFFIX}")
+    if options.dry_run:
+        check_points(plan.points)
+        print_line(described(plan))
+        RunDirectory(directory, plan).check(options.resume)
+        return 0
     try:
         outcome = run_experiment(plan, directory, options.resume, show_progress=True)
     except KeyboardInterrupt:

@@ -10,9 +10,9 @@ from time import monotonic
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.engine.async_engine import AsyncEngine
 from dp_runtime.engine.async_handle import AsyncRequestHandle
-from dp_runtime.errors import RankMissing, RequestFailed, require
+from dp_runtime.errors import RankMissing, RequestFailed
 from dp_runtime.experiments.measurement.request_record import RequestRecord
-from dp_runtime.experiments.workload.conversations import Conversation, Segment
+from dp_runtime.experiments.workload.conversations import Conversation, Segment, check_load
 
 WARM_UP_TOKENS, WARM_UP_OUTPUTS = 16, 4
 
@@ -26,20 +26,20 @@ class LoadDriver:
     handles: list[AsyncRequestHandle] = field(default_factory=list)  # of all that were asked
 
     def check(self) -> None:
-        """Raise ValueError if one of them is too long for the model."""
-        limit = self.engine.model.max_model_len
-        longest = max(each.num_tokens for each in self.conversations)
-        allowed = f"at most {limit} tokens of a prompt and its output (max_model_len)"
-        require(longest <= limit, "workload", longest, allowed)
+        """Raise ValueError if one of them is too long for the model, or they are too many."""
+        max_model_len = self.engine.model.max_model_len
+        check_load(self.conversations, max_model_len, self.engine.config.max_queued_requests)
 
     async def warm_up(self, requests: int) -> None:
         """Serve a few on each rank, so that what is done once only is done."""
         ranks = [rank for rank in self.engine.dp_ranks for _ in range(requests)]
-        vocab_size = self.engine.model.vocab_size
-        prompts = [Segment((number,), WARM_UP_TOKENS) for number in range(len(ranks))]
-        tokens = [prompt.token_ids(vocab_size) for prompt in prompts]
+        model = self.engine.model
+        num_outputs = min(WARM_UP_OUTPUTS, model.max_model_len - 1)
+        num_tokens = min(WARM_UP_TOKENS, model.max_model_len - num_outputs)
+        prompts = [Segment((number,), num_tokens) for number in range(len(ranks))]
+        tokens = [prompt.token_ids(model.vocab_size) for prompt in prompts]
         handles = [
-            self.engine.submit(prompt, forced(WARM_UP_OUTPUTS), rank)
+            self.engine.submit(prompt, forced(num_outputs), rank)
             for prompt, rank in zip(tokens, ranks, strict=True)
         ]
         for handle in handles:

@@ -46,14 +46,20 @@ class RunDirectory:
         except OSError as error:
             raise not_allowed("out", str(self.path), f"a directory ({error.strerror})") from None
         with locked(self.path):
-            self._begin(resume)
+            self._machines = self.check(resume)  # another may have begun since the first look
+            self._begin()
             yield
 
-    def _begin(self, resume: bool) -> None:
-        if self._check_begun(resume):  # by another, since the first look
-            described = self._described()
-            self._check_same(described)
-            self._machines = described["machines"]
+    def check(self, resume: bool) -> list[dict[str, Any]]:
+        """Raise ValueError where `open` would; return the machines of what was run before."""
+        if not self._check_begun(resume):
+            return []
+        described = self._described()
+        self._check_same(described)
+        machines: list[dict[str, Any]] = described["machines"]
+        return machines
+
+    def _begin(self) -> None:
         (self.path / RUNS).mkdir(exist_ok=True)
         if (machine := describe_machine()) not in self._machines:
             self._machines.append(machine)

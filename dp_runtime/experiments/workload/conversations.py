@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from dp_runtime.errors import require
 
 FIRST_TOKEN = 100  # keeps clear of special tokens, where the vocabulary has room for that
 
@@ -61,3 +65,15 @@ class Conversation:
             lens.append(before + turn.num_tokens)
             before += turn.num_tokens + turn.output_len
         return tuple(lens)
+
+
+def check_load(
+    conversations: Sequence[Conversation], max_model_len: int | None, max_queued_requests: int
+) -> None:
+    """Raise ValueError for a load that an engine with these limits would refuse."""
+    longest = max(each.num_tokens for each in conversations)
+    allowed = f"at most {max_model_len} tokens of a prompt and its output (max_model_len)"
+    require(max_model_len is None or longest <= max_model_len, "workload", longest, allowed)
+    most = max(Counter(each.at_s for each in conversations).values())
+    allowed = f"at most {max_queued_requests} requests at once (max_queued_requests)"
+    require(most <= max_queued_requests, "workload", most, allowed)

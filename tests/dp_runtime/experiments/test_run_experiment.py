@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -293,3 +294,31 @@ def test_a_dry_run_lists_points_and_starts_nothing(
     assert lines[-1] == "2 points, 1 times each: 2 runs"
     assert not out.exists()
     assert main(["experiment", str(tmp_path / "none.toml")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("max_model_len = 64", "max_model_len = 17", "engine.padding=max_len: workload: 18 is not"),
+        ("max_model_len = 64", "max_model_len = 9999", "max_model_len: 9999 is not allowed"),
+        ("page_size = 16", "max_queued_requests = 1", "workload: 3 is not allowed; at most 1 req"),
+        ('"model"', '"./none"', "model: '/.*/none' is not allowed; an existing directory"),
+        ('"thread"\nmax_model_len = 64', '"ray"\nmax_model_len = 17', "workload: 18 is not"),
+        ("64", '17\nmoe_backend = "triton"', "moe_backend: 'triton' is not allowed"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(
+    lab: Path, capsys: pytest.CaptureFixture[str], before: str, after: str, message: str
+) -> None:
+    assert TOML.count(before) == 1
+    text = TOML.replace(before, after).replace("poisson", "all_at_once").replace(", rate = 200", "")
+    (lab / "refused.toml").write_text(text)
+    assert main(["experiment", str(lab / "refused.toml"), "--dry-run"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_dry_run_looks_at_the_directory(lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["experiment", str(lab / "padding.toml"), "--dry-run", "--out", str(lab / "out")]
+    assert main(arguments) == 2
+    assert "a new directory, or --resume" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
