@@ -53,6 +53,10 @@ def _for_bf16(per_expert: float, halves: int) -> Iterator[Tile]:
                     yield replace(tile, rest=64)
                     if tile.joint or halves == 1:
                         yield replace(tile, rest=32)
+        if halves == 2:  # half the bytes of a step: two programs fit where one did
+            for m, stages, rest in product((64, 128), (4, 5, 6), (0, 64)):
+                if rest < m:
+                    yield Tile(m, 8192 // m, 32, 4, stages, True, FLAT, rest=rest, joint=True)
     if per_expert > 128:
         for rest, stages in product((0, 64, 128), (3, 4)):
             tall = Tile(256, 128 // halves, 64, 8, stages, True, FLAT, rest=rest)
@@ -65,23 +69,25 @@ def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
         yield from _for_few_in_e4m3(per_expert, halves)
     if per_expert > 12:
         blocks_m = [64, 128] if per_expert > 48 else [32, 64]
-        for m, n, k, warps, stages in product(blocks_m, (64, 128), (64, 128), (4, 8), (3, 4)):
-            yield Tile(m, n, k, warps, stages, True, FLAT, True, True, "f16")
-            if warps == 4 and stages == 3:
-                yield Tile(m, n, k, warps, stages, True, FLAT, True, True)
+        for m, n, k, stages in product(blocks_m, (64, 128), (64, 128), (3, 4)):
+            halved = Tile(m, n, k, 4, stages, True, FLAT, True, True, "f16")
+            yield halved
+            if stages == 3:
+                yield from (replace(halved, num_warps=8), replace(halved, widening="scaled"))
                 if m > 32:
-                    yield Tile(m, n, k, warps, stages, True, FLAT, swap=True, widening="f16")
+                    yield replace(halved, regroup=False)
 
 
 def _for_few_in_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
     m = 16 if per_expert <= 12 else 32
     for n, stages in product((64, 128), (3, 4, 5)):
-        swapped = Tile(m, n, 128, 4, stages, True, swap=True, regroup=True)
-        halved = replace(swapped, widening="f16")
-        yield from (swapped, halved, replace(halved, block_k=64), replace(halved, num_warps=8))
-        yield replace(halved, per_multiprocessor=FLAT)
-        if stages < 5:
-            yield replace(swapped, widening="raw")
+        halved = Tile(m, n, 128, 4, stages, True, swap=True, regroup=True, widening="f16")
+        yield from (halved, replace(halved, num_warps=8))
+        if stages != 5:
+            yield replace(halved, per_multiprocessor=FLAT)
+            yield replace(halved, widening="raw")
+        if stages != 4:
+            yield from (replace(halved, widening="scaled"), replace(halved, block_k=64))
     for n, stages, tma in product((64, 64 * (3 - halves)), (3, 4, 5), (False, True)):
         yield Tile(m, n, 128, 4, stages, tma)
         if stages == 4:
