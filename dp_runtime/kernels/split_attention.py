@@ -23,8 +23,7 @@ from dp_runtime.kernels.triton_launch import (
 )
 
 LOG2_E = 1.4426950408889634
-PARTS = 8  # that are summed up at once: as many as a head of 1,000 keys has among few requests
-VALUES = 1024  # of a part, that a program sums up
+VALUES = 4096  # of parts, that a program sums up at once
 SECTOR = tl.constexpr(32)  # bytes that the L2 fetches
 
 
@@ -65,10 +64,10 @@ def split_attention(
         scale * LOG2_E, tile.ahead, ROWS=max(16, all_rows), PAGE=page_size,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **sizes,
     )  # fmt: skip
-    some_rows = min(all_rows, max(1, VALUES // head_dim))
+    some_rows = min(all_rows, max(1, VALUES // (tile.parts * head_dim)))
     combine_kernel[(requests, num_kv_heads, triton.cdiv(query_len * group, some_rows))](
         sums, weights, weights[1], seq_lens, out, requests, programs, ROWS=some_rows,
-        PARTS=PARTS, num_warps=4, **sizes,
+        PARTS=tile.parts, num_warps=4, **sizes,
     )  # fmt: skip
 
 
@@ -216,7 +215,6 @@ def combine_kernel(
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     summed = tl.zeros((ROWS, DIM), tl.float32)
-    # NOTE: parts are asked for together: one after the other, each would wait for the L2.
     for program in range(first, last + 1, PARTS):
         index = tl.arange(0, PARTS)
         found = (program + index <= last)[:, None] & inside

@@ -113,7 +113,8 @@ def main() -> None:
     for shape, spec in specs.items():
         print(f"{shape}: {end - time.monotonic():.0f} s are left")
         results = Results()
-        for point in map(Point, *zip(*product(args.query_lens, args.requests, args.lengths))):
+        for requests, query_len, even in product(args.requests, args.query_lens, args.lengths):
+            point = Point(query_len, requests, even)
             if time.monotonic() > end:
                 print(f"{args.seconds:.0f} s are over: {point} and what follows is not measured")
                 break

@@ -14,16 +14,19 @@ from dp_runtime.kernels.split_tile import SplitTile
 from examples.benchmarks.kernels.trials import SHARED_MEMORY
 
 PROGRAMS = {4: (4, 3, 2), 8: (2, 2, 1)}  # by warps and key values of a block: 4096, 8192, 16384
-CUTS = (64, 4, 3), (64, 8, 3), (64, 4, 2), (32, 4, 4)  # block, warps, stages
-AHEAD = (0, 4)
+CUTS = {  # by head_dim: block, warps, stages
+    128: ((64, 4, 3), (64, 4, 2), (32, 4, 4)),
+    256: ((64, 8, 3), (32, 4, 4)),
+}
+AHEAD_AND_PARTS = (0, 1), (4, 1), (0, 8), (4, 8)
 
 
 def candidates(spec: AttentionSpec, query_len: int) -> Iterator[SplitTile]:
     """As many programs as fit a multiprocessor at once, and one less."""
-    for cut in CUTS:
+    for cut in CUTS[spec.head_dim]:
         most = _resident(spec, query_len, *cut)
-        for programs, ahead in product(sorted({most, most - 1} - {0}), AHEAD):
-            yield SplitTile(*cut, programs, ahead)
+        for programs, others in product(sorted({most, most - 1} - {0}), AHEAD_AND_PARTS):
+            yield SplitTile(*cut, programs, *others)
 
 
 def _resident(spec: AttentionSpec, query_len: int, block: int, warps: int, stages: int) -> int:

@@ -33,9 +33,15 @@ SLOW = [(8, 2, 1, torch.float32), (8, 2, 4, torch.float32), (3, 3, 2, torch.floa
     ("heads", "kv_heads", "query_len", "dtype"),
     [(8, 2, 4, torch.float16), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
+@pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lengths", list(LENGTHS.values()), ids=list(LENGTHS))
 def test_rows_see_what_they_see_in_plain_torch(
-    lengths: tuple[int, ...], heads: int, kv_heads: int, query_len: int, dtype: torch.dtype
+    lengths: tuple[int, ...],
+    parts: int,
+    heads: int,
+    kv_heads: int,
+    query_len: int,
+    dtype: torch.dtype,
 ) -> None:
     torch.manual_seed(len(lengths))
     lengths = tuple(max(length, query_len) for length in lengths)
@@ -51,13 +57,15 @@ def test_rows_see_what_they_see_in_plain_torch(
     out = torch.full((rows, heads, DIM), torch.nan, dtype=dtype)
     tensors = [q, wide.to(dtype), metadata.page_table, metadata.seq_lens, out]
     q, pool, page_table, seq_lens, out = (tensor.to(DEVICE) for tensor in tensors)
-    run(q, pool, page_table, seq_lens, out)
+    run(q, pool, page_table, seq_lens, out, parts)
     error = (out.cpu().float() - due).norm() / due.norm()
     assert error < TOLERANCE[dtype]
 
 
-def run(q: Tensor, pool: Tensor, page_table: Tensor, seq_lens: Tensor, out: Tensor) -> None:
-    tile = SplitTile(block=16, num_stages=2, per_multiprocessor=3)
+def run(
+    q: Tensor, pool: Tensor, page_table: Tensor, seq_lens: Tensor, out: Tensor, parts: int = 1
+) -> None:
+    tile = SplitTile(block=16, num_stages=2, per_multiprocessor=3, parts=parts)
     split_attention(q, pool, page_table, seq_lens, DIM**-0.5, out, tile)
 
 
