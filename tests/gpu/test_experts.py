@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
@@ -71,14 +70,11 @@ def test_all_sizes_equal_grouped_products(shard: str, gathered: int) -> None:
     check(Stage(shard), gathered)
 
 
-@pytest.mark.parametrize("shard", list(SHARDS))
 @pytest.mark.parametrize("gathered", [1, 64, 700, 2048])
-@pytest.mark.parametrize("rest", [0, 32, 64])
-def test_rests_and_joint_blocks_equal_grouped_products(
-    shard: str, gathered: int, rest: int
-) -> None:
+@pytest.mark.parametrize("rest", [32, 64])
+def test_rests_and_joint_blocks_equal_grouped_products(gathered: int, rest: int) -> None:
     tile = Tile(128, 64, 64, 4, 3, True, FLAT, rest=rest)
-    check(Stage(shard), gathered, ExpertTiles(replace(tile, joint=True), tile))
+    check(Stage("ep4"), gathered, ExpertTiles(replace(tile, joint=True), tile))
 
 
 def check(stage: Stage, gathered: int, tiles: ExpertTiles | None = None) -> None:
@@ -104,8 +100,16 @@ def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048])
-@pytest.mark.parametrize("widening", get_args(Widening))
-@pytest.mark.parametrize(("swap", "regroup"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("swap", "regroup", "widening"),
+    [
+        (False, False, "scaled"),
+        (True, False, "f16"),
+        (True, True, "scaled"),
+        (True, True, "raw"),
+        (True, True, "f16"),
+    ],
+)
 def test_e4m3_experts_equal_widened_ones(
     gathered: int, swap: bool, regroup: bool, widening: Widening
 ) -> None:
@@ -118,11 +122,8 @@ def test_e4m3_experts_equal_widened_ones(
     routing = stage.route(rows, layout_of(gathered, gathered // 2, gathered))
     tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate, fp8=True)
     if swap:
-        swapped = Tile(16, 64, 128, 4, 3, True, swap=True, regroup=regroup)
+        swapped = Tile(16, 64, 128, 4, 3, True, swap=True, regroup=regroup, widening=widening)
         tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128))
-    tiles = ExpertTiles(
-        replace(tiles.gate_up, widening=widening), replace(tiles.down, widening=widening)
-    )
     for _ in range(3):
         out = run_experts(rows, gate_up, down, routing, tiles, scales)
     assert torch.equal(out[~real], torch.zeros_like(out[~real]))
