@@ -43,6 +43,20 @@ class RowEmbeds:
     rows: Tensor  # [embeds] int64
     values: Tensor  # [embeds, hidden]
 
+    def put(self, x: Tensor) -> None:
+        x[self.rows] = self.values.to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedEmbeds:
+    """The same of rows that only the device knows: a graph is captured for any of them."""
+
+    mask: Tensor  # [rows, 1] bool
+    values: Tensor  # [rows, hidden], read where the mask is set
+
+    def put(self, x: Tensor) -> None:
+        torch.where(self.mask, self.values, x, out=x)
+
 
 @dataclass(frozen=True, eq=False)
 class PassInputs:
@@ -51,13 +65,13 @@ class PassInputs:
     token_ids: Tensor  # [rows] int64
     positions: Tensor  # [rows] int64, or [3, rows] of time, height and width
     hidden: Tensor = field(default_factory=_nothing)  # [rows, hidden], for a draft model
-    embeds: RowEmbeds | None = None
+    embeds: RowEmbeds | MaskedEmbeds | None = None
 
     def embedded(self, embedding: Tensor) -> Tensor:
         """Look rows up in an embedding [vocab, hidden] -> [rows, hidden], a new tensor."""
         x = embedding[self.token_ids]
         if self.embeds is not None:
-            x[self.embeds.rows] = self.embeds.values.to(x.dtype)
+            self.embeds.put(x)
         return x
 
 

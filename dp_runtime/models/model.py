@@ -45,7 +45,7 @@ class PassModel(Protocol):
         """List the layers that have a recurrent state."""
 
     def with_stages(self, make: Callable[[MoeStage], MoeStage]) -> PassModel:
-        """Copy the model with every MoE stage replaced; graphs do so."""
+        """Copy the model with every MoE stage replaced, by one that keeps its routing, say."""
 
     def forward(self, inputs: PassInputs, plan: PassPlan, exchange: RowExchange) -> Hidden: ...
 

@@ -29,15 +29,15 @@ def plan_capture(
 ) -> PendingCapture:
     """Make the buffers of all graphs of a loop, which are yet to be captured."""
     before = uncached_free_bytes(plan.device)
-    stages, memory = _stage_buckets(loop, plan), GraphMemory.new()
+    gathered, memory = _gathered_buckets(loop, plan), GraphMemory.new()
     models = dict.fromkeys(each.model for each in loop.runner.passes.values())
     graphs = CapturedGraphs(
         passes={
-            pass_kind: _pass_graphs(pass_kind, plan, loop, stages, make_buckets, memory)
+            pass_kind: _pass_graphs(pass_kind, plan, loop, gathered, make_buckets, memory)
             for pass_kind in loop.runner.passes
         },
         piecewise={
-            model: _piecewise_graphs(model, loop.runner, stages, memory) for model in models
+            model: _piecewise_graphs(model, loop.runner, gathered, memory) for model in models
         },
     )
     used_bytes = lambda: before - uncached_free_bytes(plan.device)  # noqa: E731
@@ -59,7 +59,7 @@ def _pass_graphs(
     pass_kind: Pass,
     plan: RankPlan,
     loop: StepLoop,
-    stages: PiecewiseBuckets,
+    gathered: PiecewiseBuckets,
     make_buckets: MakeBuckets,
     memory: GraphMemory,
 ) -> dict[int, PassGraphs]:
@@ -76,7 +76,7 @@ def _pass_graphs(
             replace(
                 make_buckets(plan.limits.max_num_requests, length),
                 # No prompt has a row in a draft pass.
-                piecewise_sizes=() if pass_kind is Pass.DRAFT else stages.sizes,
+                piecewise_sizes=() if pass_kind is Pass.DRAFT else gathered.sizes,
             ),
             memory,
             reads_hidden=pass_kind is not Pass.TARGET,
@@ -91,9 +91,9 @@ def _pass_graphs(
     }
 
 
-def _stage_buckets(loop: StepLoop, plan: RankPlan) -> PiecewiseBuckets:
+def _gathered_buckets(loop: StepLoop, plan: RankPlan) -> PiecewiseBuckets:
     collective = loop.runner.collective
-    # If padding crosses the wire, a stage at a bucket's size costs more than an eager one.
+    # If padding crosses the wire, a pass at a bucket's size costs more than an eager one.
     if collective.dp_size == 1 or counts_real_rows(collective):
         return PiecewiseBuckets.for_steps(plan.limits.max_num_tokens)
     return PiecewiseBuckets()

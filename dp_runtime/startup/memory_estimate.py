@@ -131,9 +131,10 @@ def captured_bytes(models: ServedModels, limits: Limits, dp_size: int) -> int:
 
 
 def _captured_pieces(model: PassModel, limits: Limits, dp_size: int, reads_hidden: bool) -> int:
-    """Count what a model's pieces, MoE stages among them, keep, and their inputs and a stage's."""
+    """Count what the pieces of a model's forward keep, and what they share with attention."""
     rows = PiecewiseBuckets.for_steps(limits.max_num_tokens).max_rows
-    width, spec, meta = model.hidden_size, model.backend.spec, torch.device("meta")
-    inputs = PieceInputs.zeros(rows, width if reads_hidden else 0, spec, model.delta_nets, meta)
-    of_stages = 2 * rows * width * model.dtype.itemsize
-    return param_bytes(inputs) + of_stages + model.forward_bytes(rows, dp_size * rows, True)
+    inputs = PieceInputs.zeros(
+        rows, model.hidden_size, reads_hidden, model.backend.spec, model.delta_nets,
+        torch.device("meta"),
+    )  # fmt: skip
+    return param_bytes(inputs) + model.forward_bytes(rows, dp_size * rows, True)

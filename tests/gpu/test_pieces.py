@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dp_runtime import EngineConfig
-from dp_runtime.core.request import RankRequest, RequestUpdate
+from dp_runtime.core.request import PromptEmbeds, RankRequest, RequestUpdate
 from dp_runtime.core.sampling_params import SamplingParams
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.parallel.buckets import GraphKey, PiecewiseBuckets
@@ -21,6 +21,7 @@ from examples.benchmarks.harness.stepping import IDS_A_RANK, Driver, SteppedRank
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.gpu.peers import ALL_EXPERTS
 
+HIDDEN = 256
 # [rank]: by step, the lengths of prompts that come before it, and how many tokens they are to give.
 ARRIVALS: tuple[Mapping[int, tuple[tuple[int, int], ...]], ...] = (
     {0: ((5, 60),), 4: ((300, 3),), 6: ((40, 3),), 8: ((200, 3),), 10: ((20, 3),)},
@@ -59,7 +60,10 @@ class Keeping(Driver):
 
 
 def requests(dp_rank: int, first_step: int) -> list[RankRequest]:
-    """Score their prompts, so that no prefix cache keeps a prompt from being run again."""
+    """Score their prompts, so that no prefix cache keeps a prompt from being run again.
+
+    Every other prompt has embeddings in place of some tokens'.
+    """
     generator = np.random.default_rng(dp_rank)
     arrivals = [(step, *each) for step, some in ARRIVALS[dp_rank].items() for each in some]
     return [
@@ -67,9 +71,15 @@ def requests(dp_rank: int, first_step: int) -> list[RankRequest]:
             dp_rank * IDS_A_RANK + number, tuple(generator.integers(1, 199, length).tolist()),
             SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, prompt_logprobs=0),
             number, frozenset(), at_step=first_step + step,
+            embeds=embeds(generator, length) if number % 2 else None,
         )
         for number, (step, length, count) in enumerate(arrivals)
     ]  # fmt: skip
+
+
+def embeds(generator: np.random.Generator, length: int) -> PromptEmbeds:
+    at = np.arange(0, length, 3)
+    return PromptEmbeds(at, generator.standard_normal((len(at), HIDDEN), np.float32))
 
 
 def serve(rank: SteppedRank) -> Served:
@@ -102,7 +112,7 @@ def serve_twice(rank: SteppedRank) -> tuple[Served, Served]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny_checkpoint(
-        tmp_path_factory.mktemp("gpu"), hidden_size=256, num_attention_heads=16,
+        tmp_path_factory.mktemp("gpu"), hidden_size=HIDDEN, num_attention_heads=16,
         num_key_value_heads=2, head_dim=128, moe_intermediate_size=64, **ALL_EXPERTS,
     )  # fmt: skip
     return add_mtp(model)

@@ -20,7 +20,7 @@ from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.core.attention_metadata import AttentionMetadata, Place
 from dp_runtime.core.recurrent_metadata import RecurrentLayer, RecurrentMetadata, RecurrentPlan
 from dp_runtime.layers.gated_delta_net import GatedDeltaNet
-from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
+from dp_runtime.models.causal_lm import Hidden, MaskedEmbeds, PassInputs, PassPlan, RowEmbeds
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphKey, PieceBuckets
 from dp_runtime.parallel.collective import RowCollective
@@ -35,7 +35,9 @@ class PieceInputs:
     """What pieces share with what is launched between them; rows beyond a batch's are null rows."""
 
     token_ids: Tensor  # [max_rows] int64
-    positions: Tensor  # [max_rows] int64
+    positions: Tensor  # [3, max_rows] int64: of time, height and width
+    embeds: Tensor  # [max_rows, hidden], where they take the place of tokens'
+    is_embed: Tensor  # [max_rows, 1] bool
     hidden: Tensor  # [max_rows, n], read by draft models; n is 0 for others
     slot_mapping: Tensor  # [max_rows] int32
     q: Tensor  # [max_rows, num_heads, head_dim], left for the next attention
@@ -48,6 +50,7 @@ class PieceInputs:
         cls,
         max_rows: int,
         hidden_size: int,
+        reads_hidden: bool,
         spec: AttentionSpec,
         delta_nets: Sequence[GatedDeltaNet],
         device: torch.device,
@@ -60,8 +63,10 @@ class PieceInputs:
         ((projected, mixed),) = widths  # all recurrent layers of a model are alike
         return cls(
             token_ids=zeros(max_rows, dtype=torch.int64),
-            positions=zeros(max_rows, dtype=torch.int64),
-            hidden=zeros(max_rows, hidden_size, dtype=spec.dtype),
+            positions=zeros(3, max_rows, dtype=torch.int64),
+            embeds=zeros(max_rows, hidden_size, dtype=spec.dtype),
+            is_embed=zeros(max_rows, 1, dtype=torch.bool),
+            hidden=zeros(max_rows, hidden_size if reads_hidden else 0, dtype=spec.dtype),
             slot_mapping=zeros(max_rows, dtype=torch.int32),
             q=zeros(*heads, dtype=spec.dtype),
             attended=zeros(*heads, dtype=spec.dtype),
@@ -73,14 +78,22 @@ class PieceInputs:
         """Take a batch's rows, followed by null rows up to the bucket."""
         rows = len(inputs.token_ids)
         self.token_ids[:rows].copy_(inputs.token_ids)
-        self.positions[:rows].copy_(inputs.positions)
+        self.positions[:, :rows].copy_(inputs.positions)
         self.slot_mapping[:rows].copy_(slots.mapping)
         self.slot_mapping[rows:bucket].fill_(NOWHERE)
+        self.is_embed[:bucket].zero_()
+        if inputs.embeds is not None:
+            embeds = inputs.embeds
+            assert isinstance(embeds, RowEmbeds), "only pieces themselves read masked ones"
+            self.embeds.index_copy_(0, embeds.rows, embeds.values.to(self.embeds.dtype))
+            self.is_embed.index_fill_(0, embeds.rows, True)
         if self.hidden.shape[1]:
             self.hidden[:rows].copy_(inputs.hidden)
 
     def pass_inputs(self, rows: int) -> PassInputs:
-        return PassInputs(self.token_ids[:rows], self.positions[:rows], self.hidden[:rows])
+        embeds = MaskedEmbeds(self.is_embed[:rows], self.embeds[:rows])
+        positions, hidden = self.positions[:, :rows], self.hidden[:rows]
+        return PassInputs(self.token_ids[:rows], positions, hidden, embeds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,19 +189,15 @@ class ForwardPieces:
         self.buckets = PieceBuckets(max_rows, exchanges)
         self._model, self._collective, self._memory = model, collective, memory
         self._row_ranges, self._poison = row_ranges, poison
-        width = model.hidden_size if reads_hidden else 0
         self._inputs = PieceInputs.zeros(
-            max_rows, width, model.backend.spec, model.delta_nets, row_ranges.device
-        )
+            max_rows, model.hidden_size, reads_hidden, model.backend.spec, model.delta_nets,
+            row_ranges.device,
+        )  # fmt: skip
         self._captured: dict[GraphKey, _Captured] = {}
 
     @property
     def count(self) -> int:
         return len(self.buckets.keys)
-
-    def covers(self, inputs: PassInputs) -> bool:
-        rows, is_text = len(inputs.token_ids), inputs.positions.dim() == 1
-        return 0 < rows <= self.buckets.max_rows and is_text and inputs.embeds is None
 
     def capture(self) -> Iterator[None]:
         """Capture every key's forward, and yield after each."""
@@ -197,7 +206,7 @@ class ForwardPieces:
             yield
 
     def forward(self, inputs: PassInputs, plan: PassPlan, gathered: int) -> Hidden:
-        """Run a pass that `covers` allows; valid until the next one.
+        """Run a pass of at least one row; valid until the next one.
 
         gathered: rows of every rank. The row_ranges are the pass's.
         """

@@ -36,18 +36,18 @@ class PendingCapture:
         self.use: GraphUse | None = None  # once all are captured
         self._collective, self._used_bytes, self._on_captured = collective, used_bytes, on_captured
         passes = [each for by_len in graphs.passes.values() for each in by_len.values()]
-        stages = graphs.piecewise.values()
-        counts = [*(part.count for part in passes), *(part.count for part in stages)]
+        in_pieces = graphs.piecewise.values()
+        counts = [*(part.count for part in passes), *(part.count for part in in_pieces)]
         self._total = sum(counts)
         self._done = 0
         self._capture_s = 0.0
         of_passes = chain.from_iterable(part.capture() for part in passes)
         beside = chain.from_iterable(part.capture_beside_prefill() for part in passes)
-        of_stages = chain.from_iterable(part.capture() for part in stages)
+        of_pieces = chain.from_iterable(part.capture() for part in in_pieces)
         self._parts = deque(
             [
                 (of_passes, CapturedGraphs(graphs.passes)),
-                (chain(of_stages, beside), graphs),
+                (chain(of_pieces, beside), graphs),
             ]
         )
         on_captured(0, self._total)
@@ -82,5 +82,5 @@ class PendingCapture:
 
 
 def _sizes(graphs: CapturedGraphs) -> str:
-    stages = max((one.buckets.max_rows for one in graphs.piecewise.values()), default=0)
-    return f"passes with prefill replay theirs up to {stages} rows of a rank"
+    rows = max((one.buckets.max_rows for one in graphs.piecewise.values()), default=0)
+    return f"passes with prefill replay theirs up to {rows} rows of a rank"

@@ -26,7 +26,7 @@ from dp_runtime.layers.moe_kernels import TorchMoe
 from dp_runtime.layers.moe_router import Router
 from dp_runtime.parallel.buckets import GraphKey
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.runner.graphs import graph_inputs, pass_graphs, piecewise_graphs
+from dp_runtime.runner.graphs import graph_inputs, pass_graphs
 from dp_runtime.runner.graphs.cuda_graph import GraphMemory
 from dp_runtime.runner.graphs.forward_pieces import NOWHERE, Cut, ForwardPieces
 from dp_runtime.startup import graph_capture
@@ -136,8 +136,7 @@ def run_live(
 def use_stand_ins(patch: pytest.MonkeyPatch, *, interprets: bool) -> None:
     """Let ranks in this process capture and replay; interprets: recurrent layers' kernels too."""
     patch.setitem(registry.BACKENDS, "torch_ref", f"{__name__}:GroupedAttention")
-    for module in (pass_graphs, piecewise_graphs):
-        patch.setattr(module, "capture_graph", capture_graph)
+    patch.setattr(pass_graphs, "capture_graph", capture_graph)
     patch.setattr(graph_inputs, "_host_buffer", host_buffer)
     patch.setattr(graph_capture, "uncached_free_bytes", lambda device: 0)
     patch.setattr(GraphMemory, "new", lambda: None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,22 +19,23 @@ from dp_runtime.attention.kv_writer import KvWriter
 from dp_runtime.attention.plan import AttentionPlan
 from dp_runtime.core.qk_norm_rope import QkNormRope
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan, RowEmbeds
-from dp_runtime.models.model import PassModel
 from dp_runtime.parallel import buckets
 from dp_runtime.parallel.buckets import GraphKey, PiecewiseBuckets
 from dp_runtime.parallel.collective import RowCollective
 from dp_runtime.parallel.padding import PaddingMode, PaddingPlan
-from dp_runtime.parallel.row_exchange import PaddedExchange, graph_exchange
-from dp_runtime.runner.graphs.forward_pieces import Attend, ForwardPieces
+from dp_runtime.parallel.row_exchange import PaddedExchange, RowExchange, graph_exchange
+from dp_runtime.runner.graphs.forward_pieces import Attend
+from dp_runtime.runner.graphs.piecewise_graphs import PiecewiseGraphs
 from tests.checkpoints import add_mtp, tiny_checkpoint
 from tests.dp_runtime.drafts import DraftRank, on_ranks
-from tests.dp_runtime.paged import metadata_of, paged_batch
+from tests.dp_runtime.paged import CPU, metadata_of, paged_batch
 from tests.dp_runtime.parallel.test_row_exchange import Counted
 from tests.dp_runtime.runner.stand_ins import CountingMoe, capture_pieces
 
 MAX_ROWS = 20
 NO_MEMORY: Any = None  # nothing is captured
 Lengths = Sequence[tuple[int, int]]  # query_len and seq_len of each sequence
+Outcome = list[Tensor]  # a forward's hidden states, and the page pools after it
 MIXED: Lengths = [(5, 9), (1, 30), (6, 6)]
 INTERPRETER = Lock()  # it runs one kernel at a time
 
@@ -86,37 +87,48 @@ class Rank:
     def plan(self) -> PassPlan:
         return PassPlan(self.model.backend.plan(self._metadata))
 
-    def eager(self, real: tuple[int, ...]) -> tuple[Hidden, list[Tensor]]:
+    def with_embeds(self) -> PassInputs:
+        """Replace the first and last token, as an image's, which has places in three axes."""
+        rows = torch.tensor([0, self.rows - 1])
+        embeds = RowEmbeds(rows, torch.randn(2, self.model.hidden_size, dtype=torch.float64))
+        positions = torch.stack([self.inputs.positions + axis for axis in range(3)])
+        return replace(self.inputs, positions=positions, embeds=embeds)
+
+    def eager(self, real: tuple[int, ...], inputs: PassInputs) -> Outcome:
         """Run the whole forward; its result, and the pools after it."""
         padding = PaddingPlan.for_mode(PaddingMode.MAX_LEN, real)
-        exchange = PaddedExchange(padding, self.collective, False)
-        with zeroed(self.model) as pools:
-            due = self.model.forward(self.inputs, self.plan, exchange)
-            return due, [pool.clone() for pool in pools]
+        return self.run(inputs, self.model, PaddedExchange(padding, self.collective, False))
 
-    def pieces(self, row_ranges: Tensor) -> ForwardPieces:
-        return ForwardPieces(
-            self.model, self.collective, row_ranges, MAX_ROWS, NO_MEMORY,
-            reads_hidden=self.drafts, poison=True,
+    def by_graphs(
+        self, graphs: PiecewiseGraphs, real: tuple[int, ...], inputs: PassInputs
+    ) -> Outcome:
+        padding = PaddingPlan(real, (graphs.buckets.gathered(max(real)),) * len(real))
+        return self.run(inputs, graphs, PaddedExchange(padding, self.collective, False))
+
+    def run(self, inputs: PassInputs, model: Any, exchange: RowExchange) -> Outcome:
+        pools = [cache.pool for cache in self.model.backend._caches.values()]
+        for pool in pools:
+            pool.zero_()
+        found = model.forward(inputs, self.plan, exchange)
+        return [tensor.clone() for tensor in (*found, *pools)]
+
+    def graphs(self) -> PiecewiseGraphs:
+        return PiecewiseGraphs(
+            self.model, self.collective, PiecewiseBuckets(MAX_ROWS), NO_MEMORY,
+            reads_hidden=self.drafts, poison=True, device=CPU,
         )  # fmt: skip
 
-    def check(self, found: Hidden, pools: list[Tensor], due: tuple[Hidden, list[Tensor]]) -> None:
-        for one, other in zip((*found, *pools), (*due[0], *due[1]), strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-        for pool in pools:
-            assert not pool[0].any(), "null rows write nothing, not even to the null page"
+
+def check(found: Outcome, due: Outcome) -> None:
+    for one, other in zip(found, due, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    for pool in found[len(Hidden._fields) :]:
+        assert not pool[0].any(), "null rows write nothing, not even to the null page"
 
 
-@contextmanager
-def zeroed(model: PassModel) -> Iterator[list[Tensor]]:
-    pools = [cache.pool for cache in model.backend._caches.values()]
-    for pool in pools:
-        pool.zero_()
-    yield pools
-
-
-def warm_up(pieces: ForwardPieces, key: GraphKey) -> None:
+def warm_up(graphs: PiecewiseGraphs, key: GraphKey) -> None:
     """Keep what `capture` would have recorded; every rank enters the stages of the key."""
+    pieces = graphs._pieces
     assert key in pieces.buckets.keys
     paused = capture_pieces(pieces, key)
     assert [type(cut) for cut in paused.cuts] == [Attend] * pieces._model.num_moe_layers
@@ -129,18 +141,21 @@ def warm_up(pieces: ForwardPieces, key: GraphKey) -> None:
 def test_pieces_give_what_the_whole_forward_gives(checkpoint: Path, drafts: bool) -> None:
     with torch.inference_mode():
         rank = Rank(checkpoint, InProcessGroup(1, 30.0).collective(0), drafts, MIXED)
-        due = rank.eager((rank.rows,))
-        row_ranges = torch.zeros(2, 1, dtype=torch.int32)
-        pieces = rank.pieces(row_ranges)
-        assert pieces.covers(rank.inputs)
-        gathered = PiecewiseBuckets(MAX_ROWS).gathered(rank.rows)
-        key = pieces.buckets.key(rank.rows, gathered)
+        real, graphs = (rank.rows,), rank.graphs()
+        key = graphs._pieces.buckets.key(rank.rows, graphs.buckets.gathered(rank.rows))
         assert key.local_rows == key.gathered_rows > rank.rows, "alone; there are null rows"
-        warm_up(pieces, key)
-        row_ranges[1] = rank.rows
-        with zeroed(rank.model) as pools:
-            found = pieces.forward(rank.inputs, rank.plan, gathered)
-        rank.check(found, pools, due)
+        warm_up(graphs, key)
+        for inputs in (rank.inputs, rank.with_embeds(), rank.inputs):
+            check(rank.by_graphs(graphs, real, inputs), rank.eager(real, inputs))
+
+
+def test_embeddings_change_what_a_forward_gives(checkpoint: Path) -> None:
+    with torch.inference_mode():
+        rank = Rank(checkpoint, InProcessGroup(1, 30.0).collective(0), False, MIXED)
+        plain, changed = (
+            rank.eager((rank.rows,), inputs)[0] for inputs in (rank.inputs, rank.with_embeds())
+        )
+    assert not torch.allclose(plain[0], changed[0], atol=0.1)
 
 
 PREFILL: Lengths = [(18, 40), (1, 5)]
@@ -171,22 +186,21 @@ def test_pieces_of_a_rank_meet_whatever_the_others_run(
         collective = Counted(inner)
         key = keys[inner.dp_rank]
         rank = Rank(checkpoint, collective, drafts, all_lengths[inner.dp_rank])
-        due = rank.eager(real)
+        due = rank.eager(real, rank.inputs)
+        graphs = rank.graphs()
         row_ranges = torch.zeros(2, len(real), dtype=torch.int32)
-        pieces = rank.pieces(row_ranges)
-        exchange = graph_exchange(collective, rank.rows, gathered, True, row_ranges)
+        whole = graph_exchange(collective, rank.rows, gathered, True, row_ranges)
         if key is None:
-            rank.model.forward(rank.inputs, rank.plan, exchange)
+            rank.run(rank.inputs, rank.model, whole)
         else:
-            assert pieces.buckets.key(rank.rows, gathered) == key
-            warm_up(pieces, key)
+            assert graphs._pieces.buckets.key(rank.rows, gathered) == key
+            warm_up(graphs, key)
         row_ranges.copy_(torch.from_numpy(PaddingPlan(real, (gathered,) * len(real)).row_ranges))
-        with zeroed(rank.model) as pools:
-            if key is None:
-                found = rank.model.forward(rank.inputs, rank.plan, exchange)
-            else:
-                found = pieces.forward(rank.inputs, rank.plan, gathered)
-        rank.check(found, pools, due)
+        if key is None and rank.rows:
+            found = rank.run(rank.inputs, rank.model, whole)
+        else:
+            found = rank.by_graphs(graphs, real, rank.inputs)
+        check(found, due)
         assert all(collective.poisoned)
         return collective.crossed
 
@@ -194,16 +208,3 @@ def test_pieces_of_a_rank_meet_whatever_the_others_run(
     for dp_rank, crossed in enumerate(on_ranks(len(real), run)):
         of_warming_up, of_pass = [0, 0] * stages, [real[dp_rank], sum(real)] * stages
         assert crossed == of_warming_up + of_pass, "only real rows meet"
-
-
-def test_embeddings_and_no_rows_are_not_for_pieces(checkpoint: Path) -> None:
-    with torch.inference_mode():
-        rank = Rank(checkpoint, InProcessGroup(1, 30.0).collective(0), False, MIXED)
-        pieces = rank.pieces(torch.zeros(2, 1, dtype=torch.int32))
-    none, some = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    assert pieces.covers(PassInputs(some, some))
-    embeds = RowEmbeds(some[:1], torch.zeros(1, rank.model.hidden_size))
-    assert not pieces.covers(PassInputs(some, some, embeds=embeds))
-    assert not pieces.covers(PassInputs(none, none))
-    many = torch.zeros(MAX_ROWS + 1, dtype=torch.int64)
-    assert not pieces.covers(PassInputs(many, many))
