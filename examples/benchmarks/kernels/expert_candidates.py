@@ -89,6 +89,8 @@ def _for_few_in_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
         if stages != 4:
             yield from (replace(halved, widening="scaled"), replace(halved, block_k=64))
     for n, stages, tma in product((64, 64 * (3 - halves)), (3, 4, 5), (False, True)):
+        if m == 32 and not tma:
+            continue  # registers spill
         yield Tile(m, n, 128, 4, stages, tma)
         if stages == 4:
             yield Tile(m, n, 128, 4, stages, tma, widening="f16")
@@ -106,6 +108,8 @@ def _resident(m: int, n: int, k: int, halves: int, warps: int, stages: int, fp8:
     sums = m * n * halves // (32 * warps)  # registers of a thread
     if shared > SHARED_MEMORY or not 2 <= sums <= 128:
         return 0
+    if fp8 and sums > 64 and k > 64:
+        return 0  # with each step's own sums beside them, registers spill
     registers = ((2 if fp8 else 1) * sums + 100) * 32 * warps
     return min(4, SHARED_MEMORY // shared, max(1, 65536 // registers))
 
