@@ -88,7 +88,8 @@ def _for_few_in_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
             yield replace(halved, widening="raw")
         if stages != 4:
             yield from (replace(halved, widening="scaled"), replace(halved, block_k=64))
-    for n, stages, tma in product((64, 64 * (3 - halves)), (3, 4, 5), (False, True)):
+    blocks_n = (64,) if halves == 2 else (64, 128)
+    for n, stages, tma in product(blocks_n, (3, 4, 5), (False, True)):
         if m == 32 and not tma:
             continue  # registers spill
         yield Tile(m, n, 128, 4, stages, tma)
