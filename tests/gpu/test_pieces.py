@@ -138,12 +138,8 @@ def test_pieces_give_the_log_probabilities_of_eager_steps(
 def check_alike(one: Served, other: Served) -> None:
     """Allow what rounds otherwise in bf16; logits of other rows would be noise."""
     assert one.tokens.keys() == other.tokens.keys()
-    pairs = [
-        pair
-        for number in one.tokens
-        for pair in zip(one.tokens[number], other.tokens[number], strict=True)
-    ]
-    assert sum(a == b for a, b in pairs) > 0.5 * len(pairs)
+    first = [one.tokens[number][0] == other.tokens[number][0] for number in one.tokens]
+    assert sum(first) > 0.5 * len(first)
     scores = [
         np.concatenate([served.prompt_logprobs[number] for number in sorted(served.tokens)])
         for served in (one, other)
