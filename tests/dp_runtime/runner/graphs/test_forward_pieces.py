@@ -147,6 +147,8 @@ def test_pieces_give_what_the_whole_forward_gives(checkpoint: Path, drafts: bool
         warm_up(graphs, key)
         for inputs in (rank.inputs, rank.with_embeds(), rank.inputs):
             check(rank.by_graphs(graphs, real, inputs), rank.eager(real, inputs))
+            positions = graphs._pieces._inputs.positions[:, : rank.rows]
+            assert torch.equal(positions, inputs.positions.expand(3, -1))
 
 
 def test_embeddings_change_what_a_forward_gives(checkpoint: Path) -> None:
