@@ -16,7 +16,8 @@ from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, ov
 MAX_SPLIT_ROWS = 512  # few rows are split over programs; of more, cuBLAS makes enough programs
 BLOCK_K = BLOCK_N = 128
 LOADED = 4096  # logits that a warp asks for at once: half of its registers
-MAX_PROGRAMS = 256  # about two for each multiprocessor of an H200
+MAX_BLOCKS = 16  # of rows and experts; more are enough for cuBLAS, too
+MAX_PROGRAMS = 128  # about one for each multiprocessor of an H200
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,12 @@ def route(
 
 
 def choose_router_tile(rows: int, hidden: int, num_experts: int) -> RouterTile | None:
-    """Choose so many parts that most multiprocessors have a program; None: by cuBLAS."""
-    if rows > MAX_SPLIT_ROWS:
-        return None
-    block_m = 16 if rows <= 64 else 64
+    """Choose a cut within 3 % of the best of those that were measured; None: by cuBLAS."""
+    block_m = 64 if rows > 64 else 16 if num_experts <= BLOCK_N else 32
     blocks = triton.cdiv(rows, block_m) * triton.cdiv(num_experts, BLOCK_N)
-    few = block_m == 16 or num_experts <= BLOCK_N  # parts of more take longer to add than a loop
-    split = BLOCK_K if few else 2 * BLOCK_K
+    if rows > MAX_SPLIT_ROWS or blocks > MAX_BLOCKS:
+        return None
+    split = BLOCK_K if blocks <= 2 else 2 * BLOCK_K  # more parts take longer to add than a loop
     while split < hidden and blocks * triton.cdiv(hidden, split) > MAX_PROGRAMS:
         split *= 2
     return RouterTile(block_m, split)
@@ -128,7 +128,6 @@ def choose_experts(
     routing: Routing,
     kept: KeptChoices | None = None,
     num_warps: int = 1,
-    unrolled: bool = True,  # longer code, without a loop over choices
 ) -> None:
     """Fill routing, whose counts are 0, from logits in parts, whose sum is rounded as router is."""
     num_parts, n, num_experts = parts.shape
@@ -140,7 +139,7 @@ def choose_experts(
     _route_kernel[(n,)](
         parts, router, row_ranges, routing.weights, routing.local_ids, routing.counts,
         routing.pairs, choices, n, row_ranges.shape[1], first_expert, num_local,
-        choices.stride(0), position, top_k, KEEPS=kept is not None, UNROLLED=unrolled,
+        choices.stride(0), position, KEEPS=kept is not None,
         PARTS=num_parts, AT_ONCE=min(triton.next_power_of_2(num_parts), max(1, at_once)),
         NUM_EXPERTS=num_experts, EXPERTS=experts, TOP_K=top_k, K=triton.next_power_of_2(top_k),
         RANKS=triton.next_power_of_2(row_ranges.shape[1]), RENORMALIZE=renormalize,
@@ -188,16 +187,13 @@ def _product(a, weight):
     return tl.dot(a, weight.T, input_precision="ieee")
 
 
-@triton.jit(
-    do_not_specialize=["choices", "rows", "first_expert", "choices_stride", "position", "top_k"]
-)
+@triton.jit(do_not_specialize=["choices", "rows", "first_expert", "choices_stride", "position"])
 def _route_kernel(
     parts, router, row_ranges, weights, local_ids, counts, pairs, choices,
-    rows, dp_size, first_expert, num_local, choices_stride, position, top_k,
-    KEEPS: tl.constexpr, UNROLLED: tl.constexpr,
-    PARTS: tl.constexpr, AT_ONCE: tl.constexpr, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr, RENORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    rows, dp_size, first_expert, num_local, choices_stride, position,
+    KEEPS: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr, NUM_EXPERTS: tl.constexpr,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr, RANKS: tl.constexpr,
+    RENORMALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     ranks = tl.arange(0, RANKS)
@@ -216,7 +212,7 @@ def _route_kernel(
         some = tl.load(at, mask=inside & (part < PARTS), other=0.0)
         score += tl.sum(some.to(tl.float32), 0)
     score = score.to(router.dtype.element_ty).to(tl.float32)
-    chosen, weight = _top_k(score, top_k, NUM_EXPERTS, EXPERTS, TOP_K, K, RENORMALIZE, UNROLLED)
+    chosen, weight = _top_k(score, NUM_EXPERTS, EXPERTS, TOP_K, K, RENORMALIZE)
     choice = tl.arange(0, K)
     local = chosen - first_expert
     local = tl.where(is_real, local, -1)
@@ -235,10 +231,10 @@ def _route_kernel(
 
 @triton.jit
 def _top_k(
-    score, top_k, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
-    K: tl.constexpr, RENORMALIZE: tl.constexpr, UNROLLED: tl.constexpr,
+    score, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    K: tl.constexpr, RENORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    expert = tl.arange(0, EXPERTS)
+    choice, expert = tl.arange(0, K), tl.arange(0, EXPERTS)
     score = tl.where(expert < NUM_EXPERTS, score, float("-inf"))
     score = tl.exp(score - tl.max(score, 0))
     score = score / tl.sum(score, 0)
@@ -247,23 +243,13 @@ def _top_k(
     bits = tl.zeros((K,), tl.int32)
     # NOTE: as bits, for a warp finds the maximum of integers in one instruction.
     left = tl.where(expert < NUM_EXPERTS, score.to(tl.int32, bitcast=True), -1)
-    if UNROLLED:
-        for j in tl.static_range(TOP_K):
-            chosen, bits, left = _choose(chosen, bits, left, j, EXPERTS, K)
-    else:
-        for j in range(top_k):
-            chosen, bits, left = _choose(chosen, bits, left, j, EXPERTS, K)
+    for j in tl.static_range(TOP_K):
+        best = tl.max(left, 0)
+        at = tl.min(tl.where(left == best, expert, EXPERTS), 0)
+        chosen = tl.where(choice == j, at, chosen)
+        bits = tl.where(choice == j, best, bits)
+        left = tl.where(expert == at, -1, left)
     weight = bits.to(tl.float32, bitcast=True)
     if RENORMALIZE:
         weight = weight / tl.sum(weight, 0)
     return chosen, weight  # both [K]
-
-
-@triton.jit
-def _choose(chosen, bits, left, j, EXPERTS: tl.constexpr, K: tl.constexpr):
-    choice, expert = tl.arange(0, K), tl.arange(0, EXPERTS)
-    best = tl.max(left, 0)
-    at = tl.min(tl.where(left == best, expert, EXPERTS), 0)
-    chosen = tl.where(choice == j, at, chosen)
-    bits = tl.where(choice == j, best, bits)
-    return chosen, bits, tl.where(expert == at, -1, left)

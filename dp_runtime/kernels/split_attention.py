@@ -24,7 +24,6 @@ from dp_runtime.kernels.triton_launch import (
 
 LOG2_E = 1.4426950408889634
 VALUES = 4096  # of parts, that a program sums up at once
-SECTOR = tl.constexpr(32)  # bytes that the L2 fetches
 
 
 def split_attention(
@@ -61,7 +60,7 @@ def split_attention(
     all_rows = triton.next_power_of_2(query_len * group)
     split_kernel[(programs,)](
         q, pool, page_table, seq_lens, sums, weights, weights[1], requests, page_table.stride(0),
-        scale * LOG2_E, tile.ahead, ROWS=max(16, all_rows), PAGE=page_size,
+        scale * LOG2_E, ROWS=max(16, all_rows), PAGE=page_size,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **sizes,
     )  # fmt: skip
     some_rows = min(all_rows, max(1, VALUES // (tile.parts * head_dim)))
@@ -73,12 +72,12 @@ def split_attention(
 
 # NOTE: no kernel may be compiled while serving: none is for a divisor of what differs by batch.
 @triton.jit(
-    do_not_specialize=["requests", "table_stride", "ahead"],
+    do_not_specialize=["requests", "table_stride"],
     do_not_specialize_on_alignment=["page_table", "seq_lens", "maxima", "totals"],
 )
 def split_kernel(
     q, pool, page_table, seq_lens, sums, maxima, totals, requests, table_stride, scale,
-    ahead, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, QUERY_LEN: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, QUERY_LEN: tl.constexpr,
     ROWS: tl.constexpr, REQUESTS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -92,12 +91,6 @@ def split_kernel(
     if program >= shares:
         stop = at
     if PDL:
-        if at < stop:
-            head, request, block, after = _stretch(ends, num_blocks, at, stop)
-            _bring_ahead(
-                pool + head * PAGE * DIM, page_table + request.to(tl.int64) * table_stride,
-                block, tl.minimum(after, block + ahead), KV_HEADS, DIM, PAGE, BLOCK,
-            )  # fmt: skip
         gdc_wait()
         gdc_launch_dependents()
     row, d = tl.arange(0, ROWS), tl.arange(0, DIM)
@@ -130,30 +123,6 @@ def _stretch(ends, num_blocks, at, stop):
     after = tl.min(tl.where(ends <= block, num_blocks, ends), 0)
     after = tl.minimum(after, stop - head * num_blocks)
     return head, request, block - first, after - first  # blocks of that request: begin, end
-
-
-@triton.jit
-def _bring_ahead(
-    pool, pages, begin, end,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Have the L2 fetch blocks of one head; what is still written there, it sees written."""
-    size: tl.constexpr = pool.dtype.element_ty.primitive_bitwidth // 8
-    sector = tl.arange(0, BLOCK * DIM * size // SECTOR) * (SECTOR // size)
-    for block in range(begin, end):
-        start = block * BLOCK
-        page = tl.load(pages + start // PAGE).to(tl.int64)
-        at_k = pool + page * 2 * KV_HEADS * PAGE * DIM + start % PAGE * DIM + sector
-        _prefetch(at_k)
-        _prefetch(at_k + KV_HEADS * PAGE * DIM)
-
-
-@triton.jit
-def _prefetch(at):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit

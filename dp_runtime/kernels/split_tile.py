@@ -14,7 +14,6 @@ class SplitTile:
     num_warps: int = 4
     num_stages: int = 3
     per_multiprocessor: int = 3  # programs
-    ahead: int = 0  # blocks that a program brings into the L2 while the kernel before still runs
     parts: int = 1  # of a head of a request, that are read at once to sum them up: a power of 2
 
     def max_part_bytes(self, rows: int, num_kv_heads: int, head_dim: int) -> int:

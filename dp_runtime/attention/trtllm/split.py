@@ -78,19 +78,17 @@ class SplitBackend(TrtllmBackend):
     def workspace_bytes(cls, spec: AttentionSpec) -> int:
         """Count what programs find, too, which every call allocates."""
         parts = (
-            row.tile.max_part_bytes(
-                row.query_len * spec.group_size, spec.num_kv_heads, spec.head_dim
-            )
-            for row in MeasuredTiles.of(spec).used
+            row.tile.max_part_bytes(query_len * spec.group_size, spec.num_kv_heads, spec.head_dim)
+            for query_len, row in MeasuredTiles.of(spec).used
         )
         return super().workspace_bytes(spec) + max(parts, default=0)
 
     @classmethod
     def jit_modules(cls, spec: AttentionSpec, device: torch.device) -> tuple[JitModule, ...]:
         return super().jit_modules(spec, device) + tuple(
-            JitModule(f"Triton attention ({spec.head_dim}, {row.query_len} rows, {row.tile})",
-                      partial(build, spec, row.query_len, row.tile, device), by_triton=True)
-            for row in MeasuredTiles.of(spec).used
+            JitModule(f"Triton attention ({spec.head_dim}, {query_len} rows, {row.tile})",
+                      partial(build, spec, query_len, row.tile, device), by_triton=True)
+            for query_len, row in MeasuredTiles.of(spec).used
         )  # fmt: skip
 
 

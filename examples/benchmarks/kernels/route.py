@@ -5,8 +5,8 @@
 Routers of Qwen3-30B-A3B (128 experts), Qwen3.5-35B-A3B (256) and 397B-A17B (512) in bf16; a quarter
 of the experts is local. As a step finds them (harness/cold_timing.py), with a router for each call.
 Cuts of the product are compiled beforehand in processes, and each must choose what the one in use
-chooses but for roundings; the one in use also chooses by four warps a row, and in a loop. The best
-six are printed, and the one in use.
+chooses but for roundings; the one in use also chooses by four warps a row. The best six are
+printed, and the one in use.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class Way:
     num_experts: int
     tile: RouterTile | None
     num_warps: int = 1
-    unrolled: bool = True
 
     def route(self, rows: Tensor, router: Tensor, row_ranges: Tensor) -> Routing:
         top_k, num_local = SHAPES[self.num_experts][1], self.num_experts // 4
@@ -57,15 +56,12 @@ class Way:
             pairs=torch.empty(num_local, len(rows), dtype=torch.int32, device=device),
         )
         parts = logits_in_parts(rows, router, routing.counts, self.tile)
-        choose_experts(
-            parts, router, row_ranges, True, 0, routing,
-            num_warps=self.num_warps, unrolled=self.unrolled,
-        )  # fmt: skip
+        choose_experts(parts, router, row_ranges, True, 0, routing, num_warps=self.num_warps)
         return routing
 
     def __str__(self) -> str:
         cut = "cuBLAS" if self.tile is None else str(self.tile)
-        return f"{cut}, {self.num_warps} warps a row{'' if self.unrolled else ', in a loop'}"
+        return f"{cut}, {self.num_warps} warps a row"
 
 
 def tiles(rows: int, num_experts: int) -> Iterator[RouterTile | None]:
@@ -85,10 +81,7 @@ def ways(rows: int, num_experts: int) -> list[Way]:
     """First the one in use."""
     cuts = dict.fromkeys(tiles(rows, num_experts))
     in_use = choose_router_tile(rows, SHAPES[num_experts][0], num_experts)
-    choices = [(1, False), (4, True), (4, False)]
-    return [Way(num_experts, cut) for cut in cuts] + [
-        Way(num_experts, in_use, *choice) for choice in choices
-    ]
+    return [*(Way(num_experts, cut) for cut in cuts), Way(num_experts, in_use, num_warps=4)]
 
 
 def main() -> None:

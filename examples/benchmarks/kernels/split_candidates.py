@@ -18,15 +18,15 @@ CUTS = {  # by head_dim: block, warps, stages
     128: ((64, 4, 3), (64, 4, 2), (32, 4, 4)),
     256: ((64, 8, 3), (32, 4, 4)),
 }
-AHEAD_AND_PARTS = (0, 1), (4, 1), (0, 8), (4, 8)
+PARTS = 1, 8
 
 
 def candidates(spec: AttentionSpec, query_len: int) -> Iterator[SplitTile]:
     """As many programs as fit a multiprocessor at once, and one less."""
     for cut in CUTS[spec.head_dim]:
         most = _resident(spec, query_len, *cut)
-        for programs, others in product(sorted({most, most - 1} - {0}), AHEAD_AND_PARTS):
-            yield SplitTile(*cut, programs, *others)
+        for programs, parts in product(sorted({most, most - 1} - {0}), PARTS):
+            yield SplitTile(*cut, programs, parts)
 
 
 def _resident(spec: AttentionSpec, query_len: int, block: int, warps: int, stages: int) -> int:
@@ -40,7 +40,7 @@ def _resident(spec: AttentionSpec, query_len: int, block: int, warps: int, stage
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel with one tile; what is read ahead, and by how many programs, is not compiled in."""
+    """A kernel with one tile; how many programs it has is not compiled in."""
 
     spec: AttentionSpec
     query_len: int
@@ -48,7 +48,7 @@ class Job:
 
     @classmethod
     def of(cls, spec: AttentionSpec, query_len: int, tile: SplitTile) -> Job:
-        return cls(spec, query_len, replace(tile, per_multiprocessor=1, ahead=0))
+        return cls(spec, query_len, replace(tile, per_multiprocessor=1))
 
 
 def compile_one(job: Job) -> None:

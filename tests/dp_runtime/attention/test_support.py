@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from dp_runtime.attention.registry import BACKENDS, backend_class, choose_backend
 from dp_runtime.attention.spec import AttentionSpec
 from dp_runtime.attention.support import check_native, check_trtllm
-from dp_runtime.attention.trtllm.measured import Measured, MeasuredTiles
+from dp_runtime.attention.trtllm.measured import MEASURED, Measured, MeasuredTiles
 from dp_runtime.kernels.split_tile import SplitTile
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -136,6 +137,8 @@ def test_auto_takes_the_split_kernel_where_it_was_measured_to_be_faster(
         spec = replace(GOOD, **other)
         assert choose_backend("auto", spec, device)[0] == "trtllm"
         assert choose_backend("split", spec, device)[0] == "split"  # and XQA decodes
+    longer = replace(GOOD, decode_query_lens=frozenset({1, 8}))
+    assert choose_backend("auto", longer, device)[1].endswith("160.0 us for 200.0; 8 rows as 4")
     parts = (132 * 3 + 256 * 4) * 32 * 130 * 4
     assert backend_class("split").workspace_bytes(GOOD) == (256 << 20) + parts
 
@@ -159,21 +162,51 @@ def test_few_requests_can_have_a_row_and_a_tile_of_their_own() -> None:
     never = replace(few, times=((4, 9.0, 10.0), (16, 20.0, 21.0)))
     only = MeasuredTiles.of(GOOD, (never, replace(many, times=((64, 60.0, 45.0),))))
     assert [only(4, requests) for requests in (1, 8, 64)] == [None, None, SplitTile(32)]
-    assert [row.tile for row in only.used] == [SplitTile(32)]
+    assert [row.tile for _, row in only.used] == [SplitTile(32)]
+
+
+def test_lengths_between_go_as_the_longer_one_and_others_as_the_longest() -> None:
+    one = replace(ROW, query_len=1, tile=SplitTile(64))
+    spec = replace(GOOD, decode_query_lens=frozenset(range(1, 10)))
+    tiles = MeasuredTiles.of(spec, (one, ROW))
+    found = [tiles(query_len, 64) for query_len in range(1, 10)]
+    assert found == [SplitTile(64), *[SplitTile(32)] * 7, None]  # 9 rows: 72 of a program
+    assert [(query_len, row.query_len) for query_len, row in tiles.used] == [
+        (1, 1), *((query_len, 4) for query_len in range(2, 9))
+    ]  # fmt: skip
+
+
+def test_the_kernel_takes_less_for_a_longer_length_than_xqa_for_the_next_shorter_one() -> None:
+    """Or lengths between the two that were measured could be slower than by XQA."""
+    compared = set()
+    for longer, shorter in product(MEASURED, repeat=2):
+        same = (longer.head_dim, longer.group_size) == (shorter.head_dim, shorter.group_size)
+        if same and (longer.query_len, shorter.query_len) == (4, 1):
+            by_xqa = {requests: xqa for requests, xqa, _ in shorter.times}
+            for requests, _, split in longer.times:
+                if requests in by_xqa:
+                    assert split < by_xqa[requests], (longer, requests)
+                    compared.add((longer.head_dim, longer.group_size, requests))
+    assert len(compared) == 3 * 6
 
 
 LARGEST = replace(GOOD, num_kv_heads=2, head_dim=256)  # Qwen3.5-397B-A17B
+MIDDLE = replace(LARGEST, num_heads=16)  # Qwen3.5-35B-A3B
+SERVED = 1, 4, 16, 31, 64, 256
 
 
 @pytest.mark.parametrize(
     ("spec", "query_len", "xqa", "split"),
     [
-        (GOOD, 1, (1, 16, 31), (33, 64, 128, 256)),
-        (GOOD, 4, (1, 16, 31), (33, 64, 128, 256)),
-        (LARGEST, 1, (), (1, 16, 64, 256)),
-        (LARGEST, 4, (1, 16, 64, 256), ()),
-        (replace(LARGEST, num_heads=16), 1, (1, 64, 256), ()),
-        (replace(GOOD, decode_query_lens=frozenset({1, 3})), 3, (1, 64, 256), ()),
+        *(
+            (replace(spec, decode_query_lens=frozenset({1, query_len})), query_len, (), SERVED)
+            for spec, longest in ((GOOD, 8), (MIDDLE, 8), (LARGEST, 4))
+            for query_len in (1, 2, 4, longest)
+        ),
+        (replace(LARGEST, decode_query_lens=frozenset({1, 5})), 5, SERVED, ()),
+        (GOOD, 3, SERVED, ()),  # no decodes have so many
+        (replace(GOOD, num_heads=16), 1, SERVED, ()),
+        (replace(GOOD, head_dim=64), 1, SERVED, ()),
         (replace(GOOD, dtype=torch.float16, kv_dtype=torch.float16), 1, (64,), ()),
         (replace(GOOD, kv_dtype=E4M3), 1, (64,), ()),
     ],
@@ -195,9 +228,11 @@ def test_the_measured_kernel_names_its_figures_and_counts_its_memory(
     device = torch.device("cuda", 0)
     assert choose_backend("auto", GOOD, device) == (
         "split",
-        "measured to be faster than XQA at 1 row a request: 64 requests 48.9 us for 50.1, 128 "
-        "requests 92.4 us for 96.6; 4 rows a request: 64 requests 56.3 us for 59.3, 128 requests "
-        "101.4 us for 116.4",
+        "measured to be faster than XQA at 1 row a request: 4 requests 12.8 us for 16.7, 8 "
+        "requests 18.0 us for 22.3, 16 requests 20.0 us for 29.6, 32 requests 28.3 us for 41.4, "
+        "64 requests 44.4 us for 56.8, 128 requests 85.4 us for 103.9; 4 rows a request: 4 "
+        "requests 15.8 us for 25.7, 8 requests 20.4 us for 31.1, 16 requests 22.2 us for 39.5, 32 "
+        "requests 31.4 us for 53.3, 64 requests 49.4 us for 71.2, 128 requests 94.1 us for 129.2",
     )
     found = {
         spec: backend_class("split").workspace_bytes(spec) - (256 << 20)
@@ -205,8 +240,8 @@ def test_the_measured_kernel_names_its_figures_and_counts_its_memory(
     }
     assert list(found.values()) == [
         (132 * 2 + 256 * 4) * 4 * 8 * 130 * 4,
-        (132 * 2 + 256 * 4) * 8 * 130 * 4,
-        (132 + 256 * 2) * 16 * 258 * 4,
+        (132 * 3 + 256 * 4) * 8 * 130 * 4,
+        (132 + 256 * 2) * 4 * 16 * 258 * 4,
     ]
 
 

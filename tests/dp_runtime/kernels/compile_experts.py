@@ -15,12 +15,13 @@ from unittest.mock import patch
 
 import torch
 
+from dp_runtime.attention.spec import AttentionSpec
+from dp_runtime.attention.trtllm.measured import MeasuredTiles
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.kernels import experts, gates, moe_router, split_attention
 from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
-from dp_runtime.kernels.split_tile import SplitTile
 from dp_runtime.weights.fp8_blocks import scale_shape
 from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
 
@@ -46,14 +47,16 @@ def compile_attention() -> None:
     instead: dict[str, Any] = {"overlaps": lambda device: True}
     for name in ("split_kernel", "combine_kernel"):
         instead[name] = Compiled(getattr(split_attention, name))
-    pool = torch.zeros(2, 2, 4, 64, 128, dtype=torch.bfloat16)
     table, lengths = torch.zeros(64, 2, dtype=torch.int32), torch.ones(64, dtype=torch.int32)
+    bf16, query_lens = torch.bfloat16, frozenset({1, 4, 8})
     with patch.multiple(split_attention, **instead):
-        for query_len in (1, 4):
-            q = torch.zeros(64 * query_len, 32, 128, dtype=torch.bfloat16)
-            for tile in (SplitTile(), SplitTile(32, 8, 5, 2)):
+        for heads, kv_heads, dim in ((32, 4, 128), (16, 2, 256), (32, 2, 256)):
+            pool = torch.zeros(2, 2, kv_heads, 64, dim, dtype=bf16)
+            spec = AttentionSpec(heads, kv_heads, dim, 64, bf16, bf16, query_lens)
+            for query_len, row in MeasuredTiles.of(spec).used:
+                q = torch.zeros(64 * query_len, heads, dim, dtype=bf16)
                 own = q, pool, table, lengths, 0.1
-                split_attention.split_attention(*own, torch.empty_like(q), tile)
+                split_attention.split_attention(*own, torch.empty_like(q), row.tile)
 
 
 def compile_routing() -> None:

@@ -14,10 +14,10 @@ def test_the_kernels_compile_for_sm90() -> None:
     lines = lines_of(f"{__package__}.compile_experts")
     for kernel in ("gate_up_kernel", "down_kernel"):
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == 22
-    for kernel, count in (("_product_kernel", 12), ("_route_kernel", 15)):
+    for kernel, count in (("_product_kernel", 11), ("_route_kernel", 15)):
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == count
-    for kernel in ("split_kernel", "combine_kernel"):
-        assert sum(line.startswith(f"{kernel}: ") for line in lines) == 4
+    for kernel in ("split_kernel", "combine_kernel"):  # of 30B, 35B and 397B
+        assert sum(line.startswith(f"{kernel}: ") for line in lines) == 3 + 6 + 4
     for kernel, count in (("_multiply_gate_kernel", 4), ("_add_gated_kernel", 2)):
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == count
 

@@ -13,20 +13,22 @@ from dp_runtime.kernels.moe_router import RouterTile, choose_router_tile
     ("num_experts", "hidden", "rows", "due"),
     [
         (128, 2048, 8, RouterTile(16, 128)),
-        (128, 2048, 64, RouterTile(16, 128)),
-        (128, 2048, 256, RouterTile(64, 128)),
-        (128, 2048, 512, RouterTile(64, 128)),
-        (256, 2048, 64, RouterTile(16, 128)),
+        (128, 2048, 16, RouterTile(16, 128)),
+        (128, 2048, 64, RouterTile(16, 256)),
+        (128, 2048, 256, RouterTile(64, 256)),
+        (128, 2048, 512, RouterTile(64, 256)),
+        (256, 2048, 16, RouterTile(32, 128)),
+        (256, 2048, 64, RouterTile(32, 256)),
         (256, 2048, 256, RouterTile(64, 256)),
         (256, 2048, 512, RouterTile(64, 256)),
-        (512, 4096, 8, RouterTile(16, 128)),
-        (512, 4096, 64, RouterTile(16, 256)),
-        (512, 4096, 256, RouterTile(64, 256)),
-        (512, 4096, 512, RouterTile(64, 512)),
+        (512, 4096, 16, RouterTile(32, 256)),
+        (512, 4096, 64, RouterTile(32, 256)),
+        (512, 4096, 256, RouterTile(64, 512)),
+        (512, 4096, 512, None),
     ],
 )
 def test_tiles_are_those_that_were_measured(
-    num_experts: int, hidden: int, rows: int, due: RouterTile
+    num_experts: int, hidden: int, rows: int, due: RouterTile | None
 ) -> None:
     assert choose_router_tile(rows, hidden, num_experts) == due
 
@@ -38,4 +40,4 @@ def test_more_rows_than_are_split_are_for_cublas(num_experts: int) -> None:
 
 def test_a_split_ends_with_the_columns() -> None:
     """A hidden size that is smaller than a part has one part."""
-    assert choose_router_tile(512, 64, 512) == RouterTile(64, 256)
+    assert choose_router_tile(256, 64, 512) == RouterTile(64, 256)

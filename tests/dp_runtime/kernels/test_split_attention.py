@@ -62,6 +62,15 @@ def test_rows_see_what_they_see_in_plain_torch(
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(
+    "query_len", [3, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 6, 7, 8))]
+)
+def test_any_number_of_drafts_is_verified(query_len: int) -> None:
+    """Rows of a program are more than a request has, for they are a power of 2."""
+    lengths = LENGTHS["shorter and longer than a share"]
+    test_rows_see_what_they_see_in_plain_torch(lengths, 2, 8, 2, query_len, torch.float16)
+
+
 def run(
     q: Tensor, pool: Tensor, page_table: Tensor, seq_lens: Tensor, out: Tensor, parts: int = 1
 ) -> None:
