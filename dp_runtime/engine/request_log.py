@@ -19,7 +19,7 @@ from dp_runtime.core.request import (
     TokenLogprob,
 )
 from dp_runtime.engine.routing.load_balancer import Demand
-from dp_runtime.metrics.request_tokens import RequestTokens
+from dp_runtime.metrics.recorded.request_tokens import RequestTokens
 from dp_runtime.metrics.request_totals import RequestTotals
 from dp_runtime.text.output_text import OutputText, TextStep
 from dp_runtime.text.tokenizer import Tokenizer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dp_runtime.errors import not_allowed, require
-from dp_runtime.metrics.request_tokens import RequestTokens
+from dp_runtime.metrics.recorded.request_tokens import RequestTokens
+from dp_runtime.metrics.recorded.typed_fields import check_fields
 from dp_runtime.metrics.status import ModelInfo
 from dp_runtime.metrics.trace import Arrival, End, PassTrace, PrefixCounts, StepTrace
 
@@ -83,17 +86,15 @@ class Recording:
         version = header.get("version")
         require(version == VERSION, "recording: version", version, str(VERSION))
         rest = iter(lines)
-        try:
-            kept = islice(rest, header["tokens"])
-            tokens = tuple(RequestTokens.read(json.loads(line)) for line in kept)
-            warm_up = tuple(steps_of(islice(rest, header["warm_up"])))
-            steps, sizes = tuple(steps_of(rest)), ModelSizes(**header["model"])
-            config = dict(header["config"])
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise  # of a file that is not whole, as its reader says
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise not_allowed("recording: lines", why, "those of docs/experiments.md") from None
+        with _of_a_recording("header"):
+            counts = header["tokens"], header["warm_up"]
+            sizes, config = ModelSizes(**header["model"]), dict(header["config"])
+        for name, count in zip(("tokens", "warm_up"), counts):
+            ok = type(count) is int and 0 <= count <= sys.maxsize
+            require(ok, f"recording: {name}", count, "a count of lines")
+        check_fields(sizes, "recording: model", least=1)
+        tokens = tuple(map(_tokens_of, islice(rest, counts[0]), itertools.count(1)))
+        warm_up, steps = tuple(steps_of(islice(rest, counts[1]))), tuple(steps_of(rest))
         require(bool(steps), "recording: steps", 0, "at least one")
         ok = all(step.record for step in (*warm_up, *steps))
         require(ok, "recording: record", "none", "the record that a rank posted, in every step")
@@ -112,22 +113,48 @@ def readable(path: Path) -> Iterator[None]:
         raise not_allowed("recording", str(path), "a whole recording") from None
 
 
+@contextmanager
+def _of_a_recording(part: str) -> Iterator[None]:
+    """Raise ValueError for a part that has other fields."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise  # of a file that is not whole, as its reader says
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise not_allowed(f"recording: {part}", why, "that of docs/experiments.md") from None
+
+
 def line_of(kept: StepTrace | RequestTokens) -> str:
     return json.dumps(asdict(kept))
 
 
+def _tokens_of(line: str, number: int) -> RequestTokens:
+    with _of_a_recording(f"request {number}"):
+        kept = RequestTokens.read(json.loads(line))
+    check_fields(kept, f"recording: request {number}")
+    return kept
+
+
 def steps_of(lines: Iterable[str]) -> Iterator[StepTrace]:
-    for line in lines:
-        values = json.loads(line)
-        read = {name: _tuple(value) for name, value in values.items()}
-        read["passes"] = tuple(
-            PassTrace(**{name: _tuple(value) for name, value in each.items()})
-            for each in values["passes"]
-        )
-        read["prefixes"] = PrefixCounts(**values["prefixes"])
-        read["arrived"] = tuple(Arrival(*each) for each in values.get("arrived", ()))
-        read["ended"] = tuple(End(*each) for each in values.get("ended", ()))
-        yield StepTrace(**read)
+    """Read steps; ValueError names the line, its field and what is allowed there."""
+    for number, line in enumerate(lines, 1):
+        with _of_a_recording(f"step {number}"):
+            step = _step_of(json.loads(line))
+        check_fields(step, f"recording: step {number}")
+        yield step
+
+
+def _step_of(values: dict[str, Any]) -> StepTrace:
+    read = {name: _tuple(value) for name, value in values.items()}
+    read["passes"] = tuple(
+        PassTrace(**{name: _tuple(value) for name, value in each.items()})
+        for each in values["passes"]
+    )
+    read["prefixes"] = PrefixCounts(**values["prefixes"])
+    read["arrived"] = tuple(Arrival(*each) for each in values.get("arrived", ()))
+    read["ended"] = tuple(End(*each) for each in values.get("ended", ()))
+    return StepTrace(**read)
 
 
 def _tuple(value: Any) -> Any:

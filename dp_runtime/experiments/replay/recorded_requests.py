@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dp_runtime.errors import require
-from dp_runtime.experiments.replay.recorded_steps import recorded_steps
-from dp_runtime.metrics.recording import Recording
+from dp_runtime.experiments.replay.possible_steps import MAX_COUNT
+from dp_runtime.experiments.replay.recorded_steps import recorded_config, recorded_steps
+from dp_runtime.metrics.recording import ModelSizes, Recording
 from dp_runtime.metrics.trace import Arrival, End
 
 
@@ -30,7 +31,9 @@ def recorded_requests(recording: Recording) -> list[RecordedRequest]:
     steps, stayed = recorded_steps(recording), "ranks neither came nor went"
     epochs, num_ranks = {step.traces[0].epoch for step in steps}, len(steps[0].traces)
     require(len(epochs) == 1, "recording: epochs", len(epochs), f"1: {stayed}")
-    dp_size = recording.config["dp_size"]
+    config = recorded_config(recording)
+    dp_size = config.dp_size
+    _check_sizes(recording.model, config.page_size)
     require(num_ranks == dp_size, "recording: ranks", num_ranks, f"dp_size {dp_size}: {stayed}")
     start_s = min(trace.start_s for trace in steps[0].traces)
     came: dict[int, tuple[Arrival, int, int]] = {}
@@ -53,4 +56,28 @@ def recorded_requests(recording: Recording) -> list[RecordedRequest]:
         if request_id in ended and ended[request_id].output_tokens
     ]  # fmt: skip
     require(bool(found), "recording: requests", 0, "at least one that came and ended")
+    for request in found:
+        _check(request, recording.model)
     return found
+
+
+def _check_sizes(sizes: ModelSizes, page_size: int) -> None:
+    tokens, length = sizes.cache_tokens, sizes.max_model_len
+    ok, allowed = page_size <= tokens <= MAX_COUNT - page_size, f"{page_size} or more, an int32"
+    require(ok, "recording: model: cache_tokens", tokens, allowed)
+    allowed = f"at most cache_tokens, {tokens}"
+    require(length <= tokens, "recording: model: max_model_len", length, allowed)
+
+
+def _check(request: RecordedRequest, sizes: ModelSizes) -> None:
+    """Raise ValueError for a request that no rank of such a model can have served."""
+    where, prompt = f"recording: request {request.request_id}", request.prompt_tokens
+    cached, output = request.cached_tokens, request.output_tokens
+    allowed = f"1 or more that with {output} of output are at most {sizes.max_model_len}"
+    ok = 0 < prompt <= sizes.max_model_len - output
+    require(ok, f"{where}: prompt_tokens", prompt, allowed)
+    require(cached < prompt, f"{where}: cached_tokens", cached, f"below its prompt's {prompt}")
+    allowed = f"at most {MAX_COUNT}"
+    require(request.max_tokens <= MAX_COUNT, f"{where}: max_tokens", request.max_tokens, allowed)
+    allowed = f"at most its max_tokens, {request.max_tokens}"
+    require(output <= request.max_tokens, f"{where}: output_tokens", output, allowed)

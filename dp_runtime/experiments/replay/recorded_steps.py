@@ -12,10 +12,11 @@ from statistics import fmean
 from dp_runtime.config import EngineConfig
 from dp_runtime.core.step_program import Pass
 from dp_runtime.errors import RankDisagreement, not_allowed, require
+from dp_runtime.experiments.replay.possible_steps import check_ranks, check_step
 from dp_runtime.experiments.replay.step_shape import StepShape
 from dp_runtime.metrics.recording import Recording
 from dp_runtime.metrics.trace import StepTrace
-from dp_runtime.parallel.agreement import RECORD_WORDS, Agreement, StepRecord, agree
+from dp_runtime.parallel.agreement import Agreement, StepRecord, agree
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
 from dp_runtime.parallel.execution_plan import ExecutionMode, ExecutionPolicy
 from dp_runtime.parallel.padding import PaddingCost
@@ -49,7 +50,7 @@ def recorded_steps(recording: Recording) -> list[RecordedStep]:
     """Return the steps that all of their ranks remember; ValueError if there are none."""
     steps: dict[tuple[int, int], list[StepTrace]] = defaultdict(list)
     for trace in recording.steps:
-        _check(trace)
+        check_step(trace)
         steps[trace.epoch, trace.step_id].append(trace)
     whole = [
         RecordedStep(tuple(sorted(traces, key=lambda each: each.index)))
@@ -57,15 +58,10 @@ def recorded_steps(recording: Recording) -> list[RecordedStep]:
         if len(traces) == len(traces[0].passes[0].real_rows)
     ]
     require(bool(whole), "recording: steps", 0, "at least one that all ranks remember")
+    max_num_requests = recorded_config(recording).max_num_requests
+    for step in whole:
+        check_ranks(step.traces, max_num_requests)
     return whole
-
-
-def _check(trace: StepTrace) -> None:
-    """Raise ValueError for a step that no rank can have had."""
-    where = f"recording: step {trace.step_id} of rank {trace.dp_rank}"
-    require(bool(trace.passes), f"{where}: passes", 0, "at least one")
-    ok = len(trace.record) == RECORD_WORDS and all(isinstance(word, int) for word in trace.record)
-    require(ok, f"{where}: record", trace.record, f"{RECORD_WORDS} integers")
 
 
 def recorded_config(recording: Recording, **changes: object) -> EngineConfig:

@@ -92,13 +92,13 @@ def _changed(
         agreements = replay_rows(recording, steps, config)
         shapes = [step.shape(agreed) for step, agreed in zip(steps, agreements, strict=True)]
         return shapes, [costs(shape) for shape in shapes]
-    depth = recorded_depth(recording)
+    depth, requests = recorded_depth(recording), recorded_requests(recording)
     budget = StepPolicies.by(config, depth, unmeasured_cost).budget
     simulation = Simulation(
         config, recording.model, execution_of(recording, config), budget, depth,
         reroutes=not set(changes).isdisjoint(REROUTES), predict=costs,
     )  # fmt: skip
-    anew = simulation.run(recorded_requests(recording))
+    anew = simulation.run(requests)
     return [step.shape for step in anew], [step.seconds for step in anew]
 
 
@@ -109,10 +109,10 @@ def _wire_s(recording: Recording, link_gbps: float) -> float:
         (each.wire_rows, sum(each.gathered_rows) * (len(each.real_rows) - 1))
         for step in recording.steps
         for each in step.passes
-        if each.wire_rows
+        if each.wire_rows and sum(each.gathered_rows) and len(each.real_rows) > 1
     ]
     require(bool(passes), "link_gbps", link_gbps, "None for a run in which no row left its rank")
     exchanges = max(rows / once for rows, once in passes)
-    config = recording.config
-    itemsize = 4 if config["dtype"] == "float32" or config["device"] == "cpu" else 2
+    config = recorded_config(recording)
+    itemsize = 4 if config.dtype == "float32" or config.device == "cpu" else 2
     return exchanges * recording.model.hidden_size * itemsize * 8 / (link_gbps * 1e9)

@@ -14,6 +14,7 @@ from typing import Any
 from dp_runtime.errors import not_allowed, require
 from dp_runtime.experiments.measurement.request_record import RequestRecord
 from dp_runtime.experiments.results.tables import KEYS
+from dp_runtime.metrics.recorded.typed_fields import check_fields
 from dp_runtime.metrics.recording import Recording, readable, steps_of
 from dp_runtime.metrics.trace import StepTrace
 
@@ -90,10 +91,14 @@ def read_recording(path: Path) -> Recording:
 
 
 def read_requests(directory: Path) -> list[RequestRecord]:
-    return [
+    lines = _read_lines(directory / REQUESTS)
+    records = [
         RequestRecord(**{**values, "arrivals": tuple(map(tuple, values["arrivals"]))})
-        for values in _read_lines(directory / REQUESTS)
+        for values in lines
     ]
+    for number, record in enumerate(records, 1):
+        check_fields(record, f"request {number}", least=-1)
+    return records
 
 
 def _write_lines(path: Path, values: Sequence[Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dp_runtime.experiments.replay.device.requests import LEAD
 from dp_runtime.experiments.replay.recorded_steps import RecordedStep
-from dp_runtime.metrics.request_tokens import RequestTokens
+from dp_runtime.metrics.recorded.request_tokens import RequestTokens
 from dp_runtime.parallel.agreement import StepRecord
 
 

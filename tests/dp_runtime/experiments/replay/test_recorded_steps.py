@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,7 @@ from dp_runtime.experiments.replay.recorded_steps import (
     recorded_steps,
     replay_rows,
 )
+from dp_runtime.experiments.replay.what_if import what_if
 from dp_runtime.experiments.results.run_files import read_recording
 from dp_runtime.metrics.recording import Recording
 
@@ -76,16 +81,90 @@ def test_what_is_no_recording_is_refused(content: bytes, tmp_path: Path) -> None
 def test_steps_that_no_rank_had_are_refused(recordings: dict[bool, Recording]) -> None:
     recording = recordings[False]
     *others, last = recording.steps
-    record = last.record
+    record, (one,) = last.record, last.passes
+    voted = (*record[:15], 1, *record[16:])
     for changes, message in (
         ({"passes": ()}, r"step \d+ of rank \d: passes: 0 is not allowed; at least one"),
         ({"record": record[:3]}, "record: .* is not allowed; 22 integers"),
-        ({"record": ("a", *record[1:])}, "record: .* is not allowed; 22 integers"),
         ({"record": (record[0] + 1, *record[1:])}, "record: .*; records that ranks agree on"),
+        ({"record": (*record[:4], 99, *record[5:])}, r"record: real_rows: \(99,\) is not allowed"),
+        ({"record": voted, "passes": (replace(one, mode="graph"),)}, r"of rank 2: passes: .*graph"),
+        ({"passes": (replace(one, mode="fast"),)}, "passes: mode: 'fast' .*; graph, piecewise"),
+        (
+            {"passes": (replace(one, real_rows=(1,), gathered_rows=(1,)),)},
+            "position: 2 is not allowed; below 1",
+        ),
+        ({"passes": (replace(one, gathered_rows=()),)}, r"gathered_rows: \(\) is not allowed"),
+        ({"position": 0}, r"step \d+: positions: \[0, 0, 1\] is not allowed; each of 0..2 once"),
+        ({"schedule_s": -99.0}, "seconds: -.* is not allowed; above 0 in all"),
+        ({"attended_tokens": 2**40}, "attended_tokens: .* is not allowed; at most 2147483647"),
     ):
         edited = replace(recording, steps=(*others, replace(last, **changes)))
         with pytest.raises(ValueError, match=rf"recording: .*{message}"):
             measured_steps(edited)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prompt_tokens", 10**9, r"prompt_tokens: 10+ .* 1 or more that with \d+ of output"),
+        ("prompt_tokens", 0, "prompt_tokens: 0 is not allowed"),
+        ("max_tokens", 0, r"output_tokens: \d+ is not allowed; at most its max_tokens, 0"),
+    ],
+)
+def test_requests_that_no_model_serves_are_refused(
+    recordings: dict[bool, Recording], name: str, value: int, message: str
+) -> None:
+    steps = tuple(
+        replace(step, arrived=tuple(each._replace(**{name: value}) for each in step.arrived))
+        for step in recordings[False].steps
+    )
+    with pytest.raises(ValueError, match=rf"recording: request \d+: {message}"):
+        recorded_requests(replace(recordings[False], steps=steps))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every value within nested tables, and the first ones within lists."""
+    inner: Any = value if isinstance(value, dict) else ()
+    for name in range(min(len(value), 6)) if isinstance(value, list) else inner:
+        yield (*path, name)
+        yield from places(value[name], (*path, name))
+
+
+def with_value(value: Any, path: tuple[Any, ...], other: Any) -> Any:
+    if not path:
+        return other
+    edited = value.copy()
+    edited[path[0]] = with_value(value[path[0]], path[1:], other)
+    return edited
+
+
+def refusal(lines: Sequence[Any]) -> str:
+    """Say why lines of a recording are refused; nothing where they can be told from."""
+    try:
+        recording = Recording.from_lines(lines[0], map(json.dumps, lines[1:]))
+        what_if(recording, {"dp_size": 2, "routing": "round_robin"})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("absurd", ["x", -1, pytest.param(2**40, marks=pytest.mark.slow)])
+def test_no_edit_of_a_file_is_an_error_of_the_program(
+    recordings: dict[bool, Recording], absurd: Any
+) -> None:
+    """Each value of the header, of a request and of a step before which some came, in turn."""
+    text = gzip.decompress(recordings[True].to_bytes()).decode()
+    lines = [json.loads(line) for line in text.splitlines()]
+    came = next(at for at, line in enumerate(lines) if line.get("arrived"))
+    refused = [
+        refusal(with_value(lines, (number, *path), absurd))
+        for number in (0, 1, came)
+        for path in places(lines[number])
+        if number or path[0] != "config"  # whose own checks name its fields alone
+    ]
+    assert all(text.startswith("recording: ") for text in refused if text)
+    assert len(list(filter(None, refused))) > len(refused) / 2 > 30
 
 
 def test_a_recording_of_another_version_is_refused() -> None:
@@ -96,7 +175,8 @@ def test_a_recording_of_another_version_is_refused() -> None:
 
 @pytest.mark.parametrize("line", ["{}", "[]", '{"request_id": 1}'])
 def test_lines_of_nothing_known_are_refused(line: str) -> None:
-    header = {"format": "dp-runtime recording", "version": 2, "config": {}, "model": {}}
+    model = dict.fromkeys(("max_model_len", "hidden_size", "vocab_size", "cache_tokens"), 1)
+    header = {"format": "dp-runtime recording", "version": 2, "config": {}, "model": model}
     sizes: tuple[dict[str, int], ...] = (
         {"tokens": 1, "warm_up": 0},
         {"tokens": 0, "warm_up": 1},
@@ -104,5 +184,5 @@ def test_lines_of_nothing_known_are_refused(line: str) -> None:
         {},
     )
     for counts in sizes:
-        with pytest.raises(ValueError, match=r"recording: lines: .* is not allowed"):
+        with pytest.raises(ValueError, match=r"recording: (header|request 1|step 1|tokens): "):
             Recording.from_lines(header | counts, [line])

@@ -9,8 +9,8 @@ import pytest
 
 from dp_runtime.experiments import read_requests, read_steps
 from dp_runtime.experiments.results.run_files import read_json, read_recording, write_run
+from dp_runtime.metrics.recorded.request_tokens import RequestTokens
 from dp_runtime.metrics.recording import ModelSizes, Recording
-from dp_runtime.metrics.request_tokens import RequestTokens
 from tests.dp_runtime.experiments.measurement.test_figures import RECORDS, STEPS
 
 

@@ -49,6 +49,7 @@ class RequestTokens:
         if "logit_bias" in params:
             params["logit_bias"] = {int(token): n for token, n in params["logit_bias"].items()}
         words = tuple(map(tuple, values["bad_words"]))
+        SamplingParams(**params)  # checks them
         return cls(**{**values, **lists, "bad_words": words, "params": params})
 
     @property

@@ -1,0 +1,1 @@
+"""What a recording holds, and whether it can be so."""
