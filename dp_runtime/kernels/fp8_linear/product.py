@@ -1,9 +1,7 @@
 """Rows times an e4m3 matrix in Triton, in one launch, and the matrix widened.
 
 Each row of the matrix has a scale for each 128 inputs, by which the product of these is multiplied
-in float32; its inputs are in the order of `interleave`. Programs that share a tile leave their sums
-in memory; the last of them to come adds all up, always in the same order, and sets their counter
-back: a graph can replay the kernel.
+in float32; its inputs are in the order of `interleave`.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dp_runtime.kernels.dense_linear.parts import add_parts, leave_part
 from dp_runtime.kernels.expert_products import regroup, widen, zeros
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 from dp_runtime.weights.fp8_blocks import BLOCK
@@ -42,17 +41,10 @@ def product_kernel(
     if SPLIT:
         at = m.to(tl.int64)[:, None] * outputs + n
         size = rows.to(tl.int64) * outputs
-        tl.store(sums + part * size + at, total, mask=inside)
-        tl.debug_barrier()
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == split - 1:
-            tl.debug_barrier()
-            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for other in range(split):
-                total += tl.load(
-                    sums + other * size + at, mask=inside, other=0.0, cache_modifier=".cg"
-                )
+        at += sums
+        if leave_part(total, at + part * size, inside, counters + tile, split):
+            total = add_parts(at, size, inside, counters + tile, split, 1)
             _store(total, out, m, n, out_stride, inside)
-            tl.store(counters + tile, 0)
     else:
         _store(total, out, m, n, out_stride, inside)
 

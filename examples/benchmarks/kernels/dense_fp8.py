@@ -19,7 +19,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import exp, log
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ from examples.benchmarks.harness import machine
 from examples.benchmarks.harness.arguments import new_parser
 from examples.benchmarks.harness.device_timing import describe_gpu, graph_us, matmul_rate, read_rate
 from examples.benchmarks.kernels.parallel_builds import compile_all
-from examples.benchmarks.kernels.trials import relative_error, try_all
+from examples.benchmarks.kernels.trials import relative_error, summarize, try_all
 
 ROWS = (1, 8, 32, 64, 128, 512, 2048)
 MODELS = {  # outputs and inputs that are e4m3: in, out of mixers; gate-up, down of shared experts
@@ -166,24 +165,6 @@ def measure(
     for tile, us in list(found.items())[:2]:
         say(f"  {us:6.1f} us {us / floor:5.2f} x floor {cublas / us:5.2f} x cuBLAS's rate  {tile}")
     return found
-
-
-def summarize(rows: int, found: dict[str, dict[LinearTile, float]]) -> None:
-    """Tiles, each with its best split, by their mean distance from the best of each matrix."""
-    ratios: dict[LinearTile, dict[str, tuple[float, int]]] = defaultdict(dict)
-    for name, times in found.items():
-        best = min(times.values())
-        for tile, us in sorted(times.items(), key=lambda item: -item[1]):
-            ratios[replace(tile, split=1)][name] = (us / best, tile.split)
-    means = {
-        tile: exp(sum(log(ratio) for ratio, _ in each.values()) / len(each))
-        for tile, each in ratios.items()
-        if 2 * len(each) > len(found)
-    }
-    say(f"{rows} rows, over {len(found)} matrices:")
-    for tile, mean in sorted(means.items(), key=lambda item: item[1])[:3]:
-        splits = ", ".join(f"{name} {split}" for name, (_, split) in ratios[tile].items())
-        say(f"  {mean:.3f} x the best (on {len(ratios[tile])})  {tile}\n      splits: {splits}")
 
 
 def main() -> None:

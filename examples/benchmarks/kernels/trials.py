@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import exp, log
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from dp_runtime.kernels.dense_linear.tiles import DenseTile
+from dp_runtime.kernels.fp8_linear.tiles import LinearTile
+
 ALLOWED_ERROR = 1e-2  # bf16 rounds by up to 2^-9
 SHARED_MEMORY = 227 << 10  # bytes that a program, or all on a multiprocessor, may have on SM90
 Candidate = TypeVar("Candidate")
+Tile = TypeVar("Tile", LinearTile, DenseTile)
 
 
 def relative_error(found: Tensor, due: Tensor) -> float:
@@ -45,3 +52,22 @@ def try_all(
             print(f"  failed: {candidate}: {type(problem).__name__}: {str(problem)[:160]}")
             torch.cuda.synchronize()  # a device that is lost says so here, and ends the run
     return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def summarize(rows: int, found: Mapping[str, Mapping[Tile, float]]) -> None:
+    """Tiles, each with its best split, by their mean distance from the best of each matrix."""
+    ratios: dict[Tile, dict[str, tuple[float, int]]] = defaultdict(dict)
+    for name, times in found.items():
+        best = min(times.values())
+        for tile, us in sorted(times.items(), key=lambda item: -item[1]):
+            ratios[replace(tile, split=1)][name] = (us / best, tile.split)
+    means = {
+        tile: exp(sum(log(ratio) for ratio, _ in each.values()) / len(each))
+        for tile, each in ratios.items()
+        if 2 * len(each) > len(found)
+    }
+    print(f"{rows} rows, over {len(found)} matrices:")
+    for tile, mean in sorted(means.items(), key=lambda item: item[1])[:3]:
+        splits = ", ".join(f"{name} {split}" for name, (_, split) in ratios[tile].items())
+        print(f"  {mean:.3f} x the best (on {len(ratios[tile])})  {tile}\n      splits: {splits}")
+    print(end="", flush=True)

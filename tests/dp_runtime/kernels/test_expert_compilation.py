@@ -1,4 +1,4 @@
-"""Kernels of experts, routing, attention and gates compile for a GPU where there is none."""
+"""Kernels of experts, routing, attention, gates, products compile for a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def test_products_with_e4m3_matrices_compile_for_sm90() -> None:
     lines = lines_of(f"{__package__}.compile_fp8_linear")
     assert sum(line.startswith("product_kernel: ") for line in lines) == 8
     assert sum(line.startswith("widen_kernel: ") for line in lines) == 1
+
+
+@pytest.mark.slow
+def test_products_of_few_rows_compile_for_sm90() -> None:
+    lines = lines_of(f"{__package__}.compile_dense_linear")
+    assert sum(line.startswith("product_kernel: ") for line in lines) == 5

@@ -1,0 +1,33 @@
+"""How products of few rows are cut into programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DenseTile:
+    """The tiling: block_m rows by block_n outputs, the inputs split over programs."""
+
+    block_m: int
+    block_n: int
+    block_k: int  # inputs of a step of the loop, after those that are held
+    held: int  # inputs whose weights are loaded before the rows are there
+    split: int  # programs that share a tile, each with its part of the inputs
+    num_warps: int
+    num_stages: int
+    ahead: bool = True  # the L2 fetches the weights of the loop before the rows are there
+    tma: bool = False  # the copy engine reads weights, from capability 9.0 on
+
+    def share(self, inputs: int) -> int:
+        """Count the inputs of each part but the last, which may have fewer."""
+        steps = -(-(inputs - self.split * self.held) // (self.split * self.block_k))
+        return self.held + max(0, steps) * self.block_k
+
+    def num_tiles(self, rows: int, outputs: int) -> int:
+        return -(-rows // self.block_m) * -(-outputs // self.block_n)
+
+    def num_sums(self, rows: int, outputs: int) -> int:
+        """Count the float32 that programs leave for each other."""
+        area = self.block_m * self.block_n
+        return 0 if self.split == 1 else self.split * self.num_tiles(rows, outputs) * area

@@ -1,0 +1,199 @@
+"""Products of a decode step's few rows with bf16 matrices: cuBLAS, and our own kernel's tiles.
+
+    python -m examples.benchmarks.kernels.dense_bf16 [--models 30b ...] [--rows 1 64 ...]
+
+Matrices of the mixers of Qwen3-30B-A3B, Qwen3.5-35B-A3B and 397B-A17B, as a step finds them
+(harness/cold_timing.py): read from memory, after a kernel that writes the rows and lets the next
+one start early. Tiles are compiled beforehand in processes, and each is compared with cuBLAS. The
+floor is the bytes of weights at the measured copy rate. For each matrix and number of rows: cuBLAS,
+and the best tiles; then, for each number of rows, the tiles that are best over all matrices. What
+fails is named and left out; it ends after --seconds, with what it has found.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dp_runtime.kernels.dense_linear.run import multiply
+from dp_runtime.kernels.dense_linear.tiles import DenseTile
+from dp_runtime.kernels.fp8_linear.tiles import NUM_COUNTERS
+from examples.benchmarks.harness import machine
+from examples.benchmarks.harness.arguments import new_parser
+from examples.benchmarks.harness.cold_timing import CALLS, Call, ColdTimer
+from examples.benchmarks.harness.device_timing import read_rate
+from examples.benchmarks.kernels.parallel_builds import compile_all
+from examples.benchmarks.kernels.trials import (
+    ALLOWED_ERROR,
+    SHARED_MEMORY,
+    relative_error,
+    summarize,
+)
+
+ROWS = (16, 64, 32, 128, 8, 1)
+MODELS = {  # outputs and inputs; another model's output has those of one that is here
+    "30b": {"qkv": (5120, 2048), "out": (2048, 4096)},
+    "35b": {"qkv+gate": (9216, 2048), "delta in": (12352, 2048)},
+    "397b": {"qkv+gate": (17408, 4096), "delta in": (20608, 4096), "out": (4096, 8192)},
+}
+PLAIN, COPIED = False, True  # how weights are read
+FEW = (  # block_n, block_k, held, warps, stages, by the copy engine
+    (64, 128, 0, 4, 4, PLAIN), (64, 128, 0, 4, 6, COPIED), (64, 128, 128, 4, 4, PLAIN),
+    (64, 128, 256, 4, 3, PLAIN), (64, 128, 256, 4, 3, COPIED), (64, 128, 512, 8, 3, PLAIN),
+    (64, 128, 512, 4, 3, COPIED), (128, 128, 256, 8, 3, PLAIN), (128, 128, 0, 8, 4, COPIED),
+    (64, 128, 512, 4, 3, PLAIN), (64, 128, 1024, 8, 2, PLAIN), (64, 128, 1024, 8, 2, COPIED),
+    (32, 128, 256, 4, 4, PLAIN), (32, 128, 1024, 4, 3, COPIED),
+)  # fmt: skip
+KINDS = {  # by block_m
+    16: FEW,
+    32: FEW,
+    64: (
+        (64, 128, 0, 4, 3, PLAIN), (64, 128, 0, 4, 4, COPIED), (64, 64, 128, 4, 4, PLAIN),
+        (64, 128, 256, 4, 2, PLAIN), (64, 128, 256, 4, 2, COPIED), (128, 64, 128, 8, 4, PLAIN),
+        (128, 128, 0, 8, 3, COPIED), (128, 64, 256, 8, 3, COPIED),
+    ),
+    128: (
+        (64, 64, 0, 4, 4, PLAIN), (64, 64, 0, 4, 4, COPIED), (64, 64, 128, 4, 3, PLAIN),
+        (128, 64, 0, 8, 4, PLAIN), (128, 64, 0, 8, 4, COPIED), (128, 64, 128, 8, 3, PLAIN),
+        (128, 128, 0, 8, 3, COPIED), (128, 64, 256, 8, 2, COPIED),
+    ),
+}  # fmt: skip
+LEAST, MOST, MOST_HELD = 120, 340, 700  # programs; those that hold all their weights end early
+CUBLAS = "cuBLAS"
+BEST = 3  # that are printed
+
+
+def candidates(rows: int, outputs: int, inputs: int) -> Iterator[DenseTile]:
+    """Tiles with enough programs, whose sums are no more bytes than the matrix."""
+    block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
+    for n, k, held, warps, stages, tma in KINDS[block_m]:
+        tiles = -(-rows // block_m) * -(-outputs // n)
+        for split in (1, 2, 4, 8, 16):
+            tile = DenseTile(block_m, n, k, held, split, warps, stages, tma=tma)
+            moved = 8 * tile.num_sums(rows, outputs)
+            most = MOST_HELD if split * held >= inputs else MOST
+            fair = LEAST <= tiles * split <= most or (split == 1 and tiles > most)
+            if fair and moved <= 2 * outputs * inputs and fits(tile, inputs):
+                yield tile
+                if (held, tma, stages) == (0, PLAIN, KINDS[block_m][0][4]):
+                    yield replace(tile, ahead=False)
+
+
+def fits(tile: DenseTile, inputs: int) -> bool:
+    """Say if each part has what a program holds, and a program's shared memory suffices."""
+    left = inputs // tile.split - tile.held
+    looped = tile.num_stages * tile.block_k if left else 0
+    shared = 2 * (tile.held + looped) * (tile.block_m + tile.block_n)
+    return left >= 0 and shared < SHARED_MEMORY - 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel with one tile; how many parts there are, and their sizes, is not compiled in."""
+
+    tile: DenseTile
+    loops: bool
+
+    @classmethod
+    def of(cls, tile: DenseTile, inputs: int) -> Job:
+        return cls(replace(tile, split=min(tile.split, 2)), tile.share(inputs) > tile.held)
+
+
+def compile_one(job: Job) -> None:
+    """Run a kernel over a small matrix, which compiles it into Triton's cache."""
+    inputs = job.tile.split * (job.tile.held + job.loops * job.tile.block_k)
+    weight = torch.zeros(256, inputs, dtype=torch.bfloat16, device="cuda")
+    out = weight.new_empty(2, 256)
+    multiply(weight[:2], weight, out, new_counters(), job.tile)
+    torch.cuda.synchronize()
+
+
+def new_counters() -> Tensor:
+    return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device="cuda")
+
+
+def main() -> None:
+    parser = new_parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=55.0, help="from the start of main on")
+    parser.add_argument("--workers", type=int, default=min(24, os.cpu_count() or 1))
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    print(machine.describe("torch", "triton"), torch.cuda.get_device_name(), sep="\n", flush=True)
+    shapes = {f"{m} {part}": size for m in args.models for part, size in MODELS[m].items()}
+    points = [(rows, *size) for size in shapes.values() for rows in args.rows]
+    jobs = [Job.of(tile, point[2]) for point in points for tile in candidates(*point)]
+    compiled = compile_all(jobs, compile_one, args.workers, 0.5 * args.seconds)
+    timer, rate = ColdTimer.on(torch.device("cuda", 0)), read_rate()
+    print(f"reads and writes {rate / 1e12:.2f} TB/s")
+    found: dict[int, dict[str, dict[DenseTile, float]]] = defaultdict(dict)
+    for name, (outputs, inputs) in shapes.items():
+        weights = torch.empty(CALLS, outputs, inputs, dtype=torch.bfloat16, device="cuda")
+        weights.normal_(std=0.02)
+        for rows in args.rows:
+            if time.monotonic() > deadline:
+                print(f"{args.seconds:.0f} s are over: {name} with {rows} rows is left out")
+                continue
+            times = measure(name, weights.unbind(), rows, compiled, timer, rate)
+            if times:
+                found[rows][name] = times
+        del weights
+    for rows, by_name in found.items():
+        summarize(rows, by_name)
+
+
+def measure(
+    name: str,
+    weights: tuple[Tensor, ...],
+    rows: int,
+    compiled: set[Job],
+    timer: ColdTimer,
+    rate: float,
+) -> dict[DenseTile, float]:
+    """Time cuBLAS and all tiles together; microseconds, the fastest first."""
+    outputs, inputs = weights[0].shape
+    x = torch.randn(rows, inputs, device="cuda").bfloat16()
+    times = timer.times(calls(x, weights, compiled), x)
+    cublas = times.pop(CUBLAS, float("nan"))
+    floor = weights[0].nbytes / rate * 1e6
+    print(f"{name} {outputs} x {inputs}, {rows} rows: floor {floor:.1f} us, cuBLAS {cublas:.1f}")
+    tiles = {tile: us for tile, us in times.items() if isinstance(tile, DenseTile)}
+    ranked = dict(sorted(tiles.items(), key=lambda item: item[1]))
+    for tile, us in list(ranked.items())[:BEST]:
+        print(f"  {us:6.1f} us {us / floor:5.2f} x floor {us / cublas:5.2f} x cuBLAS  {tile}")
+    print(end="", flush=True)
+    return ranked
+
+
+def calls(
+    x: Tensor, weights: tuple[Tensor, ...], compiled: set[Job]
+) -> Iterator[tuple[str | DenseTile, Callable[[], Call]]]:
+    due, outputs, counters = F.linear(x, weights[0]), len(weights[0]), new_counters()
+
+    def compared(tile: DenseTile) -> Call:
+        def call(i: int) -> Tensor:
+            return multiply(x, weights[i], x.new_empty(len(x), outputs), counters, tile)
+
+        first, second = call(0), call(0)
+        error = relative_error(first, due)
+        assert error < ALLOWED_ERROR, f"differs from cuBLAS by {error:.3g}"
+        assert torch.equal(first, second), "another run has other bits"
+        return call
+
+    yield CUBLAS, lambda: lambda i: F.linear(x, weights[i])
+    for tile in candidates(len(x), *weights[0].shape):
+        if Job.of(tile, x.shape[1]) in compiled:
+            yield tile, partial(compared, tile)
+
+
+if __name__ == "__main__":
+    main()
