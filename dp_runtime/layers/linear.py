@@ -21,12 +21,22 @@ from dp_runtime.weights.fp8_blocks import BLOCK, num_blocks
 from dp_runtime.weights.source import WeightSource
 
 
+@dataclass(frozen=True)
+class Widened:
+    """An e4m3 matrix that could not stay so."""
+
+    name: str
+    why: str
+    num_bytes: int  # that it takes now
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """x [rows, inputs] -> x @ weight.T + bias, [rows, outputs]."""
 
     weight: Tensor  # [outputs, inputs]
     bias: Tensor | None
+    widened: tuple[Widened, ...] = ()  # of what its source keeps in e4m3
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -56,9 +66,10 @@ class Linear:
 
     @classmethod
     def load(
-        cls, weights: WeightSource, outputs: Mapping[str, int], inputs: int, bias: bool = False
-    ) -> Linear:
-        """Stack modules (name -> output size), each read into its place, so memory peaks at one."""
+        cls, weights: WeightSource, outputs: Mapping[str, int], inputs: int, bias: bool = False,
+        why: str = "it is read in the model's dtype alone",
+    ) -> Linear:  # fmt: skip
+        """Stack modules (name -> output size), each read into place; `why` e4m3 is widened."""
         total = sum(outputs.values())
         weight = torch.empty(total, inputs, dtype=weights.dtype, device=weights.device)
         biases = weight.new_empty(total) if bias else None
@@ -68,14 +79,21 @@ class Linear:
             if biases is not None:
                 biases[start : start + size] = weights.load(f"{name}.bias", (size,))
             start += size
-        return cls(weight, biases)
+        row = inputs * weights.dtype.itemsize
+        widened = tuple(
+            Widened(name, why, size * row)
+            for name, size in outputs.items()
+            if weights.keeps_fp8(f"{name}.weight")
+        )
+        return cls(weight, biases, widened)
 
     def ordered(self, order: Tensor | None) -> Linear:
         """Copy it with its outputs in another order, [outputs]."""
         if order is None:
             return self
         order = order.to(self.weight.device)
-        return Linear(self.weight[order], None if self.bias is None else self.bias[order])
+        bias = None if self.bias is None else self.bias[order]
+        return Linear(self.weight[order], bias, self.widened)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +151,7 @@ class Fp8Linear:
             weight[place] = interleave(values)
             scales[:, place] = blocks.repeat_interleave(BLOCK, 0)[:size].t()
             start += size
-        wide = Linear.load(weights, rest, inputs) if rest else None
+        wide = Linear.load(weights, rest, inputs, why=BEHIND) if rest else None
         if order is not None:
             own = order[:total].to(device)
             weight, scales = weight.view(torch.uint8)[own].view(E4M3), scales[:, own]
@@ -143,6 +161,7 @@ class Fp8Linear:
 
 
 Projection = Linear | Fp8Linear
+BEHIND, MIXED = (f"it is stacked {how} one that is not e4m3" for how in ("behind", "in turns with"))
 
 
 def load_projection(
@@ -157,13 +176,16 @@ def load_projection(
     None does with a bias, with inputs that are no multiple of 16, or if the order mixes both kinds.
     order: of the outputs, [outputs].
     """
+    if bias or inputs % GROUP:
+        why = "it has a bias" if bias else f"it has {inputs} inputs, no multiple of {GROUP}"
+        return Linear.load(weights, outputs, inputs, bias, why).ordered(order)
     kept: dict[str, int] = {}
     for name, size in outputs.items():
-        if bias or inputs % GROUP or not weights.keeps_fp8(f"{name}.weight"):
+        if not weights.keeps_fp8(f"{name}.weight"):
             break
         kept[name] = size
     total = sum(kept.values())
     if not kept or (order is not None and bool((order[:total] >= total).any())):
-        return Linear.load(weights, outputs, inputs, bias).ordered(order)
+        return Linear.load(weights, outputs, inputs, why=MIXED if kept else BEHIND).ordered(order)
     rest = {name: size for name, size in outputs.items() if name not in kept}
     return Fp8Linear.load(weights, kept, rest, inputs, order)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +151,7 @@ def log_choices(plan: RankPlan) -> None:
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
         if plan.model.fp8_exempt is not None:
             logger.info("dense backend %s: %s", plan.dense.backend, plan.dense.reason)
+            _log_widened(plan)
         _log_recurrent(plan)
         logger.info("CUDA graphs %s: %s", "on" if plan.graphs else "off", plan.graphs_reason)
         prefixes = plan.prefix_cache
@@ -173,6 +176,15 @@ def _log_attention(plan: RankPlan) -> None:
         logger.warning("attention backend %s is slow on %s: %s", backend, device, reason)
     else:
         logger.info("attention backend %s: %s", backend, reason)
+
+
+def _log_widened(plan: RankPlan) -> None:
+    found: dict[tuple[str, str], int] = defaultdict(int)
+    for each in plan.dense.widened:
+        found[re.sub(r"\.\d+\.", ".*.", each.name), each.why] += each.num_bytes
+    for (name, why), num_bytes in found.items():
+        taken = num_bytes / 2**20
+        logger.warning("%s is e4m3, and widened to %.1f MiB: %s", name, taken, why)
 
 
 def _log_recurrent(plan: RankPlan) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import not_allowed, require
+from dp_runtime.layers.linear import Widened
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.transports import choose_transport
 from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.speculative.draft import DraftConfig
-from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes
+from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, widened_matrices
 from dp_runtime.weights.fp8_names import Fp8Names
 
 
@@ -107,6 +108,10 @@ class DenseChoice:
     backend: str
     reason: str
     kept: Fp8Names = field(default_factory=Fp8Names, repr=False)
+    widened: tuple[Widened, ...] = ()  # of those that were to be kept
+
+    def built(self, models: object) -> DenseChoice:
+        return replace(self, widened=widened_matrices(models))
 
     def shapes(self, models: object) -> tuple[Fp8Shape, ...]:
         """List shapes that stay e4m3; ValueError if kernels for them were chosen and none does."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dp_runtime.attention.plan import LayerCache
 from dp_runtime.core.cache_spec import LayerState
-from dp_runtime.layers.linear import Fp8Linear
+from dp_runtime.layers.linear import Fp8Linear, Widened
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
 from dp_runtime.runner.graphs.forward_pieces import PieceInputs
@@ -54,6 +54,11 @@ def _tensors(value: object) -> Iterator[Tensor]:
 def fp8_shapes(models: object) -> tuple[Fp8Shape, ...]:
     """List the shapes of matrices that stay e4m3, each once."""
     return tuple(dict.fromkeys(Fp8Shape.of(linear) for linear in _parts(models, Fp8Linear)))
+
+
+def widened_matrices(models: object) -> tuple[Widened, ...]:
+    """List the e4m3 matrices that could not stay so."""
+    return tuple(dict.fromkeys(_parts(models, Widened)))
 
 
 def _parts(value: object, kind: type[Part]) -> Iterator[Part]:

@@ -154,7 +154,7 @@ def sketch_rank(
     return RankPlan(
         dp_rank=dp_rank, members=members, model=model, draft=draft, layers=layers,
         device=device, dtype=dtype, limits=limits, backend=backend, backend_reason=reason,
-        moe_backend=moe_backend, moe_reason=moe_reason, dense=dense,
+        moe_backend=moe_backend, moe_reason=moe_reason, dense=dense.built(models),
         fp8_shapes=dense.shapes(models), depth=choose_depth(config, device, backend),
         graphs=graphs, graphs_reason=graphs_reason, sharding=sharding, routing=routing,
         prefix_cache=choose_prefix_cache(config, keeps_state), images=images, pages=memory.pages,

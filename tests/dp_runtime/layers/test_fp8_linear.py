@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from dp_runtime.models.model import Model
 from dp_runtime.models.registry import build_model, read_model_config
 from dp_runtime.startup.execution_choices import DenseChoice, choose_dense
 from dp_runtime.startup.jit_modules import dense_jit_module
-from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, param_bytes
+from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, param_bytes, widened_matrices
 from dp_runtime.startup.rank_plan import plan_rank
 from dp_runtime.weights.dummy import DummyWeights, MetaWeights
 from dp_runtime.weights.fp8_blocks import BLOCK
@@ -218,10 +219,34 @@ def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.Mon
             held[name, load_format] = plan.memory.weights
             assert (plan.fp8_shapes != ()) == (name == "triton")
             assert ("on an H200 it took" in plan.dense.reason) == (name == "auto")
+            widened = {each.name.rpartition(".")[2] for each in plan.dense.widened}
+            assert widened <= {"gate", "shared_expert_gate"}, "routers; all others can stay"
     assert held["triton", "dummy"] == held["triton", "safetensors"]
     assert held["torch", "dummy"] == held["torch", "safetensors"] == held["auto", "dummy"]
     source = Checkpoint(str(path), CPU, BF16, fp8=Fp8Names.of_files([str(path)]))
     assert held["triton", "dummy"] == param_bytes(build(path, source, BF16))
+
+
+def test_a_matrix_that_is_widened_is_named_with_the_reason() -> None:
+    keeps = partial(DummyWeights, 0, CPU, BF16)
+    all_of_them, second = Fp8Names(exempt=()), Fp8Names(exempt=("model.a",))
+    sizes, around = {"model.a": 64, "model.b": 32, "model.c": 16}, Fp8Names(exempt=("model.b",))
+    backwards = torch.arange(111, -1, -1)
+    for linear, names, why in (
+        (load_projection(keeps(fp8=all_of_them), sizes, 128), "", ""),
+        (load_projection(keeps(), sizes, 128), "", ""),
+        (load_projection(keeps(fp8=all_of_them), sizes, 128, True), "abc", "it has a bias"),
+        (load_projection(keeps(fp8=all_of_them), sizes, 24), "abc", "it has 24 inputs, no multi"),
+        (load_projection(keeps(fp8=second), sizes, 128), "bc", "it is stacked behind one that is"),
+        (load_projection(keeps(fp8=around), sizes, 128), "c", "it is stacked behind one that is"),
+        (load_projection(keeps(fp8=around), sizes, 128, order=backwards), "ac", "in turns with"),
+        (Linear.load(keeps(fp8=second), sizes, 128), "bc", "it is read in the model's dtype alone"),
+    ):
+        found = widened_matrices(linear)
+        assert [each.name for each in found] == [f"model.{name}" for name in names]
+        assert all(why in each.why for each in found)
+        inputs = linear.shape[1]
+        assert [each.num_bytes for each in found] == [2 * inputs * sizes[e.name] for e in found]
 
 
 def test_the_floor_of_a_step_counts_what_is_read(path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from dp_runtime import EngineConfig
 from dp_runtime.attention.registry import choose_backend
+from dp_runtime.layers.linear import Widened
 from dp_runtime.startup.build_rank import log_choices
 from dp_runtime.startup.rank_plan import plan_rank
 from tests.checkpoints import tiny_checkpoint
@@ -32,6 +33,22 @@ def test_choices_are_said_once_and_memory_by_every_rank(
     assert [line.startswith("200 KV pages of 64 tokens, ") for line in lines] == [
         False, False, False, False, True, True,
     ]  # fmt: skip
+
+
+def test_e4m3_that_is_widened_is_said_once_for_all_layers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(str(tiny_checkpoint(tmp_path)), dp_size=2, num_pages=200)
+    plan = plan_rank(config, 0, "cpu")
+    widened = tuple(Widened(f"model.layers.{n}.a", "it has a bias", 2**20) for n in range(3))
+    plan = replace(
+        plan, dense=replace(plan.dense, widened=widened), model=replace(plan.model, fp8_exempt=())
+    )
+    log_choices(plan)
+    log_choices(replace(plan, sharding=replace(plan.sharding, position=1)))
+    (record,) = caplog.records
+    text = "model.layers.*.a is e4m3, and widened to 3.0 MiB: it has a bias"
+    assert (record.levelno, record.getMessage()) == (logging.WARNING, text)
 
 
 @pytest.mark.parametrize(("device", "backend", "level"), [
