@@ -76,7 +76,7 @@ def _load(
     allocated_before = allocated_bytes(device)
     sources = kept.sources(
         lambda: _open_weights(config, plan, on_bytes),
-        len(plan.layers), device, plan.dtype, on_bytes,
+        len(plan.layers), device, plan.dtype, on_bytes, plan.dense.reads_early,
     )  # fmt: skip
     slots = plan.limits.num_state_slots
     caches = [
@@ -138,8 +138,9 @@ def _open_weights(
 ) -> list[WeightSource]:  # of the model, then of its draft
     draft = [] if plan.draft is None else [plan.draft.directory]
     format_, seed, device = config.load_format, config.seed, torch.device(plan.device)
+    dense = plan.dense.kept, plan.dense.reads_early
     return [
-        open_weights(directory, format_, seed, plan.dtype, device, on_bytes, plan.dense.kept)
+        open_weights(directory, format_, seed, plan.dtype, device, on_bytes, *dense)
         for directory in (config.model, *draft)
     ]
 
@@ -149,7 +150,7 @@ def log_choices(plan: RankPlan) -> None:
     if plan.sharding.position == 0:
         _log_attention(plan)
         logger.info("MoE backend %s: %s", plan.moe_backend, plan.moe_reason)
-        if plan.model.fp8_exempt is not None:
+        if plan.dense.is_notable:
             logger.info("dense backend %s: %s", plan.dense.backend, plan.dense.reason)
             _log_widened(plan)
         _log_recurrent(plan)

@@ -9,13 +9,19 @@ import torch
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import not_allowed, require
+from dp_runtime.kernels.dense_linear.measured import EarlyTiles
 from dp_runtime.layers.linear import Widened
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.models.config import ModelConfig
 from dp_runtime.parallel.transports import choose_transport
 from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.speculative.draft import DraftConfig
-from dp_runtime.startup.memory_estimate import Fp8Shape, fp8_shapes, widened_matrices
+from dp_runtime.startup.memory_estimate import (
+    Fp8Shape,
+    early_tiles,
+    fp8_shapes,
+    widened_matrices,
+)
 from dp_runtime.weights.fp8_names import Fp8Names
 
 
@@ -103,22 +109,31 @@ def page_hasher(config: EngineConfig) -> PageHasher:
 
 @dataclass(frozen=True)
 class DenseChoice:
-    """What multiplies e4m3 matrices beside the experts, and which of them stay e4m3 for it."""
+    """What multiplies matrices beside the experts, and which of them stay e4m3 for it."""
 
-    backend: str
+    backend: str  # of those that are e4m3 in the checkpoint
     reason: str
     kept: Fp8Names = field(default_factory=Fp8Names, repr=False)
     widened: tuple[Widened, ...] = ()  # of those that were to be kept
+    reads_early: bool = False  # others' kernels are those that were measured to be faster
+    fp8_shapes: tuple[Fp8Shape, ...] = ()  # of matrices that stay e4m3
+    early_tiles: tuple[EarlyTiles, ...] = ()  # of others with kernels of ours
+
+    @property
+    def is_notable(self) -> bool:
+        return self.reason != NO_E4M3 or bool(self.widened)
 
     def built(self, models: object) -> DenseChoice:
-        return replace(self, widened=widened_matrices(models))
-
-    def shapes(self, models: object) -> tuple[Fp8Shape, ...]:
-        """List shapes that stay e4m3; ValueError if kernels for them were chosen and none does."""
-        found = fp8_shapes(models)
+        """Add what was built; ValueError if kernels for e4m3 were chosen and no matrix stays so."""
+        shapes, early, widened = fp8_shapes(models), early_tiles(models), widened_matrices(models)
         allowed = "auto or torch: no matrix beside the experts can stay e4m3"
-        require(bool(found) or self.backend != "triton", "dense_backend", self.backend, allowed)
-        return found
+        require(bool(shapes) or self.backend != "triton", "dense_backend", self.backend, allowed)
+        reason = self.reason
+        if early:
+            sizes = ", ".join(f"{tiles.outputs} x {tiles.inputs}" for tiles in early)
+            reason += f"; of few rows, {sizes} by a kernel that was faster than cuBLAS on an H200"
+        found = replace(self, widened=widened, fp8_shapes=shapes, early_tiles=early)
+        return replace(found, reason=reason)
 
 
 def choose_dense(
@@ -132,15 +147,22 @@ def choose_dense(
     name = config.dense_backend
     if name == "triton":
         _check_triton_dense(model, dtype, device)
+    early = name != "torch" and _fits_early(dtype, device)
     if model.fp8_exempt is None:
-        return DenseChoice("torch", NO_E4M3)
+        return DenseChoice("torch", NO_E4M3, reads_early=early)
     if name != "triton":
         why = SLOW_PROMPTS if name == "auto" and device.type == "cuda" else "e4m3 is widened"
-        return DenseChoice("torch", why)
+        return DenseChoice("torch", why, reads_early=early)
     directories = [config.model, *([] if draft is None else [draft.directory])]
     dummy = config.load_format == "dummy"
     kept = Fp8Names(exempt=model.fp8_exempt) if dummy else Fp8Names.of_files(directories)
-    return DenseChoice(name, "chosen in the configuration", kept)
+    return DenseChoice(name, "chosen in the configuration", kept, reads_early=early)
+
+
+def _fits_early(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell if kernels would do here as they were measured to."""
+    on_gpu = device.type == "cuda" and dtype == torch.bfloat16
+    return on_gpu and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _check_triton_dense(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:

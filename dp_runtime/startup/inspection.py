@@ -118,7 +118,7 @@ def _choice_lines(config: EngineConfig, plan: RankPlan) -> list[str]:
 
 
 def _dense_lines(plan: RankPlan) -> list[str]:
-    if plan.model.fp8_exempt is None:
+    if not plan.dense.is_notable:
         return []
     return [f"dense      {plan.dense.backend}: {plan.dense.reason}"]
 

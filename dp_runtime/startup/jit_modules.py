@@ -14,6 +14,8 @@ from dp_runtime.attention.registry import backend_class
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.core.recurrent_metadata import MAX_STEPPED, Drafts, RecurrentMetadata, Tracks
 from dp_runtime.core.request import RoutingShape
+from dp_runtime.kernels.dense_linear.measured import EarlyTiles
+from dp_runtime.kernels.dense_linear.tiles import TAIL, DenseTile
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.kernels.fp8_linear.tiles import (
     NUM_COUNTERS,
@@ -66,11 +68,38 @@ def _delta_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
 
 
 def _dense_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
-    if not plan.fp8_shapes:
-        return ()
-    import_module("dp_runtime.kernels.fp8_linear.run")
-    on = plan.dtype, torch.device(plan.device)
-    return (dense_jit_module(plan.fp8_shapes, plan.limits.max_num_tokens, *on),)
+    modules, dense, on = list[JitModule](), plan.dense, (plan.dtype, torch.device(plan.device))
+    if dense.fp8_shapes:
+        import_module("dp_runtime.kernels.fp8_linear.run")
+        modules.append(dense_jit_module(dense.fp8_shapes, plan.limits.max_num_tokens, *on))
+    if dense.early_tiles:
+        import_module("dp_runtime.kernels.dense_linear.run")
+        modules.append(early_jit_module(dense.early_tiles, *on))
+    return tuple(modules)
+
+
+def early_jit_module(
+    early: Sequence[EarlyTiles], dtype: torch.dtype, device: torch.device
+) -> JitModule:
+    """Make a module of the products of few rows with matrices of these shapes."""
+    kinds = {
+        (*tile.kind(tiles.inputs), 256 + tiles.outputs % TAIL): None
+        for tiles in early
+        for tile in tiles.tiles
+    }
+    multiply = partial(_multiply_early, tuple(kinds), dtype, device)
+    return JitModule("Triton matrices of few rows", multiply, by_triton=True)
+
+
+def _multiply_early(
+    kinds: Sequence[tuple[DenseTile, int, int]], dtype: torch.dtype, device: torch.device
+) -> None:
+    from dp_runtime.kernels.dense_linear.run import multiply
+
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    for tile, inputs, outputs in kinds:
+        weight = torch.zeros(outputs, inputs, dtype=dtype, device=device)
+        multiply(weight[:2], weight, weight.new_empty(2, outputs), counters, tile)
 
 
 def dense_jit_module(
@@ -85,7 +114,8 @@ def dense_jit_module(
             if tile is not None:
                 tile = replace(tile, split=min(tile.split, 2))
             kinds[tile, small] = None
-    return JitModule("Triton e4m3 matrices", partial(_multiply, tuple(kinds), dtype, device))
+    multiply = partial(_multiply, tuple(kinds), dtype, device)
+    return JitModule("Triton e4m3 matrices", multiply, by_triton=True)
 
 
 def _with_tails_of(shape: Fp8Shape) -> Fp8Shape:

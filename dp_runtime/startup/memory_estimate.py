@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dp_runtime.attention.plan import LayerCache
 from dp_runtime.core.cache_spec import LayerState
+from dp_runtime.kernels.dense_linear.measured import EarlyTiles
 from dp_runtime.layers.linear import Fp8Linear, Widened
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
@@ -59,6 +60,11 @@ def fp8_shapes(models: object) -> tuple[Fp8Shape, ...]:
 def widened_matrices(models: object) -> tuple[Widened, ...]:
     """List the e4m3 matrices that could not stay so."""
     return tuple(dict.fromkeys(_parts(models, Widened)))
+
+
+def early_tiles(models: object) -> tuple[EarlyTiles, ...]:
+    """List how matrices are multiplied whose weights are asked for early, each shape once."""
+    return tuple(dict.fromkeys(_parts(models, EarlyTiles)))
 
 
 def _parts(value: object, kind: type[Part]) -> Iterator[Part]:

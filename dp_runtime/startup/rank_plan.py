@@ -34,7 +34,7 @@ from dp_runtime.startup.execution_choices import (
     choose_prefix_cache,
     resolve_dtype,
 )
-from dp_runtime.startup.memory_estimate import Fp8Shape, param_bytes
+from dp_runtime.startup.memory_estimate import param_bytes
 from dp_runtime.startup.memory_plan import MemoryNeeds, plan_memory
 from dp_runtime.startup.served_models import ServedModels
 from dp_runtime.weights.dummy import MetaWeights
@@ -65,7 +65,6 @@ class RankPlan:
     moe_backend: str
     moe_reason: str
     dense: DenseChoice
-    fp8_shapes: tuple[Fp8Shape, ...]  # of matrices that stay e4m3
     graphs: bool  # decode steps are captured
     graphs_reason: str
     depth: int  # steps that may be uncommitted when the next is scheduled
@@ -133,7 +132,7 @@ def sketch_rank(
     routing = _routing(config, model, moe_backend)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     dense = choose_dense(config, model, draft, dtype, torch_device)
-    meta = partial(MetaWeights, dtype, torch_device, dense.kept)
+    meta = partial(MetaWeights, dtype, torch_device, dense.kept, dense.reads_early)
     build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
     models = build(weights := meta(), sharding)
     needs = MemoryNeeds(
@@ -155,7 +154,7 @@ def sketch_rank(
         dp_rank=dp_rank, members=members, model=model, draft=draft, layers=layers,
         device=device, dtype=dtype, limits=limits, backend=backend, backend_reason=reason,
         moe_backend=moe_backend, moe_reason=moe_reason, dense=dense.built(models),
-        fp8_shapes=dense.shapes(models), depth=choose_depth(config, device, backend),
+        depth=choose_depth(config, device, backend),
         graphs=graphs, graphs_reason=graphs_reason, sharding=sharding, routing=routing,
         prefix_cache=choose_prefix_cache(config, keeps_state), images=images, pages=memory.pages,
         load_bytes=weights.bytes_read, memory=memory.use, shortage=memory.shortage,

@@ -23,9 +23,10 @@ class DummyWeights(NoCheckpoint):
         dtype: torch.dtype,
         on_bytes: Callable[[int], None] = ignore_bytes,
         fp8: Container[str] = (),  # names that stay e4m3
+        reads_early: bool = False,
     ) -> None:
         self.device = self.runs_on = device
-        self.dtype = dtype
+        self.dtype, self.reads_early = dtype, reads_early
         self.bytes_read = 0
         self._seed = seed
         self._on_bytes = on_bytes
@@ -69,9 +70,15 @@ class DummyWeights(NoCheckpoint):
 class MetaWeights(NoCheckpoint):
     """Tensors on the meta device, counted in `bytes_read`."""
 
-    def __init__(self, dtype: torch.dtype, runs_on: torch.device, fp8: Container[str] = ()) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        runs_on: torch.device,
+        fp8: Container[str] = (),
+        reads_early: bool = False,
+    ) -> None:
         self.device, self.runs_on = torch.device("meta"), runs_on
-        self.dtype = dtype
+        self.dtype, self.reads_early = dtype, reads_early
         self.bytes_read = 0
         self._fp8 = fp8
 

@@ -17,6 +17,7 @@ class WeightSource(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    reads_early: bool  # `kernels.dense_linear` multiplies the matrices it was faster with
 
     @property
     def runs_on(self) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+TAIL = 16  # inputs or outputs, to which all alignments are alike
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,13 @@ class DenseTile:
         """Count the inputs of each part but the last, which may have fewer."""
         steps = -(-(inputs - self.split * self.held) // (self.split * self.block_k))
         return self.held + max(0, steps) * self.block_k
+
+    def kind(self, inputs: int) -> tuple[DenseTile, int]:
+        """Give the simplest tile, and few inputs, for which the same kernel is compiled."""
+        simple = replace(self, split=min(self.split, 2))
+        share = self.held + (self.block_k if self.share(inputs) > self.held else 0)
+        tail = 0 if inputs == self.split * self.share(inputs) else TAIL
+        return simple, simple.split * share - tail
 
     def num_tiles(self, rows: int, outputs: int) -> int:
         return -(-rows // self.block_m) * -(-outputs // self.block_n)

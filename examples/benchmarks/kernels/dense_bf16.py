@@ -6,8 +6,10 @@ Matrices of the mixers of Qwen3-30B-A3B, Qwen3.5-35B-A3B and 397B-A17B, as a ste
 (harness/cold_timing.py): read from memory, after a kernel that writes the rows and lets the next
 one start early. Tiles are compiled beforehand in processes, and each is compared with cuBLAS. The
 floor is the bytes of weights at the measured copy rate. For each matrix and number of rows: cuBLAS,
-and the best tiles; then, for each number of rows, the tiles that are best over all matrices. What
-fails is named and left out; it ends after --seconds, with what it has found.
+and the best tiles. At the end of a matrix: the tiles that are best, as rows of the table by which
+the runtime chooses (dp_runtime/kernels/dense_linear/measured.py); at the end, for each number of
+rows, those that are best over all matrices. What fails is named and left out; it ends after
+--seconds, with what it has found.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +72,13 @@ KINDS = {  # by block_m
 LEAST, MOST, MOST_HELD = 120, 340, 700  # programs; those that hold all their weights end early
 CUBLAS = "cuBLAS"
 BEST = 3  # that are printed
+Job = tuple[DenseTile, int]
+Times = dict[str | DenseTile, float]
 
 
 def candidates(rows: int, outputs: int, inputs: int) -> Iterator[DenseTile]:
     """Tiles with enough programs, whose sums are no more bytes than the matrix."""
-    block_m = min(128, max(16, 1 << (rows - 1).bit_length()))
+    block_m = block_m_of(rows)
     for n, k, held, warps, stages, tma in KINDS[block_m]:
         tiles = -(-rows // block_m) * -(-outputs // n)
         for split in (1, 2, 4, 8, 16):
@@ -87,6 +92,10 @@ def candidates(rows: int, outputs: int, inputs: int) -> Iterator[DenseTile]:
                     yield replace(tile, ahead=False)
 
 
+def block_m_of(rows: int) -> int:
+    return min(128, max(16, 1 << (rows - 1).bit_length()))
+
+
 def fits(tile: DenseTile, inputs: int) -> bool:
     """Say if each part has what a program holds, and a program's shared memory suffices."""
     left = inputs // tile.split - tile.held
@@ -95,24 +104,12 @@ def fits(tile: DenseTile, inputs: int) -> bool:
     return left >= 0 and shared < SHARED_MEMORY - 1024
 
 
-@dataclass(frozen=True)
-class Job:
-    """A kernel with one tile; how many parts there are, and their sizes, is not compiled in."""
-
-    tile: DenseTile
-    loops: bool
-
-    @classmethod
-    def of(cls, tile: DenseTile, inputs: int) -> Job:
-        return cls(replace(tile, split=min(tile.split, 2)), tile.share(inputs) > tile.held)
-
-
 def compile_one(job: Job) -> None:
     """Run a kernel over a small matrix, which compiles it into Triton's cache."""
-    inputs = job.tile.split * (job.tile.held + job.loops * job.tile.block_k)
+    tile, inputs = job
     weight = torch.zeros(256, inputs, dtype=torch.bfloat16, device="cuda")
     out = weight.new_empty(2, 256)
-    multiply(weight[:2], weight, out, new_counters(), job.tile)
+    multiply(weight[:2], weight, out, new_counters(), tile)
     torch.cuda.synchronize()
 
 
@@ -131,7 +128,7 @@ def main() -> None:
     print(machine.describe("torch", "triton"), torch.cuda.get_device_name(), sep="\n", flush=True)
     shapes = {f"{m} {part}": size for m in args.models for part, size in MODELS[m].items()}
     points = [(rows, *size) for size in shapes.values() for rows in args.rows]
-    jobs = [Job.of(tile, point[2]) for point in points for tile in candidates(*point)]
+    jobs = [tile.kind(point[2]) for point in points for tile in candidates(*point)]
     compiled = compile_all(jobs, compile_one, args.workers, 0.5 * args.seconds)
     timer, rate = ColdTimer.on(torch.device("cuda", 0)), read_rate()
     print(f"reads and writes {rate / 1e12:.2f} TB/s")
@@ -139,16 +136,18 @@ def main() -> None:
     for name, (outputs, inputs) in shapes.items():
         weights = torch.empty(CALLS, outputs, inputs, dtype=torch.bfloat16, device="cuda")
         weights.normal_(std=0.02)
+        of_matrix = dict[int, Times]()
         for rows in args.rows:
             if time.monotonic() > deadline:
                 print(f"{args.seconds:.0f} s are over: {name} with {rows} rows is left out")
                 continue
-            times = measure(name, weights.unbind(), rows, compiled, timer, rate)
-            if times:
-                found[rows][name] = times
+            of_matrix[rows] = measure(name, weights.unbind(), rows, compiled, timer, rate)
+        print(*table(outputs, inputs, of_matrix), sep="\n", flush=True)
+        for rows, times in of_matrix.items():
+            found[rows][name] = tiles_of(times)
         del weights
     for rows, by_name in found.items():
-        summarize(rows, by_name)
+        summarize(rows, {name: times for name, times in by_name.items() if times})
 
 
 def measure(
@@ -158,20 +157,39 @@ def measure(
     compiled: set[Job],
     timer: ColdTimer,
     rate: float,
-) -> dict[DenseTile, float]:
-    """Time cuBLAS and all tiles together; microseconds, the fastest first."""
+) -> Times:
+    """Time cuBLAS and all tiles together, in microseconds."""
     outputs, inputs = weights[0].shape
     x = torch.randn(rows, inputs, device="cuda").bfloat16()
     times = timer.times(calls(x, weights, compiled), x)
-    cublas = times.pop(CUBLAS, float("nan"))
-    floor = weights[0].nbytes / rate * 1e6
+    cublas, floor = times.get(CUBLAS, float("nan")), weights[0].nbytes / rate * 1e6
     print(f"{name} {outputs} x {inputs}, {rows} rows: floor {floor:.1f} us, cuBLAS {cublas:.1f}")
-    tiles = {tile: us for tile, us in times.items() if isinstance(tile, DenseTile)}
-    ranked = dict(sorted(tiles.items(), key=lambda item: item[1]))
-    for tile, us in list(ranked.items())[:BEST]:
+    for tile, us in list(tiles_of(times).items())[:BEST]:
         print(f"  {us:6.1f} us {us / floor:5.2f} x floor {us / cublas:5.2f} x cuBLAS  {tile}")
     print(end="", flush=True)
-    return ranked
+    return times
+
+
+def tiles_of(times: Times) -> dict[DenseTile, float]:
+    """Leave cuBLAS out; the fastest first."""
+    own = {tile: us for tile, us in times.items() if isinstance(tile, DenseTile)}
+    return dict(sorted(own.items(), key=lambda item: item[1]))
+
+
+def table(outputs: int, inputs: int, by_rows: dict[int, Times]) -> Iterator[str]:
+    """For each block_m the tile with the least times beside the best of each number of rows."""
+    groups: dict[int, dict[int, Times]] = defaultdict(dict)
+    for rows, times in sorted(by_rows.items()):
+        if CUBLAS in times and len(times) > 1:
+            groups[block_m_of(rows)][rows] = times
+    for group in groups.values():
+        alike = [dict.fromkeys(tiles_of(times)) for times in group.values()]
+        tiles = [tile for tile in alike[0] if all(tile in other for other in alike)]
+        if not tiles:
+            continue
+        tile = min(tiles, key=lambda t: prod(x[t] / min(x.values()) for x in group.values()))
+        rows_of = (f"({n}, {x[CUBLAS]:.1f}, {x[tile]:.1f})" for n, x in group.items())
+        yield f"MeasuredProduct({outputs}, {inputs}, {tile}, ({', '.join(rows_of)},)),"
 
 
 def calls(
@@ -191,7 +209,7 @@ def calls(
 
     yield CUBLAS, lambda: lambda i: F.linear(x, weights[i])
     for tile in candidates(len(x), *weights[0].shape):
-        if Job.of(tile, x.shape[1]) in compiled:
+        if tile.kind(x.shape[1]) in compiled:
             yield tile, partial(compared, tile)
 
 

@@ -91,6 +91,20 @@ def test_parts_hold_what_they_can_and_loop_over_the_rest(
     assert tile.share(inputs) == share
 
 
+@pytest.mark.parametrize("inputs", [272, 384, 2048, 4096])
+@pytest.mark.parametrize("tile", [HELD, SHARED, LOOPED, DenseTile(16, 64, 128, 256, 8, 4, 3)])
+def test_a_small_matrix_has_the_same_kernel(inputs: int, tile: DenseTile) -> None:
+    simple, few = tile.kind(inputs)
+    assert few <= 2 * (tile.held + tile.block_k)
+    assert (simple.split - 1) * simple.share(few) < few
+    for of_both in (
+        lambda tile, inputs: tile.share(inputs) > tile.held,
+        lambda tile, inputs: tile.share(inputs) * tile.split == inputs,
+        lambda tile, inputs: tile.split > 1,
+    ):
+        assert of_both(simple, few) == of_both(tile, inputs)
+
+
 def test_a_split_into_more_parts_than_there_are_inputs_is_refused() -> None:
     tile = DenseTile(16, 64, 64, 64, 4, 4, 3)
     weight = torch.zeros(64, 192, device=DEVICE)

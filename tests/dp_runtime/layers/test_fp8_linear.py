@@ -56,7 +56,7 @@ def regrouped(weight: Tensor) -> Tensor:
 
 
 def widened(linear: Projection) -> Tensor:
-    if isinstance(linear, Linear):
+    if not isinstance(linear, Fp8Linear):
         return linear.weight
     by_input = linear.scales.repeat_interleave(BLOCK, 0)[: linear.shape[1]].t()
     own = (regrouped(linear.weight.float()) * by_input).to(linear.dtype)
@@ -165,7 +165,7 @@ def test_on_cpu_and_by_default_all_is_widened(backend: str, path: Path) -> None:
     plan = plan_rank(config, 0, "cpu")
     assert plan.dense.backend == "torch"
     assert "widened" in plan.dense.reason
-    assert plan.fp8_shapes == ()
+    assert plan.dense.fp8_shapes == ()
     with pytest.raises(ValueError, match="dense_backend: 'triton' is not allowed; auto or torch"):
         plan_rank(EngineConfig(str(path), dense_backend="triton", **settings), 0, "cpu")
 
@@ -191,11 +191,11 @@ def test_a_gpu_that_could_not_use_it_says_why(
 
 def test_kernels_without_a_matrix_are_refused(path: Path) -> None:
     wide = build(path, MetaWeights(BF16, torch.device("cuda")), BF16)
-    assert DenseChoice("torch", "for the test").shapes(wide) == ()
+    assert DenseChoice("torch", "for the test").built(wide).fp8_shapes == ()
     with pytest.raises(
         ValueError, match="'triton' is not allowed; auto or torch: no matrix beside"
     ):
-        DenseChoice("triton", "for the test").shapes(wide)
+        DenseChoice("triton", "for the test").built(wide)
 
 
 def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +217,7 @@ def test_a_plan_counts_what_a_gpu_would_keep(path: Path, monkeypatch: pytest.Mon
             )  # fmt: skip
             plan = plan_rank(config, 0, "cuda:0")
             held[name, load_format] = plan.memory.weights
-            assert (plan.fp8_shapes != ()) == (name == "triton")
+            assert (plan.dense.fp8_shapes != ()) == (name == "triton")
             assert ("on an H200 it took" in plan.dense.reason) == (name == "auto")
             widened = {each.name.rpartition(".")[2] for each in plan.dense.widened}
             assert widened <= {"gate", "shared_expert_gate"}, "routers; all others can stay"
@@ -255,7 +255,7 @@ def test_the_floor_of_a_step_counts_what_is_read(path: Path) -> None:
         source = MetaWeights(BF16, torch.device("cuda"), names if keeps_fp8 else ())
         due = 0.0
         for linear in projections(build(path, source, BF16)):
-            if isinstance(linear, Linear):
+            if not isinstance(linear, Fp8Linear):
                 due += linear.weight.nbytes
                 continue
             due += linear.weight.nbytes * (1 + 4 / BLOCK)
