@@ -10,18 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dp_runtime.kernels.expert_products import SCALE_BLOCK, add_product, operand, scales_of, zeros
+from dp_runtime.kernels.expert_products import (
+    SCALE_BLOCK,
+    add_product,
+    operand,
+    powers_near,
+    scales_of,
+    zeros,
+)
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gate_up_kernel(
-    x, gate_up, gate_up_blocks, scales, activated, counts, pairs, rows, num_local,
+    x, gate_up, gate_up_blocks, scales, activated, peaks, counts, pairs, rows, num_local,
     x_stride, intermediate,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_EXPERT: tl.constexpr, REST: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
-    WIDENING: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
+    F16: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -33,9 +40,9 @@ def gate_up_kernel(
         first = 0
         while first < count:
             _gate_up_tile(
-                x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+                x, gate_up, gate_up_blocks, scales, activated, peaks, pairs, rows,
                 expert, column, first, count, None, x_stride, intermediate,
-                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING, JOINT,
+                HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, JOINT,
             )  # fmt: skip
             first += BLOCK_M
     else:
@@ -45,26 +52,26 @@ def gate_up_kernel(
             expert, begin, first, count = _place(tile // columns, all_counts, ends, LOCAL, BLOCK_M)
             if count - first > REST:
                 _gate_up_tile(
-                    x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+                    x, gate_up, gate_up_blocks, scales, activated, peaks, pairs, rows,
                     expert, tile % columns, first, count, begin, x_stride, intermediate,
-                    HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING, JOINT,
+                    HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, JOINT,
                 )  # fmt: skip
             elif REST > 0:
                 _gate_up_tile(
-                    x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+                    x, gate_up, gate_up_blocks, scales, activated, peaks, pairs, rows,
                     expert, tile % columns, first, count, begin, x_stride, intermediate,
-                    HIDDEN, TOP_K, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING, JOINT,
+                    HIDDEN, TOP_K, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, JOINT,
                 )  # fmt: skip
             tile += tl.num_programs(0)
 
 
 @triton.jit
 def _gate_up_tile(
-    x, gate_up, gate_up_blocks, scales, activated, pairs, rows,
+    x, gate_up, gate_up_blocks, scales, activated, peaks, pairs, rows,
     expert, column, first, count, begin, x_stride, intermediate,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, REGROUP: tl.constexpr, WIDENING: tl.constexpr, JOINT: tl.constexpr,
+    SWAP: tl.constexpr, REGROUP: tl.constexpr, F16: tl.constexpr, JOINT: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of one expert's pairs and of columns: by pair, or from row `begin` on."""
     index = first + tl.arange(0, BLOCK_M)
@@ -85,8 +92,9 @@ def _gate_up_tile(
     else:
         gate = zeros(BLOCK_M, BLOCK_N, SWAP)
         up = zeros(BLOCK_M, BLOCK_N, SWAP)
+        factor = 0.125 if F16 else None
         for start in range(0, HIDDEN, BLOCK_K):
-            a = operand(_block(x_at, start + k, HIDDEN, BLOCK_K), REGROUP, WIDENING)
+            a = operand(_block(x_at, start + k, HIDDEN, BLOCK_K), factor, REGROUP)
             if gate_up_blocks is not None:
                 g = gate_up_blocks.load([gate_row, start])
                 u = gate_up_blocks.load([gate_row + intermediate, start])
@@ -94,18 +102,23 @@ def _gate_up_tile(
                 g = _block(gate_at, start + k, HIDDEN, BLOCK_K)
                 u = _block(up_at, start + k, HIDDEN, BLOCK_K)
             at = start // SCALE_BLOCK
-            gate = add_product(a, g, gate, scales, of_gate + at, SWAP, REGROUP, WIDENING)
-            up = add_product(a, u, up, scales, of_up + at, SWAP, REGROUP, WIDENING)
+            gate = add_product(a, g, gate, scales, of_gate + at, SWAP, REGROUP)
+            up = add_product(a, u, up, scales, of_up + at, SWAP, REGROUP)
         if SWAP:
             gate, up = gate.T, up.T
+        if F16:
+            gate, up = gate * 8.0, up * 8.0
     # Gate and up are rounded first, as separate products would round them.
     dtype = activated.dtype.element_ty
     gate = gate.to(dtype).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    value = silu * up.to(dtype).to(tl.float32)
-    target = pair if begin is None else begin + index
-    at = activated + target.to(tl.int64)[:, None] * intermediate + n
-    tl.store(at, value.to(dtype), mask=ours[:, None] & (n < intermediate))
+    value = (silu * up.to(dtype).to(tl.float32)).to(dtype)
+    target = (pair if begin is None else begin + index).to(tl.int64)
+    inside = ours[:, None] & (n < intermediate)
+    tl.store(activated + target[:, None] * intermediate + n, value, mask=inside)
+    if peaks is not None:
+        peak = tl.max(tl.abs(value.to(tl.float32)), 1)  # of a whole block
+        tl.store(peaks + target * tl.cdiv(intermediate, BLOCK_N) + column, peak, mask=ours)
 
 
 @triton.jit
@@ -120,7 +133,7 @@ def _joint(
     for start in range(0, HIDDEN, BLOCK_K):
         a = _block(x_at, start + tl.arange(0, BLOCK_K), HIDDEN, BLOCK_K)
         weights = blocks.load([matrix, row, start]).reshape(2 * BLOCK_N, BLOCK_K)
-        both = add_product(a, weights, both, None, 0, SWAP, False, "scaled")
+        both = add_product(a, weights, both, None, 0, SWAP, False)
     if SWAP:
         both = both.T
     return both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
@@ -128,12 +141,12 @@ def _joint(
 
 @triton.jit(do_not_specialize=["rows"])
 def down_kernel(
-    activated, activated_blocks, down, down_blocks, scales, weights, weighted,
+    activated, activated_blocks, peaks, down, down_blocks, scales, weights, weighted,
     counts, pairs, rows, num_local, hidden,
-    INTERMEDIATE: tl.constexpr, LOCAL: tl.constexpr,
+    INTERMEDIATE: tl.constexpr, PEAKS: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_EXPERT: tl.constexpr, REST: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
-    WIDENING: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
+    F16: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -145,9 +158,9 @@ def down_kernel(
         first = 0
         while first < count:
             _down_tile(
-                activated, None, down, down_blocks, scales, weights, weighted, pairs, rows,
+                activated, None, peaks, down, down_blocks, scales, weights, weighted, pairs, rows,
                 expert, column, first, count, None, hidden,
-                INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING,
+                INTERMEDIATE, PEAKS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16,
             )  # fmt: skip
             first += BLOCK_M
     else:
@@ -157,26 +170,26 @@ def down_kernel(
             expert, begin, first, count = _place(tile // columns, all_counts, ends, LOCAL, BLOCK_M)
             if count - first > REST:
                 _down_tile(
-                    activated, activated_blocks, down, down_blocks, scales, weights, weighted,
-                    pairs, rows, expert, tile % columns, first, count, begin, hidden,
-                    INTERMEDIATE, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING,
+                    activated, activated_blocks, peaks, down, down_blocks, scales, weights,
+                    weighted, pairs, rows, expert, tile % columns, first, count, begin, hidden,
+                    INTERMEDIATE, PEAKS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16,
                 )  # fmt: skip
             elif REST > 0:  # the copy engine reads blocks of BLOCK_M rows
                 _down_tile(
-                    activated, None, down, down_blocks, scales, weights, weighted,
+                    activated, None, peaks, down, down_blocks, scales, weights, weighted,
                     pairs, rows, expert, tile % columns, first, count, begin, hidden,
-                    INTERMEDIATE, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, WIDENING,
+                    INTERMEDIATE, PEAKS, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16,
                 )  # fmt: skip
             tile += tl.num_programs(0)
 
 
 @triton.jit
 def _down_tile(
-    activated, activated_blocks, down, down_blocks, scales, weights, weighted, pairs, rows,
+    activated, activated_blocks, peaks, down, down_blocks, scales, weights, weighted, pairs, rows,
     expert, column, first, count, begin, hidden,
-    INTERMEDIATE: tl.constexpr,
+    INTERMEDIATE: tl.constexpr, PEAKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, REGROUP: tl.constexpr, WIDENING: tl.constexpr,
+    SWAP: tl.constexpr, REGROUP: tl.constexpr, F16: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of columns of pairs' rows of activated, as `_gate_up_tile` wrote them."""
     index = first + tl.arange(0, BLOCK_M)
@@ -191,24 +204,38 @@ def _down_tile(
     down_at = down + (expert.to(tl.int64) * hidden + inside)[:, None] * INTERMEDIATE
     weight = tl.load(weights + pair, mask=ours, other=0.0)
     scale = scales_of(expert, column * BLOCK_N, hidden, INTERMEDIATE)
+    power = None
+    if F16:
+        power, inverse = _powers(peaks, source, ours, PEAKS)
+        weight *= inverse  # of sums that have the power still: rounding is the same
     total = zeros(BLOCK_M, BLOCK_N, SWAP)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         if activated_blocks is not None:
             a = activated_blocks.load([begin + first, start])
         else:
             a = _block(a_at, start + k, INTERMEDIATE, BLOCK_K)
-        a = operand(a, REGROUP, WIDENING)
+        a = operand(a, power, REGROUP)
         if down_blocks is not None:
             b = down_blocks.load([down_row, start])
         else:
             b = _block(down_at, start + k, INTERMEDIATE, BLOCK_K)
         at = scale + start // SCALE_BLOCK
-        total = add_product(a, b, total, scales, at, SWAP, REGROUP, WIDENING)
+        total = add_product(a, b, total, scales, at, SWAP, REGROUP)
     if SWAP:
         total = total.T
     value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
     at = weighted + pair.to(tl.int64)[:, None] * hidden + n
     tl.store(at, value.to(weighted.dtype.element_ty), mask=ours[:, None] & (n < hidden))
+
+
+@triton.jit
+def _powers(peaks, source, ours, PEAKS: tl.constexpr):
+    """Find powers of two by which rows fit f16, as a column, and their inverses."""
+    block = tl.arange(0, triton.next_power_of_2(PEAKS))
+    at = peaks + source.to(tl.int64)[:, None] * PEAKS + block
+    peak = tl.max(tl.load(at, mask=ours[:, None] & (block < PEAKS), other=0.0), 1)
+    power, inverse = powers_near(peak)
+    return power[:, None], inverse
 
 
 @triton.jit

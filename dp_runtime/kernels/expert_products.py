@@ -26,35 +26,35 @@ def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def operand(rows, REGROUP: tl.constexpr, WIDENING: tl.constexpr):
-    """Make rows the operand that goes with widened weights: as they are, or an eighth in f16.
-
-    f16 holds the bf16 below 2^19 exactly down to 2^-14, and smaller ones to within 2^-22; of larger
-    ones it makes infinities, which show.
-    """
+def operand(rows, factor, REGROUP: tl.constexpr):
+    """Make rows the operand that goes with widened weights: as they are, or times factor in f16."""
     if REGROUP:
         rows = regroup(rows)
-    if WIDENING == "f16":
-        rows = (rows * 0.125).to(tl.float16)
+    if factor is not None:
+        rows = (rows * factor).to(tl.float16)
     return rows
 
 
 @triton.jit
-def add_product(
-    a, weights, total, scales, at,
-    SWAP: tl.constexpr, REGROUP: tl.constexpr, WIDENING: tl.constexpr,
-):  # fmt: skip
+def powers_near(peaks):
+    """Find powers of two that bring peaks near 2^14, and their inverses.
+
+    Peaks below 2^-100 stay lower; infinite ones get what keeps them infinite.
+    """
+    exponents = tl.maximum(peaks.to(tl.int32, bitcast=True) >> 23, 27)
+    powers = ((127 + 127 + 14 - exponents) << 23).to(tl.float32, bitcast=True)
+    return powers, ((exponents - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_product(a, weights, total, scales, at, SWAP: tl.constexpr, REGROUP: tl.constexpr):
     if scales is None:
         return _product(a, weights, total, SWAP)
     else:  # noqa: RET505 - the branch is chosen while compiling
         scale = tl.load(scales + at)
         if REGROUP:
             weights = regroup(weights)
-        if WIDENING == "f16":
-            scale *= 8.0
-        elif WIDENING == "raw" and a.dtype == tl.bfloat16:
-            scale *= 1.329227995784916e36  # 2^120: a scale is far below 2^8
-        return total + _product(a, widen(weights, a.dtype, WIDENING), None, SWAP) * scale
+        return total + _product(a, widen(weights, a.dtype), None, SWAP) * scale
 
 
 @triton.jit
@@ -76,22 +76,20 @@ def _product(a, weights, total, SWAP: tl.constexpr):
 
 
 @triton.jit
-def widen(weights, DTYPE: tl.constexpr, WIDENING: tl.constexpr = "scaled"):
-    """Convert e4m3 exactly, but NaN may become 480; the GPU's own way to bf16 is too slow.
+def widen(weights, DTYPE: tl.constexpr):
+    """Convert e4m3 exactly, but NaN to bf16 becomes 480; the GPU's own way to bf16 is too slow.
 
-    Integer operations move bits s eeee mmm to s 0000eeee mmm0000, which is 2^-120 of the value: it
-    is left to the scale if WIDENING is raw.
+    For bf16, integer operations move bits s eeee mmm to s 0000eeee mmm0000, which is 2^-120 of the
+    value. The GPU's own way to f16 takes half as many.
     """
     if tl.bfloat16 == DTYPE:
-        if WIDENING == "raw":
-            return _widen_bits(weights)
-        return _widen_scaled(weights)
+        return _widen_to_bf16(weights)
     else:  # noqa: RET505 - the branch is chosen while compiling
         return weights.to(DTYPE)
 
 
 @triton.jit
-def _widen_scaled(weights):
+def _widen_to_bf16(weights):
     return tl.inline_asm_elementwise(
         """
         {
@@ -106,25 +104,6 @@ def _widen_scaled(weights):
         prmt.b32 second, low, high, 0x7362;
         mul.rn.bf16x2 $0, first, factor;
         mul.rn.bf16x2 $1, second, factor;
-        }
-        """,
-        "=r,=r,r", [weights], dtype=tl.bfloat16, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _widen_bits(weights):
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 high, low;
-        shr.b32 high, $2, 4;
-        and.b32 high, high, 0x07070707;
-        lop3.b32 high, $2, 0x80808080, high, 0xea;
-        shl.b32 low, $2, 4;
-        and.b32 low, low, 0xf0f0f0f0;
-        prmt.b32 $0, low, high, 0x5140;
-        prmt.b32 $1, low, high, 0x7362;
         }
         """,
         "=r,=r,r", [weights], dtype=tl.bfloat16, is_pure=True, pack=4,

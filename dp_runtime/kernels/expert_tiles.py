@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-Widening = Literal["scaled", "raw", "f16"]
 FLAT = 16  # programs of a multiprocessor, more than fit it at once: each takes one tile
 
 
@@ -23,7 +21,7 @@ class Tile:
     per_multiprocessor: int | None = None  # max programs that share the tiles; None: by expert
     swap: bool = False  # weights are the product's first operand: its 64 rows at least are columns
     regroup: bool = False  # swapped e4m3: 16 columns in the order in which a thread takes them
-    widening: Widening = "scaled"  # of e4m3; "raw": exponents are left to scales
+    f16: bool = False  # e4m3: the product is in f16, to which the GPU itself widens e4m3
     rest: int = 0  # rows of an expert's last tile if it has no more; of counted tiles
     joint: bool = False  # bf16: gate's and up's columns are read as one block, by the copy engine
 
@@ -38,13 +36,14 @@ class ExpertTiles:
     down: Tile
 
 
-E4M3_GATE_UP = Tile(32, 64, 128, 4, 3, True, FLAT, swap=True, regroup=True)
 E4M3_DOWN = Tile(128, 64, 64, 4, 3, True, FLAT, swap=True)
+F16_DOWN = Tile(16, 128, 128, 4, 3, True, swap=True, regroup=True, f16=True)
+F16_GATE_UP = replace(F16_DOWN, block_k=64)
+F16_SHARED = replace(F16_DOWN, block_m=32, per_multiprocessor=FLAT)
 E4M3_TILES = (  # up to so many pairs an expert
-    (2, ExpertTiles(Tile(16, 64, 128, 4, 5, False), Tile(16, 128, 128, 4, 3, True))),
-    (11, ExpertTiles(Tile(16, 64, 128, 4, 3, False), Tile(16, 128, 128, 4, 3, True))),
-    (22, ExpertTiles(E4M3_GATE_UP, Tile(32, 128, 128, 4, 3, True, 2, swap=True, regroup=True))),
-    (45, ExpertTiles(E4M3_GATE_UP, Tile(64, 128, 128, 4, 3, True, 2, swap=True, regroup=True))),
+    (4, ExpertTiles(replace(F16_GATE_UP, num_stages=5), F16_DOWN)),
+    (11, ExpertTiles(F16_GATE_UP, F16_DOWN)),
+    (45, ExpertTiles(F16_SHARED, replace(F16_SHARED, block_k=64, per_multiprocessor=3))),
     (90, ExpertTiles(Tile(64, 64, 128, 4, 3, True, FLAT, swap=True), E4M3_DOWN)),
     (
         math.inf,
@@ -73,10 +72,11 @@ def _choose_bf16(per_expert: float, narrow: bool) -> ExpertTiles:
         return ExpertTiles(gate_up, _down_by_expert(32, narrow))
     if per_expert <= 48:
         return ExpertTiles(Tile(64, 128, 64, 4, 5, True, FLAT), Tile(64, 128, 64, 4, 4, True, FLAT))
-    if per_expert <= 128:
-        down = Tile(64, 128, 64, 4, 3, True, FLAT) if narrow else Tile(128, 128, 64, 4, 3, True, 2)
-        return ExpertTiles(Tile(64, 128, 64, 4, 5, True, FLAT), down)
-    return ExpertTiles(Tile(128, 128, 64, 8, 4, True, FLAT), Tile(128, 128, 64, 4, 3, True, 2))
+    gate_up = Tile(128, 128, 64, 8, 4, True, FLAT, rest=64, joint=True)
+    if narrow and per_expert <= 128:
+        return ExpertTiles(gate_up, Tile(64, 128, 64, 4, 3, True, FLAT))
+    rest = 64 if per_expert <= 90 else 0
+    return ExpertTiles(gate_up, Tile(128, 128, 64, 4, 3, True, 2, rest=rest))
 
 
 def _down_by_expert(block_m: int, narrow: bool) -> Tile:  # narrow: a product over few columns

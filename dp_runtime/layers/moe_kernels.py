@@ -122,7 +122,9 @@ class TritonMoe:
         num_local, hidden, intermediate = experts.down.shape
         size, pairs = router.dtype.itemsize, gathered_rows * router.top_k
         routing = pairs * (4 + 4) + gathered_rows * num_local * 4
-        products = (pairs * hidden + max(pairs * intermediate, gathered_rows * hidden)) * size
+        peaks = 0 if experts.scales is None else pairs * -(-intermediate // 64) * 4
+        activated = pairs * intermediate * size + peaks
+        products = pairs * hidden * size + max(activated, gathered_rows * hidden * size)
         return routing + max(self._logits_bytes(gathered_rows, router), products)
 
     def _logits_bytes(self, rows: int, router: Router) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, Widening, choose_tiles
+from dp_runtime.kernels.expert_tiles import FLAT, ExpertTiles, Tile, choose_tiles
 from dp_runtime.kernels.experts import run_experts
 from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import fused_experts
@@ -101,17 +101,11 @@ def e4m3_like(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("gathered", [1, 8, 32, 64, 128, 256, 512, 700, 2048])
 @pytest.mark.parametrize(
-    ("swap", "regroup", "widening"),
-    [
-        (False, False, "scaled"),
-        (True, False, "f16"),
-        (True, True, "scaled"),
-        (True, True, "raw"),
-        (True, True, "f16"),
-    ],
+    ("swap", "regroup", "f16"),
+    [(False, False, False), (True, False, True), (True, True, False), (True, True, True)],
 )
 def test_e4m3_experts_equal_widened_ones(
-    gathered: int, swap: bool, regroup: bool, widening: Widening
+    gathered: int, swap: bool, regroup: bool, f16: bool
 ) -> None:
     """Scales of neighbouring blocks differ by up to ten."""
     stage = Stage("ep4")
@@ -122,7 +116,7 @@ def test_e4m3_experts_equal_widened_ones(
     routing = stage.route(rows, layout_of(gathered, gathered // 2, gathered))
     tiles = choose_tiles(len(rows), TOP_K, EXPERTS, stage.intermediate, fp8=True)
     if swap:
-        swapped = Tile(16, 64, 128, 4, 3, True, swap=True, regroup=regroup, widening=widening)
+        swapped = Tile(16, 64, 128, 4, 3, True, swap=True, regroup=regroup, f16=f16)
         tiles = ExpertTiles(swapped, replace(swapped, block_m=32, block_n=128))
     for _ in range(3):
         out = run_experts(rows, gate_up, down, routing, tiles, scales)

@@ -10,9 +10,9 @@ import torch
 
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.kernels.expert_tiles import FLAT, Tile
-from dp_runtime.kernels.experts import down_pairs, gate_up_pairs
+from dp_runtime.kernels.experts import Activated, down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
-from dp_runtime.weights.fp8_blocks import scale_shape
+from dp_runtime.weights.fp8_blocks import BLOCK, scale_shape
 from examples.benchmarks.kernels.moe_stage import SHAPES, Shard
 from examples.benchmarks.kernels.parallel_builds import compile_all as compile_in_processes
 from examples.benchmarks.kernels.trials import SHARED_MEMORY
@@ -70,10 +70,10 @@ def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
     if per_expert > 12:
         blocks_m = [64, 128] if per_expert > 48 else [32, 64]
         for m, n, k, stages in product(blocks_m, (64, 128), (64, 128), (3, 4)):
-            halved = Tile(m, n, k, 4, stages, True, FLAT, True, True, "f16")
+            halved = Tile(m, n, k, 4, stages, True, FLAT, True, True, True)
             yield halved
             if stages == 3:
-                yield from (replace(halved, num_warps=8), replace(halved, widening="scaled"))
+                yield from (replace(halved, num_warps=8), replace(halved, f16=False))
                 if m > 32:
                     yield replace(halved, regroup=False)
 
@@ -81,20 +81,19 @@ def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
 def _for_few_in_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
     m = 16 if per_expert <= 12 else 32
     for n, stages in product((64, 128), (3, 4, 5)):
-        halved = Tile(m, n, 128, 4, stages, True, swap=True, regroup=True, widening="f16")
+        halved = Tile(m, n, 128, 4, stages, True, swap=True, regroup=True, f16=True)
         yield from (halved, replace(halved, num_warps=8))
         if stages != 5:
             yield replace(halved, per_multiprocessor=FLAT)
-            yield replace(halved, widening="raw")
         if stages != 4:
-            yield from (replace(halved, widening="scaled"), replace(halved, block_k=64))
+            yield from (replace(halved, f16=False), replace(halved, block_k=64))
     blocks_n = (64,) if halves == 2 else (64, 128)
     for n, stages, tma in product(blocks_n, (3, 4, 5), (False, True)):
         if m == 32 and not tma:
             continue  # registers spill
         yield Tile(m, n, 128, 4, stages, tma)
         if stages == 4:
-            yield Tile(m, n, 128, 4, stages, tma, widening="f16")
+            yield Tile(m, n, 128, 4, stages, tma, f16=True)
 
 
 def _fills(tile: Tile) -> bool:
@@ -161,8 +160,10 @@ def compile_one(job: Job) -> None:
     weights = torch.empty(1, dtype=dtype, device="cuda").expand(num_local, *inner)
     scales = torch.zeros(scale_shape(weights.shape), device="cuda") if job.fp8 else None
     if job.halves == 2:
-        gate_up_pairs(rows, weights, routing, job.tile, scales)
+        gate_up_pairs(rows, weights, routing, job.tile, scales, with_peaks=job.tile.f16)
     else:
         activated = rows.new_zeros(top_k, shard.intermediate)
-        down_pairs(activated, weights, routing, job.tile, scales)
+        blocks = max(1, shard.intermediate // BLOCK)
+        peaks = torch.zeros(top_k, blocks, device="cuda") if job.fp8 else None
+        down_pairs(Activated(activated, peaks), weights, routing, job.tile, scales)
     torch.cuda.synchronize()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dp_runtime.kernels.expert_tiles import ExpertTiles, Tile, choose_tiles
-from dp_runtime.kernels.experts import down_pairs, gate_up_pairs, run_experts
+from dp_runtime.kernels.experts import Activated, down_pairs, gate_up_pairs, run_experts
 from dp_runtime.kernels.moe_router import Routing, route
 from dp_runtime.layers.experts import Experts
 from dp_runtime.weights.fp8_blocks import BLOCK, dequantize
@@ -96,17 +96,23 @@ class Bench:
         top_k, num_local = self.shard.top_k, self.shard.num_local
         return route(rows, self.routers[i], row_ranges, top_k, True, 0, num_local)
 
-    def gate_up(self, i: int, rows: Tensor, routing: Routing, tile: Tile) -> Tensor:
+    def gate_up(
+        self, i: int, rows: Tensor, routing: Routing, tile: Tile, with_peaks: bool
+    ) -> Activated:
         own = self.experts[i]
-        return gate_up_pairs(
-            rows, own.gate_up, routing, tile, own.scales.gate_up if own.scales else None
-        )
+        scales = own.scales.gate_up if own.scales else None
+        return gate_up_pairs(rows, own.gate_up, routing, tile, scales, with_peaks)
 
-    def down(self, i: int, activated: Tensor, routing: Routing, tile: Tile) -> Tensor:
+    def down(self, i: int, activated: Activated, routing: Routing, tile: Tile) -> Tensor:
         own = self.experts[i]
         return down_pairs(
             activated, own.down, routing, tile, own.scales.down if own.scales else None
         )
+
+    def activated(self, values: Tensor) -> Activated:
+        if not self.fp8:
+            return Activated(values, None)
+        return Activated(values, values.unflatten(1, (-1, BLOCK)).abs().amax(-1).float())
 
     def wide(self) -> tuple[Tensor, Tensor]:
         """Gate-up and down of the first layer, as bf16."""
@@ -200,6 +206,7 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
     in_order = activated.new_zeros(len(rows) * top_k, activated.shape[1])
     in_order[: len(activated)] = activated
     at_pairs = torch.zeros_like(in_order).index_copy_(0, index, activated)
+    by_pair, by_expert = bench.activated(at_pairs), bench.activated(in_order)
     active = sum(int((routing.counts > 0).sum()) for routing in routings) / SETS
     pairs = sum(int(routing.counts.sum()) for routing in routings) / SETS
     order = torch.arange(len(index), device="cuda")
@@ -217,13 +224,13 @@ def products(bench: Bench, rows: Tensor, routings: list[Routing]) -> Iterator[Pr
 
     yield make(
         2, activated, lambda tile: index if tile.by_expert else order,
-        lambda i, tile: bench.gate_up(i, rows, routings[i], tile),
+        lambda i, tile: bench.gate_up(i, rows, routings[i], tile, tile.f16).values,
     )  # fmt: skip
     # NOTE: the pairs of another set are as many as its own counts say; their inputs may be zeros.
     yield make(
         1, weighted, lambda tile: index,
         lambda i, tile: bench.down(
-            i, at_pairs if tile.by_expert else in_order, routings[i], tile
+            i, by_pair if tile.by_expert else by_expert, routings[i], tile
         ),
     )  # fmt: skip
 
@@ -239,7 +246,8 @@ def whole(
     """The parts of the stage with tiles of one kind, and all of it."""
 
     def pairs(i: int, routing: Routing) -> Tensor:
-        return bench.down(i, bench.gate_up(i, rows, routing, tiles.gate_up), routing, tiles.down)
+        activated = bench.gate_up(i, rows, routing, tiles.gate_up, tiles.down.f16)
+        return bench.down(i, activated, routing, tiles.down)
 
     def stage(i: int) -> Tensor:
         routing = bench.route(rows, row_ranges, i)

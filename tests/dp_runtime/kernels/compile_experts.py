@@ -8,7 +8,7 @@ shared memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -27,6 +27,7 @@ from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
 
 HIDDEN, INTERMEDIATE, EXPERTS, LOCAL, TOP_K = 2048, 768, 128, 32, 8
 ROWS = (16, 100, 300, 700, 1000, 2000, 4000)
+NARROW, ROWS_OF_NARROW = 128, (16, 700, 1000)
 
 
 def tiles(fp8: bool) -> Iterator[ExpertTiles]:
@@ -34,8 +35,8 @@ def tiles(fp8: bool) -> Iterator[ExpertTiles]:
         yield choose_tiles(rows, TOP_K, EXPERTS, INTERMEDIATE, fp8)
     for swapped in (
         Tile(16, 64, 128, 4, 5 if fp8 else 3, True, swap=True),
-        Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True, widening="raw"),
-        Tile(64, 128, 64, 8, 4, True, FLAT, swap=True, widening="f16" if fp8 else "scaled"),
+        Tile(32, 128, 128 if fp8 else 64, 8, 3, True, swap=True, f16=fp8),
+        Tile(64, 128, 64, 8, 4, True, FLAT, swap=True, f16=fp8),
     ):
         regrouped = replace(swapped, regroup=fp8)
         yield ExpertTiles(regrouped, regrouped)
@@ -84,10 +85,7 @@ def compile_gates() -> None:
             gates.add_gated(rows, rows, rows, rows[:1])
 
 
-def main() -> None:
-    compile_attention()
-    compile_routing()
-    compile_gates()
+def compile_experts(dtype: torch.dtype, intermediate: int, chosen: Iterable[ExpertTiles]) -> None:
     rows = torch.zeros(4, HIDDEN, dtype=torch.bfloat16)
     routing = Routing(
         weights=torch.zeros(4, TOP_K),
@@ -95,21 +93,31 @@ def main() -> None:
         counts=torch.zeros(LOCAL, dtype=torch.int32),
         pairs=torch.zeros(LOCAL, 4, dtype=torch.int32),
     )
+    gate_up = torch.empty(1, dtype=dtype).expand(LOCAL, 2 * intermediate, HIDDEN)
+    down = torch.empty(1, dtype=dtype).expand(LOCAL, HIDDEN, intermediate)
+    of_gate_up, of_down = (
+        torch.zeros(scale_shape(weights.shape)) if dtype == E4M3 else None
+        for weights in (gate_up, down)
+    )
+    for both in chosen:
+        print(both, flush=True)
+        own = both.gate_up, of_gate_up, both.down.f16
+        down_pairs(gate_up_pairs(rows, gate_up, routing, *own), down, routing, both.down, of_down)
+
+
+def main() -> None:
+    compile_attention()
+    compile_routing()
+    compile_gates()
     instead: dict[str, Any] = {"overlaps": lambda device: True}
     for name in ("gate_up_kernel", "down_kernel"):
         instead[name] = Compiled(getattr(experts, name))
     with patch.multiple(experts, **instead):
         for dtype in (torch.bfloat16, E4M3):
-            gate_up = torch.empty(1, dtype=dtype).expand(LOCAL, 2 * INTERMEDIATE, HIDDEN)
-            down = torch.empty(1, dtype=dtype).expand(LOCAL, HIDDEN, INTERMEDIATE)
-            of_gate_up, of_down = (
-                torch.zeros(scale_shape(weights.shape)) if dtype == E4M3 else None
-                for weights in (gate_up, down)
-            )
-            for chosen in tiles(dtype == E4M3):
-                print(chosen, flush=True)
-                activated = gate_up_pairs(rows, gate_up, routing, chosen.gate_up, of_gate_up)
-                down_pairs(activated, down, routing, chosen.down, of_down)
+            fp8 = dtype == E4M3
+            compile_experts(dtype, INTERMEDIATE, tiles(fp8))
+            narrow = (choose_tiles(n, TOP_K, EXPERTS, NARROW, fp8) for n in ROWS_OF_NARROW)
+            compile_experts(dtype, NARROW, narrow)
 
 
 if __name__ == "__main__":
