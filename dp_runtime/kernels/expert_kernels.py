@@ -108,17 +108,21 @@ def _gate_up_tile(
             gate, up = gate.T, up.T
         if F16:
             gate, up = gate * 8.0, up * 8.0
-    # Gate and up are rounded first, as separate products would round them.
-    dtype = activated.dtype.element_ty
-    gate = gate.to(dtype).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    value = (silu * up.to(dtype).to(tl.float32)).to(dtype)
+    value = _activate(gate, up, activated.dtype.element_ty)
     target = (pair if begin is None else begin + index).to(tl.int64)
     inside = ours[:, None] & (n < intermediate)
     tl.store(activated + target[:, None] * intermediate + n, value, mask=inside)
     if peaks is not None:
         peak = tl.max(tl.abs(value.to(tl.float32)), 1)  # of a whole block
         tl.store(peaks + target * tl.cdiv(intermediate, BLOCK_N) + column, peak, mask=ours)
+
+
+@triton.jit
+def _activate(gate, up, DTYPE: tl.constexpr):
+    """Compute silu(gate) * up; both are rounded first, as separate products would round them."""
+    gate = gate.to(DTYPE).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
+    return (silu * up.to(DTYPE).to(tl.float32)).to(DTYPE)
 
 
 @triton.jit

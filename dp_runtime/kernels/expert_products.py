@@ -37,10 +37,7 @@ def operand(rows, factor, REGROUP: tl.constexpr):
 
 @triton.jit
 def powers_near(peaks):
-    """Find powers of two that bring peaks near 2^14, and their inverses.
-
-    Peaks below 2^-100 stay lower; infinite ones get what keeps them infinite.
-    """
+    """Find powers of two that bring peaks near 2^14, and their inverses; infinite ones stay so."""
     exponents = tl.maximum(peaks.to(tl.int32, bitcast=True) >> 23, 27)
     powers = ((127 + 127 + 14 - exponents) << 23).to(tl.float32, bitcast=True)
     return powers, ((exponents - 14) << 23).to(tl.float32, bitcast=True)
@@ -79,8 +76,7 @@ def _product(a, weights, total, SWAP: tl.constexpr):
 def widen(weights, DTYPE: tl.constexpr):
     """Convert e4m3 exactly, but NaN to bf16 becomes 480; the GPU's own way to bf16 is too slow.
 
-    For bf16, integer operations move bits s eeee mmm to s 0000eeee mmm0000, which is 2^-120 of the
-    value. The GPU's own way to f16 takes half as many.
+    Integer operations move bits s eeee mmm to s 0000eeee mmm0000, which is 2^-120 of the value.
     """
     if tl.bfloat16 == DTYPE:
         return _widen_to_bf16(weights)

@@ -58,9 +58,8 @@ def gate_up_pairs(
 ) -> Activated:
     """Compute silu(gate(row)) * up(row) of local pairs.
 
-    An f16 tile reads bf16 as an eighth in f16: exactly from 2^-14 up to 2^19, to within 2^-22
-    below, and as infinite above: such a row's result is infinite or NaN, and so are its logits,
-    which ends its request. A normed row is within sqrt(hidden) * max|weight of the norm|.
+    An f16 tile reads bf16 as an eighth in f16: exactly from 2^-14 up to 2^19, far beyond any normed
+    row; below to within 2^-22, above as infinite, which its request's logits show and it ends.
     """
     num_local, both, hidden = gate_up.shape
     n, top_k = routing.local_ids.shape
@@ -86,8 +85,7 @@ def down_pairs(
 ) -> Tensor:
     """Compute weight * down(row) from the result of `gate_up_pairs`: [n * k, hidden] by pair.
 
-    An f16 tile multiplies a row by the power of two that brings its peak near 2^14, whatever that
-    is: f16 then holds bf16 exactly down to 2^-31 of the peak, and smaller values to within 2^-39.
+    An f16 tile brings each row's peak near 2^14: f16 holds bf16 exactly down to 2^-31 of it.
     """
     num_local, hidden, intermediate = down.shape
     values, peaks = activated.values, activated.peaks
