@@ -16,6 +16,7 @@ from dp_runtime.kernels.norm import add_rms_norm
 BF16 = torch.bfloat16
 TILES = (
     DenseTile(16, 64, 128, 256, 8, 4, 3),
+    DenseTile(16, 64, 128, 256, 4, 4, 3, late=True),
     DenseTile(32, 64, 128, 256, 3, 4, 3),
     DenseTile(16, 64, 128, 512, 4, 4, 3, tma=True),
     DenseTile(64, 64, 128, 0, 2, 4, 3),

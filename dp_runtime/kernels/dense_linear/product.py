@@ -22,7 +22,7 @@ def product_kernel(
     rows, outputs, inputs, x_stride, out_stride, share, split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
     SPLIT: tl.constexpr, LOOP: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(rows, BLOCK_M)
     tile, part = tl.program_id(0) // split, tl.program_id(0) % split
@@ -42,6 +42,8 @@ def product_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if HELD:
         held_rows = _load(x_at, None, 0, begin, end, HELD, EVEN)
+        if PDL and LATE:
+            held = _arrived(held)
         total = tl.dot(held, held_rows.T, total, input_precision="ieee")
     if LOOP:
         for start in range(begin + HELD, end, BLOCK_K):
@@ -84,6 +86,14 @@ def _fetch(weight_at, begin, end):
             "=r,l,r", [at, num_bytes[None, :].broadcast_to(at.shape)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def _arrived(held):
+    """Let what comes before this not wait for weights, and have them in registers."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [held], dtype=held.dtype, is_pure=False, pack=2
+    )
 
 
 @triton.jit

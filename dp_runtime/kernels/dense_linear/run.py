@@ -35,7 +35,8 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor, counters: Tensor, tile: Den
     constants = {
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "HELD": tile.held, "SPLIT": tile.split > 1, "LOOP": loops,
-        "EVEN": inputs == tile.split * share, "AHEAD": tile.ahead, "PDL": pdl,
+        "EVEN": inputs == tile.split * share, "AHEAD": tile.ahead,
+        "LATE": tile.late, "PDL": pdl,
     }  # fmt: skip
     launch(
         product_kernel,

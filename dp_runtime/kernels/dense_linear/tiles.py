@@ -20,6 +20,7 @@ class DenseTile:
     num_stages: int
     ahead: bool = True  # the L2 fetches the weights of the loop before the rows are there
     tma: bool = False  # the copy engine reads weights, from capability 9.0 on
+    late: bool = False  # rows are asked for before the held weights are there
 
     def share(self, inputs: int) -> int:
         """Count the inputs of each part but the last, which may have fewer."""

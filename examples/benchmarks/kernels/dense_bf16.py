@@ -47,12 +47,14 @@ MODELS = {  # outputs and inputs; another model's output has those of one that i
     "35b": {"qkv+gate": (9216, 2048), "delta in": (12352, 2048)},
     "397b": {"qkv+gate": (17408, 4096), "delta in": (20608, 4096), "out": (4096, 8192)},
 }
-PLAIN, COPIED = False, True  # how weights are read
-FEW = (  # block_n, block_k, held, warps, stages, by the copy engine
+PLAIN: dict[str, bool] = {}  # how weights are read
+COPIED, LATE = {"tma": True}, {"late": True}
+FEW = (  # block_n, block_k, held, warps, stages, and that
     (64, 128, 0, 4, 4, PLAIN), (64, 128, 0, 4, 6, COPIED), (64, 128, 128, 4, 4, PLAIN),
     (64, 128, 256, 4, 3, PLAIN), (64, 128, 256, 4, 3, COPIED), (64, 128, 512, 8, 3, PLAIN),
     (64, 128, 512, 4, 3, COPIED), (128, 128, 256, 8, 3, PLAIN), (128, 128, 0, 8, 4, COPIED),
-    (64, 128, 512, 4, 3, PLAIN), (64, 128, 1024, 8, 2, PLAIN), (64, 128, 1024, 8, 2, COPIED),
+    (64, 128, 256, 4, 3, LATE), (64, 128, 512, 4, 3, PLAIN), (128, 128, 256, 8, 3, LATE),
+    (64, 128, 128, 4, 4, LATE), (64, 128, 1024, 8, 2, PLAIN), (64, 128, 1024, 8, 2, COPIED),
     (32, 128, 256, 4, 4, PLAIN), (32, 128, 1024, 4, 3, COPIED),
 )  # fmt: skip
 KINDS = {  # by block_m
@@ -60,8 +62,8 @@ KINDS = {  # by block_m
     32: FEW,
     64: (
         (64, 128, 0, 4, 3, PLAIN), (64, 128, 0, 4, 4, COPIED), (64, 64, 128, 4, 4, PLAIN),
-        (64, 128, 256, 4, 2, PLAIN), (64, 128, 256, 4, 2, COPIED), (128, 64, 128, 8, 4, PLAIN),
-        (128, 128, 0, 8, 3, COPIED), (128, 64, 256, 8, 3, COPIED),
+        (64, 128, 256, 4, 2, PLAIN), (64, 128, 256, 4, 2, COPIED), (64, 64, 128, 4, 4, LATE),
+        (128, 64, 128, 8, 4, PLAIN), (128, 128, 0, 8, 3, COPIED), (128, 64, 256, 8, 3, COPIED),
     ),
     128: (
         (64, 64, 0, 4, 4, PLAIN), (64, 64, 0, 4, 4, COPIED), (64, 64, 128, 4, 3, PLAIN),
@@ -79,16 +81,16 @@ Times = dict[str | DenseTile, float]
 def candidates(rows: int, outputs: int, inputs: int) -> Iterator[DenseTile]:
     """Tiles with enough programs, whose sums are no more bytes than the matrix."""
     block_m = block_m_of(rows)
-    for n, k, held, warps, stages, tma in KINDS[block_m]:
+    for n, k, held, warps, stages, how in KINDS[block_m]:
         tiles = -(-rows // block_m) * -(-outputs // n)
         for split in (1, 2, 4, 8, 16):
-            tile = DenseTile(block_m, n, k, held, split, warps, stages, tma=tma)
+            tile = DenseTile(block_m, n, k, held, split, warps, stages, **how)
             moved = 8 * tile.num_sums(rows, outputs)
             most = MOST_HELD if split * held >= inputs else MOST
             fair = LEAST <= tiles * split <= most or (split == 1 and tiles > most)
             if fair and moved <= 2 * outputs * inputs and fits(tile, inputs):
                 yield tile
-                if (held, tma, stages) == (0, PLAIN, KINDS[block_m][0][4]):
+                if (held, how, stages) == (0, PLAIN, KINDS[block_m][0][4]):
                     yield replace(tile, ahead=False)
 
 
