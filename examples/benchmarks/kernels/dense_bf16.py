@@ -55,7 +55,7 @@ FEW = (  # block_n, block_k, held, warps, stages, and that
     (64, 128, 512, 4, 3, COPIED), (128, 128, 256, 8, 3, PLAIN), (128, 128, 0, 8, 4, COPIED),
     (64, 128, 256, 4, 3, LATE), (64, 128, 512, 4, 3, PLAIN), (128, 128, 256, 8, 3, LATE),
     (64, 128, 128, 4, 4, LATE), (64, 128, 1024, 8, 2, PLAIN), (64, 128, 1024, 8, 2, COPIED),
-    (32, 128, 256, 4, 4, PLAIN), (32, 128, 1024, 4, 3, COPIED),
+    (32, 128, 256, 4, 4, PLAIN), (32, 128, 0, 4, 6, PLAIN),
 )  # fmt: skip
 KINDS = {  # by block_m
     16: FEW,
