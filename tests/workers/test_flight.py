@@ -76,9 +76,8 @@ def test_an_engine_that_is_closed_keeps_no_ring(model: Path) -> None:
 )
 def test_a_stopped_rank_is_named_with_where_it_stopped(
     collective: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("workers.supervision.recovery.SUSPEND_S", 0.5)  # nobody is to recover
     fields = {"step_timeout_s": 1.0, "flight_dump_dir": str(tmp_path / "records")}
     with engine(model, "local", dp_size=4, collective=collective, **fields) as one:
         load(one)

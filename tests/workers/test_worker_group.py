@@ -150,6 +150,29 @@ def test_the_first_failure_counts_and_the_others_are_told() -> None:
     assert [rank.killed for rank in ranks] == [1, 1, 1]
 
 
+def test_nobody_waits_for_a_rank_that_does_not_answer_and_will_not_be_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even for as long as it may take to leave a step."""
+    monkeypatch.setattr("workers.supervision.recovery.SUSPEND_S", 1000.0)
+    late = Polled([], "rank 0: CollectiveTimeout: waited for ranks 1")
+    hung = dict.fromkeys(("poll", "suspend", "readhealth"), HUNG)
+    group, ranks = group_of({"poll": late}, hung, max_recoveries=0)
+    ranks[0].answers["openrendezvous"] = Rendezvous("torch_distributed", "tcp://a:5000", "secret")
+    failures: list[BaseException] = []
+    told = threading.Event()
+
+    def on_failure(error: BaseException) -> None:
+        failures.append(error)
+        told.set()
+
+    group.start(False, 5.0)
+    group.listen(replace(NOBODY, on_failure=on_failure))
+    assert told.wait(20)
+    group.close()
+    assert "rank 0: CollectiveTimeout: waited for ranks 1" in str(failures[0])
+
+
 def test_health_of_ranks_that_do_not_answer() -> None:
     group, _ = group_of({"readhealth": HUNG}, {"readhealth": RankFailed("rank 1 ended")})
     hung, dead = group.health(0.2)

@@ -200,11 +200,13 @@ class Recovery:
             serve = (one.text for one in self._evidence if one.dp_rank in self._ranks.members)
             return next(serve, "")
 
-    def _check_history(self, now: float, text: str, tried: int) -> None:
+    def _is_spent(self, now: float, tried: int = 0) -> bool:
         while self._history and now - self._history[0].at > WINDOW_S:
             self._history.popleft()
-        limit = self._config.max_recoveries
-        if len(self._history) + tried < limit:
+        return len(self._history) + tried >= self._config.max_recoveries
+
+    def _check_history(self, now: float, text: str, tried: int) -> None:
+        if not self._is_spent(now, tried):
             return
         before = "; ".join(map(str, self._history))
         since = f"; recovered within {WINDOW_S:g} s before: {before}" if before else ""
@@ -235,14 +237,16 @@ class Recovery:
 
     def _await(self, asked: Mapping[Future[bool], Seat]) -> None:
         """Let these leave their steps; those that load experts finish that before."""
-        late, deadline = wait(asked, SUSPEND_S).not_done, Deadline(self._config.start_timeout_s)
-        while late and deadline.left() > 0:
+        late, deadline = wait(asked, ASK_S).not_done, Deadline(self._config.start_timeout_s)
+        patience = Deadline(SUSPEND_S)
+        while late and patience.left() > 0 and deadline.left() > 0:
             answers = {future: asked[future].call(ReadHealth()) for future in late}
-            wait(answers.values(), ASK_S)
-            loading = {future for future, answer in answers.items() if _loads(answer)}
-            late = wait(loading or late, SUSPEND_S if loading else ASK_S).not_done
-            if not loading:
-                break
+            silent = wait(answers.values(), ASK_S).not_done
+            if any(map(_loads, answers.values())):
+                patience = Deadline(SUSPEND_S)
+            elif silent and self._is_spent(monotonic()):
+                break  # who does not answer leaves no step, and nobody is to be replaced
+            late = wait(late, min(ASK_S, patience.left())).not_done
 
     def _begin_epoch(self, seats: list[Seat]) -> None:
         deadline = Deadline(self._config.start_timeout_s)
