@@ -9,7 +9,7 @@ from itertools import product
 import torch
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.expert_tiles import FLAT, Tile
+from dp_runtime.kernels.expert_tiles import FLAT, Tile, choose_tiles
 from dp_runtime.kernels.experts import Activated, down_pairs, gate_up_pairs
 from dp_runtime.kernels.moe_router import Routing
 from dp_runtime.weights.fp8_blocks import BLOCK, scale_shape
@@ -22,12 +22,14 @@ def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Ti
     """Tiles that may be good and fit into shared memory and registers; halves: 2 for gate-up."""
     per_expert = tokens * shard.top_k / shard.num_experts
     for tile in dict.fromkeys((_for_e4m3 if fp8 else _for_bf16)(per_expert, halves)):
-        sizes = tile.block_m, tile.block_n, tile.block_k
-        resident = _resident(*sizes, halves, tile.num_warps, tile.num_stages, fp8)
+        resident = _resident(tile, halves, fp8)
         if resident == 0 or not _fills(tile):
             continue
         if tile.by_expert:
             yield tile
+        elif tile.overlap:
+            for per_multiprocessor in range(max(1, resident - 1), resident + 1):
+                yield replace(tile, per_multiprocessor=per_multiprocessor)
         elif fp8 or (
             tile.block_m * tile.block_n * halves >= 64 * 128
             and (tile.num_stages >= 4 or resident >= 2)
@@ -45,55 +47,47 @@ def _for_bf16(per_expert: float, halves: int) -> Iterator[Tile]:
             yield Tile(m, n, k, warps, stages, tma, swap=swap)
     if per_expert > 12:
         blocks_m = [32, 64, 128] if per_expert <= 48 else [64, 128]
-        for m, n, warps, stages in product(blocks_m, (64, 128, 256), (4, 8), (3, 4, 5)):
-            plain = Tile(m, n, 64, warps, stages, True, FLAT)
+        for m, warps, stages in product(blocks_m, (4, 8), (3, 4, 5)):
+            plain = Tile(m, 128, 64, warps, stages, True, FLAT)
             for tile in [plain, replace(plain, joint=True)][:halves]:
                 yield tile
-                if m == 128 and n <= 128:  # 32 rows take instructions of a smaller kind
-                    yield replace(tile, rest=64)
-                    if tile.joint or halves == 1:
-                        yield replace(tile, rest=32)
-        if halves == 2:  # half the bytes of a step: two programs fit where one did
-            for m, stages, rest in product((64, 128), (4, 5, 6), (0, 64)):
-                if rest < m:
-                    yield Tile(m, 8192 // m, 32, 4, stages, True, FLAT, rest=rest, joint=True)
-    if per_expert > 128:
-        for rest, stages in product((0, 64, 128), (3, 4)):
-            tall = Tile(256, 128 // halves, 64, 8, stages, True, FLAT, rest=rest)
-            yield replace(tall, joint=halves == 2)
+                if m == 128:  # 32 rows take instructions of a smaller kind
+                    yield from (replace(tile, rest=64), replace(tile, rest=32))
+        for m, columns, stages in product((64, 128), (128, 256), (3, 4)):
+            warps = 8 if m * columns == 128 * 256 else 4
+            tile = Tile(m, columns // halves, 64, warps, stages, True, FLAT, overlap=True)
+            yield replace(tile, joint=halves == 2)
 
 
 def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
-    """Fewer: what is wide is left out where no measurement was good with it."""
+    """Fewer: what is wide, scaled or not swapped is left out where no measurement was good."""
     if per_expert <= 24:
         yield from _for_few_in_e4m3(per_expert, halves)
     if per_expert > 12:
         blocks_m = [64, 128] if per_expert > 48 else [32, 64]
         for m, n, k, stages in product(blocks_m, (64, 128), (64, 128), (3, 4)):
-            halved = Tile(m, n, k, 4, stages, True, FLAT, True, True, True)
-            yield halved
-            if stages == 3:
-                yield from (replace(halved, num_warps=8), replace(halved, f16=False))
-                if m > 32:
-                    yield replace(halved, regroup=False)
+            tile = Tile(m, n, k, 4, stages, True, FLAT, True, True, True)
+            yield from (tile, replace(tile, overlap=True))
+            if stages == 3 and n == 128:
+                wide = replace(tile, num_warps=8)
+                yield from (wide, replace(wide, overlap=True))
+            if stages == 3 and m > 32:
+                yield from (replace(tile, regroup=False), replace(tile, f16=False))
 
 
 def _for_few_in_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
     m = 16 if per_expert <= 12 else 32
-    for n, stages in product((64, 128), (3, 4, 5)):
-        halved = Tile(m, n, 128, 4, stages, True, swap=True, regroup=True, f16=True)
-        yield from (halved, replace(halved, num_warps=8))
+    for n, k, stages in product((64, 128), (64, 128), (3, 4, 5)):
+        tile = Tile(m, n, k, 4, stages, True, swap=True, regroup=True, f16=True)
+        yield tile
+        if n == k == 128:
+            yield replace(tile, num_warps=8)
         if stages != 5:
-            yield replace(halved, per_multiprocessor=FLAT)
-        if stages != 4:
-            yield from (replace(halved, f16=False), replace(halved, block_k=64))
-    blocks_n = (64,) if halves == 2 else (64, 128)
-    for n, stages, tma in product(blocks_n, (3, 4, 5), (False, True)):
-        if m == 32 and not tma:
-            continue  # registers spill
-        yield Tile(m, n, 128, 4, stages, tma)
-        if stages == 4:
-            yield Tile(m, n, 128, 4, stages, tma, f16=True)
+            counted = replace(tile, per_multiprocessor=FLAT)
+            yield from (counted, replace(counted, overlap=True))
+    if m == 16:
+        for n, stages in product((64, 128)[: 3 - halves], (3, 5)):
+            yield Tile(m, n, 128, 4, stages, False)
 
 
 def _fills(tile: Tile) -> bool:
@@ -102,15 +96,17 @@ def _fills(tile: Tile) -> bool:
     return not tile.swap or (tile.tma and tile.block_n <= 128 and full)
 
 
-def _resident(m: int, n: int, k: int, halves: int, warps: int, stages: int, fp8: bool) -> int:
+def _resident(tile: Tile, halves: int, fp8: bool) -> int:
     """How many programs a multiprocessor holds at once, up to 4; 0: it holds none."""
-    shared = stages * (2 * m + (1 if fp8 else 2) * n * halves) * k + 1024
-    sums = m * n * halves // (32 * warps)  # registers of a thread
+    m, n, k = tile.block_m, tile.block_n * halves, tile.block_k
+    shared = tile.num_stages * (2 * m + (1 if fp8 else 2) * n) * k + 1024
+    threads = 32 * tile.num_warps
+    sums = m * n // threads  # registers of a thread
     if shared > SHARED_MEMORY or not 2 <= sums <= 128:
         return 0
-    if fp8 and sums > 64 and k > 64:
+    if fp8 and sums > 64 and (k > 64 or halves == 1 or tile.overlap):
         return 0  # with each step's own sums beside them, registers spill
-    registers = ((2 if fp8 else 1) * sums + 100) * 32 * warps
+    registers = ((2 if fp8 else 1) * sums + 100) * threads
     return min(4, SHARED_MEMORY // shared, max(1, 65536 // registers))
 
 
@@ -131,15 +127,16 @@ class Job:
 
 
 def compile_all(
-    shape: str, tokens: Sequence[int], fp8: bool, num_workers: int, seconds: float
+    shape: str, tokens: Sequence[int], fp8: bool, in_use: bool, num_workers: int, seconds: float
 ) -> set[Job]:
-    """Those that compile and load within so many seconds."""
-    jobs = {
-        Job.for_tile(shape, halves, tile, fp8): None
-        for count in tokens
-        for halves in (2, 1)
-        for tile in candidates(SHAPES[shape], count, halves, fp8)
-    }
+    """Compile and load tiles in use, and candidates too if not in_use, within so many seconds."""
+    jobs = dict[Job, None]()
+    shard = SHAPES[shape]
+    for count in tokens:
+        chosen = choose_tiles(count, shard.top_k, shard.num_experts, shard.intermediate, fp8)
+        for halves, used in ((2, chosen.gate_up), (1, chosen.down)):
+            others = () if in_use else candidates(shard, count, halves, fp8)
+            jobs |= {Job.for_tile(shape, halves, t, fp8): None for t in (used, *others)}
     print(shape, end=": ", flush=True)
     return compile_in_processes(jobs, compile_one, num_workers, seconds)
 

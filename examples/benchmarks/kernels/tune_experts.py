@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["ep4"])
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--fp8", action="store_true", help="not with --shapes tp4")
+    parser.add_argument("--in-use", action="store_true", help="time the tiles in use only")
     parser.add_argument("--seconds", type=float, default=90.0, help="for each shape")
     parser.add_argument("--workers", type=int, default=min(24, os.cpu_count() or 1))
     args = parser.parse_args()
@@ -51,12 +52,14 @@ def main() -> None:
     rates = read_rate(), matmul_rate()
     for name in args.shapes:
         deadline = time.monotonic() + args.seconds
-        compiled = compile_all(name, args.tokens, args.fp8, args.workers, args.seconds / 3)
+        compiled = compile_all(
+            name, args.tokens, args.fp8, args.in_use, args.workers, args.seconds / 3
+        )
         bench = Bench.make(name, args.fp8, *rates)
         for i, tokens in enumerate(args.tokens):
             now = time.monotonic()
             share = (deadline - now) / (len(args.tokens) - i)
-            tune(bench, tokens, compiled, now + share)
+            tune(bench, tokens, compiled, args.in_use, now + share)
         del bench
         torch.cuda.empty_cache()
 
@@ -149,7 +152,7 @@ class Product:
         return f"{us:8.1f} us  {rates}  {us / self.floor_us:5.2f} x floor  {tile}"
 
 
-def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None:
+def tune(bench: Bench, tokens: int, compiled: set[Job], only_in_use: bool, deadline: float) -> None:
     shard = bench.shard
     rows = torch.randn(tokens, shard.hidden, device="cuda").bfloat16()
     row_ranges = torch.tensor([[0], [tokens]], dtype=torch.int32, device="cuda")
@@ -157,7 +160,7 @@ def tune(bench: Bench, tokens: int, compiled: set[Job], deadline: float) -> None
     per_expert = tokens * shard.top_k / shard.num_experts
     say(f"{bench.name}, {tokens} tokens, {per_expert:g} pairs an expert")
     best: dict[tuple[bool, int], tuple[float, Tile]] = {}  # by expert, halves
-    for part in products(bench, rows, routings):
+    for part in () if only_in_use else products(bench, rows, routings):
         middle = time.monotonic() + (deadline - time.monotonic()) * (0.5 if part.halves == 2 else 1)
         ranked = rank(part, bench, tokens, compiled, middle)
         for by_expert in (True, False):
