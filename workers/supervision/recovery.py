@@ -239,14 +239,14 @@ class Recovery:
         """Let these leave their steps; those that load experts finish that before."""
         late, deadline = wait(asked, ASK_S).not_done, Deadline(self._config.start_timeout_s)
         patience = Deadline(SUSPEND_S)
-        while late and patience.left() > 0 and deadline.left() > 0:
+        while late and deadline.left() > 0:
             answers = {future: asked[future].call(ReadHealth()) for future in late}
             silent = wait(answers.values(), ASK_S).not_done
             if any(map(_loads, answers.values())):
                 patience = Deadline(SUSPEND_S)
-            elif silent and self._is_spent(monotonic()):
-                break  # who does not answer leaves no step, and nobody is to be replaced
-            late = wait(late, min(ASK_S, patience.left())).not_done
+            elif patience.left() <= 0 or (silent and self._is_spent(monotonic())):
+                break  # who does not answer leaves no step, and here nobody is to be replaced
+            late = wait(late, ASK_S).not_done
 
     def _begin_epoch(self, seats: list[Seat]) -> None:
         deadline = Deadline(self._config.start_timeout_s)
