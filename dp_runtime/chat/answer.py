@@ -27,6 +27,7 @@ class AnswerDelta:
     reasoning: str = ""
     content: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    cuts_call: bool = False  # the text has ended before the arguments of a call have
 
     def __bool__(self) -> bool:
         return bool(self.reasoning or self.content or self.tool_calls)
@@ -46,6 +47,7 @@ class AnswerDelta:
                 replace(several[0], arguments="".join(piece.arguments for piece in several))
                 for several in pieces.values()
             ),
+            any(delta.cuts_call for delta in given),
         )
 
 

@@ -35,6 +35,10 @@ class HermesCall:
         self._pieces: list[str] = []  # all text, as long as it may not be a call
         self._extent = JsonExtent()
 
+    @property
+    def is_whole(self) -> bool:
+        return self._stage is _Stage.CLOSING
+
     def push(self, text: str) -> str:
         match self._stage:
             case _Stage.HEADER:

@@ -36,6 +36,10 @@ class QwenXmlCall:
         self._separator = ""
         self._value: ParameterValue = TextValue()
 
+    @property
+    def is_whole(self) -> bool:
+        return self._stage is _Stage.CLOSING
+
     def push(self, text: str) -> str:
         self.rest += text
         pieces: list[str] = []

@@ -24,6 +24,9 @@ class CallReader(Protocol):
     name: str | None  # known as soon as this is certain to be a call
     rest: str  # what it did not take, once it has ended
 
+    @property
+    def is_whole(self) -> bool: ...  # as far as its arguments go
+
     def push(self, text: str) -> str: ...  # the arguments' text that came with it
 
     def finish(self) -> str: ...  # the text has ended, so the call has, too
@@ -58,6 +61,8 @@ class ToolCalls:
             return AnswerDelta()  # the beginning of a call is neither a call nor content
         pieces = []
         while self._reader is not None:
+            cuts_call = self._reader.name is not None and not self._reader.is_whole
+            pieces.append(AnswerDelta(cuts_call=cuts_call))
             piece, rest = self._call(None)
             pieces += [piece, self.push(rest)]
         told = not is_cut and ("".join(self._spaces) + self._tag).strip()

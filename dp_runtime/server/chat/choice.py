@@ -36,7 +36,7 @@ class ChatChoice:
         self._parser = chats.parser(prompt)
         self._echo = prompt.continued if body.echo else None
         self._reasoning = _counter(chats, prompt, handle) if chats.reasons else None
-        self._calls = False
+        self._calls = self._cuts_call = False
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -44,10 +44,9 @@ class ChatChoice:
 
     def whole(self, output: RequestOutput) -> Content:
         self._count(output.token_ids)
-        answer = Answer.joined(
-            [self._parser.push(output.text), self._parser.finish(_is_cut(output.finish_reason))]
-        )
-        self._calls = bool(answer.tool_calls)
+        end = self._parser.push(output.text), self._parser.finish(_is_cut(output.finish_reason))
+        answer = Answer.joined(end)
+        self._calls, self._cuts_call = bool(answer.tool_calls), end[1].cuts_call
         choice = {"index": self._index, "message": self._message(answer)}
         choice |= self._of_tokens(output.token_ids, output.logprobs)
         return choice | self._end(output.finish_reason)
@@ -62,6 +61,7 @@ class ChatChoice:
         piece = self._parser.push(delta.text)
         if delta.finish_reason is not None:
             end = self._parser.finish(_is_cut(delta.finish_reason))
+            self._cuts_call = end.cuts_call
             piece = AnswerDelta.joined([piece, end])
         self._calls = self._calls or bool(piece.tool_calls)
         of_tokens = self._of_tokens(delta.token_ids, delta.logprobs)
@@ -105,10 +105,12 @@ class ChatChoice:
         return content
 
     def _end(self, reason: FinishReason) -> Content:
+        stop = stop_reason(self._handle)
         called = self._calls and reason is FinishReason.STOP
+        called = called and not (self._cuts_call and stop is not None)  # which was asked for there
         content: Content = {
             "finish_reason": "tool_calls" if called else reason,
-            "stop_reason": stop_reason(self._handle),
+            "stop_reason": stop,
         }
         if self._body.return_routed_experts:
             content["routed_experts"] = encoded_experts(self._handle)

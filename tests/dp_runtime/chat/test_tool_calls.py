@@ -125,6 +125,20 @@ def test_a_call_that_is_cut_before_its_name_is_neither_content_nor_a_call(
     assert parsed(new, [prose], is_cut=True) == answer(prose)
 
 
+@pytest.mark.parametrize(
+    ("new", "call", "name", "end"),
+    [
+        (hermes, A_CALL, '"f", "arguments": {"', "}\n</"),
+        (qwen_xml, xml(count="1"), "=f>", "\n</too"),
+    ],
+)
+def test_a_call_is_whole_once_its_arguments_are(new: Any, call: str, name: str, end: str) -> None:
+    known, whole = call.index(name) + len(name), call.rindex(end)
+    for size in range(len(call) + 1):
+        *_, last = deltas_of(new(), list(f"So:\n{call[:size]}"))
+        assert last.cuts_call == (known <= size < whole)
+
+
 LONG = 100_000
 DEGENERATE = {
     "line breaks": "\n" * LONG,

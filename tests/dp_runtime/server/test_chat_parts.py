@@ -177,6 +177,23 @@ def test_an_answer_that_is_cut_has_what_was_written(create: Any) -> None:
         assert joined(list(chunks)) == (*parts(whole.choices[0].message), "length")
 
 
+@pytest.mark.parametrize(
+    ("stop", "expected", "reason"),
+    [
+        ('name"', (None, '<tool_call>\n{"', []), "stop"),
+        ("</tool_call>", (None, None, [("forecast", ARGUMENTS)]), "tool_calls"),
+        (ARGUMENTS[3:], (None, None, [("forecast", ARGUMENTS[:3])]), "stop"),
+    ],
+)
+def test_a_stop_string_within_a_call(create: Any, stop: str, expected: Any, reason: str) -> None:
+    """What is no call yet stays content, and what is none any more is not said to be called."""
+    whole = create(**written(HERMES, stop=stop)).choices[0]
+    chunks = list(create(**written(HERMES, stop=stop), stream=True))
+    assert parts(whole.message) == expected
+    assert (whole.finish_reason, whole.stop_reason) == (reason, stop)
+    assert joined(chunks) == (*expected, reason)
+
+
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_the_beginning_of_a_call_that_is_cut_is_no_content(create: Any, choice: str) -> None:
     for tokens in range(3, 60, 11):
