@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
-from dp_runtime.errors import one_line, require
+from dp_runtime.errors import one_line, require, shown
 from dp_runtime.experiments.measurement.figures import Figures, end_s, figures_of
 from dp_runtime.experiments.measurement.intervals import Interval
 from dp_runtime.experiments.measurement.request_record import RequestRecord
@@ -75,8 +75,29 @@ class Source:
         return self.runs[number]()
 
 
+DESCRIBED = {
+    "name": str, "points": dict, "settings": dict, "configs": dict, "slo": dict, "machines": list,
+    "noise_floor": dict,
+}  # fmt: skip
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Read run.json; TypeError or KeyError for one that is no experiment's."""
+    described: dict[str, Any] = read_json(path)
+    for name, kind in DESCRIBED.items():
+        if not isinstance(described[name], kind):
+            raise TypeError(f"{name} is {shown(described[name])}")
+    inner = [*described["points"].values(), *described["machines"]]
+    floors = described["noise_floor"].values()
+    if not all(isinstance(each, dict) for each in inner) or any(
+        not isinstance(floor, int | float) for floor in floors
+    ):
+        raise TypeError("points, machines and noise_floor are tables, the last one of numbers")
+    return described
+
+
 def _experiment(path: Path) -> Source:
-    described = read_json(path / RUN)
+    described = _described(path / RUN)
     varied = described["points"]
     runs = [run for key in varied for run in sorted((path / RUNS).glob(f"{key}-*"))]
     rows = [row for run in runs if (row := read_row(run)) is not None]
@@ -104,7 +125,7 @@ def _single(path: Path, row: Row) -> Source:
     """Read one run; the experiment that it is of, if it lies there, has its SLO and its point."""
     above = path.resolve().parent.parent / RUN
     require(not row["error"], "report", str(path), f"a run without an error: {row['error']}")
-    described = read_json(above) if above.is_file() else None
+    described = _described(above) if above.is_file() else None
     slo = Slo(**described["slo"]) if described else Slo()
     key = row["point"]
     label = labels_of(described["points"])[key] if described else key
@@ -125,6 +146,7 @@ def _run(path: Path, row: Row, label: str, slo: Slo) -> RunData:
         why = f"{type(error).__name__}: {error}"
         raise ValueError(one_line(f"{path}: a run that can not be read: {why}")) from None
     require(bool(steps), "report", str(path), "a run with steps")
+    _check_rows(path, steps)
     figures = {name: row[name] for name in figure_names([row], _without(slo))}
     return RunData(label, steps, requests, slo, figures)
 
@@ -135,6 +157,15 @@ def _trace(path: Path) -> Source:
     figures = step_figures(steps)
     run = RunData(path.name, steps, (), Slo(), figures)
     return Source(path.name, (lambda: run,), {path.name: _intervals([figures], Slo())})
+
+
+def _check_rows(path: Path, steps: Sequence[StepTrace]) -> None:
+    """Raise ValueError for a step whose rank is none of those that its passes have rows of."""
+    for step in steps:
+        for each in step.passes:
+            ok = step.index < len(each.real_rows) == len(each.gathered_rows)
+            allowed = "rows of each rank, this one among them"
+            require(ok, f"{path}: step {step.step_id}: rows", each.real_rows, allowed)
 
 
 def _without(slo: Slo) -> tuple[str, ...]:

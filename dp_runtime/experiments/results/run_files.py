@@ -98,6 +98,10 @@ def read_requests(directory: Path) -> list[RequestRecord]:
     ]
     for number, record in enumerate(records, 1):
         check_fields(record, f"request {number}", least=-1)
+        pairs = all(len(each) == 2 and 0 < each[1] < 2**31 for each in record.arrivals)
+        ok = pairs and (bool(record.error) or bool(record.arrivals))
+        allowed = "pairs of a time and a count above 0, one at least without an error"
+        require(ok, f"request {number}: arrivals", record.arrivals, allowed)
     return records
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,6 +118,29 @@ def broken_row(path: Path) -> Path:
     return grid
 
 
+def other_machines(path: Path) -> Path:
+    grid = write_results(path / "grid", [{}], repeats=1)
+    write_json(grid / "run.json", read_json(grid / "run.json") | {"machines": ["mine"]})
+    return grid
+
+
+def edited_line(path: Path, name: str, **fields: Any) -> Path:
+    run = write_results(path / "grid", [{}], repeats=1) / "runs" / "key0-0"
+    with gzip.open(run / name, "rt") as file:
+        first, *others = map(json.loads, file)
+    with gzip.open(run / name, "wt") as file:
+        file.writelines(json.dumps(line) + "\n" for line in (first | fields, *others))
+    return run
+
+
+def step_of_no_rank(path: Path) -> Path:
+    return edited_line(path, "steps.jsonl.gz", position=7)
+
+
+def request_without_an_answer(path: Path) -> Path:
+    return edited_line(path, "requests.jsonl.gz", arrivals=[])
+
+
 def failed_runs(path: Path) -> Path:
     grid = write_results(path / "grid", [{}], repeats=1)
     row = grid / "runs" / "key0-0" / "row.json"
@@ -143,6 +168,9 @@ def failed_run(path: Path) -> Path:
         (other_steps, "a run that can not be read"),
         (missing_requests, "a run that can not be read"),
         (broken_row, "key0-1/row.json: .* the whole row of a run; remove the file"),
+        (other_machines, "results that can not be read: .*points, machines and noise_floor are"),
+        (step_of_no_rank, r"step \d+: rows: .* rows of each rank, this one among them"),
+        (request_without_an_answer, r"request 1: arrivals: \(\) is not allowed"),
         (failed_runs, "results with a run that has ended well"),
         (failed_run, "a run without an error: it failed"),
     ],
