@@ -25,7 +25,7 @@ from collectives.peer_to_peer.kernels import (
     reduce_scatter_kernel,
 )
 from collectives.watchdog import Watchdog
-from dp_runtime.core.device_copy import on_device
+from dp_runtime.core.device_copy import on_device, order_copies
 from dp_runtime.errors import StartError
 from dp_runtime.host.capturing import not_capturing
 from dp_runtime.kernels.triton_launch import overlaps
@@ -112,6 +112,7 @@ class PeerRows:
                 self._layouts.clear()
             starts = np.cumsum((0, *counts[:-1]))
             table = on_device(np.array([starts, counts], np.int32), self._stop.device)
+            order_copies(self._stop.device)
             known = self._layouts[counts] = RowLayout(table, sum(counts), max(counts))
         if torch.cuda.is_current_stream_capturing():
             self._captured[counts] = known

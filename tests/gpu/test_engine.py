@@ -75,6 +75,24 @@ def test_bf16_is_as_near_to_float32_as_transformers_is(
     compare(checkpoint, outputs)[1].check(f"{backend}, {dp_size} ranks", FEW_POSITIONS)
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dp_rank", [0, 1])
+def test_a_rank_without_rows_runs_its_experts_for_the_others_eagerly(
+    checkpoint: Path, dp_rank: int
+) -> None:
+    """It is far ahead, and waits where kernels overlap: whose rows are real is there by then."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"2 GPUs are needed, {torch.cuda.device_count()} are here")
+    config = EngineConfig(
+        str(checkpoint), launcher="local", device="cuda", dp_size=2, max_model_len=512,
+        num_pages=200, attention_backend="trtllm", cuda_graphs=False,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=0)
+    with Engine(config) as engine:
+        outputs = [engine.generate([prompt], params, [dp_rank])[0] for prompt in prompts()]
+    compare(checkpoint, outputs)[1].check(f"all on rank {dp_rank}, eager", FEW_POSITIONS)
+
+
 @pytest.fixture(scope="module")
 def wide_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Groups of heads as 397B has: any number of its decodes is served by shares of keys."""

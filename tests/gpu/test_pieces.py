@@ -119,15 +119,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("backend", ["trtllm", "split"])
 @pytest.mark.parametrize("num_drafts", [0, 3])
 def test_pieces_give_the_log_probabilities_of_eager_steps(
-    checkpoint: Path, num_drafts: int
+    checkpoint: Path, num_drafts: int, backend: str
 ) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"2 GPUs are needed, {torch.cuda.device_count()} are here")
     config = EngineConfig(
         str(checkpoint), launcher="local", device="cuda", dp_size=2, max_model_len=1536,
-        max_num_tokens=1024, max_num_requests=16, num_pages=200, attention_backend="trtllm",
+        max_num_tokens=1024, max_num_requests=16, num_pages=200, attention_backend=backend,
         overlap=True, poison_padding=True, speculative_num_steps=num_drafts,
     )  # fmt: skip
     for due, (one, other) in zip(DUE, run_ranks(config, serve_twice), strict=True):
