@@ -28,7 +28,7 @@ def gate_up_kernel(
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_EXPERT: tl.constexpr, REST: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
-    F16: tl.constexpr, JOINT: tl.constexpr, OVERLAP: tl.constexpr, PDL: tl.constexpr,
+    F16: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -47,21 +47,22 @@ def gate_up_kernel(
             first += BLOCK_M
     else:
         all_counts, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
-        end, step = tl.max(ends, 0) * columns, tl.num_programs(0)
-        for tile in tl.range(tl.program_id(0), end, step, flatten=OVERLAP):
+        tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
+        while tile < num_tiles:
             expert, begin, first, count = _place(tile // columns, all_counts, ends, LOCAL, BLOCK_M)
-            if REST == 0 or count - first > REST:
+            if count - first > REST:
                 _gate_up_tile(
                     x, gate_up, gate_up_blocks, scales, activated, peaks, pairs, rows,
                     expert, tile % columns, first, count, begin, x_stride, intermediate,
                     HIDDEN, TOP_K, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, JOINT,
                 )  # fmt: skip
-            else:
+            elif REST > 0:
                 _gate_up_tile(
                     x, gate_up, gate_up_blocks, scales, activated, peaks, pairs, rows,
                     expert, tile % columns, first, count, begin, x_stride, intermediate,
                     HIDDEN, TOP_K, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, JOINT,
                 )  # fmt: skip
+            tile += tl.num_programs(0)
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def down_kernel(
     INTERMEDIATE: tl.constexpr, PEAKS: tl.constexpr, LOCAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_EXPERT: tl.constexpr, REST: tl.constexpr, SWAP: tl.constexpr, REGROUP: tl.constexpr,
-    F16: tl.constexpr, JOINT: tl.constexpr, OVERLAP: tl.constexpr, PDL: tl.constexpr,
+    F16: tl.constexpr, JOINT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -163,26 +164,27 @@ def down_kernel(
             _down_tile(
                 activated, None, peaks, down, down_blocks, scales, weights, weighted, pairs, rows,
                 expert, column, first, count, None, hidden,
-                INTERMEDIATE, PEAKS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, OVERLAP,
+                INTERMEDIATE, PEAKS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16,
             )  # fmt: skip
             first += BLOCK_M
     else:
         all_counts, ends = _row_blocks(counts, num_local, LOCAL, BLOCK_M)
-        end, step = tl.max(ends, 0) * columns, tl.num_programs(0)
-        for tile in tl.range(tl.program_id(0), end, step, flatten=OVERLAP):
+        tile, num_tiles = tl.program_id(0), tl.max(ends, 0) * columns
+        while tile < num_tiles:
             expert, begin, first, count = _place(tile // columns, all_counts, ends, LOCAL, BLOCK_M)
-            if REST == 0 or count - first > REST:
+            if count - first > REST:
                 _down_tile(
                     activated, activated_blocks, peaks, down, down_blocks, scales, weights,
                     weighted, pairs, rows, expert, tile % columns, first, count, begin, hidden,
-                    INTERMEDIATE, PEAKS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, OVERLAP,
+                    INTERMEDIATE, PEAKS, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16,
                 )  # fmt: skip
-            else:  # the copy engine reads blocks of BLOCK_M rows
+            elif REST > 0:  # the copy engine reads blocks of BLOCK_M rows
                 _down_tile(
                     activated, None, peaks, down, down_blocks, scales, weights, weighted,
                     pairs, rows, expert, tile % columns, first, count, begin, hidden,
-                    INTERMEDIATE, PEAKS, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16, OVERLAP,
+                    INTERMEDIATE, PEAKS, REST, BLOCK_N, BLOCK_K, SWAP, REGROUP, F16,
                 )  # fmt: skip
+            tile += tl.num_programs(0)
 
 
 @triton.jit
@@ -191,15 +193,12 @@ def _down_tile(
     expert, column, first, count, begin, hidden,
     INTERMEDIATE: tl.constexpr, PEAKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr, REGROUP: tl.constexpr, F16: tl.constexpr, OVERLAP: tl.constexpr,
+    SWAP: tl.constexpr, REGROUP: tl.constexpr, F16: tl.constexpr,
 ):  # fmt: skip
     """Compute a block of columns of pairs' rows of activated, as `_gate_up_tile` wrote them."""
     index = first + tl.arange(0, BLOCK_M)
     ours = index < count
-    pair_at = pairs + expert.to(tl.int64) * rows + index
-    if not OVERLAP:
-        pair = tl.load(pair_at, mask=ours, other=0)
-        weight = tl.load(weights + pair, mask=ours, other=0.0)
+    pair = tl.load(pairs + expert.to(tl.int64) * rows + index, mask=ours, other=0)
     source = pair if begin is None else begin + index
     k = tl.arange(0, BLOCK_K)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -207,10 +206,12 @@ def _down_tile(
     a_at = activated + tl.where(ours, source, 0).to(tl.int64)[:, None] * INTERMEDIATE
     inside = tl.where(n < hidden, n, 0)
     down_at = down + (expert.to(tl.int64) * hidden + inside)[:, None] * INTERMEDIATE
+    weight = tl.load(weights + pair, mask=ours, other=0.0)
     scale = scales_of(expert, column * BLOCK_N, hidden, INTERMEDIATE)
     power = None
     if F16:
         power, inverse = _powers(peaks, source, ours, PEAKS)
+        weight *= inverse  # of sums that have the power still: rounding is the same
     total = zeros(BLOCK_M, BLOCK_N, SWAP)
     for start in range(0, INTERMEDIATE, BLOCK_K):
         if activated_blocks is not None:
@@ -226,11 +227,6 @@ def _down_tile(
         total = add_product(a, b, total, scales, at, SWAP, REGROUP)
     if SWAP:
         total = total.T
-    if OVERLAP:  # while the next tile's blocks are on their way
-        pair = tl.load(pair_at, mask=ours, other=0)
-        weight = tl.load(weights + pair, mask=ours, other=0.0)
-    if F16:
-        weight *= inverse  # of sums that have the power still: rounding is the same
     value = total.to(weighted.dtype.element_ty).to(tl.float32) * weight[:, None]
     at = weighted + pair.to(tl.int64)[:, None] * hidden + n
     tl.store(at, value.to(weighted.dtype.element_ty), mask=ours[:, None] & (n < hidden))

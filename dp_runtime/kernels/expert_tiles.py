@@ -24,7 +24,6 @@ class Tile:
     f16: bool = False  # e4m3: the product is in f16, to which the GPU itself widens e4m3
     rest: int = 0  # rows of an expert's last tile if it has no more; of counted tiles
     joint: bool = False  # bf16: gate's and up's columns are read as one block, by the copy engine
-    overlap: bool = False  # of counted tiles without rest: the next one is loaded as one ends
 
     @property
     def by_expert(self) -> bool:

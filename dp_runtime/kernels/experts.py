@@ -155,9 +155,6 @@ def _gate_up_by_tma(gate_up: Tensor, tile: Tile) -> TensorDescriptor | None:
 
 
 def _options(tile: Tile, dtype: torch.dtype) -> dict[str, int | str]:
-    assert not tile.overlap or not (tile.by_expert or tile.rest), (
-        f"only whole tiles overlap: {tile}"
-    )
     return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -168,7 +165,6 @@ def _options(tile: Tile, dtype: torch.dtype) -> dict[str, int | str]:
         "F16": tile.f16 and dtype != torch.float16,  # those are used as they are
         "REST": tile.rest,
         "JOINT": tile.joint,
-        "OVERLAP": tile.overlap,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

@@ -77,12 +77,6 @@ def test_rests_and_joint_blocks_equal_grouped_products(gathered: int, rest: int)
     check(Stage("ep4"), gathered, ExpertTiles(replace(tile, joint=True), tile))
 
 
-@pytest.mark.parametrize("gathered", [1, 64, 700, 8192])
-def test_overlapping_tiles_equal_grouped_products(gathered: int) -> None:
-    tile = Tile(128, 128, 64, 8, 3, True, 1, joint=True, overlap=True)
-    check(Stage("ep4"), gathered, ExpertTiles(tile, replace(tile, block_n=256, joint=False)))
-
-
 def check(stage: Stage, gathered: int, tiles: ExpertTiles | None = None) -> None:
     first, second = gathered, gathered * 2 // 3
     rows, real = poisoned(gathered, first, second)

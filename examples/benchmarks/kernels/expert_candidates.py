@@ -27,9 +27,6 @@ def candidates(shard: Shard, tokens: int, halves: int, fp8: bool) -> Iterator[Ti
             continue
         if tile.by_expert:
             yield tile
-        elif tile.overlap:
-            for per_multiprocessor in range(max(1, resident - 1), resident + 1):
-                yield replace(tile, per_multiprocessor=per_multiprocessor)
         elif fp8 or (
             tile.block_m * tile.block_n * halves >= 64 * 128
             and (tile.num_stages >= 4 or resident >= 2)
@@ -53,10 +50,6 @@ def _for_bf16(per_expert: float, halves: int) -> Iterator[Tile]:
                 yield tile
                 if m == 128:  # 32 rows take instructions of a smaller kind
                     yield from (replace(tile, rest=64), replace(tile, rest=32))
-        for m, columns, stages in product((64, 128), (128, 256), (3, 4)):
-            warps = 8 if m * columns == 128 * 256 else 4
-            tile = Tile(m, columns // halves, 64, warps, stages, True, FLAT, overlap=True)
-            yield replace(tile, joint=halves == 2)
 
 
 def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
@@ -67,10 +60,9 @@ def _for_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
         blocks_m = [64, 128] if per_expert > 48 else [32, 64]
         for m, n, k, stages in product(blocks_m, (64, 128), (64, 128), (3, 4)):
             tile = Tile(m, n, k, 4, stages, True, FLAT, True, True, True)
-            yield from (tile, replace(tile, overlap=True))
+            yield tile
             if stages == 3 and n == 128:
-                wide = replace(tile, num_warps=8)
-                yield from (wide, replace(wide, overlap=True))
+                yield replace(tile, num_warps=8)
             if stages == 3 and m > 32:
                 yield from (replace(tile, regroup=False), replace(tile, f16=False))
 
@@ -83,8 +75,7 @@ def _for_few_in_e4m3(per_expert: float, halves: int) -> Iterator[Tile]:
         if n == k == 128:
             yield replace(tile, num_warps=8)
         if stages != 5:
-            counted = replace(tile, per_multiprocessor=FLAT)
-            yield from (counted, replace(counted, overlap=True))
+            yield replace(tile, per_multiprocessor=FLAT)
     if m == 16:
         for n, stages in product((64, 128)[: 3 - halves], (3, 5)):
             yield Tile(m, n, 128, 4, stages, False)
@@ -104,7 +95,7 @@ def _resident(tile: Tile, halves: int, fp8: bool) -> int:
     sums = m * n // threads  # registers of a thread
     if shared > SHARED_MEMORY or not 2 <= sums <= 128:
         return 0
-    if fp8 and sums > 64 and (k > 64 or halves == 1 or tile.overlap):
+    if fp8 and sums > 64 and (k > 64 or halves == 1):
         return 0  # with each step's own sums beside them, registers spill
     registers = ((2 if fp8 else 1) * sums + 100) * threads
     return min(4, SHARED_MEMORY // shared, max(1, 65536 // registers))

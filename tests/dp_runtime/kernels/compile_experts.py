@@ -42,12 +42,6 @@ def tiles(fp8: bool) -> Iterator[ExpertTiles]:
         yield ExpertTiles(regrouped, regrouped)
     tall = Tile(128, 64, 64, 4, 3, True, FLAT, rest=64)
     yield ExpertTiles(replace(tall, joint=not fp8), replace(tall, rest=32))
-    if fp8:
-        shared = Tile(32, 128, 64, 4, 3, True, 2, True, True, f16=True, overlap=True)
-        yield ExpertTiles(shared, shared)
-    else:
-        large = Tile(128, 128, 64, 8, 4, True, 1, joint=True, overlap=True)
-        yield ExpertTiles(large, replace(large, block_n=256, num_stages=3, joint=False))
 
 
 def compile_attention() -> None:

@@ -113,7 +113,7 @@ def all_to_one(rows: int) -> Routing:
     return Routing(weights, torch.zeros_like(pairs)[:, None], count, pairs[None])
 
 
-SWAPPED = Tile(16, 64, 128, 4, 2, True, 2, True, True, f16=True, overlap=True)
+SWAPPED = Tile(16, 64, 128, 4, 2, True, 2, True, True, f16=True)
 
 
 @pytest.mark.parametrize("tile", [SWAPPED, Tile(16, 128, 64, 4, 2, False, f16=True)])

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 def test_the_kernels_compile_for_sm90() -> None:
     lines = lines_of(f"{__package__}.compile_experts")
     for kernel in ("gate_up_kernel", "down_kernel"):
-        assert sum(line.startswith(f"{kernel}: ") for line in lines) == 30
+        assert sum(line.startswith(f"{kernel}: ") for line in lines) == 28
     for kernel, count in (("_product_kernel", 11), ("_route_kernel", 15)):
         assert sum(line.startswith(f"{kernel}: ") for line in lines) == count
     for kernel in ("split_kernel", "combine_kernel"):  # of 30B, 35B and 397B

@@ -188,8 +188,7 @@ def test_experts_equal_the_torch_loop(
     tile = Tile(*blocks, 4, 2, tma, per_multiprocessor)
     rest = 0 if tile.by_expert else blocks[0] // 2
     swapped = replace(tile, swap=True, rest=rest)
-    overlapped = replace(tile, overlap=not tile.by_expert)
-    out = run_experts(rows, gate_up, down, routing, ExpertTiles(overlapped, swapped))
+    out = run_experts(rows, gate_up, down, routing, ExpertTiles(tile, swapped))
     weights, ids = logits[real].softmax(-1, dtype=torch.float32).topk(2, -1)
     weights = weights / weights.sum(-1, keepdim=True)
     due = fused_experts(rows[real].float(), gate_up.float(), down.float(), ids, weights, first)
