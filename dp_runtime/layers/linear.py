@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dp_runtime.core.e4m3 import E4M3
-from dp_runtime.kernels.dense_linear.measured import EarlyTiles
+from dp_runtime.kernels.dense_linear.measured import FewRowsTiles
 from dp_runtime.kernels.dense_linear.tiles import DenseTile
 from dp_runtime.kernels.fp8_linear.tiles import (
     GROUP,
@@ -163,11 +163,11 @@ class Fp8Linear:
 
 
 @dataclass(frozen=True, eq=False)
-class EarlyLinear:
+class FewRowsLinear:
     """The same, by a kernel of ours where that was measured to be faster."""
 
     linear: Linear  # without a bias
-    tiles: EarlyTiles
+    tiles: FewRowsTiles
     counters: Tensor  # [NUM_COUNTERS] int32, for the kernel
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -201,15 +201,15 @@ class EarlyLinear:
         return self.linear.activation_bytes(rows) + self.tiles.sum_bytes(rows)
 
     @classmethod
-    def of(cls, linear: Linear) -> Linear | EarlyLinear:
-        tiles = EarlyTiles.of(*linear.shape)
+    def of(cls, linear: Linear) -> Linear | FewRowsLinear:
+        tiles = FewRowsTiles.of(*linear.shape)
         if linear.bias is not None or not tiles.tiles:
             return linear
         counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=linear.weight.device)
         return cls(linear, tiles, counters)
 
 
-Projection = Linear | Fp8Linear | EarlyLinear
+Projection = Linear | Fp8Linear | FewRowsLinear
 BEHIND, MIXED = (f"it is stacked {how} one that is not e4m3" for how in ("behind", "in turns with"))
 
 
@@ -237,6 +237,6 @@ def load_projection(
     if not kept or (order is not None and bool((order[:total] >= total).any())):
         why = MIXED if kept else BEHIND
         linear = Linear.load(weights, outputs, inputs, why=why).ordered(order)
-        return EarlyLinear.of(linear) if weights.reads_early else linear
+        return FewRowsLinear.of(linear) if weights.few_rows_kernel else linear
     rest = {name: size for name, size in outputs.items() if name not in kept}
     return Fp8Linear.load(weights, kept, rest, inputs, order)

@@ -76,7 +76,7 @@ def _load(
     allocated_before = allocated_bytes(device)
     sources = kept.sources(
         lambda: _open_weights(config, plan, on_bytes),
-        len(plan.layers), device, plan.dtype, on_bytes, plan.dense.reads_early,
+        len(plan.layers), device, plan.dtype, on_bytes, plan.dense.few_rows_kernel,
     )  # fmt: skip
     slots = plan.limits.num_state_slots
     caches = [
@@ -138,7 +138,7 @@ def _open_weights(
 ) -> list[WeightSource]:  # of the model, then of its draft
     draft = [] if plan.draft is None else [plan.draft.directory]
     format_, seed, device = config.load_format, config.seed, torch.device(plan.device)
-    dense = plan.dense.kept, plan.dense.reads_early
+    dense = plan.dense.kept, plan.dense.few_rows_kernel
     return [
         open_weights(directory, format_, seed, plan.dtype, device, on_bytes, *dense)
         for directory in (config.model, *draft)

@@ -9,7 +9,7 @@ import torch
 from dp_runtime.attention.registry import backend_class
 from dp_runtime.config import EngineConfig
 from dp_runtime.errors import not_allowed, require
-from dp_runtime.kernels.dense_linear.measured import EarlyTiles
+from dp_runtime.kernels.dense_linear.measured import FewRowsTiles
 from dp_runtime.layers.linear import Widened
 from dp_runtime.layers.moe_kernels import make_moe_kernels
 from dp_runtime.models.config import ModelConfig
@@ -18,7 +18,7 @@ from dp_runtime.prefix_cache.page_hash import PageHasher
 from dp_runtime.speculative.draft import DraftConfig
 from dp_runtime.startup.memory_estimate import (
     Fp8Shape,
-    early_tiles,
+    few_rows_tiles,
     fp8_shapes,
     widened_matrices,
 )
@@ -115,9 +115,9 @@ class DenseChoice:
     reason: str
     kept: Fp8Names = field(default_factory=Fp8Names, repr=False)
     widened: tuple[Widened, ...] = ()  # of those that were to be kept
-    reads_early: bool = False  # others' kernels are those that were measured to be faster
+    few_rows_kernel: bool = False  # others have the kernels that were measured to be faster
     fp8_shapes: tuple[Fp8Shape, ...] = ()  # of matrices that stay e4m3
-    early_tiles: tuple[EarlyTiles, ...] = ()  # of others with kernels of ours
+    few_rows_tiles: tuple[FewRowsTiles, ...] = ()  # of others with kernels of ours
 
     @property
     def is_notable(self) -> bool:
@@ -125,14 +125,14 @@ class DenseChoice:
 
     def built(self, models: object) -> DenseChoice:
         """Add what was built; ValueError if kernels for e4m3 were chosen and no matrix stays so."""
-        shapes, early, widened = fp8_shapes(models), early_tiles(models), widened_matrices(models)
+        shapes, few, widened = fp8_shapes(models), few_rows_tiles(models), widened_matrices(models)
         allowed = "auto or torch: no matrix beside the experts can stay e4m3"
         require(bool(shapes) or self.backend != "triton", "dense_backend", self.backend, allowed)
         reason = self.reason
-        if early:
-            sizes = ", ".join(f"{tiles.outputs} x {tiles.inputs}" for tiles in early)
+        if few:
+            sizes = ", ".join(f"{tiles.outputs} x {tiles.inputs}" for tiles in few)
             reason += f"; of few rows, {sizes} by a kernel that was faster than cuBLAS on an H200"
-        found = replace(self, widened=widened, fp8_shapes=shapes, early_tiles=early)
+        found = replace(self, widened=widened, fp8_shapes=shapes, few_rows_tiles=few)
         return replace(found, reason=reason)
 
 
@@ -147,19 +147,19 @@ def choose_dense(
     name = config.dense_backend
     if name == "triton":
         _check_triton_dense(model, dtype, device)
-    early = name != "torch" and _fits_early(dtype, device)
+    few_rows = name != "torch" and _fits_few_rows(dtype, device)
     if model.fp8_exempt is None:
-        return DenseChoice("torch", NO_E4M3, reads_early=early)
+        return DenseChoice("torch", NO_E4M3, few_rows_kernel=few_rows)
     if name != "triton":
         why = SLOW_PROMPTS if name == "auto" and device.type == "cuda" else "e4m3 is widened"
-        return DenseChoice("torch", why, reads_early=early)
+        return DenseChoice("torch", why, few_rows_kernel=few_rows)
     directories = [config.model, *([] if draft is None else [draft.directory])]
     dummy = config.load_format == "dummy"
     kept = Fp8Names(exempt=model.fp8_exempt) if dummy else Fp8Names.of_files(directories)
-    return DenseChoice(name, "chosen in the configuration", kept, reads_early=early)
+    return DenseChoice(name, "chosen in the configuration", kept, few_rows_kernel=few_rows)
 
 
-def _fits_early(dtype: torch.dtype, device: torch.device) -> bool:
+def _fits_few_rows(dtype: torch.dtype, device: torch.device) -> bool:
     """Tell if kernels would do here as they were measured to."""
     on_gpu = device.type == "cuda" and dtype == torch.bfloat16
     return on_gpu and torch.cuda.get_device_capability(device)[0] == 9

@@ -14,7 +14,7 @@ from dp_runtime.attention.registry import backend_class
 from dp_runtime.core.e4m3 import E4M3
 from dp_runtime.core.recurrent_metadata import MAX_STEPPED, Drafts, RecurrentMetadata, Tracks
 from dp_runtime.core.request import RoutingShape
-from dp_runtime.kernels.dense_linear.measured import EarlyTiles
+from dp_runtime.kernels.dense_linear.measured import FewRowsTiles
 from dp_runtime.kernels.dense_linear.tiles import TAIL, DenseTile
 from dp_runtime.kernels.expert_tiles import ExpertTiles, choose_tiles
 from dp_runtime.kernels.fp8_linear.tiles import (
@@ -72,26 +72,26 @@ def _dense_kernels(plan: RankPlan) -> tuple[JitModule, ...]:
     if dense.fp8_shapes:
         import_module("dp_runtime.kernels.fp8_linear.run")
         modules.append(dense_jit_module(dense.fp8_shapes, plan.limits.max_num_tokens, *on))
-    if dense.early_tiles:
+    if dense.few_rows_tiles:
         import_module("dp_runtime.kernels.dense_linear.run")
-        modules.append(early_jit_module(dense.early_tiles, *on))
+        modules.append(few_rows_jit_module(dense.few_rows_tiles, *on))
     return tuple(modules)
 
 
-def early_jit_module(
-    early: Sequence[EarlyTiles], dtype: torch.dtype, device: torch.device
+def few_rows_jit_module(
+    matrices: Sequence[FewRowsTiles], dtype: torch.dtype, device: torch.device
 ) -> JitModule:
     """Make a module of the products of few rows with matrices of these shapes."""
     kinds = {
         (*tile.kind(tiles.inputs), 256 + tiles.outputs % TAIL): None
-        for tiles in early
+        for tiles in matrices
         for tile in tiles.tiles
     }
-    multiply = partial(_multiply_early, tuple(kinds), dtype, device)
+    multiply = partial(_multiply_few_rows, tuple(kinds), dtype, device)
     return JitModule("Triton matrices of few rows", multiply, by_triton=True)
 
 
-def _multiply_early(
+def _multiply_few_rows(
     kinds: Sequence[tuple[DenseTile, int, int]], dtype: torch.dtype, device: torch.device
 ) -> None:
     from dp_runtime.kernels.dense_linear.run import multiply

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dp_runtime.attention.plan import LayerCache
 from dp_runtime.core.cache_spec import LayerState
-from dp_runtime.kernels.dense_linear.measured import EarlyTiles
+from dp_runtime.kernels.dense_linear.measured import FewRowsTiles
 from dp_runtime.layers.linear import Fp8Linear, Widened
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
@@ -62,9 +62,9 @@ def widened_matrices(models: object) -> tuple[Widened, ...]:
     return tuple(dict.fromkeys(_parts(models, Widened)))
 
 
-def early_tiles(models: object) -> tuple[EarlyTiles, ...]:
-    """List how matrices are multiplied whose weights are asked for early, each shape once."""
-    return tuple(dict.fromkeys(_parts(models, EarlyTiles)))
+def few_rows_tiles(models: object) -> tuple[FewRowsTiles, ...]:
+    """List which matrices few rows are multiplied with by our kernel, each shape once."""
+    return tuple(dict.fromkeys(_parts(models, FewRowsTiles)))
 
 
 def _parts(value: object, kind: type[Part]) -> Iterator[Part]:

@@ -132,7 +132,7 @@ def sketch_rank(
     routing = _routing(config, model, moe_backend)
     graphs, graphs_reason = choose_graphs(config, device, backend, moe_backend)
     dense = choose_dense(config, model, draft, dtype, torch_device)
-    meta = partial(MetaWeights, dtype, torch_device, dense.kept, dense.reads_early)
+    meta = partial(MetaWeights, dtype, torch_device, dense.kept, dense.few_rows_kernel)
     build = partial(_models_without_memory, model, draft, layers, moe_backend=moe_backend)
     models = build(weights := meta(), sharding)
     needs = MemoryNeeds(

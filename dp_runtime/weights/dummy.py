@@ -23,10 +23,10 @@ class DummyWeights(NoCheckpoint):
         dtype: torch.dtype,
         on_bytes: Callable[[int], None] = ignore_bytes,
         fp8: Container[str] = (),  # names that stay e4m3
-        reads_early: bool = False,
+        few_rows_kernel: bool = False,
     ) -> None:
         self.device = self.runs_on = device
-        self.dtype, self.reads_early = dtype, reads_early
+        self.dtype, self.few_rows_kernel = dtype, few_rows_kernel
         self.bytes_read = 0
         self._seed = seed
         self._on_bytes = on_bytes
@@ -75,10 +75,10 @@ class MetaWeights(NoCheckpoint):
         dtype: torch.dtype,
         runs_on: torch.device,
         fp8: Container[str] = (),
-        reads_early: bool = False,
+        few_rows_kernel: bool = False,
     ) -> None:
         self.device, self.runs_on = torch.device("meta"), runs_on
-        self.dtype, self.reads_early = dtype, reads_early
+        self.dtype, self.few_rows_kernel = dtype, few_rows_kernel
         self.bytes_read = 0
         self._fp8 = fp8
 

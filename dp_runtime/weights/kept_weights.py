@@ -25,7 +25,7 @@ class RecordedWeights:
 
     def __init__(self, source: WeightSource, number: int, writer: CopyWriter) -> None:
         self.device, self.dtype, self.runs_on = source.device, source.dtype, source.runs_on
-        self.reads_early = source.reads_early
+        self.few_rows_kernel = source.few_rows_kernel
         self._source, self._number, self._writer = source, number, writer
 
     @property
@@ -94,10 +94,10 @@ class CopiedWeights:
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], None],
-        reads_early: bool,
+        few_rows_kernel: bool,
     ) -> None:
         self.device = self.runs_on = device
-        self.dtype, self.reads_early = dtype, reads_early
+        self.dtype, self.few_rows_kernel = dtype, few_rows_kernel
         self._number, self._reader, self._on_bytes = number, reader, on_bytes
 
     def load(self, name: str, shape: Shape, part: Part | None = None) -> Tensor:
@@ -173,13 +173,13 @@ class KeptWeights:
         device: torch.device,
         dtype: torch.dtype,
         on_bytes: Callable[[int], None],
-        reads_early: bool,
+        few_rows_kernel: bool,
     ) -> Sequence[WeightSource]:
         if self._descriptor is not None and is_sealed(self._descriptor):
             reader = CopyReader(self._descriptor, device)
             if reader.identity == self._identity:
                 self._reader = reader
-                rest = reader, device, dtype, on_bytes, reads_early
+                rest = reader, device, dtype, on_bytes, few_rows_kernel
                 return [CopiedWeights(number, *rest) for number in range(count)]
             reader.close()
         sources = open_checkpoints()

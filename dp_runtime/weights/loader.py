@@ -48,10 +48,10 @@ class Checkpoint:
         dtype: torch.dtype,
         on_bytes: Callable[[int], None] = ignore_bytes,
         fp8: Container[str] = (),  # names that stay e4m3
-        reads_early: bool = False,
+        few_rows_kernel: bool = False,
     ) -> None:
         self.device = self.runs_on = device
-        self.dtype, self.reads_early = dtype, reads_early
+        self.dtype, self.few_rows_kernel = dtype, few_rows_kernel
         self.bytes_read = 0
         self._on_bytes, self._fp8 = on_bytes, fp8
         self._root = Path(directory)
@@ -233,12 +233,12 @@ def open_weights(
     device: torch.device,
     on_bytes: Callable[[int], None] = ignore_bytes,
     fp8: Container[str] = (),
-    reads_early: bool = False,
+    few_rows_kernel: bool = False,
 ) -> WeightSource:
     match load_format:
         case "safetensors":
-            return Checkpoint(directory, device, dtype, on_bytes, fp8, reads_early)
+            return Checkpoint(directory, device, dtype, on_bytes, fp8, few_rows_kernel)
         case "dummy":
-            return DummyWeights(seed, device, dtype, on_bytes, fp8, reads_early)
+            return DummyWeights(seed, device, dtype, on_bytes, fp8, few_rows_kernel)
         case _:
             raise ValueError(f"load_format: {load_format!r} is not allowed; safetensors or dummy")

@@ -17,7 +17,7 @@ class WeightSource(Protocol):
 
     device: torch.device
     dtype: torch.dtype
-    reads_early: bool  # `kernels.dense_linear` multiplies the matrices it was faster with
+    few_rows_kernel: bool  # `kernels.dense_linear` multiplies few rows where it was faster
 
     @property
     def runs_on(self) -> torch.device:

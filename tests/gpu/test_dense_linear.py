@@ -15,13 +15,12 @@ from dp_runtime.kernels.norm import add_rms_norm
 
 BF16 = torch.bfloat16
 TILES = (
-    DenseTile(16, 64, 128, 256, 8, 4, 3),
-    DenseTile(16, 64, 128, 256, 4, 4, 3, late=True),
-    DenseTile(32, 64, 128, 256, 3, 4, 3),
-    DenseTile(16, 64, 128, 512, 4, 4, 3, tma=True),
-    DenseTile(64, 64, 128, 0, 2, 4, 3),
-    DenseTile(128, 128, 64, 128, 2, 8, 3),
-    DenseTile(16, 32, 128, 256, 1, 4, 4),
+    DenseTile(16, 64, 128, 1, 4, 4),
+    DenseTile(16, 64, 128, 4, 4, 4),
+    DenseTile(32, 64, 128, 3, 4, 4),
+    DenseTile(64, 64, 128, 4, 4, 3),
+    DenseTile(128, 128, 64, 2, 8, 3),
+    DenseTile(16, 32, 128, 1, 4, 4),
 )
 
 

@@ -1,1 +1,1 @@
-"""Products of few rows with matrices that are read while the kernel before still runs."""
+"""Products of few rows with bf16 matrices, each cut into enough programs for all of a GPU."""

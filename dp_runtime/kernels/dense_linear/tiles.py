@@ -13,26 +13,20 @@ class DenseTile:
 
     block_m: int
     block_n: int
-    block_k: int  # inputs of a step of the loop, after those that are held
-    held: int  # inputs whose weights are loaded before the rows are there
+    block_k: int
     split: int  # programs that share a tile, each with its part of the inputs
     num_warps: int
     num_stages: int
-    ahead: bool = True  # the L2 fetches the weights of the loop before the rows are there
-    tma: bool = False  # the copy engine reads weights, from capability 9.0 on
-    late: bool = False  # rows are asked for before the held weights are there
 
     def share(self, inputs: int) -> int:
         """Count the inputs of each part but the last, which may have fewer."""
-        steps = -(-(inputs - self.split * self.held) // (self.split * self.block_k))
-        return self.held + max(0, steps) * self.block_k
+        return -(-inputs // (self.split * self.block_k)) * self.block_k
 
     def kind(self, inputs: int) -> tuple[DenseTile, int]:
         """Give the simplest tile, and few inputs, for which the same kernel is compiled."""
         simple = replace(self, split=min(self.split, 2))
-        share = self.held + (self.block_k if self.share(inputs) > self.held else 0)
         tail = 0 if inputs == self.split * self.share(inputs) else TAIL
-        return simple, simple.split * share - tail
+        return simple, simple.split * self.block_k - tail
 
     def num_tiles(self, rows: int, outputs: int) -> int:
         return -(-rows // self.block_m) * -(-outputs // self.block_n)

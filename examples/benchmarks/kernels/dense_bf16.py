@@ -3,13 +3,13 @@
     python -m examples.benchmarks.kernels.dense_bf16 [--models 30b ...] [--rows 1 64 ...]
 
 Matrices of the mixers of Qwen3-30B-A3B, Qwen3.5-35B-A3B and 397B-A17B, as a step finds them
-(harness/cold_timing.py): read from memory, after a kernel that writes the rows and lets the next
-one start early. Tiles are compiled beforehand in processes, and each is compared with cuBLAS. The
-floor is the bytes of weights at the measured copy rate. For each matrix and number of rows: cuBLAS,
-and the best tiles. At the end of a matrix: the tiles that are best, as rows of the table by which
-the runtime chooses (dp_runtime/kernels/dense_linear/measured.py); at the end, for each number of
-rows, those that are best over all matrices. What fails is named and left out; it ends after
---seconds, with what it has found.
+(harness/cold_timing.py): read from memory, after a kernel that writes the rows. Tiles are compiled
+beforehand in processes, and each is compared with cuBLAS. The floor is the bytes of weights at the
+measured copy rate. For each matrix and number of rows: cuBLAS, and the best tiles. At the end of a
+matrix: the tiles that are best, as rows of the table by which the runtime chooses
+(dp_runtime/kernels/dense_linear/measured.py); at the end, for each number of rows, those that are
+best over all matrices. What fails is named and left out; it ends after --seconds, with what it has
+found.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from math import prod
 
@@ -47,31 +46,13 @@ MODELS = {  # outputs and inputs; another model's output has those of one that i
     "35b": {"qkv+gate": (9216, 2048), "delta in": (12352, 2048)},
     "397b": {"qkv+gate": (17408, 4096), "delta in": (20608, 4096), "out": (4096, 8192)},
 }
-PLAIN: dict[str, bool] = {}  # how weights are read
-COPIED, LATE = {"tma": True}, {"late": True}
-FEW = (  # block_n, block_k, held, warps, stages, and that
-    (64, 128, 0, 4, 4, PLAIN), (64, 128, 0, 4, 6, COPIED), (64, 128, 128, 4, 4, PLAIN),
-    (64, 128, 256, 4, 3, PLAIN), (64, 128, 256, 4, 3, COPIED), (64, 128, 512, 8, 3, PLAIN),
-    (64, 128, 512, 4, 3, COPIED), (128, 128, 256, 8, 3, PLAIN), (128, 128, 0, 8, 4, COPIED),
-    (64, 128, 256, 4, 3, LATE), (64, 128, 512, 4, 3, PLAIN), (128, 128, 256, 8, 3, LATE),
-    (64, 128, 128, 4, 4, LATE), (64, 128, 1024, 8, 2, PLAIN), (64, 128, 1024, 8, 2, COPIED),
-    (32, 128, 256, 4, 4, PLAIN), (32, 128, 0, 4, 6, PLAIN),
-)  # fmt: skip
-KINDS = {  # by block_m
-    16: FEW,
-    32: FEW,
-    64: (
-        (64, 128, 0, 4, 3, PLAIN), (64, 128, 0, 4, 4, COPIED), (64, 64, 128, 4, 4, PLAIN),
-        (64, 128, 256, 4, 2, PLAIN), (64, 128, 256, 4, 2, COPIED), (64, 64, 128, 4, 4, LATE),
-        (128, 64, 128, 8, 4, PLAIN), (128, 128, 0, 8, 3, COPIED), (128, 64, 256, 8, 3, COPIED),
-    ),
-    128: (
-        (64, 64, 0, 4, 4, PLAIN), (64, 64, 0, 4, 4, COPIED), (64, 64, 128, 4, 3, PLAIN),
-        (128, 64, 0, 8, 4, PLAIN), (128, 64, 0, 8, 4, COPIED), (128, 64, 128, 8, 3, PLAIN),
-        (128, 128, 0, 8, 3, COPIED), (128, 64, 256, 8, 2, COPIED),
-    ),
-}  # fmt: skip
-LEAST, MOST, MOST_HELD = 120, 340, 700  # programs; those that hold all their weights end early
+KINDS = {  # by block_m: block_n, block_k, warps, stages
+    16: ((64, 128, 4, 4), (64, 128, 4, 6), (128, 128, 8, 4), (32, 128, 4, 6)),
+    32: ((64, 128, 4, 4), (64, 128, 4, 6), (128, 128, 8, 4), (32, 128, 4, 6)),
+    64: ((64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)),
+    128: ((64, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3)),
+}
+LEAST, MOST = 120, 340  # programs
 CUBLAS = "cuBLAS"
 BEST = 3  # that are printed
 Job = tuple[DenseTile, int]
@@ -81,17 +62,14 @@ Times = dict[str | DenseTile, float]
 def candidates(rows: int, outputs: int, inputs: int) -> Iterator[DenseTile]:
     """Tiles with enough programs, whose sums are no more bytes than the matrix."""
     block_m = block_m_of(rows)
-    for n, k, held, warps, stages, how in KINDS[block_m]:
-        tiles = -(-rows // block_m) * -(-outputs // n)
+    for n, k, warps, stages in KINDS[block_m]:
         for split in (1, 2, 4, 8, 16):
-            tile = DenseTile(block_m, n, k, held, split, warps, stages, **how)
+            tile = DenseTile(block_m, n, k, split, warps, stages)
+            tiles = tile.num_tiles(rows, outputs)
+            fair = LEAST <= tiles * split <= MOST or (split == 1 and tiles > MOST)
             moved = 8 * tile.num_sums(rows, outputs)
-            most = MOST_HELD if split * held >= inputs else MOST
-            fair = LEAST <= tiles * split <= most or (split == 1 and tiles > most)
             if fair and moved <= 2 * outputs * inputs and fits(tile, inputs):
                 yield tile
-                if (held, how, stages) == (0, PLAIN, KINDS[block_m][0][4]):
-                    yield replace(tile, ahead=False)
 
 
 def block_m_of(rows: int) -> int:
@@ -99,11 +77,9 @@ def block_m_of(rows: int) -> int:
 
 
 def fits(tile: DenseTile, inputs: int) -> bool:
-    """Say if each part has what a program holds, and a program's shared memory suffices."""
-    left = inputs // tile.split - tile.held
-    looped = tile.num_stages * tile.block_k if left else 0
-    shared = 2 * (tile.held + looped) * (tile.block_m + tile.block_n)
-    return left >= 0 and shared < SHARED_MEMORY - 1024
+    """Say if each part has inputs, and a program's shared memory suffices."""
+    shared = 2 * tile.num_stages * tile.block_k * (tile.block_m + tile.block_n)
+    return (tile.split - 1) * tile.share(inputs) < inputs and shared < SHARED_MEMORY - 1024
 
 
 def compile_one(job: Job) -> None:

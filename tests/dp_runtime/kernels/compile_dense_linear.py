@@ -19,11 +19,11 @@ from tests.dp_runtime.kernels.gated_delta.compile_all import Compiled
 
 OUTPUTS, INPUTS = 5120, 2048
 TILES = (
-    DenseTile(16, 64, 128, 256, 8, 4, 3, late=True),
-    DenseTile(32, 64, 128, 256, 2, 4, 3),
-    DenseTile(64, 128, 128, 0, 2, 8, 4),
-    DenseTile(128, 64, 64, 128, 2, 4, 4, ahead=False),
-    DenseTile(16, 64, 128, 512, 2, 4, 3, tma=True),
+    DenseTile(16, 64, 128, 1, 4, 4),
+    DenseTile(16, 64, 128, 4, 4, 4),
+    DenseTile(32, 64, 128, 4, 4, 4),
+    DenseTile(64, 64, 128, 4, 4, 3),
+    DenseTile(128, 64, 64, 2, 4, 4),
 )
 
 

@@ -5,20 +5,23 @@ The interpreter has no bfloat16 products; float32 and float16 show the same code
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dp_runtime.kernels.dense_linear.measured import FewRowsTiles
 from dp_runtime.kernels.dense_linear.run import multiply
 from dp_runtime.kernels.dense_linear.tiles import DenseTile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
-HELD = DenseTile(16, 64, 64, 128, 1, 4, 3)  # nothing is left for a loop over 128 inputs
-SHARED = DenseTile(16, 64, 64, 64, 3, 4, 3)
-LOOPED = DenseTile(32, 64, 64, 0, 2, 4, 3)
+WHOLE = DenseTile(16, 64, 64, 1, 4, 3)
+SHARED = DenseTile(16, 64, 64, 3, 4, 3)
+TALL = DenseTile(32, 64, 64, 2, 4, 3)
 
 
 def counters_for(tile: DenseTile, rows: int, outputs: int) -> Tensor:
@@ -28,14 +31,13 @@ def counters_for(tile: DenseTile, rows: int, outputs: int) -> Tensor:
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "tile", "dtype"),
     [
-        (1, 64, 128, HELD, torch.float32),
-        (17, 70, 112, HELD, torch.float16),
-        (5, 100, 384, SHARED, torch.float32),  # each part holds some, and loops over others
+        (1, 64, 128, WHOLE, torch.float32),
+        (17, 70, 112, WHOLE, torch.float16),
+        (5, 100, 384, SHARED, torch.float32),
         (16, 129, 272, SHARED, torch.float16),  # the last part is smaller
-        (33, 130, 272, LOOPED, torch.float16),
-        (20, 64, 640, DenseTile(16, 64, 128, 128, 5, 4, 3), torch.float32),  # parts in two turns
-        (70, 150, 256, DenseTile(64, 128, 128, 64, 1, 8, 3, ahead=False), torch.float32),
-        (20, 100, 272, DenseTile(16, 64, 64, 64, 2, 4, 3, tma=True), torch.float16),
+        (33, 130, 272, TALL, torch.float16),
+        (20, 64, 640, DenseTile(16, 64, 128, 5, 4, 3), torch.float32),  # parts in two turns
+        (70, 150, 256, DenseTile(64, 128, 128, 1, 8, 3), torch.float32),
     ],
     ids=str,
 )
@@ -55,7 +57,7 @@ def test_a_product_is_the_exact_one_but_for_rounding(
         assert not counters.any()
 
 
-@pytest.mark.parametrize("tile", [SHARED, LOOPED], ids=str)
+@pytest.mark.parametrize("tile", [SHARED, TALL], ids=str)
 def test_rows_do_not_see_each_other(tile: DenseTile) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(40, 272, device=DEVICE), torch.randn(130, 272, device=DEVICE)
@@ -78,27 +80,23 @@ def test_no_rows_are_no_product() -> None:
 @pytest.mark.parametrize(
     ("inputs", "tile", "share"),
     [
-        (2048, DenseTile(16, 64, 128, 256, 8, 4, 3), 256),
-        (2048, DenseTile(16, 64, 128, 256, 3, 4, 3), 768),
-        (4096, DenseTile(16, 64, 128, 0, 4, 4, 3), 1024),
+        (2048, DenseTile(16, 64, 128, 3, 4, 3), 768),
+        (4096, DenseTile(16, 64, 128, 4, 4, 3), 1024),
         (272, SHARED, 128),
     ],
     ids=str,
 )
-def test_parts_hold_what_they_can_and_loop_over_the_rest(
-    inputs: int, tile: DenseTile, share: int
-) -> None:
+def test_parts_are_whole_blocks(inputs: int, tile: DenseTile, share: int) -> None:
     assert tile.share(inputs) == share
 
 
 @pytest.mark.parametrize("inputs", [272, 384, 2048, 4096])
-@pytest.mark.parametrize("tile", [HELD, SHARED, LOOPED, DenseTile(16, 64, 128, 256, 8, 4, 3)])
+@pytest.mark.parametrize("tile", [WHOLE, SHARED, TALL, DenseTile(16, 64, 128, 2, 4, 3)])
 def test_a_small_matrix_has_the_same_kernel(inputs: int, tile: DenseTile) -> None:
     simple, few = tile.kind(inputs)
-    assert few <= 2 * (tile.held + tile.block_k)
+    assert few <= 2 * tile.block_k
     assert (simple.split - 1) * simple.share(few) < few
     for of_both in (
-        lambda tile, inputs: tile.share(inputs) > tile.held,
         lambda tile, inputs: tile.share(inputs) * tile.split == inputs,
         lambda tile, inputs: tile.split > 1,
     ):
@@ -106,7 +104,32 @@ def test_a_small_matrix_has_the_same_kernel(inputs: int, tile: DenseTile) -> Non
 
 
 def test_a_split_into_more_parts_than_there_are_inputs_is_refused() -> None:
-    tile = DenseTile(16, 64, 64, 64, 4, 4, 3)
+    tile = DenseTile(16, 64, 64, 4, 4, 3)
     weight = torch.zeros(64, 192, device=DEVICE)
     with pytest.raises(AssertionError, match="programs without inputs"):
         multiply(weight[:1], weight, weight.new_empty(1, 64), counters_for(tile, 1, 64), tile)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "split", "chosen"),
+    [
+        (2048, 4096, 4, {16: range(17), 32: range(17, 33)}),
+        (9216, 2048, 1, {16: [16]}),
+        (12352, 2048, 1, {16: range(8, 17), 32: range(17, 33), 64: range(33, 65)}),
+        (4096, 8192, 4, {16: range(17), 32: range(17, 33), 64: range(33, 65)}),
+        (5120, 2048, 0, {}),
+        (17408, 4096, 0, {}),
+        (20608, 4096, 0, {}),
+    ],
+)
+def test_an_h200_was_faster_with_these_rows_by_our_kernel(
+    outputs: int, inputs: int, split: int, chosen: dict[int, Sequence[int]]
+) -> None:
+    tiles = FewRowsTiles.of(outputs, inputs)
+    due = dict.fromkeys(range(201)) | {
+        rows: DenseTile(block_m, 64, 128, split, 4, 3 if block_m == 64 else 4)
+        for block_m, all_rows in chosen.items()
+        for rows in all_rows
+    }
+    assert {rows: tiles.choose(rows) for rows in due} == due
+    assert all(tile.kind(inputs)[1] == min(split, 2) * 128 for tile in tiles.tiles)
