@@ -74,8 +74,8 @@ class EngineConfig:
         choices=("auto", "triton", "torch"),
     )  # fmt: skip
     dense_backend: str = setting(
-        "auto", "beside experts: torch is cuBLAS, e4m3 widened; triton keeps e4m3, faster up to 64 "
-        "rows; auto: e4m3 widened, bf16 by the faster one", choices=("auto", "triton", "torch"),
+        "auto", "beside experts: torch is cuBLAS, widens e4m3; triton keeps it, faster to 64 rows; "
+        "auto widens it, few bf16 rows by the faster kernel", choices=("auto", "triton", "torch"),
     )  # fmt: skip
     padding: str = setting(
         PaddingMode.MAX_LEN.value,

@@ -131,7 +131,7 @@ class DenseChoice:
         reason = self.reason
         if few:
             sizes = ", ".join(f"{tiles.outputs} x {tiles.inputs}" for tiles in few)
-            reason += f"; of few rows, {sizes} by a kernel that was faster than cuBLAS on an H200"
+            reason += f"; few rows times {sizes} by a kernel that was faster than cuBLAS on an H200"
         found = replace(self, widened=widened, fp8_shapes=shapes, few_rows_tiles=few)
         return replace(found, reason=reason)
 

@@ -1,8 +1,7 @@
 """Times of bf16 matrices, by which products of few rows get the faster kernel.
 
-Rows are printed by examples/benchmarks/kernels/dense_bf16.py. So many rows as lie between measured
-numbers go as the larger one, if the kernel was faster for both; more than all, and other matrices,
-go to cuBLAS.
+By examples/benchmarks/kernels/dense_bf16.py. Numbers of rows between measured ones go as the larger
+one, if the kernel was faster for both; more than all, and other matrices, go to cuBLAS.
 """
 
 from __future__ import annotations

@@ -181,19 +181,21 @@ def test_a_layer_that_does_not_attend_has_no_pages_to_attend_to(config: EngineCo
         backend.layer(2)
 
 
-# A shape, ranks, GiB of a GPU; whether it fits with 64 requests a rank, and so many cached tokens.
+# A shape, ranks, GiB of a GPU; whether it fits with 64 requests a rank, and so many cached tokens;
+# matrices that few rows are multiplied with by our kernel.
+OUTPUT_35B, OUTPUT_397B = (2048, 4096), (4096, 8192)  # 397B's shared experts have 35B's, too
 FITS = [
-    ("qwen3.5-35b-a3b-fp8", 1, 79.1, 500_000),
-    ("qwen3.5-122b-a10b-fp8", 4, 79.1, 500_000),
-    ("qwen3.5-397b-a17b-fp8", 4, 139.8, 100_000),
-    ("qwen3.5-397b-a17b-fp8", 4, 79.1, None),
+    ("qwen3.5-35b-a3b-fp8", 1, 79.1, 500_000, {(9216, 2048), (12352, 2048), OUTPUT_35B}),
+    ("qwen3.5-122b-a10b-fp8", 4, 79.1, 500_000, set()),
+    ("qwen3.5-397b-a17b-fp8", 4, 139.8, 100_000, {OUTPUT_397B, OUTPUT_35B}),
+    ("qwen3.5-397b-a17b-fp8", 4, 79.1, None, {OUTPUT_397B, OUTPUT_35B}),
 ]
 
 
-@pytest.mark.parametrize(("shape", "dp_size", "gib", "tokens"), FITS)
+@pytest.mark.parametrize(("shape", "dp_size", "gib", "tokens", "few_rows"), FITS)
 def test_what_fits_gpus(
-    shape: str, dp_size: int, gib: float, tokens: int | None, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: str, dp_size: int, gib: float, tokens: int | None, few_rows: set[tuple[int, int]],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     on_a_gpu(monkeypatch, gib)
     kernels = lambda *arguments: ("triton", "for the test")  # noqa: E731
@@ -205,6 +207,7 @@ def test_what_fits_gpus(
     )  # fmt: skip
     plan = sketch_rank(config, 0, "cuda:0")
     assert plan.graphs
+    assert {(of.outputs, of.inputs) for of in plan.dense.few_rows_tiles} == few_rows
     assert plan.memory.recurrent_state == (64 + 16 + 1) * plan.slot_bytes
     assert plan.shortage.startswith("model: ") == (tokens is None)
     if tokens is not None:
