@@ -61,8 +61,8 @@ class ToolCalls:
             return AnswerDelta()  # the beginning of a call is neither a call nor content
         pieces = []
         while self._reader is not None:
-            cuts_call = self._reader.name is not None and not self._reader.is_whole
-            pieces.append(AnswerDelta(cuts_call=cuts_call))
+            begun = self._reader.name is not None and not self._reader.is_whole
+            pieces.append(AnswerDelta(cuts_call=begun and not self._is_dropped))
             piece, rest = self._call(None)
             pieces += [piece, self.push(rest)]
         told = not is_cut and ("".join(self._spaces) + self._tag).strip()
@@ -105,11 +105,15 @@ class ToolCalls:
             delta = self._as_content(OPEN)
         return delta, reader.rest
 
+    @property
+    def _is_dropped(self) -> bool:  # the last call
+        return self._max_calls is not None and self._num_calls > self._max_calls
+
     def _call_delta(self, name: str | None, arguments: str) -> AnswerDelta:
         if name is not None:
             self._num_calls += 1
             self._spaces, self._after_call = [], True
-        if self._max_calls is not None and self._num_calls > self._max_calls:
+        if self._is_dropped:
             return AnswerDelta()
         index = self._num_calls - 1
         if name is not None:

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dp_runtime.chat.hermes import HermesCall
 from dp_runtime.chat.parsers import Parsers, ReasoningParser, ToolParser
+from dp_runtime.chat.tool_calls import ToolCalls
 from dp_runtime.chat.tools import ToolUse
 from tests.dp_runtime.chat.answers import cut, deltas_of, parsed, parsed_anyhow
 from tests.dp_runtime.chat.calls import A_CALL, answer, hermes, qwen_xml, xml
@@ -137,6 +139,15 @@ def test_a_call_is_whole_once_its_arguments_are(new: Any, call: str, name: str, 
     for size in range(len(call) + 1):
         *_, last = deltas_of(new(), list(f"So:\n{call[:size]}"))
         assert last.cuts_call == (known <= size < whole)
+
+
+@pytest.mark.parametrize(("max_calls", "is_told"), [(None, True), (2, True), (1, False)])
+def test_a_call_that_is_dropped_is_not_one_that_is_cut(
+    max_calls: int | None, is_told: bool
+) -> None:
+    calls = ToolCalls(HermesCall, max_calls)
+    calls.push(A_CALL + A_CALL[: A_CALL.rindex("]")])
+    assert calls.finish().cuts_call == is_told
 
 
 LONG = 100_000
