@@ -10,7 +10,7 @@ FACTOR = 4  # between gathered sizes: few are needed, since kernels read the rea
 LOCAL_STEP = 16  # requests; above it, local rows are captured in multiples of it
 MIN_PIECES = 64  # rows
 FINE_PIECES = 256  # rows, from which on a null row costs more than a graph
-# Stages of more rows would keep more memory, and the GPU takes longer for them than to launch them.
+# Pieces of more rows would keep more memory, and the GPU takes longer for them than to launch them.
 MAX_PIECEWISE_ROWS = 4096
 
 
@@ -98,7 +98,7 @@ class PiecewiseBuckets:
         return 0 < largest <= self.max_rows
 
     def gathered(self, largest: int) -> int:  # of every rank, from the largest's rows
-        assert self.cover(largest), f"{largest} rows, stages go to {self.max_rows}"
+        assert self.cover(largest), f"{largest} rows, pieces go to {self.max_rows}"
         return gathered_size(largest, self.max_rows)
 
 

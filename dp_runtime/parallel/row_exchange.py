@@ -52,7 +52,6 @@ class CountedExchange:
     collective: DeviceCountCollective
     poison: bool  # fill gathered rows that are not real with NaN
     row_ranges: Tensor
-    sums: Tensor | None = None  # what every reduce-scatter returns; None: a new tensor
 
     def gather(self, rows: Tensor) -> Tensor:
         total, most_rows = self.plan.total_gathered, self.plan.rows_per_rank
@@ -60,8 +59,7 @@ class CountedExchange:
 
     def reduce_scatter(self, partial: Tensor) -> Tensor:
         local_rows = self.plan.real_rows[self.collective.dp_rank]
-        sums = partial.new_empty(local_rows, partial.shape[1]) if self.sums is None else self.sums
-        assert len(sums) == local_rows, f"{len(sums)} rows for the sums of {local_rows}"
+        sums = partial.new_empty(local_rows, partial.shape[1])
         self.collective.reduce_scatter_v(partial, self.row_ranges, sums, self.plan.rows_per_rank)
         return sums
 
@@ -77,7 +75,6 @@ def graph_exchange(
     gathered: int,  # of every rank
     poison: bool,
     row_ranges: Tensor,
-    sums: Tensor | None = None,
 ) -> RowExchange:
     size = collective.dp_size
     shapes = [0] * size
@@ -85,5 +82,5 @@ def graph_exchange(
     plan = PaddingPlan(tuple(shapes), (gathered,) * size, counts_real_rows(collective))
     if plan.counted:
         assert isinstance(collective, DeviceCountCollective), f"{collective} can't count rows"
-        return CountedExchange(plan, collective, poison, row_ranges, sums)
+        return CountedExchange(plan, collective, poison, row_ranges)
     return PaddedExchange(plan, collective, poison, row_ranges)

@@ -62,7 +62,7 @@ class PassRunner:
                 # Another rank prefills, not this one.
                 return self.graphs[plan.query_len].replay(batch, plan.padding, future, place)
             case ExecutionMode.PIECEWISE:
-                assert self.piecewise is not None, "agreed on stages that are not captured"
+                assert self.piecewise is not None, "agreed on pieces that are not captured"
                 forward = self.piecewise.forward
             case ExecutionMode.EAGER:
                 forward = self.model.forward
