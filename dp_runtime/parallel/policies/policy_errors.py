@@ -15,7 +15,9 @@ def policy_errors(field: str, policy: object) -> Iterator[None]:
     """Raise PolicyFailed, which names a setting, for what is raised within, even sys.exit()."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of a library is no Exception
         raise PolicyFailed(_told(field, policy, error)) from error
 
 

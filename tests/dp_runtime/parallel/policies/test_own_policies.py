@@ -83,7 +83,11 @@ class Wrong:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [KeyError("boom"), SystemExit(3), ValueError("x")])
+class Panic(BaseException):
+    """As libraries in Rust raise."""
+
+
+@pytest.mark.parametrize("error", [KeyError("boom"), SystemExit(3), ValueError("x"), Panic("y")])
 def test_what_a_policy_raises_is_its_own_error(error: BaseException) -> None:
     policy = Wrong(error)
     calls: dict[str, Callable[[], Any]] = {
