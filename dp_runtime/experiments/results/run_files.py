@@ -66,8 +66,9 @@ def read_row(directory: Path) -> dict[str, Any] | None:
 
 
 def _is_row(row: dict[str, Any]) -> bool:
+    kinds = [type(row.get(name)) for name in KEYS]
     figures = [value for name, value in row.items() if name not in KEYS]
-    return set(KEYS) <= row.keys() and all(isinstance(v, int | float | None) for v in figures)
+    return kinds == [str, int, str] and all(isinstance(v, int | float | None) for v in figures)
 
 
 def read_steps(directory: Path) -> list[StepTrace]:

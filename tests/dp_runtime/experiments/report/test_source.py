@@ -118,6 +118,13 @@ def broken_row(path: Path) -> Path:
     return grid
 
 
+def row_without_a_point(path: Path) -> Path:
+    grid = write_results(path / "grid", [{}], repeats=2)
+    row = grid / "runs" / "key0-1" / "row.json"
+    write_json(row, read_json(row) | {"point": ["key0"]})
+    return grid
+
+
 def other_machines(path: Path) -> Path:
     grid = write_results(path / "grid", [{}], repeats=1)
     write_json(grid / "run.json", read_json(grid / "run.json") | {"machines": ["mine"]})
@@ -168,6 +175,7 @@ def failed_run(path: Path) -> Path:
         (other_steps, "a run that can not be read"),
         (missing_requests, "a run that can not be read"),
         (broken_row, "key0-1/row.json: .* the whole row of a run; remove the file"),
+        (row_without_a_point, "key0-1/row.json: .* the whole row of a run"),
         (other_machines, "results that can not be read: .*points, machines and noise_floor are"),
         (step_of_no_rank, r"step \d+: rows: .* rows of each rank, this one among them"),
         (request_without_an_answer, r"request 1: arrivals: \(\) is not allowed"),
