@@ -67,6 +67,8 @@ class RunDirectory:
 
     def _check_begun(self, resume: bool) -> bool:
         """Tell whether the directory has results; ValueError if these are not to be resumed."""
+        there = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+        require(there.is_dir(), "out", str(self.path), f"a directory ({there} is a file)")
         begun = (self.path / RUN).exists()
         holds = begun or (self.path.is_dir() and any(f.name != LOCK for f in self.path.iterdir()))
         allowed = "a new directory, or --resume to go on with what is there"

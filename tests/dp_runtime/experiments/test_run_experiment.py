@@ -322,3 +322,13 @@ def test_a_dry_run_looks_at_the_directory(lab: Path, capsys: pytest.CaptureFixtu
     assert main(arguments) == 2
     assert "a new directory, or --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("out", ["padding.toml", "padding.toml/below"])
+def test_results_are_not_written_into_a_file(
+    lab: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    arguments = ["experiment", str(lab / "padding.toml"), "--out", str(lab / out)]
+    for more in (["--dry-run"], []):
+        assert main([*arguments, *more]) == 2
+        assert "a directory (" in capsys.readouterr().err
