@@ -81,11 +81,10 @@ def test_a_rank_without_rows_runs_its_experts_for_the_others_eagerly(
     checkpoint: Path, dp_rank: int
 ) -> None:
     """It is far ahead, and waits where kernels overlap: whose rows are real is there by then."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"2 GPUs are needed, {torch.cuda.device_count()} are here")
     config = EngineConfig(
         str(checkpoint), launcher="local", device="cuda", dp_size=2, max_model_len=512,
         num_pages=200, attention_backend="trtllm", cuda_graphs=False,
+        ranks_per_gpu=1 if torch.cuda.device_count() > 1 else 2,
     )  # fmt: skip
     params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=0)
     with Engine(config) as engine:
