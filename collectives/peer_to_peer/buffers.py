@@ -67,6 +67,7 @@ class PeerBuffer:
         """Return memory of at least num_bytes on every rank; all ranks ask for the same."""
         num_bytes = max(num_bytes, 1)
         capturing = torch.cuda.is_current_stream_capturing()
+        assert not (capturing and self._outgrown), "other graphs write to the memory before"
         self._in_graphs |= capturing
         old = self._shared
         if old is not None and old.memory.num_bytes >= num_bytes:

@@ -107,6 +107,9 @@ class PeerToPeerCollective(GroupMember):
         self._rows.reduce_scatter(rows.contiguous(), self._rows.layout(counts), out)
         return out
 
+    def reserve(self, rows_per_rank: int, row_bytes: int) -> None:
+        self._rows.reserve(self.dp_size * rows_per_rank * row_bytes)
+
     def all_gather_v(
         self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
     ) -> Tensor:

@@ -25,7 +25,7 @@ from collectives.peer_to_peer.kernels import (
     reduce_scatter_kernel,
 )
 from collectives.watchdog import Watchdog
-from dp_runtime.core.device_copy import on_device, order_copies
+from dp_runtime.core.device_copy import on_device
 from dp_runtime.errors import StartError
 from dp_runtime.host.capturing import not_capturing
 from dp_runtime.kernels.triton_launch import overlaps
@@ -72,7 +72,8 @@ class PeerRows:
     """One rank's end of peer-to-peer collectives; StartError if it can't map its peers' memory.
 
     Gathered rows are valid until the next gather. Partial sums must not lie in them, for a peer may
-    be writing there. Graphs are captured over sizes that were used before, since buffers grow.
+    be writing there. Graphs are captured over memory that was reserved before: those that
+    used other memory would not meet.
     """
 
     def __init__(
@@ -112,11 +113,14 @@ class PeerRows:
                 self._layouts.clear()
             starts = np.cumsum((0, *counts[:-1]))
             table = on_device(np.array([starts, counts], np.int32), self._stop.device)
-            order_copies(self._stop.device)
             known = self._layouts[counts] = RowLayout(table, sum(counts), max(counts))
         if torch.cuda.is_current_stream_capturing():
             self._captured[counts] = known
         return known
+
+    def reserve(self, num_bytes: int) -> None:
+        for buffer in self._buffers:
+            buffer.reserve(num_bytes)
 
     def gather(self, rows: Tensor, layout: RowLayout, poison: bool = False) -> Tensor:
         """Return [layout.total, hidden]; rows that are not real are NaN with poison, else stale."""

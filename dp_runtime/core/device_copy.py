@@ -22,12 +22,6 @@ def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def order_copies(device: torch.device) -> None:
-    """Have kernels that overlap with the one before them start after the copies so far."""
-    if device.type == "cuda":
-        torch.ones(1, device=device)  # an ordinary kernel waits for copies, an overlapping one not
-
-
 ALIGNMENT = 128  # bytes, between arrays that travel together: kernels load wide words
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dp_runtime.core.attention_metadata import Place
 from dp_runtime.core.batch import NULL_SLOT, Int32, Int64, LocalBatch, StateSlots
-from dp_runtime.core.device_copy import all_on_device, order_copies
+from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.errors import ContractViolation
 
 CHUNK = 64  # rows that are run at once, counted from a sequence's first row in the pass
@@ -89,7 +89,6 @@ class RowBlocks:
         assert len(blocks) < 2**16, "a launch has no more programs in its second dimension"
         tables = blocks, _pairs(long, first), short.astype(np.int32)
         there, chunked, stepped = all_on_device(tables, device)
-        order_copies(device)  # the first layer makes them, and its kernel overlaps
         return cls(there, chunked, stepped, len(owner))
 
 

@@ -1,9 +1,9 @@
 """Launches of Triton kernels: cheap ones, overlapped starts, a device's multiprocessors.
 
 With programmatic dependent launch a kernel starts while the one before it ends. Until it has called
-`gdc_wait` it writes nothing, and reads only weights and what was written by kernels before the
-previous one, or by a copy before a graph or an ordinary kernel (`order_copies`). Every program
-calls gdc_wait, so when a kernel has finished, all earlier kernels on the stream have finished too.
+`gdc_wait` it writes nothing, and reads only weights and what was written by a copy or by kernels
+before the previous one. Every program calls gdc_wait, so when a kernel has finished, all earlier
+kernels on the stream have finished too.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dp_runtime.core.batch import Int64, LocalBatch
-from dp_runtime.core.device_copy import HostCopy, on_device, order_copies
+from dp_runtime.core.device_copy import HostCopy, on_device
 from dp_runtime.core.request import RoutingShape
 from dp_runtime.parallel.padding import PaddingPlan
 from dp_runtime.parallel.row_exchange import RowExchange
@@ -52,9 +52,7 @@ class RoutingBuffer:
         own = np.full((batch.num_tokens, -(-width // WORDS) * WORDS), -1, np.int16)
         if len(batch.replays):
             own[batch.replays.rows, :width] = batch.replays.values.reshape(-1, width)
-        rows = on_device(own, device).view(dtype)
-        order_copies(device)
-        gathered = exchange.gather(rows).view(torch.int16)
+        gathered = exchange.gather(on_device(own, device).view(dtype)).view(torch.int16)
         if exchange.plan.real_index is not None:
             gathered = gathered[on_device(exchange.plan.real_index.numpy(), device)]
         self.replay = gathered[:, :width].reshape(-1, *shape).long()

@@ -52,6 +52,9 @@ class DeviceCountCollective(RowCollective, Protocol):
     most_rows: that one rank has, whatever row_ranges say.
     """
 
+    def reserve(self, rows_per_rank: int, row_bytes: int) -> None:
+        """Make room for all rows to come: graphs captured before and after would not meet."""
+
     def all_gather_v(
         self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
     ) -> Tensor:

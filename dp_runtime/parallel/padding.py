@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dp_runtime.core.device_copy import on_device, order_copies
+from dp_runtime.core.device_copy import on_device
 
 
 class PaddingMode(StrEnum):
@@ -91,7 +91,6 @@ class PaddingPlan:
         """Copy row_ranges once: the MoE stages of a pass share the copy."""
         if device not in self._copies:
             self._copies[device] = on_device(self.row_ranges, device)
-            order_copies(device)
         return self._copies[device]
 
     @cached_property

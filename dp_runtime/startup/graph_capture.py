@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from dp_runtime.core.step_program import Pass
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import GraphBuckets, PiecewiseBuckets
+from dp_runtime.parallel.collective import DeviceCountCollective, RowCollective
 from dp_runtime.parallel.row_exchange import counts_real_rows
 from dp_runtime.runner.graphs.cuda_graph import GraphMemory
 from dp_runtime.runner.graphs.pass_graphs import PassGraphs
@@ -41,7 +43,16 @@ def plan_capture(
         },
     )
     used_bytes = lambda: before - uncached_free_bytes(plan.device)  # noqa: E731
-    return PendingCapture(graphs, loop.runner.collective, used_bytes, on_captured)
+    make_room = partial(_make_room, loop.runner.collective, plan, tuple(models))
+    return PendingCapture(graphs, loop.runner.collective, make_room, used_bytes, on_captured)
+
+
+def _make_room(collective: RowCollective, plan: RankPlan, models: Sequence[PassModel]) -> None:
+    """Reserve memory for the largest step's rows: the first start has run it, others have not."""
+    if counts_real_rows(collective):
+        assert isinstance(collective, DeviceCountCollective), f"{collective} counts rows"
+        row_bytes = max(model.hidden_size * model.dtype.itemsize for model in models)
+        collective.reserve(plan.limits.max_num_tokens, row_bytes)
 
 
 def capture_all(loop: StepLoop, pending: PendingCapture) -> None:

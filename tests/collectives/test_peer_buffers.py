@@ -85,6 +85,19 @@ def test_a_buffer_that_graphs_write_to_is_kept(device: Device) -> None:
     assert [memory.events for memory in device.made] == [["unmapped"], ["unmapped"]]
 
 
+def test_all_graphs_exchange_rows_through_one_buffer(device: Device) -> None:
+    """A rank that replays one captured over smaller memory would not meet a peer's later one."""
+    buffer = PeerBuffer(0, device.meet)
+    buffer.reserve(8)
+    device.capturing = True
+    buffer.reserve(8)
+    device.capturing = False
+    buffer.reserve(2 * MIN_BYTES)  # an eager step of more rows, whose peers do the same
+    device.capturing = True
+    with pytest.raises(AssertionError, match="other graphs write to the memory before"):
+        buffer.reserve(8)
+
+
 def test_which_operations_repeat() -> None:
     alternation = Alternation()
     order = (GATHER, SCATTER, SCATTER, GATHER, GATHER, GATHER)

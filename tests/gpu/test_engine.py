@@ -80,7 +80,7 @@ def test_bf16_is_as_near_to_float32_as_transformers_is(
 def test_a_rank_without_rows_runs_its_experts_for_the_others_eagerly(
     checkpoint: Path, dp_rank: int
 ) -> None:
-    """It is far ahead, and waits where kernels overlap: whose rows are real is there by then."""
+    """It is far ahead of them, and waits."""
     config = EngineConfig(
         str(checkpoint), launcher="local", device="cuda", dp_size=2, max_model_len=512,
         num_pages=200, attention_backend="trtllm", cuda_graphs=False,

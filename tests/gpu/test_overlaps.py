@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dp_runtime.core.device_copy import order_copies
 from dp_runtime.kernels.triton_launch import gdc_launch_dependents, gdc_wait, overlaps
 
 CALLS, SPINS = 100, 2000
@@ -54,18 +53,13 @@ def stale_reads(value: Tensor, give: Callable[[int], object]) -> tuple[int, int]
     return int((early != due).sum()), int((late != due).sum())
 
 
-def test_a_copy_in_order_is_there_before_the_wait() -> None:
+def test_a_copy_is_there_before_the_wait() -> None:
     value = torch.zeros(1, device=DEVICE)
 
     def copy(n: int) -> None:
         value.copy_(torch.full((1,), float(n)).pin_memory(), non_blocking=True)
 
-    def copy_in_order(n: int) -> None:
-        copy(n)
-        order_copies(DEVICE)
-
-    print(f"stale before and after the wait, a copy alone: {stale_reads(value, copy)}")
-    assert stale_reads(value, copy_in_order) == (0, 0)
+    assert stale_reads(value, copy) == (0, 0)
 
 
 def test_what_a_graph_wrote_is_there_before_the_wait() -> None:

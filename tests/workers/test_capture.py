@@ -63,7 +63,8 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return replace(plan_rank(*args), graphs=True)
 
     def plan_capture(plan: RankPlan, loop: StepLoop, count: OnCaptured) -> PendingCapture:
-        pending = HeldCapture(captured_of(loop), loop.runner.collective, lambda: 0, count)
+        collective = loop.runner.collective
+        pending = HeldCapture(captured_of(loop), collective, lambda: None, lambda: 0, count)
         pending.held = held
         return pending
 

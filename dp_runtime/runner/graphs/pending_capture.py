@@ -29,6 +29,7 @@ class PendingCapture:
         self,
         graphs: CapturedGraphs,
         collective: RowCollective,
+        make_room: Callable[[], None],  # in the collective, before any graph is captured
         used_bytes: Callable[[], int],  # of the device's memory, since before they were made
         on_captured: Callable[[int, int], None],  # hears how many are captured, of how many
     ) -> None:
@@ -41,7 +42,7 @@ class PendingCapture:
         self._total = sum(counts)
         self._done = 0
         self._capture_s = 0.0
-        of_passes = chain.from_iterable(part.capture() for part in passes)
+        of_passes = _after(make_room, chain.from_iterable(part.capture() for part in passes))
         beside = chain.from_iterable(part.capture_beside_prefill() for part in passes)
         of_pieces = chain.from_iterable(part.capture() for part in in_pieces)
         self._parts = deque(
@@ -79,6 +80,11 @@ class PendingCapture:
             text = f"graph {self._done + 1} of {self._total}: {type(error).__name__}: {error}"
             raise CaptureFailed(text) from error
         return False
+
+
+def _after(make_room: Callable[[], None], captures: Iterator[None]) -> Iterator[None]:
+    make_room()
+    yield from captures
 
 
 def _sizes(graphs: CapturedGraphs) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from dp_runtime.core.device_copy import on_device, order_copies
+from dp_runtime.core.device_copy import on_device
 from dp_runtime.models.causal_lm import Hidden, PassInputs, PassPlan
 from dp_runtime.models.model import PassModel
 from dp_runtime.parallel.buckets import PiecewiseBuckets
@@ -59,7 +59,6 @@ class PiecewiseGraphs:
         if rows:
             hidden = self._pieces.forward(inputs, plan, gathered)
         else:
-            order_copies(ranges.device)  # no graph begins, and no row is embedded
             none = graph_exchange(self._collective, 0, gathered, self._poison, ranges)
             hidden = self._model.forward(inputs, plan, none)
         self._collective.arm_watchdog(f"a pass of {gathered} gathered rows")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dp_runtime.core import recurrent_metadata
 from dp_runtime.core.attention_metadata import Place
 from dp_runtime.core.batch import LocalBatch, StateSlots
-from dp_runtime.core.device_copy import all_on_device
 from dp_runtime.core.recurrent_metadata import AcceptedDrafts, RecurrentMetadata, RowBlocks
 from dp_runtime.errors import ContractViolation
 from tests.dp_runtime.core.test_attention_metadata import batch as paged
@@ -177,20 +174,3 @@ def test_each_row_is_in_one_block() -> None:
     assert {x.dtype for x in (tables.blocks, tables.chunked, tables.stepped)} == {torch.int32}
     nobody = RowBlocks.of(np.zeros(0, np.int32), CPU)
     assert (nobody.blocks.shape, nobody.chunked.shape, nobody.num_chunks) == ((0, 2), (0, 2), 0)
-
-
-def test_tables_that_the_first_layer_makes_are_copied_before_its_kernel(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It overlaps with the kernel before it, and would not wait for a copy between them."""
-    done = list[str]()
-
-    def copied(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[torch.Tensor, ...]:
-        done.append("copied")
-        return all_on_device(arrays, device)
-
-    metadata = build(batch())
-    monkeypatch.setattr(recurrent_metadata, "all_on_device", copied)
-    monkeypatch.setattr(recurrent_metadata, "order_copies", lambda device: done.append("ordered"))
-    assert len(metadata.row_blocks.stepped) == 3
-    assert done == ["copied", "ordered"]

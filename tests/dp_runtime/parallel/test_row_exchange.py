@@ -43,6 +43,9 @@ class Counted(InProcessCollective):
         self.crossed: list[int] = []
         self.poisoned: list[bool] = []
 
+    def reserve(self, rows_per_rank: int, row_bytes: int) -> None:
+        pass
+
     def all_gather_v(
         self, rows: Tensor, row_ranges: Tensor, total_rows: int, most_rows: int, poison: bool
     ) -> Tensor:

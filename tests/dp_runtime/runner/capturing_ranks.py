@@ -71,7 +71,9 @@ def capturing_case(
     if captures:
         meeting = Meeting(loop, seen, failing[1] if failing[0] == rank else -1)
         count = lambda *done: seen.progress.append(done)  # noqa: E731
-        loop.capture(PendingCapture(captured_of(loop, meeting), collective, lambda: 0, count))
+        loop.capture(
+            PendingCapture(captured_of(loop, meeting), collective, lambda: None, lambda: 0, count)
+        )
     params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
     next_ids = iter(range(1000))
 

@@ -138,6 +138,31 @@ def test_a_capture_that_fails_is_the_fault_of_its_rank_and_frees_the_others(
         assert other.places == seen[1].places
 
 
+def test_room_for_all_rows_is_made_once_before_the_first_graph() -> None:
+    seen = list[str]()
+
+    class Graph:
+        count = 2
+
+        def capture_beside_prefill(self) -> Iterator[None]:
+            yield from ()
+
+        def capture(self) -> Iterator[None]:
+            for _ in range(self.count):
+                seen.append("graph")
+                yield
+
+    graphs = CapturedGraphs({Pass.TARGET: {1: Graph()}}, {})  # type: ignore[dict-item]
+    collective = InProcessGroup(1, 5.0).collective(0)
+    pending = PendingCapture(
+        graphs, collective, lambda: seen.append("room"), lambda: 0, lambda done, total: None
+    )
+    assert seen == []
+    while pending.use is None:
+        pending.advance()
+    assert seen == ["room", "graph", "graph"]
+
+
 def test_an_error_of_cuda_in_a_capture_that_was_aborted_is_the_abort() -> None:
     """A rank that is told to leave its step is well."""
     collective = InProcessGroup(2, 5.0).collective(0)
@@ -154,6 +179,6 @@ def test_an_error_of_cuda_in_a_capture_that_was_aborted_is_the_abort() -> None:
             yield
 
     graphs = CapturedGraphs({Pass.TARGET: {1: Ended()}}, {})  # type: ignore[dict-item]
-    pending = PendingCapture(graphs, collective, lambda: 0, lambda done, total: None)
+    pending = PendingCapture(graphs, collective, lambda: None, lambda: 0, lambda done, total: None)
     with pytest.raises(CollectiveAborted, match="the engine ends the epoch"):
         pending.advance()
