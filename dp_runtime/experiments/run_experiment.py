@@ -20,8 +20,11 @@ from dp_runtime.experiments.point import Run
 from dp_runtime.experiments.results.run_directory import RunDirectory
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.recording import Recording
+from dp_runtime.metrics.status import RankState
 
 logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S, SETTLE_S = 0.02, 2.0
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,22 @@ async def _serve(
         changing = asyncio.create_task(run.point.scenario.play(engine, start_s))
         records = await driver.serve(start_s)
         await changing
+        await _rest(engine)
         whole = await engine.recording(driver.handles)
     warm_up = tuple(s for s in whole.steps if (s.epoch, s.step_id) <= last_warm)
     steps = tuple(s for s in whole.steps if (s.epoch, s.step_id) > last_warm)
     return records, replace(whole, steps=steps, warm_up=warm_up)
+
+
+async def _rest(engine: AsyncEngine) -> None:
+    """Wait until ranks that answer have finished the same steps, of which some tell later."""
+    until = monotonic() + SETTLE_S
+    while monotonic() < until:
+        ranks = [rank for rank in await engine.health() if rank.state is not RankState.UNREACHABLE]
+        steps = {(rank.epoch, rank.last_step) for rank in ranks}
+        if {rank.state for rank in ranks} == {RankState.IDLE} and len(steps) == 1:
+            return
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 @asynccontextmanager

@@ -90,12 +90,20 @@ def test_what_crashes_or_meets_a_limit_is_refused(
 
 
 def test_what_is_much_work_is_ended(trial: GrammarTrial, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = StructuredOutputs(json=options(450))
+    """The system may count no time of a process that others interrupt: one of some is ended."""
+
+    def is_ended(count: int) -> bool:
+        try:
+            trial.check(StructuredOutputs(json=options(count)))
+        except ValueError as error:
+            assert "it takes more than 0.01 s of a processor" in str(error)  # noqa: PT017
+            return True
+        return False
+
     with monkeypatch.context() as patch:
         patch.setattr(grammar_trial, "MAX_WORK_S", 0.01)
-        with pytest.raises(ValueError, match=r"it takes more than 0\.01 s of a processor"):
-            trial.check(wanted)
-    trial.check(wanted)
+        count = next(count for count in range(450, 440, -1) if is_ended(count))
+    trial.check(StructuredOutputs(json=options(count)))
 
 
 def test_the_text_of_a_special_token_is_text(trial: GrammarTrial) -> None:
