@@ -20,7 +20,7 @@ from dp_runtime.experiments.point import Run
 from dp_runtime.experiments.results.run_directory import RunDirectory
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.recording import Recording
-from dp_runtime.metrics.status import RankState
+from dp_runtime.metrics.status import RankState, at_rest
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ async def _rest(engine: AsyncEngine) -> None:
     until = monotonic() + SETTLE_S
     while monotonic() < until:
         ranks = [rank for rank in await engine.health() if rank.state is not RankState.UNREACHABLE]
-        steps = {(rank.epoch, rank.last_step) for rank in ranks}
-        if {rank.state for rank in ranks} == {RankState.IDLE} and len(steps) == 1:
+        if at_rest(ranks):
             return
         await asyncio.sleep(LOOK_EVERY_S)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -104,3 +104,9 @@ class RankHealth:
     graphs: GraphUse | None = None  # known once they are captured
     memory: RankMemory | None = None  # known once the rank has a plan
     error: str = ""
+
+
+def at_rest(ranks: Sequence[RankHealth]) -> bool:
+    """Tell whether all of them idle, and have finished the same steps."""
+    idle = {rank.state for rank in ranks} == {RankState.IDLE}
+    return idle and len({(rank.epoch, rank.last_step) for rank in ranks}) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import monotonic, sleep
 
@@ -15,7 +15,7 @@ from dp_runtime.experiments.replay.device.requests import Requests
 from dp_runtime.experiments.replay.recorded_requests import RecordedRequest
 from dp_runtime.metrics.progress_bar import ProgressBar
 from dp_runtime.metrics.recording import Recording
-from dp_runtime.metrics.status import RankHealth, RankState
+from dp_runtime.metrics.status import at_rest
 from dp_runtime.metrics.trace import StepTrace
 
 LOOK_EVERY_S, SETTLE_S = 0.02, 10.0
@@ -60,17 +60,11 @@ def _last_step(group: RankGroup) -> int:
 def _settled(group: RankGroup) -> tuple[StepTrace, ...]:
     """Return the steps once all ranks have finished the same ones."""
     until = monotonic() + SETTLE_S
-    while not _at_rest(group.health(SETTLE_S)):
+    while not at_rest(group.health(SETTLE_S)):
         if monotonic() > until:
             raise RankFailed(f"ranks did not come to rest within {SETTLE_S:g} s")
         sleep(LOOK_EVERY_S)
     return group.trace()
-
-
-def _at_rest(ranks: Iterable[RankHealth]) -> bool:
-    return {rank.state for rank in ranks} == {RankState.IDLE} and (
-        len({rank.last_step for rank in ranks}) == 1
-    )
 
 
 def replay_at_times(
